@@ -1,0 +1,48 @@
+# Each target sets up what it needs on a machine that has Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint app clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   set up, then harvest, train and evaluate an SAE on the bundled model (5 minutes on 2 cores)"
+	@echo "make app    set up, then open the web app on the demo's workspace"
+	@echo "make test   set up, then run linters, type checker and tests"
+	@echo "make lint   set up, then run ruff and mypy"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, found $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11."; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Could not create a virtual environment: install your system's python3-venv package."; exit 2; }
+
+# torch goes first and pinned: an open range would pull in a newer build and gigabytes of libraries.
+$(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing the workbench into $(VENV) (a minute or more)"
+	@$(PIP) --constraint constraints.txt torch
+	@$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.runtime
+	$(BIN)/workbench demo
+
+app: $(VENV)/.runtime
+	$(BIN)/workbench app
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,92 @@
+"""Weights as they act on the residual stream through a LayerNorm.
+
+A component that reads the residual stream x reads LN(x) W + b, where
+
+    LayerNorm:  LN(x) = (x - mean(x)) / scale(x) * g + h        RMSNorm:  LN(x) = x / scale(x) * g
+
+and scale(x) is a number per token. So LN(x) W + b = (x / scale(x)) W_eff + b_eff with
+
+    W_eff = C diag(g) W,   C = I - 11^T / d for LayerNorm and I for RMSNorm
+    b_eff = b + h W
+
+W_eff is what a direction in the residual stream should be compared with: the gain weighs its coordinates and the
+centring removes their mean, which the raw W does not show. (Elhage et al. 2021, "A Mathematical Framework for
+Transformer Circuits", "handling layer normalization".)
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+Reader = Literal["q", "k", "v", "mlp_in", "mlp_gate", "unembed"]
+
+
+@dataclass(frozen=True)
+class EffectiveWeights:
+    """W_eff [d_model, *out] and b_eff [*out] of one reader of the residual stream."""
+
+    W: Tensor
+    b: Tensor
+
+
+@torch.no_grad()
+def effective_weights(bridge: Any, reader: Reader, layer: int | None = None) -> EffectiveWeights:
+    """Effective weights of a reader.
+
+    Args:
+        bridge: a TransformerBridge with raw weights.
+        reader: `q`, `k`, `v` (per head: W [d_model, heads, d_head]; key-value heads for grouped attention),
+            `mlp_in`, `mlp_gate` (W [d_model, d_mlp]) or `unembed` (W [d_model, vocab]).
+        layer: the block; None for `unembed`.
+
+    Raises:
+        ValueError: a gate of an MLP that has none.
+    """
+    if reader == "unembed":
+        return _through_norm(bridge, bridge.ln_final, *_linear(bridge.unembed))
+    block = bridge.blocks[layer]
+    if reader in ("q", "k", "v"):
+        W, b = _linear(getattr(block.attn, reader))
+        found = _through_norm(bridge, block.ln1, W, b)
+        d_head = bridge.cfg.d_head
+        return EffectiveWeights(
+            rearrange(found.W, "d (head h) -> d head h", h=d_head), rearrange(found.b, "(head h) -> head h", h=d_head)
+        )
+    name = "in" if reader == "mlp_in" else "gate"
+    if not hasattr(block.mlp, name):
+        raise ValueError(f"the MLP of layer {layer} has no {name}")
+    # GPT-NeoX' parallel MLP reads through its own LayerNorm of the same input, which is ln2 as well.
+    return _through_norm(bridge, block.ln2, *_linear(getattr(block.mlp, name)))
+
+
+def effective_unembedding(bridge: Any) -> Float[Tensor, "d_model vocab"]:
+    """The unembedding as the residual stream meets it: what a direction does to each logit, up to the scale."""
+    return effective_weights(bridge, "unembed").W
+
+
+def _linear(component: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, "d_out"]]:
+    """Weight as [in, out] and bias of a component's original module, which may store either orientation."""
+    module = component.original_component
+    weight = module.weight
+    # GPT-2's Conv1D stores [in, out], nn.Linear [out, in].
+    W = weight if type(module).__name__ == "Conv1D" else weight.T
+    bias = getattr(module, "bias", None)
+    return W, W.new_zeros(W.shape[1]) if bias is None else bias
+
+
+def _through_norm(
+    bridge: Any, norm: Any, W: Float[Tensor, "d_model d_out"], b: Float[Tensor, "d_out"]
+) -> EffectiveWeights:
+    module = norm.original_component
+    gain = module.weight
+    if bridge.cfg.uses_rms_norm:
+        # Gemma stores the gain minus one.
+        gain = gain + 1 if bridge.cfg.rmsnorm_uses_offset else gain
+        return EffectiveWeights(gain[:, None] * W, b)
+    scaled = gain[:, None] * W
+    shift = module.bias if module.bias is not None else torch.zeros_like(gain)
+    return EffectiveWeights(scaled - scaled.mean(dim=0), b + shift @ W)

@@ -1,0 +1,75 @@
+"""Splicing: a forward pass in which the value at one hook point is replaced by a function of it.
+
+    with splice(bridge, sae.hook_name, sae, bos_id=bos_id):
+        logits = bridge(tokens)                            # reads through the SAE
+
+    with splice(bridge, sae.hook_name, edited, error_of=sae, bos_id=bos_id):
+        ...                                                # x + (edited(x) - sae(x)): the SAE's error is kept
+
+Evaluation, steering, circuits and sparsity all use this one place.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Function = Callable[[Float[Tensor, "n width"]], Float[Tensor, "n width"]]
+
+
+@contextmanager
+def splice(
+    bridge: Any,
+    hook_name: str,
+    function: Function,
+    *,
+    error_of: Function | None = None,
+    bos_id: int | None = None,
+    keep: Bool[Tensor, "batch pos"] | None = None,
+) -> Iterator[None]:
+    """Replaces the value at `hook_name` in every forward pass of `bridge` inside the context.
+
+    Args:
+        bridge: a TransformerBridge.
+        hook_name: TransformerLens name of the hook point; attn.hook_z is handed over with its heads concatenated.
+        function: gives the replacements of [n, width] values, one row per token; an SAE is such a function.
+        error_of: keeps what this function (usually the SAE) fails to reconstruct: the new value is
+            x + function(x) - error_of(x). With `error_of` the same as `function` nothing changes, exactly.
+        bos_id: positions holding this token keep their value. BOS carries a value unlike any other, on which SAEs
+            are not trained.
+        keep: further positions that keep their value, for passes over tokens of this shape (padding, say).
+
+    Raises:
+        ValueError: the model has no such hook point.
+
+    Contexts nest; hooks go when the context ends, also by an exception.
+    """
+    if hook_name not in bridge.hook_dict:
+        raise ValueError(f"the model has no hook point {hook_name!r}")
+    spared: list[Bool[Tensor, "batch pos"]] = []
+
+    def see_tokens(tokens: Int[Tensor, "batch pos"], hook: Any) -> None:
+        spared[:] = [tokens == torch.tensor(bos_id, device=tokens.device)]
+
+    def replace(value: Tensor, hook: Any) -> Tensor:
+        flat = value.flatten(2) if hook_name.endswith("attn.hook_z") else value
+        rows = flat.reshape(-1, flat.shape[-1])
+        chosen = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+        for kept in (*spared, *([] if keep is None else [keep])):
+            chosen &= ~kept.reshape(-1)
+        x = rows[chosen]
+        new = function(x).to(x.dtype)
+        if error_of is not None:
+            new = x + (new - error_of(x).to(x.dtype))
+        replaced = rows.clone()
+        replaced[chosen] = new
+        return replaced.view(value.shape)
+
+    hooks: list[tuple[str, Callable[..., Any]]] = [(hook_name, replace)]
+    if bos_id is not None:
+        hooks.insert(0, ("embed.hook_in", see_tokens))
+    with bridge.hooks(fwd_hooks=hooks):
+        yield

@@ -1,0 +1,118 @@
+"""Checkpoints of a training run: one safetensors file, replaced atomically.
+
+It holds, for every SAE, its parameters, Adam's moments, counters and running sums, and in the file's metadata the
+configurations, the step, the position of the batch stream, and the environment whose arithmetic it continues.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae.errors import InputError
+from sae.files import write_atomically
+from sae.state import TrainingState
+
+if TYPE_CHECKING:
+    from sae.train import BatchSource
+
+FILE = "checkpoint.safetensors"
+
+
+def save(folder: Path, states: Sequence[TrainingState], source: "BatchSource", step: int) -> None:
+    """Writes a checkpoint after `step` steps; a kill while it is written leaves the one before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{number}.{name}": tensor.detach().cpu().contiguous()
+        for number, state in enumerate(states)
+        for name, tensor in _tensors(state).items()
+    }
+    metadata = {
+        "step": step,
+        "source": source.state_dict(),
+        "configs": [state.config.to_dict() for state in states],
+        "errors": [state.error for state in states],
+        "environment": _environment(states),
+    }
+    described = {"checkpoint": json.dumps(metadata)}
+    write_atomically(folder / FILE, lambda file: save_file(tensors, file, metadata=described))
+
+
+def load(folder: Path, states: Sequence[TrainingState], source: "BatchSource") -> int | None:
+    """Restores states and stream from the checkpoint in `folder`.
+
+    Returns:
+        The number of steps done, or None when there is no checkpoint.
+
+    Raises:
+        InputError: the checkpoint is damaged or of other configurations.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    metadata, tensors = _read(file, with_tensors=True)
+    if metadata["configs"] != [json.loads(json.dumps(state.config.to_dict())) for state in states]:
+        raise InputError(f"checkpoint {file} belongs to other configurations: remove it to start over")
+    environment = _environment(states)
+    if metadata["environment"] != environment:
+        warnings.warn(
+            f"resuming on {environment} a run of {metadata['environment']}: "
+            "results will agree, but not to the last bit",
+            stacklevel=2,
+        )
+    with torch.no_grad():
+        for number, state in enumerate(states):
+            state.error = metadata["errors"][number]
+            for name, tensor in _tensors(state).items():
+                tensor.copy_(tensors[f"{number}.{name}"])
+    source.load_state_dict(metadata["source"])
+    return metadata["step"]
+
+
+def tokens_done(folder: Path) -> int:
+    """Tokens each SAE of the checkpoint in `folder` was trained on; 0 when there is none."""
+    if not (folder / FILE).is_file():
+        return 0
+    metadata, _ = _read(folder / FILE, with_tensors=False)
+    return metadata["step"] * metadata["configs"][0]["batch_size"]
+
+
+def _read(file: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = json.loads(opened.metadata()["checkpoint"])
+            names = list(opened.keys()) if with_tensors else []
+            return metadata, {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"checkpoint {file} is damaged ({error}): remove it to start over") from None
+
+
+def _tensors(state: TrainingState) -> dict[str, Tensor]:
+    """Every tensor that training changes, by name; Adam's are made if no step has made them yet."""
+    named = {name: parameter.data for name, parameter in state.sae.named_parameters()}
+    named["input_scale"] = state.input_scale
+    named["tokens_since_fired"] = state.tokens_since_fired
+    named["totals"] = state.totals
+    for name, tensor in state.trained.items():
+        moments = state.adam.state[tensor]
+        if not moments:
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            moments["exp_avg"] = torch.zeros_like(tensor)
+            moments["exp_avg_sq"] = torch.zeros_like(tensor)
+        named.update({f"adam.{name}.{key}": value for key, value in moments.items()})
+    return named
+
+
+def _environment(states: Sequence[TrainingState]) -> dict[str, Any]:
+    device = states[0].sae.W_dec.device
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }

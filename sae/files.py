@@ -1,0 +1,21 @@
+"""Writing files so that a crash leaves either the old one or the new one, never a part."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` fill a temporary file beside `file`, syncs it to disk and renames it to `file`."""
+    partial = file.with_name(file.name + ".tmp")
+    write(partial)
+    with partial.open("rb+") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, file)
+    if os.name == "posix":
+        # The rename itself lasts only once the folder is on disk.
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

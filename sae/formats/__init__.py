@@ -1,0 +1,1 @@
+"""File formats, one module each. `saelens` is the native one."""

@@ -1,0 +1,109 @@
+"""The SAE: encoder, selection rule, decoder.
+
+    z = (x - b_dec) W_enc + b_enc        pre-activations
+    a = rule(z)                          sparse code
+    x_hat = a W_dec + b_dec              reconstruction
+
+Decoder rows have unit norm, so an activation is the length of the feature's contribution in the units of x.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae import kernels
+from sae.code import SparseCode
+from sae.errors import InputError
+from sae.rules import Rule
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder for activations of width `d_in`.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of features.
+        rule: which features fire.
+        hook_name: TransformerLens name of the hook point it reads.
+        model_name: the model it was trained on.
+        metadata: anything else to keep with it (JSON).
+
+    Raises:
+        InputError: sizes below one, or a rule that cannot work with `d_sae` features.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        rule: Rule,
+        *,
+        hook_name: str = "",
+        model_name: str = "",
+        metadata: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if d_in < 1 or d_sae < 1:
+            raise InputError(f"an SAE needs at least one input and one feature, got d_in {d_in} and d_sae {d_sae}")
+        rule.check(d_sae)
+        self.rule, self.hook_name, self.model_name = rule, hook_name, model_name
+        self.metadata = dict(metadata or {})
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        # W_enc lies in memory as [d_sae, d_in]: its gradient is reduced feature by feature into whole rows.
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in, **options).T)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **options))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in, **options))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, **options))
+
+    @property
+    def d_in(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[0]
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseCode:
+        """Active features of every token; leading dimensions are flattened.
+
+        Raises:
+            InputError: the last dimension is not d_in.
+        """
+        if x.shape[-1] != self.d_in:
+            raise InputError(
+                f"this SAE reads activations of width {self.d_in}, got {x.shape[-1]}: "
+                f"use those of its hook point {self.hook_name!r}"
+            )
+        flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
+        return self.rule.encode(flat - self.b_dec, self.W_enc, self.b_enc)
+
+    @torch.no_grad()
+    def decode(self, code: SparseCode) -> Float[Tensor, "n d_in"]:
+        """Reconstructions of the tokens of a code."""
+        return kernels.decode(code, self.W_dec, self.b_dec)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction of x, in x's shape and precision. No gradients: training has its own path."""
+        return self.decode(self.encode(x)).to(x.dtype).reshape(x.shape)
+
+    def save(self, path: Path | str) -> None:
+        """Writes a SAELens directory; see `sae.formats.saelens`."""
+        from sae.formats.saelens import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> "SAE":
+        """Reads a SAELens directory; see `sae.formats.saelens`."""
+        from sae.formats.saelens import load
+
+        return load(Path(path), device)
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, rule={self.rule}, hook_name={self.hook_name!r}"

@@ -1,0 +1,58 @@
+"""Pieces of the optimiser: learning-rate schedule, unit-norm decoder, and starting values.
+
+The decoder's rows are kept at unit norm: the part of the gradient along each row, which only renormalisation
+would undo, is removed before Adam sees it (Bricken et al. 2023, "Towards Monosemanticity", appendix).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Entries of a temporary product: on a CPU it stays in the cache, on a GPU it is bounded.
+CPU_CHUNK, GPU_CHUNK = 2**19, 2**26
+
+
+def learning_rate(step: int, n_steps: int, peak: float, warmup: float, decay: float) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, linear decay to zero over the last `decay` share."""
+    rising = (step + 1) / max(1.0, warmup * n_steps)
+    falling = (n_steps - step) / max(1.0, decay * n_steps)
+    return peak * min(1.0, rising, falling)
+
+
+def remove_parallel_(gradient: Float[Tensor, "f d"], rows: Float[Tensor, "f d"]) -> None:
+    """Removes from each row of `gradient` its component along the (unit-norm) row of `rows`, in place."""
+    step = max(1, (GPU_CHUNK if gradient.is_cuda else CPU_CHUNK) // gradient.shape[1])
+    for g, row in zip(gradient.split(step), rows.split(step), strict=True):
+        along = (g * row).sum(dim=1, keepdim=True)
+        g.addcmul_(row, along, value=-1)
+
+
+def normalise_rows_(rows: Float[Tensor, "f d"]) -> None:
+    """Scales every row to unit norm, in place."""
+    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny))
+
+
+def random_unit_rows(
+    d_sae: int, d_in: int, seed: int, device: torch.device | str, dtype: torch.dtype
+) -> Float[Tensor, "d_sae d_in"]:
+    """Rows drawn uniformly from the sphere; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(d_sae, d_in, generator=generator, dtype=torch.float32)
+    normalise_rows_(rows)
+    return rows.to(device, dtype)
+
+
+def geometric_median(x: Float[Tensor, "n d"], iterations: int = 100) -> Float[Tensor, "d"]:
+    """The point with the least sum of distances to the rows of x, by Weiszfeld's iteration.
+
+    Robust where the mean is not: a few tokens with massive activations do not move it.
+    """
+    x = x.double()
+    point = x.mean(dim=0)
+    for _ in range(iterations):
+        weights = 1 / torch.linalg.vector_norm(x - point, dim=1).clamp_min(1e-12)
+        moved = (weights @ x) / weights.sum()
+        if torch.linalg.vector_norm(moved - point) <= 1e-7 * torch.linalg.vector_norm(moved).clamp_min(1e-12):
+            return moved.float()
+        point = moved
+    return point.float()

@@ -1,0 +1,47 @@
+"""SparseCode: both layouts describe the same matrix."""
+
+import torch
+
+from sae import SparseCode
+
+# Three tokens, four features: token 0 fires 2 and 1, token 1 nothing, token 2 fires 3 (negative) and 0.
+DENSE = torch.tensor([[0.0, 5.0, 7.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -2.0]])
+FIXED = SparseCode(
+    values=torch.tensor([[7.0, 5.0, 0.0], [0.0, 0.0, 0.0], [-2.0, 1.0, 0.0]]),
+    indices=torch.tensor([[2, 1, 0], [0, 0, 0], [3, 0, 0]]),
+    d_sae=4,
+)
+RAGGED = SparseCode(
+    values=torch.tensor([7.0, 5.0, -2.0, 1.0]),
+    indices=torch.tensor([2, 1, 3, 0]),
+    d_sae=4,
+    offsets=torch.tensor([0, 2, 2, 4]),
+)
+
+
+def test_both_layouts_give_the_dense_matrix() -> None:
+    assert torch.equal(FIXED.to_dense(), DENSE)
+    assert torch.equal(RAGGED.to_dense(), DENSE)
+
+
+def test_an_unused_slot_does_not_hide_feature_zero() -> None:
+    """Unused slots name feature 0 with value 0; a real activation of feature 0 in the same token survives them."""
+    assert FIXED.to_dense()[2, 0] == 1.0
+
+
+def test_rows_lists_the_entries_that_are_not_zero_token_by_token() -> None:
+    for code in (FIXED, RAGGED):
+        token, feature, value = code.rows()
+        assert token.tolist() == [0, 0, 2, 2]
+        assert feature.tolist() == [2, 1, 3, 0]
+        assert value.tolist() == [7.0, 5.0, -2.0, 1.0]
+
+
+def test_l0_counts_active_features() -> None:
+    assert FIXED.l0().tolist() == RAGGED.l0().tolist() == [2, 0, 2]
+
+
+def test_tokens_cuts_out_a_range() -> None:
+    for code in (FIXED, RAGGED):
+        assert torch.equal(code.tokens(1, 3).to_dense(), DENSE[1:3])
+        assert code.tokens(1, 1).n_tokens == 0

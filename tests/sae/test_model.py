@@ -1,0 +1,59 @@
+"""The SAE module."""
+
+import pytest
+import torch
+
+from sae import SAE, InputError, TopK
+
+
+def random_sae(d_in: int = 12, d_sae: int = 64, k: int = 5, **options: object) -> SAE:
+    sae = SAE(d_in, d_sae, TopK(k), **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return sae
+
+
+def test_forward_is_the_formula() -> None:
+    sae = random_sae()
+    x = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1))
+    z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    kept = z.topk(5, dim=-1)
+    a = torch.zeros_like(z).scatter(-1, kept.indices, kept.values.relu())
+    torch.testing.assert_close(sae(x), a @ sae.W_dec + sae.b_dec, rtol=1e-4, atol=1e-4)
+    assert sae.encode(x).n_tokens == 21
+    assert not sae(x).requires_grad
+
+
+def test_reconstruction_keeps_the_precision_of_its_input() -> None:
+    sae = random_sae()
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    assert sae(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(sae(x.double()), sae(x).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_bf16_sae_works_on_the_cpu() -> None:
+    sae = random_sae()
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
+    exact = sae(x)
+    rounded = sae.to(torch.bfloat16)(x)
+    assert rounded.dtype == x.dtype
+    assert (exact - rounded).norm() < 0.1 * exact.norm()
+
+
+def test_no_tokens_give_no_tokens() -> None:
+    assert random_sae()(torch.zeros(0, 12)).shape == (0, 12)
+
+
+def test_a_wrong_width_names_the_hook_point() -> None:
+    sae = random_sae(hook_name="blocks.1.hook_resid_post")
+    with pytest.raises(InputError, match=r"width 12, got 13.*blocks\.1\.hook_resid_post"):
+        sae(torch.zeros(2, 13))
+
+
+def test_sizes_must_fit() -> None:
+    with pytest.raises(InputError, match="at least one input and one feature"):
+        SAE(0, 4, TopK(1))
+    with pytest.raises(InputError, match="k = 9 must lie between 1 and the number of features, 8"):
+        SAE(4, 8, TopK(9))

@@ -1,0 +1,260 @@
+"""The command line end to end on a tiny local model: harvest, train, evaluate, look; and every mistake in one line."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from workbench.cli.main import run
+from workbench.workspace import Workspace
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short documents of real text: the sources of the standard library's json and email packages."""
+    import email
+    import json as json_package
+
+    folder = tmp_path_factory.mktemp("corpus")
+    pieces = []
+    for package in (json_package, email):
+        for file in sorted(Path(package.__file__).parent.glob("*.py")):
+            pieces += file.read_text(encoding="utf-8").split("\n\n\n")
+    for number, piece in enumerate([piece for piece in pieces if len(piece) > 400][:40]):
+        (folder / f"{number:02}.txt").write_text(piece, encoding="utf-8")
+    return folder
+
+
+def harvest_arguments(workspace: Path, model: Path, corpus: Path, tokens: int = 6000) -> list[str]:
+    return [
+        "harvest", "h", "--workspace", str(workspace), "--model", str(model), "--corpus", str(corpus),
+        "--hook", HOOK, "--hook", "blocks.0.attn.hook_z", "--tokens", str(tokens), "--context", "32", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def train_arguments(workspace: Path, tokens: int = 20_000) -> list[str]:
+    return [
+        "train", "h", "--workspace", str(workspace), "--name", "s", "--hook", HOOK, "--k", "8", "--d-sae", "128",
+        "--tokens", str(tokens), "--batch-size", "512", "--baseline", "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, corpus: Path) -> Path:
+    """A workspace with a harvest, two trained SAEs and their evaluations, made by the command line."""
+    path = tmp_path_factory.mktemp("workspaces") / "w"
+    assert run(harvest_arguments(path, tiny_gpt2, corpus)) == 0
+    assert run(train_arguments(path)) == 0
+    assert run(["evaluate", "s", "s-random-decoder", "--workspace", str(path), "--tokens", "1024"]) == 0
+    return path
+
+
+def json_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
+    capsys.readouterr()
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_info_lists_everything_that_was_made(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info = json_of(capsys, "info", "--workspace", str(workspace))
+    assert [item["name"] for item in info["harvests"]] == ["h"]
+    assert info["harvests"][0]["state"] == "finished"
+    assert [item["finished"] for item in info["runs"]] == [True]
+    assert {item["name"] for item in info["saes"]} == {"s", "s-random-decoder"}
+    evaluation = next(item["evaluation"] for item in info["saes"] if item["name"] == "s")
+    assert 0 < evaluation["l0"] <= 8
+    assert 0 < evaluation["fvu"] < 1
+
+
+def test_info_reads_well(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(["info", "--workspace", str(workspace)]) == 0
+    text = capsys.readouterr().out
+    for word in ("Harvests", "Training runs", "SAEs", "s-random-decoder", "finished"):
+        assert word in text
+
+
+def test_the_trained_sae_beats_the_random_decoder(workspace: Path) -> None:
+    space = Workspace(workspace, create=False)
+    fvu = {item.name: item.evaluation["fvu"] for item in space.saes() if item.evaluation}
+    assert fvu["s"] < fvu["s-random-decoder"]
+
+
+def test_sql_joins_tokens_and_activations(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json_of(
+        capsys, "sql", "--workspace", str(workspace),
+        f"SELECT row, text, len(vector) AS width FROM activations WHERE hook = '{HOOK}' AND flags = 0 "
+        "ORDER BY row LIMIT 3",
+    )  # fmt: skip
+    assert [row["width"] for row in rows] == [32, 32, 32]
+    assert rows[0]["row"] == 1
+
+
+def test_sql_reads_runs_and_results(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json_of(
+        capsys, "sql", "--workspace", str(workspace),
+        'SELECT m.name, max(m.tokens) AS tokens FROM "run.s".metrics m GROUP BY m.name ORDER BY m.name',
+    )  # fmt: skip
+    assert [row["name"] for row in rows] == ["s", "s-random-decoder"]
+    rows = json_of(capsys, "sql", "--workspace", str(workspace), 'SELECT fvu FROM "evaluation.s".metrics')
+    assert 0 < rows[0]["fvu"] < 1
+
+
+def test_doctor_finds_a_sound_workspace_and_a_damaged_block(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    checks = json_of(capsys, "doctor", "--workspace", str(workspace))
+    assert not [check for check in checks if check["state"] == "broken"]
+    copy = tmp_path / "copy"
+    shutil.copytree(workspace, copy)
+    block = next((copy / "harvests/h/blocks" / HOOK).glob("*.safetensors"))
+    content = bytearray(block.read_bytes())
+    content[-1] ^= 1
+    block.write_bytes(content)
+    capsys.readouterr()
+    assert run(["doctor", "--workspace", str(copy)]) == 1
+    assert "checksum" in capsys.readouterr().out
+
+
+def test_repeating_a_finished_command_changes_nothing(workspace: Path, tiny_gpt2: Path, corpus: Path) -> None:
+    weights = workspace / "saes/s/sae_weights.safetensors"
+    before = (weights.read_bytes(), weights.stat().st_mtime_ns)
+    assert run(harvest_arguments(workspace, tiny_gpt2, corpus)) == 0
+    assert run(train_arguments(workspace)) == 0
+    assert (weights.read_bytes(), weights.stat().st_mtime_ns) == before
+
+
+def test_an_sae_loads_in_saelens_with_the_same_numbers(workspace: Path) -> None:
+    import torch
+    from sae_lens import SAE as PeerSAE
+
+    space = Workspace(workspace, create=False)
+    ours, peer = space.sae("s"), PeerSAE.load_from_disk(str(workspace / "saes/s"))
+    x = space.open_harvest("h").vectors(HOOK).rows(range(64)).float()
+    torch.testing.assert_close(ours.encode(x).to_dense(), peer.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x), peer(x), rtol=1e-5, atol=1e-5)
+
+
+def killed_after(arguments: list[str], until: Path, signal_number: int) -> int:
+    """Starts a command in a process of its own and sends it a signal once files match `until`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from workbench.cli import main; main({arguments!r})"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(until.parent.glob(until.name)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def tree(folder: Path, pattern: str) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob(pattern))}
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_harvest_and_a_run_that_were_stopped_end_in_the_same_bytes(
+    signal_number: int, tmp_path: Path, tiny_gpt2: Path, corpus: Path
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(harvest_arguments(whole, tiny_gpt2, corpus)) == 0
+    code = killed_after(
+        harvest_arguments(stopped, tiny_gpt2, corpus), stopped / "harvests/h/harvest.json", signal_number
+    )
+    assert code in (-signal_number, 130)
+    assert run(harvest_arguments(stopped, tiny_gpt2, corpus)) == 0
+    assert tree(whole, "harvests/h/blocks/*/*") == tree(stopped, "harvests/h/blocks/*/*")
+
+    assert run(train_arguments(whole, 150_000)) == 0
+    code = killed_after(train_arguments(stopped, 150_000), stopped / "runs/s/metrics.jsonl", signal_number)
+    assert code in (-signal_number, 130)
+    assert run(train_arguments(stopped, 150_000)) == 0
+    assert tree(whole, "saes/s/sae_weights.safetensors") == tree(stopped, "saes/s/sae_weights.safetensors")
+    curves = [Workspace(path).run("s").metrics().drop(columns="seconds") for path in (whole, stopped)]
+    assert curves[0].equals(curves[1])
+
+
+def harvest_of(model: str, corpus: str, hook: str, name: str = "x") -> list[str]:
+    return [
+        "harvest", name, "--workspace", "{tmp}/a", "--model", model, "--corpus", corpus, "--hook", hook,
+        "--context", "32",
+    ]  # fmt: skip
+
+
+MISTAKES = {
+    "no workspace": (["info", "--workspace", "{tmp}/none"], "no workspace at"),
+    "foreign folder": (["info", "--workspace", "{corpus}"], "is not a workspace"),
+    "unknown command": (["harvets"], "No such command"),
+    "unknown hook": (
+        harvest_of("{model}", "{corpus}", "blocks.0.hook_resid_past"),
+        "blocks.0.hook_resid_post",
+    ),
+    "layer out of range": (
+        harvest_of("{model}", "{corpus}", "blocks.7.hook_resid_post"),
+        "3 layers",
+    ),
+    "no such model": (
+        harvest_of("{tmp}/nothing", "{corpus}", HOOK),
+        "no model folder",
+    ),
+    "no network": (
+        harvest_of("someone/some-model", "{corpus}", HOOK),
+        "network",
+    ),
+    "no such corpus": (
+        harvest_of("{model}", "{tmp}/nothing.txt", HOOK),
+        "no corpus at",
+    ),
+    "unknown harvest": (["train", "y", "--workspace", "{workspace}", "--name", "n"], "it has h"),
+    "several hooks": (["train", "h", "--workspace", "{workspace}", "--name", "n"], "--hook"),
+    "k above d_sae": (
+        ["train", "h", "--workspace", "{workspace}", "--name", "n", "--hook", HOOK, "--k", "65", "--d-sae", "64"],
+        "between 1 and",
+    ),
+    "taken name": (
+        ["train", "h", "--workspace", "{workspace}", "--name", "s", "--hook", HOOK, "--k", "4", "--d-sae", "64"],
+        "other settings",
+    ),
+    "unknown SAE": (["evaluate", "q", "--workspace", "{workspace}"], "it has s, s-random-decoder"),
+    "bad SQL": (["sql", "SELEC 1", "--workspace", "{workspace}"], "syntax error"),
+    "writing SQL": (["sql", "CREATE TABLE t (a INT)", "--workspace", "{workspace}"], "only one SELECT"),
+    "bad name": (
+        harvest_of("{model}", "{corpus}", HOOK, "../x"),
+        "file name",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_give_one_line_and_exit_code_2(
+    mistake: str, workspace: Path, tiny_gpt2: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = MISTAKES[mistake]
+    places = {"tmp": tmp_path, "workspace": workspace, "model": tiny_gpt2, "corpus": corpus}
+    capsys.readouterr()
+    assert run([argument.format(**places) for argument in arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1, errors
+    assert expected in errors[0]
+
+
+def test_gc_removes_what_is_named_and_nothing_else(workspace: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(workspace, copy)
+    assert run(["gc", "--sae", "s", "--dry-run", "--workspace", str(copy)]) == 0
+    assert (copy / "saes/s").is_dir()
+    assert run(["gc", "--sae", "s", "--workspace", str(copy)]) == 0
+    assert not (copy / "saes/s").exists()
+    assert (copy / "saes/s-random-decoder").is_dir()
+    assert run(["doctor", "--workspace", str(copy)]) == 0

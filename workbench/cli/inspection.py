@@ -1,0 +1,157 @@
+"""Commands that look: info, sql, doctor, gc, app."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption
+from workbench.cli.output import print_json, print_table
+from workbench.progress import format_bytes
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command()(info)
+    app.command()(sql)
+    app.command()(doctor)
+    app.command()(gc)
+    app.command("app")(open_app)
+
+
+def info(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
+    """List what the workspace holds: harvests, training runs and SAEs with their evaluations."""
+    from workbench.workspace import Workspace
+
+    space = Workspace(workspace, create=False)
+    harvests = space.harvest_summaries()
+    runs, saes = space.runs(), space.saes()
+    if as_json:
+        print_json(
+            {
+                "workspace": str(space.path),
+                "harvests": [dataclasses.asdict(item) for item in harvests],
+                "runs": [dataclasses.asdict(item) for item in runs],
+                "saes": [dataclasses.asdict(item) for item in saes],
+            }
+        )
+        return
+    print(f"Workspace {space.path}")
+    print_table(
+        "Harvests",
+        ["name", "model", "corpus", "hooks", "rows", "size", "state"],
+        [
+            [item.name, item.model, item.corpus, "\n".join(item.hooks), item.rows, format_bytes(item.bytes), item.state]
+            for item in harvests
+        ],
+    )
+    print_table(
+        "Training runs",
+        ["name", "harvest", "hook", "SAEs", "tokens", "state"],
+        [
+            [run.name, run.harvest, run.hook, "\n".join(run.saes), run.tokens, run.state] for run in runs
+        ],
+    )  # fmt: skip
+    print_table(
+        "SAEs",
+        ["name", "rule", "features", "hook", "L0", "FVU", "added nats", "recovered (zero)"],
+        [
+            [item.name, item.rule, item.d_sae, item.hook]
+            + [(item.evaluation or {}).get(key) for key in ("l0", "fvu", "added_nats", "loss_recovered_zero")]
+            for item in saes
+        ],
+    )
+
+
+def sql(
+    query: Annotated[str, typer.Argument(help="One SELECT statement.")],
+    harvest: Annotated[str | None, typer.Option(help="Harvest the table names speak of.")] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Query tokens, activations, runs and results with read-only SQL (DuckDB).
+
+    `activations` joins tokens and vectors; `vec('HOOK', row)` gives a vector.
+    """
+    from workbench.workspace import Workspace
+
+    answer = Workspace(workspace, create=False).sql(query, harvest=harvest)
+    if as_json:
+        print_json([dict(zip(answer.columns, row, strict=True)) for row in answer.rows])
+    else:
+        print_table("", answer.columns, [[shorten(cell) for cell in row] for row in answer.rows])
+
+
+def shorten(cell: Any) -> Any:
+    """A vector as its first entries and its length."""
+    if isinstance(cell, list | tuple) and len(cell) > 4:
+        return f"[{', '.join(f'{value:.3g}' for value in cell[:4])}, ... {len(cell)} in all]"
+    return cell
+
+
+def doctor(
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the installation and, where there is one, the workspace: versions, devices, disk, every block's checksum.
+
+    Exit code 1 when something is broken.
+    """
+    from workbench.doctor import examine
+
+    checks = examine(workspace)
+    if as_json:
+        print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        for check in checks:
+            print(f"{check.state.upper():7} {check.what}: {check.finding}")
+            if check.remedy:
+                print(f"        {check.remedy}")
+    if any(check.state == "broken" for check in checks):
+        raise typer.Exit(1)
+
+
+def gc(
+    sae: Annotated[list[str], typer.Option("--sae", help="Remove this SAE.")] = [],  # noqa: B006
+    harvest: Annotated[list[str], typer.Option("--harvest", help="Remove this harvest.")] = [],  # noqa: B006
+    run: Annotated[list[str], typer.Option("--run", help="Remove this training run.")] = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option(help="Only list what would go.")] = False,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove leftovers of killed processes, and the artefacts that are named."""
+    from workbench.workspace import Workspace
+
+    removed = Workspace(workspace, create=False).gc(saes=sae, harvests=harvest, runs=run, dry_run=dry_run)
+    if as_json:
+        print_json([{"path": str(item.path), "bytes": item.bytes} for item in removed])
+        return
+    for item in removed:
+        print(f"{'would remove' if dry_run else 'removed'} {item.path} ({format_bytes(item.bytes)})")
+    print(f"{format_bytes(sum(item.bytes for item in removed))} in {len(removed)} items")
+
+
+def open_app(
+    workspace: WorkspaceOption = Path("demo-workspace"),
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 8501,
+    browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
+) -> None:
+    """Open the web app on a workspace; it listens on this machine only."""
+    from importlib.util import find_spec
+
+    from workbench.workspace import Workspace
+
+    Workspace(workspace, create=False)
+    package = find_spec("app")
+    assert package is not None
+    assert package.origin is not None
+    command = [
+        sys.executable, "-m", "streamlit", "run", str(Path(package.origin).with_name("main.py")),
+        "--server.address", "localhost", "--server.port", str(port),
+        "--server.headless", "false" if browser else "true", "--browser.gatherUsageStats", "false",
+        "--", str(workspace),
+    ]  # fmt: skip
+    raise typer.Exit(subprocess.call(command))

@@ -1,0 +1,71 @@
+"""Entry point: assembles the commands and turns every mistake into one line and an exit code.
+
+Exit codes: 0 done, 1 a check found something wrong (`doctor`), 2 bad input, 130 interrupted.
+"""
+
+import os
+import sys
+from typing import Any
+
+# Before any import of the libraries that read these: no progress bars of theirs among ours, no telemetry.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import typer
+
+from sae.errors import InputError
+from workbench.cli import inspection, pipeline
+
+# Typer carries click inside since 0.26 and used the real one before: its public BadParameter leads to either.
+ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="workbench",
+    help="Harvest a transformer's activations, train sparse autoencoders on them, and see what they found.",
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+pipeline.register(app)
+inspection.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    show_version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if show_version:
+        from importlib.metadata import version
+
+        print(f"workbench {version('interp-workbench')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits the process."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command; returns its exit code."""
+    try:
+        result = app(args=arguments, prog_name="workbench", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except InputError as error:
+        print(f"workbench: error: {error}", file=sys.stderr)
+        return 2
+    except ClickException as error:
+        context = getattr(error, "ctx", None)
+        usage = context.command_path if context else "workbench"
+        message = str(error.format_message()).splitlines()[0].rstrip(".")
+        print(f"workbench: error: {message} (see `{usage} --help`)", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("workbench: interrupted; repeat the same command to go on where it stopped", file=sys.stderr)
+        return 130

@@ -1,0 +1,46 @@
+"""Figures of the pipeline, as Plotly objects: the app shows them and notebooks call them directly."""
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+
+def training_curves(metrics: pd.DataFrame) -> go.Figure:
+    """FVU, L0, loss and dead share against tokens, one line per SAE.
+
+    Args:
+        metrics: `Workspace.run(name).metrics()`: columns name, tokens, fvu, l0, loss, dead_share.
+    """
+    panels = [("fvu", "FVU"), ("l0", "L0"), ("loss", "loss"), ("dead_share", "dead share")]
+    figure = make_subplots(rows=1, cols=4, subplot_titles=[title for _, title in panels], horizontal_spacing=0.06)
+    palette = ["#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#efb118", "#6cc5b0"]
+    for number, (sae, rows) in enumerate(metrics.groupby("name", sort=True)):
+        colour = palette[number % len(palette)]
+        for column, (key, _) in enumerate(panels, start=1):
+            figure.add_scatter(
+                x=rows["tokens"], y=rows[key], name=str(sae), legendgroup=str(sae), showlegend=column == 1,
+                mode="lines", line={"color": colour, "width": 1.5}, row=1, col=column,
+            )  # fmt: skip
+    figure.update_xaxes(title_text="tokens")
+    figure.update_yaxes(type="log", row=1, col=1)
+    figure.update_yaxes(type="log", row=1, col=3)
+    return figure.update_layout(
+        height=320, margin={"l": 40, "r": 10, "t": 40, "b": 40}, legend={"orientation": "h", "y": -0.25}
+    )
+
+
+def density_histogram(histogram: pd.DataFrame) -> go.Figure:
+    """How often features fire: number of features by the logarithm of their firing density.
+
+    Args:
+        histogram: an evaluation's table `density_histogram`: columns sae, log10_density (bin's left edge), features.
+    """
+    figure = go.Figure()
+    for sae, rows in histogram.groupby("sae", sort=True):
+        figure.add_scatter(x=rows["log10_density"], y=rows["features"], name=str(sae), mode="lines", line_shape="hvh")
+    return figure.update_layout(
+        xaxis_title="log10 of the share of tokens on which the feature fires",
+        yaxis_title="features",
+        height=320,
+        margin={"l": 40, "r": 10, "t": 20, "b": 40},
+    )

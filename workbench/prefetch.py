@@ -1,0 +1,57 @@
+"""Runs an iterator ahead of its consumer, in a thread."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@contextmanager
+def prefetch(items: Iterator[T], ahead: int) -> Iterator[Iterator[T]]:
+    """Context manager giving `items` in order, up to `ahead` of them computed in advance.
+
+    An exception in the iterator is raised where its item would have come. Leaving the context stops the thread
+    after the item it is working on.
+    """
+    ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=ahead)
+    stopped = threading.Event()
+
+    def put(item: tuple[bool, T | BaseException | None]) -> None:
+        waiting = True
+        while waiting and not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                waiting = False
+            except queue.Full:
+                pass
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((True, item))
+                if stopped.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    def results() -> Iterator[T]:
+        while True:
+            is_item, value = ready.get()
+            if is_item:
+                yield value  # type: ignore[misc]
+            elif isinstance(value, BaseException):
+                raise value
+            else:
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield results()
+    finally:
+        stopped.set()
+        thread.join()
