@@ -11,8 +11,6 @@ tokens with the whole file as context. See `demo_metrics` for the head scores an
 import argparse
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,36 +20,22 @@ import numpy as np
 import torch
 from demo_metrics import (
     bits_per_byte,
-    document_windows,
     induction_scores,
     mlp_sparsity,
     nats_per_document,
     previous_token_scores,
 )
 from model_card import write_card
+from packed_corpus import HeldoutFiles, corpus_heldout, read_stream
 from torch import Tensor
-from train_demo_model import read_stream
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from workbench.python_source import TEST_FOLDERS, split_of, stdlib_files
+from workbench.python_source import split_of, stdlib_files
 
 MODEL = Path(__file__).resolve().parent / "demo_model"
-PACKAGE_FILES = 120
-"""Held-out package files scored, evenly spread over packages; all of them would take a CPU too long."""
 HEAD_WINDOWS = 64
 SAMPLE = ("asyncio/queues.py", "code.py", "netrc.py", "operator.py", "py_compile.py", "runpy.py", "stat.py")
 """Held-out modules that change little between Python versions; their losses let a test check the shipped files."""
-
-
-@dataclass(frozen=True)
-class HeldoutFiles:
-    documents: list[np.ndarray]
-    bytes: int
-
-    def windows(self, count: int) -> Tensor:
-        """Full windows of the first files."""
-        full = [windows[:-1] for windows in map(document_windows, self.documents)]
-        return torch.cat(full)[:count]
 
 
 def main() -> None:
@@ -133,20 +117,6 @@ def encode(tokenizer: Any, text: str) -> np.ndarray:
 def interpreter_heldout(tokenizer: Any) -> HeldoutFiles:
     texts = [file.read() for file in stdlib_files() if split_of(file.module_path) == "heldout"]
     return HeldoutFiles([encode(tokenizer, text) for text in texts if text], sum(len(text.encode()) for text in texts))
-
-
-def corpus_heldout(corpus: Path) -> dict[str, HeldoutFiles]:
-    """The held-out files that `stdlib_files` lists (no tests), and an even choice of held-out package files."""
-    heldout = np.load(corpus / "heldout.npz")
-    documents = np.split(heldout["tokens"], np.cumsum(heldout["lengths"])[:-1])
-    is_test = np.array([not TEST_FOLDERS.isdisjoint(path.split("/")) for path in heldout["module_paths"]])
-    stdlib, packages = np.flatnonzero(heldout["stdlib"] & ~is_test), np.flatnonzero(~heldout["stdlib"])
-    packages = packages[:: max(1, -(-len(packages) // PACKAGE_FILES))]
-
-    def choose(indices: Sequence[int] | np.ndarray) -> HeldoutFiles:
-        return HeldoutFiles([documents[i] for i in indices], int(heldout["bytes"][indices].sum()))
-
-    return {"standard library": choose(stdlib), "packages": choose(packages)}
 
 
 def add_baseline(result: dict[str, Any], corpus: Path, sets: dict[str, HeldoutFiles]) -> None:

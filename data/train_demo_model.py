@@ -7,14 +7,13 @@ that follow some place in the stream (512 inputs, 512 targets); windows of one e
 moves from epoch to epoch. AdamW, warm-up, then linear decay to zero over a number of steps that the first hundred
 steps' speed and `--minutes` decide (`--steps` sets it instead). Weights are stored in fp16.
 
-Arithmetic is fp32 with TF32 matrix products. bf16 autocast is faster but breaks this model: the residual stream
-after layer 0 takes on a large constant vector, attention logits in layer 1 explode, that layer's bf16 gradients come
-out with the wrong sign, and its MLP dies (compare arXiv:2510.04212). Training stops when a layer has died.
+Matrix products run in bf16, attention in fp32. With attention in bf16 as well the model broke: the residual stream
+after layer 0 took on a large constant vector, attention logits in layer 1 exploded, that layer's gradients came out
+with the wrong sign, and its MLP died (compare arXiv:2510.04212). Training stops when a layer has died.
 """
 
 import argparse
 import json
-import lzma
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,22 +21,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from demo_metrics import bits_per_byte, document_windows, induction_scores, mlp_sparsity, nats_per_document
+from demo_metrics import bits_per_byte, induction_scores, mlp_sparsity, nats_per_document
 from demo_tokenizer import BOS_ID, CONTEXT, VOCABULARY
 from jaxtyping import Int
+from packed_corpus import HeldoutFiles, corpus_heldout, read_stream
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
 MEASURED_STEPS = 100
 """Steps whose speed sets the number of all steps; the first ones, which compile, are not timed."""
 UNTIMED_STEPS = 20
 REPORTS = 12
+MONITOR_WINDOWS = 64
 MAX_DEAD = 0.5
 """Share of dead units in one layer at which training stops; early on, up to half are off for a while."""
-MONITOR_DOCUMENTS = 40
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stream = read_stream(arguments.corpus / "train.xz").to(device)
-    model, record = train(config, stream, monitor_documents(arguments.corpus), arguments.minutes, arguments.steps)
+    monitor = corpus_heldout(arguments.corpus)["standard library"]
+    model, record = train(config, stream, monitor, arguments.minutes, arguments.steps)
     save(model, record, arguments.corpus, arguments.out)
 
 
@@ -82,17 +82,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_stream(path: Path) -> Int[Tensor, " token"]:
-    with lzma.open(path) as file:
-        return torch.from_numpy(np.frombuffer(file.read(), np.uint16).astype(np.int32))
+def attention_fp32(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention in fp32 whatever autocast says; an attention function of transformers."""
+    with torch.autocast(query.device.type, enabled=False):
+        mixed = scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True)
+    return mixed.transpose(1, 2).contiguous(), None
 
 
-def monitor_documents(corpus: Path) -> tuple[list[np.ndarray], int]:
-    """A few held-out standard-library files to watch during training, and their size in bytes."""
-    heldout = np.load(corpus / "heldout.npz")
-    documents = np.split(heldout["tokens"], np.cumsum(heldout["lengths"])[:-1])
-    chosen = np.flatnonzero(heldout["stdlib"])[:MONITOR_DOCUMENTS]
-    return [documents[index] for index in chosen], int(heldout["bytes"][chosen].sum())
+AttentionInterface.register("attention_fp32", attention_fp32)
 
 
 def build_model(config: TrainingConfig) -> GPT2LMHeadModel:
@@ -110,6 +109,7 @@ def build_model(config: TrainingConfig) -> GPT2LMHeadModel:
             attn_pdrop=0.0,
             bos_token_id=BOS_ID,
             eos_token_id=BOS_ID,
+            attn_implementation="attention_fp32",
         )
     )
 
@@ -134,7 +134,7 @@ def batches(
 def train(
     config: TrainingConfig,
     stream: Int[Tensor, " token"],
-    monitor: tuple[list[np.ndarray], int],
+    monitor: HeldoutFiles,
     minutes: float,
     steps: int | None,
 ) -> tuple[GPT2LMHeadModel, dict[str, Any]]:
@@ -152,7 +152,8 @@ def train(
     )
 
     def loss_of(batch: Tensor) -> Tensor:
-        logits = model(batch[:, :-1], use_cache=False).logits
+        with torch.autocast(stream.device.type, torch.bfloat16, enabled=cuda):
+            logits = model(batch[:, :-1], use_cache=False).logits
         return cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     # Compiling pays on the GPU only; a CPU run is for trying the script out.
@@ -201,7 +202,7 @@ def train(
         "seconds": round(time.monotonic() - started, 1),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "torch": torch.__version__,
-        "precision": "TF32 matrix products, otherwise fp32",
+        "precision": "bf16 matrix products, attention and everything else in fp32",
         "parameters": sum(p.numel() for p in model.parameters()),
         "history": history,
     }
@@ -210,17 +211,15 @@ def train(
     return model, record
 
 
-def monitor_metrics(model: GPT2LMHeadModel, monitor: tuple[list[np.ndarray], int]) -> dict[str, Any]:
+def monitor_metrics(model: GPT2LMHeadModel, monitor: HeldoutFiles) -> dict[str, Any]:
     model.eval()
-    documents, size = monitor
-    nats = nats_per_document(model, documents, batch=64).sum()
+    nats = nats_per_document(model, monitor.documents, batch=64).sum()
     induction = induction_scores(model, sequences=16).max()
-    windows = torch.cat([document_windows(tokens)[:-1] for tokens in documents])
     # A learning rate that is too high shows here first: units of a ReLU layer die and do not come back.
-    dead = mlp_sparsity(model, windows).dead
+    dead = mlp_sparsity(model, monitor.windows(MONITOR_WINDOWS)).dead
     model.train()
     return {
-        "heldout_bits_per_byte": round(bits_per_byte(nats, size), 4),
+        "heldout_bits_per_byte": round(bits_per_byte(nats, monitor.bytes), 4),
         "best_induction": round(induction.item(), 3),
         "dead_units": [round(share, 3) for share in dead.tolist()],
     }

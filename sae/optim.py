@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 # Entries of a temporary product: on a CPU it stays in the cache, on a GPU it is bounded.
-CPU_CHUNK, GPU_CHUNK = 2**19, 2**26
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**26
 
 
 def learning_rate(step: int, n_steps: int, peak: float, warmup: float, decay: float) -> float:

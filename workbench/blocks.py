@@ -165,7 +165,11 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
 def append_block(folder: Path, block: Block) -> None:
     """Records a block whose files are in place."""
-    with (folder / JOURNAL).open("a") as journal:
+    path = folder / JOURNAL
+    if not path.exists():
+        # A rename syncs the folder too, without which a power cut could lose the whole journal.
+        write_atomically(path, lambda partial: partial.touch())
+    with path.open("a") as journal:
         journal.write(block.to_json() + "\n")
         journal.flush()
         os.fsync(journal.fileno())

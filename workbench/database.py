@@ -67,6 +67,8 @@ def write_database(
                 connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM content")
                 connection.unregister("content")
             connection.execute(DOCUMENTS)
+            # Closing would checkpoint too, but keeps silent when the disk is full and leaves the rows in a log.
+            connection.execute("CHECKPOINT")
 
     path = folder / DATABASE
     try:

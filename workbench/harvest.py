@@ -36,6 +36,7 @@ from workbench.locks import RunLock
 from workbench.models import DTYPES, LoadedModel
 from workbench.packing import FLAG_PADDING, PackedBatch, pack
 from workbench.prefetch import prefetch
+from workbench.progress import format_bytes
 from workbench.store import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, Harvest
 from workbench.writing import BlockWriter
 
@@ -185,7 +186,7 @@ def _check_space(folder: Path, plan: Plan, rows: int) -> int:
     free = shutil.disk_usage(existing).free
     if rows * plan.row_bytes > free:
         raise InputError(
-            f"{rows:,} rows take {rows * plan.row_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
+            f"{rows:,} rows take {format_bytes(rows * plan.row_bytes)} and {format_bytes(free)} are free: "
             "harvest fewer tokens or hook points, or choose another --workspace"
         )
     return free

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sae.errors import InputError
 from workbench.results import Result, ResultStore, check_name
 from workbench.runs import Run, RunSummary
+from workbench.summaries import HarvestSummary, SAESummary, harvest_summaries, sae_summaries
 
 if TYPE_CHECKING:
     from sae.model import SAE
@@ -36,34 +36,6 @@ if TYPE_CHECKING:
     from workbench.store import Harvest
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class HarvestSummary:
-    """A harvest as `workbench info` and the app list it."""
-
-    name: str
-    model: str
-    corpus: str
-    hooks: list[str]
-    rows: int
-    bytes: int
-    state: str
-    """`finished` or `unfinished`."""
-
-
-@dataclass(frozen=True)
-class SAESummary:
-    """An SAE as `workbench info` and the app list it."""
-
-    name: str
-    rule: str
-    d_in: int
-    d_sae: int
-    model: str
-    hook: str
-    evaluation: dict[str, Any] | None
-    """The latest evaluation's headline numbers, or None."""
 
 
 class Workspace:
@@ -177,23 +149,7 @@ class Workspace:
 
     def harvest_summaries(self) -> list[HarvestSummary]:
         """All harvests, finished or not."""
-        from workbench.store import DATABASE, DESCRIPTION, Harvest
-
-        summaries = []
-        for file in sorted(self.path.glob(f"harvests/*/{DESCRIPTION}")):
-            harvest = Harvest(file.parent)
-            summaries.append(
-                HarvestSummary(
-                    name=harvest.name,
-                    model=harvest.model["name"],
-                    corpus=harvest.corpus["name"],
-                    hooks=harvest.hooks,
-                    rows=harvest.n_rows,
-                    bytes=harvest.n_bytes,
-                    state="finished" if (file.parent / DATABASE).is_file() else "unfinished",
-                )
-            )
-        return summaries
+        return harvest_summaries(self.path)
 
     def corpus_of(self, harvest: "Harvest") -> "Corpus":
         """The corpus a harvest was made from, opened again."""
@@ -299,25 +255,7 @@ class Workspace:
 
     def saes(self) -> list[SAESummary]:
         """The SAEs of the workspace with the latest evaluation of each."""
-        evaluations = {result.name: result for result in self.results.find("evaluation")}
-        summaries = []
-        for file in sorted(self.path.glob("saes/*/cfg.json")):
-            config = json.loads(file.read_text())
-            metadata = config.get("metadata", {})
-            name = file.parent.name
-            evaluation = evaluations.get(name)
-            summaries.append(
-                SAESummary(
-                    name=name,
-                    rule=f"{config['architecture']} k={config['k']}" if "k" in config else config["architecture"],
-                    d_in=config["d_in"],
-                    d_sae=config["d_sae"],
-                    model=metadata.get("model_name", ""),
-                    hook=metadata.get("hook_name", ""),
-                    evaluation=None if evaluation is None else evaluation.table("metrics").iloc[0].to_dict(),
-                )
-            )
-        return summaries
+        return sae_summaries(self.path, self.results)
 
     def sae(self, name: str, device: str = "cpu") -> "SAE":
         """Loads an SAE. Raises InputError naming those there are."""

@@ -24,7 +24,7 @@ from workbench.blocks import TOKEN_COLUMNS, Block, StoredFile, append_block, wri
 from workbench.packing import FLAG_NO_GRADIENT, FLAG_PADDING, PackedBatch
 from workbench.store import GRADIENT
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class _Buffer:
@@ -81,6 +81,7 @@ class BlockWriter:
         self._writing: deque[tuple[Future[None], _Buffer]] = deque()
         self._buffer: _Buffer | None = None
         self._made = 0
+        self._flushed = len(blocks)
 
     def __enter__(self) -> "BlockWriter":
         return self
@@ -123,7 +124,8 @@ class BlockWriter:
             with torch.cuda.stream(self._stream):
                 buffer.finite = [torch.stack(buffer.finite).to("cpu", non_blocking=True)]
                 buffer.arrived = self._stream.record_event()
-        self._writing.append((self._thread.submit(self._write, buffer), buffer))
+        self._writing.append((self._thread.submit(self._write, buffer, self._flushed), buffer))
+        self._flushed += 1
 
     def _free_buffer(self) -> _Buffer:
         if self._made < 2:
@@ -143,10 +145,12 @@ class BlockWriter:
         flags[:, :-1][batch.flags[:, 1:] & FLAG_PADDING != 0] |= FLAG_NO_GRADIENT
         return flags
 
-    def _write(self, buffer: _Buffer) -> None:
+    def _write(self, buffer: _Buffer, number: int) -> None:
+        if number != len(self.blocks):
+            return  # A block before it could not be stored, and the journal has no gaps.
         if buffer.arrived is not None:
             buffer.arrived.synchronize()
-        number, rows = len(self.blocks), buffer.filled
+        rows = buffer.filled
         first_row = self.blocks[-1].first_row + self.blocks[-1].n_rows if self.blocks else 0
         values = {name: value[:rows] for name, value in buffer.values.items()}
         if not all(bool(finite.all()) for finite in buffer.finite):

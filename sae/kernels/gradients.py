@@ -78,7 +78,7 @@ def _grad_values(
     """G[token] . W_dec[feature] of every entry.
 
     On the CPU torch's sampled product never forms the gathered rows: 5 ms where gathering takes 16 ms or more
-    (n 1024, d 768, k 32, 2 cores; see benchmarks/train_step_cpu.py).
+    (n 1024, d 768, k 32, 2 cores).
     """
     feature = code.indices.reshape(-1)
     if not grad_x_hat.is_cuda:
@@ -86,7 +86,7 @@ def _grad_values(
         if starts is None:
             starts = torch.arange(0, feature.shape[0] + 1, code.indices.shape[1], device=feature.device)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
             entries = torch.sparse_csr_tensor(
                 starts,
                 feature,

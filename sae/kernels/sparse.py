@@ -23,7 +23,7 @@ def decode(
 
 
 # Features per call where sums are written to a given matrix: their part stays in the cache.
-FEATURES_PER_CALL = 1024
+FEATURES_PER_CALL = 4096
 
 
 def feature_sums(

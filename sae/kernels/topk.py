@@ -49,6 +49,9 @@ def topk_encode(
     """
     n, d_sae = x.shape[0], W_enc.shape[1]
     score_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # Only CUDA multiplies in low precision with sums in fp32. Weights are converted once, not for every chunk.
+    factor_dtype = x.dtype if x.is_cuda else score_dtype
+    x, weights, bias = x.to(factor_dtype), W_enc.to(factor_dtype), b_enc.to(score_dtype)
     values = torch.empty(n, k, dtype=score_dtype, device=x.device)
     indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
     group = 0 if x.is_cuda else _group_size(d_sae, k)
@@ -59,7 +62,7 @@ def topk_encode(
     for first in range(0, n, rows):
         chunk = x[first : first + rows]
         scores = buffer[: chunk.shape[0]]
-        _pre_activations(chunk, W_enc, b_enc, scores[:, :d_sae])
+        _pre_activations(chunk, weights, bias, scores[:, :d_sae])
         best, where, doubtful = _select(scores, d_sae, k, group)
         redo = torch.nonzero(doubtful).squeeze(1)
         if redo.numel():
@@ -76,11 +79,9 @@ def _pre_activations(
 ) -> None:
     """Writes x W_enc + b_enc to `out`, accumulated in out's precision."""
     if x.dtype == out.dtype:
-        torch.addmm(b_enc.to(out.dtype), x, W_enc.to(x.dtype), out=out)
-    elif x.is_cuda:
-        out.copy_(torch.mm(x, W_enc.to(x.dtype), out_dtype=out.dtype)).add_(b_enc)
+        torch.addmm(b_enc, x, W_enc, out=out)
     else:
-        torch.addmm(b_enc.to(out.dtype), x.to(out.dtype), W_enc.to(out.dtype), out=out)
+        torch.add(torch.mm(x, W_enc, out_dtype=out.dtype), b_enc, out=out)
 
 
 def _group_size(d_sae: int, k: int) -> int:

@@ -19,7 +19,7 @@ from demo_metrics import (
 from evaluate_demo_model import MODEL, SAMPLE, encode, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from workbench.python_source import split_of, stdlib_files
 
@@ -134,14 +134,15 @@ def test_a_previous_token_head_exists(loaded: tuple[GPT2LMHeadModel, Any], sampl
     assert previous_token_scores(model, windows).max() >= 0.4
 
 
-def test_attention_patterns_equal_those_of_transformers(loaded: tuple[GPT2LMHeadModel, Any]) -> None:
-    eager = GPT2LMHeadModel.from_pretrained(
-        MODEL, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
-    ).eval()
-    tokens = torch.randint(1, 4096, (2, 20), generator=torch.Generator().manual_seed(0))
+def test_attention_patterns_equal_those_of_transformers() -> None:
+    config = GPT2Config(vocab_size=4096, n_positions=32, n_embd=64, n_layer=2, n_head=4, initializer_range=0.3)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(1, 4096, (2, 20))
     with torch.no_grad():
-        expected = torch.stack(eager(tokens, output_attentions=True).attentions)
-    torch.testing.assert_close(attention_patterns(loaded[0], tokens), expected, atol=1e-5, rtol=1e-4)
+        expected = torch.stack(model(tokens, output_attentions=True).attentions)
+    torch.testing.assert_close(attention_patterns(model, tokens), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_manifest_names_packages_and_no_paths_of_the_machine() -> None:

@@ -24,7 +24,7 @@ def sae() -> SAE:
         for parameter in made.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         made.W_dec.div_(made.W_dec.norm(dim=1, keepdim=True))
-        made.b_enc.sub_(6.0)  # some tokens have fewer than k active features
+        made.b_enc.sub_(9.0)  # some tokens have fewer than k active features
     return made
 
 

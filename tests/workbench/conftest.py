@@ -211,7 +211,11 @@ def make_harvest(tmp_path: Path) -> MakeHarvest:
                 writer.add(batch, {hook: value[at] for hook, value in vectors.items()})
             writer.flush()
         write_database(
-            folder, blocks, context_len=context_len, vocabulary=[f"t{i}" for i in range(context_len)], meta={"name": name}
+            folder,
+            blocks,
+            context_len=context_len,
+            vocabulary=[f"t{i}" for i in range(context_len)],
+            meta={"name": name},
         )
         return Harvest.open(folder)
 

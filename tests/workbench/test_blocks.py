@@ -11,7 +11,15 @@ from safetensors.torch import load_file
 
 from sae.errors import InputError
 from workbench.blocks import (
-    ALIGNMENT, JOURNAL, Block, append_block, checksum, map_tensors, read_journal, recover_journal, write_file,
+    ALIGNMENT,
+    JOURNAL,
+    Block,
+    append_block,
+    checksum,
+    map_tensors,
+    read_journal,
+    recover_journal,
+    write_file,
 )  # fmt: skip
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8]

@@ -178,7 +178,9 @@ def test_rows_are_capped(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def test_a_query_that_takes_too_long_is_stopped(connection: duckdb.DuckDBPyConnection) -> None:
-    endless = "SELECT sum(hash(a.row * b.row * c.row * d.row * e.row)) FROM tokens a, tokens b, tokens c, tokens d, tokens e"
+    endless = (
+        "SELECT sum(hash(a.row * b.row * c.row * d.row * e.row)) FROM tokens a, tokens b, tokens c, tokens d, tokens e"
+    )
     start = time.monotonic()
     with pytest.raises(InputError, match="took more than 0 s"):
         query.run(connection, endless, max_seconds=0.3)
@@ -200,7 +202,9 @@ def test_readers_do_not_disturb_each_other(harvest: Harvest, x: torch.Tensor) ->
         try:
             for _ in range(5):
                 with query.connect([harvest]) as connection:
-                    rows = query.run(connection, f"SELECT vector FROM activations WHERE hook = '{HOOK}' ORDER BY row").rows
+                    rows = query.run(
+                        connection, f"SELECT vector FROM activations WHERE hook = '{HOOK}' ORDER BY row"
+                    ).rows
                 assert [row[0] for row in rows] == x.tolist()
         except BaseException as error:
             failures.append(error)

@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 # Before any import of the libraries that read these: no progress bars of theirs among ours, no telemetry.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,0 +1,57 @@
+"""The tiny models of the workbench's tests, with LayerNorm gains and biases that are not the identity."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=100, n_positions=64, n_embd=32, n_layer=3, n_head=4, activation_function="relu"),
+    "neox": GPTNeoXConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=64,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=list(CONFIGS))
+def bridge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A TransformerBridge of each architecture in turn, random everywhere."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+        for name, parameter in model.named_parameters():
+            if "norm" in name.lower() or ".ln_" in name:
+                parameter.add_(1.0 if name.endswith("weight") else 0.3)
+    # The bridge reads its tokenizer's folder again, so there has to be one.
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = Tokenizer(models.WordLevel({str(token): token for token in range(100)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="0", eos_token="0").save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return TransformerBridge.boot_transformers(request.param, hf_model=model, tokenizer=tokenizer, device="cpu").eval()
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    """[3, 12] token ids; 0 is BOS and stands at the start of each row and once in the middle."""
+    ids = torch.randint(1, 100, (3, 12), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = 0
+    ids[1, 5] = 0
+    return ids
