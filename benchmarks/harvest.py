@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -65,7 +66,7 @@ def measure(model: LoadedModel, config: HarvestConfig, folder: Path, rounds: int
     plan = Plan.of(model, config)
     corpus = open_corpus(config.corpus)
     batches = pack(corpus.documents("train"), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts)
-    resident = []
+    resident: list[torch.Tensor] = []
     while sum(len(batch) for batch in resident) < plan.n_contexts:
         resident.append(torch.from_numpy(next(batches).tokens).to(model.device, torch.int64))
     tokens = sum(batch.numel() for batch in resident)
@@ -91,7 +92,7 @@ def measure(model: LoadedModel, config: HarvestConfig, folder: Path, rounds: int
 @torch.inference_mode()
 def bare_pass(model: LoadedModel, plan: Plan, batches: list[torch.Tensor]) -> None:
     """The Hugging Face forward pass through the blocks up to the hook point's, and nothing else."""
-    transformer = model.hf.base_model
+    transformer: Any = model.hf.base_model
     blocks = transformer.h
     transformer.h = blocks[: plan.hooks[0].layer + 1]
     try:

@@ -22,12 +22,14 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.errors import InputError
+
 Reader = Literal["q", "k", "v", "mlp_in", "mlp_gate", "unembed"]
 
 
 @dataclass(frozen=True)
 class EffectiveWeights:
-    """W_eff [d_model, *out] and b_eff [*out] of one reader of the residual stream."""
+    """W_eff [d_model, *out] and b_eff [*out] of one reader of the residual stream, in float32 at least."""
 
     W: Tensor
     b: Tensor
@@ -44,10 +46,12 @@ def effective_weights(bridge: Any, reader: Reader, layer: int | None = None) -> 
         layer: the block; None for `unembed`.
 
     Raises:
-        ValueError: a gate of an MLP that has none.
+        InputError: a layer the model does not have, or the gate of an MLP that has none.
     """
     if reader == "unembed":
         return _through_norm(bridge, bridge.ln_final, *_linear(bridge.unembed))
+    if layer is None or not 0 <= layer < bridge.cfg.n_layers:
+        raise InputError(f"layer {layer} does not exist: the model has layers 0 to {bridge.cfg.n_layers - 1}")
     block = bridge.blocks[layer]
     if reader in ("q", "k", "v"):
         W, b = _linear(getattr(block.attn, reader))
@@ -58,9 +62,10 @@ def effective_weights(bridge: Any, reader: Reader, layer: int | None = None) -> 
         )
     name = "in" if reader == "mlp_in" else "gate"
     if not hasattr(block.mlp, name):
-        raise ValueError(f"the MLP of layer {layer} has no {name}")
-    # GPT-NeoX' parallel MLP reads through its own LayerNorm of the same input, which is ln2 as well.
-    return _through_norm(bridge, block.ln2, *_linear(getattr(block.mlp, name)))
+        raise InputError(f"the MLP of layer {layer} has no {name} matrix: its readers are q, k, v and mlp_in")
+    # Parallel MLPs read the block's input through a LayerNorm of their own (GPT-NeoX) or attention's (GPT-J).
+    norm = block.ln2 if hasattr(block, "ln2") else block.ln1
+    return _through_norm(bridge, norm, *_linear(getattr(block.mlp, name)))
 
 
 def effective_unembedding(bridge: Any) -> Float[Tensor, "d_model vocab"]:
@@ -71,22 +76,22 @@ def effective_unembedding(bridge: Any) -> Float[Tensor, "d_model vocab"]:
 def _linear(component: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, "d_out"]]:
     """Weight as [in, out] and bias of a component's original module, which may store either orientation."""
     module = component.original_component
-    weight = module.weight
+    weight = module.weight.to(torch.promote_types(module.weight.dtype, torch.float32))
     # GPT-2's Conv1D stores [in, out], nn.Linear [out, in].
     W = weight if type(module).__name__ == "Conv1D" else weight.T
     bias = getattr(module, "bias", None)
-    return W, W.new_zeros(W.shape[1]) if bias is None else bias
+    return W, W.new_zeros(W.shape[1]) if bias is None else bias.to(W.dtype)
 
 
 def _through_norm(
     bridge: Any, norm: Any, W: Float[Tensor, "d_model d_out"], b: Float[Tensor, "d_out"]
 ) -> EffectiveWeights:
     module = norm.original_component
-    gain = module.weight
+    gain = module.weight.to(W.dtype)
     if bridge.cfg.uses_rms_norm:
         # Gemma stores the gain minus one.
         gain = gain + 1 if bridge.cfg.rmsnorm_uses_offset else gain
         return EffectiveWeights(gain[:, None] * W, b)
     scaled = gain[:, None] * W
-    shift = module.bias if module.bias is not None else torch.zeros_like(gain)
+    shift = torch.zeros_like(gain) if module.bias is None else module.bias.to(W.dtype)
     return EffectiveWeights(scaled - scaled.mean(dim=0), b + shift @ W)

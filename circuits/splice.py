@@ -7,15 +7,23 @@
         ...                                                # x + (edited(x) - sae(x)): the SAE's error is kept
 
 Evaluation, steering, circuits and sparsity all use this one place.
+
+TransformerLens' hook_resid_mid is the input of the block's second LayerNorm only; the residual stream goes past it.
+Here it means the stream: the change is also added to what the block hands on, so that
+resid_post = new + mlp(ln2(new)).
 """
 
+import difflib
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from sae.errors import InputError
 
 Function = Callable[[Float[Tensor, "n width"]], Float[Tensor, "n width"]]
 
@@ -43,13 +51,16 @@ def splice(
         keep: further positions that keep their value, for passes over tokens of this shape (padding, say).
 
     Raises:
-        ValueError: the model has no such hook point.
+        InputError: the model has no such hook point.
 
     Contexts nest; hooks go when the context ends, also by an exception.
     """
     if hook_name not in bridge.hook_dict:
-        raise ValueError(f"the model has no hook point {hook_name!r}")
+        near = difflib.get_close_matches(hook_name, list(bridge.hook_dict), n=3, cutoff=0.0)
+        raise InputError(f"the model has no hook point {hook_name!r}: the nearest are {', '.join(near)}")
     spared: list[Bool[Tensor, "batch pos"]] = []
+    past_mid = re.fullmatch(r"blocks\.(\d+)\.hook_resid_mid", hook_name)
+    change: list[Tensor] = []
 
     def see_tokens(tokens: Int[Tensor, "batch pos"], hook: Any) -> None:
         spared[:] = [tokens == torch.tensor(bos_id, device=tokens.device)]
@@ -66,10 +77,22 @@ def splice(
             new = x + (new - error_of(x).to(x.dtype))
         replaced = rows.clone()
         replaced[chosen] = new
+        if past_mid is not None:
+            change[:] = [(replaced - rows).view(value.shape)]
         return replaced.view(value.shape)
+
+    def add_change(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return output[0] + change[0], *output[1:]
+        return output + change[0]
 
     hooks: list[tuple[str, Callable[..., Any]]] = [(hook_name, replace)]
     if bos_id is not None:
         hooks.insert(0, ("embed.hook_in", see_tokens))
-    with bridge.hooks(fwd_hooks=hooks):
+    with ExitStack() as stack:
+        stack.enter_context(bridge.hooks(fwd_hooks=hooks))
+        if past_mid is not None:
+            # On the module inside the block, so that hooks at hook_resid_post see the changed stream.
+            module = bridge.blocks[int(past_mid[1])].original_component
+            stack.callback(module.register_forward_hook(add_change).remove)
         yield

@@ -23,7 +23,7 @@ from workbench.progress import ProgressBar, format_seconds
 from workbench.workspace import Workspace
 
 HOOK = "blocks.2.hook_resid_post"
-D_SAE, K = 4096, 32
+D_SAE, K, BATCH_SIZE = 4096, 32, 2048
 HARVEST, SAE_NAME, BASELINE = "demo", "demo-topk", "demo-random-decoder"
 HELD_OUT_TOKENS = 32_768
 
@@ -64,8 +64,10 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
 
     start = time.monotonic()
     configs = [
-        TrainConfig(name=SAE_NAME, d_sae=D_SAE, rule=TopK(K), total_tokens=tokens),
-        TrainConfig(name=BASELINE, d_sae=D_SAE, rule=TopK(K), total_tokens=tokens, frozen_decoder=True),
+        TrainConfig(name=SAE_NAME, d_sae=D_SAE, rule=TopK(K), total_tokens=tokens, batch_size=BATCH_SIZE),
+        TrainConfig(
+            name=BASELINE, d_sae=D_SAE, rule=TopK(K), total_tokens=tokens, batch_size=BATCH_SIZE, frozen_decoder=True
+        ),
     ]
     with ProgressBar("train   ", tokens, enabled=not quiet) as bar:
 
@@ -100,19 +102,19 @@ def print_report(report: DemoReport) -> None:
     """Prints a report for people."""
     ours, baseline = report.evaluations[SAE_NAME], report.evaluations[BASELINE]
     rows = [
-        ["active features per token (L0)", "l0"],
-        ["variance not explained (FVU)", "fvu"],
-        ["cross-entropy of the model, nats", "ce_clean"],
-        ["... reading through the SAE", "ce_spliced"],
+        ["active features (L0)", "l0"],
+        ["unexplained variance (FVU)", "fvu"],
+        ["cross-entropy, nats", "ce_clean"],
+        ["... through the SAE", "ce_spliced"],
         ["added nats", "added_nats"],
-        ["loss recovered against zeros", "loss_recovered_zero"],
-        ["loss recovered against the mean", "loss_recovered_mean"],
-        ["KL to the clean model, nats", "kl"],
-        ["dead features", "dead_share"],
+        ["loss recovered (zeros)", "loss_recovered_zero"],
+        ["loss recovered (mean)", "loss_recovered_mean"],
+        ["KL to clean, nats", "kl"],
+        ["dead share", "dead_share"],
     ]
     print_table(
-        f"Held-out standard-library files, {HELD_OUT_TOKENS:,} tokens, SAE at {HOOK}",
-        ["", f"TopK SAE (k {K}, {D_SAE} features)", "random decoder"],
+        f"TopK SAE, k {K}, {D_SAE} features, at {HOOK}; {HELD_OUT_TOKENS:,} held-out tokens",
+        ["", "TopK SAE", "random decoder"],
         [[label, float(ours[key]), float(baseline[key])] for label, key in rows],
     )
     print("Some of its features, the token they fire on in [[ ]]:\n")

@@ -4,8 +4,8 @@ For every batch of held-out contexts, with H the next-token cross-entropy in nat
 
 1. the clean pass gives H and the activations x at each hook point;
 2. x is encoded and decoded: L0, FVU (ratio of sums), cosine, relative norm, firing densities (`sae.metrics`);
-3. the pass is repeated with x_hat in x's place (H*, and KL(clean || spliced)), with zeros (H_0), and with the mean
-   activation of the same held-out tokens (H_mean).
+3. the pass is repeated from the hook's layer on with x_hat in x's place (H*, and KL(clean || spliced)), with zeros
+   (H_0), and with the mean activation of the same held-out tokens (H_mean).
 
     added nats      H* - H
     loss recovered  (H_0 - H*) / (H_0 - H), and the same with H_mean
@@ -14,8 +14,10 @@ BOS and padding are neither replaced nor counted: a position counts when its own
 The means come from a first pass over the same tokens, which stops at the hook point. All sums are in float64.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.resume import recorded_block, resumed_after
 from circuits.splice import splice
 from sae.errors import InputError
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
@@ -35,6 +38,8 @@ from workbench.models import LoadedModel
 from workbench.packing import FLAG_OK, pack
 
 BATCH_TOKENS = 4096
+BATCH_LOGITS = 1 << 26
+"""Large vocabularies get smaller batches: at this size the logits of one pass take 256 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +109,14 @@ def evaluate_sae(
     total = sum(batch.tokens.numel() for batch in batches)
     if not any(batch.counted.any() for batch in batches):
         raise InputError(f"corpus {corpus.name} has no held-out tokens to measure on: give it more documents")
-    distinct = list({hook.name: hook for hook in hooks}.values())
-    means = _means(model, batches, distinct)
+    saes = [_on_device(sae, batches[0].tokens.device) for sae in saes]
+    means = _means(model, batches, hooks)
     metrics = [ReconstructionMetrics(sae.d_in, sae.d_sae, model.device) for sae in saes]
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=model.device))
     done = 0
     with torch.no_grad():
         for batch in batches:
-            _measure(model, batch, saes, hooks, distinct, means, metrics, sums)
+            _measure(model, batch, saes, hooks, means, metrics, sums)
             done += batch.tokens.numel()
             if on_progress is not None:
                 on_progress(done, total)
@@ -132,8 +137,13 @@ def _hook_of(model: LoadedModel, sae: SAE) -> HookSpec:
     return hook
 
 
+def _on_device(sae: SAE, device: torch.device) -> SAE:
+    """The SAE itself, or a copy: the caller's stays where it is."""
+    return sae if sae.W_dec.device == device else copy.deepcopy(sae).to(device)
+
+
 def _batches(model: LoadedModel, corpus: Corpus, n_contexts: int, context_len: int) -> Iterator[_Batch]:
-    per_batch = max(1, BATCH_TOKENS // context_len)
+    per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.info.d_vocab) // context_len)
     left = n_contexts
     for packed in pack(corpus.documents("heldout"), model.tokenizer, model.bos_id, context_len, per_batch):
         tokens = torch.from_numpy(packed.tokens[:left]).to(model.device, torch.int64)
@@ -161,50 +171,103 @@ def _rows(value: Float[Tensor, "batch pos *width"]) -> Float[Tensor, "rows width
     return value.flatten(0, 1).flatten(1)
 
 
+@dataclass(frozen=True)
+class _CleanPass:
+    logits: Float[Tensor, "batch pos vocab"]
+    x: dict[str, Float[Tensor, "ordinary width"]]
+    """Activations of the ordinary tokens by hook name."""
+    blocks: dict[int, Any]
+    """What the last block before each hook's layer handed on."""
+
+
+def _last_block_before(hook: HookSpec) -> int:
+    """The last block that a change at the hook point leaves as it is; -1 if there is none."""
+    return hook.layer if hook.kind == "resid_post" else hook.layer - 1
+
+
+def _clean_pass(model: LoadedModel, batch: _Batch, hooks: Sequence[HookSpec]) -> _CleanPass:
+    x: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        blocks = {
+            layer: stack.enter_context(recorded_block(model.bridge, layer))
+            for layer in {_last_block_before(hook) for hook in hooks}
+            if layer >= 0
+        }
+        for hook in hooks:
+
+            def record(value: Tensor, name: str = hook.name) -> Tensor:
+                x[name] = value
+                return value
+
+            stack.enter_context(splice(model.bridge, hook.name, record, keep=~batch.ordinary))
+        logits = _logits(model, batch)
+    return _CleanPass(logits, x, {layer: outputs[0] for layer, outputs in blocks.items()})
+
+
 def _measure(
     model: LoadedModel,
     batch: _Batch,
     saes: Sequence[SAE],
     hooks: Sequence[HookSpec],
-    distinct: Sequence[HookSpec],
     means: dict[str, Tensor],
     metrics: Sequence[ReconstructionMetrics],
     sums: dict[str, Tensor],
 ) -> None:
     """Adds one batch to the metrics and sums."""
-    captured = capture(model, batch.tokens, distinct).activations
-    clean = _log_probabilities(model, batch)
+    distinct = list({hook.name: hook for hook in hooks}.values())
+    clean = _clean_pass(model, batch, distinct)
     sums["count"] += batch.counted.sum()
-    sums["clean"] += _cross_entropy(clean, batch)
+    sums["clean"] += _losses(batch, clean.logits)[0]
 
     def passed_through(hook: HookSpec, function: Callable[[Tensor], Tensor]) -> Tensor:
-        with splice(model.bridge, hook.name, function, keep=~batch.ordinary):
-            return _log_probabilities(model, batch)
+        with ExitStack() as stack:
+            before = _last_block_before(hook)
+            if before >= 0:
+                stack.enter_context(resumed_after(model.bridge, before, clean.blocks[before]))
+            stack.enter_context(splice(model.bridge, hook.name, function, keep=~batch.ordinary))
+            return _logits(model, batch)
 
     for hook in distinct:
-        sums[f"zero {hook.name}"] += _cross_entropy(passed_through(hook, torch.zeros_like), batch)
         mean = means[hook.name]
-        sums[f"mean {hook.name}"] += _cross_entropy(passed_through(hook, mean.expand_as), batch)
+        sums[f"zero {hook.name}"] += _losses(batch, passed_through(hook, torch.zeros_like))[0]
+        sums[f"mean {hook.name}"] += _losses(batch, passed_through(hook, mean.expand_as))[0]
     for number, (sae, hook) in enumerate(zip(saes, hooks, strict=True)):
-        x = _rows(captured[hook.name])[batch.ordinary.flatten()].to(sae.W_dec.dtype)
+        x = clean.x[hook.name]
         code = sae.encode(x)
-        metrics[number].update(x, code, sae.decode(code))
-        spliced = passed_through(hook, sae)
-        sums[f"spliced {number}"] += _cross_entropy(spliced, batch)
-        divergence = F.kl_div(spliced, clean, reduction="none", log_target=True).sum(dim=-1)
-        sums[f"kl {number}"] += divergence.double().sum()
+        x_hat = sae.decode(code)
+        metrics[number].update(x, code, x_hat)
+        cross_entropy, divergence = _losses(batch, passed_through(hook, _constant(x_hat)), clean.logits)
+        sums[f"spliced {number}"] += cross_entropy
+        sums[f"kl {number}"] += divergence
 
 
-def _log_probabilities(model: LoadedModel, batch: _Batch) -> Float[Tensor, "counted vocab"]:
-    """Log-probabilities at the counted positions."""
-    logits = model.bridge(batch.tokens, return_type="logits")[:, :-1]
-    return logits[batch.counted].float().log_softmax(dim=-1)
+def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: value
 
 
-def _cross_entropy(log_probabilities: Float[Tensor, "counted vocab"], batch: _Batch) -> Float[Tensor, ""]:
-    """Summed over the counted positions."""
-    targets = batch.tokens[:, 1:][batch.counted]
-    return -log_probabilities.gather(1, targets[:, None]).double().sum()
+def _logits(model: LoadedModel, batch: _Batch) -> Float[Tensor, "batch pos vocab"]:
+    logits: Tensor = model.bridge(batch.tokens, return_type="logits")
+    return logits
+
+
+def _losses(
+    batch: _Batch, logits: Float[Tensor, "batch pos vocab"], clean: Float[Tensor, "batch pos vocab"] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, and KL(clean || this) where `clean` is given, summed over the counted positions.
+
+    One context at a time: the float32 log-probabilities of a whole batch are the largest tensors of an evaluation,
+    and writing and reading them again took longer than the model.
+    """
+    cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    for row, counted in enumerate(batch.counted):
+        targets = batch.tokens[row, 1:]
+        log_q = logits[row, :-1].float().log_softmax(dim=-1)
+        cross_entropy -= log_q.gather(1, targets[:, None]).squeeze(1)[counted].double().sum()
+        if clean is not None:
+            log_p = clean[row, :-1].float().log_softmax(dim=-1)
+            pointwise = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+            divergence += pointwise.sum(dim=-1)[counted].double().sum()
+    return cross_entropy, divergence
 
 
 def _summary(
@@ -227,9 +290,14 @@ def _summary(
         ce_zero=zero,
         ce_mean=mean,
         added_nats=spliced - clean,
-        loss_recovered_zero=(zero - spliced) / (zero - clean),
-        loss_recovered_mean=(mean - spliced) / (mean - clean),
+        loss_recovered_zero=_share(zero - spliced, zero - clean),
+        loss_recovered_mean=_share(mean - spliced, mean - clean),
         kl=loss[f"kl {number}"],
         decoder_cosine_max=decoder_cosine_maxima(sae.W_dec).mean().item(),
         density_histogram=density_histogram(found.density, found.tokens),
     )
+
+
+def _share(recovered: float, lost: float) -> float:
+    """recovered / lost; NaN where ablation costs nothing, so that there is nothing to recover."""
+    return recovered / lost if lost else float("nan")

@@ -4,6 +4,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+# One colour per SAE, in the order of their names, the same in every figure.
+PALETTE = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#efb118", "#6cc5b0")
+
 
 def training_curves(metrics: pd.DataFrame) -> go.Figure:
     """FVU, L0, loss and dead share against tokens, one line per SAE.
@@ -13,9 +16,8 @@ def training_curves(metrics: pd.DataFrame) -> go.Figure:
     """
     panels = [("fvu", "FVU"), ("l0", "L0"), ("loss", "loss"), ("dead_share", "dead share")]
     figure = make_subplots(rows=1, cols=4, subplot_titles=[title for _, title in panels], horizontal_spacing=0.06)
-    palette = ["#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#efb118", "#6cc5b0"]
     for number, (sae, rows) in enumerate(metrics.groupby("name", sort=True)):
-        colour = palette[number % len(palette)]
+        colour = PALETTE[number % len(PALETTE)]
         for column, (key, _) in enumerate(panels, start=1):
             figure.add_scatter(
                 x=rows["tokens"], y=rows[key], name=str(sae), legendgroup=str(sae), showlegend=column == 1,
@@ -24,6 +26,9 @@ def training_curves(metrics: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="tokens")
     figure.update_yaxes(type="log", row=1, col=1)
     figure.update_yaxes(type="log", row=1, col=3)
+    figure.update_yaxes(rangemode="tozero", row=1, col=2)
+    # Nothing dead is the usual case: without a range Plotly centres the axis on it.
+    figure.update_yaxes(range=[0, max(0.05, 1.1 * float(metrics["dead_share"].max()))], row=1, col=4)
     return figure.update_layout(
         height=320, margin={"l": 40, "r": 10, "t": 40, "b": 40}, legend={"orientation": "h", "y": -0.25}
     )
@@ -36,8 +41,11 @@ def density_histogram(histogram: pd.DataFrame) -> go.Figure:
         histogram: an evaluation's table `density_histogram`: columns sae, log10_density (bin's left edge), features.
     """
     figure = go.Figure()
-    for sae, rows in histogram.groupby("sae", sort=True):
-        figure.add_scatter(x=rows["log10_density"], y=rows["features"], name=str(sae), mode="lines", line_shape="hvh")
+    for number, (sae, rows) in enumerate(histogram.groupby("sae", sort=True)):
+        figure.add_scatter(
+            x=rows["log10_density"], y=rows["features"], name=str(sae), mode="lines",
+            line={"shape": "hvh", "color": PALETTE[number % len(PALETTE)], "width": 1.5},
+        )  # fmt: skip
     return figure.update_layout(
         xaxis_title="log10 of the share of tokens on which the feature fires",
         yaxis_title="features",

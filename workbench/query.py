@@ -8,6 +8,8 @@
    `activations(row, context, doc, pos, token, text, flags, hook, vector)` joins rows, hooks and vectors.
 4. Then the connection is closed to everything else: no files, no network, no extensions, no Python variables, no
    spilling to disk, bounded memory, and a configuration that cannot be changed back.
+5. `run` takes SELECT statements only. This is needed beside step 4: DuckDB leaves the attached files' own paths open,
+   so that COPY could overwrite a finished harvest, and EXPLAIN ANALYZE runs whatever statement it explains.
 
 A vector under ORDER BY ... LIMIT is computed for every row: fetch vectors last, for the rows that remain.
 """
@@ -16,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
@@ -27,11 +29,12 @@ from duckdb.func import PythonUDFType
 from sae.errors import InputError
 from workbench.store import Harvest, Vectors
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 MEMORY_LIMIT = "2GB"
 MAX_ROWS = 10_000
 MAX_SECONDS = 120.0
-
-_READING = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
 
 # The order matters: after enable_external_access is off, temp_directory can no longer be set.
 _CLOSE = (
@@ -55,11 +58,19 @@ class Answer:
     truncated: bool
     """Whether there were more rows than asked for."""
 
+    def df(self) -> "pd.DataFrame":
+        """The rows as a pandas frame; vectors are lists in a column of objects."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, columns=self.columns)
+
 
 def connect(
     harvests: Sequence[Harvest], *, default: str | None = None, files: Mapping[str, Path] | None = None
 ) -> duckdb.DuckDBPyConnection:
     """An in-memory connection that can read the given harvests and DuckDB files, and nothing else.
+
+    SQL that others wrote goes through `run`: the connection itself does not refuse a COPY onto an attached file.
 
     Args:
         harvests: finished harvests.
@@ -97,20 +108,20 @@ def connect(
 def run(
     connection: duckdb.DuckDBPyConnection, sql: str, *, max_rows: int = MAX_ROWS, max_seconds: float = MAX_SECONDS
 ) -> Answer:
-    """Runs one SELECT (or EXPLAIN, DESCRIBE, SHOW, SUMMARIZE) on a connection made by `connect`.
+    """Runs one SELECT (DuckDB counts DESCRIBE, SHOW and SUMMARIZE as such) on a connection made by `connect`.
 
     Args:
         max_rows: rows to fetch at most; vectors as Python lists take 25 kB a row.
         max_seconds: the query is interrupted after this long.
 
     Raises:
-        InputError: anything but one reading statement, a query that fails, or one that takes too long.
+        InputError: anything but one SELECT, a query that fails, or one that takes too long.
     """
     try:
         statements = connection.extract_statements(sql)
     except duckdb.Error as error:
         raise InputError(_one_line(error)) from None
-    if len(statements) != 1 or statements[0].type not in _READING:
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         raise InputError("only one SELECT statement can be run here: the workspace's files never change")
     timer = threading.Timer(max_seconds, connection.interrupt)
     timer.start()

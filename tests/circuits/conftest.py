@@ -1,5 +1,6 @@
-"""The tiny models of the workbench's tests, with LayerNorm gains and biases that are not the identity."""
+"""Tiny random models of several architectures, LayerNorm gains and biases included, and a real trained one."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -24,14 +27,29 @@ CONFIGS = {
         vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, max_position_embeddings=64,
     ),
+    # Attention and MLP side by side behind one LayerNorm.
+    "gptj": GPTJConfig(vocab_size=100, n_positions=64, n_embd=32, n_layer=3, n_head=4, rotary_dim=4),
+    # RMSNorm gains stored minus one, norms after attention and MLP too, heads wider than d_model / n_heads.
+    "gemma2": Gemma2Config(
+        vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=12, intermediate_size=48, max_position_embeddings=64, final_logit_softcapping=None,
+    ),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session", params=list(CONFIGS))
-def bridge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A TransformerBridge of each architecture in turn, random everywhere."""
+def boot(name: str, model: Any, tokenizer_folder: Path) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, device="cpu").eval()
+
+
+@pytest.fixture(scope="session", params=[*CONFIGS, "stories260k"])
+def bridge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A TransformerBridge of each architecture in turn; float32, random everywhere but for the trained one."""
+    if request.param == "stories260k":
+        folder = request.getfixturevalue("shared_data") / "stories260k"
+        return boot("llama", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).float()
     with torch.no_grad():
@@ -44,8 +62,7 @@ def bridge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("tokenizer")
     words = Tokenizer(models.WordLevel({str(token): token for token in range(100)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="0", eos_token="0").save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return TransformerBridge.boot_transformers(request.param, hf_model=model, tokenizer=tokenizer, device="cpu").eval()
+    return boot(request.param, model, folder)
 
 
 @pytest.fixture(scope="session")

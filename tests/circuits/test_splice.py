@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from circuits.splice import splice
+from sae.errors import InputError
 
-RESIDUAL, Z = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
+RESIDUAL, Z, MID = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.hook_resid_mid"
 
 
 def value_at(bridge: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
@@ -15,9 +16,15 @@ def value_at(bridge: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
         return bridge.run_with_cache(tokens)[1][name]
 
 
+def skip_without(bridge: Any, name: str) -> None:
+    if name not in bridge.hook_dict:
+        pytest.skip(f"this architecture has no {name}")
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", [RESIDUAL, Z, "blocks.0.mlp.hook_post"])
+@pytest.mark.parametrize("name", [RESIDUAL, Z, MID, "blocks.0.mlp.hook_post"])
 def test_the_identity_changes_nothing(bridge: Any, tokens: torch.Tensor, name: str) -> None:
+    skip_without(bridge, name)
     clean = bridge(tokens)
     with splice(bridge, name, lambda x: x, bos_id=0):
         assert torch.equal(bridge(tokens), clean)
@@ -95,5 +102,16 @@ def test_hooks_go_with_the_context_also_by_an_exception(bridge: Any, tokens: tor
 
 
 def test_an_unknown_hook_point_is_refused(bridge: Any) -> None:
-    with pytest.raises(ValueError, match="no hook point"), splice(bridge, "blocks.9.hook_resid_post", lambda x: x):
+    with pytest.raises(InputError, match="no hook point"), splice(bridge, "blocks.9.hook_resid_post", lambda x: x):
         pass
+
+
+@torch.no_grad()
+def test_at_resid_mid_the_stream_itself_is_replaced(bridge: Any, tokens: torch.Tensor) -> None:
+    """resid_post = resid_mid + mlp(ln2(resid_mid)) holds of the replaced value, not of the one going past ln2."""
+    skip_without(bridge, MID)
+    with splice(bridge, MID, lambda x: 0.5 * x + 1):
+        _, cache = bridge.run_with_cache(tokens)
+    contribution = "blocks.1.ln2_post.hook_out" if hasattr(bridge.blocks[1], "ln2_post") else "blocks.1.hook_mlp_out"
+    torch.testing.assert_close(cache[RESIDUAL], cache[MID] + cache[contribution], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache[MID], 0.5 * value_at(bridge, tokens, MID) + 1)

@@ -97,7 +97,7 @@ def naive(model: LoadedModel, sae: SAE, folder: Path) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("hook", [HOOK, "blocks.1.attn.hook_z"])
+@pytest.mark.parametrize("hook", [HOOK, "blocks.0.hook_resid_pre", "blocks.1.attn.hook_z"])
 def test_evaluation_equals_the_naive_computation(tiny_model: LoadedModel, corpus_folder: Path, hook: str) -> None:
     sae = make_sae(tiny_model, hook)
     found = evaluate_sae(tiny_model, [sae], open_corpus(str(corpus_folder)), max_tokens=TOKENS, context_len=CONTEXT)[

@@ -174,7 +174,7 @@ def test_gradients_survive_float16(
 
 
 KILLED_AT_EVERY_STEP = """
-import os, signal, sys
+import itertools, os, signal, sys
 from pathlib import Path
 import torch
 import workbench.harvest as harvest
@@ -190,12 +190,10 @@ def attempt(folder, kill_at):
     '''Harvests in a process that is killed before its `kill_at`-th step towards the disk; its exit code.'''
     process = os.fork()
     if process == 0:
-        steps = 0
+        steps = itertools.count(1)
         def counted(function):
             def step(*arguments):
-                nonlocal steps
-                steps += 1
-                if steps == kill_at:
+                if next(steps) == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return function(*arguments)
             return step

@@ -64,7 +64,32 @@ def test_seeds_give_different_streams_and_the_same_seed_the_same(harvest: Harves
 
 def test_the_stream_is_pinned(harvest: Harvest) -> None:
     """A checkpoint of one version must go on in the next: the order is part of the format."""
-    assert rows_of(ActivationLoader(harvest, HOOK, seed=3).next_batch(6)) == [747, 211, 538, 531, 450, 537]
+    loader = ActivationLoader(harvest, HOOK, seed=3)
+    epochs = [rows_of(loader.next_batch(len(usable_rows(harvest))))[:6] for _ in range(2)]
+    assert epochs == [[747, 211, 538, 531, 450, 537], [589, 287, 281, 577, 581, 285]]
+
+
+def test_a_later_epoch_mixes_other_blocks_into_a_chunk_and_orders_its_rows_anew(harvest: Harvest) -> None:
+    loader = ActivationLoader(harvest, HOOK)
+    epochs = [np.array(rows_of(loader.next_batch(len(usable_rows(harvest))))) for _ in range(2)]
+    of_first_chunk = [set(rows[:48] // 16) for rows in epochs]
+    assert [len(blocks) for blocks in of_first_chunk] == [4, 4], "a chunk is four blocks of 16 rows"
+    assert of_first_chunk[0] != of_first_chunk[1]
+    # Every block holds rows 1-7 and 9-15: the places in order of use say how rows were permuted.
+    assert list(epochs[0][:48] % 16) != list(epochs[1][:48] % 16)
+
+
+def test_chunks_without_a_usable_row_are_passed_over(harvest: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row a chunk, so that every BOS is a chunk with nothing in it."""
+    monkeypatch.setattr(workbench.loader, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(workbench.loader, "CHUNK_BLOCKS", 1)
+    loader, usable = ActivationLoader(harvest, HOOK), usable_rows(harvest)
+    assert sorted(rows_of(loader.next_batch(len(usable)))) == usable
+    state = loader.state_dict()
+    wanted = rows_of(loader.next_batch(50))
+    fresh = ActivationLoader(harvest, HOOK)
+    fresh.load_state_dict(state)
+    assert rows_of(fresh.next_batch(50)) == wanted
 
 
 def test_rows_of_a_batch_come_from_all_over(harvest: Harvest) -> None:

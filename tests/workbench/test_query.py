@@ -171,6 +171,50 @@ def test_the_connection_reads_nothing_else_and_writes_nothing(
     assert len(secret_frame) == 1
 
 
+THROUGH_THE_ATTACHED_FILE = [
+    "COPY tokens TO '{database}' (FORMAT csv, USE_TMP_FILE false)",
+    "COPY tokens TO '{database}.wal' (FORMAT csv)",
+    "EXPLAIN ANALYZE COPY tokens TO '{database}' (FORMAT csv, USE_TMP_FILE false)",
+    "EXPLAIN ANALYZE COPY tokens TO '{database}.wal' (FORMAT csv)",
+    "EXPLAIN (ANALYZE) COPY tokens TO '{database}.wal' (FORMAT csv)",
+    "/* SELECT */ EXPLAIN ANALYZE COPY tokens TO '{database}.wal' (FORMAT csv)",
+    "PREPARE p AS COPY tokens TO '{database}.wal' (FORMAT csv)",
+    "WITH gone AS (DELETE FROM tokens RETURNING *) SELECT * FROM gone",
+    "SELECT * FROM query('COPY tokens TO ''{database}.wal''')",
+    "SELECT * FROM enable_logging(storage_path = '{tmp}/log')",
+]
+
+
+@pytest.mark.parametrize("sql", THROUGH_THE_ATTACHED_FILE)
+def test_no_statement_writes_to_the_files_that_are_attached(
+    sql: str, connection: duckdb.DuckDBPyConnection, harvest: Harvest, tmp_path: Path
+) -> None:
+    """DuckDB keeps their paths open when it closes all others, so here everything hangs on `run`."""
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError) as error:
+        query.run(connection, sql.format(database=harvest.database, tmp=tmp_path))
+    assert len(str(error.value).splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "sql", ["DESCRIBE activations", "SHOW TABLES", "SUMMARIZE tokens", "FROM tokens", "VALUES (1)"]
+)
+def test_statements_that_only_look_are_taken(sql: str, connection: duckdb.DuckDBPyConnection) -> None:
+    assert query.run(connection, sql).rows
+
+
+def test_an_answer_becomes_a_frame(connection: duckdb.DuckDBPyConnection, x: torch.Tensor) -> None:
+    frame = query.run(
+        connection, f"SELECT row, vec('{HOOK}', row) AS x FROM tokens WHERE row IN (3, 4) ORDER BY row"
+    ).df()
+    assert list(frame.columns) == ["row", "x"]
+    assert frame["row"].tolist() == [3, 4]
+    assert frame["x"].tolist() == x[3:5].tolist()
+    empty = query.run(connection, "SELECT row, text FROM activations WHERE row < 0").df()
+    assert (list(empty.columns), len(empty)) == (["row", "text"], 0)
+
+
 def test_rows_are_capped(connection: duckdb.DuckDBPyConnection) -> None:
     answer = query.run(connection, "SELECT row FROM tokens ORDER BY row", max_rows=3)
     assert (answer.rows, answer.truncated) == ([(0,), (1,), (2,)], True)

@@ -152,6 +152,7 @@ def open_app(
         sys.executable, "-m", "streamlit", "run", str(Path(package.origin).with_name("main.py")),
         "--server.address", "localhost", "--server.port", str(port),
         "--server.headless", "false" if browser else "true", "--browser.gatherUsageStats", "false",
+        "--client.toolbarMode", "viewer",
         "--", str(workspace),
     ]  # fmt: skip
     raise typer.Exit(subprocess.call(command))
