@@ -26,7 +26,7 @@ def main(path: str) -> None:
     """Draws the page."""
     workspace = Workspace(path, create=False)
     st.title("Workspace")
-    st.caption(str(workspace.path.resolve()))
+    st.caption(str(workspace.path))
     harvests(workspace)
     saes(workspace)
     runs(workspace)

@@ -154,8 +154,9 @@ class ActivationLoader:
 
     def _current(self) -> _Chunk:
         """The chunk at the cursor; starts reading the one after it."""
-        while self._chunk is None:
+        if self._chunk is None:
             here = (self._epoch, self._number)
+            # After an interrupt, what was read ahead may be for another place than the cursor's.
             if self._next is not None and self._next[0] == here:
                 chunk = self._next[1].result()
             else:
@@ -163,9 +164,6 @@ class ActivationLoader:
             # With one chunk in all the next one is this one again, in another order.
             following = self._following(*here)
             self._next = (following, self._thread.submit(self._read, *following))
-            if len(chunk.order) == 0:
-                self._epoch, self._number = following
-                continue
             if chunk.arrived is not None:
                 stream = torch.cuda.current_stream(self._device)
                 stream.wait_event(chunk.arrived)

@@ -112,6 +112,8 @@ class ResultStore:
                     connection.register("_frame", frame)
                     connection.execute(f'CREATE TABLE "{table}" AS SELECT * FROM _frame')
                     connection.unregister("_frame")
+                # Closing would swallow a full disk; an explicit checkpoint reports it.
+                connection.execute("CHECKPOINT")
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

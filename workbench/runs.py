@@ -117,6 +117,8 @@ class Run:
             connection.execute("CREATE TABLE configuration AS SELECT * FROM _configuration")
             connection.unregister("_metrics")
             connection.unregister("_configuration")
+            # Closing would swallow a full disk; an explicit checkpoint reports it.
+            connection.execute("CHECKPOINT")
         os.replace(partial, self.database)
         self.metrics_file.unlink(missing_ok=True)
 

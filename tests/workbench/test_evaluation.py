@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from circuits.effective_weights import effective_unembedding
 from sae import SAE, InputError, TopK
 from workbench.corpora import open_corpus
 from workbench.evaluation import evaluate_sae
-from workbench.models import LoadedModel
+from workbench.models import LoadedModel, load_model
 from workbench.packing import pack
 
 HOOK, CONTEXT, TOKENS = "blocks.1.hook_resid_post", 16, 320
@@ -140,3 +141,30 @@ def test_an_sae_of_another_model_is_refused(gpt2_model: LoadedModel, corpus_fold
         evaluate_sae(gpt2_model, [make_sae(gpt2_model, "blocks.5.hook_resid_post")], corpus)
     with pytest.raises(InputError, match="do not fill one context"):
         evaluate_sae(gpt2_model, [make_sae(gpt2_model, HOOK)], corpus, max_tokens=10)
+
+
+def test_a_bfloat16_model_is_close_to_the_float32_one(
+    gpt2_model: LoadedModel, tiny_gpt2: Path, corpus_folder: Path
+) -> None:
+    half = load_model(str(tiny_gpt2), device="cpu", dtype="bfloat16")
+    corpus, options = open_corpus(str(corpus_folder)), {"max_tokens": TOKENS, "context_len": CONTEXT}
+    exact = evaluate_sae(gpt2_model, [make_sae(gpt2_model, HOOK)], corpus, **options)[0]
+    found = evaluate_sae(half, [make_sae(half, HOOK)], corpus, **options)[0]
+    assert found.ce_clean == pytest.approx(exact.ce_clean, rel=0.02)
+    assert found.ce_spliced == pytest.approx(exact.ce_spliced, rel=0.02)
+    assert found.fvu == pytest.approx(exact.fvu, rel=0.02)
+    assert effective_unembedding(half.bridge).dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_result_is_that_of_the_cpu_and_the_sae_stays_where_it_was(
+    gpt2_model: LoadedModel, tiny_gpt2: Path, corpus_folder: Path
+) -> None:
+    sae, corpus = make_sae(gpt2_model, HOOK), open_corpus(str(corpus_folder))
+    options = {"max_tokens": TOKENS, "context_len": CONTEXT}
+    expected = evaluate_sae(gpt2_model, [sae], corpus, **options)[0]
+    found = evaluate_sae(load_model(str(tiny_gpt2), device="cuda"), [sae], corpus, **options)[0]
+    assert sae.W_dec.device.type == "cpu"
+    for name in ("l0", "fvu", "cosine", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl"):
+        # Tokens whose k-th and next pre-activation nearly tie may choose the other on another device.
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3), name

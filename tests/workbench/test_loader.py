@@ -1,6 +1,7 @@
 """The shuffling loader: every usable row once an epoch, the same stream after a resume, flagged rows left out."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +110,25 @@ def test_a_resumed_stream_goes_on_exactly(before: int, harvest: Harvest) -> None
     fresh.next_batch(10)
     fresh.load_state_dict(state)
     assert rows_of(fresh.next_batch(700)) == wanted
+
+
+def test_an_interrupt_while_reading_ahead_does_not_shift_the_stream(
+    harvest: Harvest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C in a notebook does: here the moment after the next chunk has been asked for."""
+    wanted = rows_of(ActivationLoader(harvest, HOOK).next_batch(400))
+    loader = ActivationLoader(harvest, HOOK)
+    submit = loader._thread.submit
+
+    def interrupted(*arguments: Any) -> None:
+        loader._next = ((0, 1), submit(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loader._thread, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loader.next_batch(400)
+    monkeypatch.setattr(loader._thread, "submit", submit)
+    assert rows_of(loader.next_batch(400)) == wanted
 
 
 def test_the_state_of_another_stream_is_refused(harvest: Harvest, make_harvest: MakeHarvest) -> None:
