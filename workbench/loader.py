@@ -42,6 +42,8 @@ class _Chunk:
 
     columns: list[Float[Tensor, "rows d_in"]]
     order: Int[Tensor, "usable"]
+    buffer: int
+    """Which of the two host buffers was read into; on the CPU the rows still lie there."""
     arrived: "torch.cuda.Event | None"
     """When the copy to a GPU is done."""
 
@@ -85,7 +87,9 @@ class ActivationLoader:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._n_blocks = -(-self._n_rows // BLOCK_ROWS)
         self._n_chunks = -(-self._n_blocks // CHUNK_BLOCKS)
+        # All reading is done in this one thread, so reads never overlap.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="activation-loader")
+        self._buffers: dict[int, list[Tensor]] = {}
         self._epoch, self._number, self._offset = 0, 0, 0
         self._chunk: _Chunk | None = None
         self._next: tuple[tuple[int, int], Future[_Chunk]] | None = None
@@ -160,10 +164,10 @@ class ActivationLoader:
             if self._next is not None and self._next[0] == here:
                 chunk = self._next[1].result()
             else:
-                chunk = self._read(*here)
+                chunk = self._thread.submit(self._read, *here, buffer=0).result()
             # With one chunk in all the next one is this one again, in another order.
             following = self._following(*here)
-            self._next = (following, self._thread.submit(self._read, *following))
+            self._next = (following, self._thread.submit(self._read, *following, buffer=1 - chunk.buffer))
             if chunk.arrived is not None:
                 stream = torch.cuda.current_stream(self._device)
                 stream.wait_event(chunk.arrived)
@@ -173,29 +177,46 @@ class ActivationLoader:
             self._chunk = chunk
         return self._chunk
 
-    def _read(self, epoch: int, number: int) -> _Chunk:
+    def _read(self, epoch: int, number: int, buffer: int) -> _Chunk:
         blocks = _generator(self._seed, epoch, -1).permutation(self._n_blocks)
         mine = blocks[number * CHUNK_BLOCKS : (number + 1) * CHUNK_BLOCKS]
         spans = [(int(b) * BLOCK_ROWS, min((int(b) + 1) * BLOCK_ROWS, self._n_rows)) for b in mine]
-        columns = [self._read_spans(source, spans) for source in self._sources]
+        columns = [
+            _copy_spans(source, spans, memory)
+            for source, memory in zip(self._sources, self._host_memory(buffer), strict=True)
+        ]
         usable = np.flatnonzero(np.concatenate([self._usable[start:stop] for start, stop in spans]))
         order = torch.from_numpy(_generator(self._seed, epoch, number).permutation(usable))
         if self._stream is None:
-            return _Chunk(columns, order, None)
+            return _Chunk(columns, order, buffer, None)
         with torch.cuda.stream(self._stream):
             on_device = [column.to(self._device, non_blocking=True) for column in columns]
             order = order.pin_memory().to(self._device, non_blocking=True)
-            return _Chunk(on_device, order, self._stream.record_event())
+            return _Chunk(on_device, order, buffer, self._stream.record_event())
 
-    def _read_spans(self, source: Vectors, spans: Sequence[tuple[int, int]]) -> Float[Tensor, "rows d_in"]:
-        total = sum(stop - start for start, stop in spans)
-        rows = torch.empty(total, source.width, dtype=source.dtype, pin_memory=self._stream is not None)
-        filled = 0
-        for start, stop in spans:
-            for piece in source.pieces(start, stop):
-                rows[filled : filled + len(piece)] = piece
-                filled += len(piece)
-        return rows
+    def _host_memory(self, buffer: int) -> list[Float[Tensor, "rows d_in"]]:
+        """Room for a chunk, by source."""
+        rows = min(self._n_rows, BLOCK_ROWS * CHUNK_BLOCKS)
+        shapes = [(rows, source.width, source.dtype) for source in self._sources]
+        if self._stream is not None:
+            # torch hands pinned memory out again, and only once the copies from it are done.
+            return [torch.empty(rows, width, dtype=dtype, pin_memory=True) for rows, width, dtype in shapes]
+        if buffer not in self._buffers:
+            # Kept, since the first touch of fresh memory costs several times what filling it costs.
+            self._buffers[buffer] = [torch.empty(rows, width, dtype=dtype) for rows, width, dtype in shapes]
+        return self._buffers[buffer]
+
+
+def _copy_spans(
+    source: Vectors, spans: Sequence[tuple[int, int]], memory: Float[Tensor, "room d_in"]
+) -> Float[Tensor, "rows d_in"]:
+    """Rows start to stop of every span, one span after the other, in `memory`."""
+    filled = 0
+    for start, stop in spans:
+        for piece in source.pieces(start, stop):
+            memory[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    return memory[:filled]
 
 
 def _generator(seed: int, epoch: int, chunk: int) -> np.random.Generator:

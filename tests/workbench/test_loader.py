@@ -120,8 +120,11 @@ def test_an_interrupt_while_reading_ahead_does_not_shift_the_stream(
     loader = ActivationLoader(harvest, HOOK)
     submit = loader._thread.submit
 
-    def interrupted(*arguments: Any) -> None:
-        loader._next = ((0, 1), submit(*arguments))
+    def interrupted(read: Any, epoch: int, number: int, buffer: int) -> Any:
+        future = submit(read, epoch, number, buffer=buffer)
+        if number == 0:
+            return future
+        loader._next = ((epoch, number), future)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loader._thread, "submit", interrupted)
@@ -129,6 +132,29 @@ def test_an_interrupt_while_reading_ahead_does_not_shift_the_stream(
         loader.next_batch(400)
     monkeypatch.setattr(loader._thread, "submit", submit)
     assert rows_of(loader.next_batch(400)) == wanted
+
+
+def test_reading_ahead_leaves_the_chunk_in_use_and_earlier_batches_alone(harvest: Harvest) -> None:
+    wanted = rows_of(ActivationLoader(harvest, HOOK).next_batch(1600))
+    loader = ActivationLoader(harvest, HOOK)
+    batches = []
+    for _ in range(160):
+        batches.append(loader.next_batch(10))
+        if loader._next is not None:
+            loader._next[1].result()
+    assert [row for batch in batches for row in rows_of(batch)] == wanted
+
+
+def test_moving_the_stream_while_it_reads_ahead_is_safe(harvest: Harvest) -> None:
+    """Back to one place from every other one, at once: reads that were under way must not spill into its rows."""
+    loader = ActivationLoader(harvest, HOOK)
+    start = loader.state_dict()
+    wanted = rows_of(loader.next_batch(130))
+    for before in (1, 57, 60, 113, 300):
+        loader.next_batch(before)
+        loader.load_state_dict(start)
+        assert rows_of(loader.next_batch(130)) == wanted
+        loader.load_state_dict(start)
 
 
 def test_the_state_of_another_stream_is_refused(harvest: Harvest, make_harvest: MakeHarvest) -> None:

@@ -57,9 +57,9 @@ def info(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = F
     )  # fmt: skip
     print_table(
         "SAEs",
-        ["name", "rule", "features", "hook", "L0", "FVU", "added nats", "recovered (zero)"],
+        ["name", "hook", "features", "L0", "FVU", "+ nats", "recovered"],
         [
-            [item.name, item.rule, item.d_sae, item.hook]
+            [item.name, item.hook, item.d_sae]
             + [(item.evaluation or {}).get(key) for key in ("l0", "fvu", "added_nats", "loss_recovered_zero")]
             for item in saes
         ],
@@ -86,7 +86,9 @@ def sql(
 
 
 def shorten(cell: Any) -> Any:
-    """A vector as its first entries and its length."""
+    """A vector as its first entries and its length; text with its line breaks and other marks spelled out."""
+    if isinstance(cell, str):
+        return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in cell)
     if isinstance(cell, list | tuple) and len(cell) > 4:
         return f"[{', '.join(f'{value:.3g}' for value in cell[:4])}, ... {len(cell)} in all]"
     return cell

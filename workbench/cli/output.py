@@ -21,7 +21,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        # The first column names the row and numbers lose their meaning when broken: the others give way.
+        table.add_column(
+            column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric or number == 0
+        )
     for row in rows:
         table.add_row(*(Text(format_cell(cell)) for cell in row))
     console.print(table)

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     workspace: WorkspaceOption = Path("demo-workspace"),
-    tokens: Annotated[int, typer.Option(help="Tokens to harvest and train on.", min=20_000)] = 2_000_000,
+    tokens: Annotated[int, typer.Option(help="Tokens to harvest and train on.", min=20_000)] = 1_500_000,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
