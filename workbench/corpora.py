@@ -134,6 +134,10 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file() and f.suffix in SUFFIXES]
     if not files:
         raise InputError(f"{spec} holds no corpus files: expected {', '.join(sorted(SUFFIXES))}")
+    for file in files:
+        # Documents are called after their files, and bytes that are no UTF-8 reach Python as lone surrogates.
+        if not _is_unicode(str(file)):
+            raise InputError(f"the name of the file {str(file)!r} is not UTF-8: rename it")
     root = path.parent if path.is_file() else path
     named = sorted(((file.relative_to(root).as_posix(), file) for file in files), key=lambda item: _digest([item[0]]))
 
@@ -261,7 +265,18 @@ def _text(value: Any, text_field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where}: field {text_field!r} holds {type(value).__name__}, expected text")
+    if not _is_unicode(value):
+        raise InputError(f"{where}: field {text_field!r} holds half of a surrogate pair, no character; mend the text")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether every code point is a character: neither tokenizers nor DuckDB take lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_field(where: str, text_field: str, fields: list[str]) -> str:

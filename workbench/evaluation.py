@@ -99,9 +99,15 @@ def evaluate_sae(
         on_progress: called with (rows done, rows in all).
 
     Raises:
-        InputError: an SAE whose hook point or width does not fit the model, or too few held-out tokens.
+        InputError: an SAE whose hook point or width does not fit the model, contexts longer than the model takes, or
+            too few held-out tokens.
     """
     hooks = [_hook_of(model, sae) for sae in saes]
+    if not 2 <= context_len <= model.info.n_ctx:
+        raise InputError(
+            f"context length {context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
+            f"the longest that {model.info.name} takes"
+        )
     n_contexts = max_tokens // context_len
     if n_contexts < 1:
         raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: evaluate on more")

@@ -1,6 +1,8 @@
 """Corpora: every format gives the same documents, the split depends on names alone, mistakes are named in one line."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -152,6 +154,12 @@ def make(name: str, content: bytes) -> Callable[[Path], Path]:
         (make("a.jsonl", b"[1]\n"), "line 1: expected an object with a field 'text', got list"),
         (make("a.jsonl", b'{"body": "x", "id": 1}\n'), "line 1: no field 'text', only body, id; name one"),
         (make("a.jsonl", b'{"text": 3}\n'), "line 1: field 'text' holds int, expected text"),
+        (make("a.jsonl", b'{"text": "x \\ud800 y"}\n'), "line 1: field 'text' holds half of a surrogate pair"),
+        pytest.param(
+            make(os.fsdecode(b"\xff.txt"), b"fine"),
+            r"udcff\.txt' is not UTF-8: rename it",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="this file system takes UTF-8 names only"),
+        ),
         (make("a.parquet", b"PAR1 not really"), "damaged or not a Parquet file"),
         (lambda folder: folder, "holds no corpus files"),
         (lambda folder: folder / "missing.txt", "no corpus at"),

@@ -133,14 +133,16 @@ def test_progress_ends_at_the_total(gpt2_model: LoadedModel, corpus_folder: Path
     assert seen[-1] == (TOKENS, TOKENS)
 
 
-def test_an_sae_of_another_model_is_refused(gpt2_model: LoadedModel, corpus_folder: Path) -> None:
+def test_what_does_not_fit_the_model_is_refused(gpt2_model: LoadedModel, corpus_folder: Path) -> None:
     corpus = open_corpus(str(corpus_folder))
     with pytest.raises(InputError, match="belongs to another model"):
         evaluate_sae(gpt2_model, [make_sae(gpt2_model, HOOK, width=20)], corpus)
     with pytest.raises(InputError, match="3 layers"):
         evaluate_sae(gpt2_model, [make_sae(gpt2_model, "blocks.5.hook_resid_post")], corpus)
     with pytest.raises(InputError, match="do not fill one context"):
-        evaluate_sae(gpt2_model, [make_sae(gpt2_model, HOOK)], corpus, max_tokens=10)
+        evaluate_sae(gpt2_model, [make_sae(gpt2_model, HOOK)], corpus, max_tokens=10, context_len=CONTEXT)
+    with pytest.raises(InputError, match=r"context length 65 is not between 2 .* and 64"):
+        evaluate_sae(gpt2_model, [make_sae(gpt2_model, HOOK)], corpus, context_len=65)
 
 
 def test_a_bfloat16_model_is_close_to_the_float32_one(
