@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,7 @@ def bare_pass(model: LoadedModel, plan: Plan, batches: list[torch.Tensor]) -> No
         transformer.h = blocks
 
 
-def seconds_of(work: object, device: torch.device) -> float:
-    assert callable(work)
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     work()
     if device.type == "cuda":
