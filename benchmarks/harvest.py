@@ -1,7 +1,7 @@
 """Harvest speed against its floor: the bare Hugging Face forward pass to the same layer, on the same tokens.
 
     python benchmarks/harvest.py                   the demo model on this machine's CPU
-    python benchmarks/harvest.py --device cuda     a random model of GPT-2 small's shape, in bfloat16
+    python benchmarks/harvest.py --device cuda     a random model of GPT-2 small's shape, in its own precision, float32
 
 A round runs the bare pass, then the whole harvest (tokenizing, forward pass with hooks, checks, synced and
 checksummed files, the DuckDB file); rounds are repeated and medians reported. The bare pass gets packed batches that
@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from workbench.bundled import demo_model_dir
 from workbench.corpora import open_corpus
 from workbench.harvest import HarvestConfig, Plan, run_harvest
-from workbench.models import LoadedModel, load_model
+from workbench.models import DTYPES, LoadedModel, load_model
 from workbench.packing import pack
 
 
@@ -33,11 +33,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--layer", type=int, help="hook point is this block's output; two thirds up when left out")
+    parser.add_argument("--dtype", default="float32", help="precision of the random model's checkpoint")
+    parser.add_argument("--folder", type=Path, help="where the harvests are written; the system's temporary folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        spec = "demo" if arguments.device == "cpu" else gpt2_small(Path(folder) / "model")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        spec = "demo" if arguments.device == "cpu" else gpt2_small(Path(folder) / "model", DTYPES[arguments.dtype])
         model = load_model(spec, device=arguments.device)
         layer = arguments.layer if arguments.layer is not None else model.info.n_layers * 2 // 3
         config = HarvestConfig(
@@ -52,10 +54,10 @@ def main() -> None:
             print(f"{key:32} {value:,.4g}" if isinstance(value, float) else f"{key:32} {value}")
 
 
-def gpt2_small(folder: Path) -> str:
-    """A random model of GPT-2 small's width and depth with the demo model's tokenizer, saved in bfloat16."""
+def gpt2_small(folder: Path, dtype: torch.dtype) -> str:
+    """A random model of GPT-2 small's width and depth with the demo model's tokenizer, saved as `dtype`."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, bos_token_id=0, eos_token_id=0)).to(torch.bfloat16)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, bos_token_id=0, eos_token_id=0)).to(dtype)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((demo_model_dir() / name).read_bytes())
@@ -68,15 +70,15 @@ def measure(model: LoadedModel, config: HarvestConfig, folder: Path, rounds: int
     corpus = open_corpus(config.corpus)
     batches = pack(corpus.documents("train"), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts)
     resident: list[torch.Tensor] = []
-    while sum(len(batch) for batch in resident) < plan.n_contexts:
-        resident.append(torch.from_numpy(next(batches).tokens).to(model.device, torch.int64))
+    while sum(len(batch) for batch in resident) < plan.n_contexts and (batch := next(batches, None)) is not None:
+        resident.append(torch.from_numpy(batch.tokens).to(model.device, torch.int64))
     tokens = sum(batch.numel() for batch in resident)
     bare, harvest = [], []
     for number in range(rounds + 1):
         bare.append(tokens / seconds_of(lambda: bare_pass(model, plan, resident), model.device))
         target = folder / f"harvest-{number}"
         elapsed = seconds_of(lambda: run_harvest(model, corpus, config, target), model.device)  # noqa: B023
-        harvest.append(plan.rows / elapsed)
+        harvest.append(tokens / elapsed)
     # The first round warms caches, kernels and allocators.
     ratios = [ours / floor for ours, floor in zip(harvest[1:], bare[1:], strict=True)]
     return {

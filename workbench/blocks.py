@@ -28,7 +28,7 @@ _SAFETENSORS = {
 }  # fmt: skip
 _TORCH = {name: dtype for dtype, name in _SAFETENSORS.items()}
 ALIGNMENT = 64
-CHECKSUM_CHUNK = 1 << 22
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ def write_file(folder: Path, file: str, tensors: Mapping[str, Tensor]) -> Stored
         nonlocal crc32
         with partial.open("wb") as opened:
             for part in parts:
-                crc32 = zlib.crc32(part, crc32)
-                opened.write(part)
+                # Piece by piece, so that what is written is still in the cache from being summed.
+                for start in range(0, len(part), CHUNK):
+                    piece = part[start : start + CHUNK]
+                    crc32 = zlib.crc32(piece, crc32)
+                    opened.write(piece)
 
     try:
         write_atomically(path, write)
@@ -131,7 +134,7 @@ def checksum(path: Path) -> int:
     """CRC-32 of a file."""
     crc32 = 0
     with path.open("rb") as file:
-        while chunk := file.read(CHECKSUM_CHUNK):
+        while chunk := file.read(CHUNK):
             crc32 = zlib.crc32(chunk, crc32)
     return crc32
 

@@ -1,7 +1,7 @@
 """Harvest: run a model over a corpus and store its activations at some hook points.
 
-1. Documents are packed into contexts (`workbench.packing`) in a thread that runs ahead, and go in batches through the
-   bare model, which stops after the last layer needed (`workbench.capture`).
+1. Documents are packed into contexts (`workbench.packing`), for a GPU in a thread that runs ahead, and go in batches
+   through the bare model, which stops after the last layer needed (`workbench.capture`).
 2. Values are cast to the stored precision into a block's buffer in host memory (pinned for a GPU, on a stream of its
    own). NaN and infinities stop the harvest; the blocks before are kept.
 3. When a block is full, a writer thread stores its files, synced and checksummed, and records it in the journal
@@ -18,6 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,10 @@ def _fill(
 
     packed = pack(documents(), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts)
     report()
-    with writer, prefetch(_part(packed, seen, plan.n_contexts), PACKED_AHEAD) as batches:
+    wanted = _part(packed, seen, plan.n_contexts)
+    # A thread beside a forward pass on the CPU takes a core from under it, and the pass waits for its slowest thread.
+    ahead = nullcontext(wanted) if model.device.type == "cpu" else prefetch(wanted, PACKED_AHEAD)
+    with writer, ahead as batches:
         for batch in batches:
             writer.add(batch, run_batch(model, plan, batch))
             seen += len(batch.tokens)

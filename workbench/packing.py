@@ -8,9 +8,11 @@ padded with BOS, flagged as padding. Every row knows its document and its positi
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sae.errors import InputError
@@ -99,16 +101,21 @@ def _encoded(
     """Documents with their token ids, encoded some at a time: the tokenizer spreads a list over the cores."""
     source = iter(documents)
     while some := list(islice(source, DOCUMENTS_AT_ONCE)):
-        # A document that writes "<|endoftext|>" means those characters, not a boundary; "verbose" warns of long ones.
-        encoded = tokenizer(
-            [document.text for document in some],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        for document, ids in zip(some, encoded, strict=True):
+        for document, ids in zip(some, _token_ids(tokenizer, [document.text for document in some]), strict=True):
             yield document, np.asarray(ids, dtype=np.int32)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids without BOS. A text that writes "<|endoftext|>" means those characters, not a boundary."""
+    if not tokenizer.is_fast:
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return cast(list[list[int]], encoded)
+    # The same ids as from the tokenizer's own call, without character offsets: two thirds of the time.
+    backend = cast(Tokenizer, tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _padding(bos_id: int, count: int) -> NDArray[np.int32]:

@@ -1,7 +1,7 @@
 """Collects a harvest's batches into blocks and stores them in threads of their own, while the model goes on.
 
-Three buffers of host memory take turns: one is filled, the next is checksummed and written, and the one before waits
-for the disk to sync. Blocks are recorded in order. From a GPU values are cast, checked and copied on a stream of their
+Some buffers of host memory take turns: one is filled, the others are checksummed, written and synced, each by a thread
+of its own. Blocks are recorded in order. From a GPU values are cast, checked and copied on a stream of their
 own into pinned memory; nothing in `add` waits for the device unless all buffers are taken, which also bounds how far
 the model can run ahead of the disk.
 """
@@ -25,7 +25,8 @@ from workbench.blocks import TOKEN_COLUMNS, Block, StoredFile, append_block, wri
 from workbench.packing import FLAG_NO_GRADIENT, FLAG_PADDING, PackedBatch
 from workbench.store import GRADIENT
 
-BUFFERS = 3
+BUFFERS = {"cpu": 3, "cuda": 8}
+"""Blocks in memory: one being filled, the others being written, each by a thread."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -80,7 +81,8 @@ class BlockWriter:
         self._rows = block_contexts * context_len
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._scale = blocks[0].gradient_scale if blocks else None
-        self._threads = ThreadPoolExecutor(BUFFERS - 1, thread_name_prefix="block-writer")
+        self._n_buffers = BUFFERS[device.type]
+        self._threads = ThreadPoolExecutor(self._n_buffers - 1, thread_name_prefix="block-writer")
         self._writing: deque[tuple[Future[None], _Buffer]] = deque()
         self._buffer: _Buffer | None = None
         self._made = 0
@@ -136,7 +138,7 @@ class BlockWriter:
         self._first_row += buffer.filled
 
     def _free_buffer(self) -> _Buffer:
-        if self._made < BUFFERS:
+        if self._made < self._n_buffers:
             self._made += 1
             return _Buffer(self._widths, self._dtype, self._rows, pinned=self._stream is not None)
         future, buffer = self._writing.popleft()
