@@ -41,7 +41,14 @@ def save(folder: Path, states: Sequence[TrainingState], source: "BatchSource", s
         "environment": _environment(states),
     }
     described = {"checkpoint": json.dumps(metadata)}
-    write_atomically(folder / FILE, lambda file: save_file(tensors, file, metadata=described))
+    try:
+        write_atomically(folder / FILE, lambda file: save_file(tensors, file, metadata=described))
+    except (OSError, SafetensorError) as error:
+        (folder / (FILE + ".tmp")).unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write the checkpoint {folder / FILE} ({str(error).splitlines()[0]}); the one before is kept: "
+            "make room and repeat the command"
+        ) from None
 
 
 def load(folder: Path, states: Sequence[TrainingState], source: "BatchSource") -> int | None:
@@ -98,7 +105,9 @@ def _tensors(state: TrainingState) -> dict[str, Tensor]:
     named = {name: parameter.data for name, parameter in state.sae.named_parameters()}
     named["input_scale"] = state.input_scale
     named["tokens_since_fired"] = state.tokens_since_fired
+    named["density"] = state.density
     named["totals"] = state.totals
+    named.update({f"own.{name}": tensor for name, tensor in state.own.items()})
     for name, tensor in state.trained.items():
         moments = state.adam.state[tensor]
         if not moments:

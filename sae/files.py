@@ -9,6 +9,11 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Has `write` fill a temporary file beside `file`, syncs it to disk and renames it to `file`."""
     partial = file.with_name(file.name + ".tmp")
     write(partial)
+    sync_and_rename(partial, file)
+
+
+def sync_and_rename(partial: Path, file: Path) -> None:
+    """Syncs the complete file `partial` to disk and renames it to `file` in the same folder."""
     with partial.open("rb+") as written:
         os.fsync(written.fileno())
     os.replace(partial, file)

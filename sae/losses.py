@@ -10,18 +10,38 @@ bias from the k_aux largest positive pre-activations among D:
 
     L_aux = ||e - e_hat||^2 / ||e - mean(e)||^2      added with coefficient 1/32
 
-Its gradients reach the encoder, the biases and the decoder of the dead features that were selected.
+Its gradients reach the encoder, the biases and the decoder of the dead features that were selected. Signed rules
+select by magnitude and keep signs.
+
+aux-zipf (named in Ayonrinde 2024, arXiv 2411.02124; its formula is not public, this one is "reconstructed"): aux-k
+with U in place of D. With eta the features' running densities, log eta is regressed on log rank over the features
+that fire at all, which gives the density each rank lets expect, and U are the features that have fallen far below it:
+
+    U = {i : eta_i < gamma eta_hat(rank of i)},    gamma = 1/10
+
+Matryoshka (arXiv 2503.17547): every prefix of the features, of widths w_1 < ... < w_m = d_sae, reconstructs x:
+
+    L = mean over j of ||x - x_hat_j||^2 / ||x - m||^2,    x_hat_j from the features below w_j
+
+A feature of block j works for the prefixes j ... m, so its gradients are those of a loss with the sum of their
+dL/dx_hat_j in place of dL/dx_hat.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae import kernels
+from sae.code import SparseCode
 from sae.kernels import Gradients
 
 AUX_COEFFICIENT = 1 / 32
+ZIPF_GAMMA = 0.1
+"""Share of the expected density below which a feature counts as fallen behind."""
 
 # Pre-activations of dead features held at once: the batch is cut in chunks of rows, so that a run in which most
 # features are dead needs no [n, d_sae] matrix either.
@@ -45,15 +65,72 @@ def reconstruction(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Reco
     """Normalised MSE of a batch; see the module's description."""
     residual = x - x_hat
     squared_error = residual.square().sum()
-    # A batch of equal tokens has no variance; the tiny floor keeps its loss finite and zero where it should be.
-    total_variance = (x - x.mean(dim=0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    variance = total_variance(x)
     return Reconstruction(
-        loss=squared_error / total_variance,
-        grad_x_hat=residual * (-2 / total_variance),
+        loss=squared_error / variance,
+        grad_x_hat=residual * (-2 / variance),
         residual=residual,
         squared_error=squared_error,
-        total_variance=total_variance,
+        total_variance=variance,
     )
+
+
+def total_variance(x: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """sum ||x - m||^2. Equal tokens have none; a tiny floor keeps losses finite, and zero where they should be."""
+    return (x - x.mean(dim=0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class PrefixFit:
+    """What `prefixes` returns."""
+
+    fit: Reconstruction
+    """Of the whole dictionary."""
+    loss: Float[Tensor, ""]
+    """Mean over the prefixes."""
+    blocks: list[SparseCode]
+    """The code cut into the features between one width and the next, each renumbered from 0."""
+    grad_x_hat: list[Float[Tensor, "n d"]]
+    """For every block, the sum of dL/dx_hat over the prefixes it belongs to."""
+
+
+def prefixes(
+    x: Float[Tensor, "n d"],
+    code: SparseCode,
+    W_dec: Float[Tensor, "d_sae d"],
+    b_dec: Float[Tensor, "d"],
+    widths: Sequence[int],
+) -> PrefixFit:
+    """The Matryoshka loss; see the module's description.
+
+    Args:
+        widths: increasing; the last is d_sae.
+    """
+    edges = [0, *widths]
+    blocks = [kernels.feature_block(code, first, last) for first, last in itertools.pairwise(edges)]
+    x_hat = b_dec
+    fits = []
+    for first, block in zip(edges, blocks, strict=False):
+        x_hat = x_hat + kernels.decode(block, W_dec[first : first + block.d_sae])
+        fits.append(reconstruction(x, x_hat))
+    grad = [fit.grad_x_hat / len(fits) for fit in fits]
+    for j in range(len(grad) - 2, -1, -1):
+        grad[j] += grad[j + 1]
+    return PrefixFit(fits[-1], torch.stack([fit.loss for fit in fits]).mean(), blocks, grad)
+
+
+def rare_features(density: Float[Tensor, "d_sae"], gamma: float = ZIPF_GAMMA) -> Bool[Tensor, "d_sae"]:
+    """The features that aux-zipf revives; see the module's description. Those that never fire are among them."""
+    eta, order = torch.sort(density.double(), descending=True, stable=True)
+    fires = eta > 0
+    log_rank = torch.arange(1, len(eta) + 1, device=eta.device, dtype=torch.float64).log()
+    log_eta = torch.where(fires, eta, 1).log()
+    weight = fires / fires.sum().clamp_min(1)
+    rank_mean, eta_mean = (weight * log_rank).sum(), (weight * log_eta).sum()
+    centred = weight * (log_rank - rank_mean)
+    slope = (centred * log_eta).sum() / (centred * log_rank).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    expected = (eta_mean + slope * (log_rank - rank_mean)).exp()
+    return torch.empty_like(fires).index_copy_(0, order, ~fires | (eta < gamma * expected))
 
 
 def add_aux_k(
@@ -65,6 +142,8 @@ def add_aux_k(
     b_enc: Float[Tensor, "d_sae"],
     W_dec: Float[Tensor, "d_sae d"],
     coefficient: float = AUX_COEFFICIENT,
+    *,
+    signed: bool = False,
 ) -> Float[Tensor, ""]:
     """Adds the gradients of coefficient * L_aux to `gradients`, in place, and returns L_aux.
 
@@ -74,6 +153,7 @@ def add_aux_k(
         dead: indices of the dead features, at least one.
         residual: x - x_hat, a constant here.
         x_centred: x - b_dec.
+        signed: select by magnitude and keep signs, for rules whose activations are signed.
     """
     n_dead = dead.shape[0]
     k_aux = min(max(1, x_centred.shape[1] // 2), n_dead)
@@ -84,14 +164,16 @@ def add_aux_k(
     rows = max(MIN_ROWS, DENSE_ENTRIES // n_dead)
     for first in range(0, x_centred.shape[0], rows):
         x, e = x_centred[first : first + rows], residual[first : first + rows]
-        a = torch.addmm(bias, x, encoder.T).relu_()
+        a = torch.addmm(bias, x, encoder.T)
+        if not signed:
+            a.relu_()
         if k_aux < n_dead:
-            kept = a.topk(k_aux, dim=1, sorted=False)
-            a = torch.zeros_like(a).scatter_(1, kept.indices, kept.values)
+            kept = a.abs().topk(k_aux, dim=1, sorted=False).indices
+            a = torch.zeros_like(a).scatter_(1, kept, a.gather(1, kept))
         difference = torch.addmm(e, a, decoder, beta=-1)
         squared_error += difference.square().sum()
         grad_e_hat = difference.mul_(2 * coefficient / variance)
-        grad_z = (grad_e_hat @ decoder.T).mul_(a > 0)
+        grad_z = (grad_e_hat @ decoder.T).mul_(a != 0)
         grad_encoder.addmm_(grad_z.T, x)
         grad_b += grad_z.sum(dim=0)
         if gradients.W_dec is not None:

@@ -1,7 +1,7 @@
 """The SAE: encoder, selection rule, decoder.
 
     z = (x - b_dec) W_enc + b_enc        pre-activations
-    a = rule(z)                          sparse code
+    a = rule(z)                          sparse code: of a token alone, never of its batch
     x_hat = a W_dec + b_dec              reconstruction
 
 Decoder rows have unit norm, so an activation is the length of the feature's contribution in the units of x.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.code import SparseCode
 from sae.errors import InputError
-from sae.rules import Rule
+from sae.rules import GradientTopK, Rule
 
 
 class SAE(nn.Module):
@@ -59,6 +59,9 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **options))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in, **options))
         self.b_dec = nn.Parameter(torch.zeros(d_in, **options))
+        self._state_names = tuple(rule.new_state(d_sae))
+        for name, tensor in rule.new_state(d_sae).items():
+            self.register_buffer(name, tensor.to(**options))
 
     @property
     def d_in(self) -> int:
@@ -68,20 +71,41 @@ class SAE(nn.Module):
     def d_sae(self) -> int:
         return self.W_dec.shape[0]
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors the rule encodes by, such as thresholds; empty for most rules."""
+        return {name: self.get_buffer(name) for name in self._state_names}
+
     @torch.no_grad()
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseCode:
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], gradients: Float[Tensor, "*batch d_in"] | None = None
+    ) -> SparseCode:
         """Active features of every token; leading dimensions are flattened.
 
+        Args:
+            gradients: of the model's loss at x, for a gradient SAE; without them it encodes as plain TopK.
+
         Raises:
-            InputError: the last dimension is not d_in.
+            InputError: the last dimension is not d_in, or gradients the rule has no use for.
         """
         if x.shape[-1] != self.d_in:
             raise InputError(
                 f"this SAE reads activations of width {self.d_in}, got {x.shape[-1]}: "
                 f"use those of its hook point {self.hook_name!r}"
             )
-        flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
-        return self.rule.encode(flat - self.b_dec, self.W_enc, self.b_enc)
+        flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype) - self.b_dec
+        if gradients is None:
+            return self.rule.encode(flat, self.W_enc, self.b_enc, self.state)
+        if not isinstance(self.rule, GradientTopK):
+            raise InputError(f"the rule {self.rule.name} makes no use of gradients: encode without them")
+        if gradients.shape != x.shape:
+            raise InputError(
+                f"gradients have shape {list(gradients.shape)} and activations {list(x.shape)}: "
+                "give the gradient at every activation"
+            )
+        return self.rule.encode_with_gradients(
+            flat, self.W_enc, self.b_enc, self.W_dec, gradients.reshape(-1, self.d_in), self.state
+        )
 
     @torch.no_grad()
     def decode(self, code: SparseCode) -> Float[Tensor, "n d_in"]:

@@ -1,7 +1,7 @@
-"""One SAE in training: parameters, Adam's moments, dead-feature counters, and the training step."""
+"""One SAE in training: parameters, Adam's moments, counters of firings, and the training step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +11,16 @@ from torch import Tensor
 from sae import kernels, losses, optim
 from sae.code import SparseCode
 from sae.model import SAE
+from sae.passes import Pass, code_pass, threshold_pass
+from sae.rules import Batch, CodeRule, ThresholdRule
 
 if TYPE_CHECKING:
     from sae.train import TrainConfig
+
+MULTI_K = 4
+"""Multi-TopK's second k, as a multiple of the first (Gao et al. 2024, section 2.4 and appendix A.6)."""
+ANNEAL_SHARE = 0.7
+"""Share of the steps over which k goes from its start to its final value (CSRv2)."""
 
 # Running sums between two reports.
 LOSS, SQUARED_ERROR, VARIANCE, ACTIVE, AUX, STEPS = range(6)
@@ -46,13 +53,17 @@ class TrainingState:
         self.sae = SAE(d_in, config.d_sae, config.rule, device=device)
         self.input_scale = torch.ones((), device=device)
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        self.density = torch.zeros(config.d_sae, device=device)
         self.totals = torch.zeros(6, dtype=torch.float64, device=device)
+        rule = config.rule
+        own = rule.trained_tensors(config.d_sae, d_in) if isinstance(rule, ThresholdRule) else {}
+        self.own = {name: tensor.to(device) for name, tensor in own.items()}
         # W_enc's memory is [d_sae, d_in]; Adam sees it that way round, since it copies what is not contiguous.
         self.trained = {
             name: parameter.data.T if name == "W_enc" else parameter.data
             for name, parameter in self.sae.named_parameters()
             if not (config.frozen_decoder and name == "W_dec")
-        }
+        } | self.own
         self.adam = torch.optim.Adam(list(self.trained.values()), lr=0.0, betas=config.betas, fused=True)
         self.gradients: kernels.Gradients | None = None
 
@@ -78,43 +89,85 @@ class TrainingState:
             sae.b_dec.copy_(scaled.mean(dim=0))
 
     @torch.no_grad()
-    def step(self, batch: Float[Tensor, "n d_in"], step: int) -> None:
-        """One training step on a batch of raw activations; `step` counts from 0."""
-        config, sae = self.config, self.sae
+    def step(self, batch: Float[Tensor, "n d_in"], step: int, gradients: Float[Tensor, "n d_in"] | None = None) -> None:
+        """One training step on a batch of raw activations; `step` counts from 0.
+
+        Args:
+            gradients: of the model's loss at the activations, for rules that need them.
+        """
         x = batch * self.input_scale
-        x_centred = x - sae.b_dec
+        x_centred = x - self.sae.b_dec
         # On a GPU the encoder's product runs in bf16 and accumulates in fp32; the weights stay fp32.
         encoded = x_centred.to(torch.bfloat16) if x.is_cuda else x_centred
-        code = config.rule.encode(encoded, sae.W_enc, sae.b_enc)
-        x_hat = kernels.decode(code, sae.W_dec, sae.b_dec)
-        fit = losses.reconstruction(x, x_hat)
-        gradients = kernels.gradients(
-            code, x_centred, fit.grad_x_hat, sae.W_enc, sae.W_dec, decoder=not config.frozen_decoder, out=self.gradients
-        )
-        if not x.is_cuda:
-            self.gradients = gradients
-        aux = self._add_aux_k(gradients, fit.residual, x_centred, step)
-        self._update(gradients, step)
-        self._count(code, fit, aux)
+        if isinstance(self.config.rule, ThresholdRule):
+            done = self._threshold_step(self.config.rule, x, x_centred, encoded, step)
+        else:
+            done = self._code_step(x, x_centred, encoded, gradients, step)
+        aux = self._add_aux(done, x_centred, step)
+        self._update(done, step)
+        self._count(done, x.shape[0], aux, step)
 
-    def _add_aux_k(self, gradients: kernels.Gradients, residual: Tensor, x_centred: Tensor, step: int) -> Tensor | None:
+    def _code_step(self, x: Tensor, x_centred: Tensor, encoded: Tensor, gradients: Tensor | None, step: int) -> Pass:
+        config, sae = self.config, self.sae
+        assert isinstance(config.rule, CodeRule)
+        rule = config.rule.at_k(config.k_at(step))
+        batch = Batch(encoded, sae.W_enc, sae.b_enc, sae.W_dec, self.density, step / config.n_steps, gradients)
+
+        def run(code: SparseCode, out: kernels.Gradients | None) -> Pass:
+            return code_pass(sae, code, x, x_centred, widths=config.widths, decoder=not config.frozen_decoder, out=out)
+
+        done = run(rule.select(batch), self.gradients)
+        if not x.is_cuda:
+            self.gradients = done.gradients
+        if config.multi_k:
+            wider = run(rule.at_k(min(MULTI_K * rule.k, config.d_sae)).select(batch), None)
+            done.gradients.add_(wider.gradients, config.multi_k)
+            done = replace(done, loss=done.loss + config.multi_k * wider.loss)
+        return done
+
+    def _threshold_step(self, rule: ThresholdRule, x: Tensor, x_centred: Tensor, encoded: Tensor, step: int) -> Pass:
+        config, d_in = self.config, self.sae.d_in
+        coefficient = config.sparsity_at(step)
+        threshold = rule.threshold(self.own, self.sae.W_enc)
+        done = threshold_pass(
+            self.sae, x, x_centred, encoded, threshold, bandwidth=rule.bandwidth_at(d_in),
+            shrinkage=rule.shrinkage(coefficient, d_in), decoder=not config.frozen_decoder,
+        )  # fmt: skip
+        return Pass(
+            loss=done.fit.loss + rule.penalty(done.support, coefficient, d_in),
+            fit=done.fit,
+            gradients=done.gradients,
+            firings=done.firings,
+            own=rule.own_gradients(self.own, done.support, coefficient, d_in),
+        )
+
+    def _add_aux(self, done: Pass, x_centred: Tensor, step: int) -> Tensor | None:
         config = self.config
-        if config.aux_coefficient == 0 or step * config.batch_size < config.dead_after:
+        kind = config.aux_kind
+        if kind == "none" or config.aux_coefficient == 0 or step * config.batch_size < config.dead_after:
             return None
-        dead = torch.nonzero(self.tokens_since_fired >= config.dead_after).squeeze(1)
-        if dead.numel() == 0:
+        if kind == "aux_zipf":
+            revived = losses.rare_features(self.density)
+        else:
+            revived = self.tokens_since_fired >= config.dead_after
+        chosen = torch.nonzero(revived).squeeze(1)
+        if chosen.numel() == 0:
             return None
         sae = self.sae
         return losses.add_aux_k(
-            gradients, dead, residual, x_centred, sae.W_enc, sae.b_enc, sae.W_dec, config.aux_coefficient
-        )
+            done.gradients, chosen, done.fit.residual, x_centred, sae.W_enc, sae.b_enc, sae.W_dec,
+            config.aux_coefficient, signed=config.rule.signed,
+        )  # fmt: skip
 
-    def _update(self, gradients: kernels.Gradients, step: int) -> None:
-        config, sae = self.config, self.sae
+    def _update(self, done: Pass, step: int) -> None:
+        config, sae, gradients = self.config, self.sae, done.gradients
         if gradients.W_dec is not None:
             optim.remove_parallel_(gradients.W_dec, sae.W_dec)
         for name, tensor in self.trained.items():
-            tensor.grad = gradients.W_enc.T if name == "W_enc" else getattr(gradients, name)
+            if name in self.own:
+                tensor.grad = done.own[name]
+            else:
+                tensor.grad = gradients.W_enc.T if name == "W_enc" else getattr(gradients, name)
         self.last_lr = optim.learning_rate(step, config.n_steps, config.peak_lr, config.warmup, config.decay)
         for group in self.adam.param_groups:
             group["lr"] = self.last_lr
@@ -123,21 +176,19 @@ class TrainingState:
         if gradients.W_dec is not None:
             optim.normalise_rows_(sae.W_dec)
 
-    def _count(self, code: SparseCode, fit: losses.Reconstruction, aux: Tensor | None) -> None:
-        active = code.values != 0
-        fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool)
-        # Inactive slots point at feature 0 and must not count as its firing: they scatter to an extra place.
-        slots = torch.where(active, code.indices, self.config.d_sae).reshape(-1)
-        fired = torch.cat([fired, fired.new_zeros(1)]).index_fill_(0, slots, True)[:-1]
-        self.tokens_since_fired += code.n_tokens
-        self.tokens_since_fired.masked_fill_(fired, 0)
+    def _count(self, done: Pass, n_tokens: int, aux: Tensor | None, step: int) -> None:
+        self.tokens_since_fired += n_tokens
+        self.tokens_since_fired.masked_fill_(done.firings > 0, 0)
+        # A plain mean over the first steps, then one that forgets over as many tokens as make a feature dead.
+        rate = min(1.0, max(n_tokens / self.config.dead_after, 1 / (step + 1)))
+        self.density.lerp_(done.firings.to(self.density.dtype) / n_tokens, rate)
         zero = torch.zeros((), device=self.totals.device)
         self.totals += torch.stack(
             [
-                fit.loss.double(),
-                fit.squared_error.double(),
-                fit.total_variance.double(),
-                active.sum() / code.n_tokens,
+                done.loss.double(),
+                done.fit.squared_error.double(),
+                done.fit.total_variance.double(),
+                done.firings.sum().double() / n_tokens,
                 (zero if aux is None else aux).double(),
                 zero.double() + 1,
             ]
@@ -158,14 +209,39 @@ class TrainingState:
         )
 
     @torch.no_grad()
-    def finish(self, *, hook_name: str, model_name: str) -> SAE:
-        """The finished SAE, for raw activations: the input scale divides both biases (W_dec keeps unit norm)."""
+    def finish(
+        self,
+        *,
+        hook_name: str,
+        model_name: str,
+        sample: Float[Tensor, "m d_in"] | None = None,
+        sample_gradients: Float[Tensor, "m d_in"] | None = None,
+    ) -> SAE:
+        """The finished SAE, for raw activations: the input scale divides both biases (W_dec keeps unit norm).
+
+        Args:
+            sample: raw activations, best ones not trained on, by which a rule that chose over batches measures its
+                thresholds; rules whose `needs_calibration` is set need it.
+            sample_gradients: of the model's loss at the sample, for rules that need them.
+        """
+        rule, scale = self.sae.rule, self.input_scale
         finished = SAE(
-            self.sae.d_in, self.sae.d_sae, self.sae.rule, hook_name=hook_name, model_name=model_name,
+            self.sae.d_in, self.sae.d_sae, rule, hook_name=hook_name, model_name=model_name,
             device=self.sae.W_dec.device,
         )  # fmt: skip
         finished.W_enc.copy_(self.sae.W_enc)
         finished.W_dec.copy_(self.sae.W_dec)
-        finished.b_enc.copy_(self.sae.b_enc / self.input_scale)
-        finished.b_dec.copy_(self.sae.b_dec / self.input_scale)
+        finished.b_enc.copy_(self.sae.b_enc / scale)
+        finished.b_dec.copy_(self.sae.b_dec / scale)
+        state: dict[str, Tensor] = {}
+        if isinstance(rule, ThresholdRule):
+            state = rule.finished_state(self.own, scale)
+        elif rule.needs_calibration:
+            if sample is None:
+                raise ValueError(f"the rule {rule.name} measures its thresholds on a sample of activations")
+            centred, density = sample - finished.b_dec, self.density
+            weights = finished.W_enc, finished.b_enc, finished.W_dec
+            state = rule.calibrate(Batch(centred, *weights, density, 1.0, sample_gradients))
+        for name, tensor in state.items():
+            finished.get_buffer(name).copy_(tensor)
         return finished

@@ -2,23 +2,27 @@
 
 For every SAE and batch x (scaled so that the mean norm of a token is sqrt(d_in)):
 
-1. code = rule(x - b_dec), x_hat = decode(code);
-2. loss and its gradient with respect to x_hat (`sae.losses`), parameter gradients from the sparse code
-   (`sae.kernels.gradients`), aux-k gradients for features that have not fired for a while;
+1. code = rule(x - b_dec), x_hat = decode(code), loss and gradients (`sae.passes`, `sae.losses`): the plain error or
+   the Matryoshka loss, a sparsity penalty for rules that have one, the same again at 4 k for multi-k;
+2. gradients of the auxiliary loss for features that have not fired for a while, or too rarely;
 3. the decoder gradient's component along each decoder row is removed, Adam steps, rows are renormalised.
 
 No dense [tokens, features] decode or backward exists. The input scale is folded in when an SAE is finished, so
-what is returned works on raw activations. Nothing here draws random numbers after initialisation and every sum has
-a fixed order, so a run resumed from a checkpoint ends in the same bits as one that was never stopped (on the same
-device, with the same number of threads and the same torch).
+what is returned works on raw activations. Rules that choose over a batch then measure their thresholds on the batches
+that would have come next, which are not trained on unless all activations are.
+
+Nothing here draws random numbers after initialisation and every sum has a fixed order, so a run resumed from a
+checkpoint ends in the same bits as one that was never stopped (on the same device, with the same number of threads
+and the same torch).
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,8 +32,8 @@ from sae import checkpoint, rules
 from sae.errors import InputError
 from sae.interrupts import deferred_interrupt
 from sae.model import SAE
-from sae.rules import Rule, TopK
-from sae.state import TrainingState
+from sae.rules import AuxKind, CodeRule, Rule, ThresholdRule, TopK
+from sae.state import ANNEAL_SHARE, TrainingState
 
 BDecInit = Literal["geometric_median", "mean", "zero"]
 LR_AT_16K = 2e-3
@@ -40,6 +44,8 @@ MAX_DEAD_AFTER = 10_000_000
 SAMPLE_ROWS = 16_384
 """Rows from which the input scale and b_dec's starting value are taken."""
 REPORTS_PER_RUN = 200
+CALIBRATION_ROWS = 32_768
+"""Rows on which thresholds are measured. With k = 32 the relative error of L0 is below 1%."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,12 @@ class TrainConfig:
     decay: float = 0.2
     """Share of the steps over which it falls to zero at the end."""
     betas: tuple[float, float] = (0.9, 0.999)
+    sparsity_coefficient: float | None = None
+    """Weight of the penalty of rules without a k; the rule's default when None."""
+    sparsity_warmup: float = 0.05
+    """Share of the steps over which that weight rises from 0."""
+    aux: AuxKind | None = None
+    """The auxiliary loss: none, aux_k or aux_zipf; the rule's default when None."""
     aux_coefficient: float = 1 / 32
     dead_after_tokens: int | None = None
     """A feature is dead when it has not fired for this long; min(10M, a tenth of the budget) when None."""
@@ -65,7 +77,38 @@ class TrainConfig:
     normalize_input: bool = True
     frozen_decoder: bool = False
     """Keeps the decoder at its random start: the baseline that shows what the encoder alone can do."""
+    matryoshka: tuple[int, ...] = ()
+    """Widths of nested prefixes that each reconstruct; d_sae is added. Empty for the plain error."""
+    multi_k: float = 0.0
+    """Weight of the error at 4 k, so that codes stay useful beyond k; Gao et al. take 1/8."""
+    anneal_from_k: int | None = None
+    """k of the first step; it goes to the rule's own linearly over the first 70% of the steps."""
     seed: int = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Matryoshka's prefixes up to d_sae."""
+        if not self.matryoshka or self.matryoshka[-1] == self.d_sae:
+            return self.matryoshka
+        return (*self.matryoshka, self.d_sae)
+
+    @property
+    def aux_kind(self) -> AuxKind:
+        return self.aux if self.aux is not None else self.rule.default_aux
+
+    def k_at(self, step: int) -> int:
+        """k of a step: round(k0 (1 - p) + k p) with p = step / (0.7 n_steps), at most 1."""
+        assert isinstance(self.rule, CodeRule)
+        if self.anneal_from_k is None:
+            return self.rule.k
+        done = min(1.0, step / (ANNEAL_SHARE * self.n_steps))
+        return round(self.anneal_from_k * (1 - done) + self.rule.k * done)
+
+    def sparsity_at(self, step: int) -> float:
+        """Weight of the sparsity penalty at a step."""
+        assert isinstance(self.rule, ThresholdRule)
+        peak = self.rule.default_sparsity if self.sparsity_coefficient is None else self.sparsity_coefficient
+        return peak * min(1.0, (step + 1) / max(1.0, self.sparsity_warmup * self.n_steps))
 
     @property
     def peak_lr(self) -> float:
@@ -83,12 +126,15 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises InputError for settings that cannot be trained with."""
-        self.rule.check(self.d_sae)
         if self.batch_size < 2 or self.total_tokens < 1:
             raise InputError(
                 f"{self.name}: needs at least 2 tokens a batch and 1 in all, "
                 f"got {self.batch_size} and {self.total_tokens}"
             )
+        self.rule.check(self.d_sae, self.batch_size)
+        self._check_losses()
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"{self.name}: the seed must be a whole number from 0 to 2^63 - 1, got {self.seed}")
         if not (0 < self.peak_lr < math.inf):
             raise InputError(f"{self.name}: the learning rate must be positive, got {self.lr}")
         if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
@@ -101,13 +147,46 @@ class TrainConfig:
                 f"{self.name}: unknown b_dec_init {self.b_dec_init!r}: choose {', '.join(get_args(BDecInit))}"
             )
 
+    def _check_losses(self) -> None:
+        if self.aux is not None and self.aux not in get_args(AuxKind):
+            raise InputError(f"{self.name}: unknown aux {self.aux!r}: choose {', '.join(get_args(AuxKind))}")
+        if isinstance(self.rule, ThresholdRule):
+            unused: dict[str, Any] = {
+                "matryoshka": self.matryoshka,
+                "multi_k": self.multi_k,
+                "anneal_from_k": self.anneal_from_k,
+            }
+            given = [name for name, value in unused.items() if value]
+            if given:
+                raise InputError(f"{self.name}: {given[0]} needs a rule with a k, and {self.rule.name} has none")
+        elif self.sparsity_coefficient is not None:
+            raise InputError(
+                f"{self.name}: sparsity_coefficient is for relu and jumprelu; set k to make {self.rule.name} sparser"
+            )
+        if not (0 <= self.sparsity_warmup <= 1):
+            raise InputError(f"{self.name}: sparsity_warmup is a share of the steps, got {self.sparsity_warmup}")
+        for name, value in (("sparsity_coefficient", self.sparsity_coefficient), ("multi_k", self.multi_k)):
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{self.name}: {name} must be 0 or larger, got {value}")
+        edges = (0, *self.widths)
+        if any(a >= b for a, b in itertools.pairwise(edges)) or edges[-1] > self.d_sae:
+            raise InputError(
+                f"{self.name}: matryoshka widths must rise from 1 to at most {self.d_sae}, got {list(self.matryoshka)}"
+            )
+        if self.anneal_from_k is not None and not 1 <= self.anneal_from_k <= self.d_sae:
+            raise InputError(
+                f"{self.name}: anneal_from_k must lie between 1 and {self.d_sae}, got {self.anneal_from_k}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON; `from_dict` is the inverse."""
-        return {**asdict(self), "rule": rules.to_dict(self.rule), "betas": list(self.betas)}
+        lists: dict[str, Any] = {"betas": list(self.betas), "matryoshka": list(self.matryoshka)}
+        return {**asdict(self), "rule": rules.to_dict(self.rule), **lists}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
-        return cls(**{**fields, "rule": rules.from_dict(fields["rule"]), "betas": tuple(fields["betas"])})
+        lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("betas", "matryoshka") if name in fields}
+        return cls(**{**fields, "rule": rules.from_dict(fields["rule"]), **lists})
 
 
 class BatchSource(Protocol):
@@ -127,6 +206,14 @@ class BatchSource(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken."""
+
+
+@runtime_checkable
+class GradientSource(BatchSource, Protocol):
+    """A stream that also has the gradients of the model's loss at the activations."""
+
+    def next_pair(self, n: int) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"]]:
+        """Activations and gradients of the next n rows."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +274,12 @@ def train(
         others go on.
 
     Raises:
-        InputError: no or clashing configurations, or a checkpoint that does not belong to them.
+        InputError: no or clashing configurations, a rule without the gradients it needs, or a checkpoint that does
+            not belong to them.
         KeyboardInterrupt: stopped with Ctrl-C; the same call with `resume=True` goes on.
     """
-    _check(configs)
+    check_configs(configs)
+    next_rows = _stream(configs, source, torch.device(device))
     states = [TrainingState(config, source.d_in, torch.device(device)) for config in configs]
     step = 0
     restored = checkpoint.load(checkpoint_dir, states, source) if resume and checkpoint_dir is not None else None
@@ -205,10 +294,10 @@ def train(
     started = last_checkpoint = time.monotonic()
     with deferred_interrupt() as interrupt:
         while step < n_steps and any(state.error is None for state in states):
-            batch = source.next_batch(batch_size).to(device, torch.float32)
+            batch, gradients = next_rows(batch_size)
             for state in states:
                 if state.error is None:
-                    state.step(batch, step)
+                    state.step(batch, step, gradients)
             step += 1
             if step % report_every == 0 or step == n_steps:
                 for state in states:
@@ -219,17 +308,48 @@ def train(
                 last_checkpoint = time.monotonic()
             if interrupt.pressed:
                 raise KeyboardInterrupt
-    return [
-        TrainedSAE(
-            state.config,
-            None if state.error else state.finish(hook_name=hook_name, model_name=model_name),
-            state.error,
-        )
-        for state in states
-    ]
+    return _finish(states, source, next_rows, hook_name, model_name)
 
 
-def _check(configs: Sequence[TrainConfig]) -> None:
+NextRows = Callable[[int], tuple[Tensor, Tensor | None]]
+
+
+def _stream(configs: Sequence[TrainConfig], source: BatchSource, device: torch.device) -> NextRows:
+    """How the next activations, and gradients if a rule needs them, are had."""
+    hungry = next((config.rule.name for config in configs if config.rule.needs_gradients), None)
+    if hungry is None:
+        return lambda n: (source.next_batch(n).to(device, torch.float32), None)
+    if not isinstance(source, GradientSource):
+        raise InputError(f"the rule {hungry} needs gradients: harvest with --gradients and train on that harvest")
+
+    def next_pair(n: int) -> tuple[Tensor, Tensor]:
+        activations, gradients = source.next_pair(n)
+        return activations.to(device, torch.float32), gradients.to(device, torch.float32)
+
+    return next_pair
+
+
+def _finish(
+    states: Sequence[TrainingState], source: BatchSource, next_rows: NextRows, hook_name: str, model_name: str
+) -> list[TrainedSAE]:
+    sample: Tensor | None = None
+    gradients: Tensor | None = None
+    if any(state.error is None and state.config.rule.needs_calibration for state in states):
+        place = source.state_dict()
+        sample, gradients = next_rows(CALIBRATION_ROWS)
+        source.load_state_dict(place)
+    results = []
+    for state in states:
+        if state.error is None:
+            sae = state.finish(hook_name=hook_name, model_name=model_name, sample=sample, sample_gradients=gradients)
+            results.append(TrainedSAE(state.config, sae))
+        else:
+            results.append(TrainedSAE(state.config, None, state.error))
+    return results
+
+
+def check_configs(configs: Sequence[TrainConfig]) -> None:
+    """Raises InputError for configurations that cannot be trained together."""
     if not configs:
         raise InputError("nothing to train: give at least one configuration")
     names = [config.name for config in configs]

@@ -1,10 +1,16 @@
 """The native format: a directory that SAELens 6 loads as it is.
 
     cfg.json                  architecture, sizes, k, dtype, metadata (SAELens ignores keys it does not know)
-    sae_weights.safetensors   W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], nothing else
+    sae_weights.safetensors   W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and for
+                              jumprelu threshold [d_sae]; nothing else
 
-The rule is written as SAELens' architecture of the same behaviour; `metadata` holds the hook point, the model and
-whatever the SAE carries. Decoder rows are unit-norm, so `rescale_acts_by_decoder_norm` changes nothing and is off.
+The rule is written as SAELens' architecture of the same inference: rules with thresholds (BatchTopK, feature choice)
+as jumprelu, the gradient rule as topk. What the architecture leaves open stands under two more keys, which SAELens
+ignores: `rule`, its name and settings, and `rule_state`, numbers it encodes by. A rule without such an architecture
+(thresholds on magnitudes) is written under its own name, which SAELens refuses to load.
+
+`metadata` holds the hook point, the model and whatever the SAE carries. Decoder rows are unit-norm, so
+`rescale_acts_by_decoder_norm` changes nothing and is off.
 """
 
 import json
@@ -19,10 +25,20 @@ from sae import rules
 from sae.errors import InputError
 from sae.files import write_atomically
 from sae.model import SAE
+from sae.rules import CodeRule
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"
 """The version whose layout this is; without it SAELens takes the file for one from before 6.0."""
+
+ARCHITECTURES: dict[str, type[rules.Rule]] = {
+    "topk": rules.TopK,
+    "abstopk": rules.AbsTopK,
+    "jumprelu": rules.JumpReLU,
+    "standard": rules.ReLU,
+}
+"""SAELens' architectures and the rules they mean where no other is named."""
+K_ARCHITECTURES = ("topk", "abstopk")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -30,10 +46,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def save(sae: SAE, path: Path) -> None:
     """Writes `sae` to the directory `path`, made if needed."""
     config = {
-        "architecture": sae.rule.name,
+        "architecture": sae.rule.saelens or sae.rule.name,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
-        "k": sae.rule.k,
+        **_rule_fields(sae),
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -49,9 +65,21 @@ def save(sae: SAE, path: Path) -> None:
         },
     }
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items() if tensor.dim() > 0
+    }
     write_atomically(path / WEIGHTS, lambda file: save_file(weights, file))
     write_atomically(path / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+
+
+def _rule_fields(sae: SAE) -> dict[str, Any]:
+    """Configuration keys for the rule: those of SAELens, and ours where they leave something open."""
+    rule = sae.rule
+    written: dict[str, Any] = {"k": rule.k} if rule.saelens in K_ARCHITECTURES and isinstance(rule, CodeRule) else {}
+    if rule.saelens is None or ARCHITECTURES[rule.saelens](**written) != rule:
+        written["rule"] = rules.to_dict(rule)
+    numbers = {name: tensor.item() for name, tensor in sae.state.items() if tensor.dim() == 0}
+    return {**written, "rule_state": numbers} if numbers else written
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> SAE:
@@ -69,18 +97,45 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
     sae = SAE(
         config["d_in"],
         config["d_sae"],
-        rules.from_dict({"name": config["architecture"], "k": config["k"]}),
+        _rule(path, config),
         hook_name=metadata.pop("hook_name", None) or "",
         model_name=metadata.pop("model_name", None) or "",
         metadata=metadata,
         device=device,
         dtype=DTYPES[config["dtype"]],
     )
-    weights = _read_weights(path / WEIGHTS, {name: tuple(value.shape) for name, value in sae.state_dict().items()})
+    tensors = sae.state_dict()
+    weights = _read_weights(
+        path / WEIGHTS, {name: tuple(value.shape) for name, value in tensors.items() if value.dim()}
+    )
     with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(weights[name] if tensor.dim() else _number(path, config, name))
     return sae
+
+
+def _rule(path: Path, config: dict[str, Any]) -> rules.Rule:
+    architecture = config["architecture"]
+    if "rule" in config:
+        rule = rules.from_dict(config["rule"])
+        try:
+            rule.check(config["d_sae"])
+        except TypeError:
+            raise InputError(f"{path / CONFIG} has rule = {config['rule']}: its settings must be numbers") from None
+        if (rule.saelens or rule.name) != architecture:
+            raise InputError(
+                f"{path / CONFIG} has architecture {architecture!r} and rule {rule.name!r}, which is written as "
+                f"{rule.saelens or rule.name!r}: copy the SAE again"
+            )
+        return rule
+    return ARCHITECTURES[architecture](**({"k": config["k"]} if architecture in K_ARCHITECTURES else {}))
+
+
+def _number(path: Path, config: dict[str, Any], name: str) -> torch.Tensor:
+    value = (config.get("rule_state") or {}).get(name)
+    if not isinstance(value, float | int):
+        raise InputError(f"{path / CONFIG} lacks rule_state.{name}, a number: copy the SAE again")
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -103,12 +158,16 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     architecture = config["architecture"]
-    if architecture not in rules.RULES:
+    if architecture not in ARCHITECTURES and not ("rule" in config and architecture in rules.RULES):
         raise InputError(
-            f"{path} holds a {architecture!r} SAE, which is not supported: supported are {', '.join(rules.RULES)}"
+            f"{path} holds a {architecture!r} SAE, which is not supported: supported are {', '.join(ARCHITECTURES)}"
         )
-    if "k" not in config:
+    if architecture in K_ARCHITECTURES and "k" not in config:
         raise InputError(f"{path / CONFIG} lacks k, the number of active features of a {architecture} SAE")
+    if not isinstance(config.get("rule", {}), dict):
+        raise InputError(
+            f"{path / CONFIG} has rule = {config['rule']!r}: expected an object with its name and settings"
+        )
     if config["dtype"] not in DTYPES:
         raise InputError(f"{path / CONFIG} has dtype {config['dtype']!r}: expected one of {', '.join(DTYPES)}")
     wanted = {"apply_b_dec_to_input": True, "normalize_activations": "none", "rescale_acts_by_decoder_norm": False}

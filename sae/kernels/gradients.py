@@ -35,6 +35,26 @@ class Gradients:
     b_enc: Float[Tensor, "d_sae"]
     b_dec: Float[Tensor, "d_in"]
 
+    def add_(self, other: "Gradients", scale: float) -> None:
+        """Adds scale * other, in place."""
+        self.W_enc.add_(other.W_enc, alpha=scale)
+        self.b_enc.add_(other.b_enc, alpha=scale)
+        self.b_dec.add_(other.b_dec, alpha=scale)
+        if self.W_dec is not None and other.W_dec is not None:
+            self.W_dec.add_(other.W_dec, alpha=scale)
+
+
+@dataclass(frozen=True)
+class EntrySums:
+    """Sums over the entries of a code, feature by feature."""
+
+    encoder: Float[Tensor, "d_sae d_in"]
+    """Of dL/da * x_c[token]: W_enc's gradient, transposed."""
+    decoder: Float[Tensor, "d_sae d_in"] | None
+    """Of a * G[token]."""
+    bias: Float[Tensor, "d_sae"]
+    """Of dL/da."""
+
 
 def gradients(
     code: SparseCode,
@@ -53,27 +73,44 @@ def gradients(
         decoder: whether the decoder's gradient is wanted (a frozen decoder has none).
         out: on a CPU, gradients of an earlier call whose memory may be used again.
     """
-    values = code.values.reshape(-1)
-    feature = code.indices.reshape(-1)
-    token = code.token_ids()
-    grad_values = torch.where(values != 0, _grad_values(code, token, grad_x_hat, W_dec), 0)
-    order, offsets = by_feature(feature, code.d_sae)
-    grad_W_dec = None
-    if decoder:
-        grad_W_dec = feature_sums(order, offsets, values, grad_x_hat, token, out.W_dec if out else None)
-    grad_W_enc = feature_sums(order, offsets, grad_values, x_centred, token, out.W_enc.T if out else None)
-    ones = x_centred.new_ones(code.n_tokens, 1)
-    grad_b_enc = feature_sums(order, offsets, grad_values, ones, token).squeeze(1)
+    grad_values = torch.where(code.values.reshape(-1) != 0, entry_gradients(code, grad_x_hat, W_dec), 0)
+    sums = sum_entries(code, grad_values, x_centred, grad_x_hat, decoder=decoder, out=out)
     return Gradients(
-        W_enc=grad_W_enc.T,
-        W_dec=grad_W_dec,
-        b_enc=grad_b_enc,
-        b_dec=grad_x_hat.sum(0) - W_enc @ grad_b_enc,
+        W_enc=sums.encoder.T,
+        W_dec=sums.decoder,
+        b_enc=sums.bias,
+        b_dec=grad_x_hat.sum(0) - W_enc @ sums.bias,
     )
 
 
-def _grad_values(
-    code: SparseCode, token: Tensor, grad_x_hat: Float[Tensor, "n d"], W_dec: Float[Tensor, "d_sae d"]
+def sum_entries(
+    code: SparseCode,
+    grad_values: Float[Tensor, "entries"],
+    x_centred: Float[Tensor, "n d_in"],
+    grad_x_hat: Float[Tensor, "n d_in"],
+    *,
+    decoder: bool = True,
+    out: Gradients | None = None,
+) -> EntrySums:
+    """The sums over a code's entries that parameter gradients are made of.
+
+    Args:
+        grad_values: dL/da of every entry, in storage order.
+        decoder, out: as for `gradients`.
+    """
+    token = code.token_ids()
+    order, offsets = by_feature(code.indices.reshape(-1), code.d_sae)
+    grad_W_dec = None
+    if decoder:
+        values = code.values.reshape(-1)
+        grad_W_dec = feature_sums(order, offsets, values, grad_x_hat, token, out.W_dec if out else None)
+    grad_W_enc = feature_sums(order, offsets, grad_values, x_centred, token, out.W_enc.T if out else None)
+    ones = x_centred.new_ones(code.n_tokens, 1)
+    return EntrySums(grad_W_enc, grad_W_dec, feature_sums(order, offsets, grad_values, ones, token).squeeze(1))
+
+
+def entry_gradients(
+    code: SparseCode, grad_x_hat: Float[Tensor, "n d"], W_dec: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "entries"]:
     """G[token] . W_dec[feature] of every entry.
 
@@ -95,6 +132,7 @@ def _grad_values(
                 check_invariants=False,
             )
             return torch.sparse.sampled_addmm(entries, grad_x_hat, W_dec.T, beta=0.0).values()
+    token = code.token_ids()
     step = max(1, GATHER_BYTES // (W_dec.shape[1] * W_dec.element_size()))
     return torch.cat(
         [

@@ -68,3 +68,16 @@ def by_feature(feature: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     order = torch.sort(feature, stable=True).indices
     counts = torch.bincount(feature, minlength=d_sae)
     return order, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def ragged_code(token: Tensor, feature: Tensor, values: Tensor, n_tokens: int, d_sae: int) -> SparseCode:
+    """A ragged code of entries that are sorted by token."""
+    counts = torch.bincount(token, minlength=n_tokens)
+    return SparseCode(values, feature, d_sae, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+def feature_block(code: SparseCode, first: int, last: int) -> SparseCode:
+    """The entries of features first ... last - 1, renumbered from 0, as a code over these features alone."""
+    token, feature, values = code.rows()
+    inside = (feature >= first) & (feature < last)
+    return ragged_code(token[inside], feature[inside] - first, values[inside], code.n_tokens, last - first)

@@ -13,15 +13,13 @@ accumulated in fp32. Scores that are not positive are no activation: their slots
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Pre-activations in the reused buffer: enough rows to keep the matrix product efficient, few enough for caches.
-CPU_BUFFER_ENTRIES = 3 * 2**20
-CPU_MIN_ROWS = 128
-CUDA_BUFFER_ENTRIES = 2**26
+from sae.kernels.scores import Encoder
 
 
 def topk_reference(scores: Float[Tensor, "n d_sae"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
@@ -37,51 +35,67 @@ def topk_encode(
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, "d_sae"],
     k: int,
+    *,
+    absolute: bool = False,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Top k of relu(x W_enc + b_enc) of every row, in the canonical order.
 
     Args:
         x: inputs with b_dec subtracted; fp32, or bf16/fp16 on CUDA.
         k: at most d_sae.
+        absolute: rank by magnitude instead, and keep the sign.
 
     Returns:
         Values (fp32, or fp64 for fp64 inputs) and indices (int64).
     """
-    n, d_sae = x.shape[0], W_enc.shape[1]
-    score_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # Only CUDA multiplies in low precision with sums in fp32. Weights are converted once, not for every chunk.
-    factor_dtype = x.dtype if x.is_cuda else score_dtype
-    x, weights, bias = x.to(factor_dtype), W_enc.to(factor_dtype), b_enc.to(score_dtype)
-    values = torch.empty(n, k, dtype=score_dtype, device=x.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
-    group = 0 if x.is_cuda else _group_size(d_sae, k)
+    encoder = Encoder.of(x, W_enc, b_enc)
+    if not absolute:
+
+        def scores_are_values(first: int, out: Float[Tensor, "rows d_sae"]) -> None:
+            encoder.rows(first, out)
+
+        return select_rows(encoder, k, scores_are_values)
+    pre_activations = encoder.empty(min(encoder.rows_at_once(), encoder.n), encoder.d_sae)
+
+    def magnitudes(first: int, out: Float[Tensor, "rows d_sae"]) -> Float[Tensor, "rows d_sae"]:
+        z = pre_activations[: out.shape[0]]
+        encoder.rows(first, z)
+        out.copy_(z).abs_()
+        return z
+
+    return select_rows(encoder, k, magnitudes)
+
+
+def select_rows(
+    encoder: Encoder, k: int, score: Callable[[int, Float[Tensor, "rows d_sae"]], Tensor | None]
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k entries with the largest positive scores of every row, in the canonical order, chunk by chunk.
+
+    Args:
+        encoder: gives sizes, precision and device.
+        k: at most d_sae.
+        score: `score(first, out)` writes the scores of the rows from `first` on to `out` and returns the values
+            to keep of them, or None where the scores are the values.
+    """
+    n, d_sae = encoder.n, encoder.d_sae
+    on_cuda = encoder.x.is_cuda
+    values, indices = encoder.empty(n, k), encoder.empty(n, k, dtype=torch.int64)
+    group = 0 if on_cuda else _group_size(d_sae, k)
     padded = d_sae if group == 0 else -(-d_sae // group) * group
-    rows = max(1, CUDA_BUFFER_ENTRIES // d_sae) if x.is_cuda else max(CPU_MIN_ROWS, CPU_BUFFER_ENTRIES // d_sae)
-    buffer = torch.empty(min(rows, n), padded, dtype=score_dtype, device=x.device)
+    rows = encoder.rows_at_once()
+    buffer = encoder.empty(min(rows, n), padded)
     buffer[:, d_sae:] = -torch.inf
     for first in range(0, n, rows):
-        chunk = x[first : first + rows]
-        scores = buffer[: chunk.shape[0]]
-        _pre_activations(chunk, weights, bias, scores[:, :d_sae])
+        scores = buffer[: min(rows, n - first)]
+        kept = score(first, scores[:, :d_sae])
         best, where, doubtful = _select(scores, d_sae, k, group)
         redo = torch.nonzero(doubtful).squeeze(1)
         if redo.numel():
             best[redo], where[redo] = topk_reference(scores[redo, :d_sae], k)
+        if kept is not None:
+            best = torch.where(best == 0, 0, kept.gather(1, where))
         values[first : first + rows], indices[first : first + rows] = best, where
     return values, indices
-
-
-def _pre_activations(
-    x: Float[Tensor, "n d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, "d_sae"],
-    out: Float[Tensor, "n d_sae"],
-) -> None:
-    """Writes x W_enc + b_enc to `out`, accumulated in out's precision."""
-    if x.dtype == out.dtype:
-        torch.addmm(b_enc, x, W_enc, out=out)
-    else:
-        torch.add(torch.mm(x, W_enc, out_dtype=out.dtype), b_enc, out=out)
 
 
 def _group_size(d_sae: int, k: int) -> int:

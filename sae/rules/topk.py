@@ -1,4 +1,7 @@
-"""TopK: every token keeps the k largest of relu(z) (Gao et al. 2024, arXiv 2406.04093, eq. 3)."""
+"""TopK: every token keeps the k largest of relu(z) (Gao et al. 2024, arXiv 2406.04093, eq. 3).
+
+The proximal step of the non-negative l0 ball: argmin ||a - z||^2 over a >= 0 with at most k entries.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,27 +10,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.errors import InputError
 from sae.kernels import topk_encode
+from sae.rules.base import NO_TENSORS, Batch, CodeRule, Tensors
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(CodeRule):
     """Keeps the `k` largest positive pre-activations of each token; fewer when fewer are positive."""
 
-    k: int
     name: ClassVar[str] = "topk"
+    saelens: ClassVar[str | None] = "topk"
 
-    def check(self, d_sae: int) -> None:
-        """Raises InputError unless 1 <= k <= d_sae."""
-        if not 1 <= self.k <= d_sae:
-            raise InputError(f"k = {self.k} must lie between 1 and the number of features, {d_sae}")
+    def select(self, batch: Batch) -> SparseCode:
+        """The same as `encode`."""
+        return self.encode(batch.x, batch.W_enc, batch.b_enc)
 
     def encode(
         self,
         x: Float[Tensor, "n d_in"],
         W_enc: Float[Tensor, "d_in d_sae"],
         b_enc: Float[Tensor, "d_sae"],
+        state: Tensors = NO_TENSORS,
     ) -> SparseCode:
         """Codes of inputs from which b_dec has been subtracted; no gradients."""
         values, indices = topk_encode(x, W_enc, b_enc, self.k)

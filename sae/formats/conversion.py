@@ -1,0 +1,160 @@
+"""Foreign SAEs as SAEs of this project, and the way back.
+
+A format's reader gives `Weights`: matrices in this project's shapes, the decoder's bias subtracted from the input,
+the selection rule, and its threshold for every feature where it has them. `build` makes the SAE:
+
+1. Formats that do not subtract b_dec from the input have b_enc + b_dec W_enc in b_enc's place (`subtracting`):
+       x W_enc + b_enc = (x - b_dec) W_enc + (b_enc + b_dec W_enc).
+2. Decoder rows get unit norm. With n the norm of row f, its activation, and so column f of W_enc, b_enc[f] and
+   threshold[f], is multiplied by n: every contribution a W_dec stays what it was.
+
+Folding keeps a threshold's selection but not TopK's, which compares features: where the norms of a TopK SAE's rows
+differ, they are kept as they are, and `metadata["decoder_norms"]` says so. Rows whose norm is 1 up to the rounding of
+their number format are left alone, so that a round trip gives the same bits.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import rules
+from sae.errors import InputError
+from sae.model import SAE
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A foreign SAE: pre-activations (x - b_dec) W_enc + b_enc, the rule's selection, then a W_dec + b_dec."""
+
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, "d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, "d_in"]
+    rule: rules.Rule
+    threshold: Float[Tensor, "d_sae"] | None = None
+    """For rules that compare pre-activations with a threshold."""
+
+    def check(self, where: str) -> None:
+        """Raises InputError when shapes or number formats do not fit together; `where` begins the message."""
+        tensors = {"encoder": self.W_enc, "encoder bias": self.b_enc, "decoder": self.W_dec, "decoder bias": self.b_dec}
+        if self.threshold is not None:
+            tensors["threshold"] = self.threshold
+        for name, tensor in tensors.items():
+            if not tensor.dtype.is_floating_point:
+                raise InputError(f"{where}: the {name} holds {tensor.dtype}: expected floating-point numbers")
+        if self.W_enc.ndim != 2:
+            raise InputError(f"{where}: the encoder has shape {list(self.W_enc.shape)}: expected two dimensions")
+        d_in, d_sae = self.W_enc.shape
+        expected = {"encoder bias": [d_sae], "decoder": [d_sae, d_in], "decoder bias": [d_in], "threshold": [d_sae]}
+        for name, tensor in tensors.items():
+            if list(tensor.shape) != expected.get(name, [d_in, d_sae]):
+                raise InputError(
+                    f"{where}: the {name} has shape {list(tensor.shape)}, the encoder ({d_in} to {d_sae}) asks for "
+                    f"{expected[name]}: the file is damaged or of another format"
+                )
+
+
+def subtracting(weights: Weights) -> Weights:
+    """`weights` of an encoder that reads x itself, for one that reads x - b_dec."""
+    shift = weights.b_dec.double() @ weights.W_enc.double()
+    return replace(weights, b_enc=(weights.b_enc.double() + shift).to(weights.b_enc.dtype))
+
+
+def not_subtracting(weights: Weights) -> Weights:
+    """The inverse of `subtracting`, up to rounding."""
+    shift = weights.b_dec.double() @ weights.W_enc.double()
+    return replace(weights, b_enc=(weights.b_enc.double() - shift).to(weights.b_enc.dtype))
+
+
+def gated(
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, "d_in"],
+    *,
+    gate: Float[Tensor, "d_sae"],
+    magnitude: Float[Tensor, "d_sae"],
+    scale: Float[Tensor, "d_sae"],
+) -> Weights:
+    """A gated SAE, whose gate and magnitude share directions, as thresholds (Rajamanoharan et al. 2024, arXiv
+    2404.16014).
+
+    With y = (x - b_dec) W_enc it fires where y + gate > 0, at relu(e^scale y + magnitude). With
+    z = e^scale y + magnitude that is z where z > max(0, magnitude - e^scale gate).
+    """
+    factor = scale.double().exp()
+    threshold = (magnitude.double() - factor * gate.double()).clamp_min(0)
+    return Weights(_times(W_enc, factor), magnitude, W_dec, b_dec, rules.JumpReLU(), threshold.to(W_enc.dtype))
+
+
+def build(weights: Weights, *, hook_name: str, model_name: str, metadata: dict[str, Any]) -> SAE:
+    """The SAE of these weights, decoder rows of unit norm where that changes nothing else."""
+    norms, tolerance = _norms(weights), _tolerance(weights)
+    # Such a rule compares features with each other, and scaling them apart changes what it selects.
+    compares = isinstance(weights.rule, rules.CodeRule) and weights.threshold is None
+    if not has_unit_rows(weights):
+        if not compares or norms.max() <= norms.min() * (1 + tolerance):
+            weights = fold(weights)
+        else:
+            metadata = {**metadata, "decoder_norms": f"kept, {norms.min():.4g} to {norms.max():.4g}"}
+    d_in, d_sae = weights.W_enc.shape
+    options: dict[str, Any] = {"hook_name": hook_name, "model_name": model_name, "metadata": metadata}
+    sae = SAE(d_in, d_sae, weights.rule, dtype=weights.W_dec.dtype, **options)
+    with torch.no_grad():
+        sae.W_enc.copy_(weights.W_enc)
+        sae.b_enc.copy_(weights.b_enc)
+        sae.W_dec.copy_(weights.W_dec)
+        sae.b_dec.copy_(weights.b_dec)
+        if weights.threshold is not None:
+            sae.state["threshold"].copy_(weights.threshold)
+    return sae
+
+
+def fold(weights: Weights) -> Weights:
+    """The same contributions from decoder rows of unit norm; a rule that compares features then compares these."""
+    norms = _norms(weights)
+    return replace(
+        weights,
+        W_enc=_times(weights.W_enc, norms),
+        b_enc=_times(weights.b_enc, norms),
+        W_dec=_times(weights.W_dec, 1 / norms[:, None]),
+        threshold=None if weights.threshold is None else _times(weights.threshold, norms),
+    )
+
+
+def has_unit_rows(weights: Weights) -> bool:
+    """Whether the decoder's rows have norm 1, up to the rounding of their number format; rows of zeros count."""
+    return bool((_norms(weights) - 1).abs().max() <= _tolerance(weights))
+
+
+def _tolerance(weights: Weights) -> float:
+    return max(1e-5, torch.finfo(weights.W_dec.dtype).eps)
+
+
+def _norms(weights: Weights) -> Float[Tensor, "d_sae"]:
+    norms = torch.linalg.vector_norm(weights.W_dec.double(), dim=1)
+    # A row of zeros contributes nothing, whatever its activation.
+    return torch.where(norms > 0, norms, 1.0)
+
+
+def _times(tensor: Tensor, factor: Tensor) -> Tensor:
+    return (tensor.double() * factor).to(tensor.dtype)
+
+
+def weights_of(sae: SAE) -> Weights:
+    """The weights of an SAE, on the CPU, for an export."""
+    parts = {name: getattr(sae, name).detach().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    threshold = sae.state.get("threshold")
+    return Weights(**parts, rule=sae.rule, threshold=None if threshold is None else threshold.detach().cpu())
+
+
+def topk_of(rule: rules.Rule) -> int | None:
+    """k of a rule that encodes as TopK, else None."""
+    return rule.k if isinstance(rule, rules.CodeRule) and rule.saelens == "topk" else None
+
+
+def refuse(sae: SAE, format_name: str, expressible: str) -> InputError:
+    """The error for a rule that a format cannot express."""
+    return InputError(f"{format_name} cannot express the rule {sae.rule.name}: it can express {expressible}")

@@ -1,0 +1,93 @@
+"""SAEs of other libraries, recognised by their files.
+
+| files                                | format              |
+|--------------------------------------|---------------------|
+| cfg.json, sae_weights.safetensors    | SAELens, the native |
+| cfg.json, sae.safetensors            | sparsify            |
+| config.json, ae.pt                   | dictionary_learning |
+"""
+
+from pathlib import Path
+
+from sae.errors import InputError
+from sae.formats import conversion, dictionary_learning, saelens, saelens_import, sparsify
+from sae.formats.reading import read_json, read_safetensors
+from sae.model import SAE
+
+FILES = {
+    "saelens": (saelens.CONFIG, saelens.WEIGHTS),
+    "sparsify": (sparsify.CONFIG, sparsify.WEIGHTS),
+    "dictionary_learning": (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
+}
+
+
+def recognise(path: Path) -> str:
+    """Name of the format of the folder `path`, as in FILES.
+
+    Raises:
+        InputError: no folder, or none of the formats; names the folders below that are.
+    """
+    if not path.is_dir():
+        raise InputError(f"no SAE at {path}: a folder is expected, holding {_expected()}")
+    for name, (_, weights) in FILES.items():
+        if (path / weights).is_file():
+            return name
+    weight_files = {weights for _, weights in FILES.values()}
+    below = sorted({file.parent.name for name in weight_files for file in path.glob(f"*/{name}")})
+    if below:
+        shown = ", ".join(below[:8]) + (", ..." if len(below) > 8 else "")
+        raise InputError(f"{path} holds several SAEs: choose one of its folders, {shown}")
+    raise InputError(f"{path} is no SAE of a known format: expected {_expected()}")
+
+
+def load_foreign(path: Path | str, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
+    """Reads an SAE of any known format.
+
+    Args:
+        path: its folder.
+        hook_name: TransformerLens name of the hook point it reads, where its files do not say, or say wrongly.
+        model_name: the model it reads, likewise.
+
+    Raises:
+        InputError: not an SAE, damaged, or one that cannot be expressed here.
+    """
+    path = Path(path)
+    form = recognise(path)
+    if form == "sparsify":
+        return sparsify.load(path, hook_name=hook_name, model_name=model_name)
+    if form == "dictionary_learning":
+        return dictionary_learning.load(path, hook_name=hook_name, model_name=model_name)
+    return _load_saelens(path, hook_name, model_name)
+
+
+def _load_saelens(path: Path, hook_name: str | None, model_name: str | None) -> SAE:
+    config = read_json(path / saelens.CONFIG)
+    # What this project writes names its rule or has no option to convert; SAELens' own folders may have both.
+    plain = config.get("apply_b_dec_to_input", True) and not config.get("rescale_acts_by_decoder_norm", False)
+    if "rule" not in config and (not plain or config.get("architecture") == "gated"):
+        state = read_safetensors(path / saelens.WEIGHTS)
+        return saelens_import.from_parts(config, state, str(path), hook_name=hook_name, model_name=model_name)
+    sae = saelens.load(path)
+    sae.hook_name = sae.hook_name if hook_name is None else hook_name
+    sae.model_name = sae.model_name if model_name is None else model_name
+    if "rule" in config or conversion.has_unit_rows(conversion.weights_of(sae)):
+        return sae
+    return conversion.build(
+        conversion.weights_of(sae), hook_name=sae.hook_name, model_name=sae.model_name, metadata=sae.metadata
+    )
+
+
+def export(sae: SAE, path: Path | str, form: str) -> None:
+    """Writes an SAE in a format of FILES.
+
+    Raises:
+        InputError: an unknown format, or a rule that the format cannot express.
+    """
+    savers = {"saelens": saelens.save, "sparsify": sparsify.save, "dictionary_learning": dictionary_learning.save}
+    if form not in savers:
+        raise InputError(f"unknown format {form!r}: choose one of {', '.join(savers)}")
+    savers[form](sae, Path(path))
+
+
+def _expected() -> str:
+    return " or ".join(f"{config} and {weights} ({name})" for name, (config, weights) in FILES.items())

@@ -1,0 +1,51 @@
+"""Reading foreign files: JSON objects, safetensors, and pickles of tensors only; damage gives one line."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sae.errors import InputError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises InputError when there is none."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}): copy it again") from None
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{file} is not a configuration: expected a JSON object")
+    return document
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor in `file` by name. Raises InputError when it is missing or damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is missing, truncated or not a safetensors file ({error}): copy it again") from None
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The state dict in `file`, with torch's loader that makes tensors and nothing else.
+
+    Raises:
+        InputError: missing, damaged, or holding anything but tensors by name.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{file} cannot be read as tensors ({reason}): copy it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{file} is not a state dict: expected tensors by name")
+    return state

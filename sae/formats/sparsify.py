@@ -1,0 +1,109 @@
+"""sparsify (EleutherAI) 1.x: one folder per hook point.
+
+    cfg.json           activation, num_latents, k, normalize_decoder, multi_topk, skip_connection, transcode, d_in
+    sae.safetensors    encoder.weight [F, d], encoder.bias [F], W_dec [F, d], b_dec [d]
+
+    a = topk_k(relu((x - b_dec) encoder.weight^T + encoder.bias)),   x_hat = a W_dec + b_dec
+
+The folder's name is the hook point as the model's own module path, `layers.5` being the residual stream after block 5;
+a run's own folder above holds config.json with the model's name.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from sae import rules
+from sae.errors import InputError
+from sae.files import write_atomically
+from sae.formats.conversion import Weights, build, refuse, topk_of, weights_of
+from sae.formats.reading import read_json, read_safetensors
+from sae.model import SAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)")
+
+
+def load(path: Path, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
+    """Reads an SAE from a hook point's folder.
+
+    Args:
+        hook_name, model_name: what the SAE reads, where the folder's name and its parent do not say.
+
+    Raises:
+        InputError: missing or damaged files; a transcoder, a skip connection or groupmax, which are no TopK SAEs.
+    """
+    config = read_json(path / CONFIG)
+    _refuse(path, config)
+    tensors = read_safetensors(path / WEIGHTS)
+    missing = [name for name in NAMES if name not in tensors]
+    unknown = sorted(tensors.keys() - set(NAMES))
+    if missing or unknown:
+        raise InputError(
+            f"{path / WEIGHTS} holds {', '.join(sorted(tensors))}: expected {', '.join(NAMES)}, as sparsify writes them"
+        )
+    k = config.get("k")
+    if not isinstance(k, int):
+        raise InputError(f"{path / CONFIG} has k = {k!r}: expected a whole number")
+    weights = Weights(
+        tensors["encoder.weight"].T, tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], rules.TopK(k)
+    )
+    weights.check(str(path))
+    return build(
+        weights,
+        hook_name=hook_name if hook_name is not None else _hook_of(path.name),
+        model_name=model_name if model_name is not None else _model_of(path.parent),
+        metadata={"imported_from": "sparsify"},
+    )
+
+
+def save(sae: SAE, path: Path) -> None:
+    """Writes an SAE to the folder `path`. Raises InputError for a rule other than TopK."""
+    k = topk_of(sae.rule)
+    if k is None:
+        raise refuse(sae, "sparsify", "topk")
+    weights = weights_of(sae)
+    config = {
+        "activation": "topk", "expansion_factor": max(1, sae.d_sae // sae.d_in), "normalize_decoder": True,
+        "num_latents": sae.d_sae, "k": k, "multi_topk": False, "skip_connection": False, "transcode": False,
+        "d_in": sae.d_in,
+    }  # fmt: skip
+    tensors = {
+        "encoder.weight": weights.W_enc.T.contiguous(),
+        "encoder.bias": weights.b_enc,
+        "W_dec": weights.W_dec.contiguous(),
+        "b_dec": weights.b_dec,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    write_atomically(path / CONFIG, lambda file: file.write_text(json.dumps(config), encoding="utf-8"))
+
+
+def _refuse(path: Path, config: dict[str, Any]) -> None:
+    if config.get("transcode"):
+        raise InputError(f"{path} is a transcoder, which predicts another activation than it reads: only SAEs load")
+    if config.get("skip_connection"):
+        raise InputError(f"{path} has a skip connection, which an SAE here cannot express")
+    if config.get("signed"):
+        raise InputError(f"{path} was made with the option signed of an early sparsify, which is not supported")
+    activation = config.get("activation", "topk")
+    if activation != "topk":
+        raise InputError(f"{path} uses the activation {activation!r}, which is not supported: expected 'topk'")
+
+
+def _hook_of(folder: str) -> str:
+    """TransformerLens' name of the residual stream after a block; empty for other modules, whose names vary."""
+    block = _BLOCK.fullmatch(folder)
+    return f"blocks.{block[1]}.hook_resid_post" if block else ""
+
+
+def _model_of(run: Path) -> str:
+    try:
+        model = json.loads((run / "config.json").read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return model if isinstance(model, str) else ""

@@ -1,0 +1,229 @@
+"""One forward and backward pass of an SAE: its loss and the gradients of every parameter, without autograd.
+
+`code_pass` takes a code that a rule has chosen and goes through its entries alone.
+
+`threshold_pass` is for rules that compare every pre-activation with a threshold, of which thousands may be active for
+a token early in training:
+
+1. Scores of a chunk of rows. A chunk in which more than 1 entry in 32 counts - is active, or within the threshold's
+   window, where the threshold's gradient comes from - is decoded and differentiated at once, with matrix products.
+2. The entries of the other chunks are collected, and go through the sparse kernels together.
+
+No [n, d_sae] matrix exists in either; the sums are the same bits on every repeat.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae import kernels, losses
+from sae.code import SparseCode
+from sae.kernels import Gradients
+from sae.model import SAE
+from sae.rules.base import Support
+
+DENSE_SHARE = 1 / 32
+"""Share of entries above which matrix products are faster than gathering."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass gives the trainer."""
+
+    loss: Float[Tensor, ""]
+    """What training minimises, without the auxiliary loss."""
+    fit: losses.Reconstruction
+    gradients: Gradients
+    firings: Int[Tensor, "d_sae"]
+    """Tokens on which each feature is active."""
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    """Gradients of the rule's own tensors."""
+
+
+@torch.no_grad()
+def code_pass(
+    sae: SAE,
+    code: SparseCode,
+    x: Float[Tensor, "n d_in"],
+    x_centred: Float[Tensor, "n d_in"],
+    *,
+    widths: tuple[int, ...] = (),
+    decoder: bool = True,
+    out: Gradients | None = None,
+) -> Pass:
+    """Loss and gradients of a code.
+
+    Args:
+        x_centred: x - b_dec.
+        widths: prefixes of the Matryoshka loss, increasing up to d_sae; none for the plain error.
+        decoder: whether the decoder's gradient is wanted.
+        out: as for `kernels.gradients`.
+    """
+    firings = _firings(code)
+    if not widths:
+        fit = losses.reconstruction(x, kernels.decode(code, sae.W_dec, sae.b_dec))
+        gradients = kernels.gradients(code, x_centred, fit.grad_x_hat, sae.W_enc, sae.W_dec, decoder=decoder, out=out)
+        return Pass(fit.loss, fit, gradients, firings)
+    nested = losses.prefixes(x, code, sae.W_dec, sae.b_dec, widths)
+    sums, first = [], 0
+    for block, grad in zip(nested.blocks, nested.grad_x_hat, strict=True):
+        grad_values = kernels.entry_gradients(block, grad, sae.W_dec[first : first + block.d_sae])
+        sums.append(kernels.sum_entries(block, grad_values, x_centred, grad, decoder=decoder))
+        first += block.d_sae
+    bias = torch.cat([part.bias for part in sums])
+    gradients = Gradients(
+        W_enc=torch.cat([part.encoder for part in sums]).T,
+        W_dec=torch.cat([part.decoder for part in sums if part.decoder is not None]) if decoder else None,
+        b_enc=bias,
+        # b_dec is in every prefix, as the features of the first block are.
+        b_dec=nested.grad_x_hat[0].sum(0) - sae.W_enc @ bias,
+    )
+    return Pass(nested.loss, nested.fit, gradients, firings)
+
+
+def _firings(code: SparseCode) -> Int[Tensor, "d_sae"]:
+    active = code.values != 0
+    # Inactive slots point at feature 0 and must not count as its firing: they are counted in an extra place.
+    slots = torch.where(active, code.indices, code.d_sae).reshape(-1)
+    counts = torch.zeros(code.d_sae + 1, dtype=torch.int64, device=slots.device)
+    return counts.index_add_(0, slots, torch.ones_like(slots))[:-1]
+
+
+@dataclass(frozen=True)
+class ThresholdPass:
+    """What `threshold_pass` returns; the rule makes its penalty and its own gradients of it."""
+
+    fit: losses.Reconstruction
+    gradients: Gradients
+    firings: Int[Tensor, "d_sae"]
+    support: Support
+
+
+@torch.no_grad()
+def threshold_pass(
+    sae: SAE,
+    x: Float[Tensor, "n d_in"],
+    x_centred: Float[Tensor, "n d_in"],
+    encoded: Float[Tensor, "n d_in"],
+    threshold: Float[Tensor, "d_sae"],
+    *,
+    bandwidth: float = 0.0,
+    shrinkage: float = 0.0,
+    decoder: bool = True,
+) -> ThresholdPass:
+    """Error and gradients of a = z 1[z > threshold] for thresholds that are not negative.
+
+    Args:
+        x_centred: x - b_dec.
+        encoded: the same in the precision the encoder multiplies in.
+        bandwidth: width of the window around the thresholds; 0 for none.
+        shrinkage: added, over n, to the gradient of every active entry (an L1 penalty's).
+        decoder: whether the decoder's gradient is wanted.
+    """
+    work = _Accumulator(sae, x, x_centred, threshold, bandwidth, shrinkage / x.shape[0], decoder)
+    for first, z in kernels.Encoder.of(encoded, sae.W_enc, sae.b_enc).chunks():
+        support = kernels.is_above(z, threshold - bandwidth / 2)
+        # Waits for the device once a chunk: which of the two ways is faster is not known before.
+        if int(support.sum()) > DENSE_SHARE * support.numel():
+            work.add_dense(first, z)
+        else:
+            work.collect(first, z, support)
+    return work.finish()
+
+
+class _Accumulator:
+    def __init__(
+        self, sae: SAE, x: Tensor, x_centred: Tensor, threshold: Tensor, bandwidth: float, shrink: float, decoder: bool
+    ) -> None:
+        self.sae, self.x, self.x_centred = sae, x, x_centred
+        self.threshold, self.bandwidth, self.shrink, self.decoder = threshold, bandwidth, shrink, decoder
+        self.step = 2 / losses.total_variance(x)
+        self.x_hat = torch.empty_like(x)
+        self.encoder, self.bias = torch.zeros_like(sae.W_dec), torch.zeros_like(sae.b_enc)
+        self.dictionary = torch.zeros_like(sae.W_dec) if decoder else None
+        self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=x.device)
+        self.window, self.window_gradient = torch.zeros_like(sae.b_enc), torch.zeros_like(sae.b_enc)
+        self.magnitude = torch.zeros((), dtype=x.dtype, device=x.device)
+        self.collected: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.sparse_rows: list[Tensor] = []
+
+    def add_dense(self, first: int, z: Float[Tensor, "rows d_sae"]) -> None:
+        """A chunk with many entries, by matrix products."""
+        sae, rows = self.sae, slice(first, first + z.shape[0])
+        active = kernels.is_above(z, self.threshold)
+        a = torch.where(active, z, 0)
+        x_hat = torch.addmm(sae.b_dec, a, sae.W_dec)
+        grad_x_hat = (x_hat - self.x[rows]) * self.step
+        grad = grad_x_hat @ sae.W_dec.T
+        if self.bandwidth:
+            window = (z - self.threshold).abs() < self.bandwidth / 2
+            self.window += window.sum(dim=0)
+            self.window_gradient += torch.where(window, grad, 0).sum(dim=0)
+        grad = torch.where(active, grad + self.shrink, 0)
+        self.encoder.addmm_(grad.T, self.x_centred[rows])
+        self.bias += grad.sum(dim=0)
+        if self.dictionary is not None:
+            self.dictionary.addmm_(a.T, grad_x_hat)
+        self.x_hat[rows] = x_hat
+        self.firings += active.sum(dim=0)
+        self.magnitude += a.sum()
+
+    def collect(self, first: int, z: Float[Tensor, "rows d_sae"], support: Tensor) -> None:
+        """A chunk with few entries, for later."""
+        token, feature = torch.nonzero(support, as_tuple=True)
+        self.collected.append((token + first, feature, z[token, feature]))
+        self.sparse_rows.append(torch.arange(first, first + z.shape[0], device=z.device))
+
+    def _add_collected(self) -> None:
+        sae = self.sae
+        token, feature, z = (torch.cat(parts) for parts in zip(*self.collected, strict=True))
+        rows = torch.cat(self.sparse_rows)
+        # Tokens are renumbered among those whose chunks were sparse.
+        place = torch.empty(self.x.shape[0], dtype=torch.int64, device=z.device)
+        place[rows] = torch.arange(len(rows), device=z.device)
+        theta = self.threshold[feature]
+        active = ~(z <= theta)
+        code = kernels.ragged_code(place[token], feature, torch.where(active, z, 0), len(rows), sae.d_sae)
+        x_hat = kernels.decode(code, sae.W_dec, sae.b_dec)
+        grad_x_hat = (x_hat - self.x[rows]) * self.step
+        grad = kernels.entry_gradients(code, grad_x_hat, sae.W_dec)
+        if self.bandwidth:
+            window = (z - theta).abs() < self.bandwidth / 2
+            pairs = torch.stack([torch.where(window, 1.0, 0.0).to(grad.dtype), torch.where(window, grad, 0)], dim=1)
+            sums = _sum_by_feature(feature, pairs, sae.d_sae)
+            self.window += sums[:, 0]
+            self.window_gradient += sums[:, 1]
+        grad = torch.where(active, grad + self.shrink, 0)
+        sums_of = kernels.sum_entries(code, grad, self.x_centred[rows], grad_x_hat, decoder=self.decoder)
+        self.encoder += sums_of.encoder
+        self.bias += sums_of.bias
+        if self.dictionary is not None and sums_of.decoder is not None:
+            self.dictionary += sums_of.decoder
+        self.x_hat[rows] = x_hat
+        self.firings += _firings(code)
+        self.magnitude += code.values.sum()
+
+    def finish(self) -> ThresholdPass:
+        """Adds what was collected."""
+        if self.collected:
+            self._add_collected()
+        fit = losses.reconstruction(self.x, self.x_hat)
+        gradients = Gradients(
+            W_enc=self.encoder.T,
+            W_dec=self.dictionary,
+            b_enc=self.bias,
+            b_dec=fit.grad_x_hat.sum(0) - self.sae.W_enc @ self.bias,
+        )
+        support = Support(
+            self.x.shape[0], self.firings.sum().to(self.x.dtype), self.magnitude, self.window, self.window_gradient
+        )
+        return ThresholdPass(fit, gradients, self.firings, support)
+
+
+def _sum_by_feature(feature: Tensor, rows: Float[Tensor, "entries m"], d_sae: int) -> Float[Tensor, "d_sae m"]:
+    """Sums of rows by feature, in the order of the entries."""
+    order, offsets = kernels.by_feature(feature, d_sae)
+    return torch.nn.functional.embedding_bag(order, rows, offsets, mode="sum", include_last_offset=True)

@@ -1,0 +1,88 @@
+"""Gradient TopK, the gradient SAE (arXiv 2411.10397): what matters to the model's loss is kept first.
+
+With g the gradient of the unmodified model's loss at x, every token keeps z at the k largest of
+
+    s = z + beta z |W_dec g|,    g scaled so that |W_dec g| has mean 1 over tokens and features
+
+The paper gives the term; the exact sum and its scaling are "reconstructed". beta = 0 is TopK.
+
+A finished SAE encodes in two ways: as TopK where there are no gradients, and with gradients by the formula above with
+the scale stored when training finished, so that a code does not depend on its batch.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.code import SparseCode
+from sae.errors import InputError
+from sae.kernels import gradient_topk_encode, mean_influence, topk_encode
+from sae.rules.base import NO_TENSORS, Batch, CodeRule, Tensors
+
+
+@dataclass(frozen=True)
+class GradientTopK(CodeRule):
+    """Keeps `k` positive entries of each token, weighing pre-activations with the gradient."""
+
+    beta: float = 1.0
+    """Weight of the gradient."""
+    name: ClassVar[str] = "gradient_topk"
+    needs_gradients: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
+    saelens: ClassVar[str | None] = "topk"
+
+    def check(self, d_sae: int, batch_size: int | None = None) -> None:
+        """Raises InputError for an impossible k or beta."""
+        super().check(d_sae, batch_size)
+        if not 0 <= self.beta < math.inf:
+            raise InputError(f"beta = {self.beta} must be 0 (plain TopK) or larger")
+
+    def select(self, batch: Batch) -> SparseCode:
+        """The k best by the batch's own scale of gradients."""
+        return self.encode_with_gradients(
+            batch.x, batch.W_enc, batch.b_enc, batch.W_dec, _given(batch), self.calibrate(batch)
+        )
+
+    def encode(
+        self,
+        x: Float[Tensor, "n d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        state: Tensors = NO_TENSORS,
+    ) -> SparseCode:
+        """Plain TopK."""
+        values, indices = topk_encode(x, W_enc, b_enc, self.k)
+        return SparseCode(values, indices, W_enc.shape[1])
+
+    def encode_with_gradients(
+        self,
+        x: Float[Tensor, "n d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        W_dec: Float[Tensor, "d_sae d_in"],
+        gradients: Float[Tensor, "n d_in"],
+        state: Tensors,
+    ) -> SparseCode:
+        """The k best by the formula above, with the stored scale of gradients."""
+        g = gradients.to(W_enc.dtype) * state["gradient_scale"]
+        values, indices = gradient_topk_encode(x, W_enc, b_enc, W_dec, g, self.k, self.beta)
+        return SparseCode(values, indices, W_enc.shape[1])
+
+    def new_state(self, d_sae: int) -> dict[str, Tensor]:
+        """What gradients are multiplied with."""
+        return {"gradient_scale": torch.ones(())}
+
+    def calibrate(self, sample: Batch) -> dict[str, Tensor]:
+        """1 / mean |W_dec g|."""
+        mean = mean_influence(sample.W_dec, _given(sample).to(sample.W_dec.dtype))
+        return {"gradient_scale": 1 / mean.clamp_min(torch.finfo(mean.dtype).tiny)}
+
+
+def _given(batch: Batch) -> Float[Tensor, "n d_in"]:
+    if batch.gradients is None:
+        raise InputError("the rule gradient_topk needs gradients: harvest with --gradients and train on that harvest")
+    return batch.gradients
