@@ -44,11 +44,14 @@ def resumed_after(bridge: Any, layer: int, output: Any) -> Iterator[None]:
         return output
 
     modules = [block.original_component for block in bridge.blocks[: layer + 1]]
-    # An attribute of the instance hides the class's method until it is deleted.
+    # An attribute of the instance hides the class's method, or what an enclosing context put there, until it is undone.
+    before = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.forward = skipped
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, before, strict=True):
             del module.forward
+            if forward is not None:
+                module.forward = forward

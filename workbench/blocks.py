@@ -161,7 +161,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
             .view(entry["shape"])
             for name, entry in header.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is missing or damaged ({reason}): run `workbench doctor` on its workspace") from None
 

@@ -29,7 +29,10 @@ Split = Literal["train", "heldout"]
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_ONE_IN = 10
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py", ".html", ".tex", ".c", ".js", ".ts", ".rs", ".go"}
-SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
+JSON_LINES = {".jsonl", ".ndjson"}
+SUFFIXES = TEXT_SUFFIXES | JSON_LINES | {".parquet"}
+OTHER_FORMATS = {".json", ".csv", ".tsv", ".xml", ".gz", ".zst", ".zip", ".arrow"}
+"""Would be read as text with all their marks: better refused."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def open_corpus(spec: str, *, text_field: str = "text") -> Corpus:
     """
     if spec == "python-stdlib":
         return _python_stdlib()
+    if not spec.strip():
+        raise InputError("the corpus has no name: give a file, a folder, python-stdlib, or a hub dataset")
     path = Path(spec).expanduser()
     if path.exists():
         return _local(spec, path, text_field)
@@ -131,6 +136,8 @@ def _python_stdlib() -> Corpus:
 
 
 def _local(spec: str, path: Path, text_field: str) -> Corpus:
+    if path.is_file() and path.suffix in OTHER_FORMATS:
+        raise InputError(f"{spec}: {path.suffix} files are not read; convert to text, JSON lines or Parquet")
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file() and f.suffix in SUFFIXES]
     if not files:
         raise InputError(f"{spec} holds no corpus files: expected {', '.join(sorted(SUFFIXES))}")
@@ -145,7 +152,7 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
         for name, file in named:
             if file.suffix == ".parquet":
                 yield from _parquet_entries(file, name, text_field)
-            elif file.suffix == ".jsonl":
+            elif file.suffix in JSON_LINES:
                 yield from _jsonl_entries(file, name, text_field)
             else:
                 yield from _text_entries(file, name)
@@ -155,8 +162,11 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
 
 
 def _file_digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -192,8 +202,10 @@ def _jsonl_entries(file: Path, name: str, text_field: str) -> Iterator[Entry]:
         where = f"{file}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg}); every line must be one object") from None
+        except (ValueError, RecursionError) as error:
+            # Numbers of thousands of digits and very deep nesting are valid JSON that Python does not read.
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{where}: not JSON ({reason}); every line must be one object") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with a field {text_field!r}, got {type(row).__name__}")
         if text := _field(row, text_field, where):
@@ -213,7 +225,14 @@ def _parquet_entries(file: Path, name: str, text_field: str) -> Iterator[Entry]:
         if text_field not in columns:
             raise InputError(_no_field(str(file), text_field, columns))
         number = 0
-        for batch in opened.iter_batches(batch_size=1024, columns=[text_field]):
+        batches = opened.iter_batches(batch_size=1024, columns=[text_field])
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{file} is damaged after row {number} ({str(error).splitlines()[0]})") from None
+            if batch is None:
+                return
             for value in batch.column(0).to_pylist():
                 number += 1
                 if text := _text(value, text_field, f"{file}, row {number}"):

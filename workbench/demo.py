@@ -81,7 +81,7 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
     start = time.monotonic()
     with ProgressBar("evaluate", HELD_OUT_TOKENS, enabled=not quiet) as bar:
         evaluations = space.evaluate(
-            [SAE_NAME, BASELINE], model=model, max_tokens=HELD_OUT_TOKENS,
+            [SAE_NAME, BASELINE], model=model, max_tokens=HELD_OUT_TOKENS, reuse=True,
             on_progress=lambda done, total: bar.update(done * HELD_OUT_TOKENS // max(total, 1)),
         )  # fmt: skip
     seconds["evaluate"] = time.monotonic() - start

@@ -3,7 +3,9 @@
 import importlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -26,7 +28,7 @@ class Check:
 
 
 def examine(workspace: Path) -> list[Check]:
-    """Checks libraries, device, Triton, disk, the demo model, and every harvest and SAE of the workspace."""
+    """Checks libraries, device, Triton, disk, the demo model, and every artefact of the workspace."""
     return [*_libraries(), _device(), _triton(), _disk(workspace), _demo_model(), *_workspace(workspace)]
 
 
@@ -80,6 +82,8 @@ def _demo_model() -> Check:
 def _workspace(path: Path) -> list[Check]:
     from sae.model import SAE
     from workbench.maintenance import verify
+    from workbench.runs import Run
+    from workbench.summaries import sae_folders
     from workbench.workspace import Workspace
 
     if not path.exists():
@@ -96,10 +100,25 @@ def _workspace(path: Path) -> list[Check]:
             if problems
             else Check(f"harvest {name}", "ok", "every block has its recorded size and checksum")
         )
-    for item in workspace.saes():
+    for folder in sae_folders(path):
+        what = f"SAE {folder.name}"
         try:
-            SAE.load(workspace.path / "saes" / item.name)
-            checks.append(Check(f"SAE {item.name}", "ok", f"{item.d_sae:,} features at {item.hook}"))
+            sae = SAE.load(folder)
+            checks.append(Check(what, "ok", f"{sae.d_sae:,} features at {sae.hook_name}"))
         except InputError as error:
-            checks.append(Check(f"SAE {item.name}", "broken", str(error), "train it again"))
+            checks.append(Check(what, "broken", str(error), "train it again"))
+    for folder in sorted(file.parent for file in path.glob("runs/*/run.json")):
+        checks.append(_readable(f"run {folder.name}", Run(folder).summary, "remove it with `workbench gc --run`"))
+    for file in sorted(path.glob("results/*/*.duckdb")):
+        kind, name = file.parent.name, file.stem
+        read = partial(workspace.results.open, kind, name)
+        checks.append(_readable(f"{kind} {name}", read, f"remove {file} and make it again"))
     return checks
+
+
+def _readable(what: str, read: Callable[[], object], remedy: str) -> Check:
+    try:
+        read()
+        return Check(what, "ok", "readable")
+    except InputError as error:
+        return Check(what, "broken", str(error), remedy)

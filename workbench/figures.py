@@ -6,6 +6,7 @@ from plotly.subplots import make_subplots
 
 # One colour per SAE, in the order of their names, the same in every figure.
 PALETTE = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#efb118", "#6cc5b0")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 
 
 def training_curves(metrics: pd.DataFrame) -> go.Figure:
@@ -51,4 +52,34 @@ def density_histogram(histogram: pd.DataFrame) -> go.Figure:
         yaxis_title="features",
         height=320,
         margin={"l": 40, "r": 10, "t": 20, "b": 40},
+    )
+
+
+def sae_comparison(table: pd.DataFrame) -> go.Figure:
+    """FVU and added nats against L0, one mark per SAE: colour is the rule, symbol the width; lower left is better.
+
+    Args:
+        table: `Workspace.compare()`: columns sae, rule, d_sae, l0, fvu, added_nats; SAEs without numbers are left out.
+    """
+    panels = [("fvu", "FVU"), ("added_nats", "added nats")]
+    figure = make_subplots(rows=1, cols=2, subplot_titles=[title for _, title in panels], horizontal_spacing=0.1)
+    measured = table.dropna(subset=["l0", "fvu", "added_nats"])
+    rules, widths = sorted(measured["rule"].unique()), sorted(measured["d_sae"].unique())
+    for (rule, width), rows in measured.groupby(["rule", "d_sae"], sort=True):
+        marker = {
+            "color": PALETTE[rules.index(rule) % len(PALETTE)],
+            "symbol": SYMBOLS[widths.index(width) % len(SYMBOLS)],
+            "size": 9,
+        }
+        for column, (key, _) in enumerate(panels, start=1):
+            figure.add_scatter(
+                x=rows["l0"], y=rows[key], text=rows["sae"], name=f"{rule}, {width:,} features",
+                legendgroup=f"{rule}/{width}", showlegend=column == 1, mode="markers", marker=marker,
+                hovertemplate="%{text}<br>L0 %{x:.4g}<br>%{y:.4g}", row=1, col=column,
+            )  # fmt: skip
+    figure.update_xaxes(title_text="L0 (active features per token)", type="log")
+    # FVU spans orders of magnitude; added nats may be below zero.
+    figure.update_yaxes(type="log", row=1, col=1)
+    return figure.update_layout(
+        height=420, margin={"l": 50, "r": 10, "t": 40, "b": 50}, legend={"orientation": "h", "y": -0.2}
     )

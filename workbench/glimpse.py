@@ -109,11 +109,10 @@ def glimpse(
 def _example(model: LoadedModel, text: torch.Tensor, at: int, context_len: int, activation: float) -> Example:
     context = at // context_len * context_len
     first, last = max(context + 1, at - TOKENS_BEFORE), min(context + context_len, at + 1 + TOKENS_AFTER)
-    decode = model.tokenizer.decode
     return Example(
-        before=decode(text[first:at].tolist()),
-        token=decode([int(text[at])]),
-        after=decode(text[at + 1 : last].tolist()),
+        before=model.text(text[first:at].tolist()),
+        token=model.text([int(text[at])]),
+        after=model.text(text[at + 1 : last].tolist()),
         activation=activation,
     )
 
@@ -124,4 +123,4 @@ def _promoted(
     if unembedding is None:
         return []
     effect = sae.W_dec[feature].detach().to(unembedding) @ unembedding
-    return [model.tokenizer.decode([token]) for token in effect.topk(6).indices.tolist()]
+    return [model.text([token]) for token in effect.topk(6).indices.tolist()]

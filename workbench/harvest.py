@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from sae.files import write_atomically
 from workbench.blocks import Block, read_journal, recover_journal
 from workbench.capture import capture
 from workbench.corpora import Corpus, Document, Split
 from workbench.database import write_database
+from workbench.descriptions import differences, read_description, write_description
 from workbench.hooks import HookSpec, resolve_hook
 from workbench.locks import RunLock
 from workbench.models import DTYPES, LoadedModel
@@ -45,6 +45,10 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
 BLOCK_ROWS = 32_768
 TOKEN_BYTES = 13
 """Per row: token, document and position as int32, flags as uint8."""
+DATABASE_BYTES = 9
+"""Per row in the DuckDB file, measured on Python source, rounded up."""
+BLOCK_BYTES = {"cpu": 2**28, "cuda": 2**30}
+"""Memory of a block at most: harvests of many or wide hook points get blocks of fewer rows."""
 PACKED_AHEAD = 8
 TRIAL_BATCHES = 2
 
@@ -63,6 +67,8 @@ class HarvestConfig:
     split: Split = "train"
     dtype: str = "auto"
     """Stored precision; `auto` is the checkpoint's own (massive activations overflow float16 in some models)."""
+    model_dtype: str = "auto"
+    """Precision the model runs in; `auto` is its own on a GPU and float32 on a CPU."""
     gradients: bool = False
     """Also store the gradient of the summed next-token loss at every hook point."""
 
@@ -114,16 +120,24 @@ class Plan:
             )
         if config.dtype != "auto" and config.dtype not in DTYPES:
             raise InputError(f"unknown dtype {config.dtype!r}: choose auto, {', '.join(DTYPES)}")
+        if config.dtype == "auto" and model.info.checkpoint_dtype not in DTYPES:
+            raise InputError(
+                f"{model.info.name} has {model.info.checkpoint_dtype} weights, which are not stored: "
+                f"choose --dtype {', '.join(DTYPES)}"
+            )
         if config.max_tokens < config.context_len:
             raise InputError(
                 f"{config.max_tokens} tokens do not fill one context of {config.context_len}: "
                 "harvest more tokens or use shorter contexts"
             )
-        per_block = max(1, BLOCK_ROWS // config.context_len)
+        hooks = [resolve_hook(model, name) for name in dict.fromkeys(config.hooks)]
+        dtype = DTYPES[model.info.checkpoint_dtype if config.dtype == "auto" else config.dtype]
+        row_bytes = _row_bytes(_widths(hooks, config.gradients), dtype)
+        per_block = max(1, min(BLOCK_ROWS, BLOCK_BYTES[model.device.type] // row_bytes) // config.context_len)
         batch_contexts = min(max(1, BATCH_TOKENS[model.device.type] // config.context_len), per_block)
         return cls(
-            hooks=[resolve_hook(model, name) for name in dict.fromkeys(config.hooks)],
-            dtype=DTYPES[model.info.checkpoint_dtype if config.dtype == "auto" else config.dtype],
+            hooks=hooks,
+            dtype=dtype,
             gradients=config.gradients,
             context_len=config.context_len,
             n_contexts=config.max_tokens // config.context_len,
@@ -138,14 +152,22 @@ class Plan:
     @property
     def widths(self) -> dict[str, int]:
         """Width of what is stored, by hook; gradients under `HOOK.grad`."""
-        widths = {hook.name: hook.width for hook in self.hooks}
-        if self.gradients:
-            widths |= {hook.name + GRADIENT: hook.width for hook in self.hooks}
-        return widths
+        return _widths(self.hooks, self.gradients)
 
     @property
-    def row_bytes(self) -> int:
-        return sum(self.widths.values()) * self.dtype.itemsize + TOKEN_BYTES
+    def bytes_per_row(self) -> int:
+        """On disk, upper bound."""
+        return _row_bytes(self.widths, self.dtype) + DATABASE_BYTES
+
+
+def _widths(hooks: Sequence[HookSpec], gradients: bool) -> dict[str, int]:
+    widths = {hook.name: hook.width for hook in hooks}
+    return widths | ({hook.name + GRADIENT: hook.width for hook in hooks} if gradients else {})
+
+
+def _row_bytes(widths: Mapping[str, int], dtype: torch.dtype) -> int:
+    """Of one row in a block."""
+    return sum(widths.values()) * dtype.itemsize + TOKEN_BYTES
 
 
 def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: Path) -> HarvestEstimate:
@@ -161,7 +183,7 @@ def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: 
     free = _check_space(folder, plan, left)
     seconds = left * _seconds_per_row(model, corpus, config, plan) if left else 0.0
     rows = done if finished else plan.rows
-    return HarvestEstimate(rows, rows * plan.row_bytes, free, seconds)
+    return HarvestEstimate(rows, rows * plan.bytes_per_row, free, seconds)
 
 
 def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: Plan) -> float:
@@ -185,9 +207,9 @@ def _check_space(folder: Path, plan: Plan, rows: int) -> int:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    if rows * plan.row_bytes > free:
+    if rows * plan.bytes_per_row > free:
         raise InputError(
-            f"{rows:,} rows take {format_bytes(rows * plan.row_bytes)} and {format_bytes(free)} are free: "
+            f"{rows:,} rows take {format_bytes(rows * plan.bytes_per_row)} and {format_bytes(free)} are free: "
             "harvest fewer tokens or hook points, or choose another --workspace"
         )
     return free
@@ -252,30 +274,14 @@ def _begin(folder: Path, description: dict[str, Any]) -> None:
     """Records what the harvest is, or checks that an earlier attempt was the same."""
     file = folder / DESCRIPTION
     if file.is_file():
-        differing = _differences(json.loads(file.read_text()), description)
+        differing = [d for d in differences(read_description(file), description) if not d.startswith("made_with")]
         if differing:
             raise InputError(
                 f"harvest {folder.name!r} exists with other settings ({'; '.join(differing)}): "
                 "repeat the command that started it, or choose another name"
             )
         return
-    text = json.dumps(description, indent=2)
-    try:
-        write_atomically(file, lambda partial: partial.write_text(text))
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}; make room or choose another --workspace") from None
-
-
-def _differences(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """`model.dtype was float32, now bfloat16`, ..."""
-    found = []
-    for key in sorted((wanted.keys() | recorded.keys()) - {"made_with"}):
-        old, new = recorded.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += [f"{key}.{difference}" for difference in _differences(old, new)]
-        elif old != new:
-            found.append(f"{key} was {old}, now {new}")
-    return found
+    write_description(file, description)
 
 
 def _fill(
@@ -342,5 +348,5 @@ def _finish(folder: Path, model: LoadedModel, blocks: list[Block], plan: Plan) -
         blocks,
         context_len=plan.context_len,
         vocabulary=model.token_texts,
-        meta=json.loads((folder / DESCRIPTION).read_text()),
+        meta=read_description(folder / DESCRIPTION),
     )

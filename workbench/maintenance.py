@@ -94,9 +94,16 @@ def leftovers(workspace: Path) -> list[Path]:
     for path in sorted(workspace.rglob("*")):
         if any(parent in found for parent in path.parents) or _in_use(workspace, path):
             continue
-        if ".tmp" in path.suffixes or path.name == LOCK or path.parent == workspace / TRASH:
+        if _is_temporary(path) or path.parent == workspace / TRASH:
             found.append(path)
     return found
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether this project made `path` to rename or remove it later; no artefact can bear such a name."""
+    if path.is_dir():
+        return _WRITER.search(path.name) is not None
+    return path.name.endswith((".tmp", ".tmp.wal")) or path.name == LOCK
 
 
 def collect(workspace: Path, named: Sequence[Path] = (), *, dry_run: bool = False) -> list[Removed]:

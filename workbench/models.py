@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from sae.errors import InputError
 from workbench.bundled import demo_model_dir
+from workbench.devices import choose_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -90,8 +91,19 @@ class LoadedModel:
 
     @cached_property
     def token_texts(self) -> list[str]:
-        """Text of every token id, as it reads on its own."""
-        return [self.tokenizer.decode([token]) for token in range(self.info.d_vocab)]
+        """Text of every token id, as it reads inside a text."""
+        return [self.text([token]) for token in range(self.info.d_vocab)]
+
+    @cached_property
+    def _anchor(self) -> tuple[int, str]:
+        """A token that texts are decoded after, and its own text."""
+        token = self.tokenizer.encode("a", add_special_tokens=False)[-1]
+        return token, self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of some tokens in the middle of a text: SentencePiece tokenizers drop a space at its start."""
+        token, before = self._anchor
+        return self.tokenizer.decode([token, *tokens], clean_up_tokenization_spaces=False).removeprefix(before)
 
 
 def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
@@ -106,7 +118,7 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         InputError: nothing at the folder or name, no network, no usable tokenizer, weights that are not
             safetensors, an architecture TransformerLens does not know, or an unknown device or dtype.
     """
-    place = _device(device)
+    place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     location, source = _locate(spec)
@@ -116,15 +128,31 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     tokenizer = _tokenizer(location, spec)
     weights = _weight_files(location, spec)
     hf, loading = _from_pretrained(
-        AutoModelForCausalLM, location, spec, dtype=run_dtype, use_safetensors=True, output_loading_info=True
+        AutoModelForCausalLM,
+        location,
+        spec,
+        dtype=run_dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     # transformers fills weights that a file lacks with random numbers and goes on.
+    if loading["mismatched_keys"]:
+        name, found, wanted = sorted(loading["mismatched_keys"])[0]
+        raise InputError(
+            f"the weights of {spec} do not fit its config.json: {name} has shape {list(found)}, "
+            f"the configuration says {list(wanted)}"
+        )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(
             f"the weights of {spec} do not fit its config.json: {len(missing)} tensors are missing, first {missing[0]}"
         )
     hf = hf.to(place).eval().requires_grad_(False)
+    if not _is_causal(hf):
+        raise InputError(
+            f"{spec} ({type(hf).__name__}) lets tokens see later ones: it is an encoder, no causal language model"
+        )
     n_embedded = hf.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > n_embedded:
         raise InputError(
@@ -161,6 +189,15 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         transformer_lens=version("transformer-lens"),
     )
     return LoadedModel(info, hf, bridge, tokenizer, bos_id)
+
+
+@torch.inference_mode()
+def _is_causal(hf: Any) -> bool:
+    """Whether the first token's logits do not depend on the second: encoders load as language models too."""
+    last = hf.get_input_embeddings().weight.shape[0] - 1
+    logits = hf(torch.tensor([[0, 0], [0, last]], device=next(hf.parameters()).device), use_cache=False).logits[:, 0]
+    scale = logits.abs().max()
+    return not bool(torch.isfinite(scale)) or bool((logits[0] - logits[1]).abs().max() <= 1e-2 * scale)
 
 
 def weights_sha256(files: Sequence[Path]) -> str:
@@ -200,18 +237,6 @@ def _repository_file(location: str, name: str) -> Path | None:
         reason = str(error).splitlines()[0]
         raise InputError(f"cannot fetch {name} of {location}: check the network ({reason})") from None
     return None if found is None else Path(found)
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device} was asked for, but torch sees no CUDA device: use --device cpu")
-    return place
 
 
 def _locate(spec: str) -> tuple[str, str]:

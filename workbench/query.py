@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from duckdb.func import PythonUDFType
 
 from sae.errors import InputError
-from workbench.store import Harvest, Vectors
+from workbench.store import GRADIENT, Harvest, Vectors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,10 +134,19 @@ def run(
     except duckdb.OutOfMemoryException:
         raise InputError(f"the query needs more than {MEMORY_LIMIT} of memory: read fewer rows or columns") from None
     except duckdb.Error as error:
-        raise InputError(_one_line(error)) from None
+        raise InputError(_one_line(error) + _several(connection, error)) from None
     finally:
         timer.cancel()
     return Answer(columns, rows[:max_rows], len(rows) > max_rows)
+
+
+def _several(connection: duckdb.DuckDBPyConnection, error: duckdb.Error) -> str:
+    """A remedy where a bare table name is not found because there are several harvests to choose from."""
+    attached = [row[0] for row in connection.execute("SELECT database_name FROM duckdb_databases()").fetchall()]
+    harvests = [name.removeprefix("harvest.") for name in attached if name.startswith("harvest.")]
+    if not isinstance(error, duckdb.CatalogException) or len(harvests) < 2:
+        return ""
+    return f"; there are several harvests, choose one of {', '.join(harvests)} with --harvest"
 
 
 def _activations(harvest: Harvest) -> str:
@@ -154,9 +163,9 @@ def _gather(
     harvests: Mapping[str, Harvest], default: str | None
 ) -> Callable[[pa.ChunkedArray, pa.ChunkedArray], pa.ListArray]:
     """The function behind `vec`: [n] hook names and [n] rows to [n] lists of float32."""
-    opened: dict[str, Vectors] = {}
+    opened: dict[str, tuple[Vectors, float]] = {}
 
-    def vectors_of(hook: str) -> Vectors:
+    def vectors_of(hook: str) -> tuple[Vectors, float]:
         if hook not in opened:
             name, slash, rest = hook.partition("/")
             if not slash:
@@ -164,26 +173,29 @@ def _gather(
             if name not in harvests:
                 which = f"no harvest {name!r}" if slash else "several harvests"
                 raise InputError(f"vec({hook!r}, row): {which}; write vec('HARVEST/HOOK', row), {', '.join(harvests)}")
-            opened[hook] = harvests[name].vectors(rest)
+            # Stored gradients carry a scale of their own; what is queried is in nats per unit of activation.
+            harvest = harvests[name]
+            scale = harvest.gradient_scale(rest.removesuffix(GRADIENT)) if rest.endswith(GRADIENT) else 1.0
+            opened[hook] = harvest.vectors(rest), scale
         return opened[hook]
 
     def vec(hook: pa.ChunkedArray, row: pa.ChunkedArray) -> pa.ListArray:
         rows = row.to_numpy()
         names = pc.unique(hook).to_pylist()
         if len(names) == 1:
-            return _as_lists(vectors_of(names[0]), rows)
+            return _as_lists(*vectors_of(names[0]), rows)
         # Several hooks in one call: gather each and put the lists back in order.
         of_row = np.asarray(hook.to_pylist())
         where = [np.flatnonzero(of_row == name) for name in names]
-        parts = [_as_lists(vectors_of(name), rows[mine]) for name, mine in zip(names, where, strict=True)]
+        parts = [_as_lists(*vectors_of(name), rows[mine]) for name, mine in zip(names, where, strict=True)]
         back = np.argsort(np.concatenate(where), kind="stable")
         return pa.concat_arrays(parts).take(pa.array(back))
 
     return vec
 
 
-def _as_lists(vectors: Vectors, rows: np.ndarray) -> pa.ListArray:
-    values = vectors.rows(rows).float().numpy().reshape(-1)
+def _as_lists(vectors: Vectors, scale: float, rows: np.ndarray) -> pa.ListArray:
+    values = vectors.rows(rows).float().div_(scale).numpy().reshape(-1)
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * vectors.width
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 

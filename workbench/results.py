@@ -9,7 +9,6 @@ complete, so a reader never sees half a result. Inside:
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +20,15 @@ import duckdb
 import pandas as pd
 
 from sae.errors import InputError
+from workbench.database import create_table, read_duckdb, write_duckdb
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 
 
 def check_name(name: str, what: str) -> str:
     """Returns `name` if it can be a file name on every system, else raises InputError."""
+    if name.endswith(".tmp"):
+        raise InputError(f"{what} {name!r} ends like a temporary file: choose a name without .tmp")
     if not NAME_PATTERN.fullmatch(name):
         raise InputError(
             f"{what} {name!r} cannot be a file name: use up to 128 letters, digits, '.', '_', '+' or '-', "
@@ -49,7 +51,7 @@ class Result:
 
     def table(self, name: str) -> pd.DataFrame:
         """A table the analysis stored. Raises InputError naming the tables there are."""
-        with duckdb.connect(str(self.path), read_only=True) as connection:
+        with read_duckdb(self.path) as connection:
             names = [row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
             if name not in names:
                 known = ", ".join(sorted(n for n in names if not n.startswith("_")))
@@ -58,7 +60,7 @@ class Result:
 
     def figures(self) -> dict[str, str]:
         """Plotly JSON by figure name."""
-        with duckdb.connect(str(self.path), read_only=True) as connection:
+        with read_duckdb(self.path) as connection:
             return dict(connection.execute("SELECT name, plotly FROM _figures").fetchall())
 
 
@@ -85,38 +87,34 @@ class ResultStore:
             provenance: what it was made from: model, corpus, harvest, SAE, versions (must be JSON).
             tables: data frames; names starting with an underscore are the store's own.
             figures: Plotly JSON by name.
+
+        Raises:
+            InputError: a name that cannot be a file name, or a disk that is full or not writable.
+            ValueError: a table name of the store's own.
         """
         check_name(kind, "result kind")
         check_name(name, "result name")
         path = self.folder / kind / f"{name}.duckdb"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{name}.{os.getpid()}.tmp")
-        partial.unlink(missing_ok=True)
+        reserved = [table for table in tables if table.startswith("_")]
+        if reserved:
+            raise ValueError(f"table names starting with an underscore are reserved: {reserved[0]!r}")
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        try:
-            with duckdb.connect(str(partial)) as connection:
-                connection.execute(
-                    "CREATE TABLE _result "
-                    "(kind VARCHAR, name VARCHAR, created VARCHAR, parameters JSON, provenance JSON)"
-                )
-                connection.execute(
-                    "INSERT INTO _result VALUES (?, ?, ?, ?, ?)",
-                    [kind, name, created, json.dumps(parameters), json.dumps(provenance)],
-                )
-                connection.execute("CREATE TABLE _figures (name VARCHAR, plotly VARCHAR)")
-                for figure, plotly in (figures or {}).items():
-                    connection.execute("INSERT INTO _figures VALUES (?, ?)", [figure, plotly])
-                for table, frame in tables.items():
-                    if table.startswith("_"):
-                        raise ValueError(f"table names starting with an underscore are reserved: {table!r}")
-                    connection.register("_frame", frame)
-                    connection.execute(f'CREATE TABLE "{table}" AS SELECT * FROM _frame')
-                    connection.unregister("_frame")
-                # Closing would swallow a full disk; an explicit checkpoint reports it.
-                connection.execute("CHECKPOINT")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+        def fill(connection: duckdb.DuckDBPyConnection) -> None:
+            connection.execute(
+                "CREATE TABLE _result (kind VARCHAR, name VARCHAR, created VARCHAR, parameters JSON, provenance JSON)"
+            )
+            connection.execute(
+                "INSERT INTO _result VALUES (?, ?, ?, ?, ?)",
+                [kind, name, created, json.dumps(parameters), json.dumps(provenance)],
+            )
+            connection.execute("CREATE TABLE _figures (name VARCHAR, plotly VARCHAR)")
+            for figure, plotly in (figures or {}).items():
+                connection.execute("INSERT INTO _figures VALUES (?, ?)", [figure, plotly])
+            for table, frame in tables.items():
+                create_table(connection, table, frame)
+
+        write_duckdb(path, fill)
         return self.open(kind, name)
 
     def open(self, kind: str, name: str) -> Result:
@@ -125,7 +123,7 @@ class ResultStore:
         if not path.is_file():
             known = ", ".join(result.name for result in self.find(kind)) or "none"
             raise InputError(f"no {kind} result {name!r} in this workspace: it has {known}")
-        with duckdb.connect(str(path), read_only=True) as connection:
+        with read_duckdb(path) as connection:
             row = connection.execute("SELECT kind, name, created, parameters, provenance FROM _result").fetchone()
         assert row is not None
         return Result(row[0], row[1], row[2], json.loads(row[3]), json.loads(row[4]), path)

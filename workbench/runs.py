@@ -5,7 +5,8 @@ A run lies at `runs/<name>/`:
 - `run.json`      harvest, hook, device and the configuration of every SAE; written first, never changed;
 - `metrics.jsonl` one line per report while the run goes on (a torn last line is tolerated);
 - `checkpoints/`  what the trainer resumes from; removed when the run is finished;
-- `run.duckdb`    tables `metrics` and `configuration`; exists only once the run is finished and is immutable.
+- `run.duckdb`    tables `metrics` and `configuration` (sae, configuration as JSON, error); exists only once the run
+                  is finished and is immutable. `error` says why there is no SAE, and is null where there is one.
 """
 
 import json
@@ -19,6 +20,8 @@ import duckdb
 import pandas as pd
 
 from sae.errors import InputError
+from workbench.database import create_table, read_duckdb, write_duckdb
+from workbench.descriptions import differences, read_description, write_description
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,13 @@ class RunSummary:
     tokens: int
     """Tokens trained on so far."""
     total_tokens: int
+    damaged: bool = False
+    """Cannot be read; `workbench doctor` says why."""
 
     @property
     def state(self) -> str:
+        if self.damaged:
+            return "damaged"
         return "finished" if self.finished else f"{self.tokens / self.total_tokens:.0%} trained"
 
 
@@ -64,24 +71,19 @@ class Run:
         """
         file = self.folder / "run.json"
         if file.is_file():
-            recorded = json.loads(file.read_text())
-            wanted = json.loads(json.dumps(description))
-            differing = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
+            differing = differences(self.description, json.loads(json.dumps(description)))
             if differing:
                 raise InputError(
-                    f"run {self.name!r} exists with other settings ({', '.join(differing)}): "
-                    "repeat the command that started it to resume it, or choose another --name"
+                    f"run {self.name!r} exists with other settings ({'; '.join(differing)}): repeat the command that "
+                    f"started it, choose another --name, or remove it with `workbench gc --run {self.name}`"
                 )
             return True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".tmp")
-        partial.write_text(json.dumps(description, indent=2))
-        os.replace(partial, file)
+        write_description(file, description)
         return False
 
     @property
     def description(self) -> dict[str, Any]:
-        return json.loads((self.folder / "run.json").read_text())
+        return read_description(self.folder / "run.json")
 
     def drop_metrics_after(self, tokens: int) -> None:
         """Forgets live metrics past a checkpoint: resuming repeats those steps and reports them again."""
@@ -98,28 +100,40 @@ class Run:
     def metrics(self) -> pd.DataFrame:
         """All reports of all SAEs, live or finished: one row per SAE and report, as `sae.train.StepMetrics`."""
         if self.finished:
-            with duckdb.connect(str(self.database), read_only=True) as connection:
+            with read_duckdb(self.database) as connection:
                 return connection.execute("SELECT * FROM metrics").df()
         return pd.DataFrame(self._live_records())
 
-    def finish(self, configurations: Sequence[Mapping[str, Any]]) -> None:
-        """Moves the metrics into the run's DuckDB file, which marks the run as finished."""
-        partial = self.folder / f"run.{os.getpid()}.tmp"
-        partial.unlink(missing_ok=True)
+    def errors(self) -> dict[str, str]:
+        """Why SAEs of a finished run failed, by name; empty when none did."""
+        with read_duckdb(self.database) as connection:
+            # Runs finished before failures were recorded have no such column, and no failures.
+            columns = [row[0] for row in connection.execute("DESCRIBE configuration").fetchall()]
+            if "error" not in columns:
+                return {}
+            return dict(connection.execute("SELECT sae, error FROM configuration WHERE error IS NOT NULL").fetchall())
+
+    def finish(self, configurations: Sequence[Mapping[str, Any]], errors: Mapping[str, str] | None = None) -> None:
+        """Moves the metrics into the run's DuckDB file, which marks the run as finished.
+
+        Args:
+            configurations: of every SAE, with its name.
+            errors: why SAEs failed, by name.
+        """
         metrics = pd.DataFrame(self._live_records())
         configuration = pd.DataFrame(
-            [{"sae": item["name"], "configuration": json.dumps(dict(item))} for item in configurations]
+            {
+                "sae": [item["name"] for item in configurations],
+                "configuration": [json.dumps(dict(item)) for item in configurations],
+                "error": pd.Series([(errors or {}).get(item["name"]) for item in configurations], dtype="string"),
+            }
         )
-        with duckdb.connect(str(partial)) as connection:
-            connection.register("_metrics", metrics)
-            connection.execute("CREATE TABLE metrics AS SELECT * FROM _metrics")
-            connection.register("_configuration", configuration)
-            connection.execute("CREATE TABLE configuration AS SELECT * FROM _configuration")
-            connection.unregister("_metrics")
-            connection.unregister("_configuration")
-            # Closing would swallow a full disk; an explicit checkpoint reports it.
-            connection.execute("CHECKPOINT")
-        os.replace(partial, self.database)
+
+        def fill(connection: duckdb.DuckDBPyConnection) -> None:
+            create_table(connection, "metrics", metrics)
+            create_table(connection, "configuration", configuration)
+
+        write_duckdb(self.database, fill)
         self.metrics_file.unlink(missing_ok=True)
 
     def summary(self) -> RunSummary:

@@ -13,7 +13,6 @@ torch reads a mapped block in place.
 Row numbers: row = context * context_len + position in context. Flagged rows (BOS, padding) are stored too.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from workbench.blocks import Block, map_tensors, read_journal
+from workbench.descriptions import read_description
 from workbench.packing import FLAG_NO_GRADIENT
 
 SCHEMA = 1
@@ -73,9 +73,15 @@ class Vectors:
         """The given rows, in the given order, in the stored precision.
 
         Raises:
-            InputError: a row that does not exist.
+            InputError: rows that are no whole numbers, or that do not exist.
         """
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (len(rows) and not np.issubdtype(rows.dtype, np.integer)):
+            raise InputError(
+                f"rows must be a list of whole numbers, got {rows.dtype} of shape {list(rows.shape)}: "
+                "np.flatnonzero turns a mask into rows"
+            )
+        rows = rows.astype(np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             wrong = int(rows[(rows < 0) | (rows >= len(self))][0])
             raise InputError(f"row {wrong} does not exist: rows lie between 0 and {len(self) - 1}")
@@ -108,17 +114,22 @@ class Harvest:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.name = directory, directory.name
-        description = json.loads((directory / DESCRIPTION).read_text())
-        if description["schema"] != SCHEMA:
+        description = read_description(directory / DESCRIPTION)
+        if description.get("schema") != SCHEMA:
             raise InputError(
-                f"harvest {self.name!r} has schema {description['schema']}, this version of the workbench reads "
+                f"harvest {self.name!r} has schema {description.get('schema')}, this version of the workbench reads "
                 f"{SCHEMA}: use the version that made it"
             )
-        self.config: dict[str, Any] = description["config"]
-        self.model: dict[str, Any] = description["model"]
-        self.corpus: dict[str, Any] = description["corpus"]
-        self.hooks: list[str] = description["hooks"]
-        self.blocks = read_journal(directory)
+        try:
+            self.config: dict[str, Any] = description["config"]
+            self.model: dict[str, Any] = description["model"]
+            self.corpus: dict[str, Any] = description["corpus"]
+            self.hooks: list[str] = description["hooks"]
+            self.blocks = read_journal(directory)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"harvest {self.name!r} is damaged ({error}): restore it or remove it with `workbench gc --harvest`"
+            ) from None
 
     @classmethod
     def open(cls, directory: Path | str) -> "Harvest":
@@ -173,6 +184,8 @@ class Harvest:
 
     def vectors(self, hook: str) -> Vectors:
         """Rows of a hook point (or of its gradients, `HOOK.grad`). Raises InputError for one it does not have."""
+        if not self.blocks:
+            raise InputError(f"harvest {self.name!r} has lost its journal: restore it or harvest again")
         if hook not in self.blocks[0].hooks:
             raise InputError(f"harvest {self.name!r} has no {hook!r}: it has {', '.join(self.blocks[0].hooks)}")
         return Vectors(self.directory, self.blocks, hook)

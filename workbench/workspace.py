@@ -19,21 +19,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from sae.errors import InputError
-from workbench.results import Result, ResultStore, check_name
+from workbench.descriptions import read_description, write_description
+from workbench.results import ResultStore, check_name
 from workbench.runs import Run, RunSummary
-from workbench.summaries import HarvestSummary, SAESummary, harvest_summaries, sae_summaries
+from workbench.summaries import HarvestSummary, SAESummary, harvest_summaries, run_summaries, sae_folders, sae_summaries
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sae.model import SAE
-    from sae.train import StepMetrics, TrainConfig
+    from sae.train import StepMetrics, TrainConfig, TrainedSAE
     from workbench.corpora import Corpus
     from workbench.evaluation import Evaluation
     from workbench.harvest import HarvestConfig, HarvestEstimate, HarvestProgress
+    from workbench.index.build import IndexSummary
+    from workbench.index.feature import Feature
+    from workbench.index.query import FeatureIndex
+    from workbench.loader import ActivationLoader
     from workbench.maintenance import Removed
     from workbench.models import LoadedModel
     from workbench.query import Answer
     from workbench.store import Harvest
+    from workbench.sweeps import SweepEstimate
 
 SCHEMA = 1
 
@@ -63,7 +73,7 @@ class Workspace:
     def _check_or_create(self, create: bool) -> None:
         marker = self.path / "workspace.json"
         if marker.is_file():
-            schema = json.loads(marker.read_text()).get("schema")
+            schema = read_description(marker).get("schema")
             if schema != SCHEMA:
                 raise InputError(
                     f"workspace {self.path} has schema {schema}, this version of the workbench reads {SCHEMA}: "
@@ -76,11 +86,7 @@ class Workspace:
             )
         if not create:
             raise InputError(f"no workspace at {self.path}: make one with `workbench harvest` or `workbench demo`")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            marker.write_text(json.dumps({"schema": SCHEMA, "workbench": version("interp-workbench")}))
-        except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another --workspace") from None
+        write_description(marker, {"schema": SCHEMA, "workbench": version("interp-workbench")})
 
     # Harvests
 
@@ -118,9 +124,10 @@ class Workspace:
         from workbench.harvest import estimate, run_harvest
         from workbench.models import load_model
 
-        model = model or load_model(config.model, device=device)
+        config = _absolute(config)
+        folder = _new_folder(self.harvest_folder(name))
+        model = model or load_model(config.model, device=device, dtype=config.model_dtype)
         corpus = open_corpus(config.corpus, text_field=config.text_field)
-        folder = self.harvest_folder(name)
         if on_estimate is not None:
             on_estimate(estimate(model, corpus, config, folder))
         return run_harvest(model, corpus, config, folder, on_progress=on_progress)
@@ -132,7 +139,8 @@ class Workspace:
         from workbench.models import load_model
 
         corpus = open_corpus(config.corpus, text_field=config.text_field)
-        return estimate(load_model(config.model, device=device), corpus, config, self.harvest_folder(name))
+        model = load_model(config.model, device=device, dtype=config.model_dtype)
+        return estimate(model, corpus, _absolute(config), self.harvest_folder(name))
 
     def open_harvest(self, name: str) -> "Harvest":
         """Opens a finished harvest. Raises InputError naming those there are."""
@@ -169,6 +177,27 @@ class Workspace:
         device: str = "auto",
         on_metrics: "Callable[[StepMetrics], None] | None" = None,
     ) -> "list[SAE]":
+        """Trains SAEs side by side as `train_all` does, and fails when one of them fails.
+
+        Raises:
+            InputError: as `train_all`, and an SAE that failed to train, once the others are saved.
+        """
+        trained = self.train_all(run, harvest, configs, hook=hook, device=device, on_metrics=on_metrics)
+        failed = [f"{result.config.name}: {result.error}" for result in trained if result.error]
+        if failed:
+            raise InputError("; ".join(failed))
+        return [result.sae for result in trained if result.sae is not None]
+
+    def train_all(
+        self,
+        run: str,
+        harvest: str,
+        configs: "Sequence[TrainConfig]",
+        *,
+        hook: str | None = None,
+        device: str = "auto",
+        on_metrics: "Callable[[StepMetrics], None] | None" = None,
+    ) -> "list[TrainedSAE]":
         """Trains SAEs side by side on one stream of a harvest's activations and saves them.
 
         An unfinished run of the same name and settings is resumed from its last checkpoint; a finished one
@@ -183,31 +212,40 @@ class Workspace:
             on_metrics: called with every SAE's metrics as they are reported.
 
         Returns:
-            The SAEs, in the order of `configs`.
+            One entry per configuration, in their order: the SAE, or the reason why there is none. An SAE that
+            fails leaves the others running.
 
         Raises:
-            InputError: unknown harvest or hook, names taken, or an SAE that failed to train.
+            InputError: unknown harvest or hook, or names taken.
         """
-        import torch
-
         from sae import checkpoint
-        from sae.train import train
-        from workbench.loader import ActivationLoader
+        from sae.train import check_configs, train
+        from workbench.devices import choose_device
         from workbench.locks import RunLock
 
         source = self.open_harvest(harvest)
         hook = self._choose_hook(source, hook)
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        record = Run(self.path / "runs" / check_name(run, "run name"))
+        chosen = str(choose_device(device))
+        check_configs(configs)
+        record = Run(_new_folder(self.path / "runs" / check_name(run, "run name")))
         description = {
             "harvest": harvest, "hook": hook, "device": chosen, "configs": [config.to_dict() for config in configs],
         }  # fmt: skip
         if record.finished:
             record.start(description)
-            return [self.sae(config.name) for config in configs]
-        taken = [config.name for config in configs if self._sae_folder(config.name).exists()]
-        if taken:
-            raise InputError(f"SAE {taken[0]!r} exists: choose another --name, or remove it with `workbench gc --sae`")
+            errors = record.errors()
+            gone = [c.name for c in configs if c.name not in errors and not self._sae_folder(c.name).exists()]
+            if gone:
+                raise InputError(
+                    f"run {run!r} is finished and its SAE {gone[0]!r} was removed: remove the run as well with "
+                    f"`workbench gc --run {run}`, then train again"
+                )
+            return [self._trained(config, errors.get(config.name)) for config in configs]
+        # A kill between saving the SAEs and finishing the run leaves some that are this run's own.
+        done = {config.name for config in configs if self._is_of(run, config)}
+        for config in configs:
+            if config.name not in done:
+                self.check_new_sae(config.name)
         resuming = record.start(description)
         with RunLock(record.folder):
             if resuming:
@@ -220,7 +258,7 @@ class Workspace:
 
             trained = train(
                 configs,
-                ActivationLoader(source, hook, seed=configs[0].seed, device=chosen),
+                self._loader(source, hook, configs, chosen),
                 device=chosen,
                 checkpoint_dir=record.checkpoints,
                 resume=resuming,
@@ -230,18 +268,54 @@ class Workspace:
             )
             provenance = {"run": run, "harvest": source.provenance(), "hook": hook, "versions": versions()}
             for result in trained:
-                if result.sae is not None:
+                if result.sae is not None and result.config.name not in done:
                     self._save_sae(result.sae, result.config.name, {**provenance, "training": result.config.to_dict()})
-            record.finish([config.to_dict() for config in configs])
+            record.finish(
+                [config.to_dict() for config in configs],
+                errors={result.config.name: result.error for result in trained if result.error},
+            )
             shutil.rmtree(record.checkpoints, ignore_errors=True)
-        failed = [f"{result.config.name}: {result.error}" for result in trained if result.error]
-        if failed:
-            raise InputError("; ".join(failed))
-        return [self.sae(config.name) for config in configs]
+        return [self._trained(result.config, result.error) for result in trained]
+
+    @staticmethod
+    def _loader(source: "Harvest", hook: str, configs: "Sequence[TrainConfig]", device: str) -> "ActivationLoader":
+        from workbench.loader import ActivationLoader
+
+        with_gradients = any(config.rule.needs_gradients for config in configs)
+        return ActivationLoader(source, hook, seed=configs[0].seed, device=device, with_gradients=with_gradients)
+
+    def _is_of(self, run: str, config: "TrainConfig") -> bool:
+        """Whether there is an SAE that `run` made by this configuration."""
+        file = self._sae_folder(config.name) / "provenance.json"
+        if not file.is_file():
+            return False
+        provenance = read_description(file)
+        return provenance.get("run") == run and provenance.get("training") == json.loads(json.dumps(config.to_dict()))
+
+    def _trained(self, config: "TrainConfig", error: str | None) -> "TrainedSAE":
+        from sae.train import TrainedSAE
+
+        return TrainedSAE(config, None if error else self.sae(config.name), error)
+
+    def estimate_training(
+        self, harvest: str, configs: "Sequence[TrainConfig]", *, hook: str | None = None, device: str = "auto"
+    ) -> "SweepEstimate":
+        """Memory and time of training `configs` side by side, from a few steps of each kind; see `workbench.sweeps`.
+
+        Raises:
+            InputError: unknown harvest or hook, or too little memory.
+        """
+        from workbench.devices import choose_device
+        from workbench.sweeps import estimate
+
+        source = self.open_harvest(harvest)
+        chosen = str(choose_device(device))
+        loader = self._loader(source, self._choose_hook(source, hook), configs, chosen)
+        return estimate(configs, loader, device=chosen)
 
     def runs(self) -> list[RunSummary]:
         """All training runs, finished or not."""
-        return [Run(file.parent).summary() for file in sorted(self.path.glob("runs/*/run.json"))]
+        return run_summaries(self.path)
 
     def run(self, name: str) -> Run:
         """One training run: `.metrics()` gives its curves, while it goes on and after."""
@@ -261,22 +335,87 @@ class Workspace:
         """Loads an SAE. Raises InputError naming those there are."""
         from sae.model import SAE
 
+        return SAE.load(self._require_sae(name), device=device)
+
+    def sae_provenance(self, name: str) -> dict[str, Any]:
+        """What an SAE was made from: run, harvest, hook, training and versions; empty when that is not known."""
+        file = self._require_sae(name) / "provenance.json"
+        return read_description(file) if file.is_file() else {}
+
+    def _require_sae(self, name: str) -> Path:
         folder = self._sae_folder(name)
         if not (folder / "cfg.json").is_file():
-            known = ", ".join(sorted(file.parent.name for file in self.path.glob("saes/*/cfg.json"))) or "none"
+            known = ", ".join(path.name for path in sae_folders(self.path)) or "none"
             raise InputError(f"no SAE {name!r} in {self.path}: it has {known}")
-        return SAE.load(folder, device=device)
+        return folder
+
+    def check_new_sae(self, name: str) -> None:
+        """Raises InputError when the name is taken or no file name."""
+        if _new_folder(self._sae_folder(name)).exists():
+            raise InputError(
+                f"SAE {name!r} exists: choose another --name, or remove it with `workbench gc --sae {name}`"
+            )
+
+    def add_sae(self, name: str, sae: "SAE", provenance: dict[str, Any]) -> None:
+        """Saves an SAE under a new name, with what it was made from. Raises InputError when the name is taken."""
+        self.check_new_sae(name)
+        self._save_sae(sae, name, provenance)
+
+    def import_sae(self, name: str, folder: str | Path, *, hook: str | None = None, model: str | None = None) -> "SAE":
+        """Brings an SAE of SAELens, dictionary_learning or sparsify into the workspace.
+
+        Args:
+            name: the name it gets.
+            folder: where its files lie; they say which format it is.
+            hook, model: what it reads, where its files do not say.
+
+        Raises:
+            InputError: a taken name, no such SAE, or one that cannot be expressed here.
+        """
+        from workbench.exchange import import_folder
+
+        return import_folder(self, name, Path(folder).expanduser(), hook=hook, model=model, versions=versions())
+
+    def import_pretrained(
+        self, name: str, release: str, sae_id: str, *, hook: str | None = None, model: str | None = None
+    ) -> "SAE":
+        """Brings a published SAE into the workspace, by release and id in SAELens' registry (network).
+
+        Raises:
+            InputError: as `import_sae`, unknown names, or no network.
+        """
+        from workbench.exchange import import_pretrained
+
+        return import_pretrained(self, name, release, sae_id, hook=hook, model=model, versions=versions())
+
+    def export_sae(self, name: str, folder: str | Path, form: str = "saelens") -> None:
+        """Writes an SAE to a new folder in the format `saelens`, `dictionary_learning` or `sparsify`.
+
+        Raises:
+            InputError: unknown names, a folder in use, or a rule the format cannot express.
+        """
+        from workbench.exchange import export_sae
+
+        export_sae(self, name, Path(folder).expanduser(), form)
 
     def _sae_folder(self, name: str) -> Path:
         return self.path / "saes" / check_name(name, "SAE name")
 
     def _save_sae(self, sae: "SAE", name: str, provenance: dict[str, Any]) -> None:
         folder = self._sae_folder(name)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f"{name}.{os.getpid()}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        sae.save(partial)
-        (partial / "provenance.json").write_text(json.dumps(provenance, indent=2))
-        os.replace(partial, folder)
+        try:
+            sae.save(partial)
+            write_description(partial / "provenance.json", provenance)
+            os.replace(partial, folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(
+                f"cannot save SAE {name!r} in {folder}: {reason}; mend that and repeat the command"
+            ) from None
 
     # Evaluation
 
@@ -286,61 +425,63 @@ class Workspace:
         *,
         model: "LoadedModel | None" = None,
         corpus: str | None = None,
+        text_field: str | None = None,
         max_tokens: int = 65_536,
         device: str = "auto",
+        reuse: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> "list[Evaluation]":
         """Evaluates SAEs on held-out documents and stores the results (kind `evaluation`, one per SAE).
 
         Args:
             names: SAEs of this workspace made from the same model.
-            model: the model, already loaded; otherwise the one their harvest recorded is loaded.
+            model: the model, already loaded; otherwise the one they were made from is loaded.
             corpus: corpus whose held-out documents are used; the harvest's own when left out.
+            text_field: field that holds its text; the harvest's when left out.
             max_tokens: number of held-out tokens.
+            reuse: take what is stored where the SAE, the held-out text and the versions are the same.
             on_progress: called with (tokens done, tokens in all).
         """
-        from workbench.corpora import open_corpus
-        from workbench.evaluation import evaluate_sae
-        from workbench.models import load_model
+        from workbench.evaluations import evaluate
 
-        saes = [self.sae(name) for name in names]
-        provenances = [json.loads((self._sae_folder(name) / "provenance.json").read_text()) for name in names]
-        harvested = provenances[0]["harvest"]
-        if any(p["harvest"]["config"]["model"] != harvested["config"]["model"] for p in provenances):
-            raise InputError("these SAEs were trained on different models: evaluate those of one model at a time")
-        model = model or load_model(harvested["config"]["model"], device=device)
-        corpus = corpus or harvested["config"]["corpus"]
-        opened = open_corpus(corpus, text_field=harvested["config"]["text_field"])
-        evaluations = evaluate_sae(
-            model,
-            saes,
-            opened,
-            max_tokens=max_tokens,
-            context_len=harvested["config"]["context_len"],
-            on_progress=on_progress,
-        )
-        for name, evaluation, made_from in zip(names, evaluations, provenances, strict=True):
-            self._store_evaluation(name, evaluation, corpus, max_tokens, made_from)
-        return evaluations
+        if not names:
+            raise InputError("no SAEs to evaluate: name at least one")
+        return evaluate(
+            self, names, model=model, corpus=corpus, text_field=text_field, max_tokens=max_tokens, device=device,
+            reuse=reuse, versions=versions(), on_progress=on_progress,
+        )  # fmt: skip
 
-    def _store_evaluation(
-        self, name: str, evaluation: "Evaluation", corpus: str, max_tokens: int, provenance: dict[str, Any]
-    ) -> Result:
-        import pandas as pd
+    def compare(self, names: Sequence[str] = ()) -> "pd.DataFrame":
+        """The SAEs named, or all, side by side with their stored evaluations; see `workbench.comparison.compare`."""
+        from workbench.comparison import compare
 
-        flat = evaluation.to_dict()
-        scalars = {key: value for key, value in flat.items() if not isinstance(value, list | dict)}
-        histogram = pd.DataFrame(flat["density_histogram"])
-        return self.results.save(
-            "evaluation",
-            name,
-            parameters={"sae": name, "corpus": corpus, "split": "heldout", "max_tokens": max_tokens},
-            provenance={**provenance, "versions": versions()},
-            tables={
-                "metrics": pd.DataFrame([{"sae": name, **scalars}]),
-                "density_histogram": histogram.assign(sae=name),
-            },
-        )
+        return compare(self, names)
+
+    # Features
+
+    def build_index(
+        self,
+        sae: str,
+        *,
+        harvest: str | None = None,
+        max_rows: int | None = None,
+        device: str = "auto",
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> "IndexSummary":
+        """Indexes an SAE's features on a harvest; see `workbench.index.build.build_index`."""
+        from workbench.index.build import build_index
+
+        return build_index(self, sae, harvest=harvest, max_rows=max_rows, device=device, on_progress=on_progress)
+
+    def index(self, sae: str) -> "FeatureIndex":
+        """The feature index of an SAE, for reading. Raises InputError when it has none."""
+        from workbench.index.query import FeatureIndex
+
+        return FeatureIndex.open(self, sae)
+
+    def feature(self, sae: str, number: int) -> "Feature":
+        """What the index knows of one feature; in a notebook it shows as a page."""
+        return self.index(sae).feature(number)
 
     # SQL and upkeep
 
@@ -349,7 +490,7 @@ class Workspace:
 
         Tables: `tokens`, `documents`, `vocabulary`, `blocks` and the view `activations` of the harvest, with
         `vec(hook, row)` for vectors; `"run.NAME".metrics` of every finished run; the tables of every stored result,
-        as `"KIND.NAME".table`.
+        as `"KIND.NAME".table`; the tables of every feature index, as `"index.SAE".table`.
 
         Args:
             query: one statement.
@@ -361,6 +502,7 @@ class Workspace:
         from workbench import query as queries
 
         files = {f"run.{file.parent.name}": file for file in self.path.glob("runs/*/run.duckdb")}
+        files.update({f"index.{file.stem}": file for file in self.path.glob("indexes/*.duckdb")})
         files.update({f"{file.parent.name}.{file.stem}": file for file in self.path.glob("results/*/*.duckdb")})
         harvests = [self.open_harvest(name) for name in self.harvests()]
         with queries.connect(harvests, default=harvest, files=files) as connection:
@@ -393,6 +535,14 @@ class Workspace:
                 known = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "none"
                 raise InputError(f"no {what} {name!r} in {self.path}: it has {known}")
             folders.append(folder)
+            # What was measured on an SAE goes with it, so that a later one of the same name does not inherit it.
+            if kind == "saes":
+                made = [
+                    self.path / f"indexes/{name}.duckdb",
+                    self.path / f"indexes/{name}.partial",
+                    *self.path.glob(f"results/*/{name}.duckdb"),
+                ]
+                folders += [path for path in made if path.exists()]
         return collect(self.path, folders, dry_run=dry_run)
 
     @staticmethod
@@ -404,6 +554,26 @@ class Workspace:
             known = ", ".join(harvest.hooks)
             raise InputError(f"harvest {harvest.name!r} {problem}: choose one of {known} with --hook")
         return hook
+
+
+def _absolute(config: "HarvestConfig") -> "HarvestConfig":
+    """Paths that mean the same wherever the workspace is opened from."""
+
+    def resolved(spec: str) -> str:
+        path = Path(spec).expanduser()
+        return str(path.resolve()) if spec and path.exists() else spec
+
+    corpus = config.corpus if config.corpus == "python-stdlib" else resolved(config.corpus)
+    model = config.model if config.model == "demo" else resolved(config.model)
+    return dataclasses.replace(config, model=model, corpus=corpus)
+
+
+def _new_folder(folder: Path) -> Path:
+    """Raises InputError when a name differs from another only by case: DuckDB and many disks take them for one."""
+    for other in folder.parent.glob("*/"):
+        if other.name != folder.name and other.name.casefold() == folder.name.casefold():
+            raise InputError(f"{folder.name!r} differs from {other.name!r} only by case: choose another name")
+    return folder
 
 
 def versions() -> dict[str, str]:

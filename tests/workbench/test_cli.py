@@ -146,7 +146,7 @@ def test_an_sae_loads_in_saelens_with_the_same_numbers(workspace: Path) -> None:
 def killed_after(arguments: list[str], until: Path, signal_number: int) -> int:
     """Starts a command in a process of its own and sends it a signal once files match `until`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from workbench.cli import main; main({arguments!r})"],
+        [sys.executable, "-c", f"from workbench.cli import main; import sys; sys.argv[1:] = {arguments!r}; main()"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120

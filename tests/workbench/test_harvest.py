@@ -22,7 +22,7 @@ from sae.errors import InputError
 from workbench.blocks import map_tensors
 from workbench.capture import capture
 from workbench.corpora import Corpus, open_corpus
-from workbench.harvest import HarvestConfig, HarvestProgress, estimate, run_harvest
+from workbench.harvest import DATABASE_BYTES, HarvestConfig, HarvestProgress, estimate, run_harvest
 from workbench.hooks import resolve_hook
 from workbench.locks import FILE as LOCK
 from workbench.models import LoadedModel, load_model
@@ -452,8 +452,9 @@ def test_the_estimate_says_what_the_harvest_will_take(
     harvest = run_harvest(gpt2_model, corpus, config, tmp_path / "h")
     after = estimate(gpt2_model, corpus, config, tmp_path / "h")
     assert before.rows == half_way.rows == after.rows == harvest.n_rows
-    # The files' headers are all that comes on top.
-    assert before.bytes == sum(s.bytes for b in harvest.blocks for s in b.files()) - headers(harvest)
+    # The files' headers are all that comes on top of the rows, in blocks and in the database.
+    stored = sum(s.bytes for b in harvest.blocks for s in b.files())
+    assert before.bytes == stored - headers(harvest) + DATABASE_BYTES * harvest.n_rows
     assert after.seconds == 0
 
 

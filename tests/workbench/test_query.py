@@ -70,7 +70,7 @@ def test_missing_arguments_give_missing_vectors(connection: duckdb.DuckDBPyConne
 def test_only_the_vectors_that_a_query_needs_are_gathered(harvest: Harvest, monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = []
     as_lists = query._as_lists
-    monkeypatch.setattr(query, "_as_lists", lambda vectors, rows: gathered.extend(rows) or as_lists(vectors, rows))
+    monkeypatch.setattr(query, "_as_lists", lambda *got: gathered.extend(got[-1]) or as_lists(*got))
     with query.connect([harvest]) as connection:
         query.run(connection, "SELECT count(*), max(pos) FROM activations WHERE flags = 0")
         assert gathered == []

@@ -26,7 +26,7 @@ def test_start_says_whether_there_is_something_to_resume(run: Run) -> None:
 
 def test_another_description_is_refused_and_named(run: Run) -> None:
     run.start(DESCRIPTION)
-    with pytest.raises(InputError, match=r"other settings \(hook\)"):
+    with pytest.raises(InputError, match=r"other settings \(hook was x, now y\)"):
         run.start({**DESCRIPTION, "hook": "y"})
 
 

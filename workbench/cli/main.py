@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from sae.errors import InputError
-from workbench.cli import inspection, pipeline
+from workbench.cli import comparison, exchange, index, inspection, pipeline, sparsity
 
 # Typer carries click inside since 0.26 and used the real one before: its public BadParameter leads to either.
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -29,7 +29,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 pipeline.register(app)
+comparison.register(app)
+exchange.register(app)
 inspection.register(app)
+index.register(app)
+sparsity.register(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -46,11 +50,6 @@ def _root(
         print(context.get_help())
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits the process."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
-
-
 def run(arguments: list[str]) -> int:
     """Runs one command; returns its exit code."""
     try:
@@ -64,6 +63,13 @@ def run(arguments: list[str]) -> int:
         usage = context.command_path if context else "workbench"
         message = str(error.format_message()).splitlines()[0].rstrip(".")
         print(f"workbench: error: {message} (see `{usage} --help`)", file=sys.stderr)
+        return 2
+    except (OSError, MemoryError) as error:
+        # What no command foresaw, such as a disk that fills up or a folder that may not be read.
+        reason = " ".join(
+            str(part) for part in (getattr(error, "strerror", None), getattr(error, "filename", None)) if part
+        )
+        print(f"workbench: error: {reason or type(error).__name__}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("workbench: interrupted; repeat the same command to go on where it stopped", file=sys.stderr)

@@ -1,14 +1,17 @@
 """Commands that make things: demo, harvest, train, evaluate."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
 from workbench.progress import ProgressBar, format_bytes, format_seconds
+
+EVALUATION_TOKENS = 65_536
 
 
 def register(app: typer.Typer) -> None:
@@ -56,6 +59,9 @@ def harvest(
     dtype: Annotated[
         str, typer.Option(help="Stored as auto (the checkpoint's own), float32, float16 or bfloat16.")
     ] = "auto",
+    model_dtype: Annotated[
+        str, typer.Option(help="Precision the model runs in: auto (float32 on a CPU, else its own), float32, ...")
+    ] = "auto",
     gradients: Annotated[bool, typer.Option(help="Also store gradients of the summed next-token loss.")] = False,
     estimate_only: Annotated[bool, typer.Option(help="Print rows, bytes and time, and stop.")] = False,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -71,7 +77,7 @@ def harvest(
 
     config = HarvestConfig(
         model=model, corpus=corpus, text_field=text_field, hooks=tuple(hook), context_len=context, max_tokens=tokens,
-        dtype=dtype, gradients=gradients,
+        dtype=dtype, model_dtype=model_dtype, gradients=gradients,
     )  # fmt: skip
     space = Workspace(workspace)
     if estimate_only:
@@ -105,65 +111,125 @@ def describe_estimate(estimate: Any) -> str:
 
 
 def train(
+    context: typer.Context,
     harvest: Annotated[str, typer.Argument(help="Name of a finished harvest.")],
     name: Annotated[str, typer.Option(help="Name of the SAE and of the run.")],
     hook: Annotated[str | None, typer.Option(help="Hook point; needed when the harvest has several.")] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="TOML file of rules, settings, widths and seeds to train side by side.")
+    ] = None,
     k: Annotated[list[int], typer.Option("--k", help="Active features per token; repeat for several SAEs.")] = [32],  # noqa: B006
     d_sae: Annotated[int, typer.Option(help="Number of features.", min=1)] = 4096,
     seed: Annotated[list[int], typer.Option("--seed", help="Seed; repeat for several SAEs.")] = [0],  # noqa: B006
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on; one epoch when left out.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on; one epoch when left out.", min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; a default by width when left out.")] = None,
     batch_size: Annotated[int, typer.Option(help="Tokens per step.", min=1)] = 4096,
     baseline: Annotated[
         bool, typer.Option(help="Also train the frozen-random-decoder baseline on the same stream.")
     ] = False,
+    estimate_only: Annotated[bool, typer.Option(help="Print memory and time, and stop.")] = False,
+    evaluate_after: Annotated[
+        bool, typer.Option("--evaluate", help="Evaluate the SAEs on held-out documents when they are trained.")
+    ] = False,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train TopK SAEs on a harvest, several side by side on one stream of batches.
+    """Train SAEs on a harvest, several side by side on one stream of batches.
+
+    Without --sweep, TopK SAEs: one per --k and --seed. A sweep file holds training settings and, in [[rule]] tables,
+    selection rules with theirs; a list of values makes an SAE for each. An SAE that fails leaves the others running.
 
     Interrupted, it goes on from the last checkpoint when the same command is repeated.
     """
-    from sae.rules import TopK
-    from sae.train import StepMetrics, TrainConfig
+    from workbench.sweeps import parse_sweep, read_sweep
     from workbench.workspace import Workspace
 
     space = Workspace(workspace, create=False)
-    total = tokens if tokens is not None else space.open_harvest(harvest).n_trainable_rows
-    variants = [(width_k, number) for width_k in k for number in seed]
-
-    def variant_name(width_k: int, number: int) -> str:
-        parts = [name] + ([f"k{width_k}"] if len(k) > 1 else []) + ([f"seed{number}"] if len(seed) > 1 else [])
-        return "-".join(parts)
-
-    configs = [
-        TrainConfig(
-            name=variant_name(width_k, number), d_sae=d_sae, rule=TopK(width_k), total_tokens=total,
-            batch_size=batch_size, seed=number, lr=lr,
-        )
-        for width_k, number in variants
-    ]  # fmt: skip
+    if sweep is not None:
+        refuse_with_sweep(context)
+        asked = read_sweep(sweep)
+    else:
+        shared = {"d_sae": d_sae, "batch_size": batch_size} | ({} if lr is None else {"lr": lr})
+        asked = parse_sweep({**shared, "seed": seed, "rule": [{"name": "topk", "k": k}]})
+    if tokens is not None and asked.tokens is not None:
+        raise InputError(f"{sweep} says how many tokens: leave --tokens out")
+    total = tokens or asked.tokens or space.open_harvest(harvest).n_trainable_rows
+    configs = asked.configs(name, total)
     if baseline:
-        configs.append(
-            TrainConfig(
-                name=f"{name}-random-decoder", d_sae=d_sae, rule=TopK(k[0]), total_tokens=total,
-                batch_size=batch_size, seed=seed[0], frozen_decoder=True, lr=lr,
-            )
-        )  # fmt: skip
-    with ProgressBar("train", total, enabled=not as_json) as bar:
+        configs.append(replace(configs[0], name=f"{name}-random-decoder", frozen_decoder=True))
+    if sweep is not None or estimate_only:
+        estimate = space.estimate_training(harvest, configs, hook=hook, device=device)
+        if estimate_only:
+            print_json(asdict(estimate)) if as_json else print(describe_training(estimate))
+            return
+        if not as_json:
+            print(describe_training(estimate))
+    trained = train_with_progress(space, name, harvest, configs, hook, device, quiet=as_json)
+    made = [result.config.name for result in trained if not result.error]
+    failed = {result.config.name: result.error for result in trained if result.error}
+    evaluations = evaluate_with_progress(space, made, device, quiet=as_json) if evaluate_after and made else {}
+    if as_json:
+        saes = [{"name": sae, "path": str(space.path / "saes" / sae)} for sae in made]
+        print_json(
+            {"run": name, "saes": saes, "failed": failed} | ({"evaluations": evaluations} if evaluations else {})
+        )
+    elif made:
+        print(f"Trained {len(made)} SAE{'s' * (len(made) > 1)}: {', '.join(made)}")
+        step = "compare" if evaluations else "evaluate"
+        print(f"Next: workbench {step} {' '.join(made)} --workspace {workspace}")
+    if failed:
+        problems = "; ".join(f"{sae}: {error}" for sae, error in failed.items())
+        raise InputError(f"{len(failed)} of {len(trained)} SAEs failed ({problems}); the others are finished")
+
+
+SINGLE_OPTIONS = {"k": "--k", "d_sae": "--d-sae", "seed": "--seed", "lr": "--lr", "batch_size": "--batch-size"}
+
+
+def refuse_with_sweep(context: typer.Context) -> None:
+    """Raises InputError for an option that a sweep file has a key for."""
+    for parameter, option in SINGLE_OPTIONS.items():
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{option} does not go with --sweep: write {parameter} = ... into the file")
+
+
+def train_with_progress(
+    space: Any, name: str, harvest: str, configs: list[Any], hook: str | None, device: str, *, quiet: bool
+) -> list[Any]:
+    """Trains behind a progress bar that shows the first SAE still running."""
+    from sae.train import StepMetrics
+
+    total = configs[0].total_tokens
+    with ProgressBar("train", total, enabled=not quiet) as bar:
+        furthest = 0
 
         def on_metrics(metrics: StepMetrics) -> None:
-            if metrics.name == configs[0].name:
+            nonlocal furthest
+            # The first report at a step is that of the first SAE that still runs.
+            if metrics.tokens > furthest:
+                furthest = metrics.tokens
                 bar.update(metrics.tokens, describe_metrics(metrics))
 
-        saes = space.train(name, harvest, configs, hook=hook, device=device, on_metrics=on_metrics)
-    made = [{"name": config.name, "path": str(space.path / "saes" / config.name)} for config in configs]
-    if as_json:
-        print_json({"run": name, "saes": made})
-    else:
-        print(f"Trained {len(saes)} SAE{'s' * (len(saes) > 1)}: {', '.join(item['name'] for item in made)}")
-        print(f"Next: workbench evaluate {' '.join(item['name'] for item in made)} --workspace {workspace}")
+        return space.train_all(name, harvest, configs, hook=hook, device=device, on_metrics=on_metrics)
+
+
+def evaluate_with_progress(space: Any, saes: list[str], device: str, *, quiet: bool) -> dict[str, Any]:
+    """Evaluates SAEs with the defaults of `workbench evaluate`, taking what is stored."""
+    with ProgressBar("evaluate", EVALUATION_TOKENS, enabled=not quiet) as bar:
+        found = space.evaluate(
+            saes, max_tokens=EVALUATION_TOKENS, device=device, reuse=True,
+            on_progress=lambda done, total: bar.update(done * EVALUATION_TOKENS // max(total, 1)),
+        )  # fmt: skip
+    return {sae: evaluation.to_dict() for sae, evaluation in zip(saes, found, strict=True)}
+
+
+def describe_training(estimate: Any) -> str:
+    """One line: number of SAEs, memory, time."""
+    return (
+        f"Estimate: {estimate.saes} SAE{'s' * (estimate.saes > 1)}, {format_bytes(estimate.bytes)} of memory "
+        f"({format_bytes(estimate.free_bytes)} free), about {format_seconds(estimate.seconds)}"
+    )
 
 
 def describe_metrics(metrics: Any) -> str:
@@ -184,18 +250,18 @@ EVALUATION_COLUMNS = {
 }
 
 
-def evaluation_rows(names: list[str], evaluations: list[Any]) -> list[list[Any]]:
-    """One row per SAE, columns as in EVALUATION_COLUMNS."""
+def evaluation_rows(evaluations: list[Any]) -> list[list[Any]]:
+    """One row per metric of EVALUATION_COLUMNS, one column per SAE: it fits a narrow terminal."""
     return [
-        [name, *(getattr(evaluation, key) for key in EVALUATION_COLUMNS.values())]
-        for name, evaluation in zip(names, evaluations, strict=True)
+        [title, *(getattr(evaluation, key) for evaluation in evaluations)] for title, key in EVALUATION_COLUMNS.items()
     ]
 
 
 def evaluate(
     saes: Annotated[list[str], typer.Argument(help="Names of SAEs made from one model.")],
     corpus: Annotated[str | None, typer.Option(help="Corpus; the harvest's own when left out.")] = None,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=2)] = 65_536,
+    text_field: Annotated[str | None, typer.Option(help="Field holding the text; the harvest's when left out.")] = None,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=2)] = EVALUATION_TOKENS,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -206,10 +272,10 @@ def evaluate(
     space = Workspace(workspace, create=False)
     with ProgressBar("evaluate", tokens, enabled=not as_json) as bar:
         evaluations = space.evaluate(
-            saes, corpus=corpus, max_tokens=tokens, device=device,
+            saes, corpus=corpus, text_field=text_field, max_tokens=tokens, device=device,
             on_progress=lambda done, total: bar.update(done * tokens // max(total, 1)),
         )  # fmt: skip
     if as_json:
         print_json({name: item.to_dict() for name, item in zip(saes, evaluations, strict=True)})
     else:
-        print_table("Held-out evaluation", ["SAE", *EVALUATION_COLUMNS], evaluation_rows(saes, evaluations))
+        print_table("Held-out evaluation", ["", *saes], evaluation_rows(evaluations))

@@ -1,0 +1,200 @@
+"""Feature page: what one feature does, what people wrote about it, and how it reads a text of one's own."""
+
+import random
+from collections.abc import Sequence
+
+import streamlit as st
+
+from app.shared import choose_index, loaded_model, open_workspace
+from workbench import Workspace
+from workbench.index import InputError, figures
+from workbench.index.feature import Feature, TokenEffect
+from workbench.index.live import MAX_CHARACTERS, LiveText, activations_on_text
+from workbench.index.page import STYLE, example_html, group_html, visible
+from workbench.index.query import FeatureIndex
+from workbench.notes import Notes
+
+st.set_page_config(page_title="Feature", page_icon="🔬", layout="wide")
+
+
+def main() -> None:
+    """Draws the page."""
+    workspace = open_workspace()
+    picker, browse = st.columns([2, 3], vertical_alignment="bottom")
+    with picker:
+        index = choose_index(workspace)
+    with browse:
+        number = choose_feature(index)
+    feature = index.feature(number)
+    st.header(f"{feature.sae} / {feature.feature}")
+    if feature.label:
+        st.text(feature.label)
+    if feature.dead:
+        st.warning("Dead: this feature fires on none of the indexed tokens.")
+    left, right = st.columns([1, 2], gap="large")
+    with left:
+        written(workspace, feature)
+        related(feature)
+        card(feature, workspace)
+    with right:
+        tested = own_text(workspace, index, feature)
+        logits(feature)
+        histograms(feature, tested)
+        examples(feature)
+
+
+def choose_feature(index: FeatureIndex) -> int:
+    """The feature's number, kept in the URL as `feature`, with buttons to go on from it."""
+    last = index.d_sae - 1
+    asked = st.query_params.get("feature", "0")
+    if not (asked.isdecimal() and int(asked) <= last):
+        st.warning(f"This link asks for feature {asked!r}: {index.sae} has features 0 to {last}.")
+        asked = "0"
+    # The URL decides and every control changes the URL, so that links to other features always arrive. Writing it on
+    # every run brings the browser's address up to date after a link from this page to itself.
+    st.query_params["feature"] = asked
+    number = st.session_state["feature"] = int(asked)
+
+    def follow() -> None:
+        st.query_params["feature"] = str(st.session_state["feature"])
+
+    def go(to: int) -> None:
+        st.query_params["feature"] = str(to % index.d_sae)
+
+    box, before, after, anywhere = st.columns([2, 1, 1, 1], vertical_alignment="bottom")
+    box.number_input("Feature", 0, last, step=1, key="feature", on_change=follow)
+    before.button("←", help="previous feature", on_click=go, args=(number - 1,), width="stretch")
+    after.button("→", help="next feature", on_click=go, args=(number + 1,), width="stretch")
+    anywhere.button("⚄", help="any feature", on_click=go, args=(random.randrange(index.d_sae),), width="stretch")
+    return number
+
+
+def written(workspace: Workspace, feature: Feature) -> None:
+    """Label, notes and lists, which persist in the workspace."""
+    notes = Notes(workspace.path)
+    place = f"{feature.sae} {feature.feature}"
+
+    def save_label() -> None:
+        notes.set_label(feature.sae, feature.feature, st.session_state[f"label {place}"])
+
+    def save_note() -> None:
+        if st.session_state[f"note {place}"].strip():
+            notes.add_note(feature.sae, feature.feature, st.session_state[f"note {place}"])
+            st.session_state[f"note {place}"] = ""
+
+    st.text_input(
+        "Label", feature.label or "", max_chars=200, key=f"label {place}", on_change=save_label,
+        placeholder="what this feature stands for",
+    )  # fmt: skip
+    for note in feature.notes:
+        st.text(note)
+    st.text_area("Add a note", max_chars=2000, height=68, key=f"note {place}", on_change=save_note)
+    with st.popover("Add to a list"), st.form(f"list {place}", border=False):
+        name = st.selectbox("List", list(notes.lists()), accept_new_options=True, index=None, placeholder="a new name")
+        if st.form_submit_button("Add") and name:
+            try:
+                notes.add_to_list(name, feature.sae, feature.feature)
+                st.success(f"On the list {name}.")
+            except InputError as error:
+                st.error(str(error))
+
+
+def related(feature: Feature) -> None:
+    """Features close in direction and in time, each a link; heads of an attention SAE."""
+    st.markdown("**Nearest decoder directions**")
+    links(feature.sae, [(near.feature, near.label, f"cosine {near.cosine:+.2f}") for near in feature.neighbours])
+    st.markdown("**Fires together with**")
+    together = [
+        (other.feature, other.label, f"phi {other.phi:.2f}, PMI {other.pmi:.1f}") for other in feature.coactivations
+    ]
+    links(feature.sae, together)
+    if not together:
+        st.caption("No feature fires with it on three tokens or more.")
+    if feature.heads:
+        st.markdown("**Share of heads in its direction**")
+        st.bar_chart({"share": feature.heads}, height=160, x_label="head", y_label="share")
+
+
+def links(sae: str, targets: Sequence[tuple[int, str | None, str]]) -> None:
+    """One link a feature."""
+    for number, label, value in targets[:6]:
+        name = plain(f"{number} {label or ''}".strip())
+        st.page_link("pages/Feature.py", label=f"{name} · {value}", query_params={"sae": sae, "feature": str(number)})
+
+
+def plain(text: str) -> str:
+    """Text whose marks Markdown does not take for its own."""
+    return "".join(f"\\{mark}" if mark in "\\`*_{}[]()<>#+-.!|~$:^=&" else mark for mark in text)
+
+
+def card(feature: Feature, workspace: Workspace) -> None:
+    """What the SAE is and how well it does, and the feature's files."""
+    st.markdown("**About the SAE**")
+    evaluation = next((item.evaluation for item in workspace.saes() if item.name == feature.sae), None) or {}
+    measured = {"l0": "L0", "fvu": "FVU", "loss_recovered_zero": "loss recovered"}
+    known = [f"{title} {evaluation[key]:.3g}" for key, title in measured.items() if key in evaluation]
+    st.text("\n".join([feature.model, feature.hook, feature.rule, f"{feature.n_tokens:,} tokens indexed", *known]))
+    name = f"{feature.sae}-{feature.feature}"
+    st.download_button("Save as HTML", feature.to_html, f"{name}.html", "text/html", on_click="ignore")
+    st.download_button("Save as JSON", feature.to_json, f"{name}.json", "application/json", on_click="ignore")
+
+
+def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> LiveText | None:
+    """The box for a text of one's own, kept in the URL as `text`; what the feature does on it."""
+    text = st.text_area("Test on my text", key="text", bind="query-params", height=68)
+    if not text:
+        return None
+    try:
+        sae = workspace.sae(index.sae)
+        found = activations_on_text(loaded_model(feature.model), sae, feature.feature, text)
+    except InputError as error:
+        st.error(f"The feature cannot be run on text here: {error}")
+        return None
+    if found.truncated:
+        st.info(f"Only the beginning was read: at most {MAX_CHARACTERS:,} characters and one context of the model.")
+    strongest = max(abs(feature.stats.minimum or 0), abs(feature.stats.maximum or 0), abs(found.example.activation))
+    st.html(f'{STYLE}<div class="wbf">{example_html(found.example, strongest, opened=True)}</div>')
+    if not found.example.activation:
+        st.caption("It does not fire on this text.")
+    return found
+
+
+def logits(feature: Feature) -> None:
+    """The tokens it promotes and suppresses."""
+    if feature.logits is None:
+        st.caption(f"No logit effects: {plain(feature.missing or '')}")
+        return
+    for column, title, effects in zip(
+        st.columns(2), ("Promotes", "Suppresses"), (feature.promotes, feature.suppresses), strict=True
+    ):
+        column.markdown(f"**{title}**")
+        column.html(STYLE + f'<div class="wbf"><table>{"".join(map(effect_row, effects))}</table></div>')
+
+
+def effect_row(effect: TokenEffect) -> str:
+    """One token with its effect."""
+    return f'<tr><td class="tok">{visible(effect.text)}</td><td class="n">{effect.effect:+.3f}</td></tr>'
+
+
+def histograms(feature: Feature, tested: LiveText | None) -> None:
+    """Distributions of its activations, with the tested text's marked, and of its logit effects."""
+    stats = feature.stats
+    signs = f", {stats.negative:,} of them negative" if feature.signed else ""
+    st.markdown(f"Fires on **{stats.density:.3%}** of tokens ({stats.firings:,}{signs})")
+    plain_plot = {"displayModeBar": False}
+    activations, effects = st.columns(2)
+    if not feature.dead:
+        mark = tested.example.activation if tested is not None and tested.example.activation else None
+        activations.plotly_chart(figures.activation_histogram(feature, mark), key="activations", config=plain_plot)
+    if feature.logits is not None:
+        effects.plotly_chart(figures.logit_histogram(feature), key="logits", config=plain_plot)
+
+
+def examples(feature: Feature) -> None:
+    """Groups of examples, the strongest first; a click on a row shows all of its text."""
+    if feature.groups:
+        groups = "".join(group_html(group, feature) for group in feature.groups)
+        st.html(f'{STYLE}<div class="wbf">{groups}</div>')
+
+
+main()

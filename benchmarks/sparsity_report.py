@@ -1,0 +1,95 @@
+"""Time of the sparsity measurements against the bare forward passes they need.
+
+    python benchmarks/sparsity_report.py                      the demo model on this machine's CPU
+    python benchmarks/sparsity_report.py --model FOLDER --corpus FILE --device cuda
+
+1. The measuring pass (tokenizing, forward pass, statistics of every MLP) against the bare Hugging Face pass through
+   the blocks on tokens that already lie on the device. Rounds alternate; the ratio is the median over rounds.
+2. The whole report once: measuring pass, PPL-p%, the curves of every method, attention patterns.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from workbench.corpora import Corpus, open_corpus
+from workbench.models import LoadedModel, load_model
+from workbench.sparsity.measure import measure
+from workbench.sparsity.report import report_attention, report_curves, report_mlps
+from workbench.sparsity.tokens import batches
+from workbench.workspace import Workspace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--corpus", default="python-stdlib")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of the measuring pass")
+    parser.add_argument("--heldout", type=int, default=8192, help="of the curves")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    model, corpus = load_model(arguments.model, device=arguments.device), open_corpus(arguments.corpus)
+    found = {
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads",
+        **against_bare_pass(model, corpus, arguments.tokens, arguments.rounds),
+        **whole_report(model, corpus, arguments.tokens, arguments.heldout),
+    }
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for key, value in found.items():
+            print(f"{key:34} {value:,.4g}" if isinstance(value, float) else f"{key:34} {value}")
+
+
+def against_bare_pass(model: LoadedModel, corpus: Corpus, tokens: int, rounds: int) -> dict[str, float]:
+    """Seconds of the bare passes and of the measurement, and their ratio, medians over rounds."""
+    resident = [batch.tokens for batch in batches(model, corpus, "train", max_tokens=tokens, context_len=256)]
+
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in resident:
+            model.hf.base_model(batch, use_cache=False)  # type: ignore[operator]
+
+    floors, times = [], []
+    # The first round warms caches and allocators.
+    for _ in range(rounds + 1):
+        floors.append(seconds_of(bare, model))
+        times.append(seconds_of(lambda: measure(model, corpus, max_tokens=tokens), model))
+    return {
+        "bare passes, s": statistics.median(floors[1:]),
+        "measuring pass, s": statistics.median(times[1:]),
+        "measuring / bare": statistics.median(ours / floor for ours, floor in zip(times[1:], floors[1:], strict=True)),
+    }
+
+
+def whole_report(model: LoadedModel, corpus: Corpus, tokens: int, heldout: int) -> dict[str, float]:
+    """Seconds of every part of the report, stored in a fresh workspace."""
+    with tempfile.TemporaryDirectory() as folder:
+        space = Workspace(Path(folder) / "workspace")
+        parts = {
+            "report: MLPs, s": lambda: report_mlps(space, "r", model, corpus, max_tokens=tokens),
+            "report: PPL-p% and curves, s": lambda: report_curves(space, "r", model, corpus, max_tokens=heldout),
+            "report: attention, s": lambda: report_attention(space, "r", model, corpus, max_tokens=heldout),
+        }
+        found = {name: seconds_of(part, model) for name, part in parts.items()}
+    return found | {"whole report, s": sum(found.values())}
+
+
+def seconds_of(work: Callable[[], object], model: LoadedModel) -> float:
+    start = time.perf_counter()
+    work()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The Features and Feature pages in their states, run by Streamlit's own test harness."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+
+from sae import SAE, TopK
+from workbench import Workspace
+from workbench.harvest import HarvestConfig
+from workbench.index.build import build_index
+from workbench.index.query import FeatureIndex
+from workbench.models import load_model
+from workbench.notes import Notes
+
+PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
+HOOK, DEAD = "blocks.2.hook_resid_post", 3
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("app")
+    (root / "texts").mkdir()
+    for number in range(20):
+        (root / "texts" / f"{number}.txt").write_text(f"def f{number}(x):\n    return '<script>x</script>'\n" * 3)
+    space = Workspace(root / "w")
+    model = load_model("demo", device="cpu")
+    config = HarvestConfig("demo", str(root / "texts"), (HOOK,), context_len=32, max_tokens=1200)
+    space.harvest("h", config, model=model)
+    sae = SAE(model.info.d_model, 48, TopK(6), hook_name=HOOK, model_name="demo")
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0)))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_enc[DEAD] = -1e6
+    sae.save(space.path / "saes" / "s")
+    build_index(space, "s", harvest="h", model=model, device="cpu")
+    return space.path
+
+
+@pytest.fixture
+def space(indexed: Path, tmp_path: Path) -> Workspace:
+    shutil.copytree(indexed, tmp_path / "w")
+    return Workspace(tmp_path / "w")
+
+
+def open_page(page: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, **query: str) -> AppTest:
+    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
+    # Streamlit knows the pages of an app by its main script.
+    app = AppTest.from_file(str(PAGES.parent / "main.py"), default_timeout=60)
+    app.run()
+    for name, value in query.items():
+        app.query_params[name] = value
+    return app.switch_page(f"pages/{page}.py").run()
+
+
+@pytest.fixture
+def busiest(space: Workspace) -> int:
+    return int(FeatureIndex.open(space, "s").table().sort_values("firings")["feature"].iloc[-1])
+
+
+@pytest.mark.parametrize("page", ["Features", "Feature"])
+def test_without_an_index_the_page_says_what_to_do(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = Workspace(tmp_path / "empty")
+    shown = open_page(page, empty, monkeypatch)
+    assert not shown.exception
+    assert "Train one with `workbench train`" in shown.info[0].value
+    SAE(8, 16, TopK(2), hook_name=HOOK, model_name="m").save(empty.path / "saes" / "mine")
+    assert "`workbench index mine" in open_page(page, empty, monkeypatch).info[0].value
+
+
+def test_the_table_lists_what_fires_and_the_filters_work(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("Features", space, monkeypatch)
+    assert not page.exception
+    table = FeatureIndex.open(space, "s").table()
+    assert page.dataframe[0].value["feature"].tolist() == table[table["firings"] > 0]["feature"].tolist()
+    assert len(page.get("plotly_chart")) == 2
+    page.checkbox(key="hide_dead").uncheck().run()
+    assert len(page.dataframe[0].value) == 48
+    page.checkbox(key="hide_dense").check().run()
+    assert page.dataframe[0].value["density"].max() <= 0.1
+
+
+def test_search_shows_where_it_found_the_text(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
+    Notes(space.path).set_label("s", busiest, "my own label")
+    page = open_page("Features", space, monkeypatch, search="own label")
+    assert not page.exception
+    assert page.text_input(key="search").value == "own label"
+    assert page.dataframe[0].value[["feature", "found in", "label"]].to_numpy().tolist() == [
+        [busiest, "label", "my own label"]
+    ]
+    page.text_input(key="search").set_value("no such text").run()
+    assert "No feature matches" in page.info[0].value
+
+
+def test_a_feature_is_shown_from_its_link(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
+    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+    assert not page.exception
+    assert page.header[0].value == f"s / {busiest}"
+    html = "".join(element.proto.body for element in page.get("html"))
+    assert "strength quantile" in html
+    assert "&lt;" in html
+    assert "<script" not in html
+    assert len(page.get("plotly_chart")) == 2
+    page.button[1].click().run()
+    assert page.header[0].value == f"s / {(busiest + 1) % 48}"
+    page.button[0].click().run()
+    assert page.header[0].value == f"s / {busiest}"
+
+
+def test_a_dead_feature_says_so(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(DEAD))
+    assert not page.exception
+    assert "fires on none" in page.warning[0].value
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [({"sae": "gone"}, "index of 'gone'"), ({"sae": "s", "feature": "48"}, "features 0 to 47"),
+     ({"sae": "s", "feature": "-1"}, "features 0 to 47"), ({"sae": "s", "feature": "x"}, "features 0 to 47")],
+)  # fmt: skip
+def test_a_link_to_what_is_not_there_says_so(
+    query: dict[str, str], message: str, space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page("Feature", space, monkeypatch, **query)
+    assert not page.exception
+    assert message in page.warning[0].value
+    assert page.header[0].value == "s / 0"
+
+
+def test_labels_notes_and_lists_are_kept(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
+    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+    page.text_input(key=f"label s {busiest}").set_value("<b>quotes</b>").run()
+    page.text_area(key=f"note s {busiest}").set_value("fires in [strings](x)").run()
+    assert not page.exception
+    assert {"<b>quotes</b>", "fires in [strings](x)"} <= {element.value for element in page.text}
+    notes = Notes(space.path)
+    assert notes.label("s", busiest) == "<b>quotes</b>"
+    again = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+    assert again.text_input(key=f"label s {busiest}").value == "<b>quotes</b>"
+    assert [note.text for note in notes.notes("s", busiest)] == ["fires in [strings](x)"]
+
+
+def test_my_text_is_run_through_model_and_sae(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
+    text = "def f1(x):\n    return '<script>x</script>'\n"
+    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest), text=text)
+    assert not page.exception
+    html = "".join(element.proto.body for element in page.get("html"))
+    assert "your text" in html
+    assert "<script" not in html
+    page.text_area(key="text").set_value("x = 1\n" * 4000).run()
+    assert "Only the beginning was read" in page.info[0].value
+
+
+def test_without_the_model_the_statistics_still_browse(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int
+) -> None:
+    import duckdb
+
+    path = space.path / "indexes" / "s.duckdb"
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(
+            'UPDATE meta SET value = replace(value::VARCHAR, \'"name": "demo"\', \'"name": "/no/model"\') '
+            "WHERE key = 'settings'"
+        )
+    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest), text="x = 1")
+    assert not page.exception
+    assert "cannot be run on text here: no model folder at /no/model" in page.error[0].value
+    assert len(page.get("plotly_chart")) == 2
+
+
+def test_a_point_clicked_in_the_map_leads_to_its_feature(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int
+) -> None:
+    """The selection as Streamlit's front end sends it; the harness itself cannot click a plot."""
+    page = open_page("Features", space, monkeypatch, sae="s")
+    points = [{"curve_number": 1, "point_index": 0, "customdata": {"0": number, "1": 0.1}} for number in (busiest, 5)]
+    page.session_state["map s"] = {"selection": {"points": points, "point_indices": [0, 1], "box": [], "lasso": []}}
+    page.run()
+    assert sorted(page.dataframe[1].value["feature"]) == sorted([busiest, 5])
+    page.session_state["map s"] = {"selection": {"points": points[:1], "point_indices": [0], "box": [], "lasso": []}}
+    page.run()
+    assert not page.exception
+    assert page.header[0].value == f"s / {busiest}"

@@ -1,0 +1,146 @@
+"""Commands over the feature index: index, feature."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae.errors import InputError
+from workbench.cli.inspection import shorten
+from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
+from workbench.cli.output import print_json, print_table
+from workbench.progress import ProgressBar, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from workbench.index.feature import Feature
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command("index")(make_index)
+    app.command()(feature)
+
+
+def make_index(
+    sae: Annotated[str, typer.Argument(help="Name of an SAE.")],
+    harvest: Annotated[str | None, typer.Option(help="Harvest to index; the SAE's own when left out.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the harvest at most; all when left out.", min=1)] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Index an SAE's features: where they fire, how strongly, with which others, and what they do to the logits.
+
+    Interrupted, it goes on where it stopped when the same command is repeated.
+    """
+    from workbench.index.build import build_index
+    from workbench.workspace import Workspace
+
+    space = Workspace(workspace, create=False)
+    with ProgressBar("index", 1, enabled=not as_json) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
+        made = build_index(space, sae, harvest=harvest, max_rows=rows, device=device, on_progress=on_progress)
+    if as_json:
+        print_json(asdict(made))
+        return
+    took = f" in {format_seconds(sum(made.seconds.values()))}" if made.seconds else ", indexed before"
+    print(f"{made.activations:,} activations on {made.tokens:,} tokens, {format_bytes(made.bytes)}{took}")
+    if made.missing:
+        print(f"Without logit effects: {made.missing}")
+    print(f"Next: workbench feature {sae} --search return, or workbench app --workspace {workspace}")
+
+
+def feature(
+    sae: Annotated[str, typer.Argument(help="Name of an indexed SAE.")],
+    number: Annotated[int | None, typer.Argument(help="Feature to show.")] = None,
+    search: Annotated[str | None, typer.Option(help="List features with this text in label, tokens or texts.")] = None,
+    member_of: Annotated[str | None, typer.Option("--list", help="The features of a list instead of one.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label the feature; an empty text removes its label.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Write the table of all features here, as Parquet.")] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a feature, search for features, label them, and export them as HTML, JSON or Parquet."""
+    from workbench.index.page import document
+    from workbench.index.query import FeatureIndex
+    from workbench.notes import Notes
+    from workbench.workspace import Workspace
+
+    space = Workspace(workspace, create=False)
+    notes = Notes(space.path)
+    index = FeatureIndex.open(space, sae)
+    if label is not None:
+        if number is None:
+            raise InputError("--label needs the number of the feature to label")
+        index.feature(number)
+        notes.set_label(sae, number, label)
+    if table is not None:
+        _write(table, lambda: index.write_table(table))
+    if search is not None:
+        found = index.search(search)
+        if as_json:
+            print_json(found.to_dict(orient="records"))
+        else:
+            print_table(f"Features with {search!r}", list(found.columns), found.to_numpy().tolist())
+        return
+    if member_of is not None:
+        opened = {name: FeatureIndex.open(space, name) for name in {name for name, _ in notes.members(member_of)}}
+        chosen = [opened[name].feature(member) for name, member in notes.members(member_of)]
+    elif number is not None:
+        chosen = [index.feature(number)]
+    elif table is None:
+        raise InputError("name a feature's number, or use --search, --list or --table")
+    else:
+        chosen = []
+    if html is not None:
+        _write(html, lambda: html.write_text(document(chosen, member_of), encoding="utf-8"))
+    if as_json:
+        described = [item.to_dict() for item in chosen]
+        print_json(described if member_of is not None else described[0] if described else None)
+        return
+    for path in (table, html):
+        if path is not None:
+            print(f"Wrote {path}")
+    if html is None:
+        for item in chosen:
+            _print(item)
+
+
+def _write(path: Path, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+
+
+def _print(item: "Feature") -> None:
+    """A feature as text: headline, logits, strongest examples, neighbours."""
+    stats = item.stats
+    name = f"{item.sae} {item.feature}" + (f": {shorten(item.label)}" if item.label else "")
+    if item.dead:
+        print(f"{name}  dead: fires on none of {item.n_tokens:,} tokens")
+    else:
+        signs = f", {stats.negative:,} of them negative" if item.signed else ""
+        print(
+            f"{name}  fires on {stats.density:.3%} of {item.n_tokens:,} tokens ({stats.firings:,}{signs}), "
+            f"from {stats.minimum:.3g} to {stats.maximum:.3g}"
+        )
+    for title, effects in (("promotes", item.promotes), ("suppresses", item.suppresses)):
+        if effects:
+            print(f"  {title} " + "  ".join(f"{effect.text!r} {effect.effect:+.2f}" for effect in effects[:6]))
+    for group in [group for group in item.groups if group.title in ("strongest", "most negative")]:
+        for example in group.examples[:8]:
+            at = example.peak
+            before, after = "".join(example.tokens[max(0, at - 10) : at]), "".join(example.tokens[at + 1 : at + 6])
+            print(f"  {example.activation:8.2f}  {shorten(f'{before}[[{example.tokens[at]}]]{after}')}")
+    print("  near " + ", ".join(f"{near.feature} ({near.cosine:+.2f})" for near in item.neighbours[:6]))
+    print("  with " + ", ".join(f"{other.feature} (phi {other.phi:.2f})" for other in item.coactivations[:6]))
+    for note in item.notes:
+        print(f"  note: {shorten(note)}")

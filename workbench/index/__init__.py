@@ -1,0 +1,11 @@
+"""The feature index: what every feature of an SAE does on a harvest, in one DuckDB file the app reads.
+
+build.py      makes it, by way of segments, statistics, examples, coactivation, geometry, logits, tables
+query.py      reads it: FeatureIndex
+feature.py    what a reading gives: Feature; page.py draws it as HTML, figures.py as Plotly figures
+live.py       a feature on a text of one's own
+"""
+
+from sae.errors import InputError
+
+__all__ = ["InputError"]

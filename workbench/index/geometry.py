@@ -1,0 +1,63 @@
+"""What an SAE's decoder directions look like: neighbours, a map, and heads.
+
+- Neighbours: for each feature the `NEIGHBOURS` others whose decoder rows have the largest absolute cosine with its
+  own; the sign is kept, since an opposed direction is as telling as a parallel one.
+- Map: the two leading principal components of the decoder rows, scaled to unit norm and centred. The sign of a
+  component is fixed so that its largest entry is positive, to make the same map every time.
+- Heads, for an SAE on attn.hook_z, whose input is all heads' outputs side by side: the share of each head in a
+  decoder row's squared norm (Kissane et al. 2024, arXiv 2406.17759, section 4.1, "weight-based head attribution",
+  with squares so that the shares sum to one: reconstructed).
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NEIGHBOURS = 10
+FEATURES_AT_ONCE = 1024
+
+
+def unit_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+    """Decoder rows scaled to unit norm; a row of zeros stays one."""
+    norm = W_dec.norm(dim=1, keepdim=True)
+    return W_dec / torch.where(norm > 0, norm, 1)
+
+
+@torch.no_grad()
+def decoder_neighbours(
+    W_dec: Float[Tensor, "d_sae d_in"], n: int = NEIGHBOURS
+) -> tuple[Float[Tensor, "d_sae n"], Int[Tensor, "d_sae n"]]:
+    """(cosine, feature) of the n nearest, nearest first; n is lowered to d_sae - 1."""
+    unit = unit_rows(W_dec)
+    n = min(n, len(unit) - 1)
+    cosines, features = [], []
+    for first in range(0, len(unit), FEATURES_AT_ONCE):
+        cosine = unit[first : first + FEATURES_AT_ONCE] @ unit.T
+        own = torch.arange(len(cosine), device=cosine.device)
+        size = cosine.abs()
+        size[own, first + own] = -1
+        feature = size.topk(n, dim=1).indices
+        features.append(feature)
+        cosines.append(cosine.gather(1, feature))
+    return torch.cat(cosines), torch.cat(features)
+
+
+@torch.no_grad()
+def decoder_map(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:
+    """Coordinates on the two leading principal components; zeros for a component that does not exist."""
+    unit = unit_rows(W_dec.double())
+    centred = unit - unit.mean(dim=0)
+    components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)
+    largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
+    coordinates = centred @ (components * largest.sign())
+    if coordinates.shape[1] < 2:
+        coordinates = torch.cat([coordinates, torch.zeros_like(coordinates)], dim=1)
+    return coordinates
+
+
+@torch.no_grad()
+def head_shares(W_dec: Float[Tensor, "d_sae d_in"], n_heads: int) -> Float[Tensor, "d_sae heads"]:
+    """Share of each head in the squared norm of each decoder row; NaN for a row of zeros."""
+    squares = rearrange(W_dec.double() ** 2, "f (head d) -> f head d", head=n_heads).sum(-1)
+    return squares / squares.sum(1, keepdim=True)

@@ -1,0 +1,66 @@
+"""A feature on text that is not in the index: its activation on every token, from one pass of the model.
+
+1. The text is tokenized and put after BOS, at most as many tokens as the model's context takes.
+2. The model runs to the SAE's hook point, the SAE encodes every token but BOS, and the feature's column is kept.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.capture import capture
+from workbench.hooks import resolve_hook
+from workbench.index.feature import Example
+
+if TYPE_CHECKING:
+    from workbench.models import LoadedModel
+
+MAX_CHARACTERS = 10_000
+
+
+@dataclass(frozen=True)
+class LiveText:
+    """Activations of one feature on a text."""
+
+    example: Example
+    """The whole text as one example; its peak is where the feature fires most strongly."""
+    truncated: bool
+    """Whether only the beginning of the text was read."""
+
+
+@torch.no_grad()
+def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str) -> LiveText:
+    """Activations of a feature on every token of a text.
+
+    Args:
+        model: the model the SAE reads.
+        sae: the SAE, on any device.
+        feature: number of the feature.
+
+    Raises:
+        InputError: a text without tokens, a feature that does not exist, or an SAE of another model.
+    """
+    if not 0 <= feature < sae.d_sae:
+        raise InputError(f"feature {feature} does not exist: this SAE has features 0 to {sae.d_sae - 1}")
+    hook = resolve_hook(model, sae.hook_name)
+    ids = model.tokenizer.encode(text[:MAX_CHARACTERS], add_special_tokens=False, split_special_tokens=True)
+    kept = ids[: model.info.n_ctx - 1]
+    if not kept:
+        raise InputError("a text without tokens activates nothing: type some text")
+    tokens = torch.tensor([[model.bos_id, *kept]], device=model.device)
+    x = capture(model, tokens, [hook]).activations[hook.name].flatten(0, 1)[1:]
+    code = sae.encode(x.to(sae.W_dec.device, torch.float32))
+    token, index, value = code.rows()
+    activations = torch.zeros(len(kept), device=value.device)
+    mine = index == feature
+    activations[token[mine]] = value[mine].float()
+    values = activations.tolist()
+    peak = int(activations.abs().argmax())
+    example = Example(
+        row=-1, document="your text", pos=peak, activation=values[peak],
+        tokens=[model.tokenizer.decode([number]) for number in kept], activations=values, peak=peak,
+    )  # fmt: skip
+    return LiveText(example, len(kept) < len(ids) or len(text) > MAX_CHARACTERS)

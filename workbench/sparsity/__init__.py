@@ -1,0 +1,8 @@
+"""Activation sparsity: how little of a model is used on each token, and what using less costs.
+
+measure      what is near zero, by layer, neuron and position, in one streamed pass
+enforce      the methods of `methods/` applied while the model runs: loss and KL against sparsity, FLOPs saved
+ppl          PPL-p%: the sparsity that costs ln(1 + p) nats
+attention    share of attention that simple patterns keep, and the loss when heads are restricted to them
+sae_report   sparsity of SAE codes; how few terms reconstruct a token, against PCA and other bases
+"""

@@ -1,0 +1,126 @@
+"""The weight matrices of a model's blocks, and its MLPs, found on the bare Hugging Face module.
+
+An MLP computes y = W_out h (+ b), with h = act(W_in x) or, gated, h = act(W_gate x) * (W_in x). Neuron i hands
+n_i = W_out[:, i] h_i to the output. `MLP.drive` is the matrix whose output goes into the activation function.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from sae.errors import InputError
+from workbench.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One weight matrix of a block."""
+
+    name: str
+    """`blocks.LAYER.` and the module's path in the Hugging Face block."""
+    layer: int
+    module: nn.Module
+
+    @property
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """As applied to a column vector, whichever way round the module stores it."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def flops(self) -> int:
+        """Of its product with one token's vector: two per weight."""
+        return 2 * self.weight.numel()
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The matrices of one MLP."""
+
+    layer: int
+    drive: Projection
+    """W_gate of a gated MLP, W_in of another."""
+    up: Projection | None
+    """W_in of a gated MLP."""
+    out: Projection
+    activation: str
+    """Name of the activation function, as transformers knows it."""
+
+    @property
+    def d_mlp(self) -> int:
+        return self.out.d_in
+
+    @property
+    def gated(self) -> bool:
+        return self.up is not None
+
+    def act(self, z: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_mlp"]:
+        """The activation function of pre-activations."""
+        value: Tensor = ACT2FN[self.activation](z)
+        return value
+
+    def output_norms(self) -> Float[Tensor, "d_mlp"]:
+        """||W_out[:, i]|| of every neuron, in float32."""
+        return self.out.weight.float().norm(dim=0)
+
+
+def projections(model: LoadedModel) -> list[Projection]:
+    """Every weight matrix inside the blocks, in the order the modules are registered."""
+    found = []
+    for layer in range(model.info.n_layers):
+        block = model.bridge.adapter.get_component(model.hf, f"blocks.{layer}")
+        for path, module in block.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                found.append(Projection(f"blocks.{layer}.{path}", layer, module))
+    return found
+
+
+def mlps(model: LoadedModel) -> list[MLP]:
+    """The MLP of every block.
+
+    Raises:
+        InputError: a block whose MLP is not made of single matrices in and out (mixtures of experts, fused gates).
+    """
+    by_module = {id(projection.module): projection for projection in projections(model)}
+    activation = _activation(model)
+    found = []
+    for layer in range(model.info.n_layers):
+        parts = {name: _component(model, layer, name) for name in ("in", "gate", "out")}
+        entry, gate, out = (by_module.get(id(parts[name])) for name in ("in", "gate", "out"))
+        drive = gate or entry
+        if drive is None or entry is None or out is None or drive.weight.shape[0] != out.d_in:
+            raise InputError(
+                f"{model.info.architecture} has no plain MLP in block {layer} (mixture of experts or fused gate): "
+                "activation sparsity is measured on MLPs with one matrix in, at most one gate, and one matrix out"
+            )
+        found.append(MLP(layer, drive, entry if gate is not None else None, out, activation))
+    return found
+
+
+def has_exact_zeros(mlp: MLP) -> bool:
+    """Whether the activation function gives exact zeros (ReLU and its powers) and not only small values."""
+    return bool(mlp.act(torch.tensor([-1.0])).item() == 0.0)
+
+
+def _component(model: LoadedModel, layer: int, name: str) -> Any:
+    try:
+        return model.bridge.adapter.get_component(model.hf, f"blocks.{layer}.mlp.{name}")
+    except (ValueError, AttributeError):
+        return None
+
+
+def _activation(model: LoadedModel) -> str:
+    config: Any = model.hf.config
+    for key in ("hidden_act", "activation_function", "hidden_activation"):
+        if name := getattr(config, key, None):
+            return str(name)
+    raise InputError(f"{model.info.architecture} does not say which activation function its MLPs use (hidden_act)")

@@ -1,0 +1,167 @@
+"""How sparsely a model's MLPs are used by themselves: one streamed pass over a corpus.
+
+1. Training documents run through the bare model, which stops at the last block.
+2. Hooks hand each MLP's activations to `mlp_stats`, and each block's output to the search for massive activations
+   (2402.17762): max |x| of the residual stream, against the median |x|, and the token it sits on. BOS counts here,
+   since massive activations tend to sit there; everywhere else BOS and padding are left out.
+3. Memory: one batch of activations of one layer at a time, and the sums.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from sae.errors import InputError
+from workbench.corpora import Corpus, Split
+from workbench.models import LoadedModel
+from workbench.sparsity.layers import mlps
+from workbench.sparsity.mlp_stats import MLPStats
+from workbench.sparsity.tokens import Batch, batches
+
+MASSIVE = 100.0
+MASSIVE_RATIO = 1000.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, as tables."""
+
+    tokens: int
+    """Ordinary tokens seen."""
+    layers: pd.DataFrame
+    """One row per layer: the fields of `MLPSummary`."""
+    neurons: pd.DataFrame
+    """layer, neuron, density, mean_abs, max_abs, and where the maximum was: doc, doc_pos, token."""
+    positions: pd.DataFrame
+    """layer, pos (in the context), active: mean number of neurons that fire."""
+    residual: pd.DataFrame
+    """layer, max_abs, median_abs, ratio, massive (max_abs > 100 and ratio > 1000, the paper's mark), dimension, pos,
+    token, at_bos: the largest entry of each block's output."""
+
+
+def measure(
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    split: Split = "train",
+    max_tokens: int = 100_000,
+    context_len: int = 256,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Measures `max_tokens` rows of a corpus.
+
+    Args:
+        on_progress: called with (rows done, rows asked for).
+
+    Raises:
+        InputError: see `layers.mlps` and `tokens.batches`.
+    """
+    stats = [MLPStats(mlp, context_len) for mlp in mlps(model)]
+    residual = [_Residual(layer) for layer in range(model.info.n_layers)]
+    done = 0
+    for batch in batches(model, corpus, split, max_tokens=max_tokens, context_len=context_len):
+        _run(model, batch, stats, residual)
+        done += batch.tokens.numel()
+        if on_progress is not None:
+            on_progress(done, max_tokens)
+    if not stats[0].tokens:
+        raise InputError(f"corpus {corpus.name} has no {split} tokens to measure: give it more documents")
+    return Measurement(
+        tokens=stats[0].tokens,
+        layers=pd.DataFrame([asdict(stat.result()) for stat in stats]),
+        neurons=pd.concat([_neuron_table(stat) for stat in stats], ignore_index=True),
+        positions=pd.concat([_position_table(stat) for stat in stats], ignore_index=True),
+        residual=pd.DataFrame([found.row(model) for found in residual]),
+    )
+
+
+class _Residual:
+    """The largest entry of one block's output."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.largest = -1.0
+        self.at = (0, 0, 0)
+        self.medians: list[Tensor] = []
+
+    def update(self, value: Tensor, batch: Batch) -> None:
+        magnitude = value.float().abs()
+        # A median is a sort: a few rows of each batch say what is usual.
+        self.medians.append(magnitude[batch.ordinary][:: max(1, int(batch.ordinary.sum()) // 32)].median())
+        if (found := magnitude.amax().item()) > self.largest:
+            place, dimension = divmod(int(magnitude.argmax()), magnitude.shape[2])
+            row, pos = divmod(place, magnitude.shape[1])
+            self.largest, self.at = found, (dimension, pos, int(batch.tokens[row, pos]))
+
+    def row(self, model: LoadedModel) -> dict[str, Any]:
+        median = torch.stack(self.medians).median().item()
+        dimension, pos, token = self.at
+        ratio = self.largest / median if median else float("inf")
+        return {
+            "layer": self.layer, "max_abs": self.largest, "median_abs": median, "ratio": ratio,
+            "massive": self.largest > MASSIVE and ratio > MASSIVE_RATIO, "dimension": dimension, "pos": pos,
+            "token": model.token_texts[token], "at_bos": token == model.bos_id,
+        }  # fmt: skip
+
+
+class _Seen(Exception):
+    """The last block has run."""
+
+
+@torch.no_grad()
+def _run(model: LoadedModel, batch: Batch, stats: Iterable[MLPStats], residual: Iterable[_Residual]) -> None:
+    last = model.info.n_layers - 1
+    with ExitStack() as stack:
+        for stat in stats:
+
+            def see_h(_: nn.Module, args: tuple[Any, ...], stat: MLPStats = stat) -> None:
+                stat.update(args[0], batch)
+
+            stack.callback(stat.mlp.out.module.register_forward_pre_hook(see_h).remove)
+        for found in residual:
+            block = model.bridge.adapter.get_component(model.hf, f"blocks.{found.layer}")
+
+            def see_output(_: nn.Module, __: tuple[Any, ...], output: Any, found: _Residual = found) -> None:
+                found.update(output[0] if isinstance(output, tuple) else output, batch)
+                if found.layer == last:
+                    raise _Seen
+
+            stack.callback(block.register_forward_hook(see_output).remove)
+        try:
+            model.hf(batch.tokens, use_cache=False)
+        except _Seen:
+            return
+
+
+def _neuron_table(stat: MLPStats) -> pd.DataFrame:
+    doc, doc_pos, token = stat.max_at.cpu().numpy().T
+    return pd.DataFrame(
+        {
+            "layer": stat.mlp.layer,
+            "neuron": range(stat.mlp.d_mlp),
+            "density": stat.density().cpu().numpy(),
+            "mean_abs": (stat.sum_abs / stat.tokens).cpu().numpy(),
+            "max_abs": stat.max_abs.cpu().numpy(),
+            "doc": doc,
+            "doc_pos": doc_pos,
+            "token": token,
+        }
+    )
+
+
+def _position_table(stat: MLPStats) -> pd.DataFrame:
+    seen = stat.position_tokens.cpu().numpy()
+    table = pd.DataFrame(
+        {
+            "layer": stat.mlp.layer,
+            "pos": range(len(seen)),
+            "tokens": seen,
+            "active": stat.position_fired.cpu().numpy() / seen.clip(min=1),
+        }
+    )
+    return table[table["tokens"] > 0]

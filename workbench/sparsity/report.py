@@ -1,0 +1,216 @@
+"""The sparsity measurements as results of a workspace, one kind each.
+
+    sparsity-mlp         tables layers, neurons, positions, residual
+    sparsity-curves      tables points, shares (by matrix), cett (thresholds by layer), ppl
+    sparsity-attention   tables curves, coverage
+    sparsity-sae         tables summary, positions, spectrum, terms
+
+A measurement that is already stored under its name, made from the same model, corpus and settings, is opened and not
+made again: repeating an interrupted series of commands goes on where it stopped.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.corpora import Corpus
+from workbench.models import LoadedModel
+from workbench.results import Result
+from workbench.sparsity import figures
+from workbench.sparsity.attention import BUDGETS, measure_attention
+from workbench.sparsity.calibration import calibrate
+from workbench.sparsity.enforce import enforce
+from workbench.sparsity.measure import measure
+from workbench.sparsity.methods import METHODS, cett, method_named
+from workbench.sparsity.ppl import ppl_sparsity, search_passes
+from workbench.sparsity.sae_report import measure_saes
+from workbench.sparsity.tokens import batches
+from workbench.workspace import Workspace, versions
+
+MLP, CURVES, ATTENTION, SAES = "sparsity-mlp", "sparsity-curves", "sparsity-attention", "sparsity-sae"
+CETT_TARGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
+"""Of the table of thresholds."""
+OnProgress = Callable[[int, int], None]
+
+
+def report_mlps(
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    max_tokens: int = 100_000,
+    context_len: int = 256,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Measures and stores how sparsely the MLPs are used; see `measure`."""
+    parameters = {"max_tokens": max_tokens, "context_len": context_len}
+
+    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+        found = measure(model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress)
+        tables = {
+            "layers": found.layers, "neurons": found.neurons, "positions": found.positions, "residual": found.residual
+        }  # fmt: skip
+        return tables, {
+            "layers": figures.layer_overview(found.layers),
+            "neurons": figures.neuron_densities(found.neurons),
+        }
+
+    return _stored(space, MLP, name, model, corpus, parameters, make)
+
+
+def report_curves(
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    ps: Sequence[float] = (0.01, 0.05, 0.1),
+    max_tokens: int = 8192,
+    context_len: int = 256,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Measures and stores what enforced sparsity costs; see `enforce` and `ppl`.
+
+    Args:
+        methods: by name.
+        ps: allowed growth of the perplexity for PPL-p%; none to leave that out.
+    """
+    chosen = [method_named(method) for method in methods]
+    parameters = {
+        "methods": [method.name for method in chosen], "ps": list(ps), "max_tokens": max_tokens,
+        "context_len": context_len,
+    }  # fmt: skip
+
+    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+        calibration = calibrate(model, corpus, context_len=context_len)
+        held = list(batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+        rows = sum(batch.tokens.numel() for batch in held)
+        searched = rows * search_passes(len(ps))
+        total = searched + rows * (1 + sum(len(method.levels) for method in chosen))
+
+        def report(done: int) -> None:
+            if on_progress is not None:
+                on_progress(done, total)
+
+        # The search for PPL-p% comes first: a p out of reach is found before the long part.
+        ppl = ppl_sparsity(model, calibration, held, ps, on_progress=lambda done, _: report(done * rows)) if ps else []
+        found = enforce(model, calibration, held, methods=chosen, on_progress=lambda done, _: report(searched + done))
+        thresholds = cett.cett_thresholds(calibration, CETT_TARGETS)
+        tables = {
+            "points": found.table(), "shares": found.shares, "cett": pd.DataFrame([vars(item) for item in thresholds])
+        }  # fmt: skip
+        if ppl:
+            tables["ppl"] = pd.DataFrame([vars(item) for item in ppl])
+        return tables, {"cost": figures.cost_curves(found.table())}
+
+    return _stored(space, CURVES, name, model, corpus, parameters, make)
+
+
+def report_attention(
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    budgets: Sequence[int] = BUDGETS,
+    max_tokens: int = 8192,
+    context_len: int = 256,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Measures and stores how much attention simple patterns keep; see `attention`."""
+    parameters = {"budgets": list(budgets), "max_tokens": max_tokens, "context_len": context_len}
+
+    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+        held = list(batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+        found = measure_attention(model, held, budgets=budgets, on_progress=on_progress)
+        measured = sorted(found.coverage["budget"].unique())
+        middle = int(measured[len(measured) // 2])
+        return {"curves": found.curves, "coverage": found.coverage}, {
+            "cost": figures.attention_curves(found.curves),
+            "coverage": figures.attention_coverage(found.coverage, middle),
+        }
+
+    return _stored(space, ATTENTION, name, model, corpus, parameters, make)
+
+
+def report_saes(
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    saes: Mapping[str, SAE],
+    corpus: Corpus,
+    *,
+    max_tokens: int = 32_768,
+    context_len: int = 256,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Measures and stores the sparsity of SAE codes; see `sae_report`.
+
+    Raises:
+        InputError: no SAE given.
+    """
+    if not saes:
+        raise InputError("name at least one SAE to measure")
+    parameters = {
+        "saes": {name: _digest(sae) for name, sae in saes.items()},
+        "max_tokens": max_tokens,
+        "context_len": context_len,
+    }
+
+    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+        found = measure_saes(
+            model, saes, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress
+        )
+        tables = {
+            "summary": found.summary, "positions": found.positions, "spectrum": found.spectrum, "terms": found.terms
+        }  # fmt: skip
+        return tables, {
+            "spectrum": figures.density_spectrum(found.spectrum),
+            "terms": figures.terms_needed(found.terms),
+        }
+
+    return _stored(space, SAES, name, model, corpus, parameters, make)
+
+
+def _digest(sae: SAE) -> str:
+    """SHA-256 of the weights, which tells an SAE from a later one of the same name."""
+    digest = hashlib.sha256()
+    for _, weight in sorted(sae.state_dict().items()):
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _stored(
+    space: Workspace,
+    kind: str,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    parameters: dict[str, Any],
+    make: Callable[[], tuple[dict[str, pd.DataFrame], dict[str, Any]]],
+) -> Result:
+    """The result of that name if it was made from the same things, else made and saved."""
+    provenance = {
+        "model": model.info.to_dict(),
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "versions": versions(),
+    }
+    for result in space.results.find(kind):
+        if result.name == name and result.parameters == parameters and result.provenance == provenance:
+            return result
+    tables, drawn = make()
+    return space.results.save(
+        kind,
+        name,
+        parameters=parameters,
+        provenance=provenance,
+        tables=tables,
+        figures={figure: plot.to_json() for figure, plot in drawn.items()},
+    )
