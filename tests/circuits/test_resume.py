@@ -51,3 +51,15 @@ def test_blocks_run_again_after_the_context_also_by_an_exception(bridge: Any, to
     assert not torch.equal(bridge(other), clean)
     bridge(tokens)
     assert len(outputs) == 1
+
+
+@torch.no_grad()
+def test_nested_contexts_undo_themselves_one_by_one(bridge: Any, tokens: torch.Tensor) -> None:
+    with recorded_block(bridge, 0) as first, recorded_block(bridge, 1) as second:
+        clean = bridge(tokens)
+    with resumed_after(bridge, 1, second[0]):
+        with resumed_after(bridge, 0, first[0] * 0 if isinstance(first[0], torch.Tensor) else first[0]):
+            bridge(tokens)
+        assert torch.equal(bridge(tokens), clean)
+    assert torch.equal(bridge(tokens), clean)
+    assert not torch.equal(bridge(tokens.roll(1, dims=1)), clean)

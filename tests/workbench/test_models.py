@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 from sae.errors import InputError
 from workbench.bundled import demo_model_dir
@@ -191,3 +192,24 @@ def test_the_demo_model_is_found_in_a_wheel_before_the_checkout(
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         assert demo_model_dir() == folder
+
+
+def test_token_texts_keep_the_spaces_of_a_sentencepiece_tokenizer(shared_data: Path) -> None:
+    model = load_model(str(shared_data / "stories260k"), device="cpu")
+    ids = model.tokenizer.encode("Once upon a time, there was a little girl.", add_special_tokens=False)
+    assert "".join(model.token_texts[token] for token in ids).strip() == "Once upon a time, there was a little girl."
+    pieces = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
+    spaced = [token for token, piece in enumerate(pieces) if piece.startswith("▁")]
+    assert len(spaced) > 50
+    assert all(model.token_texts[token].startswith(" ") for token in spaced)
+
+
+def test_an_encoder_is_no_causal_language_model(tiny_gpt2: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=16, max_position_embeddings=32)  # fmt: skip
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="encoder"):
+        load_model(str(tmp_path), device="cpu")

@@ -125,3 +125,10 @@ def test_a_finished_harvest_needs_nothing_else(make_harvest: MakeHarvest, x: tor
     harvest = make_harvest({HOOK: x})
     names = {path.name for path in harvest.directory.iterdir()}
     assert names == {DESCRIPTION, DATABASE, "journal.jsonl", "blocks", "tokens"}
+
+
+@pytest.mark.parametrize("rows", [[True, False], [1.7], [[1, 2]]])
+def test_rows_that_are_no_whole_numbers_are_refused(make_harvest: MakeHarvest, rows: list[object]) -> None:
+    harvest = make_harvest({"blocks.0.hook_resid_post": torch.zeros(40, 4)})
+    with pytest.raises(InputError, match="whole numbers"):
+        harvest.vectors("blocks.0.hook_resid_post").rows(np.array(rows))
