@@ -1,0 +1,93 @@
+"""One name for each operation: Triton's kernels where the tensors lie on a GPU, plain torch everywhere else.
+
+float64, codes of more than `MAX_K` entries a token, and machines without triton take the plain path on a GPU too.
+"""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.code import SparseCode
+from sae.kernels import gradient_topk, sparse, topk
+from sae.kernels import gradients as plain_gradients
+from sae.kernels.gradients import Gradients
+
+MAX_K = 512
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        from sae.kernels import triton
+    except ImportError:
+        return None
+    return triton
+
+
+def _kernels_for(tensor: Tensor) -> ModuleType | None:
+    return _triton() if tensor.is_cuda and tensor.dtype != torch.float64 else None
+
+
+def topk_encode(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    k: int,
+    *,
+    absolute: bool = False,
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """See `sae.kernels.topk.topk_encode`."""
+    kernels = _kernels_for(x)
+    if kernels is None or k > MAX_K:
+        return topk.topk_encode(x, W_enc, b_enc, k, absolute=absolute)
+    values, indices = kernels.topk_encode(x, W_enc, b_enc, k, absolute=absolute)
+    return values, indices
+
+
+def gradient_topk_encode(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    g: Float[Tensor, "n d_in"],
+    k: int,
+    beta: float,
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """See `sae.kernels.gradient_topk.gradient_topk_encode`."""
+    kernels = _kernels_for(x)
+    if kernels is None or k > MAX_K:
+        return gradient_topk.gradient_topk_encode(x, W_enc, b_enc, W_dec, g, k, beta)
+    values, indices = kernels.gradient_topk_encode(x, W_enc, b_enc, W_dec, g, k, beta)
+    return values, indices
+
+
+def decode(
+    code: SparseCode, W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, "d_in"] | None = None
+) -> Float[Tensor, "n d_in"]:
+    """See `sae.kernels.sparse.decode`."""
+    kernels = _kernels_for(W_dec)
+    if kernels is None or code.n_tokens == 0:
+        return sparse.decode(code, W_dec, b_dec)
+    x_hat: Tensor = kernels.decode(code, W_dec, b_dec)
+    return x_hat
+
+
+def gradients(
+    code: SparseCode,
+    x_centred: Float[Tensor, "n d_in"],
+    grad_x_hat: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    *,
+    decoder: bool = True,
+    out: Gradients | None = None,
+) -> Gradients:
+    """See `sae.kernels.gradients.gradients`."""
+    kernels = _kernels_for(W_dec)
+    if kernels is None:
+        return plain_gradients.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder, out=out)
+    made: Gradients = kernels.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder)
+    return made

@@ -1,0 +1,43 @@
+"""Triton kernels for a training step on NVIDIA GPUs, behind the signatures of the plain-torch functions.
+
+Importing this package imports triton; nothing in `sae` does so before a CUDA tensor asks for it.
+"""
+
+from sae.kernels.triton.aux import aux_gradients
+from sae.kernels.triton.batch import batch_topk_encode, feature_topk_encode
+from sae.kernels.triton.encode import gradient_topk_encode, topk_encode
+from sae.kernels.triton.gradients import gradients
+from sae.kernels.triton.sparse import centre, decode, residual
+from sae.kernels.triton.step import GraphedStep, StepResult, topk_rule, training_step
+from sae.kernels.triton.update import (
+    AdamStep,
+    AuxGradients,
+    Moments,
+    Parameters,
+    step_scalars,
+    update_from_code,
+    update_from_gradients,
+)
+
+__all__ = [
+    "AdamStep",
+    "AuxGradients",
+    "GraphedStep",
+    "Moments",
+    "Parameters",
+    "StepResult",
+    "aux_gradients",
+    "batch_topk_encode",
+    "centre",
+    "decode",
+    "feature_topk_encode",
+    "gradient_topk_encode",
+    "gradients",
+    "residual",
+    "step_scalars",
+    "topk_encode",
+    "topk_rule",
+    "training_step",
+    "update_from_code",
+    "update_from_gradients",
+]

@@ -1,0 +1,205 @@
+"""Exact encoders on the GPU whose number of entries a row varies: over the whole batch, and per feature.
+
+Batch (BatchTopK, mutual choice): the M best of the batch, in the order of `sae.kernels.batch_topk`.
+
+1. The best candidates of the first chunk of rows give a threshold that about MARGIN times M entries of the batch
+   should reach.
+2. Every chunk: all entries that reach it are appended to a list of CAPACITY times M slots. Their places come from an
+   integer counter, in no fixed order; sorting them by (token, feature) makes the result the same every time.
+3. Did at least M entries reach it (or was it the smallest positive number), and no more than there are slots? Then
+   the M best of the list are the M best of the batch. Else the plain exact encoder does the batch again. Asking is
+   the one host synchronisation here.
+
+Feature choice: the m_f best tokens of feature f, in the order of `sae.kernels.feature_topk`. The scores of a chunk
+of features on all tokens, a feature a row that fits one program's registers; bisection for its m_f-th key.
+
+Codes have a fixed number of slots: where fewer entries are positive, the last ones hold value 0 and index 0, behind
+the last token's offset.
+"""
+
+# mypy: allow-untyped-defs
+# (kernels' arguments are pointers and numbers of the compiled language)
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.code import SparseCode
+from sae.kernels import batch_topk as plain_batch
+from sae.kernels import feature_topk as plain_feature
+from sae.kernels.triton.encode import chunk_rows, product, score_buffer
+from sae.kernels.triton.select import bound, keys_of, select_rows
+
+# Entries aimed at and slots, as multiples of the entries wanted: the first rows stand for the batch that well.
+MARGIN, CAPACITY = 1.4, 2
+# Candidates of a row of the first chunk, as a multiple of the mean number of entries.
+CANDIDATES = 4
+# Mean entries a row from which on candidates no longer fit a sorting network.
+MAX_MEAN = 256
+# Tokens of one program's registers.
+MAX_TOKENS = 2**14
+
+
+def batch_topk_encode(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    n_entries: int,
+    *,
+    absolute: bool = False,
+) -> SparseCode:
+    """The `n_entries` largest of relu(x W_enc + b_enc), or of its magnitudes, over all rows together.
+
+    Returns:
+        A ragged code of `n_entries` slots; the entries of a token by feature ascending.
+    """
+    n, d_sae = x.shape[0], W_enc.shape[1]
+    n_entries = min(n_entries, n * d_sae)
+    mean = max(1, n_entries // max(n, 1))
+    if n == 0 or mean > MAX_MEAN:
+        return plain_batch.batch_topk_encode(x, W_enc, b_enc, n_entries, absolute=absolute)
+    weights = W_enc.to(x.dtype)
+    step = chunk_rows(n)
+    (buffer,), bias = score_buffer(1, step, b_enc.float())
+    slots = CAPACITY * n_entries
+    counter = torch.zeros((), dtype=torch.int32, device=x.device)
+    values = torch.zeros(slots, dtype=torch.float32, device=x.device)
+    places = _no_places(slots, n, d_sae, x.device)
+    for first in range(0, n, step):
+        last = min(n, first + step)
+        scores = buffer[: last - first]
+        product(x[first:last], weights, scores[:, :d_sae])
+        if first == 0:
+            aim = math.ceil(MARGIN * n_entries * last / n)
+            threshold = _threshold(scores, bias, min(d_sae, CANDIDATES * mean), aim, absolute)
+        _collect_kernel[(last - first,)](
+            scores, bias, threshold, counter, values, places, first, scores.shape[1], d_sae, slots,
+            ABSOLUTE=absolute, BLOCK=min(4096, triton.next_power_of_2(d_sae)), num_warps=8,
+        )  # fmt: skip
+    reached = int(counter)
+    if reached > slots or (reached < n_entries and float(threshold) > 0):
+        return plain_batch.batch_topk_encode(x, W_enc, b_enc, n_entries, absolute=absolute)
+    places, order = torch.sort(places)
+    values = values[order]
+    ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    lowest = torch.sort(ranked).values[slots - n_entries]
+    above, equal = ranked > lowest, ranked == lowest
+    kept = above | (equal & (equal.cumsum(0) <= n_entries - above.sum()))
+    # Exactly n_entries are kept; the others' slots are one past the end.
+    slot = torch.where(kept, kept.cumsum(0) - 1, n_entries)
+    value, place = values.new_zeros(n_entries + 1), places.new_zeros(n_entries + 1)
+    value.scatter_(0, slot, values)
+    place.scatter_(0, slot, places)
+    return _ragged(place[:-1], value[:-1], n, d_sae)
+
+
+def _threshold(
+    scores: Float[Tensor, "rows d_sae"], bias: Float[Tensor, "d_sae"], k: int, aim: int, absolute: bool
+) -> Float[Tensor, ""]:
+    """The `aim`-th largest of the rows' k best, 0 where fewer are positive; at most what `aim` entries reach."""
+    rows = scores.shape[0]
+    values = torch.empty(rows, k, dtype=torch.float32, device=scores.device)
+    indices = torch.empty(rows, k, dtype=torch.int64, device=scores.device)
+    select_rows(scores, bias, k, values, indices, absolute=absolute)
+    ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    return torch.sort(ranked.view(-1), descending=True).values[min(aim, rows * k) - 1]
+
+
+@triton.jit
+def _collect_kernel(
+    Z, bias, threshold, counter, values, places, first, width, d_sae, slots,
+    ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    lowest = tl.maximum(keys_of(tl.load(threshold), False), 1)
+    for left in range(0, width, BLOCK):
+        columns = left + tl.arange(0, BLOCK)
+        inside = columns < width
+        z = tl.load(Z + row * width + columns, mask=inside, other=0.0)
+        z += tl.load(bias + columns, mask=inside, other=0.0)
+        kept = (keys_of(z, ABSOLUTE) >= lowest).to(tl.int32)
+        n_kept = tl.sum(kept)
+        if n_kept > 0:
+            slot = tl.atomic_add(counter, n_kept) + tl.cumsum(kept, 0) - 1
+            mask = (kept > 0) & (slot < slots)
+            tl.store(values + slot, z, mask=mask)
+            tl.store(places + slot, (first + row) * d_sae + columns, mask=mask)
+
+
+def _no_places(slots: int, n: int, d_sae: int, device: torch.device) -> Int[Tensor, "slots"]:
+    """Empty slots; half as wide to sort where the places fit 32 bits."""
+    dtype = torch.int32 if n * d_sae < 2**31 else torch.int64
+    return torch.full((slots,), n * d_sae, dtype=dtype, device=device)
+
+
+def _ragged(place: Int[Tensor, "entries"], value: Float[Tensor, "entries"], n: int, d_sae: int) -> SparseCode:
+    """The code of entries at ascending places token * d_sae + feature; n * d_sae marks an empty slot."""
+    starts = torch.arange(n + 1, dtype=place.dtype, device=place.device) * d_sae
+    offsets = torch.searchsorted(place, starts)
+    feature = torch.where(place < n * d_sae, place % d_sae, 0).long()
+    return SparseCode(value, feature, d_sae, offsets)
+
+
+@triton.jit
+def _budget_kernel(Z, bias, budgets, starts, values, places, first, stride, n, d_sae, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    feature = first + row
+    token = tl.arange(0, BLOCK)
+    inside = token < n
+    # A feature's bias is one number: broadcast it over its row.
+    z = tl.load(Z + row * stride + token, mask=inside, other=0.0) + tl.load(bias + feature)
+    keys = tl.where(inside, keys_of(z, False), 0)
+    budget = tl.load(budgets + feature).to(tl.int32)
+    tau = tl.maximum(bound(keys, budget, budget), 1)
+    above = keys > tau
+    equal = keys == tau
+    wanted = budget - tl.sum(above.to(tl.int32))
+    kept = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= wanted))
+    slot = tl.load(starts + feature) + tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(values + slot, z, mask=kept)
+    tl.store(places + slot, token.to(tl.int64) * d_sae + feature, mask=kept)
+
+
+def feature_topk_encode(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    budgets: Int[Tensor, "d_sae"],
+    *,
+    n_entries: int | None = None,
+) -> SparseCode:
+    """Every feature's `budgets[i]` largest positive pre-activations; fewer where fewer are positive.
+
+    Args:
+        n_entries: the sum of the budgets, where it is known without asking the device.
+
+    Returns:
+        A ragged code of `n_entries` slots; the entries of a token by feature ascending.
+    """
+    n, d_sae = x.shape[0], W_enc.shape[1]
+    if n == 0 or n > MAX_TOKENS:
+        return plain_feature.feature_topk_encode(x, W_enc, b_enc, budgets)
+    ends = budgets.cumsum(0)
+    n_entries = int(ends[-1]) if n_entries is None else n_entries
+    weights, bias = W_enc.T.to(x.dtype), b_enc.float()
+    width = -(-n // 64) * 64
+    values = torch.zeros(n_entries, dtype=torch.float32, device=x.device)
+    places = _no_places(n_entries, n, d_sae, x.device)
+    step = chunk_rows(d_sae)
+    # Whole vectors to the end of every row.
+    buffer = torch.empty(step, width, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(n)
+    for first in range(0, d_sae, step):
+        last = min(d_sae, first + step)
+        scores = buffer[: last - first]
+        product(weights[first:last], x.T, scores[:, :n])
+        _budget_kernel[(last - first,)](
+            scores, bias, budgets, ends - budgets, values, places, first, width, n, d_sae,
+            BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+    places, order = torch.sort(places)
+    return _ragged(places, values[order], n, d_sae)

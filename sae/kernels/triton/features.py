@@ -1,0 +1,263 @@
+"""The entries of a sparse code in the order of their features, and sums over them without atomics.
+
+1. One stable sort of the entries by feature; inactive slots sort behind every feature. Each feature's entries are
+   then a segment, its tokens ascending.
+2. With G = scale r, the gradient of the loss to x_hat, every entry e of feature f has
+
+       da_e     = G[t_e] . W_dec[f]
+
+   and every feature, by one program in the order of its segment, slice of columns by slice of columns,
+
+       db_enc   = sum_e da_e                     dW_dec . W_dec[f] = sum_e a_e da_e
+       dW_dec   = sum_e a_e G[t_e]
+       dW_enc   = sum_e da_e x_c[t_e]
+
+   Nothing of size [n, k, d] is written.
+3. A feature that fires on most tokens would keep one program busy long after the others are done. So windows of
+   WINDOW entries that lie inside one segment are summed by programs of their own before, into a partial row each,
+   and the feature's program adds up its first entries, its windows, and its last entries, in that order.
+
+The order of every sum depends on the code alone: the same bits on every repeat.
+"""
+
+# mypy: allow-untyped-defs
+# (kernels' arguments are pointers and numbers of the compiled language)
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.code import SparseCode
+
+WINDOW = 128
+# Entries whose rows are loaded at once.
+ENTRIES = 4
+
+
+@dataclass(frozen=True)
+class FeatureOrder:
+    """Entries sorted by feature; segment f is `offsets[f]:offsets[f + 1]`."""
+
+    token: Int[Tensor, "entries"]
+    value: Float[Tensor, "entries"]
+    feature: Int[Tensor, "entries"]
+    offsets: Int[Tensor, "d_sae+1"]
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the sums over columns are made of; da and the two sums include `scale`, the windows' W_dec does not."""
+
+    da: Float[Tensor, "entries"]
+    b_enc: Float[Tensor, "d_sae"]
+    """Its gradient."""
+    along: Float[Tensor, "d_sae"]
+    """dW_dec[f] . W_dec[f]."""
+    window_dec: Float[Tensor, "windows d"]
+    """Sums over the windows of WINDOW entries that lie inside one segment; other rows are not written."""
+    window_enc: Float[Tensor, "windows d"]
+
+
+def by_feature(code: SparseCode) -> FeatureOrder:
+    """Stable order of a code's active entries by feature; no host synchronisation."""
+    value = code.values.reshape(-1)
+    feature = torch.where(value != 0, code.indices.reshape(-1), code.d_sae).to(torch.int32)
+    ordered, order = torch.sort(feature, stable=True)
+    if code.offsets is None:
+        token = order // code.values.shape[1]
+    else:
+        token = torch.searchsorted(code.offsets, order, right=True) - 1
+    edges = torch.arange(code.d_sae + 1, dtype=torch.int32, device=feature.device)
+    offsets = torch.searchsorted(ordered, edges, out_int32=True)
+    return FeatureOrder(token.to(torch.int32), value[order], ordered, offsets)
+
+
+@triton.jit
+def _entry_products(
+    da, row, token, R, scale, d, start, stop, ENTRIES: tl.constexpr, SLICE: tl.constexpr
+):  # fmt: skip
+    """da of the entries start ... stop - 1, whose feature's decoder row is at `row`."""
+    for first in range(start, stop, ENTRIES):
+        slot = first + tl.arange(0, ENTRIES)
+        t = tl.load(token + slot, mask=slot < stop, other=0).to(tl.int64)
+        total = tl.zeros([ENTRIES, SLICE], tl.float32)
+        for left in range(0, d, SLICE):
+            columns = left + tl.arange(0, SLICE)
+            mask = (slot < stop)[:, None] & (columns < d)[None, :]
+            w = tl.load(row + columns, mask=columns < d, other=0.0).to(tl.float32)
+            g = tl.load(R + t[:, None] * d + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += g * w[None, :]
+        tl.store(da + slot, tl.sum(total, 1) * scale, mask=slot < stop)
+
+
+@triton.jit
+def _add_entries(
+    dec, enc, token, value, da, R, X, d, columns, start, stop, ENTRIES: tl.constexpr
+):  # fmt: skip
+    """Adds the entries start ... stop - 1 to a slice of the two sums of their feature."""
+    for first in range(start, stop, ENTRIES):
+        slot = first + tl.arange(0, ENTRIES)
+        t = tl.load(token + slot, mask=slot < stop, other=0).to(tl.int64)
+        a = tl.load(value + slot, mask=slot < stop, other=0.0)
+        p = tl.load(da + slot, mask=slot < stop, other=0.0)
+        at = t[:, None] * d + columns[None, :]
+        mask = (slot < stop)[:, None] & (columns < d)[None, :]
+        g = tl.load(R + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+        dec += tl.sum(g * a[:, None], 0)
+        enc += tl.sum(x * p[:, None], 0)
+    return dec, enc
+
+
+@triton.jit
+def _window_kernel(
+    token, value, feature, R, X, scale, W_dec, da, window_dec, window_enc, d_sae, d,
+    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    window = tl.program_id(0)
+    start = window * WINDOW
+    f = tl.load(feature + start)
+    if (f < d_sae) & (f == tl.load(feature + start + WINDOW - 1)):
+        stop = start + WINDOW
+        _entry_products(da, W_dec + f.to(tl.int64) * d, token, R, tl.load(scale), d, start, stop, ENTRIES, SLICE)
+        tl.debug_barrier()
+        for left in range(0, d, SLICE):
+            columns = left + tl.arange(0, SLICE)
+            dec = tl.zeros([SLICE], tl.float32)
+            enc = tl.zeros([SLICE], tl.float32)
+            dec, enc = _add_entries(dec, enc, token, value, da, R, X, d, columns, start, stop, ENTRIES)
+            at = window.to(tl.int64) * d + columns
+            tl.store(window_dec + at, dec, mask=columns < d)
+            tl.store(window_enc + at, enc, mask=columns < d)
+
+
+@triton.jit
+def _segment(offsets, f, WINDOW: tl.constexpr):
+    """A segment's start, end of its first part, first and last full window, start of its last part, and end."""
+    start = tl.load(offsets + f)
+    stop = tl.load(offsets + f + 1)
+    first = (start + WINDOW - 1) // WINDOW
+    last = tl.maximum(stop // WINDOW, first)
+    head = tl.where(first < last, first * WINDOW, stop)
+    tail = tl.where(first < last, last * WINDOW, stop)
+    return start, head, first.to(tl.int64), last.to(tl.int64), tail, stop
+
+
+@triton.jit
+def _product_kernel(
+    offsets, token, value, R, scale, W_dec, da, grad_bias, along, d,
+    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0)
+    start, head, _, _, tail, stop = _segment(offsets, f, WINDOW)
+    row = W_dec + f.to(tl.int64) * d
+    factor = tl.load(scale)
+    _entry_products(da, row, token, R, factor, d, start, head, ENTRIES, SLICE)
+    _entry_products(da, row, token, R, factor, d, tail, stop, ENTRIES, SLICE)
+    tl.debug_barrier()
+    total = tl.zeros([WINDOW], tl.float32)
+    total_along = tl.zeros([WINDOW], tl.float32)
+    for first in range(start, stop, WINDOW):
+        slot = first + tl.arange(0, WINDOW)
+        p = tl.load(da + slot, mask=slot < stop, other=0.0)
+        total += p
+        total_along += p * tl.load(value + slot, mask=slot < stop, other=0.0)
+    tl.store(grad_bias + f, tl.sum(total))
+    tl.store(along + f, tl.sum(total_along))
+
+
+@triton.jit
+def gradient_slice(
+    f, offsets, token, value, da, R, X, scale, window_dec, window_enc, d, columns,
+    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """A slice of the gradients of feature f's rows of W_dec and W_enc."""
+    start, head, first, last, tail, stop = _segment(offsets, f, WINDOW)
+    dec = tl.zeros([SLICE], tl.float32)
+    enc = tl.zeros([SLICE], tl.float32)
+    dec, enc = _add_entries(dec, enc, token, value, da, R, X, d, columns, start, head, ENTRIES)
+    for window in range(first, last):
+        at = window * d + columns
+        dec += tl.load(window_dec + at, mask=columns < d, other=0.0)
+        enc += tl.load(window_enc + at, mask=columns < d, other=0.0)
+    dec, enc = _add_entries(dec, enc, token, value, da, R, X, d, columns, tail, stop, ENTRIES)
+    return dec * scale, enc
+
+
+@triton.jit
+def _gradient_kernel(
+    offsets, token, value, da, R, X, scale, window_dec, window_enc, grad_dec, grad_enc, d,
+    DECODER: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0)
+    columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    dec, enc = gradient_slice(
+        f, offsets, token, value, da, R, X, tl.load(scale), window_dec, window_enc, d, columns,
+        WINDOW, ENTRIES, SLICE,
+    )  # fmt: skip
+    at = f.to(tl.int64) * d + columns
+    if DECODER:
+        tl.store(grad_dec + at, dec, mask=columns < d)
+    tl.store(grad_enc + at, enc, mask=columns < d)
+
+
+def row_slice(d: int) -> int:
+    """Columns that a program over rows of width d takes at once."""
+    return min(256, triton.next_power_of_2(d))
+
+
+def products(
+    order: FeatureOrder,
+    residual: Float[Tensor, "n d"],
+    x_centred: Float[Tensor, "n d"],
+    scale: Float[Tensor, ""],
+    W_dec: Float[Tensor, "d_sae d"],
+) -> Products:
+    """Products of every entry, their sums of every feature, and the sums over full windows.
+
+    Args:
+        residual: `scale` times it is the gradient to x_hat.
+        W_dec: in the precision that the decoder read it in.
+    """
+    d_sae, d = W_dec.shape
+    n_entries = order.token.shape[0]
+    n_windows = n_entries // WINDOW
+    da = torch.empty(n_entries, dtype=torch.float32, device=W_dec.device)
+    sums = torch.empty(2, d_sae, dtype=torch.float32, device=W_dec.device)
+    windows = torch.empty(2, n_windows, d, dtype=torch.float32, device=W_dec.device)
+    if n_windows:
+        _window_kernel[(n_windows,)](
+            order.token, order.value, order.feature, residual, x_centred, scale, W_dec, da, windows[0], windows[1],
+            d_sae, d, WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        )  # fmt: skip
+    _product_kernel[(d_sae,)](
+        order.offsets, order.token, order.value, residual, scale, W_dec, da, sums[0], sums[1], d,
+        WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+    )  # fmt: skip
+    return Products(da, sums[0], sums[1], windows[0], windows[1])
+
+
+def feature_gradients(
+    order: FeatureOrder,
+    residual: Float[Tensor, "n d"],
+    x_centred: Float[Tensor, "n d"],
+    scale: Float[Tensor, ""],
+    W_dec: Float[Tensor, "d_sae d"],
+    *,
+    decoder: bool = True,
+) -> tuple[Float[Tensor, "d_sae d"] | None, Float[Tensor, "d_sae d"], Float[Tensor, "d_sae"]]:
+    """Gradients of W_dec (None unless wanted), of W_enc as [d_sae, d], and of b_enc, in fp32."""
+    d_sae, d = W_dec.shape
+    made = products(order, residual, x_centred, scale, W_dec)
+    grad_enc = torch.empty(d_sae, d, dtype=torch.float32, device=W_dec.device)
+    grad_dec = torch.empty_like(grad_enc) if decoder else None
+    _gradient_kernel[(d_sae, triton.cdiv(d, row_slice(d)))](
+        order.offsets, order.token, order.value, made.da, residual, x_centred, scale, made.window_dec,
+        made.window_enc, grad_enc if grad_dec is None else grad_dec, grad_enc, d,
+        DECODER=decoder, WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+    )  # fmt: skip
+    return grad_dec, grad_enc, made.b_enc

@@ -1,0 +1,34 @@
+"""`sae.kernels.gradients` on the GPU: the same gradients, summed in the order of the features."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.code import SparseCode
+from sae.kernels.gradients import Gradients
+from sae.kernels.triton.features import by_feature, feature_gradients
+
+
+def gradients(
+    code: SparseCode,
+    x_centred: Float[Tensor, "n d_in"],
+    grad_x_hat: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    *,
+    decoder: bool = True,
+) -> Gradients:
+    """Gradients of a loss with dL/dx_hat = `grad_x_hat`, in fp32; bitwise the same on every repeat.
+
+    Args:
+        x_centred: what was encoded, x - b_dec; bf16 halves what is read, as it does for `grad_x_hat`.
+        decoder: whether the decoder's gradient is wanted (a frozen decoder has none).
+    """
+    one = torch.ones((), device=W_dec.device)
+    dec, enc, bias = feature_gradients(
+        by_feature(code), grad_x_hat.contiguous(), x_centred.contiguous(), one, W_dec, decoder=decoder
+    )
+    through_x = torch.mv(W_enc, bias.to(W_enc.dtype))
+    return Gradients(
+        W_enc=enc.T, W_dec=dec, b_enc=bias, b_dec=grad_x_hat.sum(0, dtype=torch.float32) - through_x.float()
+    )

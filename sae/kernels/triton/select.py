@@ -1,0 +1,198 @@
+"""Exact top-k of every row of a score matrix in one streaming pass: the canonical order of `sae.kernels.topk`.
+
+Scores become int32 keys whose order is the canonical one: 0 for no activation (not positive, or zero where absolute
+values are ranked), the bits of the positive float otherwise, the largest integer for NaN. Per row, by one program:
+
+1. Stream the row once. Column c belongs to group c mod G, and each lane keeps the largest key of its group.
+2. tau, reached by at least k and hardly more group maxima, by bisection. At least k keys are >= tau, so no key
+   below tau can win; tau = 1 where fewer than k groups hold a positive key.
+3. Compact the groups whose maximum is >= tau (about k of them), gather their members, compact those >= tau.
+4. Sort the candidates by (key descending, column ascending) as 64-bit integers and write the first k.
+5. Where ties or clustering overflow a list, bisect for the k-th key over the whole row instead, and take the equal
+   keys in the order of their columns. This is decided and done inside the program: no host synchronisation.
+
+The gradient rule ranks z + beta z |u| and returns z: then U is a second matrix beside Z.
+"""
+
+# mypy: allow-untyped-defs
+# (kernels' arguments are pointers and numbers of the compiled language)
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NAN_KEY = tl.constexpr(0x7FFFFFFF)
+TILE = 2048
+WARPS = 8
+# Columns loaded at once by the streaming pass.
+STREAM = 4096
+
+
+@triton.jit
+def _scores(z_row, u_row, bias, columns, mask, beta, GRADIENT: tl.constexpr):
+    """(z, ranked score) of some columns of a row."""
+    z = tl.load(z_row + columns, mask=mask, other=0.0) + tl.load(bias + columns, mask=mask, other=0.0)
+    score = z
+    if GRADIENT:
+        u = tl.load(u_row + columns, mask=mask, other=0.0)
+        score = z + beta * z * tl.abs(u)
+    return z, score
+
+
+@triton.jit
+def keys_of(score, ABSOLUTE: tl.constexpr):
+    """int32 keys that order as the scores rank; 0 for no activation."""
+    bits = score.to(tl.int32, bitcast=True)
+    if ABSOLUTE:
+        key = bits & NAN_KEY
+    else:
+        key = tl.where(score > 0, bits, 0)
+    return tl.where(score != score, NAN_KEY, key)
+
+
+@triton.jit
+def _keys(z_row, u_row, bias, columns, mask, beta, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr):
+    _, score = _scores(z_row, u_row, bias, columns, mask, beta, GRADIENT)
+    return keys_of(score, ABSOLUTE)
+
+
+@triton.jit
+def bound(keys, k, limit):
+    """A key that at least k and, ties apart, at most `limit` of `keys` reach; 0 where fewer than k are positive.
+
+    Integer order of keys is logarithmic in the score, so a sixteenth of the largest is tried before bisecting.
+    """
+    high = tl.max(keys)
+    low = tl.maximum(high - 4 * (1 << 23), 0)
+    n_reached = tl.sum((keys >= low).to(tl.int32))
+    low = tl.where(n_reached >= k, low, 0)
+    n_reached = tl.where(low > 0, n_reached, limit + 1)
+    while (low < high) & (n_reached > limit):
+        middle = high - (high - low) // 2
+        n = tl.sum((keys >= middle).to(tl.int32))
+        enough = n >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+        n_reached = tl.where(enough, n, n_reached)
+    return low
+
+
+@triton.jit
+def _select_kernel(
+    Z, U, bias, values, indices, groups, candidates, stride, n_columns, k, beta,
+    N_GROUPS: tl.constexpr, UNROLL: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
+    MEMBERS: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    z_row, u_row = Z + row * stride, U + row * stride
+    groups += row * CAPACITY
+    candidates += row * CAPACITY
+    lane = tl.arange(0, N_GROUPS)
+
+    maxima = tl.zeros([N_GROUPS], tl.int32)
+    # Several rows of lanes at once: that many loads are under way before the first is needed.
+    stacked = tl.arange(0, UNROLL)[:, None] * N_GROUPS + lane[None, :]
+    for first in range(0, n_columns, UNROLL * N_GROUPS):
+        columns = first + stacked
+        keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+        maxima = tl.maximum(maxima, tl.max(keys, 0))
+    tau = tl.maximum(bound(maxima, k, k + (CAPACITY - k) // 4), 1)
+
+    chosen = maxima >= tau
+    chosen_position = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    n_chosen = tl.sum(chosen.to(tl.int32))
+    n_candidates = 0
+    if n_chosen <= CAPACITY:
+        tl.store(groups + chosen_position, lane, mask=chosen)
+        tl.debug_barrier()
+        slot = tl.arange(0, GROUPS_AT_ONCE)
+        member = tl.arange(0, MEMBERS)
+        for first in range(0, n_chosen, GROUPS_AT_ONCE):
+            group = tl.load(groups + first + slot, mask=first + slot < n_chosen, other=n_columns)
+            columns = group[:, None] + member[None, :] * N_GROUPS
+            keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+            columns = tl.reshape(columns, [GROUPS_AT_ONCE * MEMBERS])
+            keys = tl.reshape(keys, [GROUPS_AT_ONCE * MEMBERS])
+            kept = keys >= tau
+            position = n_candidates + tl.cumsum(kept.to(tl.int32), 0) - 1
+            packed = (keys.to(tl.int64) << 32) | (columns ^ NAN_KEY).to(tl.int64)
+            tl.store(candidates + position, packed, mask=kept & (position < CAPACITY))
+            n_candidates += tl.sum(kept.to(tl.int32))
+
+    if (n_chosen > CAPACITY) | (n_candidates > CAPACITY):
+        tau = 0
+        for step in range(31):
+            candidate = tau | (1 << (30 - step))
+            reached = tl.zeros([N_GROUPS], tl.int32)
+            for first in range(0, n_columns, N_GROUPS):
+                columns = first + lane
+                keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+                reached += (keys >= candidate).to(tl.int32)
+            tau = tl.where(tl.sum(reached) >= k, candidate, tau)
+        tau = tl.maximum(tau, 1)
+        above = tl.zeros([N_GROUPS], tl.int32)
+        for first in range(0, n_columns, N_GROUPS):
+            columns = first + lane
+            keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+            above += (keys > tau).to(tl.int32)
+        n_equal_wanted = k - tl.sum(above)
+        n_candidates = 0
+        n_equal = 0
+        for first in range(0, n_columns, N_GROUPS):
+            columns = first + lane
+            keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+            equal = (keys == tau).to(tl.int32)
+            rank = n_equal + tl.cumsum(equal, 0)
+            kept = (keys > tau) | ((keys == tau) & (rank <= n_equal_wanted))
+            kept_position = n_candidates + tl.cumsum(kept.to(tl.int32), 0) - 1
+            packed = (keys.to(tl.int64) << 32) | (columns ^ NAN_KEY).to(tl.int64)
+            tl.store(candidates + kept_position, packed, mask=kept)
+            n_candidates += tl.sum(kept.to(tl.int32))
+            n_equal += tl.sum(equal)
+
+    tl.debug_barrier()
+    slot = tl.arange(0, CAPACITY)
+    packed = tl.load(candidates + slot, mask=slot < n_candidates, other=0)
+    packed = tl.sort(packed, descending=True)
+    active = packed > 0
+    columns = tl.where(active, (packed & NAN_KEY).to(tl.int32) ^ NAN_KEY, 0)
+    z, _ = _scores(z_row, u_row, bias, columns, active, beta, GRADIENT)
+    tl.store(values + row * k + slot, tl.where(active, z, 0.0), mask=slot < k)
+    tl.store(indices + row * k + slot, columns.to(tl.int64), mask=slot < k)
+
+
+def select_rows(
+    scores: Float[Tensor, "n columns"],
+    bias: Float[Tensor, "columns"],
+    k: int,
+    values: Float[Tensor, "n k"],
+    indices: Int[Tensor, "n k"],
+    *,
+    absolute: bool = False,
+    gradient: tuple[Float[Tensor, "n columns"], float] | None = None,
+    n_groups: int | None = None,
+) -> None:
+    """Writes the top k of every row of `scores` + `bias` (fp32) to `values` and `indices`, in the canonical order.
+
+    Args:
+        scores: rows may be strided; columns lie side by side.
+        absolute: rank by magnitude and keep the sign; otherwise only positive scores count.
+        gradient: (u, beta) to rank z + beta z |u| with z = scores + bias, u laid out like `scores`.
+        n_groups: groups of columns, a power of two; chosen by k when not given.
+    """
+    n, n_columns = scores.shape
+    if n_groups is None:
+        n_groups = min(STREAM, max(1024 if n_columns < 2**15 else 2048, triton.next_power_of_2(4 * k)))
+    capacity = max(32, triton.next_power_of_2(k + max(16, k * k // n_groups)))
+    members = triton.next_power_of_2(triton.cdiv(n_columns, n_groups))
+    at_once = min(capacity, max(1, TILE // members))
+    groups = torch.empty(n, capacity, dtype=torch.int32, device=scores.device)
+    candidates = torch.empty(n, capacity, dtype=torch.int64, device=scores.device)
+    u, beta = (scores, 0.0) if gradient is None else gradient
+    _select_kernel[(n,)](
+        scores, u, bias, values, indices, groups, candidates, scores.stride(0), n_columns, k, beta,
+        N_GROUPS=n_groups, UNROLL=max(1, STREAM // n_groups), CAPACITY=capacity, GROUPS_AT_ONCE=at_once,
+        MEMBERS=members, ABSOLUTE=absolute, GRADIENT=gradient is not None, num_warps=WARPS,
+    )  # fmt: skip

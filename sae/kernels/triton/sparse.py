@@ -1,0 +1,149 @@
+"""Sparse decoding on the GPU, with residual and squared error in the same pass; and what a step needs of its batch.
+
+    centre:              x = scale batch,  x_c = x - b_dec,  V = sum ||x - mean(x)||^2
+    decode:              x_hat = sum_j a_j W_dec[f_j] + b_dec
+    residual:            r = x - x_hat,  E = sum ||r||^2
+
+One program makes one slice of columns of one token. Tokens run fastest, so that a slice of W_dec (SLICE columns of
+every feature) stays in the L2 cache while all tokens read from it. Sums are fp32 in a fixed order; E and V are summed
+from partial sums in fp64, V about b_dec, where a large common offset has cancelled.
+"""
+
+# mypy: allow-untyped-defs
+# (kernels' arguments are pointers and numbers of the compiled language)
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.code import SparseCode
+
+SLICE = 128
+ENTRIES = 8
+CENTRE_ROWS = 32
+
+
+@triton.jit
+def _centre_kernel(batch, scale, b_dec, centred, sums, squares, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    block = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    factor = tl.load(scale)
+    inside = columns < d
+    shift = tl.load(b_dec + columns, mask=inside, other=0.0)
+    rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    mask = (rows < n)[:, None] & inside[None, :]
+    at = rows[:, None] * d + columns[None, :]
+    x = tl.load(batch + at, mask=mask, other=0.0).to(tl.float32) * factor
+    x = tl.where(mask, x - shift[None, :], 0.0)
+    tl.store(centred + at, x.to(centred.dtype.element_ty), mask=mask)
+    tl.store(sums + block * d + columns, tl.sum(x, 0), mask=inside)
+    tl.store(squares + block * d + columns, tl.sum(x * x, 0), mask=inside)
+
+
+@triton.jit
+def _decode_kernel(
+    values, indices, offsets, W_dec, b_dec, x, out, errors, n, d, k,
+    RAGGED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """out = x_hat, or x - (x_hat - b_dec) for centred x, and its sum of squares to errors[slice, token]."""
+    token = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    columns = piece * SLICE + tl.arange(0, SLICE)
+    inside = columns < d
+    if RAGGED:
+        start = tl.load(offsets + token)
+        stop = tl.load(offsets + token + 1)
+    else:
+        start = token * k
+        stop = start + k
+    total = tl.zeros([ENTRIES, SLICE], tl.float32)
+    for first in range(start, stop, ENTRIES):
+        slot = first + tl.arange(0, ENTRIES)
+        value = tl.load(values + slot, mask=slot < stop, other=0.0)
+        feature = tl.load(indices + slot, mask=slot < stop, other=0).to(tl.int64)
+        mask = (value != 0)[:, None] & inside[None, :]
+        rows = tl.load(W_dec + feature[:, None] * d + columns[None, :], mask=mask, other=0.0)
+        total += rows.to(tl.float32) * value[:, None]
+    result = tl.sum(total, 0)
+    at = token * d + columns
+    if BIAS:
+        result += tl.load(b_dec + columns, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        result = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - result
+        result = tl.where(inside, result, 0.0)
+        tl.store(errors + piece * n + token, tl.sum(result * result))
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A batch with b_dec subtracted, and its spread."""
+
+    x: Float[Tensor, "n d"]
+    """scale * batch - b_dec, in the precision the encoder multiplies in."""
+    total_variance: Float[Tensor, ""]
+    """sum ||scale * batch - mean||^2, fp64."""
+
+
+def centre(
+    batch: Float[Tensor, "n d"], scale: Float[Tensor, ""], b_dec: Float[Tensor, "d"], dtype: torch.dtype
+) -> Centred:
+    """What the encoder multiplies and the loss divides by, in one pass over the batch."""
+    n, d = batch.shape
+    batch = batch.contiguous()
+    blocks = triton.cdiv(n, CENTRE_ROWS)
+    out = torch.empty(n, d, dtype=dtype, device=batch.device)
+    partial = torch.empty(2, blocks, d, dtype=torch.float32, device=batch.device)
+    _centre_kernel[(blocks, triton.cdiv(d, SLICE))](
+        batch, scale, b_dec, out, partial[0], partial[1], n, d, ROWS=CENTRE_ROWS, COLUMNS=SLICE, num_warps=4
+    )
+    sums = partial.sum(1, dtype=torch.float64)
+    variance = sums[1].sum() - sums[0].square().sum() / n
+    return Centred(out, variance.clamp_min_(torch.finfo(torch.float32).tiny))
+
+
+def decode(
+    code: SparseCode, W_dec: Float[Tensor, "d_sae d"], b_dec: Float[Tensor, "d"] | None = None
+) -> Float[Tensor, "n d"]:
+    """Reconstruction of every token in W_dec's precision, summed in fp32; fixed k or ragged."""
+    out = torch.empty(code.n_tokens, W_dec.shape[1], dtype=W_dec.dtype, device=W_dec.device)
+    _launch(code, W_dec, b_dec, None, out, out)
+    return out
+
+
+@dataclass(frozen=True)
+class Residual:
+    """x - x_hat of a batch and its squared norm."""
+
+    residual: Float[Tensor, "n d"]
+    squared_error: Float[Tensor, ""]
+    """fp64."""
+
+
+def residual(
+    code: SparseCode, W_dec: Float[Tensor, "d_sae d"], x_centred: Float[Tensor, "n d"], out_dtype: torch.dtype
+) -> Residual:
+    """x_centred - sum of value * W_dec[feature]: b_dec is on both sides and drops out."""
+    n, d = x_centred.shape
+    out = torch.empty(n, d, dtype=out_dtype, device=W_dec.device)
+    errors = torch.empty(triton.cdiv(d, SLICE), n, dtype=torch.float32, device=W_dec.device)
+    _launch(code, W_dec, None, x_centred, out, errors)
+    return Residual(out, errors.sum(dtype=torch.float64))
+
+
+def _launch(
+    code: SparseCode, W_dec: Tensor, b_dec: Tensor | None, x: Tensor | None, out: Tensor, errors: Tensor
+) -> None:
+    n, d = out.shape
+    offsets = code.indices if code.offsets is None else code.offsets
+    k = code.values.shape[1] if code.offsets is None else 0
+    _decode_kernel[(n, triton.cdiv(d, SLICE))](
+        code.values, code.indices, offsets, W_dec, W_dec if b_dec is None else b_dec, out if x is None else x,
+        out, errors, n, d, k,
+        RAGGED=code.offsets is not None, BIAS=b_dec is not None, RESIDUAL=x is not None,
+        ENTRIES=ENTRIES, SLICE=SLICE, num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,323 @@
+"""Adam on an SAE's parameters, one program a feature, with the decoder kept at unit norm.
+
+For a feature's row w of W_dec with gradient g (Adam: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1; the
+projection: Bricken et al. 2023, appendix):
+
+    g <- g - (g . w) w                               what renormalisation would undo anyway
+    m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2
+    w <- w - lr / (1 - beta1^t)  m / (sqrt(v / (1 - beta2^t)) + eps)
+    w <- w / ||w||
+
+and the same without the first and last line for its row of W_enc and its b_enc. Weights and moments are fp32; the
+bf16 shadows that encoder and decoder read are written in the same pass. Gradients either lie in memory, or are
+summed here from the sparse code (`features`) and never written.
+
+lr / (1 - beta1^t) and sqrt(1 - beta2^t) come from device memory, so that a captured graph can be replayed.
+"""
+
+# mypy: allow-untyped-defs
+# (kernels' arguments are pointers and numbers of the compiled language)
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels.triton.features import ENTRIES, WINDOW, FeatureOrder, gradient_slice, products, row_slice
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's two moments of one parameter."""
+
+    mean: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "Moments":
+        """Zeros, as before the first step."""
+        return cls(torch.zeros_like(parameter), torch.zeros_like(parameter))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is trained, feature by feature, with its moments and shadows; all updated in place."""
+
+    W_enc: Float[Tensor, "d_sae d"]
+    """Encoder, a row per feature."""
+    W_dec: Float[Tensor, "d_sae d"]
+    b_enc: Float[Tensor, "d_sae"]
+    b_dec: Float[Tensor, "d"]
+    m_W_enc: Moments
+    m_W_dec: Moments
+    m_b_enc: Moments
+    m_b_dec: Moments
+    shadow_enc: Float[Tensor, "d_sae d"]
+    """W_enc in the precision of the encoder's product."""
+    shadow_dec: Float[Tensor, "d_sae d"]
+
+    @classmethod
+    def starting(
+        cls,
+        W_enc: Float[Tensor, "d_sae d"],
+        W_dec: Float[Tensor, "d_sae d"],
+        b_enc: Float[Tensor, "d_sae"],
+        b_dec: Float[Tensor, "d"],
+        dtype: torch.dtype,
+    ) -> "Parameters":
+        """These parameters before their first step, with shadows in `dtype`."""
+        moments = (Moments.of(W_enc), Moments.of(W_dec), Moments.of(b_enc), Moments.of(b_dec))
+        return cls(W_enc, W_dec, b_enc, b_dec, *moments, W_enc.to(dtype, copy=True), W_dec.to(dtype, copy=True))
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """Adam's constants, and this step's two scalars [lr / (1 - beta1^t), sqrt(1 - beta2^t)] on the device."""
+
+    scalars: Float[Tensor, "2"]
+    beta1: float
+    beta2: float
+    eps: float
+
+    @property
+    def constants(self) -> tuple[float, float, float, float, float]:
+        """beta1, beta2, 1 - beta1, 1 - beta2 and eps; in fp32, 1 - 0.999 would lose five digits."""
+        return self.beta1, self.beta2, 1 - self.beta1, 1 - self.beta2, self.eps
+
+
+def step_scalars(lr: float, step: int, betas: tuple[float, float]) -> tuple[float, float]:
+    """The two scalars of step `step`, counted from 1."""
+    return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+
+
+@triton.jit
+def _adam(p, g, M, V, at, mask, rate, root, beta1, beta2, rest1, rest2, eps):
+    """The updated parameter; writes both moments."""
+    m = tl.load(M + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    v = tl.load(V + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    tl.store(M + at, m, mask=mask, eviction_policy="evict_first")
+    tl.store(V + at, v, mask=mask, eviction_policy="evict_first")
+    return p - rate * m / (tl.sqrt_rn(v) / root + eps)
+
+
+@triton.jit
+def _finish_rows(row, shadow, squares, d, SLICE: tl.constexpr):
+    """Scales a decoder row to unit norm, from the squares of its slices, and writes its shadow."""
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(squares)), 1.1754943508222875e-38)
+    tl.debug_barrier()
+    for left in range(0, d, SLICE):
+        columns = left + tl.arange(0, SLICE)
+        w = tl.load(row + columns, mask=columns < d, other=0.0) / norm
+        tl.store(row + columns, w, mask=columns < d)
+        tl.store(shadow + columns, w.to(shadow.dtype.element_ty), mask=columns < d)
+
+
+@triton.jit
+def _fused_kernel(
+    offsets, token, value, da, R, X, scale, grad_bias, along, window_dec, window_enc,
+    aux_slot, aux_dec, aux_enc, aux_bias, W_dec, W_enc, b_enc, m_dec, v_dec, m_enc, v_enc, m_bias, v_bias,
+    shadow_dec, shadow_enc, since_fired, scalars, n_tokens, d, beta1, beta2, rest1, rest2, eps,
+    DECODER: tl.constexpr, AUX: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0)
+    rate = tl.load(scalars)
+    root = tl.load(scalars + 1)
+    factor = tl.load(scale)
+    base = f.to(tl.int64) * d
+    bias = tl.load(grad_bias + f)
+    parallel = tl.load(along + f)
+    if AUX:
+        slot = tl.load(aux_slot + f)
+        extra = slot.to(tl.int64) * d
+        if slot >= 0:
+            bias += tl.load(aux_bias + slot)
+            total = tl.zeros([SLICE], tl.float32)
+            for left in range(0, d, SLICE):
+                columns = left + tl.arange(0, SLICE)
+                w = tl.load(W_dec + base + columns, mask=columns < d, other=0.0)
+                total += w * tl.load(aux_dec + extra + columns, mask=columns < d, other=0.0)
+            parallel += tl.sum(total)
+    squares = tl.zeros([SLICE], tl.float32)
+    for left in range(0, d, SLICE):
+        columns = left + tl.arange(0, SLICE)
+        inside = columns < d
+        at = base + columns
+        dec, enc = gradient_slice(
+            f, offsets, token, value, da, R, X, factor, window_dec, window_enc, d, columns, WINDOW, ENTRIES, SLICE
+        )
+        if AUX:  # noqa: SIM102 - known when the kernel is compiled, as the next is not
+            if slot >= 0:
+                dec += tl.load(aux_dec + extra + columns, mask=inside, other=0.0)
+                enc += tl.load(aux_enc + extra + columns, mask=inside, other=0.0)
+        w = tl.load(W_enc + at, mask=inside, other=0.0, eviction_policy="evict_first")
+        w = _adam(w, enc, m_enc, v_enc, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
+        tl.store(W_enc + at, w, mask=inside, eviction_policy="evict_first")
+        tl.store(shadow_enc + at, w.to(shadow_enc.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+        if DECODER:
+            w = tl.load(W_dec + at, mask=inside, other=0.0)
+            w = _adam(w, dec - parallel * w, m_dec, v_dec, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
+            tl.store(W_dec + at, w, mask=inside)
+            squares += tl.where(inside, w * w, 0.0)
+    if DECODER:
+        _finish_rows(W_dec + base, shadow_dec + base, squares, d, SLICE)
+    b = tl.load(b_enc + f)
+    tl.store(b_enc + f, _adam(b, bias, m_bias, v_bias, f, f >= 0, rate, root, beta1, beta2, rest1, rest2, eps))
+    fired = tl.load(offsets + f + 1) > tl.load(offsets + f)
+    tl.store(since_fired + f, tl.where(fired, 0, tl.load(since_fired + f) + n_tokens))
+
+
+@triton.jit
+def _rows_kernel(
+    grad_dec, grad_enc, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, scalars, d,
+    beta1, beta2, rest1, rest2, eps, DECODER: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    rate = tl.load(scalars)
+    root = tl.load(scalars + 1)
+    base = tl.program_id(0).to(tl.int64) * d
+    products = tl.zeros([SLICE], tl.float32)
+    if DECODER:
+        for left in range(0, d, SLICE):
+            columns = left + tl.arange(0, SLICE)
+            w = tl.load(W_dec + base + columns, mask=columns < d, other=0.0)
+            products += w * tl.load(grad_dec + base + columns, mask=columns < d, other=0.0)
+    parallel = tl.sum(products)
+    squares = tl.zeros([SLICE], tl.float32)
+    for left in range(0, d, SLICE):
+        columns = left + tl.arange(0, SLICE)
+        inside = columns < d
+        at = base + columns
+        g = tl.load(grad_enc + at, mask=inside, other=0.0, eviction_policy="evict_first")
+        w = tl.load(W_enc + at, mask=inside, other=0.0, eviction_policy="evict_first")
+        w = _adam(w, g, m_enc, v_enc, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
+        tl.store(W_enc + at, w, mask=inside, eviction_policy="evict_first")
+        tl.store(shadow_enc + at, w.to(shadow_enc.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+        if DECODER:
+            g = tl.load(grad_dec + at, mask=inside, other=0.0)
+            w = tl.load(W_dec + at, mask=inside, other=0.0)
+            w = _adam(w, g - parallel * w, m_dec, v_dec, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
+            tl.store(W_dec + at, w, mask=inside)
+            squares += tl.where(inside, w * w, 0.0)
+    if DECODER:
+        _finish_rows(W_dec + base, shadow_dec + base, squares, d, SLICE)
+
+
+@triton.jit
+def _through_kernel(weights, W_enc, out, d_sae, d, ROWS: tl.constexpr, SLICE: tl.constexpr):
+    """out[block] = sum of weights[f] W_enc[f] over the features of a block; those with weight 0 are not read."""
+    columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    STEP: tl.constexpr = 16
+    total = tl.zeros([STEP, SLICE], tl.float32)
+    for first in range(0, ROWS, STEP):
+        f = (tl.program_id(0) * ROWS + first + tl.arange(0, STEP)).to(tl.int64)
+        weight = tl.load(weights + f, mask=f < d_sae, other=0.0)
+        mask = (weight != 0)[:, None] & (columns < d)[None, :]
+        rows = tl.load(W_enc + f[:, None] * d + columns[None, :], mask=mask, other=0.0)
+        total += rows.to(tl.float32) * weight[:, None]
+    tl.store(out + tl.program_id(0).to(tl.int64) * d + columns, tl.sum(total, 0), mask=columns < d)
+
+
+def through_encoder(weights: Float[Tensor, "d_sae"], W_enc: Float[Tensor, "d_sae d"]) -> Float[Tensor, "d"]:
+    """W_enc^T weights, summed in fp32 in a fixed order."""
+    d_sae, d = W_enc.shape
+    blocks = triton.cdiv(d_sae, 128)
+    out = torch.empty(blocks, d, dtype=torch.float32, device=W_enc.device)
+    _through_kernel[(blocks, triton.cdiv(d, 128))](weights, W_enc, out, d_sae, d, ROWS=128, SLICE=128, num_warps=2)
+    return out.sum(0)
+
+
+@triton.jit
+def _vector_kernel(grad, p, M, V, scalars, size, beta1, beta2, rest1, rest2, eps, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    g = tl.load(grad + at, mask=mask, other=0.0)
+    old = tl.load(p + at, mask=mask, other=0.0)
+    new = _adam(old, g, M, V, at, mask, tl.load(scalars), tl.load(scalars + 1), beta1, beta2, rest1, rest2, eps)
+    tl.store(p + at, new, mask=mask)
+
+
+def update_vector(
+    parameter: Float[Tensor, "size"], gradient: Float[Tensor, "size"], moments: Moments, adam: AdamStep
+) -> None:
+    """Adam on a small parameter, in place."""
+    size = parameter.shape[0]
+    _vector_kernel[(triton.cdiv(size, 1024),)](
+        gradient, parameter, moments.mean, moments.square, adam.scalars, size, *adam.constants,
+        BLOCK=1024,
+    )  # fmt: skip
+
+
+def update_from_gradients(
+    parameters: Parameters,
+    grad_W_dec: Float[Tensor, "d_sae d"] | None,
+    grad_W_enc: Float[Tensor, "d_sae d"],
+    grad_b_enc: Float[Tensor, "d_sae"],
+    grad_b_dec: Float[Tensor, "d"],
+    adam: AdamStep,
+) -> None:
+    """One step from gradients in memory; W_dec stays as it is where it has none."""
+    p = parameters
+    d_sae, d = p.W_dec.shape
+    columns = min(1024, triton.next_power_of_2(d))
+    _rows_kernel[(d_sae,)](
+        grad_W_enc if grad_W_dec is None else grad_W_dec, grad_W_enc, p.W_dec, p.W_enc,
+        p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.shadow_dec, p.shadow_enc,
+        adam.scalars, d, *adam.constants,
+        DECODER=grad_W_dec is not None, SLICE=columns, num_warps=max(1, columns // 128),
+    )  # fmt: skip
+    update_vector(p.b_enc, grad_b_enc, p.m_b_enc, adam)
+    update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)
+
+
+@dataclass(frozen=True)
+class AuxGradients:
+    """Gradients of an auxiliary loss to a few features."""
+
+    slot: Int[Tensor, "d_sae"]
+    """int32: row of the feature in the tensors below, -1 for none."""
+    W_dec: Float[Tensor, "slots d"]
+    W_enc: Float[Tensor, "slots d"]
+    b_enc: Float[Tensor, "slots"]
+    through_x: Float[Tensor, "d"]
+    """W_enc's rows weighted by `b_enc`: what b_dec's gradient loses."""
+
+
+def update_from_code(
+    parameters: Parameters,
+    order: FeatureOrder,
+    residual: Float[Tensor, "n d"],
+    x_centred: Float[Tensor, "n d"],
+    scale: Float[Tensor, ""],
+    tokens_since_fired: Int[Tensor, "d_sae"],
+    adam: AdamStep,
+    *,
+    decoder: bool = True,
+    aux: AuxGradients | None = None,
+) -> None:
+    """One step of every parameter from the sparse code, without gradients in memory.
+
+    Args:
+        residual: x - x_hat; `scale` times it is the gradient to x_hat.
+        tokens_since_fired: set to 0 for features that fired, else increased by the batch's tokens.
+    """
+    p = parameters
+    d_sae, d = p.W_dec.shape
+    made = products(order, residual, x_centred, scale, p.shadow_dec)
+    through_x = through_encoder(made.b_enc, p.shadow_enc)
+    extra = (p.W_dec,) * 4 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc)
+    _fused_kernel[(d_sae,)](
+        order.offsets, order.token, order.value, made.da, residual, x_centred, scale, made.b_enc, made.along,
+        made.window_dec, made.window_enc, *extra, p.W_dec, p.W_enc, p.b_enc,
+        p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.m_b_enc.mean, p.m_b_enc.square,
+        p.shadow_dec, p.shadow_enc, tokens_since_fired, adam.scalars, residual.shape[0], d,
+        *adam.constants, DECODER=decoder, AUX=aux is not None, WINDOW=WINDOW,
+        ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+    )  # fmt: skip
+    grad_b_dec = residual.sum(0, dtype=torch.float32) * scale - through_x
+    if aux is not None:
+        grad_b_dec -= aux.through_x
+    update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)

@@ -1,0 +1,114 @@
+"""Selection equals a stable full sort of the scores, whatever they are."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae import kernels
+from sae.code import SparseCode
+from sae.kernels import triton as fast
+from sae.kernels.triton import encode
+from sae.kernels.triton.select import select_rows
+
+
+def by_sorting(scores: Tensor, k: int, absolute: bool) -> tuple[Tensor, Tensor]:
+    ranked = scores.abs() if absolute else scores.relu()
+    ordered, indices = torch.sort(ranked, dim=1, descending=True, stable=True)
+    active = ordered[:, :k] != 0
+    indices = torch.where(active, indices[:, :k], 0)
+    return torch.where(active, scores.gather(1, indices), 0), indices
+
+
+def awkward_rows(n_columns: int, n_groups: int) -> Tensor:
+    """One row of each kind that could lead a selection by groups astray."""
+    z = torch.randn(10, n_columns)
+    z[1] = 1.0
+    z[2] = -z[2].abs() - 0.1
+    z[3, n_columns // 2], z[3, n_columns - 1] = torch.nan, -torch.nan
+    z[4, 3], z[4, 5] = torch.inf, -torch.inf
+    z[5] = (z[5] * 2).round() / 2
+    z[6] = -0.0
+    z[7] = 0
+    z[7, ::n_groups] = torch.arange(1.0, len(z[7, ::n_groups]) + 1)
+    z[8] = torch.arange(float(n_columns))
+    z[9] = 1e-45 * torch.randint(0, 3, (n_columns,))
+    return z
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN included."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.5), b.nan_to_num(0.5))
+
+
+@pytest.mark.parametrize(("n_columns", "k", "n_groups"), [(100, 5, 16), (37, 37, 32), (257, 20, 64)])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_awkward_rows_are_selected_as_a_full_sort_does(
+    n_columns: int, k: int, n_groups: int, absolute: bool, device: torch.device
+) -> None:
+    scores = awkward_rows(n_columns, n_groups)
+    values, indices = torch.full((10, k), 9.0, device=device), torch.full((10, k), -1, device=device)
+    bias = torch.zeros(n_columns, device=device)
+    select_rows(scores.to(device), bias, k, values, indices, absolute=absolute, n_groups=n_groups)
+    expected_values, expected_indices = by_sorting(scores, k, absolute)
+    assert torch.equal(indices.cpu(), expected_indices)
+    assert same(values.cpu(), expected_values)
+
+
+def integers(*shape: int, device: torch.device) -> Tensor:
+    """Small integers: every sum is exact, whatever its order, and ties are many."""
+    return torch.randint(-3, 4, shape, device=device).float()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "MIN_ROWS", 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_topk_equals_the_plain_encoder(absolute: bool, dtype: torch.dtype, device: torch.device) -> None:
+    x, W, b = integers(19, 6, device=device), integers(53, 6, device=device).T, integers(53, device=device)
+    values, indices = fast.topk_encode(x.to(dtype), W, b, 5, absolute=absolute)
+    expected_values, expected_indices = by_sorting(x.cpu().double() @ W.cpu().double() + b.cpu().double(), 5, absolute)
+    assert torch.equal(indices.cpu(), expected_indices)
+    assert torch.equal(values.cpu(), expected_values.float())
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_gradient_rule_equals_its_definition(device: torch.device) -> None:
+    x, W, b = integers(12, 6, device=device), integers(40, 6, device=device).T, integers(40, device=device)
+    W_dec, g = integers(40, 6, device=device), integers(12, 6, device=device)
+    values, indices = fast.gradient_topk_encode(x, W, b, W_dec, g, 4, 0.5)
+    z = (x @ W + b).cpu()
+    _, expected = by_sorting(z + 0.5 * z * (g @ W_dec.T).abs().cpu(), 4, False)
+    assert torch.equal(indices.cpu(), expected)
+    active = values.cpu() != 0
+    assert torch.equal(values.cpu()[active], z.gather(1, expected)[active])
+
+
+def check_ragged(ours: SparseCode, reference: SparseCode) -> None:
+    used = int(ours.offsets[-1])
+    assert torch.equal(ours.offsets.cpu(), reference.offsets)
+    assert torch.equal(ours.indices[:used].cpu(), reference.indices)
+    assert torch.equal(ours.values[:used].cpu(), reference.values)
+    assert not ours.values[used:].any()
+
+
+@pytest.mark.parametrize("n_entries", [1, 40, 900])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_batch_topk_equals_the_plain_encoder(n_entries: int, absolute: bool, device: torch.device) -> None:
+    """One token is thirty times as large, and is among the rows that the threshold is guessed from."""
+    x, W, b = integers(20, 6, device=device), integers(41, 6, device=device).T, integers(41, device=device)
+    x[4] *= 30
+    ours = fast.batch_topk_encode(x, W, b, n_entries, absolute=absolute)
+    check_ragged(ours, kernels.batch_topk_encode(x.cpu(), W.cpu(), b.cpu(), n_entries, absolute=absolute))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_feature_choice_equals_the_plain_encoder(device: torch.device) -> None:
+    x, W, b = integers(20, 6, device=device), integers(50, 6, device=device).T, integers(50, device=device)
+    budgets = torch.randint(1, 21, (50,))
+    ours = fast.feature_topk_encode(x, W, b, budgets.to(device))
+    check_ragged(ours, kernels.feature_topk_encode(x.cpu(), W.cpu(), b.cpu(), budgets))
