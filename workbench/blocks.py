@@ -28,7 +28,7 @@ _SAFETENSORS = {
 }  # fmt: skip
 _TORCH = {name: dtype for dtype, name in _SAFETENSORS.items()}
 ALIGNMENT = 64
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
