@@ -1,0 +1,81 @@
+"""Direct logit attribution: the logit difference as a sum over what wrote into the last residual stream.
+
+With the final LayerNorm's scale frozen at its value on the prompt, the logits are linear in the residual stream:
+
+    logits = (x / scale) W_eff + b_eff,    x = input + sum_l (sum_h z_h W_O[h] + b_O + m_l)
+
+(W_eff, b_eff: `circuits.effective_weights`), so for the direction D = answers - wrong answers
+
+    difference = sum_s (out_s / scale) . W_eff D  +  sum_l (b_O / scale) . W_eff D  +  b_eff . D
+
+The terms are those of every writer, `bias` for all b_O together, and `unembed bias`. They add up to the logit
+difference. A head whose work reaches the logits through later heads does not show. (Elhage et al. 2021, "A
+Mathematical Framework for Transformer Circuits".)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.edges import stacked, writer_names
+from circuits.effective_weights import effective_weights
+from circuits.metrics import difference_direction, logit_difference
+from circuits.nodes import graph_of
+from circuits.passes import answer_logits, last_values, taking
+from circuits.prompts import PromptSet
+from circuits.scores import NodeScores
+from sae.errors import InputError
+
+
+@dataclass(frozen=True)
+class LogitAttribution:
+    """Terms of each prompt's logit difference."""
+
+    terms: list[str]
+    """Writers, then `bias` and `unembed bias`."""
+    values: Float[Tensor, "n terms"]
+    difference: Float[Tensor, "n"]
+    """The logit difference the model computed; the terms' sum up to rounding."""
+
+    def nodes(self, task: str = "") -> NodeScores:
+        """Mean over the prompts."""
+        return NodeScores(
+            "direct logit attribution", task, "logit_difference", self.terms, self.values.mean(dim=0),
+            self.difference.mean().item(), 0.0,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def logit_attribution(bridge: Any, prompts: PromptSet, *, batch_size: int = 32) -> LogitAttribution:
+    """Direct logit attribution on the clean prompts.
+
+    Raises:
+        InputError: the logits are soft-capped, so that they are no sum; or see `circuits.nodes.graph_of`.
+    """
+    cap = getattr(bridge.cfg, "output_logits_soft_cap", -1.0)
+    if cap is not None and cap > 0:
+        raise InputError("this model caps its logits with a tanh, so they are no sum of terms: use patching")
+    graph = graph_of(bridge)
+    unembed = effective_weights(bridge, "unembed")
+    names = [*writer_names(graph.n_layers), "ln_final.hook_scale"]
+    biases = [bridge.blocks[layer].attn.b_O for layer in range(graph.n_layers)]
+    values, differences = [], []
+    for batch in prompts.batches(batch_size):
+        found: dict[str, Tensor] = {}
+        with taking(bridge, names, found):
+            logits = answer_logits(bridge, batch.clean, batch.last)
+        at_last = {
+            name: last_values(value.flatten(2), batch)[:, None].unflatten(2, value.shape[2:])
+            for name, value in found.items()
+        }
+        direction = difference_direction(batch, logits.shape[1]).to(unembed.W.dtype)
+        readout = direction @ unembed.W.T / at_last["ln_final.hook_scale"][:, 0]
+        terms = torch.einsum("snd,nd->ns", stacked(bridge, at_last)[:, :, 0], readout)
+        zero = readout.new_zeros(readout.shape[1])
+        bias = readout @ sum((b for b in biases if b is not None), start=zero)
+        values.append(torch.cat([terms, bias[:, None], (direction @ unembed.b)[:, None]], dim=1))
+        differences.append(logit_difference(logits, batch))
+    return LogitAttribution([*graph.writers, "bias", "unembed bias"], torch.cat(values), torch.cat(differences))

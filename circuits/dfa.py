@@ -1,0 +1,147 @@
+"""Attention-output SAEs: which head and which source position a feature's activation comes from.
+
+The SAE reads hook_z with its heads concatenated, [n_heads * d_head]. A head's z at position dst is a sum over
+sources, z_h[dst] = sum_src A_h[dst, src] v_h[src], so the pre-activation of feature f splits exactly:
+
+    DFA(f, dst, src, h) = A_h[dst, src] v_h[src] . W_enc[h, :, f]
+    sum_src,h DFA + b_enc[f] - b_dec . W_enc[:, f] = pre-activation of f at dst
+
+From the weights alone, head h's share of f is ||W_dec[f, h]|| / sum_h' ||W_dec[f, h']||, and f's effect on features of
+a residual SAE further down is W_dec[f] W_O W_enc_res: what the head writes goes into the stream as it is. (Kissane et
+al. 2024, arXiv 2406.17759.)
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.nodes import head_weights
+from circuits.passes import activations
+from sae.errors import InputError
+from sae.model import SAE
+
+
+@dataclass(frozen=True)
+class FeatureAttribution:
+    """The pre-activation of one feature at one position, by source position and head."""
+
+    layer: int
+    feature: int
+    destination: int
+    values: Float[Tensor, "src heads"]
+    constant: float
+    """b_enc[f] - b_dec . W_enc[:, f]."""
+
+    @property
+    def pre_activation(self) -> float:
+        """The sum of all terms."""
+        return float(self.values.sum()) + self.constant
+
+    def by_source(self) -> Float[Tensor, "src"]:
+        return self.values.sum(dim=1)
+
+    def by_head(self) -> Float[Tensor, "heads"]:
+        return self.values.sum(dim=0)
+
+    def table(self) -> pd.DataFrame:
+        """Columns source, head, value; strongest first."""
+        n_src, n_heads = self.values.shape
+        rows = [
+            (src, f"a{self.layer}.h{head}", float(self.values[src, head]))
+            for src in range(n_src)
+            for head in range(n_heads)
+        ]
+        table = pd.DataFrame(rows, columns=["source", "head", "value"])
+        return table.sort_values("value", key=lambda column: -column.abs(), ignore_index=True)
+
+
+def attention_layer(sae: SAE) -> int:
+    """The layer whose hook_z an SAE reads. Raises InputError when it reads something else."""
+    found = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", sae.hook_name)
+    if found is None:
+        raise InputError(f"this SAE reads {sae.hook_name!r}: DFA needs one on attn.hook_z")
+    return int(found[1])
+
+
+def residual_layer(sae: SAE) -> int:
+    """The layer before which the residual stream is that which an SAE reads.
+
+    Raises InputError unless it reads hook_resid_pre or hook_resid_post.
+    """
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", sae.hook_name)
+    if found is None:
+        raise InputError(f"this SAE reads {sae.hook_name!r}: one on hook_resid_pre or hook_resid_post is needed here")
+    return int(found[1]) + (found[2] == "post")
+
+
+def head_shares(sae: SAE, n_heads: int) -> Float[Tensor, "features heads"]:
+    """Every head's share of the norm of every feature's decoder row."""
+    attention_layer(sae)
+    norms = rearrange(sae.W_dec.detach(), "f (h z) -> f h z", h=n_heads).norm(dim=2)
+    return norms / norms.sum(dim=1, keepdim=True)
+
+
+def encoder_by_head(sae: SAE, features: Any, n_heads: int) -> Float[Tensor, "heads d_head *features"]:
+    """Encoder columns of some features, head by head."""
+    columns = sae.W_enc.detach()[:, features]
+    return columns.unflatten(0, (n_heads, -1))
+
+
+def constant_term(sae: SAE, feature: int) -> float:
+    """b_enc - b_dec . W_enc: what the pre-activation of a feature is at z = 0."""
+    return float(sae.b_enc[feature] - sae.b_dec @ sae.W_enc[:, feature])
+
+
+def weighted_values(
+    pattern: Float[Tensor, "heads q k"], v: Float[Tensor, "k kv_heads d_head"], destination: int
+) -> Float[Tensor, "k heads d_head"]:
+    """A_h[destination, src] v_h[src]: what each source hands to each head; sums to z."""
+    repeats = pattern.shape[0] // v.shape[1]
+    return pattern[:, destination].T[..., None] * repeat(v, "k h z -> k (h r) z", r=repeats)
+
+
+@torch.no_grad()
+def direct_feature_attribution(
+    bridge: Any, sae: SAE, tokens: Int[Tensor, "pos"], feature: int, destination: int = -1
+) -> FeatureAttribution:
+    """DFA of one feature at one position of a prompt (BOS first).
+
+    Raises:
+        InputError: an SAE that does not read hook_z, or a feature or position there is not.
+    """
+    layer = attention_layer(sae)
+    check(sae, tokens, feature, destination)
+    names = [f"blocks.{layer}.attn.hook_pattern", f"blocks.{layer}.attn.hook_v"]
+    found = activations(bridge, tokens[None], names)
+    sources = weighted_values(found[names[0]][0], found[names[1]][0], destination)
+    encoder = encoder_by_head(sae, feature, sources.shape[1]).to(sources.dtype)
+    values = torch.einsum("khz,hz->kh", sources, encoder)
+    return FeatureAttribution(layer, feature, destination % len(tokens), values, constant_term(sae, feature))
+
+
+def check(sae: SAE, tokens: Int[Tensor, "pos"], feature: int, destination: int) -> None:
+    """Raises InputError for a feature that the SAE or a position that the prompt does not have."""
+    if not 0 <= feature < sae.d_sae:
+        raise InputError(f"feature {feature} does not exist: this SAE has features 0 to {sae.d_sae - 1}")
+    if not -len(tokens) <= destination < len(tokens):
+        raise InputError(f"position {destination} does not exist: the prompt has {len(tokens)} tokens")
+
+
+@torch.no_grad()
+def downstream_features(bridge: Any, sae: SAE, residual: SAE, feature: int) -> Float[Tensor, "residual_features"]:
+    """Change of every residual feature's pre-activation per unit of an attention feature, W_dec[f] W_O W_enc_res.
+
+    Raises:
+        InputError: the residual SAE reads the stream before the attention layer has written into it.
+    """
+    layer = attention_layer(sae)
+    if residual_layer(residual) <= layer:
+        raise InputError(f"{residual.hook_name} comes before {sae.hook_name}: give an SAE further down")
+    row = sae.W_dec[feature].unflatten(0, (bridge.cfg.n_heads, -1))
+    return torch.einsum("hz,hzd,df->f", row, head_weights(bridge, layer), residual.W_enc)

@@ -1,0 +1,143 @@
+"""Figures of circuits, as Plotly objects: the app shows them and notebooks call them directly."""
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.dfa import FeatureAttribution
+from circuits.faithfulness import FaithfulnessCurve
+from circuits.nodes import parse
+from circuits.scores import EdgeScores, NodeScores
+
+MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
+DIVERGING = "RdBu"
+
+
+def head_heatmap(values: Float[Tensor, "layers heads"], title: str, *, diverging: bool = True) -> go.Figure:
+    """One cell a head, layers upwards; a scale symmetric around zero unless not `diverging`."""
+    finite = values[torch.isfinite(values)].abs()
+    limit = float(finite.max()) if len(finite) else 1.0
+    scale = {"colorscale": DIVERGING, "zmin": -limit, "zmax": limit} if diverging else {"colorscale": "Blues"}
+    names = [[f"a{layer}.h{head}" for head in range(values.shape[1])] for layer in range(values.shape[0])]
+    figure = go.Figure(
+        go.Heatmap(z=values.tolist(), text=names, hovertemplate="%{text}: %{z:.4g}<extra></extra>", **scale)
+    )
+    figure.update_xaxes(title_text="head", dtick=1)
+    figure.update_yaxes(title_text="layer", dtick=1)
+    return figure.update_layout(title=title, height=80 + 45 * max(4, values.shape[0]), margin=MARGIN)
+
+
+def head_scores_heatmap(scores: NodeScores) -> go.Figure:
+    """The heads of any node scores as a heat map."""
+    places = {node: parse(node) for node in scores.nodes if node.startswith("a") and ".h" in node}
+    n_layers = 1 + max(layer for _, layer, _ in places.values())
+    n_heads = 1 + max(head for _, _, head in places.values() if head is not None)
+    values = torch.full((n_layers, n_heads), torch.nan, dtype=torch.float64)
+    for node, (_, layer, head) in places.items():
+        values[layer, head] = scores[node]
+    return head_heatmap(values, f"{scores.task}: {scores.method} ({scores.metric})")
+
+
+def strongest_nodes(scores: NodeScores, top: int = 20) -> go.Figure:
+    """Bars of the nodes of largest absolute score."""
+    table = scores.table()[:top][::-1]
+    figure = go.Figure(
+        go.Bar(x=table.score, y=table.node, orientation="h", hovertemplate="%{y}: %{x:.4g}<extra></extra>")
+    )
+    figure.update_xaxes(title_text=scores.metric)
+    return figure.update_layout(
+        title=f"{scores.task}: {scores.method}", height=80 + 20 * len(table), margin={**MARGIN, "l": 90}
+    )
+
+
+def attention_pattern(pattern: Float[Tensor, "q k"], tokens: Sequence[str], title: str) -> go.Figure:
+    """One head's attention; hovering names query, key and weight."""
+    ticks = [f"{position} {token!r}" for position, token in enumerate(tokens)]
+    figure = go.Figure(
+        go.Heatmap(
+            z=pattern.tolist(), x=ticks, y=ticks, colorscale="Blues", zmin=0, zmax=1,
+            hovertemplate="from %{y}<br>to %{x}<br>%{z:.3f}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(title_text="key", showticklabels=len(ticks) <= 60)
+    figure.update_yaxes(title_text="query", autorange="reversed", showticklabels=len(ticks) <= 60)
+    return figure.update_layout(title=title, height=560, margin={**MARGIN, "l": 110, "b": 110})
+
+
+def faithfulness_figure(curves: Sequence[FaithfulnessCurve]) -> go.Figure:
+    """Faithfulness (lines) and completeness (dashed) against the share of edges, one colour a method."""
+    figure = go.Figure()
+    colours = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e")
+    for number, curve in enumerate(curves):
+        colour = colours[number % len(colours)]
+        name = f"{curve.method} ({curve.ranking})"
+        for values, kind, dash in (
+            (curve.faithfulness, "faithfulness", "solid"),
+            (curve.completeness, "completeness", "dash"),
+        ):
+            figure.add_scatter(
+                x=curve.fractions, y=values, name=f"{name}: {kind}", mode="lines+markers", customdata=curve.edges,
+                line={"color": colour, "dash": dash},
+                hovertemplate="%{customdata} edges: %{y:.3f}<extra>" + kind + "</extra>",
+            )  # fmt: skip
+    figure.update_xaxes(title_text="share of edges", type="log")
+    figure.update_yaxes(title_text="share of the behaviour")
+    return figure.update_layout(height=420, margin=MARGIN, legend={"orientation": "h", "y": -0.25})
+
+
+def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> go.Figure:
+    """The kept edges, layers upwards, MLPs at the right; width is |score|, blue for the behaviour, red against it."""
+    graph = scores.graph
+    places = {"input": ((graph.n_heads - 1) / 2, -1.0), "logits": ((graph.n_heads - 1) / 2, float(graph.n_layers))}
+    for layer in range(graph.n_layers):
+        for head in range(graph.n_heads):
+            places[f"a{layer}.h{head}"] = (head, layer)
+        places[f"m{layer}"] = (graph.n_heads, layer + 0.4)
+    # Key-value heads are drawn at the first query head that uses them.
+    shared = graph.n_heads // graph.n_kv_heads
+    edges = kept & graph.exists
+    largest = float(scores.scores[edges].abs().max()) if edges.any() else 1.0
+    figure, used = go.Figure(), set()
+    for row, column in torch.nonzero(edges).tolist():
+        writer, reader = graph.writers[row], graph.readers[column]
+        name, _, part = reader.partition("<")
+        if part in ("k>", "v>"):
+            _, block, number = parse(name)
+            name = f"a{block}.h{(number or 0) * shared}"
+        used |= {writer, name}
+        (x1, y1), (x2, y2), score = places[writer], places[name], float(scores.scores[row, column])
+        figure.add_scatter(
+            x=[x1, (x1 + x2) / 2, x2], y=[y1, (y1 + y2) / 2, y2], mode="lines", showlegend=False, hoverinfo="text",
+            text=f"{writer}->{reader}: {score:.4g}",
+            line={"color": "#4269d0" if score > 0 else "#ff725c", "width": 0.5 + 5 * abs(score) / largest},
+        )  # fmt: skip
+    names = sorted(used)
+    figure.add_scatter(
+        x=[places[name][0] for name in names], y=[places[name][1] for name in names], text=names,
+        mode="markers+text", textposition="top center", marker={"size": 10, "color": "#333"}, showlegend=False,
+        hoverinfo="text",
+    )  # fmt: skip
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    title = f"{scores.task}: {int(edges.sum())} edges by {scores.method}"
+    return figure.update_layout(title=title, height=120 + 110 * (graph.n_layers + 1), margin=MARGIN)
+
+
+def attribution_map(found: FeatureAttribution, tokens: Sequence[str]) -> go.Figure:
+    """DFA of a feature by head and source token."""
+    limit = float(found.values.abs().max()) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=found.values.T.tolist(),
+            x=[f"{position} {token!r}" for position, token in enumerate(tokens)],
+            y=[f"a{found.layer}.h{head}" for head in range(found.values.shape[1])],
+            colorscale=DIVERGING, zmin=-limit, zmax=limit,
+            hovertemplate="%{y} from %{x}: %{z:.4g}<extra></extra>",
+        )
+    )  # fmt: skip
+    title = f"feature {found.feature} at position {found.destination}: pre-activation {found.pre_activation:.3g}"
+    figure.update_xaxes(title_text="source")
+    return figure.update_layout(title=title, height=120 + 25 * found.values.shape[1], margin={**MARGIN, "b": 110})

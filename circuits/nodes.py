@@ -1,0 +1,145 @@
+"""The computational graph of a transformer: what writes into the residual stream and what reads from it.
+
+Writers, in the order of the forward pass (S of them):
+
+    input, a0.h0, ..., a0.h{H-1}, m0, a1.h0, ...
+
+`input` is the residual stream before the first block, a{l}.h{h} head h's output in the residual stream
+(z_h W_O[h], without the bias of W_O, which no node writes), m{l} the output of an MLP.
+
+Readers (R of them): a{l}.h{h}<q>, a{l}.h{h}<k>, a{l}.h{h}<v>, m{l}, and `logits`. Under grouped-query attention
+<k> and <v> belong to the key-value heads and carry their numbers.
+
+An edge `a0.h0->m0` or `a0.h0->a1.h3<q>` is the contribution of one writer to what one reader reads. A reader sees a
+prefix of the writers: those of earlier blocks, and m{l} also the heads of its own block unless attention and MLP
+run in parallel. Names as in Hanna et al. 2024 (arXiv 2403.17806).
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.errors import InputError
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Names and shape of the graph; rows of an edge tensor [S, R] are writers, columns readers."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    parallel: bool
+
+    @cached_property
+    def writers(self) -> list[str]:
+        names = ["input"]
+        for layer in range(self.n_layers):
+            names += [f"a{layer}.h{head}" for head in range(self.n_heads)] + [f"m{layer}"]
+        return names
+
+    @cached_property
+    def readers(self) -> list[str]:
+        names = []
+        for layer in range(self.n_layers):
+            names += [f"a{layer}.h{head}<q>" for head in range(self.n_heads)]
+            names += [f"a{layer}.h{head}<{part}>" for part in "kv" for head in range(self.n_kv_heads)]
+            names.append(f"m{layer}")
+        return [*names, "logits"]
+
+    @cached_property
+    def heads(self) -> list[str]:
+        return [f"a{layer}.h{head}" for layer in range(self.n_layers) for head in range(self.n_heads)]
+
+    @cached_property
+    def exists(self) -> Bool[Tensor, "writers readers"]:
+        """Which pairs are edges."""
+        mask = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
+        for column, reader in enumerate(self.readers):
+            mask[: self.n_upstream(reader), column] = True
+        return mask
+
+    def n_upstream(self, reader: str) -> int:
+        """Number of writers that a reader sees; they are the first so many."""
+        if reader == "logits":
+            return len(self.writers)
+        kind, layer, _ = parse(reader.split("<")[0])
+        before = self.first_writer(layer)
+        return before + self.n_heads if kind == "m" and not self.parallel else before
+
+    def first_writer(self, layer: int) -> int:
+        """Row of the first head of a layer."""
+        return 1 + layer * (self.n_heads + 1)
+
+    def reader_columns(self, layer: int, part: str) -> slice:
+        """Columns of one layer's readers: part q, k, v or m."""
+        width = self.n_heads + 2 * self.n_kv_heads + 1
+        first = layer * width
+        ends = {"q": (0, self.n_heads), "k": (self.n_heads, self.n_heads + self.n_kv_heads)}
+        ends["v"] = (ends["k"][1], ends["k"][1] + self.n_kv_heads)
+        ends["m"] = (ends["v"][1], width)
+        return slice(first + ends[part][0], first + ends[part][1])
+
+    def edge(self, name: str) -> tuple[int, int]:
+        """(row, column) of an edge by name. Raises InputError where there is none."""
+        writer, arrow, reader = name.partition("->")
+        if not arrow or writer not in self.writers or reader not in self.readers:
+            raise InputError(f"no edge {name!r}: edges are named like a0.h0->m0, a0.h0->a1.h3<q> or m3->logits")
+        row, column = self.writers.index(writer), self.readers.index(reader)
+        if not self.exists[row, column]:
+            raise InputError(f"no edge {name!r}: {writer} runs after {reader}")
+        return row, column
+
+    def edge_name(self, row: int, column: int) -> str:
+        return f"{self.writers[row]}->{self.readers[column]}"
+
+    def head(self, name: str) -> tuple[int, int]:
+        """(layer, head) of `a5.h1`. Raises InputError where the model has no such head."""
+        kind, layer, head = parse(name)
+        if kind != "a" or layer >= self.n_layers or head is None or head >= self.n_heads:
+            raise InputError(
+                f"the model has no head {name!r}: it has a0.h0 to a{self.n_layers - 1}.h{self.n_heads - 1}"
+            )
+        return layer, head
+
+
+def parse(name: str) -> tuple[str, int, int | None]:
+    """("a", layer, head) or ("m", layer, None). Raises InputError for anything else."""
+    found = re.fullmatch(r"(?:a(\d+)\.h(\d+)|m(\d+))", name)
+    if found is None:
+        raise InputError(f"no node {name!r}: heads are named like a5.h1 and MLPs like m3")
+    if found[3] is not None:
+        return "m", int(found[3]), None
+    return "a", int(found[1]), int(found[2])
+
+
+def graph_of(bridge: Any) -> Graph:
+    """The graph of a model.
+
+    Raises:
+        InputError: the blocks normalise what attention and MLP write (Gemma 2 and 3), so that a head's output is
+            not its own term of the residual stream.
+    """
+    if hasattr(bridge.blocks[0], "ln1_post"):
+        raise InputError(
+            "this model normalises the outputs of attention and MLP, so its heads are not separate terms of the "
+            "residual stream: use patching or ablation of heads instead"
+        )
+    shape = bridge.cfg
+    return Graph(shape.n_layers, shape.n_heads, shape.n_key_value_heads or shape.n_heads, bool(shape.parallel_attn_mlp))
+
+
+def head_weights(bridge: Any, layer: int) -> Float[Tensor, "heads d_head d_model"]:
+    """W_O of a layer, head by head."""
+    weights: Tensor = bridge.blocks[layer].attn.W_O
+    return weights
+
+
+def head_outputs(bridge: Any, layer: int, z: Float[Tensor, "n pos heads d_head"]) -> Float[Tensor, "heads n pos d"]:
+    """What every head writes into the residual stream."""
+    return torch.einsum("nphz,hzd->hnpd", z, head_weights(bridge, layer))

@@ -1,0 +1,77 @@
+"""Forward passes over prompt sets: logits at the last positions only, activations, and gradients at hook points.
+
+1. Logits are needed at one position a prompt. What the unembedding reads is cut down to that position: the
+   unembedding costs more than several blocks of a small model.
+2. Activations are taken by hooks of the TransformerBridge under TransformerLens' names.
+3. A gradient at a hook point is that with respect to a tensor of zeros added there ("probe"): it exists at every
+   hook point, also where a tensor's own retain_grad() stays empty because the module computes on a view of it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.prompts import PromptSet
+
+Hook = tuple[str, Callable[..., Any]]
+
+
+def answer_logits(
+    bridge: Any, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"], hooks: Sequence[Hook] = ()
+) -> Float[Tensor, "n vocab"]:
+    """Logits at position `last` of each row, in float32 at least, with `hooks` in place."""
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+
+    def cut(value: Float[Tensor, "n pos d_model"], hook: Any) -> Float[Tensor, "n 1 d_model"]:
+        return value[rows, last][:, None]
+
+    with bridge.hooks(fwd_hooks=[*hooks, ("unembed.hook_in", cut)]):
+        logits: Tensor = bridge(tokens)[:, 0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@torch.no_grad()
+def activations(
+    bridge: Any, tokens: Int[Tensor, "n pos"], names: Sequence[str], hooks: Sequence[Hook] = ()
+) -> dict[str, Tensor]:
+    """Values at hook points in one pass, `hooks` acting first."""
+    found: dict[str, Tensor] = {}
+    with bridge.hooks(fwd_hooks=list(hooks)), taking(bridge, names, found):
+        answer_logits(bridge, tokens, torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device))
+    return found
+
+
+@contextmanager
+def taking(bridge: Any, names: Iterable[str], found: dict[str, Tensor]) -> Iterator[None]:
+    """Passes inside the context write the values at hook points into `found`."""
+
+    def taker(name: str) -> Callable[..., None]:
+        def take(value: Tensor, hook: Any) -> None:
+            found[name] = value
+
+        return take
+
+    with bridge.hooks(fwd_hooks=[(name, taker(name)) for name in names]):
+        yield
+
+
+def last_values(value: Float[Tensor, "n pos d"], prompts: PromptSet) -> Float[Tensor, "n d"]:
+    """Rows at the last positions."""
+    return value[torch.arange(len(prompts), device=value.device), prompts.last.to(value.device)]
+
+
+def probed(names: Sequence[str], probes: dict[str, Tensor]) -> list[Hook]:
+    """Hooks that add a zero requiring a gradient at each hook point and leave it in `probes`."""
+
+    def prober(name: str) -> Callable[..., Tensor]:
+        def probe(value: Tensor, hook: Any) -> Tensor:
+            probes[name] = torch.zeros_like(value, requires_grad=True)
+            return value + probes[name]
+
+        return probe
+
+    return [(name, prober(name)) for name in names]

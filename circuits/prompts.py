@@ -1,0 +1,174 @@
+"""Prompt sets: clean prompts, corrupted prompts of the same length, answers and wrong answers of one token each.
+
+Every method of this package reads a `PromptSet` and the logits at one position a prompt, that of its last token:
+
+1. clean prompt i and corrupted prompt i have the same number of tokens, so that position p of one can be patched
+   with position p of the other;
+2. prompts of different lengths are padded on the right with the BOS token; attention is causal, so padding changes
+   nothing at or before a prompt's last token;
+3. answers and wrong answers are token ids, -1 filling rows that have fewer than others.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae.errors import InputError
+
+NO_TOKEN = -1
+"""Fills rows of `answers` and `wrong`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One clean prompt with its corrupted twin, as text."""
+
+    clean: str
+    corrupted: str
+    answers: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Tokens of a task's prompts, BOS first."""
+
+    name: str
+    clean: Int[Tensor, "n pos"]
+    corrupted: Int[Tensor, "n pos"]
+    last: Int[Tensor, "n"]
+    """Position of each prompt's last token, where the answer is predicted."""
+    answers: Int[Tensor, "n answers"]
+    wrong: Int[Tensor, "n wrong"]
+
+    def __len__(self) -> int:
+        return self.clean.shape[0]
+
+    def __getitem__(self, rows: Any) -> "PromptSet":
+        """The prompts of a slice or an index tensor."""
+        return PromptSet(
+            self.name, self.clean[rows], self.corrupted[rows], self.last[rows], self.answers[rows], self.wrong[rows]
+        )
+
+    def batches(self, size: int) -> Iterator["PromptSet"]:
+        """Consecutive pieces of at most `size` prompts."""
+        for first in range(0, len(self), size):
+            yield self[first : first + size]
+
+    def repeated(self, times: int) -> "PromptSet":
+        """The whole set `times` times over, one copy after the other."""
+        return self[torch.arange(len(self), device=self.clean.device).repeat(times)]
+
+    def to(self, device: torch.device | str) -> "PromptSet":
+        tensors = (self.clean, self.corrupted, self.last, self.answers, self.wrong)
+        return PromptSet(self.name, *(tensor.to(device) for tensor in tensors))
+
+    def table(self, tokenizer: Any) -> pd.DataFrame:
+        """One row a prompt: clean, corrupted, answers, wrong as text, and the number of tokens with BOS."""
+        rows = []
+        for i, last in enumerate(self.last.tolist()):
+            rows.append(
+                {
+                    "clean": tokenizer.decode(self.clean[i, 1 : last + 1].tolist()),
+                    "corrupted": tokenizer.decode(self.corrupted[i, 1 : last + 1].tolist()),
+                    "answers": [tokenizer.decode([t]) for t in self.answers[i].tolist() if t != NO_TOKEN],
+                    "wrong": [tokenizer.decode([t]) for t in self.wrong[i].tolist() if t != NO_TOKEN],
+                    "tokens": last + 1,
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+def encode(name: str, prompts: Iterable[Prompt], tokenizer: Any, bos_id: int) -> PromptSet:
+    """Tokens of text prompts.
+
+    Raises:
+        InputError: no prompts; twins of different token lengths; an answer that is not one token, alone or after
+            its prompt; a prompt that is the same clean and corrupted.
+    """
+    clean, corrupted, answers, wrong = [], [], [], []
+    for prompt in prompts:
+        first, second = ids(tokenizer, prompt.clean), ids(tokenizer, prompt.corrupted)
+        if len(first) != len(second):
+            raise InputError(
+                f"task {name}: clean and corrupted prompt have {len(first)} and {len(second)} tokens "
+                f"({prompt.clean!r}, {prompt.corrupted!r}): choose a corruption of the same token length"
+            )
+        for text in (*prompt.answers, *prompt.wrong):
+            token = one_token(name, tokenizer, text)
+            if ids(tokenizer, prompt.clean + text) != [*first, token]:
+                raise InputError(
+                    f"task {name}: {text!r} merges with the end of its prompt {prompt.clean!r} under this tokenizer: "
+                    "end the prompt where a token ends"
+                )
+        clean.append([bos_id, *first])
+        corrupted.append([bos_id, *second])
+        answers.append([one_token(name, tokenizer, text) for text in prompt.answers])
+        wrong.append([one_token(name, tokenizer, text) for text in prompt.wrong])
+    return from_ids(name, clean, corrupted, answers, wrong, bos_id)
+
+
+def from_ids(
+    name: str,
+    clean: Sequence[Sequence[int]],
+    corrupted: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    wrong: Sequence[Sequence[int]],
+    bos_id: int,
+) -> PromptSet:
+    """A prompt set from token ids; prompts hold their BOS already.
+
+    Raises:
+        InputError: no prompts, or one with unequal lengths, without an answer, or equal to its corrupted twin.
+    """
+    if not clean:
+        raise InputError(f"task {name} has no prompts: ask for at least one")
+    for i, (one, other, right, false) in enumerate(zip(clean, corrupted, answers, wrong, strict=True)):
+        if len(one) != len(other):
+            raise InputError(
+                f"task {name}: clean and corrupted prompt {i} have {len(one)} and {len(other)} tokens: "
+                "choose a corruption of the same token length"
+            )
+        if list(one) == list(other):
+            raise InputError(f"task {name}: clean and corrupted prompt {i} are the same: nothing could be patched")
+        if not right or not false:
+            raise InputError(f"task {name}: prompt {i} needs at least one answer and one wrong answer")
+    return PromptSet(
+        name,
+        _padded(clean, bos_id),
+        _padded(corrupted, bos_id),
+        torch.tensor([len(row) - 1 for row in clean]),
+        _padded(answers, NO_TOKEN),
+        _padded(wrong, NO_TOKEN),
+    )
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def one_token(name: str, tokenizer: Any, text: str) -> int:
+    """The id of a text that is a single token. Raises InputError when it is several."""
+    found = ids(tokenizer, text)
+    if len(found) != 1:
+        raise InputError(
+            f"task {name}: {text!r} is {len(found)} tokens under this tokenizer and has to be one: "
+            "choose another answer or another tokenizer"
+        )
+    return found[0]
+
+
+def single_token_texts(tokenizer: Any, texts: Iterable[str]) -> list[str]:
+    """Those texts that are a single token, in order."""
+    return [text for text in texts if len(ids(tokenizer, text)) == 1]
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "n width"]:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])

@@ -1,0 +1,64 @@
+"""Induction on random tokens: having seen ... b c ... , predict c after b.
+
+Clean     BOS  x1 ... b c ... e f ... xn   x1 ... b   -> c
+Corrupted BOS  x1 ... e c ... b f ... xn   x1 ... b   -> f
+
+The second part repeats the start of the first up to b. The corruption exchanges b and e in the first part, so that b
+is followed by another token there: what stands at the attended positions stays, what precedes them does not. So
+the answer of the corrupted prompt is the clean one's wrong answer, and both the head that notes the previous token
+and the induction head that matches it are needed. (Elhage et al. 2021; Olsson et al. 2022, arXiv 2209.11895; the
+exchange is our own choice.)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from circuits.prompts import PromptSet, from_ids
+from sae.errors import InputError
+
+
+def induction(
+    tokenizer: Any,
+    bos_id: int,
+    n: int = 64,
+    seed: int = 0,
+    *,
+    length: int = 20,
+    vocabulary: Sequence[int] | None = None,
+) -> PromptSet:
+    """Repeated random tokens; b stands at the same place in all prompts.
+
+    Args:
+        length: tokens of the first part, all different.
+        vocabulary: token ids to draw from instead of the tokenizer's ordinary tokens.
+
+    Raises:
+        InputError: fewer than four tokens in the first part, or a vocabulary smaller than it.
+    """
+    if vocabulary is None:
+        special = set(tokenizer.all_special_ids)
+        vocabulary = [token for token in range(len(tokenizer)) if token not in special]
+    tokens = torch.tensor([token for token in vocabulary if token != bos_id])
+    if length < 4:
+        raise InputError(f"induction needs a first part of at least 4 tokens, got {length}")
+    if len(tokens) < length:
+        raise InputError(f"induction draws {length} different tokens, the vocabulary has {len(tokens)}: shorten it")
+    generator = torch.Generator().manual_seed(seed)
+    half = length // 2
+    # b in the first half, e in the second, neither of them last: both have a token after them.
+    place = int(torch.randint(0, half - 1, (1,), generator=generator))
+    other = int(torch.randint(half, length - 1, (1,), generator=generator))
+    clean, corrupted, answers, wrong = [], [], [], []
+    for _ in range(n):
+        first = tokens[torch.randperm(len(tokens), generator=generator)[:length]].tolist()
+        swapped = list(first)
+        swapped[place], swapped[other] = swapped[other], swapped[place]
+        # Up to b as the clean first part has it, on either side: only what precedes c and f differs.
+        repeat = first[: place + 1]
+        clean.append([bos_id, *first, *repeat])
+        corrupted.append([bos_id, *swapped, *repeat])
+        answers.append([first[place + 1]])
+        wrong.append([first[other + 1]])
+    return from_ids("induction", clean, corrupted, answers, wrong, bos_id)
