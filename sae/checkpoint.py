@@ -73,12 +73,17 @@ def load(folder: Path, states: Sequence[TrainingState], source: "BatchSource") -
             "results will agree, but not to the last bit",
             stacklevel=2,
         )
+    source.load_state_dict(metadata["source"])
     with torch.no_grad():
         for number, state in enumerate(states):
             state.error = metadata["errors"][number]
             for name, tensor in _tensors(state).items():
-                tensor.copy_(tensors[f"{number}.{name}"])
-    source.load_state_dict(metadata["source"])
+                saved = tensors[f"{number}.{name}"]
+                if saved.shape != tensor.shape:
+                    raise InputError(
+                        f"checkpoint {file} is of activations of another width: resume with the harvest it began with"
+                    )
+                tensor.copy_(saved)
     return metadata["step"]
 
 

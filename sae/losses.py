@@ -119,10 +119,13 @@ def prefixes(
     return PrefixFit(fits[-1], torch.stack([fit.loss for fit in fits]).mean(), blocks, grad)
 
 
-def rare_features(density: Float[Tensor, "d_sae"], gamma: float = ZIPF_GAMMA) -> Bool[Tensor, "d_sae"]:
+def rare_features(
+    density: Float[Tensor, "d_sae"], dead: Bool[Tensor, "d_sae"], gamma: float = ZIPF_GAMMA
+) -> Bool[Tensor, "d_sae"]:
     """The features that aux-zipf revives; see the module's description. Those that never fire are among them."""
     eta, order = torch.sort(density.double(), descending=True, stable=True)
-    fires = eta > 0
+    # A dead feature's running density decays for ever: in the fit it would bend the line to itself.
+    fires = (eta > 0) & ~dead[order]
     log_rank = torch.arange(1, len(eta) + 1, device=eta.device, dtype=torch.float64).log()
     log_eta = torch.where(fires, eta, 1).log()
     weight = fires / fires.sum().clamp_min(1)

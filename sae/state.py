@@ -146,10 +146,9 @@ class TrainingState:
         kind = config.aux_kind
         if kind == "none" or config.aux_coefficient == 0 or step * config.batch_size < config.dead_after:
             return None
+        revived = self.tokens_since_fired >= config.dead_after
         if kind == "aux_zipf":
-            revived = losses.rare_features(self.density)
-        else:
-            revived = self.tokens_since_fired >= config.dead_after
+            revived = losses.rare_features(self.density, revived)
         chosen = torch.nonzero(revived).squeeze(1)
         if chosen.numel() == 0:
             return None
@@ -241,7 +240,7 @@ class TrainingState:
                 raise ValueError(f"the rule {rule.name} measures its thresholds on a sample of activations")
             centred, density = sample - finished.b_dec, self.density
             weights = finished.W_enc, finished.b_enc, finished.W_dec
-            state = rule.calibrate(Batch(centred, *weights, density, 1.0, sample_gradients))
+            state = rule.calibrate(Batch(centred, *weights, density, 1.0, sample_gradients, self.config.batch_size))
         for name, tensor in state.items():
             finished.get_buffer(name).copy_(tensor)
         return finished

@@ -137,7 +137,12 @@ class TrainConfig:
             raise InputError(f"{self.name}: the seed must be a whole number from 0 to 2^63 - 1, got {self.seed}")
         if not (0 < self.peak_lr < math.inf):
             raise InputError(f"{self.name}: the learning rate must be positive, got {self.lr}")
-        if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
+        if self.dead_after_tokens is not None and self.dead_after_tokens < 1:
+            raise InputError(f"{self.name}: dead_after_tokens must be at least 1, got {self.dead_after_tokens}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"{self.name}: betas are two numbers from 0 to below 1, got {self.betas}")
+        # Written so that NaN fails too.
+        if not (min(self.warmup, self.decay) >= 0 and self.warmup + self.decay <= 1):
             raise InputError(
                 f"{self.name}: warm-up and decay are shares of the steps and at most 1 together, "
                 f"got {self.warmup} and {self.decay}"
@@ -297,7 +302,7 @@ def train(
             batch, gradients = next_rows(batch_size)
             for state in states:
                 if state.error is None:
-                    state.step(batch, step, gradients)
+                    _step(state, batch, step, gradients, alone=len(states) == 1)
             step += 1
             if step % report_every == 0 or step == n_steps:
                 for state in states:
@@ -346,6 +351,16 @@ def _finish(
         else:
             results.append(TrainedSAE(state.config, None, state.error))
     return results
+
+
+def _step(state: TrainingState, batch: Tensor, step: int, gradients: Tensor | None, *, alone: bool) -> None:
+    """A step; beside others, one that fails - by running out of memory, say - takes only itself out."""
+    try:
+        state.step(batch, step, gradients)
+    except RuntimeError as error:
+        if alone:
+            raise
+        state.error = f"step {step + 1} failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def check_configs(configs: Sequence[TrainConfig]) -> None:

@@ -38,7 +38,7 @@ from workbench.settings import check_keys, check_value, field_types, required_fi
 BYTES_PER_PARAMETER = 16
 TRIAL_STEPS = 3
 """The first step, which allocates, is not timed."""
-SHORT_NAMES = {"d_sae": "d"}
+SHORT_NAMES = {"d_sae": "d", "sparsity_coefficient": "sparsity"}
 SHARED = ("batch_size",)
 """Settings that all SAEs on one stream of batches have in common."""
 NOT_IN_FILE = ("name", "rule", "total_tokens")

@@ -9,8 +9,9 @@ as jumprelu, the gradient rule as topk. What the architecture leaves open stands
 ignores: `rule`, its name and settings, and `rule_state`, numbers it encodes by. A rule without such an architecture
 (thresholds on magnitudes) is written under its own name, which SAELens refuses to load.
 
-`metadata` holds the hook point, the model and whatever the SAE carries. Decoder rows are unit-norm, so
-`rescale_acts_by_decoder_norm` changes nothing and is off.
+`reshape_activations` is hook_z for attention outputs: SAELens then takes [..., heads, d_head] only, and this project
+the concatenation. `metadata` holds the hook point, the model and whatever the SAE carries. Decoder rows are unit-norm,
+so `rescale_acts_by_decoder_norm` changes nothing and is off.
 """
 
 import json

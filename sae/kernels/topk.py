@@ -93,7 +93,8 @@ def select_rows(
         if redo.numel():
             best[redo], where[redo] = topk_reference(scores[redo, :d_sae], k)
         if kept is not None:
-            best = torch.where(best == 0, 0, kept.gather(1, where))
+            # A score that is NaN is shown, also where the value it stands for is not.
+            best = torch.where((best == 0) | best.isnan(), best, kept.gather(1, where))
         values[first : first + rows], indices[first : first + rows] = best, where
     return values, indices
 

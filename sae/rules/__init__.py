@@ -9,7 +9,7 @@ from typing import Any
 from sae.errors import InputError
 from sae.rules.abstopk import AbsTopK
 from sae.rules.base import AuxKind, Batch, CodeRule, Rule, Support, ThresholdRule
-from sae.rules.batchtopk import BatchAbsTopK, BatchTopK
+from sae.rules.batchtopk import BatchAbsTopK, BatchTopK, MutualChoice
 from sae.rules.feature_choice import FeatureChoice
 from sae.rules.gradient_topk import GradientTopK
 from sae.rules.jumprelu import JumpReLU
@@ -20,7 +20,7 @@ RULES: dict[str, type[Rule]] = {
     "topk": TopK,
     "abstopk": AbsTopK,
     "batchtopk": BatchTopK,
-    "mutual_choice": BatchTopK,
+    "mutual_choice": MutualChoice,
     "batch_abstopk": BatchAbsTopK,
     "feature_choice": FeatureChoice,
     "gradient_topk": GradientTopK,
@@ -58,6 +58,7 @@ __all__ = [
     "FeatureChoice",
     "GradientTopK",
     "JumpReLU",
+    "MutualChoice",
     "ReLU",
     "Rule",
     "Support",

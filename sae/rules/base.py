@@ -44,6 +44,8 @@ class Batch:
     """Share of the training steps that is done."""
     gradients: Float[Tensor, "n d_in"] | None = None
     """Gradients of the model's loss at x, where the batches have them."""
+    batch_size: int | None = None
+    """Tokens of a training batch, where x is not one."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,12 @@ class Support:
 class ThresholdRule(Rule):
     """A rule that keeps z where it exceeds a threshold, with a sparsity penalty instead of a k."""
 
-    default_sparsity: ClassVar[float]
-    """Coefficient of the penalty."""
     default_aux: ClassVar[AuxKind] = "none"
+
+    @property
+    @abstractmethod
+    def default_sparsity(self) -> float:
+        """Coefficient of the penalty where none is given."""
 
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
         """Any number of features will do."""

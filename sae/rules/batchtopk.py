@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels import batch_topk_encode, threshold_encode
-from sae.rules.base import NO_TENSORS, Batch, CodeRule, Tensors, just_below
+from sae.rules.base import NO_TENSORS, AuxKind, Batch, CodeRule, Tensors, just_below
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class BatchTopK(CodeRule):
         magnitudes = self.select(sample).values.abs()
         lowest = just_below(magnitudes.min()) if magnitudes.shape[0] == wanted else magnitudes.new_zeros(())
         return {"threshold": lowest.expand_as(sample.b_enc).clone()}
+
+
+@dataclass(frozen=True)
+class MutualChoice(BatchTopK):
+    """BatchTopK under Ayonrinde's name, with the auxiliary loss of that paper."""
+
+    name: ClassVar[str] = "mutual_choice"
+    default_aux: ClassVar[AuxKind] = "aux_zipf"
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,10 @@ class FeatureChoice(CodeRule):
     def calibrate(self, sample: Batch) -> dict[str, Tensor]:
         """The thresholds that each feature's share of the sample exceed; 0 for a feature without positive tokens."""
         positive = count_positive(sample.x, sample.W_enc, sample.b_enc)
-        budgets = water_fill(self.weights(sample.density), self.k * sample.x.shape[0], positive)
+        n = sample.x.shape[0]
+        # One token a batch in training is that many of the sample.
+        least = max(1, n // (sample.batch_size or n))
+        budgets = water_fill(self.weights(sample.density), self.k * n, positive, least)
         code = feature_topk_encode(sample.x, sample.W_enc, sample.b_enc, budgets.clamp_min(1))
         lowest = torch.full_like(sample.b_enc, torch.inf, dtype=code.values.dtype)
         lowest.scatter_reduce_(0, code.indices, code.values, "amin")
@@ -107,24 +110,24 @@ BISECTIONS = 100
 
 
 def water_fill(
-    weights: Float[Tensor, "m"], total: int, most: Float[Tensor, "m"] | Int[Tensor, "m"]
+    weights: Float[Tensor, "m"], total: int, most: Float[Tensor, "m"] | Int[Tensor, "m"], least: int = 1
 ) -> Int[Tensor, "m"]:
-    """Whole numbers m_i with sum `total`, nearly proportional to `weights`, each between 1 and most[i].
+    """Whole numbers m_i with sum `total`, nearly proportional to `weights`, each between `least` and most[i].
 
-    1. The level c with sum clip(c w_i, 1, most_i) = total, by bisection.
+    1. The level c with sum clip(c w_i, least, most_i) = total, by bisection.
     2. Rounded down; what is missing goes to the largest remainders (ties to the first).
 
-    Where `total` is out of reach, every m_i is at its bound. Where most[i] is 0, so is m_i.
+    Where `total` is out of reach, every m_i is at its bound; most[i] wins over `least`.
 
     Args:
         weights: positive, float64.
         most: whole numbers.
     """
     most = most.double()
-    least = most.clamp_max(1)
+    lowest = most.clamp_max(least)
 
     def at(level: Tensor) -> Tensor:
-        return (level.exp() * weights).clamp(least, most)
+        return (level.exp() * weights).clamp(lowest, most)
 
     # At these levels everything is at its lower and at its upper bound.
     low = -weights.max().log()

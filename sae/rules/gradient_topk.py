@@ -79,7 +79,8 @@ class GradientTopK(CodeRule):
     def calibrate(self, sample: Batch) -> dict[str, Tensor]:
         """1 / mean |W_dec g|."""
         mean = mean_influence(sample.W_dec, _given(sample).to(sample.W_dec.dtype))
-        return {"gradient_scale": 1 / mean.clamp_min(torch.finfo(mean.dtype).tiny)}
+        # Without any gradient the rule is TopK.
+        return {"gradient_scale": torch.where(mean == 0, 0, 1 / mean)}
 
 
 def _given(batch: Batch) -> Float[Tensor, "n d_in"]:

@@ -40,7 +40,11 @@ class JumpReLU(ThresholdRule):
     """Mean number of active features to train for; None for a plain L0 penalty."""
     name: ClassVar[str] = "jumprelu"
     saelens: ClassVar[str | None] = "jumprelu"
-    default_sparsity: ClassVar[float] = 1e-3
+
+    @property
+    def default_sparsity(self) -> float:
+        """1e-3 for the plain penalty; 1, dictionary_learning's, for the one with a target."""
+        return 1e-3 if self.target_l0 is None else 1.0
 
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
         """Raises InputError for settings that are not positive or a target that cannot be met."""

@@ -25,7 +25,11 @@ class ReLU(ThresholdRule):
 
     name: ClassVar[str] = "relu"
     saelens: ClassVar[str | None] = "standard"
-    default_sparsity: ClassVar[float] = 0.1
+
+    @property
+    def default_sparsity(self) -> float:
+        """This project's; Conerly et al.'s 5 is 5 / sqrt(d_in) in these units."""
+        return 0.1
 
     def encode(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -43,7 +44,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         )
     for row in rows:
         table.add_row(*(Text(format_cell(cell)) for cell in row))
-    console.print(table)
+    # Rich cuts columns to make a table fit: one that is too wide breaks its lines instead.
+    needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    Console(width=max(console.width, needed)).print(table)
 
 
 def format_cell(cell: Any) -> str:

@@ -158,7 +158,10 @@ def _select_kernel(
     packed = tl.sort(packed, descending=True)
     active = packed > 0
     columns = tl.where(active, (packed & NAN_KEY).to(tl.int32) ^ NAN_KEY, 0)
-    z, _ = _scores(z_row, u_row, bias, columns, active, beta, GRADIENT)
+    z, score = _scores(z_row, u_row, bias, columns, active, beta, GRADIENT)
+    if GRADIENT:
+        # A score that is NaN is shown, also where the value it stands for is not.
+        z = tl.where(score != score, score, z)
     tl.store(values + row * k + slot, tl.where(active, z, 0.0), mask=slot < k)
     tl.store(indices + row * k + slot, columns.to(tl.int64), mask=slot < k)
 

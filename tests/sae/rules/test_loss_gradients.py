@@ -125,8 +125,7 @@ class Step:
         weight = self.config.sparsity_at(STEP)
         if isinstance(rule, ReLU):
             a = z.relu()
-            norms = self.parameters["W_dec"].detach().norm(dim=1)
-            return a, self._error(x, a) + weight / D**0.5 * a.abs().sum(dim=1).mean() * (norms / norms).mean()
+            return a, self._error(x, a) + weight / D**0.5 * a.abs().sum(dim=1).mean()
         assert isinstance(rule, JumpReLU)
         theta = self.own["log_threshold"].exp()
         bandwidth = rule.bandwidth * D**0.5
@@ -144,7 +143,7 @@ class Step:
             return torch.zeros(())
         chosen = self.dead
         if config.aux_kind == "aux_zipf":
-            chosen = torch.nonzero(naive_rare(self.density)).squeeze(1)
+            chosen = torch.nonzero(naive_rare(self.density, self.dead)).squeeze(1)
         assert 0 < len(chosen) < F
         e = (x - a @ p["W_dec"] - p["b_dec"]).detach()
         among = z[:, chosen]
@@ -154,17 +153,17 @@ class Step:
         return config.aux_coefficient * loss
 
 
-def naive_rare(density: Tensor) -> Tensor:
-    """aux-zipf's set by numpy's least squares."""
+def naive_rare(density: Tensor, dead: Tensor) -> Tensor:
+    """aux-zipf's set by numpy's least squares over the features that are not dead (given by index)."""
     import numpy as np
 
     eta = density.numpy()
     order = np.argsort(-eta, kind="stable")
     rank = np.empty(len(eta))
     rank[order] = np.arange(1, len(eta) + 1)
-    fires = eta > 0
+    fires = (eta > 0) & ~np.isin(np.arange(len(eta)), dead.numpy())
     slope, level = np.polyfit(np.log(rank[fires]), np.log(eta[fires]), 1)
-    return torch.from_numpy(eta < losses.ZIPF_GAMMA * np.exp(level + slope * np.log(rank))) | (density == 0)
+    return torch.from_numpy(eta < losses.ZIPF_GAMMA * np.exp(level + slope * np.log(rank))) | ~torch.from_numpy(fires)
 
 
 def assert_step_equals_autograd(config: TrainConfig) -> Step:
@@ -232,17 +231,25 @@ def test_threshold_rules_in_chunks(rule: ThresholdRule, aux: str, dense_share: f
 def test_aux_zipf_with_the_dead_as_its_set_is_aux_k() -> None:
     density = torch.full((50,), 0.01, dtype=torch.float64)
     density[[3, 30]] = 0.0
-    assert torch.nonzero(losses.rare_features(density)).squeeze(1).tolist() == [3, 30]
+    assert torch.nonzero(losses.rare_features(density, density == 0)).squeeze(1).tolist() == [3, 30]
 
 
 def test_a_zipf_distribution_has_no_feature_behind_its_rank() -> None:
     density = 0.3 / torch.arange(1, 201, dtype=torch.float64)
-    assert not losses.rare_features(density).any()
+    assert not losses.rare_features(density, density == 0).any()
     # One feature far below the line is found, wherever it stands.
     density[17] = 1e-6
-    assert torch.nonzero(losses.rare_features(density)).squeeze(1).tolist() == [17]
+    assert torch.nonzero(losses.rare_features(density, density == 0)).squeeze(1).tolist() == [17]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.7])
+def test_dead_features_do_not_bend_the_line_and_are_all_found(share: float) -> None:
+    density = 0.3 / torch.arange(1, 1001, dtype=torch.float64)
+    dead = torch.arange(1000) >= round(1000 * (1 - share))
+    density[dead] *= 1e-3
+    assert torch.equal(losses.rare_features(density, dead), dead)
 
 
 @pytest.mark.parametrize("density", [torch.zeros(5), torch.tensor([0.5, 0, 0, 0, 0])])
 def test_rare_features_of_hardly_any_firings(density: Tensor) -> None:
-    assert torch.equal(losses.rare_features(density), density == 0)
+    assert torch.equal(losses.rare_features(density, density == 0), density == 0)
