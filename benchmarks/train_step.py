@@ -196,7 +196,7 @@ def sae_lens(size: Size) -> Step:
 
 def dictionary_learning(size: Size) -> Step:
     """dictionary_learning's TopK trainer."""
-    from dictionary_learning.trainers.top_k import TopKTrainer  # type: ignore[import-untyped]
+    from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
         steps=10**6, activation_dim=size.d_in, dict_size=size.d_sae, k=size.k, layer=0, lm_name="none", lr=LR,
