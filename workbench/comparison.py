@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from sae.errors import InputError
+from sae.formats.saelens import ARCHITECTURES
 from workbench.evaluations import KIND
 
 if TYPE_CHECKING:
@@ -54,13 +55,15 @@ def compare(space: "Workspace", names: Sequence[str] = ()) -> pd.DataFrame:
 
 def _row(summary: "SAESummary", provenance: dict[str, Any], evaluation: "Result | None") -> dict[str, Any]:
     training = provenance.get("training", {})
-    rule, _, k = summary.rule.partition(" k=")
+    architecture, _, k = summary.rule.partition(" k=")
+    # The rule it was trained with: a batch rule is stored as the thresholds that it comes to.
+    made_by = training.get("rule") or provenance.get("imported", {}).get("rule", {})
+    stored = ARCHITECTURES.get(architecture)
     measured = summary.evaluation or {}
     return {
         "sae": summary.name,
-        # The rule it was trained with: a batch rule is stored as the thresholds that it comes to.
-        "rule": training.get("rule", {}).get("name", rule) + (" (random decoder)" * _frozen(training)),
-        "k": training.get("rule", {}).get("k", int(k) if k else None),
+        "rule": made_by.get("name", stored.name if stored else architecture) + " (random decoder)" * _frozen(training),
+        "k": made_by.get("k", int(k) if k else None),
         "d_sae": summary.d_sae,
         "seed": training.get("seed"),
         "tokens": training.get("total_tokens"),

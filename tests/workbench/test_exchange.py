@@ -150,6 +150,33 @@ def test_an_imported_sae_is_evaluated_on_the_model_it_names_and_not_twice(
         space.evaluate(["a"], corpus=str(corpus), max_tokens=512, reuse=True)
 
 
+def test_a_sweep_trains_several_rules_and_evaluates_them(
+    space: Workspace, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(40):
+        (corpus / f"{number}.txt").write_text(f"def f{number}(x):\n    return x + {number}\n" * 30)
+    where = ["--workspace", str(space.path), "--device", "cpu"]
+    harvest = ["harvest", "h", "--model", str(tiny_gpt2), "--corpus", str(corpus), "--hook", HOOK, "--context", "32"]
+    assert run([*harvest, "--tokens", "4000", *where]) == 0
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(
+        'tokens = 8_000\nd_sae = 64\nbatch_size = 256\n[[rule]]\nname = "topk"\nk = 4\n'
+        '[[rule]]\nname = "batchtopk"\nk = 4\n[[rule]]\nname = "relu"\n'
+    )
+    capsys.readouterr()
+    assert run(["train", "h", "--name", "s", "--sweep", str(sweep), "--evaluate", "--json", *where]) == 0
+    made = json.loads(capsys.readouterr().out)
+    names = ["s-topk", "s-batchtopk", "s-relu"]
+    assert [item["name"] for item in made["saes"]] == names
+    assert list(made["evaluations"]) == names
+    table = space.compare().set_index("sae")
+    assert table.loc[names, "rule"].tolist() == ["topk", "batchtopk", "relu"]
+    assert table.loc["s-topk", "fvu"] == made["evaluations"]["s-topk"]["fvu"]
+    assert table["added_nats"].notna().all()
+
+
 def store_evaluation(space: Workspace, name: str, l0: float, fvu: float, corpus: str = "c") -> None:
     import pandas as pd
 
@@ -199,6 +226,27 @@ def test_compare_says_what_was_not_evaluated_or_on_other_text(
     assert "different held-out text, so not quite comparable: c, 512 tokens; other, 512 tokens." in (
         capsys.readouterr().out
     )
+
+
+def test_a_narrow_terminal_cuts_no_name_and_no_number(
+    compared: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    compared.add_sae("a-name-that-takes-most-of-a-line", make_sae(ReLU()), {})
+    store_evaluation(compared, "a-name-that-takes-most-of-a-line", 123.4, 0.4322)
+    assert run(["compare", "--workspace", str(compared.path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(" a-name"))
+    assert line.split() == [
+        "a-name-that-takes-most-of-a-line",
+        "relu",
+        "-",
+        "64",
+        "123.4",
+        "0.4322",
+        "0.2161",
+        "0.9",
+        "0",
+    ]
 
 
 def test_the_figure_has_a_mark_for_every_evaluated_sae(compared: Workspace, tmp_path: Path) -> None:

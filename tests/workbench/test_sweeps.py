@@ -73,6 +73,11 @@ def test_several_rules_are_named_and_each_by_its_own_axes() -> None:
     assert names(document) == ["s-topk-k4", "s-topk-k8", "s-relu", "s-jumprelu"]
 
 
+def test_a_long_setting_has_a_short_name() -> None:
+    document = {"d_sae": 64, "rule": [{"name": "relu", "sparsity_coefficient": [1, 2.5]}]}
+    assert names(document) == ["s-sparsity1", "s-sparsity2.5"]
+
+
 def test_groups_of_features_are_one_value() -> None:
     one = parse_sweep({"d_sae": 64, "matryoshka": [16, 64], "rule": [RULE]}).configs("s", 1000)
     two = parse_sweep({"d_sae": 64, "matryoshka": [[16, 64], [32, 64]], "rule": [RULE]}).configs("s", 1000)
