@@ -166,12 +166,18 @@ def test_a_harvest_and_a_run_that_were_stopped_end_in_the_same_bytes(
     signal_number: int, tmp_path: Path, tiny_gpt2: Path, corpus: Path
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run(harvest_arguments(whole, tiny_gpt2, corpus)) == 0
+    # Long enough that the signal comes before its end, however fast the machine.
+    long = tmp_path / "long"
+    long.mkdir()
+    for file in corpus.iterdir():
+        for copy in range(8):
+            (long / f"{copy}-{file.name}").write_bytes(file.read_bytes())
+    assert run(harvest_arguments(whole, tiny_gpt2, long, 200_000)) == 0
     code = killed_after(
-        harvest_arguments(stopped, tiny_gpt2, corpus), stopped / "harvests/h/harvest.json", signal_number
+        harvest_arguments(stopped, tiny_gpt2, long, 200_000), stopped / "harvests/h/harvest.json", signal_number
     )
     assert code in (-signal_number, 130)
-    assert run(harvest_arguments(stopped, tiny_gpt2, corpus)) == 0
+    assert run(harvest_arguments(stopped, tiny_gpt2, long, 200_000)) == 0
     assert tree(whole, "harvests/h/blocks/*/*") == tree(stopped, "harvests/h/blocks/*/*")
 
     assert run(train_arguments(whole, 150_000)) == 0
