@@ -68,6 +68,7 @@ def sae_lens(size: Size, example: torch.Tensor) -> Step:
 
 def sparsify(size: Size, example: torch.Tensor) -> Step:
     """sparsify's SparseCoder with torch's fused Adam, in the order of operations of its trainer."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read when it is imported: its Triton decoder wants a GPU
     from sparsify import SparseCoder, SparseCoderConfig
 
     coder = SparseCoder(size.d_in, SparseCoderConfig(num_latents=size.d_sae, k=size.k))
