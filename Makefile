@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint app clean help
+.PHONY: demo test lint notebooks docs dist app clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,9 @@ help:
 	@echo "make app    set up, then open the web app on the demo's workspace"
 	@echo "make test   set up, then run linters, type checker and tests"
 	@echo "make lint   set up, then run ruff and mypy"
+	@echo "make notebooks   set up, then run the notebooks from nothing and store their outputs (needs Chrome or Chromium)"
+	@echo "make docs   set up, then build the documentation into docs/_build/html; a warning is an error"
+	@echo "make dist   set up, then build and check the wheel and the sdist in dist/"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,6 +31,7 @@ $(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --no-deps dictionary-learning  # asks for an nnsight that nothing here uses
 	@touch $@
 
 demo: $(VENV)/.runtime
@@ -44,5 +48,18 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/python -m pytest
 
+notebooks: $(VENV)/.dev
+	rm -rf notebooks/workspace notebooks/own
+	$(BIN)/python notebooks/execute.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build docs/reference .pytest_cache .mypy_cache .ruff_cache

@@ -1,88 +1,41 @@
-"""Overview page: what the workspace holds, how its SAEs compare, and training curves, live while a run goes on.
+"""The frame of the app: which pages there are, and the one that is open.
 
-Started by `workbench app`, with the workspace's path as its argument.
+Started by `workbench app`, with the workspace's path as its argument. A page is a file in `pages/` and shows up by
+itself; one that ORDER does not name comes last.
 """
 
-import sys
+from pathlib import Path
 
-import pandas as pd
 import streamlit as st
 
-from workbench import Workspace, figures
+from app.shared import plain
+from workbench.index import InputError
 
-st.set_page_config(page_title="Workbench", page_icon="🔬", layout="wide")
-
-SECONDS_BETWEEN_REFRESHES = 5.0
-EVALUATION_COLUMNS = {
-    "l0": "L0",
-    "fvu": "FVU",
-    "added_nats": "added nats",
-    "loss_recovered_zero": "recovered (zero)",
-    "dead_share": "dead share",
-}
+PAGES = Path(__file__).with_name("pages")
+# The icons are symbols of the font that Streamlit brings along.
+ORDER = {
+    "Overview": "space_dashboard", "Compare": "balance", "Features": "grid_view", "Feature": "center_focus_strong",
+    "Prompt": "chat", "Steering": "explore", "Heads": "visibility", "Circuits": "account_tree",
+    "Sparsity": "blur_on", "SQL": "database",
+}  # fmt: skip
 
 
-def main(path: str) -> None:
-    """Draws the page."""
-    workspace = Workspace(path, create=False)
-    st.title("Workspace")
-    st.caption(str(workspace.path))
-    harvests(workspace)
-    saes(workspace)
-    runs(workspace)
-
-
-def harvests(workspace: Workspace) -> None:
-    """Table of harvests."""
-    st.subheader("Harvests")
-    rows = [
-        {
-            "name": item.name, "model": item.model, "corpus": item.corpus, "hooks": ", ".join(item.hooks),
-            "rows": item.rows, "MB": round(item.bytes / 1e6, 1), "state": item.state,
-        }
-        for item in workspace.harvest_summaries()
-    ]  # fmt: skip
-    if rows:
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
-    else:
-        st.info("No harvest yet. Make one with `workbench harvest`, or run `workbench demo`.")
-
-
-def saes(workspace: Workspace) -> None:
-    """Table of SAEs with their latest evaluation, and their firing densities."""
-    st.subheader("Sparse autoencoders")
-    rows = [
-        {"name": item.name, "rule": item.rule, "features": item.d_sae, "hook": item.hook}
-        | {label: (item.evaluation or {}).get(key) for key, label in EVALUATION_COLUMNS.items()}
-        for item in workspace.saes()
+def pages() -> list[st.Page]:
+    """The pages whose file exists, in the order of ORDER."""
+    names = {file.stem: file for file in sorted(PAGES.glob("[!_]*.py"))}
+    rank = {name: number for number, name in enumerate(ORDER)}
+    return [
+        st.Page(
+            names[name], title=name, icon=f":material/{ORDER.get(name, 'description')}:", default=name == "Overview"
+        )
+        for name in sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
     ]
-    if not rows:
-        st.info("No SAE yet. Train one with `workbench train`.")
-        return
-    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
-    evaluations = workspace.results.find("evaluation")
-    if evaluations:
-        st.markdown("**How often features fire** (held-out tokens)")
-        histogram = pd.concat([result.table("density_histogram") for result in evaluations])
-        st.plotly_chart(figures.density_histogram(histogram), key="density")
 
 
-@st.fragment(run_every=SECONDS_BETWEEN_REFRESHES)
-def runs(workspace: Workspace) -> None:
-    """Training curves of one run; redrawn on a timer so that a run under way is seen as it goes."""
-    st.subheader("Training runs")
-    summaries = workspace.runs()
-    if not summaries:
-        st.info("No training run yet.")
-        return
-    states = {run.name: f"{run.name} ({run.state})" for run in summaries}
-    chosen = st.selectbox("Run", list(states), format_func=states.__getitem__, index=len(states) - 1)
-    metrics = workspace.run(chosen).metrics()
-    if metrics.empty:
-        st.info("This run has not reported yet.")
-    else:
-        st.plotly_chart(figures.training_curves(metrics), key="curves")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+page = st.navigation(pages())
+st.set_page_config(page_title=f"{page.title} · Workbench", page_icon="🔬", layout="wide")
+try:
+    page.run()
+except InputError as error:
+    # What a page did not foresee: a folder that became read-only, a file damaged under its hands.
+    st.error(plain(str(error)))

@@ -1,19 +1,35 @@
-"""What the pages share: the workspace, opened indexes and models, and the choice of an SAE."""
+"""What the pages share: the workspace, opened indexes and models, the choice of an SAE, and links to features."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
+from streamlit.errors import StreamlitPageNotFoundError
 
 from workbench import Workspace
+from workbench.index import InputError
 from workbench.index.build import index_path
-from workbench.index.query import FeatureIndex, index_names
+from workbench.index.query import FeatureIndex, concepts_path, index_names
 from workbench.models import LoadedModel, load_model
+
+FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "runs/*/run.duckdb", "results/*/*.duckdb",
+            "indexes/*.duckdb")  # fmt: skip
 
 
 def open_workspace() -> Workspace:
-    """The workspace that `workbench app` was started on."""
-    return Workspace(sys.argv[1], create=False)
+    """The workspace that `workbench app` was started on; one that is gone or foreign is said so, and the page ends."""
+    try:
+        return Workspace(sys.argv[1], create=False)
+    except InputError as error:
+        st.error(plain(str(error)))
+        st.stop()
+
+
+def version(workspace: Workspace) -> str:
+    """Changes with every finished artefact of the workspace: a key for `st.cache_data`."""
+    files = [path for pattern in FINISHED for path in workspace.path.glob(pattern)]
+    return str(hash(tuple(sorted((str(path), path.stat().st_mtime_ns) for path in files))))
 
 
 def choose_index(workspace: Workspace) -> FeatureIndex:
@@ -33,20 +49,25 @@ def choose_index(workspace: Workspace) -> FeatureIndex:
         st.query_params["sae"] = names[0]
     # The URL decides, so that a link always names its SAE; a bound widget would leave the first one out of it.
     st.session_state["sae"] = st.query_params["sae"]
+    read = {item.name: f"{item.name} · {item.hook} · {item.model}" for item in workspace.saes()}
 
     def follow() -> None:
         st.query_params["sae"] = st.session_state["sae"]
 
-    return open_index(workspace, st.selectbox("SAE", names, key="sae", on_change=follow))
+    chosen = st.selectbox(
+        "SAE · hook point · model", names, key="sae", on_change=follow, format_func=lambda name: read.get(name, name)
+    )
+    return open_index(workspace, chosen)
 
 
 def open_index(workspace: Workspace, name: str) -> FeatureIndex:
-    """An index, opened once and again when it is rebuilt."""
-    return _opened(str(workspace.path), name, index_path(workspace, name).stat().st_mtime_ns)
+    """An index, opened once and again when it or the concepts of its features are made anew."""
+    files = (index_path(workspace, name), concepts_path(workspace, name))
+    return _opened(str(workspace.path), name, tuple(path.stat().st_mtime_ns for path in files if path.is_file()))
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def _opened(workspace: str, name: str, version: int) -> FeatureIndex:
+def _opened(workspace: str, name: str, versions: tuple[int, ...]) -> FeatureIndex:
     return FeatureIndex.open(Workspace(workspace, create=False), name)
 
 
@@ -59,3 +80,17 @@ def loaded_model(name: str) -> LoadedModel:
 def open_feature(sae: str, feature: int) -> None:
     """Goes to the page of a feature."""
     st.switch_page(Path(__file__).with_name("pages") / "Feature.py", query_params={"sae": sae, "feature": str(feature)})
+
+
+def page_link(page: str, label: str, **query: Any) -> None:
+    """A link to another page with its state, such as `page_link("Feature", "feature 3", sae="mine", feature=3)`."""
+    try:
+        st.page_link(f"pages/{page}.py", label=label, query_params={name: str(value) for name, value in query.items()})
+    except StreamlitPageNotFoundError:
+        # A page that a test runs by itself knows no others.
+        st.markdown(label)
+
+
+def plain(text: str) -> str:
+    """Text whose marks Markdown does not take for its own."""
+    return "".join(f"\\{mark}" if mark in "\\`*_{}[]()<>#+-.!|~$:^=&" else mark for mark in text)

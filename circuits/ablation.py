@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.metrics import Metric, logit_difference
-from circuits.passes import activations, answer_logits
+from circuits.passes import OnProgress, activations, answer_logits
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
 from circuits.sweeps import Variants, sweep
@@ -34,6 +34,7 @@ def ablate_heads(
     metric: Metric = logit_difference,
     batch_size: int = 32,
     seed: int = 0,
+    on_progress: OnProgress | None = None,
 ) -> NodeScores:
     """Loss of the metric when each head is ablated alone, at all positions.
 
@@ -68,6 +69,9 @@ def ablate_heads(
         effects = []
         for variants in sweep(bridge, batch.clean, batch.last, groups):
             effects += [metric(one, batch).double().sum().cpu() for one in variants]
+            if on_progress is not None:
+                done = first * n_layers + len(batch) * len(effects) // n_heads
+                on_progress(done, n * n_layers)
         ablated += torch.stack(effects)
     heads = [f"a{layer}.h{head}" for layer in range(n_layers) for head in range(n_heads)]
     scores = clean / n - ablated / n

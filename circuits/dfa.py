@@ -44,9 +44,11 @@ class FeatureAttribution:
         return float(self.values.sum()) + self.constant
 
     def by_source(self) -> Float[Tensor, "src"]:
+        """What each source position adds, summed over heads."""
         return self.values.sum(dim=1)
 
     def by_head(self) -> Float[Tensor, "heads"]:
+        """What each head adds, summed over source positions."""
         return self.values.sum(dim=0)
 
     def table(self) -> pd.DataFrame:

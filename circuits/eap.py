@@ -32,7 +32,7 @@ from torch import Tensor
 from circuits.edges import read_through, stacked, writer_names, written_and_logits
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Graph, graph_of
-from circuits.passes import Hook, answer_logits, probed, taking
+from circuits.passes import Hook, OnProgress, answer_logits, probed, taking
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores
 from sae.errors import InputError
@@ -48,6 +48,7 @@ def attribute_edges(
     steps: int = 5,
     metric: Metric = logit_difference,
     batch_size: int = 32,
+    on_progress: OnProgress | None = None,
 ) -> EdgeScores:
     """Attribution of every edge.
 
@@ -64,7 +65,7 @@ def attribute_edges(
     graph = graph_of(bridge)
     total = torch.zeros(len(graph.writers), len(graph.readers), dtype=torch.float64)
     clean = corrupted = 0.0
-    for batch in prompts.batches(batch_size):
+    for number, batch in enumerate(prompts.batches(batch_size)):
         with torch.no_grad():
             other, logits = written_and_logits(bridge, batch.corrupted, batch.last)
             corrupted += metric(logits, batch).sum().item()
@@ -79,6 +80,8 @@ def attribute_edges(
             for rows, hooks in _interpolated_runs(graph, variant, steps, own, other):
                 run = gradient_run(bridge, graph, batch, metric, hooks)
                 total[rows] += _scores(graph, run, (own - other)[rows]) / steps
+        if on_progress is not None:
+            on_progress(number * batch_size + len(batch), len(prompts))
     n = len(prompts)
     scores = torch.where(graph.exists, total / n, 0.0)
     name = variant if variant == "eap" else f"eap {variant}"

@@ -86,7 +86,12 @@ def patched_logits(
     return answer_logits(bridge, tokens, last, edge_hooks(bridge, graph_of(bridge), alternative, patched))
 
 
-def edge_hooks(bridge: Any, graph: Graph, alternative: Tensor, patched: Tensor) -> list[Hook]:
+def edge_hooks(
+    bridge: Any,
+    graph: Graph,
+    alternative: Float[Tensor, "writers n pos d_model"],
+    patched: Float[Tensor, "writers readers"] | Float[Tensor, "n writers readers"],
+) -> list[Hook]:
     """The hooks that patch edges; for one forward pass, in which they keep what writers have written."""
     mask = patched.to(alternative.dtype)
     mask = mask.expand(alternative.shape[1], *mask.shape[-2:])

@@ -28,7 +28,7 @@ from torch import Tensor
 from circuits.edges import patched_logits, written
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Graph
-from circuits.passes import answer_logits
+from circuits.passes import OnProgress, answer_logits
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores
 from sae.errors import InputError
@@ -75,7 +75,11 @@ class FaithfulnessCurve:
 
 
 def circuit_edges(scores: EdgeScores, n_edges: int, ranking: Ranking = "absolute") -> Bool[Tensor, "writers readers"]:
-    """The `n_edges` edges of largest score, pruned to those on a path from `input` to `logits`."""
+    """The `n_edges` edges of largest score, pruned to those on a path from `input` to `logits`.
+
+    Raises:
+        InputError: an unknown ranking.
+    """
     if ranking not in ("absolute", "signed"):
         raise InputError(f"unknown ranking {ranking!r}: choose absolute or signed")
     exists = scores.graph.exists
@@ -139,6 +143,7 @@ def faithfulness_curve(
     fractions: Sequence[float] = FRACTIONS,
     metric: Metric = logit_difference,
     batch_size: int = 32,
+    on_progress: OnProgress | None = None,
 ) -> FaithfulnessCurve:
     """Faithfulness and completeness of the circuits of the best-scored edges.
 
@@ -156,9 +161,13 @@ def faithfulness_curve(
         raise InputError(f"task {prompts.name}: {metric.__name__} is the same on clean and corrupted prompts")
     n_edges = int(scores.graph.exists.sum())
     kept = [circuit_edges(scores, int(fraction * n_edges), ranking) for fraction in fractions]
+    runs = iter(range(1, 2 * len(kept) + 1))
 
     def share(edges: Bool[Tensor, "writers readers"]) -> float:
         value = circuit_metric(bridge, prompts, edges, metric=metric, batch_size=batch_size)
+        done = next(runs)
+        if on_progress is not None:
+            on_progress(done, 2 * len(kept))
         return (value - corrupted) / (clean - corrupted)
 
     return FaithfulnessCurve(

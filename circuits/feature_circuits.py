@@ -60,6 +60,7 @@ class FeatureCircuit:
     corrupted: float
 
     def table(self) -> pd.DataFrame:
+        """The nodes with their scores."""
         return self.nodes
 
 

@@ -41,6 +41,31 @@ def head_scores_heatmap(scores: NodeScores) -> go.Figure:
     return head_heatmap(values, f"{scores.task}: {scores.method} ({scores.metric})")
 
 
+def selectable_heads(figure: go.Figure, n_layers: int, n_heads: int, chosen: str | None = None) -> go.Figure:
+    """A head heat map with an invisible point over every cell, whose customdata is the head's name, since cells cannot
+    be clicked; a frame around `chosen`."""
+    places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    names = [f"a{layer}.h{head}" for layer, head in places]
+    values = figure.data[0].z
+    figure.data[0].update(hoverinfo="skip", hovertemplate=None, colorbar={"thickness": 8})
+    figure.add_scatter(
+        x=[head for _, head in places], y=[layer for layer, _ in places], mode="markers", showlegend=False,
+        customdata=names, text=[f"{values[layer][head]:.4g}" for layer, head in places],
+        hovertemplate="%{customdata}: %{text}<extra></extra>",
+        marker={"size": 12, "symbol": "square", "opacity": 0, "color": "#888"},
+    )  # fmt: skip
+    # Markers would push the axes outwards.
+    figure.update_xaxes(range=[-0.5, n_heads - 0.5])
+    figure.update_yaxes(range=[-0.5, n_layers - 0.5])
+    if chosen in names:
+        layer, head = places[names.index(chosen)]
+        figure.add_shape(
+            type="rect", x0=head - 0.5, x1=head + 0.5, y0=layer - 0.5, y1=layer + 0.5,
+            line={"color": "#efb118", "width": 3},
+        )  # fmt: skip
+    return figure
+
+
 def strongest_nodes(scores: NodeScores, top: int = 20) -> go.Figure:
     """Bars of the nodes of largest absolute score."""
     table = scores.table()[:top][::-1]
@@ -58,7 +83,7 @@ def attention_pattern(pattern: Float[Tensor, "q k"], tokens: Sequence[str], titl
     ticks = [f"{position} {token!r}" for position, token in enumerate(tokens)]
     figure = go.Figure(
         go.Heatmap(
-            z=pattern.tolist(), x=ticks, y=ticks, colorscale="Blues", zmin=0, zmax=1,
+            z=pattern.tolist(), x=ticks, y=ticks, colorscale="Blues", zmin=0, zmax=1, colorbar={"thickness": 8},
             hovertemplate="from %{y}<br>to %{x}<br>%{z:.3f}<extra></extra>",
         )
     )  # fmt: skip
@@ -117,7 +142,7 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
     names = sorted(used)
     figure.add_scatter(
         x=[places[name][0] for name in names], y=[places[name][1] for name in names], text=names,
-        mode="markers+text", textposition="top center", marker={"size": 10, "color": "#333"}, showlegend=False,
+        mode="markers+text", textposition="top center", marker={"size": 10, "color": "#888"}, showlegend=False,
         hoverinfo="text",
     )  # fmt: skip
     figure.update_xaxes(visible=False)

@@ -184,6 +184,9 @@ def prefix_induction(
     followed the first. A head that matches one token scores alike for every p and does not mind a corrupted prefix;
     a long-prefix head scores more the longer the prefix, and falls when it is corrupted. All rows have the same
     length and places, whatever p, so that distance does not enter.
+
+    Raises:
+        InputError: a vocabulary too small for the longest prefix.
     """
     longest = max(lengths)
     total = 4 * longest + 4

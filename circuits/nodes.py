@@ -38,6 +38,7 @@ class Graph:
 
     @cached_property
     def writers(self) -> list[str]:
+        """Names of what writes to the residual stream: input, each layer's heads, its MLP."""
         names = ["input"]
         for layer in range(self.n_layers):
             names += [f"a{layer}.h{head}" for head in range(self.n_heads)] + [f"m{layer}"]
@@ -45,6 +46,7 @@ class Graph:
 
     @cached_property
     def readers(self) -> list[str]:
+        """Names of what reads from it: heads' queries, keys and values, MLPs, logits."""
         names = []
         for layer in range(self.n_layers):
             names += [f"a{layer}.h{head}<q>" for head in range(self.n_heads)]
@@ -54,6 +56,7 @@ class Graph:
 
     @cached_property
     def heads(self) -> list[str]:
+        """Names of all heads, layer by layer."""
         return [f"a{layer}.h{head}" for layer in range(self.n_layers) for head in range(self.n_heads)]
 
     @cached_property
@@ -96,6 +99,7 @@ class Graph:
         return row, column
 
     def edge_name(self, row: int, column: int) -> str:
+        """Name of the edge from writer `row` to reader `column`, such as `a0.h0->m0`."""
         return f"{self.writers[row]}->{self.readers[column]}"
 
     def head(self, name: str) -> tuple[int, int]:

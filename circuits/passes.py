@@ -18,6 +18,8 @@ from torch import Tensor
 from circuits.prompts import PromptSet
 
 Hook = tuple[str, Callable[..., Any]]
+OnProgress = Callable[[int, int], None]
+"""Called with (units of work done, units in all)."""
 
 
 def answer_logits(

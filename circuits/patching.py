@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from circuits.metrics import Metric, logit_difference
-from circuits.passes import activations, answer_logits
+from circuits.passes import OnProgress, activations, answer_logits
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
 from circuits.sweeps import Variants, sweep
@@ -39,6 +39,7 @@ def patch_activations(
     by_position: bool = False,
     metric: Metric = logit_difference,
     batch_size: int = 32,
+    on_progress: OnProgress | None = None,
 ) -> NodeScores:
     """Effect of patching every node of a site.
 
@@ -72,14 +73,19 @@ def patch_activations(
             nodes = [f"{stem}{layer}" for layer in range(n_layers)]
     total = torch.zeros(len(nodes), dtype=torch.float64)
     clean = corrupted = 0.0
-    for batch in prompts.batches(batch_size):
+    for number, batch in enumerate(prompts.batches(batch_size)):
         base, other = (batch.corrupted, batch.clean) if direction == "denoise" else (batch.clean, batch.corrupted)
         clean += metric(answer_logits(bridge, batch.clean, batch.last), batch).sum().item()
         corrupted += metric(answer_logits(bridge, batch.corrupted, batch.last), batch).sum().item()
         source = activations(bridge, other, names)
         placed = masks.to(base.device)
         groups = (Variants(layer, name, source[name], placed) for layer, name in enumerate(names))
-        total += torch.cat(list(_summed(sweep(bridge, base, batch.last, groups), batch, metric)))
+        pieces = []
+        for layer, piece in enumerate(_summed(sweep(bridge, base, batch.last, groups), batch, metric), start=1):
+            pieces.append(piece)
+            if on_progress is not None:
+                on_progress(number * batch_size * n_layers + len(batch) * layer, len(prompts) * n_layers)
+        total += torch.cat(pieces)
     n = len(prompts)
     patched = total / n
     scores = patched - corrupted / n if direction == "denoise" else clean / n - patched

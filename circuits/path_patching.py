@@ -20,7 +20,7 @@ from torch import Tensor
 from circuits.edges import patched_logits, written
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import graph_of
-from circuits.passes import Hook, activations, answer_logits
+from circuits.passes import Hook, OnProgress, activations, answer_logits
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores, NodeScores
 from sae.errors import InputError
@@ -34,6 +34,7 @@ def patch_paths(
     receivers: Sequence[str] = ("logits",),
     metric: Metric = logit_difference,
     batch_size: int = 32,
+    on_progress: OnProgress | None = None,
 ) -> NodeScores:
     """Effect of every head on the receivers.
 
@@ -49,7 +50,7 @@ def patch_paths(
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(n_layers)]
     total = torch.zeros(len(heads), dtype=torch.float64)
     clean = corrupted = 0.0
-    for batch in prompts.batches(batch_size):
+    for number, batch in enumerate(prompts.batches(batch_size)):
         before = metric(answer_logits(bridge, batch.clean, batch.last), batch).double().sum().item()
         clean += before
         corrupted += metric(answer_logits(bridge, batch.corrupted, batch.last), batch).sum().item()
@@ -70,6 +71,9 @@ def patch_paths(
                 setting = [(name, _setting(read[name], chosen)) for _, name, chosen in parts]
                 logits = answer_logits(bridge, batch.clean, batch.last, setting)
             total[index] += before - metric(logits, batch).double().sum().cpu()
+            if on_progress is not None:
+                done = number * batch_size * len(heads) + len(batch) * (index + 1)
+                on_progress(done, len(prompts) * len(heads))
     n = len(prompts)
     method = f"path patching to {', '.join(receivers)}"
     return NodeScores(method, prompts.name, metric.__name__, heads, total / n, clean / n, corrupted / n)
@@ -83,6 +87,7 @@ def patch_edges(
     *,
     metric: Metric = logit_difference,
     rows_at_once: int = 128,
+    on_progress: OnProgress | None = None,
 ) -> EdgeScores:
     """Exact effect of patching each edge alone: metric(clean) - metric(patched). Edges not asked for stay zero.
 
@@ -112,6 +117,8 @@ def patch_edges(
         effects = clean.double().mean() - metric(logits, stacked).double().view(len(group), n).mean(dim=1)
         for (row, column), effect in zip(group, effects.tolist(), strict=True):
             scores[row, column] = effect
+        if on_progress is not None:
+            on_progress(first + len(group), len(chosen))
     return EdgeScores(
         "edge patching", prompts.name, metric.__name__, graph, scores, clean.mean().item(), corrupted.mean().item()
     )

@@ -65,6 +65,7 @@ class PromptSet:
         return self[torch.arange(len(self), device=self.clean.device).repeat(times)]
 
     def to(self, device: torch.device | str) -> "PromptSet":
+        """The same prompts on another device."""
         tensors = (self.clean, self.corrupted, self.last, self.answers, self.wrong)
         return PromptSet(self.name, *(tensor.to(device) for tensor in tensors))
 

@@ -53,6 +53,7 @@ class Terms:
 
     @property
     def total(self) -> float:
+        """Sum of all terms."""
         return float(self.table.value.sum())
 
 

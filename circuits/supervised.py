@@ -84,8 +84,10 @@ def fit(activation: Float[Tensor, "n d"], attributes: Attributes, method: str = 
     return SupervisedDictionary(mean.to(activation), features.to(activation), names)
 
 
-def activation_at(bridge: Any, tokens: Int[Tensor, "n pos"], prompts: PromptSet, hook_name: str) -> Tensor:
-    """Activations [n, d] at the last positions, heads of hook_z concatenated."""
+def activation_at(
+    bridge: Any, tokens: Int[Tensor, "n pos"], prompts: PromptSet, hook_name: str
+) -> Float[Tensor, "n d"]:
+    """Activations at the last positions, heads of hook_z concatenated."""
     found = activations(bridge, tokens, [hook_name])[hook_name]
     return last_values(found.flatten(2), prompts)
 
@@ -145,7 +147,7 @@ def sparse_control(
     bridge: Any,
     prompts: PromptSet,
     hook_name: str,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Float[Tensor, "n d"]], Float[Tensor, "n features"]],
     decoder: Float[Tensor, "features d"],
     *,
     k: int = 2,
@@ -153,7 +155,7 @@ def sparse_control(
     """Test 2: the corrupted prompts are the counterfactuals of the clean ones.
 
     Args:
-        encode: gives the code [n, features] of activations [n, d].
+        encode: gives the code of activations.
         decoder: directions of the features; what is edited is the activation, so biases play no part.
         k: features changed at most.
     """

@@ -26,7 +26,11 @@ FILE = "checkpoint.safetensors"
 
 
 def save(folder: Path, states: Sequence[TrainingState], source: "BatchSource", step: int) -> None:
-    """Writes a checkpoint after `step` steps; a kill while it is written leaves the one before."""
+    """Writes a checkpoint after `step` steps; a kill while it is written leaves the one before.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{number}.{name}": tensor.detach().cpu().contiguous()

@@ -19,15 +19,16 @@ class SparseCode:
     """
 
     values: Tensor
-    """Activations; signed rules give signed values."""
+    """Activations, [n_tokens, k] or [nnz]; signed rules give signed values."""
     indices: Tensor
-    """Feature of each value, int64."""
+    """Feature of each value, of the same shape; int64."""
     d_sae: int
     """Number of features."""
     offsets: Int[Tensor, "n_tokens+1"] | None = None
 
     @property
     def n_tokens(self) -> int:
+        """Number of tokens."""
         return self.values.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
 
     def token_ids(self) -> Int[Tensor, "entries"]:

@@ -65,10 +65,12 @@ class SAE(nn.Module):
 
     @property
     def d_in(self) -> int:
+        """Width of the activations it reads."""
         return self.W_dec.shape[1]
 
     @property
     def d_sae(self) -> int:
+        """Number of features."""
         return self.W_dec.shape[0]
 
     @property
@@ -130,4 +132,5 @@ class SAE(nn.Module):
         return load(Path(path), device)
 
     def extra_repr(self) -> str:
+        """What `repr` shows of it."""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, rule={self.rule}, hook_name={self.hook_name!r}"

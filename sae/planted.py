@@ -193,6 +193,7 @@ class PlantedSource:
 
     @property
     def d_in(self) -> int:
+        """Width of the activations."""
         return self.truth.planting.d_in
 
     def next_batch(self, n: int) -> Float[Tensor, "n d_in"]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import kernels, losses, optim
@@ -22,8 +22,8 @@ MULTI_K = 4
 ANNEAL_SHARE = 0.7
 """Share of the steps over which k goes from its start to its final value (CSRv2)."""
 
-# Running sums between two reports.
-LOSS, SQUARED_ERROR, VARIANCE, ACTIVE, AUX, STEPS = range(6)
+# Running sums between two reports, and how many features the last one found that the auxiliary loss would revive.
+LOSS, SQUARED_ERROR, VARIANCE, ACTIVE, AUX, STEPS, REVIVABLE = range(7)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrainingState:
         self.input_scale = torch.ones((), device=device)
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         self.density = torch.zeros(config.d_sae, device=device)
-        self.totals = torch.zeros(6, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(7, dtype=torch.float64, device=device)
         rule = config.rule
         own = rule.trained_tensors(config.d_sae, d_in) if isinstance(rule, ThresholdRule) else {}
         self.own = {name: tensor.to(device) for name, tensor in own.items()}
@@ -143,13 +143,9 @@ class TrainingState:
 
     def _add_aux(self, done: Pass, x_centred: Tensor, step: int) -> Tensor | None:
         config = self.config
-        kind = config.aux_kind
-        if kind == "none" or config.aux_coefficient == 0 or step * config.batch_size < config.dead_after:
+        if not config.has_aux(step):
             return None
-        revived = self.tokens_since_fired >= config.dead_after
-        if kind == "aux_zipf":
-            revived = losses.rare_features(self.density, revived)
-        chosen = torch.nonzero(revived).squeeze(1)
+        chosen = torch.nonzero(self.revivable()).squeeze(1)
         if chosen.numel() == 0:
             return None
         sae = self.sae
@@ -178,33 +174,35 @@ class TrainingState:
     def _count(self, done: Pass, n_tokens: int, aux: Tensor | None, step: int) -> None:
         self.tokens_since_fired += n_tokens
         self.tokens_since_fired.masked_fill_(done.firings > 0, 0)
-        # A plain mean over the first steps, then one that forgets over as many tokens as make a feature dead.
-        rate = min(1.0, max(n_tokens / self.config.dead_after, 1 / (step + 1)))
-        self.density.lerp_(done.firings.to(self.density.dtype) / n_tokens, rate)
-        zero = torch.zeros((), device=self.totals.device)
-        self.totals += torch.stack(
-            [
-                done.loss.double(),
-                done.fit.squared_error.double(),
-                done.fit.total_variance.double(),
-                done.firings.sum().double() / n_tokens,
-                (zero if aux is None else aux).double(),
-                zero.double() + 1,
-            ]
-        )
+        self.density.lerp_(done.firings.to(self.density.dtype) / n_tokens, self.config.density_rate(step))
+        l0 = done.firings.sum().double() / n_tokens
+        self._add_totals(done.loss, done.fit.squared_error, done.fit.total_variance, l0, aux)
+
+    def _add_totals(
+        self, loss: Tensor, squared_error: Tensor, variance: Tensor, l0: Tensor, aux: Tensor | None
+    ) -> None:
+        zero = torch.zeros((), dtype=torch.float64, device=self.totals.device)
+        sums = [loss.double(), squared_error.double(), variance.double(), l0.double()]
+        self.totals += torch.stack([*sums, zero if aux is None else aux.double(), zero + 1, zero])
+
+    def revivable(self) -> Bool[Tensor, "d_sae"]:
+        """The features that the auxiliary loss works on: dead ones, or with aux-zipf those that have become rare."""
+        dead = self.tokens_since_fired >= self.config.dead_after
+        return losses.rare_features(self.density, dead) if self.config.aux_kind == "aux_zipf" else dead
 
     def read_totals(self) -> Totals:
         """Means since the last call; waits for the device."""
-        values = self.totals.tolist()
-        self.totals.zero_()
+        dead = (self.tokens_since_fired >= self.config.dead_after).double().mean()
+        self.totals[REVIVABLE] = self.revivable().sum()
+        values = [*self.totals.tolist(), dead.item()]
+        self.totals[:REVIVABLE] = 0
         steps = max(values[STEPS], 1.0)
-        dead = (self.tokens_since_fired >= self.config.dead_after).double().mean().item()
         return Totals(
             loss=values[LOSS] / steps,
             fvu=values[SQUARED_ERROR] / max(values[VARIANCE], 1e-300),
             l0=values[ACTIVE] / steps,
             aux_loss=values[AUX] / steps,
-            dead_share=dead,
+            dead_share=values[-1],
         )
 
     @torch.no_grad()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sae import checkpoint, rules
 from sae.errors import InputError
+from sae.fused_state import new_state
 from sae.interrupts import deferred_interrupt
 from sae.model import SAE
 from sae.rules import AuxKind, CodeRule, Rule, ThresholdRule, TopK
@@ -94,6 +95,7 @@ class TrainConfig:
 
     @property
     def aux_kind(self) -> AuxKind:
+        """The auxiliary loss: the one asked for, or the rule's default."""
         return self.aux if self.aux is not None else self.rule.default_aux
 
     def k_at(self, step: int) -> int:
@@ -112,17 +114,31 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
+        """The learning rate asked for, or LR_AT_16K sqrt(2^14 / d_sae): falling with width as in Gao et al. 2024."""
         return self.lr if self.lr is not None else LR_AT_16K * math.sqrt(2**14 / self.d_sae)
 
     @property
     def n_steps(self) -> int:
+        """Number of steps: total_tokens / batch_size, rounded."""
         return max(1, round(self.total_tokens / self.batch_size))
 
     @property
     def dead_after(self) -> int:
+        """Tokens without firing after which a feature counts as dead."""
         if self.dead_after_tokens is not None:
             return self.dead_after_tokens
         return max(1, min(MAX_DEAD_AFTER, self.total_tokens // 10))
+
+    def has_aux(self, step: int) -> bool:
+        """Whether a step adds the auxiliary loss: not before any feature can have died."""
+        return self.aux_kind != "none" and self.aux_coefficient != 0 and step * self.batch_size >= self.dead_after
+
+    def density_rate(self, step: int) -> float:
+        """Weight of a step's batch in the running densities.
+
+        A plain mean over the first steps, then one that forgets over as many tokens as make a feature dead.
+        """
+        return min(1.0, max(self.batch_size / self.dead_after, 1 / (step + 1)))
 
     def check(self) -> None:
         """Raises InputError for settings that cannot be trained with."""
@@ -190,6 +206,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `to_dict`. Raises InputError for an unknown rule or settings it does not have."""
         lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("betas", "matryoshka") if name in fields}
         return cls(**{**fields, "rule": rules.from_dict(fields["rule"]), **lists})
 
@@ -198,7 +215,8 @@ class BatchSource(Protocol):
     """An endless, shuffled, resumable stream of activations."""
 
     @property
-    def d_in(self) -> int: ...
+    def d_in(self) -> int:
+        """Width of the activations."""
 
     def next_batch(self, n: int) -> Float[Tensor, "n d_in"]:
         """The next n rows."""
@@ -285,7 +303,7 @@ def train(
     """
     check_configs(configs)
     next_rows = _stream(configs, source, torch.device(device))
-    states = [TrainingState(config, source.d_in, torch.device(device)) for config in configs]
+    states = [new_state(config, source.d_in, torch.device(device)) for config in configs]
     step = 0
     restored = checkpoint.load(checkpoint_dir, states, source) if resume and checkpoint_dir is not None else None
     if restored is None:

@@ -59,10 +59,12 @@ class Block:
     """What gradients were multiplied by before they were stored, by hook."""
 
     def to_json(self) -> str:
+        """The block as one line of the journal."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> "Block":
+        """The inverse of `to_json`."""
         fields = json.loads(line)
         return cls(
             number=fields["number"],

@@ -39,6 +39,7 @@ class DemoReport:
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
         return asdict(self)
 
     def print(self) -> None:

@@ -69,6 +69,7 @@ class Evaluation:
     """`log10_density` (left edge) and `features` of every bin."""
 
     def to_dict(self) -> dict[str, Any]:
+        """The metrics by name, for JSON."""
         return asdict(self)
 
 

@@ -51,7 +51,7 @@ def evaluate(
     versions: Mapping[str, str],
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Evaluation]:
-    """Evaluates SAEs and stores the results; see `Workspace.evaluate`."""
+    """Evaluates SAEs and stores the results; see `Workspace.evaluate`, also for the InputErrors."""
     made_from = {name: space.sae_provenance(name) for name in names}
     setting = _setting(space, made_from)
     wanted = corpus or setting.corpus

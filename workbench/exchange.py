@@ -61,7 +61,7 @@ def _store(space: "Workspace", name: str, sae: SAE, origin: Mapping[str, Any], v
 
 
 def export_sae(space: "Workspace", name: str, folder: Path, form: str) -> None:
-    """Writes an SAE of the workspace to a new folder; see `Workspace.export_sae`."""
+    """Writes an SAE of the workspace to a new folder; see `Workspace.export_sae`, also for the InputErrors."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists: name a new or an empty folder")
     sae = space.sae(name)

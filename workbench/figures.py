@@ -56,13 +56,15 @@ def density_histogram(histogram: pd.DataFrame) -> go.Figure:
 
 
 def sae_comparison(table: pd.DataFrame) -> go.Figure:
-    """FVU and added nats against L0, one mark per SAE: colour is the rule, symbol the width; lower left is better.
+    """FVU, added nats and dead share against L0, one mark per SAE: colour is the rule, symbol the width; lower left is
+    better.
 
     Args:
-        table: `Workspace.compare()`: columns sae, rule, d_sae, l0, fvu, added_nats; SAEs without numbers are left out.
+        table: `Workspace.compare()`: columns sae, rule, d_sae, l0, fvu, added_nats, dead; SAEs without numbers are
+            left out.
     """
-    panels = [("fvu", "FVU"), ("added_nats", "added nats")]
-    figure = make_subplots(rows=1, cols=2, subplot_titles=[title for _, title in panels], horizontal_spacing=0.1)
+    panels = [("fvu", "FVU"), ("added_nats", "added nats"), ("dead", "dead share")]
+    figure = make_subplots(rows=1, cols=3, subplot_titles=[title for _, title in panels], horizontal_spacing=0.07)
     measured = table.dropna(subset=["l0", "fvu", "added_nats"])
     rules, widths = sorted(measured["rule"].unique()), sorted(measured["d_sae"].unique())
     for (rule, width), rows in measured.groupby(["rule", "d_sae"], sort=True):
@@ -80,6 +82,7 @@ def sae_comparison(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="L0 (active features per token)", type="log")
     # FVU spans orders of magnitude; added nats may be below zero.
     figure.update_yaxes(type="log", row=1, col=1)
+    figure.update_yaxes(rangemode="tozero", row=1, col=3)
     return figure.update_layout(
         height=420, margin={"l": 50, "r": 10, "t": 40, "b": 50}, legend={"orientation": "h", "y": -0.2}
     )

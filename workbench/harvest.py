@@ -147,6 +147,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
+        """Rows to store, BOS and padding included."""
         return self.n_contexts * self.context_len
 
     @property

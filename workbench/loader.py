@@ -96,6 +96,7 @@ class ActivationLoader:
 
     @property
     def d_in(self) -> int:
+        """Width of the activations."""
         return self._sources[0].width
 
     def next_batch(self, n: int) -> Float[Tensor, "n d_in"]:
@@ -103,7 +104,7 @@ class ActivationLoader:
         return self._next_rows(n, self._sources[:1])[0]
 
     def next_pair(self, n: int) -> Pair:
-        """The next n rows of the stream with their gradients; needs a loader made with `with_gradients`."""
+        """The next n rows of the stream with their gradients. Raises InputError unless made with `with_gradients`."""
         if len(self._sources) == 1:
             raise InputError("this loader reads no gradients: make it with with_gradients=True")
         activations, gradients = self._next_rows(n, self._sources)

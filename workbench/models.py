@@ -65,6 +65,7 @@ class ModelInfo:
     transformer_lens: str
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
         return asdict(self)
 
 
@@ -83,10 +84,12 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
+        """Where its weights lie."""
         return next(self.hf.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision it runs in."""
         return next(self.hf.parameters()).dtype
 
     @cached_property

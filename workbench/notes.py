@@ -93,6 +93,11 @@ class Notes:
             raise InputError(f"no list {name!r}: there is {', '.join(self.lists()) or 'none'}")
         return [(sae, feature) for sae, feature in rows]
 
+    def lists_of(self, sae: str, feature: int) -> list[str]:
+        """Names of the lists a feature is on."""
+        rows = self._read("SELECT list FROM list_members WHERE sae = ? AND feature = ? ORDER BY list", [sae, feature])
+        return [row[0] for row in rows]
+
     def add_to_list(self, name: str, sae: str, feature: int) -> None:
         """Puts a feature on a list, which is made by its first member; nothing changes if it is on it already."""
         check_name(name, "list name")

@@ -43,10 +43,11 @@ class ProgressBar:
         label: what is being done, in a word or two.
         total: number of units of work.
         enabled: when false nothing is shown.
+        unit: what is counted, as the rate names it.
     """
 
-    def __init__(self, label: str, total: int, enabled: bool = True) -> None:
-        self.label, self.total, self.enabled = label, max(total, 1), enabled
+    def __init__(self, label: str, total: int, enabled: bool = True, unit: str = "tokens") -> None:
+        self.label, self.total, self.enabled, self.unit = label, max(total, 1), enabled, unit
         self._console = Console(stderr=True)
         self._live: Progress | None = None
         self._started = time.monotonic()
@@ -88,10 +89,10 @@ class ProgressBar:
         rate = (done - self._done_at_start) / max(now - self._started, 1e-9)
         text = ""
         if rate > 0 and now - self._started > 0.5:
-            text = f"{format_count(rate)} tokens/s, {format_seconds((self.total - done) / rate)} left"
+            text = f"{format_count(rate)} {self.unit}/s, {format_seconds((self.total - done) / rate)} left"
         text = ", ".join(part for part in (text, note) if part)
         if self._live is not None:
-            self._live.update(self._task, completed=done, note=text)
+            self._live.update(self._task, total=self.total, completed=done, note=text)
         elif now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._print_line(done, text)

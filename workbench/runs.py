@@ -41,6 +41,7 @@ class RunSummary:
 
     @property
     def state(self) -> str:
+        """`finished`, `damaged`, or how much of it is trained."""
         if self.damaged:
             return "damaged"
         return "finished" if self.finished else f"{self.tokens / self.total_tokens:.0%} trained"
@@ -58,6 +59,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether its record is written."""
         return self.database.is_file()
 
     def start(self, description: Mapping[str, Any]) -> bool:
@@ -83,6 +85,7 @@ class Run:
 
     @property
     def description(self) -> dict[str, Any]:
+        """What was asked for: harvest, hook, device and configurations."""
         return read_description(self.folder / "run.json")
 
     def drop_metrics_after(self, tokens: int) -> None:

@@ -147,10 +147,12 @@ class Harvest:
 
     @property
     def finished(self) -> bool:
+        """Whether all blocks and the database are in place."""
         return self.database.is_file()
 
     @property
     def database(self) -> Path:
+        """Path of its DuckDB file."""
         return self.directory / DATABASE
 
     @property
@@ -160,10 +162,12 @@ class Harvest:
 
     @property
     def context_len(self) -> int:
+        """Tokens a context, BOS included."""
         return self.config["context_len"]
 
     @property
     def has_gradients(self) -> bool:
+        """Whether it holds the loss' gradients too."""
         return self.config["gradients"]
 
     @property

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from sae.model import SAE
     from sae.train import StepMetrics, TrainConfig, TrainedSAE
+    from workbench.concepts.stored import ConceptReport
+    from workbench.concepts.truth import Language
     from workbench.corpora import Corpus
     from workbench.evaluation import Evaluation
     from workbench.harvest import HarvestConfig, HarvestEstimate, HarvestProgress
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
     from workbench.loader import ActivationLoader
     from workbench.maintenance import Removed
     from workbench.models import LoadedModel
+    from workbench.prompts import PromptReading
     from workbench.query import Answer
+    from workbench.steering import Kind, Steering, Where
     from workbench.store import Harvest
     from workbench.sweeps import SweepEstimate
 
@@ -318,7 +322,8 @@ class Workspace:
         return run_summaries(self.path)
 
     def run(self, name: str) -> Run:
-        """One training run: `.metrics()` gives its curves, while it goes on and after."""
+        """One training run: `.metrics()` gives its curves, while it goes on and after. Raises InputError naming those
+        there are."""
         folder = self.path / "runs" / name
         if not (folder / "run.json").is_file():
             known = ", ".join(summary.name for summary in self.runs()) or "none"
@@ -441,6 +446,9 @@ class Workspace:
             max_tokens: number of held-out tokens.
             reuse: take what is stored where the SAE, the held-out text and the versions are the same.
             on_progress: called with (tokens done, tokens in all).
+
+        Raises:
+            InputError: no or unknown SAEs, SAEs of several models, or one without a harvest and no corpus named.
         """
         from workbench.evaluations import evaluate
 
@@ -482,6 +490,90 @@ class Workspace:
     def feature(self, sae: str, number: int) -> "Feature":
         """What the index knows of one feature; in a notebook it shows as a page."""
         return self.index(sae).feature(number)
+
+    def concepts(
+        self,
+        sae: str,
+        *,
+        harvest: str | None = None,
+        table: "pd.DataFrame | None" = None,
+        language: "Language" = "auto",
+        device: str = "auto",
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> "ConceptReport":
+        """Which of an SAE's features fire on which concepts, and what probes reach; stored as kind `concepts`.
+
+        Args:
+            sae: its name.
+            harvest: whose tokens are used; the one it was trained on when left out.
+            table: concepts of your own, columns row (of the harvest) and concept; from the corpus when left out.
+            language: how documents are read.
+            on_progress: called with (tokens done, tokens in all).
+
+        Raises:
+            InputError: as `workbench.concepts.stored.align_sae`.
+        """
+        from workbench.concepts.stored import align_sae
+        from workbench.devices import choose_device
+
+        return align_sae(
+            self, sae, harvest=harvest, concepts=table, language=language, device=str(choose_device(device)),
+            on_progress=on_progress,
+        )  # fmt: skip
+
+    # Live
+
+    def prompt(
+        self, sae: str, text: str, *, model: "LoadedModel | None" = None, device: str = "auto"
+    ) -> "PromptReading":
+        """Reads a prompt through an SAE: the features that fire on it, token by token; see `workbench.prompts`.
+
+        Args:
+            model: the SAE's model, already loaded; otherwise the one it was trained on is loaded.
+
+        Raises:
+            InputError: an unknown SAE, a model that cannot be loaded or is another one, or a text without tokens.
+        """
+        from workbench.live import open_live
+
+        return open_live(self, sae, model=model, device=device).read(text)
+
+    def steer(
+        self,
+        sae: str,
+        feature: int,
+        text: str,
+        *,
+        kind: "Kind" = "add",
+        strength: float = 1.0,
+        where: "Where" = "everywhere",
+        keep_error: bool = True,
+        model: "LoadedModel | None" = None,
+        device: str = "auto",
+        new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> "Steering":
+        """Continues a prompt with and without an edit of one feature; see `workbench.steering`.
+
+        Args:
+            kind: `add`, `clamp` or `ablate`.
+            strength: in units of the feature's maximum in the index, of its activations where there is none.
+            where: `everywhere`, or `generated` for positions that predict a generated token.
+            keep_error: whether what the SAE fails to reconstruct stays.
+            model: the SAE's model, already loaded; otherwise the one it was trained on is loaded.
+            temperature: 0 takes the likeliest token.
+            seed: of the sampling noise, the same for both texts.
+
+        Raises:
+            InputError: as `prompt`, a feature or edit that does not exist, or sampling settings out of range.
+        """
+        from workbench.live import open_live
+        from workbench.steering import Edit
+
+        edit = Edit(feature, kind, strength, where, keep_error)
+        live = open_live(self, sae, model=model, device=device)
+        return live.steer(edit, text, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
     # SQL and upkeep
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from app.shared import choose_index, loaded_model, open_workspace
+from app.shared import choose_index, loaded_model, open_workspace, page_link, plain
 from workbench import Workspace
 from workbench.index import InputError, figures
 from workbench.index.feature import Feature, TokenEffect
@@ -14,7 +14,7 @@ from workbench.index.page import STYLE, example_html, group_html, visible
 from workbench.index.query import FeatureIndex
 from workbench.notes import Notes
 
-st.set_page_config(page_title="Feature", page_icon="🔬", layout="wide")
+BOOKMARKS = "bookmarks"
 
 
 def main() -> None:
@@ -26,9 +26,12 @@ def main() -> None:
     with browse:
         number = choose_feature(index)
     feature = index.feature(number)
-    st.header(f"{feature.sae} / {feature.feature}")
-    if feature.label:
-        st.text(feature.label)
+    title, mark = st.columns([6, 1], vertical_alignment="bottom")
+    title.header(f"{feature.sae} / {feature.feature}")
+    with mark:
+        bookmark(workspace, feature)
+    if feature.title:
+        st.text(feature.title)
     if feature.dead:
         st.warning("Dead: this feature fires on none of the indexed tokens.")
     left, right = st.columns([1, 2], gap="large")
@@ -69,6 +72,17 @@ def choose_feature(index: FeatureIndex) -> int:
     return number
 
 
+def bookmark(workspace: Workspace, feature: Feature) -> None:
+    """A star that puts the feature on the list of bookmarks or takes it off."""
+    notes = Notes(workspace.path)
+    marked = BOOKMARKS in notes.lists_of(feature.sae, feature.feature)
+    change = notes.remove_from_list if marked else notes.add_to_list
+    st.button(
+        "★" if marked else "☆", help=f"on the list {BOOKMARKS}" if marked else "bookmark", key="bookmark",
+        on_click=change, args=(BOOKMARKS, feature.sae, feature.feature), width="stretch",
+    )  # fmt: skip
+
+
 def written(workspace: Workspace, feature: Feature) -> None:
     """Label, notes and lists, which persist in the workspace."""
     notes = Notes(workspace.path)
@@ -84,19 +98,35 @@ def written(workspace: Workspace, feature: Feature) -> None:
 
     st.text_input(
         "Label", feature.label or "", max_chars=200, key=f"label {place}", on_change=save_label,
-        placeholder="what this feature stands for",
+        placeholder=feature.title or "what this feature stands for",
     )  # fmt: skip
+    for concept in feature.concepts:
+        sign = "negative activations " if concept.sign < 0 else ""
+        st.caption(
+            f"{sign}concept **{plain(concept.name)}**: F1 **{concept.f1:.2f}** on held-out documents (precision "
+            f"{concept.precision:.2f}, recall {concept.recall:.2f}, correlation {concept.correlation:+.2f}; "
+            f"above {concept.threshold:.3g}; {concept.positives:,} tokens have it)"
+        )
     for note in feature.notes:
         st.text(note)
     st.text_area("Add a note", max_chars=2000, height=68, key=f"note {place}", on_change=save_note)
+    for member_of in notes.lists_of(feature.sae, feature.feature):
+        on, off = st.columns([4, 1], vertical_alignment="center")
+        with on:
+            page_link("Features", f"list {plain(member_of)}", sae=feature.sae, list=member_of)
+        off.button(
+            "✕", key=f"off {member_of}", help=f"take it off {member_of}", on_click=notes.remove_from_list,
+            args=(member_of, feature.sae, feature.feature),
+        )  # fmt: skip
     with st.popover("Add to a list"), st.form(f"list {place}", border=False):
         name = st.selectbox("List", list(notes.lists()), accept_new_options=True, index=None, placeholder="a new name")
         if st.form_submit_button("Add") and name:
             try:
                 notes.add_to_list(name, feature.sae, feature.feature)
-                st.success(f"On the list {name}.")
             except InputError as error:
-                st.error(str(error))
+                st.error(plain(str(error)))
+            else:
+                st.rerun()
 
 
 def related(feature: Feature) -> None:
@@ -119,16 +149,12 @@ def links(sae: str, targets: Sequence[tuple[int, str | None, str]]) -> None:
     """One link a feature."""
     for number, label, value in targets[:6]:
         name = plain(f"{number} {label or ''}".strip())
-        st.page_link("pages/Feature.py", label=f"{name} · {value}", query_params={"sae": sae, "feature": str(number)})
-
-
-def plain(text: str) -> str:
-    """Text whose marks Markdown does not take for its own."""
-    return "".join(f"\\{mark}" if mark in "\\`*_{}[]()<>#+-.!|~$:^=&" else mark for mark in text)
+        page_link("Feature", f"{name} · {value}", sae=sae, feature=number)
 
 
 def card(feature: Feature, workspace: Workspace) -> None:
     """What the SAE is and how well it does, and the feature's files."""
+    page_link("Steering", "Steer the model with it", sae=feature.sae, feature=feature.feature)
     st.markdown("**About the SAE**")
     evaluation = next((item.evaluation for item in workspace.saes() if item.name == feature.sae), None) or {}
     measured = {"l0": "L0", "fvu": "FVU", "loss_recovered_zero": "loss recovered"}
@@ -148,7 +174,7 @@ def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Liv
         sae = workspace.sae(index.sae)
         found = activations_on_text(loaded_model(feature.model), sae, feature.feature, text)
     except InputError as error:
-        st.error(f"The feature cannot be run on text here: {error}")
+        st.error(f"The feature cannot be run on text here: {plain(str(error))}")
         return None
     if found.truncated:
         st.info(f"Only the beginning was read: at most {MAX_CHARACTERS:,} characters and one context of the model.")

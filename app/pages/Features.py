@@ -1,41 +1,49 @@
-"""Features page: the table of all features, text search, the map and the density spectrum of an indexed SAE."""
+"""Features page: table, search, filters, lists, map and density spectrum of the features of an indexed SAE."""
+
+import io
+import json
 
 import pandas as pd
 import streamlit as st
 
-from app.shared import choose_index, open_feature, open_workspace
-from workbench.index import figures
-from workbench.index.query import FeatureIndex
+from app.shared import choose_index, open_feature, open_workspace, plain
+from workbench import Workspace
+from workbench.index import InputError, figures
+from workbench.index.page import document
+from workbench.index.query import FeatureIndex, listed_features
+from workbench.notes import Notes
 
-st.set_page_config(page_title="Features", page_icon="🔬", layout="wide")
-
+DENSE = 0.1
 COLUMNS = {
-    "feature": "feature", "label": "label", "where": "found in", "density": "density", "firings": "firings",
-    "strongest": "strongest", "positive_share": "positive share", "mean": "mean", "skewness": "skewness",
-    "logit_skewness": "logit skew", "logit_kurtosis": "logit kurtosis", "top_token": "promotes",
-    "peak_tokens": "fires on", "best_phi": "best phi",
+    "feature": "feature", "label": "label", "where": "found in", "concept": "best concept", "concept_f1": "F1",
+    "density": "density", "firings": "firings", "strongest": "strongest", "positive_share": "positive share",
+    "mean": "mean", "skewness": "skewness", "logit_skewness": "logit skew", "logit_kurtosis": "logit kurtosis",
+    "top_token": "promotes", "peak_tokens": "fires on", "best_phi": "best phi",
 }  # fmt: skip
 
 
 def main() -> None:
     """Draws the page."""
+    workspace = open_workspace()
     st.title("Features")
-    index = choose_index(open_workspace())
+    index = choose_index(workspace)
     st.caption(f"{index.d_sae:,} features on {index.n_tokens:,} tokens, {index.settings['hook']}")
-    table = chosen_features(index)
+    chosen_list = choose_list(workspace)
+    table = chosen_features(workspace, index, chosen_list)
     if table.empty:
         st.info("No feature matches. Search for another text, or show dense and dead features.")
         return
     in_table, in_map, in_spectrum = st.tabs(["Table", "Map", "Density"])
     with in_table:
-        st.caption("Select a row to open the feature; click a column's head to sort.")
+        st.caption(f"{len(table):,} features. Select a row to open it; click a column's head to sort.")
         shown = table[[column for column in COLUMNS if column in table]].rename(columns=COLUMNS)
         event = st.dataframe(
             shown, hide_index=True, key=f"table {index.sae}", on_select="rerun", selection_mode="single-row",
-            height=560,
+            height=560, column_config={"density": st.column_config.NumberColumn(format="scientific")},
         )  # fmt: skip
         if rows := event["selection"]["rows"]:
             open_feature(index.sae, int(table["feature"].iloc[rows[0]]))
+        save(workspace, index, table, chosen_list)
     with in_map:
         st.caption("Decoder directions on two principal components. Click a point to open it, or draw around several.")
         select(index, table, figures.decoder_map(table), "map")
@@ -46,14 +54,20 @@ def main() -> None:
             st.info("None of these features fires.")
 
 
-def chosen_features(index: FeatureIndex) -> pd.DataFrame:
+def choose_list(workspace: Workspace) -> str | None:
+    """One of the lists people made, kept in the URL as `list`; nothing is shown before there is one."""
+    lists = Notes(workspace.path).lists()
+    return st.pills("Lists", list(lists), key="list", bind="query-params") if lists else None
+
+
+def chosen_features(workspace: Workspace, index: FeatureIndex, chosen_list: str | None) -> pd.DataFrame:
     """The table's rows that the search and the filters leave."""
     text, dense, dead = st.columns([4, 1, 1], vertical_alignment="bottom")
     searched = text.text_input(
         "Search", key="search", bind="query-params", placeholder="in labels, peak tokens, promoted tokens, examples"
     )
     hide_dense = dense.checkbox(
-        "hide dense", key="hide_dense", bind="query-params", help="those that fire on over 10% of tokens"
+        "hide dense", key="hide_dense", bind="query-params", help=f"those that fire on over {DENSE:.0%} of tokens"
     )
     hide_dead = dead.checkbox("hide dead", value=True, key="hide_dead", bind="query-params")
     table = index.table()
@@ -61,10 +75,70 @@ def chosen_features(index: FeatureIndex) -> pd.DataFrame:
         found = index.search(searched)[["feature", "where"]]
         table = found.merge(table, on="feature", how="left", sort=False)
     if hide_dense:
-        table = table[table["density"] <= 0.1]
+        table = table[table["density"] <= DENSE]
     if hide_dead:
         table = table[table["firings"] > 0]
-    return table.reset_index(drop=True)
+    if chosen_list:
+        members = [number for sae, number in Notes(workspace.path).members(chosen_list) if sae == index.sae]
+        table = table[table["feature"].isin(members)]
+    return filtered(table).reset_index(drop=True)
+
+
+def filtered(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows within the bounds of a folded form; every bound is in the URL."""
+    with st.expander("Filters"):
+        first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
+        labelled = first.checkbox("only labelled", key="labelled", bind="query-params")
+        strongest = second.number_input(
+            "strongest at least", 0.0, value=0.0, key="strongest", bind="query-params", format="%.3g"
+        )
+        f1 = third.number_input(
+            "concept F1 at least", 0.0, 1.0, 0.0, step=0.1, key="f1", bind="query-params",
+            disabled="concept_f1" not in table, help="`workbench concepts` scores features against concepts",
+        )  # fmt: skip
+        skew = fourth.number_input("logit skew at least", value=None, key="skew", bind="query-params", format="%.3g")
+    if labelled:
+        table = table[table["label"] != ""]
+    if strongest:
+        table = table[table["strongest"] >= strongest]
+    if f1 and "concept_f1" in table:
+        table = table[table["concept_f1"] >= f1]
+    if skew is not None:
+        table = table[table["logit_skewness"] >= skew]
+    return table
+
+
+def save(workspace: Workspace, index: FeatureIndex, table: pd.DataFrame, chosen_list: str | None) -> None:
+    """The table as files, and the features of the chosen list as pages and as JSON."""
+
+    def parquet() -> bytes:
+        file = io.BytesIO()
+        table.to_parquet(file, index=False)
+        return file.getvalue()
+
+    def pages() -> str:
+        return document(listed_features(workspace, str(chosen_list)), chosen_list)
+
+    def plain_values() -> str:
+        found = [feature.to_dict() for feature in listed_features(workspace, str(chosen_list))]
+        return json.dumps(found, indent=2, ensure_ascii=False)
+
+    files = [
+        ("Table as Parquet", parquet, f"{index.sae}-features.parquet", "application/vnd.apache.parquet"),
+        ("Table as CSV", lambda: table.to_csv(index=False), f"{index.sae}-features.csv", "text/csv"),
+    ]
+    if chosen_list:
+        try:
+            listed_features(workspace, chosen_list)
+        except InputError as error:
+            st.warning(f"This list cannot be saved as a whole: {plain(str(error))}")
+        else:
+            files += [
+                ("List as HTML", pages, f"{chosen_list}.html", "text/html"),
+                ("List as JSON", plain_values, f"{chosen_list}.json", "application/json"),
+            ]
+    for column, (label, content, name, kind) in zip(st.columns(4), files, strict=False):
+        column.download_button(label, content, name, kind, on_click="ignore", width="stretch")
 
 
 def select(index: FeatureIndex, table: pd.DataFrame, figure: object, name: str) -> None:

@@ -4,9 +4,16 @@ The caller does not choose a device's implementation: `dispatch` does. The modul
 reference and the CPU path; `triton` holds the GPU's kernels behind the same signatures.
 """
 
-from sae.kernels.batch_topk import batch_topk_encode
-from sae.kernels.dispatch import decode, gradient_topk_encode, gradients, topk_encode
-from sae.kernels.feature_topk import feature_topk_encode
+from sae.kernels.dispatch import (
+    MAX_K,
+    batch_topk_encode,
+    decode,
+    feature_topk_encode,
+    gradient_topk_encode,
+    gradients,
+    has_triton,
+    topk_encode,
+)
 from sae.kernels.gradient_topk import mean_influence
 from sae.kernels.gradients import Gradients, entry_gradients, sum_entries
 from sae.kernels.scores import Encoder
@@ -15,6 +22,7 @@ from sae.kernels.threshold import count_positive, is_above, threshold_encode
 from sae.kernels.topk import topk_reference
 
 __all__ = [
+    "MAX_K",
     "Encoder",
     "Gradients",
     "batch_topk_encode",
@@ -26,6 +34,7 @@ __all__ = [
     "feature_topk_encode",
     "gradient_topk_encode",
     "gradients",
+    "has_triton",
     "is_above",
     "mean_influence",
     "ragged_code",

@@ -1,5 +1,7 @@
 """One name for each operation: Triton's kernels where the tensors lie on a GPU, plain torch everywhere else.
 
+Triton launches on the current device, which each operation makes that of its tensors.
+
 float64, codes of more than `MAX_K` entries a token, and machines without triton take the plain path on a GPU too.
 """
 
@@ -11,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels import gradient_topk, sparse, topk
+from sae.kernels import batch_topk, feature_topk, gradient_topk, sparse, topk
 from sae.kernels import gradients as plain_gradients
 from sae.kernels.gradients import Gradients
 
@@ -25,6 +27,11 @@ def _triton() -> ModuleType | None:
     except ImportError:
         return None
     return triton
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported; imports it."""
+    return _triton() is not None
 
 
 def _kernels_for(tensor: Tensor) -> ModuleType | None:
@@ -43,7 +50,8 @@ def topk_encode(
     kernels = _kernels_for(x)
     if kernels is None or k > MAX_K:
         return topk.topk_encode(x, W_enc, b_enc, k, absolute=absolute)
-    values, indices = kernels.topk_encode(x, W_enc, b_enc, k, absolute=absolute)
+    with torch.cuda.device_of(x):
+        values, indices = kernels.topk_encode(x, W_enc, b_enc, k, absolute=absolute)
     return values, indices
 
 
@@ -60,8 +68,46 @@ def gradient_topk_encode(
     kernels = _kernels_for(x)
     if kernels is None or k > MAX_K:
         return gradient_topk.gradient_topk_encode(x, W_enc, b_enc, W_dec, g, k, beta)
-    values, indices = kernels.gradient_topk_encode(x, W_enc, b_enc, W_dec, g, k, beta)
+    with torch.cuda.device_of(x):
+        values, indices = kernels.gradient_topk_encode(x, W_enc, b_enc, W_dec, g, k, beta)
     return values, indices
+
+
+def batch_topk_encode(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    n_entries: int,
+    *,
+    absolute: bool = False,
+) -> SparseCode:
+    """See `sae.kernels.batch_topk.batch_topk_encode`."""
+    kernels = _kernels_for(x)
+    if kernels is None:
+        return batch_topk.batch_topk_encode(x, W_enc, b_enc, n_entries, absolute=absolute)
+    with torch.cuda.device_of(x):
+        return _without_empty_slots(kernels.batch_topk_encode(x, W_enc, b_enc, n_entries, absolute=absolute))
+
+
+def feature_topk_encode(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    budgets: Int[Tensor, "d_sae"],
+) -> SparseCode:
+    """See `sae.kernels.feature_topk.feature_topk_encode`."""
+    kernels = _kernels_for(x)
+    if kernels is None:
+        return feature_topk.feature_topk_encode(x, W_enc, b_enc, budgets)
+    with torch.cuda.device_of(x):
+        return _without_empty_slots(kernels.feature_topk_encode(x, W_enc, b_enc, budgets))
+
+
+def _without_empty_slots(code: SparseCode) -> SparseCode:
+    """A ragged code without what lies behind its last token's entries; waits for the device."""
+    assert code.offsets is not None
+    used = int(code.offsets[-1])
+    return SparseCode(code.values[:used], code.indices[:used], code.d_sae, code.offsets)
 
 
 def decode(
@@ -71,7 +117,8 @@ def decode(
     kernels = _kernels_for(W_dec)
     if kernels is None or code.n_tokens == 0:
         return sparse.decode(code, W_dec, b_dec)
-    x_hat: Tensor = kernels.decode(code, W_dec, b_dec)
+    with torch.cuda.device_of(W_dec):
+        x_hat: Tensor = kernels.decode(code, W_dec, b_dec)
     return x_hat
 
 
@@ -89,5 +136,6 @@ def gradients(
     kernels = _kernels_for(W_dec)
     if kernels is None:
         return plain_gradients.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder, out=out)
-    made: Gradients = kernels.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder)
+    with torch.cuda.device_of(W_dec):
+        made: Gradients = kernels.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder)
     return made

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Entries of the buffer: enough rows to keep the matrix product efficient, few enough for a CPU's caches.
@@ -36,14 +36,16 @@ class Encoder:
 
     @property
     def n(self) -> int:
+        """Number of rows."""
         return self.x.shape[0]
 
     @property
     def d_sae(self) -> int:
+        """Number of features."""
         return self.W_enc.shape[1]
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor on the scores' device, in their precision unless told."""
+        """An uninitialised tensor [*shape] on the scores' device, in their precision unless told."""
         return torch.empty(shape, dtype=dtype or self.b_enc.dtype, device=self.x.device)
 
     def rows_at_once(self) -> int:
@@ -63,7 +65,9 @@ class Encoder:
             self.rows(first, scores)
             yield first, scores
 
-    def feature_chunks(self, features: Tensor | None = None) -> Iterator[tuple[int, int, Float[Tensor, "features n"]]]:
+    def feature_chunks(
+        self, features: Int[Tensor, "features"] | None = None
+    ) -> Iterator[tuple[int, int, Float[Tensor, "features n"]]]:
         """(first, last, scores of the features first ... last - 1 on all rows), a feature a row.
 
         Args:

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -27,18 +27,18 @@ FEATURES_PER_CALL = 4096
 
 
 def feature_sums(
-    order: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
+    order: Int[Tensor, "entries"],
+    offsets: Int[Tensor, "d_sae+1"],
+    weights: Float[Tensor, "entries"],
     rows: Float[Tensor, "n d"],
-    token: Tensor,
+    token: Int[Tensor, "entries"],
     out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
     """For every feature the sum of weights * rows[token] over its entries, in a fixed order.
 
     Args:
         order: entries sorted by feature (stable).
-        offsets: [d_sae + 1], where each feature's entries begin in `order`.
+        offsets: where each feature's entries begin in `order`.
         weights: weight of each entry.
         rows: a row per token.
         token: token of each entry.
@@ -63,14 +63,16 @@ def _bags(token: Tensor, rows: Float[Tensor, "n d"], offsets: Tensor, weights: T
     return F.embedding_bag(token, rows, offsets, per_sample_weights=weights, mode="sum", include_last_offset=True)
 
 
-def by_feature(feature: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """Stable order of the entries by feature and each feature's [d_sae + 1] offsets into it."""
+def by_feature(feature: Int[Tensor, "entries"], d_sae: int) -> tuple[Int[Tensor, "entries"], Int[Tensor, "d_sae+1"]]:
+    """Stable order of the entries by feature and each feature's offsets into it."""
     order = torch.sort(feature, stable=True).indices
     counts = torch.bincount(feature, minlength=d_sae)
     return order, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def ragged_code(token: Tensor, feature: Tensor, values: Tensor, n_tokens: int, d_sae: int) -> SparseCode:
+def ragged_code(
+    token: Int[Tensor, "nnz"], feature: Int[Tensor, "nnz"], values: Float[Tensor, "nnz"], n_tokens: int, d_sae: int
+) -> SparseCode:
     """A ragged code of entries that are sorted by token."""
     counts = torch.bincount(token, minlength=n_tokens)
     return SparseCode(values, feature, d_sae, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))

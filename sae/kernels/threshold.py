@@ -1,7 +1,7 @@
 """Entries above a threshold (JumpReLU, ReLU, and the inference of rules that choose over a batch)."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -41,7 +41,9 @@ def threshold_encode(
     return ragged_code(torch.cat(tokens), torch.cat(features), torch.cat(values), encoder.n, encoder.d_sae)
 
 
-def is_above(z: Float[Tensor, "n d_sae"], threshold: Float[Tensor, "d_sae"], *, absolute: bool = False) -> Tensor:
+def is_above(
+    z: Float[Tensor, "n d_sae"], threshold: Float[Tensor, "d_sae"], *, absolute: bool = False
+) -> Bool[Tensor, "n d_sae"]:
     """Where z (or its magnitude) exceeds the threshold; NaN does, so that it is seen, and zero never does."""
     return ~((z.abs() if absolute else z) <= threshold) & (z != 0)
 

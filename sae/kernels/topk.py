@@ -67,7 +67,7 @@ def topk_encode(
 
 
 def select_rows(
-    encoder: Encoder, k: int, score: Callable[[int, Float[Tensor, "rows d_sae"]], Tensor | None]
+    encoder: Encoder, k: int, score: Callable[[int, Float[Tensor, "rows d_sae"]], Float[Tensor, "rows d_sae"] | None]
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k entries with the largest positive scores of every row, in the canonical order, chunk by chunk.
 

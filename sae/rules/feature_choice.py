@@ -67,8 +67,19 @@ class FeatureChoice(CodeRule):
         n = batch.x.shape[0]
         if batch.progress < self.mutual_share:
             return batch_topk_encode(batch.x, batch.W_enc, batch.b_enc, self.k * n)
-        budgets = water_fill(self.weights(batch.density), self.k * n, torch.full_like(batch.density, n))
+        budgets = self.assign(self.shares(len(batch.density), n).to(batch.x.device), batch.density)
         return feature_topk_encode(batch.x, batch.W_enc, batch.b_enc, budgets)
+
+    def shares(self, d_sae: int, n: int) -> Int[Tensor, "d_sae"]:
+        """Tokens of a batch of n that the commonest feature chooses, the second, ...: the same at every step."""
+        return water_fill(self._weights_by_rank(d_sae), self.k * n, torch.full((d_sae,), n))
+
+    def assign(self, shares: Int[Tensor, "d_sae"], density: Float[Tensor, "d_sae"]) -> Int[Tensor, "d_sae"]:
+        """Every feature's share, by the rank of its running density."""
+        if self.budgets == "uniform":
+            return shares
+        order = torch.sort(density, descending=True, stable=True).indices
+        return torch.empty_like(shares).index_copy_(0, order, shares)
 
     def encode(
         self,
@@ -98,11 +109,16 @@ class FeatureChoice(CodeRule):
 
     def weights(self, density: Float[Tensor, "d_sae"]) -> Float[Tensor, "d_sae"]:
         """What the features' shares are proportional to, before the bounds; float64."""
+        by_rank = self._weights_by_rank(len(density)).to(density.device)
         if self.budgets == "uniform":
-            return torch.ones_like(density, dtype=torch.float64)
+            return by_rank
         order = torch.sort(density, descending=True, stable=True).indices
-        ranks = torch.arange(1, len(order) + 1, dtype=torch.float64, device=density.device)
-        return torch.empty_like(ranks).index_copy_(0, order, (ranks + self.shift) ** -self.alpha)
+        return torch.empty_like(by_rank).index_copy_(0, order, by_rank)
+
+    def _weights_by_rank(self, d_sae: int) -> Float[Tensor, "d_sae"]:
+        if self.budgets == "uniform":
+            return torch.ones(d_sae, dtype=torch.float64)
+        return (torch.arange(1, d_sae + 1, dtype=torch.float64) + self.shift) ** -self.alpha
 
 
 BISECTIONS = 100

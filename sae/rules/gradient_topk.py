@@ -4,7 +4,8 @@ With g the gradient of the unmodified model's loss at x, every token keeps z at 
 
     s = z + beta z |W_dec g|,    g scaled so that |W_dec g| has mean 1 over tokens and features
 
-The paper gives the term; the exact sum and its scaling are "reconstructed". beta = 0 is TopK.
+The paper gives the term; the exact sum and its scaling are "reconstructed". beta = 0 is TopK. In training the scale
+is taken from the first tokens of each batch, which is shuffled.
 
 A finished SAE encodes in two ways: as TopK where there are no gradients, and with gradients by the formula above with
 the scale stored when training finished, so that a code does not depend on its batch.
@@ -22,6 +23,9 @@ from sae.code import SparseCode
 from sae.errors import InputError
 from sae.kernels import gradient_topk_encode, mean_influence, topk_encode
 from sae.rules.base import NO_TENSORS, Batch, CodeRule, Tensors
+
+SCALE_ROWS = 512
+"""Tokens of a training batch by which its gradients are scaled: the product with all of them is as dear as encoding."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,10 @@ class GradientTopK(CodeRule):
 
     def select(self, batch: Batch) -> SparseCode:
         """The k best by the batch's own scale of gradients."""
+        gradients = _given(batch)
+        scale = self.scale(batch.W_dec, gradients[:SCALE_ROWS])
         return self.encode_with_gradients(
-            batch.x, batch.W_enc, batch.b_enc, batch.W_dec, _given(batch), self.calibrate(batch)
+            batch.x, batch.W_enc, batch.b_enc, batch.W_dec, gradients, {"gradient_scale": scale}
         )
 
     def encode(
@@ -77,10 +83,13 @@ class GradientTopK(CodeRule):
         return {"gradient_scale": torch.ones(())}
 
     def calibrate(self, sample: Batch) -> dict[str, Tensor]:
-        """1 / mean |W_dec g|."""
-        mean = mean_influence(sample.W_dec, _given(sample).to(sample.W_dec.dtype))
-        # Without any gradient the rule is TopK.
-        return {"gradient_scale": torch.where(mean == 0, 0, 1 / mean)}
+        """The scale of the sample's gradients."""
+        return {"gradient_scale": self.scale(sample.W_dec, _given(sample))}
+
+    def scale(self, W_dec: Float[Tensor, "d_sae d_in"], gradients: Float[Tensor, "n d_in"]) -> Float[Tensor, ""]:
+        """1 / mean |W_dec g|, in W_dec's precision; 0 without any gradient: then the rule is TopK."""
+        mean = mean_influence(W_dec, gradients.to(W_dec.dtype))
+        return torch.where(mean == 0, 0, 1 / mean)
 
 
 def _given(batch: Batch) -> Float[Tensor, "n d_in"]:

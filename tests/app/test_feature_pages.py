@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
@@ -12,7 +13,7 @@ from sae import SAE, TopK
 from workbench import Workspace
 from workbench.harvest import HarvestConfig
 from workbench.index.build import build_index
-from workbench.index.query import FeatureIndex
+from workbench.index.query import FeatureIndex, listed_features
 from workbench.models import load_model
 from workbench.notes import Notes
 
@@ -128,6 +129,71 @@ def test_a_link_to_what_is_not_there_says_so(
     assert not page.exception
     assert message in page.warning[0].value
     assert page.header[0].value == "s / 0"
+
+
+def score_concepts(space: Workspace, feature: int, f1: float) -> None:
+    """Stores concepts of an SAE as workbench/concepts/stored.py does."""
+    row = {"feature": feature, "sign": 1, "concept": "string_literal", "f1": f1, "precision": 0.75, "recall": 0.5,
+           "correlation": 0.4, "threshold": 0.1, "calibration_f1": f1, "firings": 100, "positives": 90}  # fmt: skip
+    lesser = row | {"sign": -1, "concept": "comment", "f1": None, "recall": None}
+    space.results.save("concepts", "s", parameters={}, provenance={}, tables={"features": pd.DataFrame([lesser, row])})
+
+
+def test_a_concept_labels_a_feature_that_nobody_labelled(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int
+) -> None:
+    score_concepts(space, busiest, 0.8)
+    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+    assert not page.exception
+    assert page.text[0].value == "string_literal"
+    evidence = page.caption[0].value
+    assert "F1 **0.80** on held-out documents" in evidence
+    assert "precision 0.75, recall 0.50" in evidence
+    table = open_page("Features", space, monkeypatch, sae="s", search="STRING_lit").dataframe[0].value
+    assert table[["feature", "found in", "label", "F1"]].to_numpy().tolist() == [
+        [busiest, "label", "string_literal", 0.8]
+    ]
+    Notes(space.path).set_label("s", busiest, "mine")
+    index = FeatureIndex.open(space, "s")
+    assert index.titles()[busiest] == index.feature(busiest).title == "mine"
+    assert [concept.name for concept in index.feature(busiest).concepts] == ["string_literal", "comment"]
+    assert "string_literal" in index.feature(busiest).to_html()
+
+
+def test_a_concept_told_badly_is_no_label(space: Workspace, busiest: int) -> None:
+    score_concepts(space, busiest, 0.3)
+    index = FeatureIndex.open(space, "s")
+    assert busiest not in index.titles()
+    assert index.feature(busiest).title is None
+    assert index.feature(busiest).concepts[0].f1 == 0.3
+
+
+def test_a_bookmark_is_a_list_that_can_be_shown_and_saved(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int
+) -> None:
+    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+    page.button(key="bookmark").click().run()
+    assert not page.exception
+    assert Notes(space.path).lists_of("s", busiest) == ["bookmarks"]
+    listed = open_page("Features", space, monkeypatch, sae="s", list="bookmarks")
+    assert listed.dataframe[0].value["feature"].tolist() == [busiest]
+    labels = [button.label for button in listed.get("download_button")]
+    assert labels == ["Table as Parquet", "Table as CSV", "List as HTML", "List as JSON"]
+    assert [feature.feature for feature in listed_features(space, "bookmarks")] == [busiest]
+    page.button(key="off bookmarks").click().run()
+    assert Notes(space.path).lists_of("s", busiest) == []
+
+
+def test_the_filters_bound_the_table(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
+    score_concepts(space, busiest, 0.8)
+    page = open_page("Features", space, monkeypatch, sae="s", f1="0.5")
+    assert page.dataframe[0].value["feature"].tolist() == [busiest]
+    page = open_page("Features", space, monkeypatch, sae="s")
+    middle = float(page.dataframe[0].value["strongest"].median())
+    page.number_input(key="strongest").set_value(middle).run()
+    assert page.dataframe[0].value["strongest"].min() >= middle
+    page.checkbox(key="labelled").check().run()
+    assert not page.exception
 
 
 def test_labels_notes_and_lists_are_kept(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:

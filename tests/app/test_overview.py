@@ -20,6 +20,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def open_page(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> AppTest:
     monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
+    # The frame opens the overview first.
     return AppTest.from_file(str(PAGE), default_timeout=60).run()
 
 

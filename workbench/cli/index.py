@@ -123,7 +123,7 @@ def _write(path: Path, write: Callable[[], object]) -> None:
 def _print(item: "Feature") -> None:
     """A feature as text: headline, logits, strongest examples, neighbours."""
     stats = item.stats
-    name = f"{item.sae} {item.feature}" + (f": {shorten(item.label)}" if item.label else "")
+    name = f"{item.sae} {item.feature}" + (f": {shorten(item.title)}" if item.title else "")
     if item.dead:
         print(f"{name}  dead: fires on none of {item.n_tokens:,} tokens")
     else:

@@ -166,7 +166,7 @@ def open_app(
     assert package is not None
     assert package.origin is not None
     command = [
-        sys.executable, "-m", "streamlit", "run", str(Path(package.origin).with_name("main.py")),
+        sys.executable, "-m", "app.serve", "run", str(Path(package.origin).with_name("main.py")),
         "--server.address", "localhost", "--server.port", str(port),
         "--server.headless", "false" if browser else "true", "--browser.gatherUsageStats", "false",
         "--client.toolbarMode", "viewer",

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from sae.errors import InputError
-from workbench.cli import comparison, exchange, index, inspection, pipeline, sparsity
+from workbench.cli import bench, circuits, comparison, concepts, exchange, index, inspection, live, pipeline, sparsity
 
 # Typer carries click inside since 0.26 and used the real one before: its public BadParameter leads to either.
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -34,6 +34,10 @@ exchange.register(app)
 inspection.register(app)
 index.register(app)
 sparsity.register(app)
+bench.register(app)
+circuits.register(app)
+concepts.register(app)
+live.register(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -54,6 +58,9 @@ def run(arguments: list[str]) -> int:
     """Runs one command; returns its exit code."""
     try:
         result = app(args=arguments, prog_name="workbench", standalone_mode=False)
+        # Newer versions of Typer turn Ctrl-C into an exit code.
+        if result == 130:
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except InputError as error:
         print(f"workbench: error: {error}", file=sys.stderr)

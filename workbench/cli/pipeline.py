@@ -12,6 +12,11 @@ from workbench.cli.output import print_json, print_table
 from workbench.progress import ProgressBar, format_bytes, format_seconds
 
 EVALUATION_TOKENS = 65_536
+RULE_NAMES = (
+    "topk, abstopk, batchtopk, mutual_choice, batch_abstopk, feature_choice, gradient_topk (needs a harvest with "
+    "--gradients), jumprelu or relu"
+)
+"""Written out: asking the registry would load torch for --help."""
 
 
 def register(app: typer.Typer) -> None:
@@ -118,7 +123,14 @@ def train(
     sweep: Annotated[
         Path | None, typer.Option(help="TOML file of rules, settings, widths and seeds to train side by side.")
     ] = None,
+    rule: Annotated[
+        list[str], typer.Option("--rule", help=f"Selection rule: {RULE_NAMES}; repeat for several SAEs.")
+    ] = ["topk"],  # noqa: B006
     k: Annotated[list[int], typer.Option("--k", help="Active features per token; repeat for several SAEs.")] = [32],  # noqa: B006
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option("--sparsity", help="Penalty of relu and jumprelu, which have no k; repeat for several SAEs."),
+    ] = None,
     d_sae: Annotated[int, typer.Option(help="Number of features.", min=1)] = 4096,
     seed: Annotated[list[int], typer.Option("--seed", help="Seed; repeat for several SAEs.")] = [0],  # noqa: B006
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on; one epoch when left out.", min=1)] = None,
@@ -137,8 +149,9 @@ def train(
 ) -> None:
     """Train SAEs on a harvest, several side by side on one stream of batches.
 
-    Without --sweep, TopK SAEs: one per --k and --seed. A sweep file holds training settings and, in [[rule]] tables,
-    selection rules with theirs; a list of values makes an SAE for each. An SAE that fails leaves the others running.
+    Without --sweep, one SAE per --rule, --k (or --sparsity) and --seed. A sweep file holds training settings and, in
+    [[rule]] tables, selection rules with theirs; a list of values makes an SAE for each. An SAE that fails leaves the
+    others running.
 
     Interrupted, it goes on from the last checkpoint when the same command is repeated.
     """
@@ -151,7 +164,8 @@ def train(
         asked = read_sweep(sweep)
     else:
         shared = {"d_sae": d_sae, "batch_size": batch_size} | ({} if lr is None else {"lr": lr})
-        asked = parse_sweep({**shared, "seed": seed, "rule": [{"name": "topk", "k": k}]})
+        tables = rule_tables(context, rule, k, sparsity)
+        asked = parse_sweep({**shared, "seed": seed, "rule": tables}, where="the command")
     if tokens is not None and asked.tokens is not None:
         raise InputError(f"{sweep} says how many tokens: leave --tokens out")
     total = tokens or asked.tokens or space.open_harvest(harvest).n_trainable_rows
@@ -183,15 +197,48 @@ def train(
         raise InputError(f"{len(failed)} of {len(trained)} SAEs failed ({problems}); the others are finished")
 
 
-SINGLE_OPTIONS = {"k": "--k", "d_sae": "--d-sae", "seed": "--seed", "lr": "--lr", "batch_size": "--batch-size"}
+def rule_tables(
+    context: typer.Context, names: list[str], k: list[int], sparsity: list[float] | None
+) -> list[dict[str, Any]]:
+    """What a sweep file would hold in its [[rule]] tables. Raises InputError for a setting that no rule named has."""
+    from sae.rules import RULES, CodeRule, ThresholdRule
+
+    with_k = [name for name in names if name in RULES and issubclass(RULES[name], CodeRule)]
+    penalised = [name for name in names if name in RULES and issubclass(RULES[name], ThresholdRule)]
+    if not with_k and penalised and given(context, "k"):
+        raise InputError(f"{penalised[0]} has no k: set its penalty with --sparsity")
+    if not penalised and sparsity is not None:
+        raise InputError("--sparsity is for relu and jumprelu: set --k to make the other rules sparser")
+    tables: list[dict[str, Any]] = []
+    for name in names:
+        table: dict[str, Any] = {"name": name}
+        if name in with_k:
+            table["k"] = k
+        elif sparsity is not None:
+            table["sparsity_coefficient"] = sparsity
+        tables.append(table)
+    return tables
+
+
+SINGLE_OPTIONS = {
+    "rule": "--rule", "k": "--k", "sparsity": "--sparsity", "d_sae": "--d-sae", "seed": "--seed", "lr": "--lr",
+    "batch_size": "--batch-size",
+}  # fmt: skip
+FILE_KEYS = {"rule": '[[rule]] with name = "..."', "sparsity": "sparsity_coefficient = ..."}
+
+
+def given(context: typer.Context, parameter: str) -> bool:
+    """Whether an option was named on the command line."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def refuse_with_sweep(context: typer.Context) -> None:
     """Raises InputError for an option that a sweep file has a key for."""
     for parameter, option in SINGLE_OPTIONS.items():
-        source = context.get_parameter_source(parameter)
-        if source is not None and source.name == "COMMANDLINE":
-            raise InputError(f"{option} does not go with --sweep: write {parameter} = ... into the file")
+        if given(context, parameter):
+            key = FILE_KEYS.get(parameter, f"{parameter} = ...")
+            raise InputError(f"{option} does not go with --sweep: write {key} into the file")
 
 
 def train_with_progress(

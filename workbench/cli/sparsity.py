@@ -1,6 +1,7 @@
-"""Commands on activation sparsity: sparsity measure, enforce, attention, sae."""
+"""Commands on activation sparsity: sparsity measure, enforce, attention, sae, report, compare."""
 
 import json
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,8 @@ from workbench.cli.output import print_json, print_table
 from workbench.progress import ProgressBar
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from workbench.results import Result
 
 NameArgument = Annotated[str, typer.Argument(help="Name of the result; asked for again, it is shown as stored.")]
@@ -153,6 +156,77 @@ def sae(
             max_tokens=tokens, context_len=context, on_progress=_on(bar),
         )  # fmt: skip
     _show(result, ["summary", "terms"], as_json)
+
+
+@commands.command()
+def report(
+    name: NameArgument,
+    sae: Annotated[list[str] | None, typer.Option("--sae", help="SAE to include; repeat for several.")] = None,
+    model: ModelOption = "demo",
+    corpus: CorpusOption = "python-stdlib",
+    text_field: FieldOption = "text",
+    tokens: TokensOption = 100_000,
+    ppl: Annotated[
+        bool, typer.Option("--ppl/--no-ppl", help="PPL-p%; leave it out for a model hardly trained.")
+    ] = True,
+    heldout: Annotated[int, typer.Option(help="Held-out tokens of the curves, attention and SAEs.", min=2)] = 8192,
+    context: ContextOption = 256,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Run measure, enforce, attention and, with --sae, sae under one name; parts already stored are not run again."""
+    from workbench.corpora import open_corpus
+    from workbench.models import load_model
+    from workbench.sparsity.compare import compare as compared
+    from workbench.sparsity.report import report_all
+    from workbench.workspace import Workspace
+
+    space = Workspace(workspace)
+    loaded = {item: space.sae(item) for item in sae or []}
+    with ExitStack() as stack:
+        bars: dict[str, Any] = {}
+
+        def on_progress(part: str, done: int, total: int) -> None:
+            if part not in bars:
+                # One bar at a time: the part before has finished.
+                stack.close()
+                bars[part] = _on(stack.enter_context(ProgressBar(f"sparsity {part}", total, enabled=not as_json)))
+            bars[part](done, total)
+
+        report_all(
+            space, name, load_model(model, device=device), open_corpus(corpus, text_field=text_field), saes=loaded,
+            ps=(0.01, 0.05, 0.1) if ppl else (), max_tokens=tokens, heldout_tokens=heldout, context_len=context,
+            on_progress=on_progress,
+        )  # fmt: skip
+    _show_comparison(compared(space, [name]), as_json)
+
+
+@commands.command()
+def compare(
+    names: Annotated[list[str] | None, typer.Argument(help="Names of reports, all when left out.")] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Set reports of several models, checkpoints or corpora side by side."""
+    from sae.errors import InputError
+    from workbench.sparsity.compare import compare as compared
+    from workbench.workspace import Workspace
+
+    found = compared(Workspace(workspace, create=False), names)
+    if found.empty:
+        raise InputError("no sparsity report in this workspace: make one with `workbench sparsity report NAME`")
+    _show_comparison(found, as_json)
+
+
+def _show_comparison(found: "pd.DataFrame", as_json: bool) -> None:
+    """Reports as columns; JSON has one object a report."""
+    if as_json:
+        print_json(json.loads(found.to_json(orient="records")))
+        return
+    rows = json.loads(found.to_json(orient="values", double_precision=15))
+    columns = [[column, *(row[number] for row in rows)] for number, column in enumerate(found.columns)]
+    print_table("sparsity", ["name", *(str(row[0]) for row in rows)], columns[1:])
 
 
 def _on(bar: ProgressBar) -> Any:

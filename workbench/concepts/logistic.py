@@ -24,6 +24,7 @@ class Probe(NamedTuple):
     bias: Float[Tensor, "concepts"]
 
     def score(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n concepts"]:
+        """Log-odds of every concept."""
         return x.to(self.weight) @ self.weight + self.bias
 
 

@@ -32,6 +32,7 @@ class Stability:
 
     @property
     def mean_max_cosine(self) -> float:
+        """Mean over features of the largest cosine with a feature of the other SAE."""
         return float(self.cosine.mean())
 
     @property

@@ -41,6 +41,16 @@ class ConceptReport:
     n_unparsed: int
     """Documents left out since they are not valid source."""
 
+    def table(self) -> pd.DataFrame:
+        """One line a concept, best first: its best feature, and held-out F1 of feature and probes side by side.
+
+        Columns concept, positives (held-out tokens), feature, sign, best_feature, then one column a probe.
+        """
+        best = self.alignment.best_features().rename(columns={"f1": "best_feature"})
+        probes = self.probes.table().pivot(index="concept", columns="method", values="f1")
+        kept = best[["concept", "positives", "feature", "sign", "best_feature"]].join(probes, on="concept")
+        return kept.sort_values("best_feature", ascending=False, ignore_index=True)
+
 
 def truth_of(
     space: "Workspace",

@@ -60,6 +60,7 @@ class FeatureStats:
 
     @property
     def negative(self) -> int:
+        """Tokens on which the activation is negative; 0 for unsigned rules."""
         return self.firings - self.positive
 
 
@@ -106,6 +107,28 @@ class Coactivation:
 
 
 @dataclass(frozen=True)
+class Concept:
+    """What a feature stands for as far as the text itself tells (workbench/concepts/alignment.py)."""
+
+    name: str
+    sign: int
+    """1 or -1: which of the feature's activations say it."""
+    f1: float
+    """On documents that chose neither the concept nor the threshold, as are precision and recall."""
+    precision: float
+    recall: float
+    correlation: float
+    threshold: float
+    """Strength from which the feature says the concept."""
+    calibration_f1: float
+    """On the documents that chose them; far above `f1` it tells of a lucky choice."""
+    firings: int
+    """Held-out tokens on which it fires."""
+    positives: int
+    """Held-out tokens of the concept."""
+
+
+@dataclass(frozen=True)
 class Feature:
     """A feature of an indexed SAE."""
 
@@ -117,6 +140,7 @@ class Feature:
     n_tokens: int
     """Tokens the index covers."""
     label: str | None
+    """What people wrote."""
     notes: list[str]
     stats: FeatureStats
     groups: list[ExampleGroup]
@@ -132,11 +156,20 @@ class Feature:
     """Cosine between its encoder and decoder directions."""
     missing: str | None
     """Why there are no logit effects, where there are none."""
+    concepts: list[Concept] = dataclasses.field(default_factory=list)
+    """The best concept of either sign, best first; empty where the SAE was not aligned or the feature does not fire."""
 
     @property
     def dead(self) -> bool:
         """Whether it fires on none of the indexed tokens."""
         return self.stats.firings == 0
+
+    @property
+    def title(self) -> str | None:
+        """The label people wrote, else the name of a concept it tells well enough to be called by."""
+        if self.label or not self.concepts:
+            return self.label
+        return concept_label(self.concepts[0].name, self.concepts[0].sign, self.concepts[0].f1)
 
     @property
     def signed(self) -> bool:
@@ -158,10 +191,24 @@ class Feature:
 
         return document([self])
 
+    def __repr__(self) -> str:
+        # Everything else takes pages: `to_dict` gives it.
+        label = f" ({self.title})" if self.title else ""
+        return f"Feature({self.sae!r}, {self.feature}){label}: fires on {self.stats.density:.4%} of tokens"
+
     def _repr_html_(self) -> str:
         from workbench.index.page import fragment
 
         return fragment(self)
+
+
+LABEL_F1 = 0.5
+"""Held-out F1 from which a concept serves as a feature's label."""
+
+
+def concept_label(concept: str, sign: int, f1: float) -> str | None:
+    """A concept as a label; None below LABEL_F1. `-` marks one that negative activations say."""
+    return ("-" if sign < 0 else "") + concept if f1 >= LABEL_F1 else None
 
 
 def _without_nan(value: Any) -> Any:

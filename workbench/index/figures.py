@@ -11,6 +11,11 @@ POSITIVE, NEGATIVE, NEUTRAL, MARK = "#2ea043", "#da3633", "#4269d0", "#efb118"
 _LAYOUT = {"height": 220, "margin": {"l": 45, "r": 10, "t": 10, "b": 40}, "bargap": 0.03, "showlegend": False}
 
 
+def _token(text: str) -> str:
+    """Plotly reads a little HTML in texts, so the token is escaped, but for quotes, which it would show as entities."""
+    return visible(text).replace("&quot;", '"')
+
+
 def _bars(counts: list[int], low: float, high: float) -> go.Bar:
     width = (high - low) / len(counts) if high > low else 1.0
     middle = low + (np.arange(len(counts)) + 0.5) * width
@@ -48,9 +53,8 @@ def logit_histogram(feature: Feature) -> go.Figure:
     if feature.logits is not None:
         figure.add_trace(_bars(feature.logits.histogram, feature.logits.low, feature.logits.high))
         for effects, anchor in ((feature.promotes, "right"), (feature.suppresses, "left")):
-            # Plotly reads a little HTML in annotations, so the token is escaped.
             figure.add_annotation(
-                x=effects[0].effect, y=0.5, yref="paper", text=visible(effects[0].text), showarrow=False, xanchor=anchor
+                x=effects[0].effect, y=0.5, yref="paper", text=_token(effects[0].text), showarrow=False, xanchor=anchor
             )
     return figure.update_layout(xaxis_title="effect on the logit", yaxis_title="tokens", **_LAYOUT).update_yaxes(
         type="log"
@@ -70,7 +74,7 @@ def logit_bars(feature: Feature) -> go.Figure:
             hovertemplate="%{x:+.3f}<extra></extra>",
         )
         figure.update_yaxes(
-            tickvals=list(range(len(effects))), ticktext=[visible(item.text) for item in effects], autorange="reversed"
+            tickvals=list(range(len(effects))), ticktext=[_token(item.text) for item in effects], autorange="reversed"
         )
     return figure.update_layout(xaxis_title="effect on the logit", **(_LAYOUT | {"height": 420}))
 

@@ -47,7 +47,7 @@ def fragment(feature: Feature) -> str:
 
 def _body(feature: Feature) -> str:
     stats = feature.stats
-    label = f": {escape(feature.label)}" if feature.label else ""
+    label = f": {escape(feature.title)}" if feature.title else ""
     head = (
         f"<h2>{escape(feature.sae)} / {feature.feature}{label}</h2>"
         f'<div class="dim">{escape(feature.model)}, {escape(feature.hook)}, {escape(feature.rule)}, '
@@ -56,7 +56,7 @@ def _body(feature: Feature) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in feature.notes)
     if feature.dead:
         head += '<p class="dead">Dead: this feature fires on none of the indexed tokens.</p>'
-    left = _numbers(feature) + _related(feature)
+    left = _concepts(feature) + _numbers(feature) + _related(feature)
     right = _logits(feature)
     if not feature.dead:
         low, high = min(0.0, stats.minimum or 0), max(0.0, stats.maximum or 0)
@@ -70,6 +70,17 @@ def _body(feature: Feature) -> str:
         f'<div class="wbf">{head}{notes}<div class="cols"><div class="left">{left}</div>'
         f'<div class="right">{right}</div></div></div>'
     )
+
+
+def _concepts(feature: Feature) -> str:
+    rows = [
+        (
+            f"{one.name}{' (negative activations)' if one.sign < 0 else ''}",
+            f"F1 {one.f1:.2f}, precision {one.precision:.2f}, recall {one.recall:.2f}",
+        )
+        for one in feature.concepts
+    ]
+    return _table("Best concept (held out)", rows)
 
 
 def _numbers(feature: Feature) -> str:

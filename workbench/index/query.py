@@ -11,16 +11,20 @@ opened index goes on reading the old one.
 
 import dataclasses
 import json
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pandas as pd
 
 from sae.errors import InputError
+from workbench.database import read_duckdb
 from workbench.index.build import SCHEMA, index_path
 from workbench.index.feature import (
     Coactivation,
+    Concept,
     Example,
     ExampleGroup,
     Feature,
@@ -28,6 +32,7 @@ from workbench.index.feature import (
     LogitStats,
     Neighbour,
     TokenEffect,
+    concept_label,
 )
 from workbench.notes import Notes
 
@@ -45,19 +50,61 @@ def index_names(workspace: "Workspace") -> list[str]:
     return sorted(file.stem for file in workspace.path.glob("indexes/*.duckdb"))
 
 
+def listed_features(workspace: "Workspace", name: str) -> list[Feature]:
+    """The features of a list of the workspace, in the order they were added, to be exported.
+
+    `workbench.index.page.document` makes one self-contained page of them.
+
+    Raises:
+        InputError: no such list, or a member whose index or number is gone.
+    """
+    members = Notes(workspace.path).members(name)
+    indexes = {sae: FeatureIndex.open(workspace, sae) for sae in dict.fromkeys(sae for sae, _ in members)}
+    try:
+        return [indexes[sae].feature(number) for sae, number in members]
+    finally:
+        for index in indexes.values():
+            index.close()
+
+
+def concepts_path(workspace: "Workspace", sae: str) -> "Path":
+    """Where the concepts of an SAE's features lie or would lie (workbench/concepts/stored.py)."""
+    return workspace.path / "results" / "concepts" / f"{sae}.duckdb"
+
+
+def read_concepts(path: "Path") -> dict[int, list[Concept]]:
+    """Concepts by feature, best first; empty where the SAE was not aligned."""
+    found: dict[int, list[Concept]] = {}
+    if path.is_file():
+        names = [field.name if field.name != "name" else "concept" for field in dataclasses.fields(Concept)]
+        with read_duckdb(path) as connection:
+            rows = connection.execute(f"SELECT feature, {', '.join(names)} FROM features").fetchall()
+        for feature, name, sign, *scores, firings, positives in rows:
+            # A concept that no held-out token has leaves F1 and recall without a value.
+            f1, precision, recall, correlation, threshold, chosen_by = (
+                math.nan if score is None else score for score in scores
+            )
+            concept = Concept(name, sign, f1, precision, recall, correlation, threshold, chosen_by, firings, positives)
+            found.setdefault(feature, []).append(concept)
+    for concepts in found.values():
+        concepts.sort(key=lambda one: -1.0 if math.isnan(one.f1) else one.f1, reverse=True)
+    return found
+
+
 class FeatureIndex:
     """An opened index.
 
     Args:
         path: the DuckDB file.
         notes: labels and notes of its workspace.
+        concepts: concepts of its features, which label those that nobody labelled.
 
     Raises:
         InputError: a file that is no index, or one of another schema.
     """
 
-    def __init__(self, path: "Path", notes: Notes) -> None:
-        self.path, self._notes = path, notes
+    def __init__(self, path: "Path", notes: Notes, concepts: Mapping[int, list[Concept]] | None = None) -> None:
+        self.path, self._notes, self._concepts = path, notes, concepts or {}
         self._database = duckdb.connect(":memory:")
         try:
             self._database.execute(f"ATTACH '{str(path).replace(chr(39), chr(39) * 2)}' AS index (READ_ONLY)")
@@ -83,7 +130,7 @@ class FeatureIndex:
         if not path.is_file():
             known = ", ".join(index_names(workspace)) or "none"
             raise InputError(f"SAE {sae!r} has no index: make one with `workbench index {sae}` (there is {known})")
-        return cls(path, Notes(workspace.path))
+        return cls(path, Notes(workspace.path), read_concepts(concepts_path(workspace, sae)))
 
     def close(self) -> None:
         """Gives the file back."""
@@ -99,11 +146,17 @@ class FeatureIndex:
     def _query(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
         return self._run(sql, list(parameters)).fetchall()
 
+    def titles(self) -> dict[int, str]:
+        """What features are called: the labels people wrote, and the concepts of features without one."""
+        best = {number: concepts[0] for number, concepts in self._concepts.items()}
+        found = {number: concept_label(one.name, one.sign, one.f1) for number, one in best.items()}
+        return {number: title for number, title in found.items() if title} | self._notes.labels(self.sae)
+
     def feature(self, number: int) -> Feature:
         """Everything known of one feature. Raises InputError for one that does not exist."""
         if not 0 <= number < self.d_sae:
             raise InputError(f"feature {number} does not exist: {self.sae} has features 0 to {self.d_sae - 1}")
-        labels = self._notes.labels(self.sae)
+        labels = self.titles()
         stats = self._stats(number)
         norm, cosine = self._query("SELECT norm, encoder_cosine FROM decoder_map WHERE feature = ?", number)[0]
         logits = self._query(
@@ -122,7 +175,8 @@ class FeatureIndex:
             hook=self.settings["hook"],
             rule=" ".join([rule.pop("name"), *(f"{key}={value}" for key, value in rule.items())]),
             n_tokens=self.n_tokens,
-            label=labels.get(number),
+            label=self._notes.label(self.sae, number),
+            concepts=self._concepts.get(number, []),
             notes=[note.text for note in self._notes.notes(self.sae, number)],
             stats=stats,
             groups=self._groups(number, stats.firings),
@@ -232,7 +286,11 @@ class FeatureIndex:
         return found
 
     def table(self) -> pd.DataFrame:
-        """All features, one row each: label, density, firings, moments, extremes, logit skew, best token, map."""
+        """All features, one row each: label, best concept, density, firings, moments, extremes, logit skew, map.
+
+        `label` is what people wrote, else the best concept where its held-out F1 is high enough; `concept` and
+        `concept_f1` are there when the SAE was aligned with concepts.
+        """
         table = self._run(
             """
             SELECT s.feature, s.density, s.firings, s.positive / nullif(s.firings, 0) AS positive_share, s.mean, s.std,
@@ -249,8 +307,12 @@ class FeatureIndex:
             ORDER BY s.feature
             """
         ).df()
-        labels = self._notes.labels(self.sae)
-        table.insert(1, "label", [labels.get(feature, "") for feature in table["feature"]])
+        titles = self.titles()
+        best = {number: concepts[0] for number, concepts in self._concepts.items()}
+        table.insert(1, "label", [titles.get(feature, "") for feature in table["feature"]])
+        if best:
+            table.insert(2, "concept", [best[f].name if f in best else "" for f in table["feature"]])
+            table.insert(3, "concept_f1", [best[f].f1 if f in best else math.nan for f in table["feature"]])
         return table
 
     def search(self, text: str, limit: int = MAX_HITS) -> pd.DataFrame:
@@ -266,7 +328,7 @@ class FeatureIndex:
         if not text.strip():
             raise InputError("an empty search finds everything: type some text")
         needle = text.lower()
-        labelled = [f for f, label in self._notes.labels(self.sae).items() if needle in label.lower()]
+        labelled = [f for f, label in self.titles().items() if needle in label.lower()]
         return self._run(
             """
                 SELECT feature, CASE WHEN labelled THEN 'label' WHEN contains(peaks, $needle) THEN 'peak'

@@ -8,6 +8,7 @@ For every pattern of `attention_patterns` and budget B of keys per query, on hel
        A'[q, k] = A[q, k] kept[q, k] / sum over kept k of A[q, k]
    (what masking the scores before the softmax gives), the pattern following the A of that pass; loss, perplexity
    and KL(clean || restricted) per counted position in nats.
+3. sinks, entropy and keys with 95% of the attention of every head in the clean pass (`sinks`).
 
 Runs on the TransformerBridge, whose attention is explicit.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 from sae.errors import InputError
 from workbench.models import LoadedModel
 from workbench.sparsity.attention_patterns import PATTERNS, Pattern
+from workbench.sparsity.sinks import HeadSums
 from workbench.sparsity.tokens import Batch, losses
 
 BUDGETS = (8, 16, 32, 64, 128)
@@ -41,6 +43,8 @@ class AttentionSparsity:
     """layer, head, pattern, budget, kept (share of attention), uniform (the baseline)."""
     curves: pd.DataFrame
     """pattern, budget, loss, added_nats, perplexity, kl."""
+    heads: pd.DataFrame
+    """layer, head and `sinks.COLUMNS`."""
 
 
 @contextmanager
@@ -96,6 +100,8 @@ def measure_attention(
             done += batch.tokens.numel()
             if on_progress is not None:
                 on_progress(done, total)
+    if not count:
+        raise InputError("no held-out position to measure on: every context is BOS and padding")
     clean_loss = clean_sum / count
     rows = [
         {
@@ -104,15 +110,16 @@ def measure_attention(
         }
         for (name, budget), (loss, kl) in zip(settings, (sums / count).tolist(), strict=True)
     ]  # fmt: skip
-    return AttentionSparsity(clean_loss, count, coverage.table(), pd.DataFrame(rows))
+    return AttentionSparsity(clean_loss, count, coverage.table(), pd.DataFrame(rows), coverage.heads.table())
 
 
 class _Coverage:
-    """Sums of kept attention by layer, setting and head."""
+    """Sums of kept attention by layer, setting and head, and what `sinks` counts."""
 
     def __init__(self, model: LoadedModel, settings: Sequence[tuple[str, int]]) -> None:
         self.model, self.settings = model, settings
         info = model.info
+        self.heads = HeadSums(info.n_layers, info.n_heads, model.device)
         self._kept = torch.zeros(info.n_layers, len(settings), info.n_heads, dtype=torch.float64, device=model.device)
         self._uniform = torch.zeros(len(settings), dtype=torch.float64, device=model.device)
         self._queries = torch.zeros(len(settings), dtype=torch.float64, device=model.device)
@@ -128,6 +135,7 @@ class _Coverage:
 
         def see(layer: int) -> Callable[[Tensor, Any], None]:
             def hook(attention: Tensor, hook: Any) -> None:
+                self.heads.add(layer, attention, batch.ordinary)
                 for number, (name, budget) in enumerate(self.settings):
                     kept = (attention * PATTERNS[name](attention, budget)).sum(dim=-1)
                     self._kept[layer, number] += torch.einsum("bhq,bq->h", kept.double(), queries[number].double())

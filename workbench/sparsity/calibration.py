@@ -37,6 +37,7 @@ class Quantiles:
 
     @staticmethod
     def of(magnitudes: Float[Tensor, "n"]) -> "Quantiles":
+        """The quantiles of a sample of magnitudes, by nearest rank."""
         ordered = magnitudes.float().sort().values
         n = min(QUANTILES + 1, len(ordered))
         # In float64: float32 cannot count past 2^24.
@@ -63,6 +64,7 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
+        """Rows in the sample."""
         return len(self.h[0])
 
 
@@ -77,7 +79,7 @@ def calibrate(model: LoadedModel, corpus: Corpus, *, tokens: int = 1024, context
 
 
 def calibrate_on(model: LoadedModel, sample: Sequence[Batch]) -> Calibration:
-    """As `calibrate`, on given batches."""
+    """As `calibrate`, on given batches, with the same InputErrors."""
     blocks, matrices = mlps(model), projections(model)
     inputs: dict[str, list[Tensor]] = {matrix.name: [] for matrix in matrices}
     gates: list[list[Tensor]] = [[] for _ in blocks]

@@ -40,6 +40,7 @@ class Tally:
         self._entries: dict[str, int] = defaultdict(int)
 
     def add(self, name: str, thinned: Tensor) -> None:
+        """Counts the zeros of a matrix' thinned input, of any shape."""
         zeros = thinned.numel() - torch.count_nonzero(thinned)
         # Left on the device: reading it here would stop the GPU at every matrix.
         self._zeros[name] = self._zeros[name] + zeros if name in self._zeros else zeros
@@ -156,6 +157,9 @@ def enforce(
     Args:
         batches: held-out contexts; every one is run once clean and once per point.
         on_progress: called with (passes done, passes in all), in tokens.
+
+    Raises:
+        InputError: no held-out position to measure on.
     """
     plan = [(method, level, method.keeps(level, calibration)) for method in methods for level in method.levels]
     tallies = [Tally() for _ in plan]

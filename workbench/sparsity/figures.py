@@ -1,5 +1,6 @@
 """Figures of the sparsity measurements, as Plotly objects over the tables that the results store."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -7,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.figures import PALETTE
+from workbench.sparsity.neurons import NeuronView
 
 LAYER_METRICS = {
     "active": "neurons that fire",
@@ -17,6 +19,7 @@ LAYER_METRICS = {
     "jaccard": "overlap with the next token",
     "jaccard_chance": "... expected by chance",
 }
+AXIS_KEYS = ("type", "range", "tickformat", "dtick", "rangemode", "autorange")
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 COSTLY_NATS = 2.0
 """Curves are drawn up to this cost: beyond it a model is of no use, and the scale would hide what matters."""
@@ -34,15 +37,17 @@ def layer_overview(layers: pd.DataFrame) -> go.Figure:
 
 
 def neuron_densities(neurons: pd.DataFrame) -> go.Figure:
-    """Share of tokens on which each neuron fires, by rank, one line per layer. Args: the table `neurons`."""
+    """Share of tokens on which each neuron fires, the busiest first, one line per layer. Args: the table `neurons`."""
     figure = go.Figure()
     for number, (layer, rows) in enumerate(neurons.groupby("layer", sort=True)):
         ordered = rows["density"].sort_values(ascending=False)
         figure.add_scatter(
-            x=list(range(1, len(ordered) + 1)), y=ordered, name=f"layer {layer}", mode="lines",
+            x=[rank / len(ordered) for rank in range(1, len(ordered) + 1)],
+            y=ordered, name=f"layer {layer}", mode="lines",
             line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
         )  # fmt: skip
-    return _laid_out(figure, "neurons by density", "share of tokens").update_yaxes(type="log")
+    _laid_out(figure, "neurons, the busiest first", "share of tokens").update_xaxes(tickformat=".0%")
+    return figure.update_yaxes(type="log")
 
 
 def cost_curves(points: pd.DataFrame) -> go.Figure:
@@ -110,6 +115,17 @@ def density_spectrum(spectrum: pd.DataFrame) -> go.Figure:
     return _laid_out(figure, "features by density", "share of tokens").update_xaxes(type="log").update_yaxes(type="log")
 
 
+def sae_positions(table: pd.DataFrame) -> go.Figure:
+    """Mean L0 against the position in the context, one line per SAE. Args: the table `positions`."""
+    figure = go.Figure()
+    for number, (sae, rows) in enumerate(table.groupby("sae", sort=True)):
+        figure.add_scatter(
+            x=rows["pos"], y=rows["l0"], name=str(sae), mode="lines",
+            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+        )  # fmt: skip
+    return _laid_out(figure, "position in the context", "L0").update_yaxes(rangemode="tozero")
+
+
 def terms_needed(terms: pd.DataFrame) -> go.Figure:
     """Mean number of terms a token takes for an error, by dictionary; left out where under half of them reach it.
 
@@ -123,6 +139,110 @@ def terms_needed(terms: pd.DataFrame) -> go.Figure:
             line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
         )  # fmt: skip
     return _laid_out(figure, "relative squared error", "terms per token").update_yaxes(type="log")
+
+
+def layer_grid(layers: pd.DataFrame) -> go.Figure:
+    """Layer by metric, as shares in cells: the overview. Args: the table `layers` of a measurement."""
+    columns = ["exact_zero", *LAYER_METRICS]
+    titles = ["exact zeros", *LAYER_METRICS.values()]
+    values = layers[columns].astype(float)
+    figure = go.Figure(
+        go.Heatmap(
+            z=values.T, x=[f"layer {layer}" for layer in layers["layer"]], y=titles, zmin=0, zmax=1,
+            colorscale="Blues", texttemplate="%{z:.1%}", hovertemplate="%{x}, %{y}: %{z:.2%}<extra></extra>",
+            showscale=False,
+        )
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed")
+    return figure.update_layout(height=120 + 26 * len(columns), margin={**MARGIN, "l": 210})
+
+
+def density_histogram(neurons: pd.DataFrame, layer: int) -> go.Figure:
+    """Number of neurons of a layer by the share of tokens on which they fire. Args: the table `neurons`."""
+    density = neurons.loc[neurons["layer"] == layer, "density"]
+    figure = go.Figure(go.Histogram(x=density, nbinsx=50, marker_color=PALETTE[0]))
+    return _laid_out(figure, "share of tokens on which the neuron fires", "neurons")
+
+
+def neuron_histogram(view: NeuronView) -> go.Figure:
+    """Values of one neuron where they are not exactly 0."""
+    centres = [(low + high) / 2 for low, high in zip(view.edges[:-1], view.edges[1:], strict=True)]
+    figure = go.Figure(go.Bar(x=centres, y=view.counts, marker_color=PALETTE[0]))
+    return _laid_out(figure, "h, where it is not 0", "tokens").update_layout(bargap=0)
+
+
+def positions(table: pd.DataFrame) -> go.Figure:
+    """Neurons that fire against the position in the context, one line per layer. Args: the table `positions`."""
+    figure = go.Figure()
+    for number, (layer, rows) in enumerate(table.groupby("layer", sort=True)):
+        figure.add_scatter(
+            x=rows["pos"], y=rows["active"], name=f"layer {layer}", mode="lines",
+            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+        )  # fmt: skip
+    return _laid_out(figure, "position in the context", "neurons that fire").update_yaxes(rangemode="tozero")
+
+
+def sinks(heads: pd.DataFrame) -> go.Figure:
+    """Share of every head's attention on BOS, layers upwards. Args: the table `heads` of an attention measurement."""
+    cells = heads.pivot(index="layer", columns="head", values="sink")
+    uniform = heads["sink_uniform"].mean()
+    figure = go.Figure(
+        go.Heatmap(
+            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, zmax=1, colorscale="Blues",
+            texttemplate="%{z:.2f}", hovertemplate="layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
+        )
+    )  # fmt: skip
+    _laid_out(figure, "head", "layer").update_xaxes(dtick=1).update_yaxes(dtick=1)
+    title = f"attention on BOS (uniform attention: {uniform:.3f})"
+    return figure.update_layout(title=title, height=140 + 36 * len(cells))
+
+
+def cost_panel(points: pd.DataFrame) -> go.Figure:
+    """Added nats against the share of zeros only, one line per method: the left half of `cost_curves`."""
+    figure = go.Figure()
+    for number, (method, rows) in enumerate(points.groupby("method", sort=False)):
+        drawn = rows.sort_values("level")
+        figure.add_scatter(
+            x=drawn["sparsity"], y=drawn["added_nats"], name=str(method), mode="lines+markers",
+            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+        )  # fmt: skip
+    _laid_out(figure, "share of zeros where the method acts", "added nats per token")
+    return figure.update_xaxes(tickformat=".0%").update_yaxes(range=[-0.05, COSTLY_NATS])
+
+
+def beside(drawn: Mapping[str, go.Figure]) -> go.Figure:
+    """Figures of one kind in a row, one panel each, with common axes and one legend.
+
+    Args:
+        drawn: figures of a single panel, by title; of the same kind, as their axes are taken from the first.
+    """
+    first = next(iter(drawn.values()))
+    figure = make_subplots(
+        rows=1, cols=len(drawn), shared_yaxes="all", shared_xaxes="all", horizontal_spacing=0.03,
+        subplot_titles=list(drawn), x_title=first.layout.xaxis.title.text,
+    )  # fmt: skip
+    legend: set[str] = set()
+    for column, panel in enumerate(drawn.values(), start=1):
+        for trace in panel.data:
+            named = str(trace.name)
+            copied = trace.__class__(trace)
+            if trace.type == "scatter":
+                copied.update(legendgroup=named, showlegend=named not in legend)
+            else:
+                # The colour bars of the panels would lie on one another.
+                copied.update(showscale=False)
+            legend.add(named)
+            figure.add_trace(copied, row=1, col=column)
+    x, y = (
+        {key: axis[key] for key in AXIS_KEYS if axis[key] is not None}
+        for axis in (first.layout.xaxis, first.layout.yaxis)
+    )
+    figure.update_xaxes(**x)
+    figure.update_yaxes(**y)
+    figure.update_yaxes(title_text=first.layout.yaxis.title.text, row=1, col=1)
+    return figure.update_layout(
+        height=first.layout.height or 360, margin=first.layout.margin, legend={"orientation": "h", "y": -0.25}
+    )
 
 
 def _laid_out(figure: go.Figure, x: str, y: str) -> Any:

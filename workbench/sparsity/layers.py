@@ -34,6 +34,7 @@ class Projection:
 
     @property
     def d_in(self) -> int:
+        """Width of its input."""
         return self.weight.shape[1]
 
     @property
@@ -57,10 +58,12 @@ class MLP:
 
     @property
     def d_mlp(self) -> int:
+        """Number of neurons."""
         return self.out.d_in
 
     @property
     def gated(self) -> bool:
+        """Whether a second projection of the input multiplies the activations."""
         return self.up is not None
 
     def act(self, z: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_mlp"]:

@@ -2,7 +2,7 @@
 
     sparsity-mlp         tables layers, neurons, positions, residual
     sparsity-curves      tables points, shares (by matrix), cett (thresholds by layer), ppl
-    sparsity-attention   tables curves, coverage
+    sparsity-attention   tables curves, coverage, heads
     sparsity-sae         tables summary, positions, spectrum, terms
 
 A measurement that is already stored under its name, made from the same model, corpus and settings, is opened and not
@@ -132,9 +132,10 @@ def report_attention(
         found = measure_attention(model, held, budgets=budgets, on_progress=on_progress)
         measured = sorted(found.coverage["budget"].unique())
         middle = int(measured[len(measured) // 2])
-        return {"curves": found.curves, "coverage": found.coverage}, {
+        return {"curves": found.curves, "coverage": found.coverage, "heads": found.heads}, {
             "cost": figures.attention_curves(found.curves),
             "coverage": figures.attention_coverage(found.coverage, middle),
+            "sinks": figures.sinks(found.heads),
         }
 
     return _stored(space, ATTENTION, name, model, corpus, parameters, make)
@@ -177,6 +178,49 @@ def report_saes(
         }
 
     return _stored(space, SAES, name, model, corpus, parameters, make)
+
+
+def report_all(
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    saes: Mapping[str, SAE] | None = None,
+    ps: Sequence[float] = (0.01, 0.05, 0.1),
+    max_tokens: int = 100_000,
+    heldout_tokens: int = 8192,
+    context_len: int = 256,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[Result]:
+    """The whole report under one name; parts that are stored already are opened.
+
+    Args:
+        saes: by name; the part on SAEs is left out without any.
+        ps: for PPL-p%; none for a model that its MLPs do not help yet, such as an early checkpoint.
+        max_tokens: of the measuring pass.
+        heldout_tokens: of the curves, the attention and the SAEs.
+        on_progress: called with (part, tokens done, tokens in all).
+
+    Raises:
+        InputError: as the parts.
+    """
+
+    def of(part: str) -> OnProgress:
+        return lambda done, total: on_progress(part, done, total) if on_progress is not None else None
+
+    held: dict[str, Any] = {"max_tokens": heldout_tokens, "context_len": context_len}
+    budgets = [budget for budget in BUDGETS if budget < context_len]
+    results = [
+        report_mlps(
+            space, name, model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=of("measure")
+        ),
+        report_curves(space, name, model, corpus, ps=ps, **held, on_progress=of("enforce")),
+        report_attention(space, name, model, corpus, budgets=budgets, **held, on_progress=of("attention")),
+    ]
+    if saes:
+        results.append(report_saes(space, name, model, saes, corpus, **held, on_progress=of("sae")))
+    return results
 
 
 def _digest(sae: SAE) -> str:

@@ -11,7 +11,7 @@ lasts; where more are dead, the rest wait. Products in the shadows' precision, s
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.kernels.triton.encode import product
@@ -24,8 +24,7 @@ MIN_ROWS = 128
 
 def aux_gradients(
     parameters: Parameters,
-    tokens_since_fired: Int[Tensor, "d_sae"],
-    dead_after: int,
+    dead: Bool[Tensor, "d_sae"],
     residual: Float[Tensor, "n d"],
     x_centred: Float[Tensor, "n d"],
     bucket: int,
@@ -36,12 +35,12 @@ def aux_gradients(
     """Gradients of coefficient * L_aux to the dead features, and L_aux (0 where none is dead).
 
     Args:
+        dead: the features to revive.
         bucket: features treated at most; at most d_sae.
         signed: select by magnitude and keep signs.
     """
     d_sae, d = parameters.W_dec.shape
     n, dtype = x_centred.shape[0], parameters.shadow_enc.dtype
-    dead = tokens_since_fired >= dead_after
     features = torch.sort(dead, descending=True, stable=True).indices[:bucket]
     real = dead[features]
     slot = torch.full((d_sae,), -1, dtype=torch.int32, device=dead.device)

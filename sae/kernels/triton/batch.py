@@ -31,7 +31,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.kernels import batch_topk as plain_batch
 from sae.kernels import feature_topk as plain_feature
-from sae.kernels.triton.encode import chunk_rows, product, score_buffer
+from sae.kernels.triton.encode import chunk_rows, padded_product, product, score_buffer
 from sae.kernels.triton.select import bound, keys_of, select_rows
 
 # Entries aimed at and slots, as multiples of the entries wanted: the first rows stand for the batch that well.
@@ -57,11 +57,11 @@ def batch_topk_encode(
     Returns:
         A ragged code of `n_entries` slots; the entries of a token by feature ascending.
     """
-    n, d_sae = x.shape[0], W_enc.shape[1]
+    n, d_sae = x.shape[0], b_enc.shape[0]
     n_entries = min(n_entries, n * d_sae)
     mean = max(1, n_entries // max(n, 1))
     if n == 0 or mean > MAX_MEAN:
-        return plain_batch.batch_topk_encode(x, W_enc, b_enc, n_entries, absolute=absolute)
+        return plain_batch.batch_topk_encode(x, W_enc[:, :d_sae], b_enc, n_entries, absolute=absolute)
     weights = W_enc.to(x.dtype)
     step = chunk_rows(n)
     (buffer,), bias = score_buffer(1, step, b_enc.float())
@@ -72,7 +72,7 @@ def batch_topk_encode(
     for first in range(0, n, step):
         last = min(n, first + step)
         scores = buffer[: last - first]
-        product(x[first:last], weights, scores[:, :d_sae])
+        padded_product(x[first:last], weights, scores, d_sae)
         if first == 0:
             aim = math.ceil(MARGIN * n_entries * last / n)
             threshold = _threshold(scores, bias, min(d_sae, CANDIDATES * mean), aim, absolute)
@@ -82,7 +82,7 @@ def batch_topk_encode(
         )  # fmt: skip
     reached = int(counter)
     if reached > slots or (reached < n_entries and float(threshold) > 0):
-        return plain_batch.batch_topk_encode(x, W_enc, b_enc, n_entries, absolute=absolute)
+        return plain_batch.batch_topk_encode(x, W_enc[:, :d_sae], b_enc, n_entries, absolute=absolute)
     places, order = torch.sort(places)
     values = values[order]
     ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
@@ -180,9 +180,9 @@ def feature_topk_encode(
     Returns:
         A ragged code of `n_entries` slots; the entries of a token by feature ascending.
     """
-    n, d_sae = x.shape[0], W_enc.shape[1]
+    n, d_sae = x.shape[0], b_enc.shape[0]
     if n == 0 or n > MAX_TOKENS:
-        return plain_feature.feature_topk_encode(x, W_enc, b_enc, budgets)
+        return plain_feature.feature_topk_encode(x, W_enc[:, :d_sae], b_enc, budgets)
     ends = budgets.cumsum(0)
     n_entries = int(ends[-1]) if n_entries is None else n_entries
     weights, bias = W_enc.T.to(x.dtype), b_enc.float()

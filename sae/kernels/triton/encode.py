@@ -42,6 +42,19 @@ def product(x: Float[Tensor, "n d"], weights: Float[Tensor, "d columns"], out: F
         torch.mm(x.float(), weights.float(), out=out)
 
 
+def padded_product(
+    x: Float[Tensor, "n d"], weights: Float[Tensor, "d columns"], out: Float[Tensor, "n padded"], n_columns: int
+) -> None:
+    """`product` into the first columns of `out`, of which those beyond `n_columns` are 0 afterwards.
+
+    Products with an odd number of columns take a slow path: weights padded with zeros avoid it.
+    """
+    product(x, weights, out[:, : weights.shape[1]])
+    if weights.shape[1] > n_columns:
+        # An infinite input times zero is NaN, and would be selected.
+        out[:, n_columns:] = 0
+
+
 def topk_encode(
     x: Float[Tensor, "n d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
@@ -53,7 +66,8 @@ def topk_encode(
     """Top k of relu(x W_enc + b_enc) of every row, or the k largest |x W_enc + b_enc| with their signs.
 
     Args:
-        x: inputs with b_dec subtracted; bf16, fp16 or fp32. W_enc is converted to its dtype: pass a shadow copy.
+        x: inputs with b_dec subtracted; bf16, fp16 or fp32.
+        W_enc: converted to x's dtype: pass a shadow copy. It may have columns of zeros beyond b_enc's.
         k: at most d_sae.
 
     Returns:
@@ -88,7 +102,7 @@ def _encode(
     absolute: bool = False,
     gradient: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    n, d_sae = x.shape[0], W_enc.shape[1]
+    n = x.shape[0]
     weights = W_enc.to(x.dtype)
     values = torch.empty(n, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
@@ -98,11 +112,11 @@ def _encode(
     for first in range(0, n, rows):
         last = min(n, first + rows)
         scores = buffers[0, : last - first]
-        product(x[first:last], weights, scores[:, :d_sae])
+        padded_product(x[first:last], weights, scores, b_enc.shape[0])
         ranked = None
         if gradient is not None:
             W_dec, g, beta = gradient
             ranked = buffers[1, : last - first], beta
-            product(g[first:last], W_dec, ranked[0][:, :d_sae])
+            padded_product(g[first:last], W_dec, ranked[0], b_enc.shape[0])
         select_rows(scores, bias, k, values[first:last], indices[first:last], absolute=absolute, gradient=ranked)
     return values, indices

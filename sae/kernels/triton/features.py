@@ -32,6 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.kernels.triton.sparse import alignment
 
 WINDOW = 128
 # Entries whose rows are loaded at once.
@@ -115,9 +116,10 @@ def _add_entries(
 
 @triton.jit
 def _window_kernel(
-    token, value, feature, R, X, scale, W_dec, da, window_dec, window_enc, d_sae, d,
-    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    token, value, feature, R, X, scale, W_dec, da, window_dec, window_enc, d_sae, units,
+    ALIGN: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
+    d = units * ALIGN
     window = tl.program_id(0)
     start = window * WINDOW
     f = tl.load(feature + start)
@@ -149,9 +151,10 @@ def _segment(offsets, f, WINDOW: tl.constexpr):
 
 @triton.jit
 def _product_kernel(
-    offsets, token, value, R, scale, W_dec, da, grad_bias, along, d,
-    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    offsets, token, value, R, scale, W_dec, da, grad_bias, along, units,
+    ALIGN: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
+    d = units * ALIGN
     f = tl.program_id(0)
     start, head, _, _, tail, stop = _segment(offsets, f, WINDOW)
     row = W_dec + f.to(tl.int64) * d
@@ -190,9 +193,10 @@ def gradient_slice(
 
 @triton.jit
 def _gradient_kernel(
-    offsets, token, value, da, R, X, scale, window_dec, window_enc, grad_dec, grad_enc, d,
-    DECODER: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    offsets, token, value, da, R, X, scale, window_dec, window_enc, grad_dec, grad_enc, units,
+    ALIGN: tl.constexpr, DECODER: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
+    d = units * ALIGN
     f = tl.program_id(0)
     columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     dec, enc = gradient_slice(
@@ -232,11 +236,12 @@ def products(
     if n_windows:
         _window_kernel[(n_windows,)](
             order.token, order.value, order.feature, residual, x_centred, scale, W_dec, da, windows[0], windows[1],
-            d_sae, d, WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+            d_sae, d // alignment(d),
+            ALIGN=alignment(d), WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
         )  # fmt: skip
     _product_kernel[(d_sae,)](
-        order.offsets, order.token, order.value, residual, scale, W_dec, da, sums[0], sums[1], d,
-        WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        order.offsets, order.token, order.value, residual, scale, W_dec, da, sums[0], sums[1], d // alignment(d),
+        ALIGN=alignment(d), WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
     return Products(da, sums[0], sums[1], windows[0], windows[1])
 
@@ -257,7 +262,7 @@ def feature_gradients(
     grad_dec = torch.empty_like(grad_enc) if decoder else None
     _gradient_kernel[(d_sae, triton.cdiv(d, row_slice(d)))](
         order.offsets, order.token, order.value, made.da, residual, x_centred, scale, made.window_dec,
-        made.window_enc, grad_enc if grad_dec is None else grad_dec, grad_enc, d,
-        DECODER=decoder, WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        made.window_enc, grad_enc if grad_dec is None else grad_dec, grad_enc, d // alignment(d),
+        ALIGN=alignment(d), DECODER=decoder, WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
     return grad_dec, grad_enc, made.b_enc

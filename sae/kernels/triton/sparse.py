@@ -12,6 +12,7 @@ from partial sums in fp64, V about b_dec, where a large common offset has cancel
 # mypy: allow-untyped-defs
 # (kernels' arguments are pointers and numbers of the compiled language)
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,30 @@ ENTRIES = 8
 CENTRE_ROWS = 32
 
 
+def alignment(d: int) -> int:
+    """What a kernel is told about the width of its rows: by how much it can be divided, at most 16.
+
+    Kernels get the width as a number of such units. Of a bare argument the compiler knows divisibility by 16 or
+    nothing, and rows of 1,000 would be read number by number instead of 16 bytes at once.
+    """
+    return math.gcd(d, 16)
+
+
 @triton.jit
-def _centre_kernel(batch, scale, b_dec, centred, sums, squares, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _centre_kernel(
+    batch,
+    scale,
+    b_dec,
+    centred,
+    sums,
+    squares,
+    n,
+    units,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    d = units * ALIGN
     block = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor = tl.load(scale)
@@ -46,10 +69,12 @@ def _centre_kernel(batch, scale, b_dec, centred, sums, squares, n, d, ROWS: tl.c
 
 @triton.jit
 def _decode_kernel(
-    values, indices, offsets, W_dec, b_dec, x, out, errors, n, d, k,
-    RAGGED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    values, indices, offsets, W_dec, b_dec, x, out, errors, n, units, k,
+    ALIGN: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """out = x_hat, or x - (x_hat - b_dec) for centred x, and its sum of squares to errors[slice, token]."""
+    d = units * ALIGN
     token = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     columns = piece * SLICE + tl.arange(0, SLICE)
@@ -99,8 +124,9 @@ def centre(
     out = torch.empty(n, d, dtype=dtype, device=batch.device)
     partial = torch.empty(2, blocks, d, dtype=torch.float32, device=batch.device)
     _centre_kernel[(blocks, triton.cdiv(d, SLICE))](
-        batch, scale, b_dec, out, partial[0], partial[1], n, d, ROWS=CENTRE_ROWS, COLUMNS=SLICE, num_warps=4
-    )
+        batch, scale, b_dec, out, partial[0], partial[1], n, d // alignment(d),
+        ALIGN=alignment(d), ROWS=CENTRE_ROWS, COLUMNS=SLICE, num_warps=4,
+    )  # fmt: skip
     sums = partial.sum(1, dtype=torch.float64)
     variance = sums[1].sum() - sums[0].square().sum() / n
     return Centred(out, variance.clamp_min_(torch.finfo(torch.float32).tiny))
@@ -143,7 +169,7 @@ def _launch(
     k = code.values.shape[1] if code.offsets is None else 0
     _decode_kernel[(n, triton.cdiv(d, SLICE))](
         code.values, code.indices, offsets, W_dec, W_dec if b_dec is None else b_dec, out if x is None else x,
-        out, errors, n, d, k,
-        RAGGED=code.offsets is not None, BIAS=b_dec is not None, RESIDUAL=x is not None,
+        out, errors, n, d // alignment(d), k,
+        ALIGN=alignment(d), RAGGED=code.offsets is not None, BIAS=b_dec is not None, RESIDUAL=x is not None,
         ENTRIES=ENTRIES, SLICE=SLICE, num_warps=1,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from sae.kernels.triton.update import (
 )
 
 Encoder = Callable[[Tensor, Tensor, Tensor], SparseCode]
+"""(x, W_enc, b_enc) -> code; W_enc may have columns of zeros beyond b_enc's."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class StepResult:
     residual: Float[Tensor, "n d"]
     squared_error: Float[Tensor, ""]
     total_variance: Float[Tensor, ""]
+    firings: Int[Tensor, "d_sae"]
+    """Tokens on which each feature is active."""
 
 
 def topk_rule(k: int, *, absolute: bool = False) -> Encoder:
@@ -44,7 +47,7 @@ def topk_rule(k: int, *, absolute: bool = False) -> Encoder:
 
     def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseCode:
         values, indices = topk_encode(x, W_enc, b_enc, k, absolute=absolute)
-        return SparseCode(values, indices, W_enc.shape[1])
+        return SparseCode(values, indices, b_enc.shape[0])
 
     return encode
 
@@ -70,18 +73,18 @@ def training_step(
     """
     p = parameters
     centred = centre(batch, input_scale, p.b_dec, p.shadow_enc.dtype)
-    code = encoder(centred.x, p.shadow_enc.T, p.b_enc)
+    code = encoder(centred.x, p.padded_enc.T, p.b_enc)
     fit = residual(code, p.shadow_dec, centred.x, p.shadow_dec.dtype)
-    result = StepResult(code, centred.x, fit.residual, fit.squared_error, centred.total_variance)
     order = by_feature(code)
+    firings = order.offsets.diff()
+    result = StepResult(code, centred.x, fit.residual, fit.squared_error, centred.total_variance, firings)
     scale = (-2 / centred.total_variance).float()
     if materialise:
         grad_dec, grad_enc, grad_bias = feature_gradients(
             order, fit.residual, centred.x, scale, p.shadow_dec, decoder=decoder
         )
         grad_b_dec = fit.residual.sum(0, dtype=torch.float32) * scale - through_encoder(grad_bias, p.shadow_enc)
-        fired = order.offsets.diff() > 0
-        tokens_since_fired.add_(batch.shape[0]).masked_fill_(fired, 0)
+        tokens_since_fired.add_(batch.shape[0]).masked_fill_(firings > 0, 0)
         update_from_gradients(p, grad_dec, grad_enc, grad_bias, grad_b_dec, adam)
     else:
         update_from_code(
@@ -92,23 +95,28 @@ def training_step(
 
 
 class GraphedStep:
-    """A step captured as a CUDA graph: `step` is called thrice to warm up on a side stream, then once to capture.
+    """A step captured as a CUDA graph.
 
     The caller copies each batch into the tensor that `step` reads and refreshes Adam's scalars, then calls this.
-    Warming up trains: restore the parameters afterwards where that matters.
+    Capturing trains nothing; warming up does.
+
+    Args:
+        step: what to capture.
+        warm_up: how often to call it before, on a side stream; 0 where it has run already.
     """
 
-    def __init__(self, step: Callable[[], StepResult]) -> None:
+    def __init__(self, step: Callable[[], StepResult], warm_up: int = 3) -> None:
         # The graph knows addresses only: what `step` refers to must live as long.
         self.step = step
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
+            for _ in range(warm_up):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads read ahead from disk to this device, and must be let.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.result = step()
 
     def __call__(self) -> StepResult:

@@ -27,18 +27,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.triton.features import ENTRIES, WINDOW, FeatureOrder, gradient_slice, products, row_slice
+from sae.kernels.triton.sparse import alignment
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's two moments of one parameter."""
+    """Adam's two moments of one parameter of any shape."""
 
     mean: Tensor
     square: Tensor
 
     @classmethod
     def of(cls, parameter: Tensor) -> "Moments":
-        """Zeros, as before the first step."""
+        """Zeros, as before the first step of a parameter of any shape."""
         return cls(torch.zeros_like(parameter), torch.zeros_like(parameter))
 
 
@@ -55,9 +56,19 @@ class Parameters:
     m_W_dec: Moments
     m_b_enc: Moments
     m_b_dec: Moments
-    shadow_enc: Float[Tensor, "d_sae d"]
-    """W_enc in the precision of the encoder's product."""
-    shadow_dec: Float[Tensor, "d_sae d"]
+    padded_enc: Float[Tensor, "padded d"]
+    """W_enc in the precision of the encoder's product, and rows of zeros up to a multiple of 64."""
+    padded_dec: Float[Tensor, "padded d"]
+
+    @property
+    def shadow_enc(self) -> Float[Tensor, "d_sae d"]:
+        """W_enc as the encoder's product reads it, without the padding."""
+        return self.padded_enc[: self.W_enc.shape[0]]
+
+    @property
+    def shadow_dec(self) -> Float[Tensor, "d_sae d"]:
+        """W_dec as products read it, without the padding."""
+        return self.padded_dec[: self.W_dec.shape[0]]
 
     @classmethod
     def starting(
@@ -70,7 +81,32 @@ class Parameters:
     ) -> "Parameters":
         """These parameters before their first step, with shadows in `dtype`."""
         moments = (Moments.of(W_enc), Moments.of(W_dec), Moments.of(b_enc), Moments.of(b_dec))
-        return cls(W_enc, W_dec, b_enc, b_dec, *moments, W_enc.to(dtype, copy=True), W_dec.to(dtype, copy=True))
+        return cls.with_shadows(W_enc, W_dec, b_enc, b_dec, *moments, dtype)
+
+    @classmethod
+    def with_shadows(
+        cls,
+        W_enc: Float[Tensor, "d_sae d"],
+        W_dec: Float[Tensor, "d_sae d"],
+        b_enc: Float[Tensor, "d_sae"],
+        b_dec: Float[Tensor, "d"],
+        m_W_enc: Moments,
+        m_W_dec: Moments,
+        m_b_enc: Moments,
+        m_b_dec: Moments,
+        dtype: torch.dtype,
+    ) -> "Parameters":
+        """These parameters and moments, which are kept, with new shadows in `dtype`."""
+        moments = (m_W_enc, m_W_dec, m_b_enc, m_b_dec)
+        return cls(W_enc, W_dec, b_enc, b_dec, *moments, padded_rows(W_enc, dtype), padded_rows(W_dec, dtype))
+
+
+def padded_rows(weights: Float[Tensor, "rows d"], dtype: torch.dtype) -> Float[Tensor, "padded d"]:
+    """A copy in `dtype` with rows of zeros up to a multiple of 64, which matrix products like."""
+    rows, d = weights.shape
+    out = torch.zeros(-(-rows // 64) * 64, d, dtype=dtype, device=weights.device)
+    out[:rows] = weights
+    return out
 
 
 @dataclass(frozen=True)
@@ -121,9 +157,11 @@ def _finish_rows(row, shadow, squares, d, SLICE: tl.constexpr):
 def _fused_kernel(
     offsets, token, value, da, R, X, scale, grad_bias, along, window_dec, window_enc,
     aux_slot, aux_dec, aux_enc, aux_bias, W_dec, W_enc, b_enc, m_dec, v_dec, m_enc, v_enc, m_bias, v_bias,
-    shadow_dec, shadow_enc, since_fired, scalars, n_tokens, d, beta1, beta2, rest1, rest2, eps,
-    DECODER: tl.constexpr, AUX: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    shadow_dec, shadow_enc, since_fired, scalars, n_tokens, units, beta1, beta2, rest1, rest2, eps,
+    ALIGN: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr, WINDOW: tl.constexpr,
+    ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
+    d = units * ALIGN
     f = tl.program_id(0)
     rate = tl.load(scalars)
     root = tl.load(scalars + 1)
@@ -173,9 +211,10 @@ def _fused_kernel(
 
 @triton.jit
 def _rows_kernel(
-    grad_dec, grad_enc, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, scalars, d,
-    beta1, beta2, rest1, rest2, eps, DECODER: tl.constexpr, SLICE: tl.constexpr,
+    grad_dec, grad_enc, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, scalars, units,
+    beta1, beta2, rest1, rest2, eps, ALIGN: tl.constexpr, DECODER: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
+    d = units * ALIGN
     rate = tl.load(scalars)
     root = tl.load(scalars + 1)
     base = tl.program_id(0).to(tl.int64) * d
@@ -207,8 +246,11 @@ def _rows_kernel(
 
 
 @triton.jit
-def _through_kernel(weights, W_enc, out, d_sae, d, ROWS: tl.constexpr, SLICE: tl.constexpr):
+def _through_kernel(
+    weights, W_enc, out, d_sae, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr
+):  # fmt: skip
     """out[block] = sum of weights[f] W_enc[f] over the features of a block; those with weight 0 are not read."""
+    d = units * ALIGN
     columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     STEP: tl.constexpr = 16
     total = tl.zeros([STEP, SLICE], tl.float32)
@@ -226,7 +268,9 @@ def through_encoder(weights: Float[Tensor, "d_sae"], W_enc: Float[Tensor, "d_sae
     d_sae, d = W_enc.shape
     blocks = triton.cdiv(d_sae, 128)
     out = torch.empty(blocks, d, dtype=torch.float32, device=W_enc.device)
-    _through_kernel[(blocks, triton.cdiv(d, 128))](weights, W_enc, out, d_sae, d, ROWS=128, SLICE=128, num_warps=2)
+    _through_kernel[(blocks, triton.cdiv(d, 128))](
+        weights, W_enc, out, d_sae, d // alignment(d), ALIGN=alignment(d), ROWS=128, SLICE=128, num_warps=2
+    )
     return out.sum(0)
 
 
@@ -266,8 +310,8 @@ def update_from_gradients(
     _rows_kernel[(d_sae,)](
         grad_W_enc if grad_W_dec is None else grad_W_dec, grad_W_enc, p.W_dec, p.W_enc,
         p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.shadow_dec, p.shadow_enc,
-        adam.scalars, d, *adam.constants,
-        DECODER=grad_W_dec is not None, SLICE=columns, num_warps=max(1, columns // 128),
+        adam.scalars, d // alignment(d), *adam.constants,
+        ALIGN=alignment(d), DECODER=grad_W_dec is not None, SLICE=columns, num_warps=max(1, columns // 128),
     )  # fmt: skip
     update_vector(p.b_enc, grad_b_enc, p.m_b_enc, adam)
     update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)
@@ -313,8 +357,8 @@ def update_from_code(
         order.offsets, order.token, order.value, made.da, residual, x_centred, scale, made.b_enc, made.along,
         made.window_dec, made.window_enc, *extra, p.W_dec, p.W_enc, p.b_enc,
         p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.m_b_enc.mean, p.m_b_enc.square,
-        p.shadow_dec, p.shadow_enc, tokens_since_fired, adam.scalars, residual.shape[0], d,
-        *adam.constants, DECODER=decoder, AUX=aux is not None, WINDOW=WINDOW,
+        p.shadow_dec, p.shadow_enc, tokens_since_fired, adam.scalars, residual.shape[0],
+        d // alignment(d), *adam.constants, ALIGN=alignment(d), DECODER=decoder, AUX=aux is not None, WINDOW=WINDOW,
         ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
     grad_b_dec = residual.sum(0, dtype=torch.float32) * scale - through_x

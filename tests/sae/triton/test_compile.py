@@ -5,64 +5,81 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is installed on Linux only")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
-TYPES = {
-    "select": {
-        "Z": "*fp32", "U": "*fp32", "bias": "*fp32", "values": "*fp32", "indices": "*i64", "groups": "*i32",
-        "candidates": "*i64", "stride": "i32", "n_columns": "i32", "k": "i32", "beta": "fp32",
-    },
-    "decode": {
-        "values": "*fp32", "indices": "*i64", "offsets": "*i64", "W_dec": "*bf16", "b_dec": "*bf16", "x": "*bf16",
-        "out": "*bf16", "errors": "*fp32", "n": "i32", "d": "i32", "k": "i32",
-    },
-    "window": {
-        "token": "*i32", "value": "*fp32", "feature": "*i32", "R": "*bf16", "X": "*bf16", "scale": "*fp32",
-        "W_dec": "*bf16", "window_dec": "*fp32", "window_enc": "*fp32",
-        "d_sae": "i32", "d": "i32",
-    },
-    "collect": {
-        "counter": "*i32", "places": "*i32", "first": "i32", "width": "i32", "d_sae": "i32", "slots": "i32",
-    },
-    "budget": {
-        "budgets": "*i64", "starts": "*i64", "places": "*i32", "first": "i32", "stride": "i32", "n": "i32",
-        "d_sae": "i32",
-    },
-    "fused": {
-        "offsets": "*i32", "token": "*i32", "value": "*fp32", "R": "*bf16", "X": "*bf16", "scale": "*fp32",
-        "aux_slot": "*i32", "shadow_dec": "*bf16", "shadow_enc": "*bf16", "since_fired": "*i64",
-        "n_tokens": "i32", "d_sae": "i32", "d": "i32", "beta1": "fp32", "beta2": "fp32",
-        "rest1": "fp32", "rest2": "fp32", "eps": "fp32",
-    },
-}  # fmt: skip
+# Pointers that are not to fp32, and numbers.
+NAMES = {
+    "*bf16": "R X x out centred shadow_dec shadow_enc",
+    "*i32": "groups counter places token feature offsets aux_slot",
+    "*i64": "indices candidates budgets starts since_fired",
+    "i32": "stride n_columns k n units d_sae first width slots n_tokens size",
+    "fp32": "beta beta1 beta2 rest1 rest2 eps",
+}
+TYPES = {name: kind for kind, names in NAMES.items() for name in names.split()}
+WIDTHS = [768, 2304, 4096, 1000]
 
 
-def resources(kernel, types: dict[str, str], constants: dict[str, object], warps: int, folder: Path) -> dict[str, int]:
-    """Registers, stack and local bytes of a kernel compiled for sm_90."""
+def compiled(kernel: Any, constants: dict[str, Any], warps: int, types: dict[str, str], aligned: bool = True) -> Any:
+    """A kernel compiled for sm_90.
+
+    Args:
+        types: of arguments that differ from `TYPES`.
+        aligned: whether the width, in units of its alignment, can be divided by 16 once more.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    types = TYPES | types
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
     # Widths divisible by 16 and aligned pointers, as at run time.
-    aligned = {
+    divisible = {"stride", "width"} | ({"units"} if aligned else set())
+    hints = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in ("d", "stride", "width")
+        if signature[name].startswith("*") or name in divisible
     }
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, hints)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def check(
+    kernel: Any,
+    constants: dict[str, Any],
+    warps: int,
+    folder: Path,
+    types: dict[str, str] | None = None,
+    aligned: bool = True,
+) -> str:
+    """Compiles, requires that nothing spills, and returns the PTX."""
+    made = compiled(kernel, constants, warps, types or {}, aligned)
     binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
+    binary.write_bytes(made.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     report = subprocess.run([str(tool), "-res-usage", str(binary)], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    assert used["LOCAL"] == 0
+    assert used["STACK"] == 0
+    ptx: str = made.asm["ptx"]
+    return ptx
 
 
-WIDTHS = [768, 2304, 4096]
+def columns(d: int) -> dict[str, Any]:
+    """How kernels are told the width of rows."""
+    from sae.kernels.triton.sparse import alignment
+
+    return {"ALIGN": alignment(d)}
+
+
+def by_feature(d: int) -> dict[str, Any]:
+    """Constants of the kernels that go through the entries of a feature."""
+    from sae.kernels.triton.features import ENTRIES, WINDOW, row_slice
+
+    return {"WINDOW": WINDOW, "ENTRIES": ENTRIES, "SLICE": row_slice(d), **columns(d)}
 
 
 @pytest.fixture
@@ -73,63 +90,74 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_select_stays_in_registers(folder: Path) -> None:
+@pytest.mark.parametrize(("absolute", "gradient"), [(False, False), (True, False), (False, True)])
+def test_select_stays_in_registers(absolute: bool, gradient: bool, folder: Path) -> None:
     from sae.kernels.triton.select import STREAM, TILE, WARPS, _select_kernel
 
     constants = {
         "N_GROUPS": 1024, "UNROLL": STREAM // 1024, "CAPACITY": 128, "GROUPS_AT_ONCE": TILE // 64, "MEMBERS": 64,
-        "ABSOLUTE": False, "GRADIENT": False,
+        "ABSOLUTE": absolute, "GRADIENT": gradient,
     }  # fmt: skip
-    used = resources(_select_kernel, TYPES["select"], constants, WARPS, folder)
-    assert used["LOCAL"] == 0
-    assert used["STACK"] == 0
+    check(_select_kernel, constants, WARPS, folder)
 
 
 def test_feature_choice_stays_in_registers(folder: Path) -> None:
     from sae.kernels.triton.batch import _budget_kernel
 
-    used = resources(_budget_kernel, TYPES["budget"], {"BLOCK": 8192}, 16, folder)
-    assert used["LOCAL"] == 0
-    assert used["STACK"] == 0
+    check(_budget_kernel, {"BLOCK": 8192}, 16, folder)
 
 
 def test_batch_collection_stays_in_registers(folder: Path) -> None:
     from sae.kernels.triton.batch import _collect_kernel
 
-    used = resources(_collect_kernel, TYPES["collect"], {"ABSOLUTE": False, "BLOCK": 4096}, 8, folder)
-    assert used["LOCAL"] == 0
-    assert used["STACK"] == 0
+    check(_collect_kernel, {"ABSOLUTE": False, "BLOCK": 4096}, 8, folder)
 
 
-def test_decode_stays_in_registers(folder: Path) -> None:
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("d", [768, 1000])
+def test_decode_stays_in_registers_and_reads_rows_by_vectors(d: int, ragged: bool, folder: Path) -> None:
     from sae.kernels.triton.sparse import ENTRIES, SLICE, _decode_kernel
 
-    constants = {"RAGGED": False, "BIAS": False, "RESIDUAL": True, "ENTRIES": ENTRIES, "SLICE": SLICE}
-    used = resources(_decode_kernel, TYPES["decode"], constants, 1, folder)
-    assert used["LOCAL"] == 0
-    assert used["STACK"] == 0
+    constants = {"RAGGED": ragged, "BIAS": False, "RESIDUAL": True, "ENTRIES": ENTRIES, "SLICE": SLICE, **columns(d)}
+    types = {"W_dec": "*bf16", "b_dec": "*bf16", "offsets": "*i64"}
+    ptx = check(_decode_kernel, constants, 1, folder, types, aligned=d % 256 == 0)
+    assert not re.search(r"ld\.global\S*\.b16", ptx)
+
+
+def test_centring_stays_in_registers(folder: Path) -> None:
+    from sae.kernels.triton.sparse import CENTRE_ROWS, SLICE, _centre_kernel
+
+    check(_centre_kernel, {"ROWS": CENTRE_ROWS, "COLUMNS": SLICE, **columns(768)}, 4, folder)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
-def test_window_sums_stay_in_registers(d: int, folder: Path) -> None:
-    from sae.kernels.triton.features import ENTRIES, WINDOW, _window_kernel, row_slice
+def test_window_sums_and_products_stay_in_registers(d: int, folder: Path) -> None:
+    from sae.kernels.triton.features import _product_kernel, _window_kernel
 
-    constants = {"WINDOW": WINDOW, "ENTRIES": ENTRIES, "SLICE": row_slice(d)}
-    used = resources(_window_kernel, TYPES["window"], constants, 1, folder)
-    assert used["LOCAL"] == 0
-    assert used["STACK"] == 0
+    for kernel in (_window_kernel, _product_kernel):
+        ptx = check(kernel, by_feature(d), 1, folder, {"W_dec": "*bf16"}, aligned=d % 256 == 0)
+        assert not re.search(r"ld\.global\S*\.b16", ptx)
+
+
+@pytest.mark.parametrize("d", [768, 4096])
+def test_gradients_stay_in_registers(d: int, folder: Path) -> None:
+    from sae.kernels.triton.features import _gradient_kernel
+
+    check(_gradient_kernel, {"DECODER": True, **by_feature(d)}, 1, folder)
 
 
 @pytest.mark.parametrize("aux", [False, True])
 @pytest.mark.parametrize("d", WIDTHS)
 def test_fused_update_stays_in_registers(d: int, aux: bool, folder: Path) -> None:
-    from sae.kernels.triton.features import ENTRIES, WINDOW, row_slice
     from sae.kernels.triton.update import _fused_kernel
 
-    constants = {
-        "DECODER": True, "AUX": aux, "WINDOW": WINDOW, "ENTRIES": ENTRIES,
-        "SLICE": row_slice(d),
-    }  # fmt: skip
-    used = resources(_fused_kernel, TYPES["fused"], constants, 1, folder)
-    assert used["LOCAL"] == 0
-    assert used["STACK"] == 0
+    ptx = check(_fused_kernel, {"DECODER": True, "AUX": aux, **by_feature(d)}, 1, folder, aligned=d % 256 == 0)
+    assert not re.search(r"ld\.global\S*\.b16", ptx)
+
+
+def test_updates_from_memory_stay_in_registers(folder: Path) -> None:
+    from sae.kernels.triton.update import _rows_kernel, _through_kernel, _vector_kernel
+
+    check(_rows_kernel, {"DECODER": True, "SLICE": 1024, **columns(2304)}, 8, folder)
+    check(_through_kernel, {"ROWS": 128, "SLICE": 128, **columns(2304)}, 2, folder, {"W_enc": "*bf16"})
+    check(_vector_kernel, {"BLOCK": 1024}, 4, folder)

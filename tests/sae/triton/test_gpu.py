@@ -231,7 +231,7 @@ def test_a_step_never_waits_for_the_device() -> None:
     p = run.parameters
 
     def aux(result: fast.StepResult) -> fast.AuxGradients:
-        return fast.aux_gradients(p, run.since, 1, result.residual, result.x_centred, 256, 1 / 32)[0]
+        return fast.aux_gradients(p, run.since >= 1, result.residual, result.x_centred, 256, 1 / 32)[0]
 
     def step() -> None:
         fast.training_step(run.batch, run.one, fast.topk_rule(16), p, run.since, run.adam, aux=aux)

@@ -1,13 +1,14 @@
-"""Corpora and calibrations of the tiny models (ReLU, GELU, gated SiLU)."""
+"""Corpora and calibrations of the tiny models (ReLU, GELU, gated SiLU, gated ReLU)."""
 
 import email
 import json as json_package
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from workbench.corpora import Corpus, open_corpus
-from workbench.models import LoadedModel
+from workbench.models import LoadedModel, load_model
 from workbench.sparsity.calibration import Calibration, calibrate
 from workbench.sparsity.tokens import Batch, batches
 
@@ -32,9 +33,15 @@ def corpus(text_folder: Path) -> Corpus:
     return open_corpus(str(text_folder))
 
 
-@pytest.fixture(scope="session", params=["gpt2", "neox", "llama"])
+@pytest.fixture(scope="session")
+def reglu_model(tmp_path_factory: pytest.TempPathFactory, tiny_models: Any) -> LoadedModel:
+    folder = tmp_path_factory.mktemp("models") / "tiny-reglu"
+    return load_model(str(tiny_models.save(folder, tiny_models.llama(hidden_act="relu"), with_bos=True)), device="cpu")
+
+
+@pytest.fixture(scope="session", params=["gpt2", "neox", "llama", "reglu"])
 def model(request: pytest.FixtureRequest) -> LoadedModel:
-    """ReLU, GELU and gated SiLU in turn."""
+    """ReLU, GELU, gated SiLU and gated ReLU in turn."""
     loaded: LoadedModel = request.getfixturevalue(f"{request.param}_model")
     return loaded
 

@@ -1,6 +1,7 @@
 """Attention patterns and what restricting heads to them costs."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from sae.errors import InputError
 from workbench.models import LoadedModel
 from workbench.sparsity.attention import AttentionSparsity, measure_attention, restricted
 from workbench.sparsity.attention_patterns import BLOCK, PATTERNS, SINKS, sink_local, top_blocks, top_keys, vertical
+from workbench.sparsity.sinks import COLUMNS, HeadSums
 from workbench.sparsity.tokens import Batch
 
 BUDGETS = (8, 16)
@@ -124,3 +126,44 @@ def test_budgets_that_reach_the_context_length_are_one_line(model: LoadedModel, 
         measure_attention(model, held_out, budgets=(32, 64))
     with pytest.raises(InputError, match="at least 2 keys, got a budget of 1"):
         measure_attention(model, held_out, budgets=(1, 8))
+
+
+def test_sinks_entropy_and_keys_equal_a_naive_loop(
+    found: AttentionSparsity, model: LoadedModel, held_out: list[Batch]
+) -> None:
+    layer = model.info.n_layers - 1
+    hook = f"blocks.{layer}.attn.hook_pattern"
+    sums, queries = torch.zeros(model.info.n_heads, 6, dtype=torch.float64), 0
+    for batch in held_out:
+        with torch.no_grad():
+            _, cache = model.bridge.run_with_cache(batch.tokens, names_filter=[hook])
+        for row, query in batch.ordinary.nonzero().tolist():
+            queries += 1
+            for head in range(model.info.n_heads):
+                seen = cache[hook][row, head, query, : query + 1].double()
+                held, keys = 0.0, 0
+                for value in seen.sort(descending=True).values.tolist():
+                    if held >= 0.95 - 1e-6:
+                        break
+                    held, keys = held + value, keys + 1
+                entropy = -sum(value * math.log(value) for value in seen.tolist() if value > 0)
+                row_of = [seen[0].item(), 1 / (query + 1), entropy, math.log(query + 1), keys, keys / (query + 1)]
+                sums[head] += torch.tensor(row_of, dtype=torch.float64)
+    expected = sums / queries
+    rows = found.heads[found.heads["layer"] == layer]
+    assert rows["head"].tolist() == list(range(model.info.n_heads))
+    assert torch.allclose(torch.tensor(rows[list(COLUMNS)].to_numpy()), expected, rtol=1e-5)
+
+
+def test_uniform_attention_has_the_uniform_baselines() -> None:
+    length = 20
+    attention = torch.ones(1, 2, length, length).tril()
+    attention /= attention.sum(dim=-1, keepdim=True)
+    sums = HeadSums(1, 2, torch.device("cpu"))
+    ordinary = torch.zeros(1, length, dtype=torch.bool)
+    ordinary[0, -1] = True
+    sums.add(0, attention, ordinary)
+    for row in sums.table().itertuples():
+        assert row.sink == pytest.approx(row.sink_uniform) == pytest.approx(1 / length)
+        assert row.entropy == pytest.approx(row.entropy_uniform) == pytest.approx(math.log(length))
+        assert row.keys_95 == 19

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import plotly.io
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from sae.model import SAE
 from sae.rules import TopK
 from workbench.cli.main import run
+from workbench.sparsity import figures
+from workbench.sparsity.compare import at_cost
 from workbench.workspace import Workspace
 
 HOOK = "blocks.1.hook_resid_post"
@@ -78,6 +81,45 @@ def test_other_settings_measure_again(
         assert Workspace(workspace).results.open("sparsity-mlp", "again").parameters["max_tokens"] == int(tokens)
 
 
+def test_a_report_makes_every_part_once_and_stands_beside_another(
+    tmp_path: Path, tiny_gpt2: Path, tiny_llama: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(name: str, model: Path) -> list[str]:
+        return [
+            "sparsity", "report", name, "--model", str(model), "--corpus", str(text_folder), "--tokens", "256",
+            "--heldout", "128", "--context", "32", "--no-ppl", "--workspace", str(tmp_path / "w"), "--device", "cpu",
+        ]  # fmt: skip
+
+    assert run(call("relu", tiny_gpt2)) == 0
+    assert capsys.readouterr().err.count("done in") == 3
+    space = Workspace(tmp_path / "w")
+    # As after an interruption: one part is missing, the others stay as they are.
+    space.results.open("sparsity-curves", "relu").path.unlink()
+    kept = space.results.open("sparsity-mlp", "relu").path.stat().st_mtime_ns
+    assert run(call("relu", tiny_gpt2)) == 0
+    assert space.results.open("sparsity-mlp", "relu").path.stat().st_mtime_ns == kept
+    assert run(call("silu", tiny_llama)) == 0
+    capsys.readouterr()
+    assert run(["sparsity", "compare", "--workspace", str(tmp_path / "w"), "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["relu"]["exact_zero"] > 0.3 > 0.01 > rows["silu"]["exact_zero"]
+    for name, row in rows.items():
+        layers = space.results.open("sparsity-mlp", name).table("layers")
+        assert row["mass_90"] == pytest.approx(layers["mass_90"].mean())
+        points = space.results.open("sparsity-curves", name).table("points")
+        assert row["clean_loss"] == pytest.approx(points.loc[points["level"] == 0, "loss"].iloc[0])
+    assert run(["sparsity", "compare", "silu", "nothing", "--workspace", str(tmp_path / "w")]) == 2
+    assert "no sparsity report 'nothing' in this workspace: it has relu, silu" in capsys.readouterr().err
+
+
+def test_sparsity_at_a_cost_is_read_off_between_levels() -> None:
+    points = pd.DataFrame(
+        {"method": ["a"] * 3 + ["b"] * 2, "level": [0.0, 0.2, 0.4, 0.0, 0.5], "sparsity": [0.1, 0.3, 0.5, 0.0, 0.5],
+         "added_nats": [0.0, 0.05, 0.25, 0.0, 0.01]}
+    )  # fmt: skip
+    assert at_cost(points, "sparsity", 0.1) == {"a": pytest.approx(0.35), "b": 0.5}
+
+
 @pytest.mark.parametrize(
     ("command", "extra", "message"),
     [
@@ -114,3 +156,18 @@ def test_an_mlp_without_plain_matrices_is_one_line(
     folder = tiny_models.save(tmp_path / "experts", config, with_bos=True)
     assert run(arguments("measure", tmp_path / "w", folder, text_folder)) == 2
     assert "has no plain MLP in block 0 (mixture of experts" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_figures_stand_in_panels_with_one_legend_and_common_axes() -> None:
+    table = pd.DataFrame({"layer": [0, 0, 1, 1], "pos": [1, 2, 1, 2], "active": [3.0, 4.0, 5.0, 6.0]})
+    figure = figures.beside({"a": figures.positions(table), "b": figures.positions(table[table["layer"] == 1])})
+    assert [(trace.name, trace.xaxis, trace.showlegend) for trace in figure.data] == [
+        ("layer 0", "x", True), ("layer 1", "x", True), ("layer 1", "x2", False),
+    ]  # fmt: skip
+    assert [item.text for item in figure.layout.annotations] == ["a", "b", "position in the context"]
+    assert figure.layout.yaxis2.matches == "y"
+    assert figure.layout.yaxis.title.text == "neurons that fire"
+    heads = pd.DataFrame({"layer": [0, 1], "head": [0, 0], "sink": [0.2, 0.3], "sink_uniform": [0.1, 0.1]})
+    cells = figures.beside({"a": figures.sinks(heads), "b": figures.sinks(heads)}).data
+    assert [trace.showscale for trace in cells] == [False, False]
+    assert cells[0].z.tolist() == [[0.2], [0.3]]

@@ -26,10 +26,14 @@ def curves(model: LoadedModel, calibration: Calibration, held_out: list[Batch]) 
     return enforce(model, calibration, held_out)
 
 
-def test_zero_threshold_leaves_a_relu_models_loss_exactly_as_it_is(gpt2_model: LoadedModel, corpus: Corpus) -> None:
-    calibration = calibrate(gpt2_model, corpus, tokens=256, context_len=32)
-    held = list(batches(gpt2_model, corpus, "heldout", max_tokens=512, context_len=32))
-    found = enforce(gpt2_model, calibration, held, methods=[METHODS["zero"]])
+@pytest.mark.parametrize("name", ["gpt2", "reglu"])
+def test_zero_threshold_leaves_a_relu_models_loss_exactly_as_it_is(
+    name: str, request: pytest.FixtureRequest, corpus: Corpus
+) -> None:
+    relu_model: LoadedModel = request.getfixturevalue(f"{name}_model")
+    calibration = calibrate(relu_model, corpus, tokens=256, context_len=32)
+    held = list(batches(relu_model, corpus, "heldout", max_tokens=512, context_len=32))
+    found = enforce(relu_model, calibration, held, methods=[METHODS["zero"]])
     (point,) = found.points
     assert point.loss == found.clean_loss
     assert point.added_nats == 0.0
@@ -109,8 +113,8 @@ def test_hooks_are_gone_afterwards_even_after_an_error(
 
 def test_flops_are_counted_by_matrix(model: LoadedModel, calibration: Calibration) -> None:
     info = model.info
-    heads = 1 if info.name.endswith("llama") else 2
-    in_and_gate = 2 if info.name.endswith("llama") else 1
+    gated = info.name.endswith(("llama", "reglu"))
+    heads, in_and_gate = (1, 2) if gated else (2, 1)
     attention = 2 * info.d_model * info.d_model + heads * info.d_model * info.d_model
     mlp = info.d_model * info.d_mlp
     per_block = attention + (1 + in_and_gate) * mlp

@@ -4,6 +4,7 @@ For every matrix W and token, the K entries of largest |x_i| ||W[:, i]|| are kep
 ||W x - W (m * x)||^2 = sum over dropped i of x_i^2 ||W[:, i]||^2, so no other K entries give a smaller error.
 """
 
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.sparsity.calibration import Calibration
@@ -12,8 +13,8 @@ from workbench.sparsity.methods.base import Keep, Method, kept_count, top_k_mask
 from workbench.sparsity.methods.teal import INPUT_SHARES
 
 
-def keep_of(weight: Tensor, level: float) -> Keep:
-    """The K = (1 - level) d_in largest contributions to `weight` [d_out, d_in] of each token."""
+def keep_of(weight: Float[Tensor, "d_out d_in"], level: float) -> Keep:
+    """The K = (1 - level) d_in largest contributions to `weight` of each token."""
     norms = weight.float().norm(dim=0)
     return lambda x, _: top_k_mask(x.float().abs() * norms, kept_count(level, weight.shape[1]))
 

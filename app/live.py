@@ -1,0 +1,134 @@
+"""What the live pages share: any SAE of the workspace with its model, and a row of tokens to click."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+
+from app.shared import loaded_model, open_index, plain
+from workbench import Workspace
+from workbench.index import InputError
+from workbench.index.build import index_path
+from workbench.index.query import concepts_path
+from workbench.live import LiveSAE, known_features, model_name, model_of
+from workbench.models import LoadedModel
+
+
+def choose_sae(workspace: Workspace) -> str:
+    """A box with all SAEs, kept in the URL as `sae`; says what to do and stops where there are none."""
+    names = [item.name for item in workspace.saes()]
+    if not names:
+        st.info("No SAE yet. Train one with `workbench train`, or run `workbench demo`.")
+        st.stop()
+    asked = st.query_params.get("sae")
+    if asked not in names:
+        if asked is not None:
+            st.warning(f"This link asks for the SAE {asked!r}, which this workspace does not have.")
+        indexed = [name for name in names if index_path(workspace, name).is_file()]
+        st.query_params["sae"] = (indexed or names)[0]
+    # The URL decides, so that a link always names its SAE.
+    st.session_state["sae"] = st.query_params["sae"]
+
+    def follow() -> None:
+        st.query_params["sae"] = st.session_state["sae"]
+
+    return st.selectbox("SAE", names, key="sae", on_change=follow)
+
+
+def open_live(workspace: Workspace, name: str) -> tuple[LiveSAE, int]:
+    """The SAE with its model, and a number that changes when SAE, index, labels or concepts do.
+
+    One that cannot be run is said so in one line, and the page ends.
+    """
+    weights = workspace.path / "saes" / name / "sae_weights.safetensors"
+    index = index_path(workspace, name)
+    stamp = _stamp([weights, index, concepts_path(workspace, name), workspace.path / "notes.duckdb"])
+    try:
+        model = model_of(workspace, name, loaded_model(model_name(workspace, name)))
+        return _opened(str(workspace.path), name, stamp, model), hash((str(workspace.path), name, stamp))
+    except InputError as error:
+        st.error(f"This SAE cannot be run on text here: {plain(str(error))}")
+        st.stop()
+
+
+def _stamp(files: Sequence[Path]) -> tuple[int, ...]:
+    """Changes when one of the files does."""
+    return tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _opened(workspace: str, name: str, stamp: tuple[int, ...], _model: LoadedModel) -> LiveSAE:
+    space = Workspace(workspace, create=False)
+    indexed = index_path(space, name).is_file()
+    return LiveSAE(name, space.sae(name), _model, known_features(open_index(space, name)) if indexed else None)
+
+
+# The token's text is set as text, never as HTML.
+_TOKENS_JS = """
+export default function ({ data, parentElement, setTriggerValue }) {
+  const row = parentElement.querySelector(".row");
+  row.replaceChildren();
+  data.tokens.forEach((token, at) => {
+    const span = document.createElement("span");
+    span.textContent = token.text;
+    span.title = token.title;
+    span.style.background = `rgba(${token.colour}, ${token.opacity})`;
+    span.dataset.at = at;
+    span.tabIndex = 0;
+    span.setAttribute("role", "button");
+    if (at === data.selected) span.className = "selected";
+    const pick = () => setTriggerValue("clicked", at);
+    span.onclick = pick;
+    span.onkeydown = (event) => { if (event.key === "Enter") pick(); };
+    row.append(span);
+  });
+}
+"""
+_TOKENS_CSS = """
+.row { font-family: ui-monospace, monospace; font-size: 13px; line-height: 1.75; white-space: pre-wrap;
+  overflow-wrap: anywhere; color: var(--st-text-color); max-height: 420px; overflow-y: auto; padding: 4px }
+.row span { cursor: pointer; border-radius: 2px; box-shadow: inset 0 0 0 0.5px #8883; padding: 1px 0 }
+.row span:hover { box-shadow: inset 0 0 0 1px var(--st-text-color) }
+.row span.selected { outline: 2px solid var(--st-primary-color) }
+"""
+_tokens = st.components.v2.component("workbench_tokens", html='<div class="row"></div>', css=_TOKENS_CSS, js=_TOKENS_JS)
+
+
+def token_row(
+    texts: Sequence[str],
+    values: Sequence[float],
+    strongest: float,
+    *,
+    selected: int | None,
+    unit: str,
+    on_click: Callable[[int], None],
+    key: str,
+) -> None:
+    """Tokens side by side, coloured by value (green positive, red negative), that can be clicked.
+
+    Args:
+        strongest: |value| of the full colour.
+        selected: the token that is framed.
+        unit: what the values are, shown on hovering.
+        on_click: called with the position of a clicked token.
+        key: of the component.
+    """
+    scale = strongest or 1.0
+    tokens = [
+        {
+            # A shared character stands at its first token; line breaks stay visible and break the line.
+            "text": text.replace("\r", "").replace("\n", "⏎\n").replace("\t", "→") or "·",
+            "title": f"{at} {text!r}: {value:.4g} {unit}",
+            "colour": "46,160,67" if value > 0 else "218,54,51",
+            "opacity": round(float(np.log10(1 + 9 * min(1.0, abs(value) / scale))), 3) if value else 0,
+        }
+        for at, (text, value) in enumerate(zip(texts, values, strict=True))
+    ]
+
+    def clicked() -> None:
+        at = st.session_state[key]["clicked"]
+        if at is not None:
+            on_click(int(at))
+
+    _tokens(data={"tokens": tokens, "selected": selected}, key=key, on_clicked_change=clicked)

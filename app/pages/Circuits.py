@@ -1,0 +1,173 @@
+"""Circuits page: stored circuit results opened again, and a task run on the spot."""
+
+import pandas as pd
+import streamlit as st
+from plotly import io
+
+from app.shared import loaded_model, open_workspace, page_link, plain
+from workbench import Workspace
+from workbench.circuits import report, stored
+from workbench.circuits.report import AGREEMENT, DFA, DISCRETE, EDGES, FEATURES, NODES, TASK_NAMES, Task
+from workbench.circuits.tables import TABLE
+from workbench.index import InputError
+from workbench.results import Result
+
+st.set_page_config(page_title="Circuits", page_icon="🔬", layout="wide")
+
+KINDS = {
+    EDGES: "edges", NODES: "nodes", FEATURES: "SAE features", DISCRETE: "discrete codes", DFA: "attention feature",
+    AGREEMENT: "agreement of methods", TABLE: "published table",
+}  # fmt: skip
+METHODS = {
+    "EAP-IG (edges)": "ig-inputs", "EAP (edges)": "eap", "EAP-IG at activations (edges)": "ig-activations",
+    "patching (heads)": "patching", "mean ablation (heads)": "ablation", "direct logit attribution": "attribution",
+    "discrete codes (heads)": "discrete",
+}  # fmt: skip
+EDGES_AT_FIRST, MOST_EDGES, MOST_ROWS = 40, 400, 500
+
+
+def main() -> None:
+    """Draws the page."""
+    workspace = open_workspace()
+    st.title("Circuits")
+    with st.expander("Run a task", expanded=not results(workspace)):
+        run_task(workspace)
+    result = choose(workspace)
+    if result is None:
+        return
+    describe(result)
+    if result.kind == EDGES:
+        edges(result)
+    else:
+        figures(result)
+    tables(result)
+
+
+def results(workspace: Workspace) -> dict[str, Result]:
+    """Stored results by kind and name, newest last."""
+    return {f"{item.kind}/{item.name}": item for item in workspace.results.find() if item.kind in KINDS}
+
+
+def run_task(workspace: Workspace) -> None:
+    """A form that runs one method on one task, stores the result and opens it."""
+    with st.form("run", border=False):
+        task, method, prompts, model = st.columns([2, 3, 1, 2])
+        name = task.selectbox("Task", TASK_NAMES, key="task")
+        label = method.selectbox("Method", list(METHODS), key="method")
+        n = prompts.number_input("Prompts", 5, 128, 16, key="prompts")
+        spec = model.text_input("Model", "demo", key="model", help="demo, a local Hugging Face folder, or a hub name")
+        if not st.form_submit_button("Run"):
+            return
+    try:
+        with st.spinner(f"{label} on {name} ..."):
+            made = run(workspace, spec, Task(name, int(n)), METHODS[label])
+    except InputError as error:
+        st.error(plain(str(error)))
+        return
+    st.query_params["result"] = f"{made.kind}/{made.name}"
+
+
+def run(workspace: Workspace, model: str, task: Task, method: str) -> Result:
+    """One method on one task; made before, it is opened."""
+    loaded, name = loaded_model(model), f"{task.name}-{method}"
+    if method == "discrete":
+        return report.report_discrete(workspace, name, loaded, task)
+    if method in ("patching", "ablation", "attribution"):
+        return report.report_nodes(workspace, name, loaded, task, method)  # type: ignore[arg-type]
+    return report.report_edges(workspace, name, loaded, task, method)  # type: ignore[arg-type]
+
+
+def choose(workspace: Workspace) -> Result | None:
+    """The stored result to show, kept in the URL as `result`."""
+    found = results(workspace)
+    if not found:
+        st.info(
+            "No circuit yet. Run a task above, or "
+            f"`workbench circuits discover induction --workspace {workspace.path}`."
+        )
+        return None
+    asked = st.query_params.get("result")
+    if asked not in found:
+        if asked is not None:
+            st.warning(f"This link asks for the result {plain(asked)}, which this workspace does not have.")
+        st.query_params["result"] = list(found)[-1]
+    st.session_state["result"] = st.query_params["result"]
+
+    def follow() -> None:
+        st.query_params["result"] = st.session_state["result"]
+
+    def read(key: str) -> str:
+        return f"{found[key].name} · {KINDS[found[key].kind]} · {found[key].provenance['model']['name']}"
+
+    return found[st.selectbox("Result", list(found)[::-1], key="result", on_change=follow, format_func=read)]
+
+
+def describe(result: Result) -> None:
+    """What was asked for and what the behaviour measures."""
+    asked = {key: value for key, value in result.parameters.items() if key != "fractions" and value is not None}
+    settings = ", ".join(f"{key} {value}" for key, value in asked.items())
+    st.caption(plain(f"{result.created} · {settings}"))
+    if result.kind in (EDGES, NODES, FEATURES, DFA):
+        row = result.table("summary").iloc[0]
+        numbers = [key for key in row.index if key not in asked and isinstance(row[key], float)]
+        for column, key in zip(st.columns(max(len(numbers), 1)), numbers, strict=False):
+            column.metric(key.replace("_", " "), f"{row[key]:.3g}")
+
+
+@st.fragment
+def edges(result: Result) -> None:
+    """The graph of the best edges, as many as the slider says, the circuit run alone, and the curves."""
+    scores = stored.edge_scores(result)
+    most = min(MOST_EDGES, int(scores.graph.exists.sum()))
+    st.session_state.setdefault("edges", EDGES_AT_FIRST)
+    n_edges = st.slider("Best edges by absolute score", 1, most, key="edges", bind="query-params")
+    figure, kept = stored.circuit_of(scores, n_edges)
+    graph, side = st.columns([3, 2])
+    graph.plotly_chart(figure, key="graph", config={"displayModeBar": False})
+    graph.caption(
+        f"{len(kept)} of them lie on a path from the input to the logits. Width: size of the score; blue serves the "
+        "behaviour, red works against it. A head's query, key and value edges end at the same point."
+    )
+    with side:
+        st.plotly_chart(io.from_json(result.figures()["faithfulness"]), key="curve", config={"displayModeBar": False})
+        if st.button("Run this circuit alone"):
+            try:
+                with st.spinner("Running ..."):
+                    model = loaded_model(result.provenance["model"]["name"])
+                    point = stored.faithfulness_of(model, result, n_edges)
+                st.metric("faithfulness", f"{point.faithfulness[0]:.3f}")
+                st.metric("left without it (completeness)", f"{point.completeness[0]:.3f}")
+            except InputError as error:
+                st.error(plain(str(error)))
+        st.dataframe(kept[["edge", "score"]], hide_index=True, height=260, width="stretch")
+
+
+def figures(result: Result) -> None:
+    """The figures stored with a result, two beside one another."""
+    found = result.figures()
+    for column, (name, plotly) in zip(st.columns(max(len(found), 1)), found.items(), strict=False):
+        column.plotly_chart(io.from_json(plotly), key=name, config={"displayModeBar": False})
+
+
+def tables(result: Result) -> None:
+    """The stored tables, one a tab, the nodes first."""
+    order = {
+        EDGES: ["nodes", "curves", "prompts"], NODES: ["nodes", "prompts"], FEATURES: ["nodes", "edges", "prompts"],
+        DISCRETE: ["nodes", "edges", "prompts"], AGREEMENT: ["methods", "curves", "prompts"],
+        DFA: ["heads", "tokens", "by_head", *(["steps"] if result.parameters.get("residuals") else [])],
+        TABLE: ["published", "heads", "prompts"],
+    }[result.kind]  # fmt: skip
+    for tab, name in zip(st.tabs(order), order, strict=True):
+        table: pd.DataFrame = result.table(name)
+        tab.dataframe(table.head(MOST_ROWS), hide_index=True, width="stretch")
+        if len(table) > MOST_ROWS:
+            tab.caption(
+                f"The first {MOST_ROWS} of {len(table):,} rows; `{result.kind}.{result.name}` holds all in SQL."
+            )
+    heads = result.table("nodes").node if "nodes" in order else []
+    strongest = next((node for node in heads if ".h" in str(node)), None)
+    if strongest is not None and result.kind != FEATURES:
+        page_link("Heads", f"{strongest} on the Heads page", head=strongest)
+
+
+main()

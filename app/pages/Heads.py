@@ -1,0 +1,167 @@
+"""Heads page: every head coloured by a score, and one head from near: its attention, composition and OV circuit."""
+
+import pandas as pd
+import streamlit as st
+
+from app.shared import loaded_model, open_workspace, plain
+from workbench import Workspace
+from workbench.circuits import heads as views
+from workbench.circuits.heads import DIVERGING, SCORES, HeadOnText, report_heads
+from workbench.circuits.report import DISCRETE, HEADS, NODES
+from workbench.circuits.stored import head_grid, head_values
+from workbench.index import InputError
+from workbench.models import ModelInfo
+from workbench.results import Result
+
+st.set_page_config(page_title="Heads", page_icon="🔬", layout="wide")
+
+TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
+
+
+def main() -> None:
+    """Draws the page."""
+    workspace = open_workspace()
+    st.title("Heads")
+    result = choose_scores(workspace)
+    if result is None:
+        return
+    model = ModelInfo(**result.provenance["model"])
+    grid, near = st.columns(2)
+    with grid:
+        head = choose_head(workspace, result, model)
+    with near:
+        st.subheader(head)
+        scores(result, head)
+    on_text(model, head)
+    composition(result, head)
+
+
+def choose_scores(workspace: Workspace) -> Result | None:
+    """The stored scores, kept in the URL as `scores`; offers to score the demo model where there are none."""
+    found = {item.name: item for item in workspace.results.find(HEADS)}
+    if not found:
+        st.info(f"No heads scored yet. Run `workbench heads --model ... --workspace {workspace.path}`.")
+        if st.button("Score the heads of the demo model"):
+            with st.spinner("Scoring every head ..."):
+                report_heads(workspace, "heads-demo", loaded_model("demo"))
+            st.rerun()
+        return None
+    name = url_choice("scores", "Scores", list(found), list(found)[-1])
+    return found[name]
+
+
+def url_choice(key: str, label: str, options: list[str], default: str) -> str:
+    """A box whose choice the URL holds as `key`; a link to what is not there says so."""
+    asked = st.query_params.get(key)
+    if asked not in options:
+        if asked is not None:
+            st.warning(f"This link asks for {plain(asked)}, which this workspace does not have.")
+        st.query_params[key] = default
+    st.session_state[key] = st.query_params[key]
+
+    def follow() -> None:
+        st.query_params[key] = st.session_state[key]
+
+    return str(st.selectbox(label, options, key=key, on_change=follow))
+
+
+def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
+    """The grid of heads; a click or the box below it chooses one, kept in the URL as `head`."""
+    columns = [score for score in SCORES if score in result.table("scores")]
+    others = {
+        f"{item.name} ({item.parameters.get('method', 'discrete codes')})": item
+        for item in [*workspace.results.find(NODES), *workspace.results.find(DISCRETE)]
+        if item.provenance["model"]["weights_sha256"] == model.weights_sha256
+        and head_values(item, model).isfinite().any()
+    }
+    by = url_choice("by", "Colour by", [*columns, *others], "induction")
+    values = head_values(result, model, by) if by in columns else head_values(others[by], model)
+    names = [f"a{layer}.h{head}" for layer in range(model.n_layers) for head in range(model.n_heads)]
+    flat = values.nan_to_num(nan=float("-inf")).flatten()
+    strongest = names[int(flat.argmax())]
+    asked = st.query_params.get("head", strongest)
+    if asked not in names:
+        st.warning(f"This link asks for {plain(asked)}: {model.name} has heads a0.h0 to {names[-1]}.")
+        asked = strongest
+    # A click on the grid of the last run; the grid of the next head starts with nothing selected.
+    event = st.session_state.get(f"grid {result.name} {by} {asked}", {"selection": {"points": []}})
+    clicked = [str(point["customdata"]) for point in event["selection"]["points"] if "customdata" in point]
+    asked = clicked[0] if clicked else asked
+    st.plotly_chart(
+        head_grid(values, by, asked, diverging=by not in columns or by in DIVERGING),
+        key=f"grid {result.name} {by} {asked}", on_select="rerun", selection_mode="points",
+        config={"displayModeBar": False},
+    )  # fmt: skip
+    st.caption("Click a head, or choose it here.")
+    st.query_params["head"] = st.session_state["head"] = asked
+
+    def follow() -> None:
+        st.query_params["head"] = st.session_state["head"]
+
+    return str(st.selectbox("Head", names, key="head", on_change=follow))
+
+
+def scores(result: Result, head: str) -> None:
+    """The head's scores, with its rank among all heads, and induction by prefix length."""
+    table = result.table("scores").set_index("node")
+    columns = [score for score in SCORES if score in table and table[score].notna().any()]
+    ranks = table[columns].rank(ascending=False, method="min")
+    shown = pd.DataFrame(
+        {"score": columns, "value": table.loc[head, columns].to_numpy(dtype=float),
+         "rank": ranks.loc[head].astype("Int64").to_numpy(), "mean of all heads": table[columns].mean().to_numpy()}
+    )  # fmt: skip
+    st.dataframe(shown.round(4), hide_index=True, width="stretch")
+    try:
+        prefixes = result.table("prefixes")
+    except InputError:
+        return
+    own = prefixes[prefixes["node"] == head].set_index("length")[["intact", "corrupted"]]
+    st.caption(
+        "Attention to what followed a repeated prefix, by its length; corrupted: all but its last token replaced"
+    )
+    st.line_chart(own, height=180, x_label="tokens of the prefix", y_label="attention")
+
+
+def on_text(model: ModelInfo, head: str) -> None:
+    """Attention on a text of one's own, kept in the URL as `text`, and the OV circuit on its tokens."""
+    text = st.text_area("Text", TEXT, key="text", bind="query-params", height=100)
+    try:
+        found = head_on_text(model.name, head, text)
+    except InputError as error:
+        st.error(plain(str(error)))
+        return
+    if found.truncated:
+        st.info(f"Only the first {len(found.tokens)} tokens are shown.")
+    pattern, copies = st.tabs(["Attention", "OV circuit"])
+    pattern.plotly_chart(found.figure(), key="pattern", config={"displayModeBar": False})
+    copies.markdown("What attending to a token promotes and suppresses, from the weights alone")
+    copies.dataframe(found.copies, hide_index=True, height=480, width="stretch")
+
+
+@st.cache_data(max_entries=32, show_spinner="Running the model ...")
+def head_on_text(model: str, head: str, text: str) -> HeadOnText:
+    """One forward pass, kept."""
+    return views.head_on_text(loaded_model(model), head, text)
+
+
+def composition(result: Result, head: str) -> None:
+    """The heads it reads from and those that read from it, by effective weights."""
+    st.subheader("Composition")
+    table = result.table("composition")
+    table = table.assign(kind=table["kind"].str.upper())
+    baseline = table.groupby("kind")["score"].transform("mean")
+    table = table.assign(**{"over the mean": table["score"] / baseline})
+    reads, writes = st.columns(2)
+    for column, title, own, other in (
+        (reads, "reads from", "reader", "writer"),
+        (writes, "is read by", "writer", "reader"),
+    ):
+        rows = table[table[own] == head].sort_values("score", ascending=False)[:12]
+        column.markdown(f"**{head} {title}**")
+        if rows.empty:
+            column.caption("No head there.")
+        else:
+            column.dataframe(rows[[other, "kind", "score", "over the mean"]], hide_index=True, width="stretch")
+
+
+main()

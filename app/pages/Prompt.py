@@ -1,0 +1,223 @@
+"""Prompt page: which features fire on a text of one's own, token by token, and what they do to the next token."""
+
+import pandas as pd
+import streamlit as st
+
+from app.live import choose_sae, open_live, token_row
+from app.shared import open_workspace, page_link, plain
+from workbench import live_figures
+from workbench.index import InputError
+from workbench.index.page import STYLE, visible
+from workbench.live import LiveSAE
+from workbench.prompts import MAX_TOKENS, RANKINGS, PromptReading, Ranking
+
+SHOWN = 200
+LINK = "feature=(.*)$"
+
+
+def main() -> None:
+    """Draws the page."""
+    workspace = open_workspace()
+    st.title("Prompt")
+    picker, box = st.columns([1, 3])
+    with picker:
+        live, version = open_live(workspace, choose_sae(workspace))
+    text = box.text_area(
+        "Prompt",
+        key="prompt",
+        bind="query-params",
+        height=110,
+        placeholder="Type or paste a text, then press Ctrl+Enter",
+    )
+    picker.caption(plain(f"{live.sae.d_sae:,} features at {live.sae.hook_name} of {live.model.info.name}"))
+    if not text:
+        st.info("Type a prompt to see which features fire on it. Every token can be clicked.")
+        return
+    try:
+        reading = _read(live, version, text)
+    except InputError as error:
+        st.error(plain(str(error)))
+        return
+    if reading.truncated:
+        st.info(f"Only the beginning was read: {len(reading.tokens):,} tokens (at most 10,000 characters, "
+                f"{MAX_TOKENS:,} tokens and one context of the model).")  # fmt: skip
+    position, feature = chosen(reading)
+    tokens(reading, position, feature)
+    ranked, detail = st.columns([3, 2], gap="large")
+    with ranked:
+        features(reading, position)
+    with detail:
+        if position is not None:
+            expectations(reading, position)
+        if feature is not None:
+            one_feature(reading, feature, position)
+        if position is None and feature is None:
+            st.caption("Click a token to see its features and what the model expects after it.")
+    figures(reading)
+
+
+@st.cache_resource(max_entries=8, show_spinner="Reading ...")
+def _read(_live: LiveSAE, version: int, text: str) -> PromptReading:
+    return _live.read(text)
+
+
+def _number(name: str, last: int, what: str) -> int | None:
+    """A number of the URL, None where it has none; one that does not exist is said so and dropped."""
+    asked = st.query_params.get(name)
+    if asked is None:
+        return None
+    if not (asked.isdecimal() and int(asked) <= last):
+        st.warning(plain(f"This link asks for {what} {asked!r}: there are 0 to {last}."))
+        del st.query_params[name]
+        return None
+    return int(asked)
+
+
+def _set(name: str, value: int | None) -> None:
+    if value is None:
+        st.query_params.pop(name, None)
+    else:
+        st.query_params[name] = str(value)
+
+
+def chosen(reading: PromptReading) -> tuple[int | None, int | None]:
+    """Token and feature looked at, kept in the URL as `token` and `feature`; without one, the whole prompt."""
+    last_token, last_feature = len(reading.tokens) - 1, reading.d_sae - 1
+    position, feature = _number("token", last_token, "token"), _number("feature", last_feature, "feature")
+    # The URL decides, so that clicks on tokens and rows and these boxes agree.
+    st.session_state["token"], st.session_state["feature"] = position, feature
+
+    def follow(name: str) -> None:
+        _set(name, st.session_state[name])
+
+    left, middle, _ = st.columns([1, 1, 2])
+    left.number_input("Token", 0, last_token, value=None, step=1, key="token", placeholder="all",
+                      on_change=follow, args=("token",))  # fmt: skip
+    middle.number_input("Coloured by feature", 0, last_feature, value=None, step=1, key="feature",
+                        placeholder="loss", on_change=follow, args=("feature",))  # fmt: skip
+    return position, feature
+
+
+def tokens(reading: PromptReading, position: int | None, feature: int | None) -> None:
+    """The prompt, coloured by a feature or by the loss of its tokens."""
+    if feature is None:
+        # Red marks what surprised the model.
+        values, strongest, unit = [-loss for loss in reading.losses.tolist()], 10.0, "log probability (nats)"
+        st.caption(f"Red: how much each token surprised the model, {reading.losses.mean():.3f} nats on average.")
+    else:
+        values, strongest = reading.activations(feature).tolist(), reading.strongest(feature)
+        unit = f"feature {feature}"
+        label = reading.known.labels[feature] if reading.known else ""
+        st.caption(plain(f"Feature {feature} {label}".strip() + f", full colour at {strongest:.3g}."))
+    token_row(
+        reading.texts, values, strongest, selected=position, unit=unit, key="tokens",
+        on_click=lambda at: _set("token", None if at == position else at),
+    )  # fmt: skip
+
+
+def features(reading: PromptReading, position: int | None) -> None:
+    """The features of the prompt or of one token, each with its label and a link; a selected row colours the text."""
+    how, dense = st.columns([3, 2], vertical_alignment="bottom")
+    hide = dense.checkbox(
+        "hide dense", key="hide_dense", bind="query-params", disabled=reading.known is None,
+        help="features that fire on over 10% of the indexed tokens",
+    )  # fmt: skip
+    density = 0.1 if hide and reading.known else 1.0
+    if position is None:
+        ways = RANKINGS if reading.known else RANKINGS[:2]
+        by = how.segmented_control(
+            "Rank by", ways, default="max", key="by", bind="query-params", required=True,
+            help="max: strongest activation; mean: over all tokens; rare: strongest x log(1 / density)",
+        )  # fmt: skip
+        table = reading.features(by, max_density=density)
+        st.caption(f"{len(table):,} features fire on {len(reading.tokens):,} tokens")
+    else:
+        table = at_token(reading, position, density, how)
+        st.caption(f"{len(table):,} features fire on token {position}")
+    if table.empty:
+        st.info("No feature is left: show dense features.")
+        return
+    if reading.known is None:
+        table = table.drop(columns=["label", "density"])
+        st.caption(f"Labels and densities come with an index: `workbench index {reading.sae}`.")
+    table = table.head(SHOWN)
+    if "token" in table:
+        table = table.assign(token=[repr(text) for text in table["token"]])
+    number = table["feature"].to_numpy()
+    link = [f"Feature?sae={reading.sae}&feature={feature}" for feature in number]
+    event = st.dataframe(
+        table.drop(columns="score", errors="ignore").assign(feature=link), hide_index=True, on_select="rerun",
+        selection_mode="single-row", key=f"table {reading.sae} {position} {hash(reading.text)}", height=380,
+        column_config={
+            "feature": st.column_config.LinkColumn("feature", display_text=LINK),
+            "density": st.column_config.NumberColumn("density", format="percent"),
+        },
+    )  # fmt: skip
+    rows = event["selection"]["rows"]
+    if rows and st.session_state.get("last row") != (reading.sae, position, rows[0]):
+        # Only a new selection: later changes of the box above must win.
+        st.session_state["last row"] = (reading.sae, position, rows[0])
+        _set("feature", int(number[rows[0]]))
+        st.rerun()
+
+
+def at_token(
+    reading: PromptReading, position: int, density: float, place: "st.delta_generator.DeltaGenerator"
+) -> pd.DataFrame:
+    """The features of one token with their attribution to a next token, kept in the URL as `target`."""
+    target = None
+    if reading.missing is None:
+        text = place.text_input(
+            "Attribute to next token", key="target", bind="query-params",
+            placeholder=f"{reading.next_texts[position][0]!r} (likeliest)",
+            help="direct logit attribution, past the layers in between; one token, with its space",
+        )  # fmt: skip
+        try:
+            target = reading.target(text) if text else None
+        except InputError as error:
+            st.warning(plain(str(error)))
+    table = reading.at(position, target=target, max_density=density)
+    if reading.missing is not None:
+        st.caption(plain(f"No attribution: {reading.missing}"))
+        return table.drop(columns="attribution")
+    if place.checkbox("rank by attribution", key="by_attribution", bind="query-params"):
+        order = table["attribution"].abs().sort_values(ascending=False, kind="stable").index
+        return table.loc[order].reset_index(drop=True)
+    return table
+
+
+def expectations(reading: PromptReading, position: int) -> None:
+    """What the model expects after a token, and what comes."""
+    st.markdown(f"**After token {position}**")
+    pairs = zip(reading.next_texts[position], reading.next_probabilities[position], strict=True)
+    rows = "".join(
+        f'<tr><td class="tok">{visible(text)}</td><td class="n">{share:.1%}</td></tr>' for text, share in pairs
+    )
+    st.html(f'{STYLE}<div class="wbf"><table>{rows}</table></div>')
+    if position + 1 < len(reading.tokens):
+        st.caption(plain(f"Next comes {reading.texts[position + 1]!r}: {reading.losses[position + 1]:.2f} nats."))
+
+
+def one_feature(reading: PromptReading, feature: int, position: int | None) -> None:
+    """The feature along the prompt, with links to its own page and to steering with it."""
+    st.markdown(f"**Feature {feature}**")
+    st.plotly_chart(live_figures.prompt_activations(reading, feature, position), key="along",
+                    config={"displayModeBar": False})  # fmt: skip
+    if reading.known is not None:
+        page_link("Feature", f"Open feature {feature}", sae=reading.sae, feature=feature)
+    page_link("Steering", f"Steer with feature {feature}", sae=reading.sae, feature=feature, prompt=reading.text)
+
+
+def figures(reading: PromptReading) -> None:
+    """Features x tokens, and the losses."""
+    together, losses = st.tabs(["Features and tokens", "Loss"])
+    hide = reading.known is not None and st.session_state.get("hide_dense", False)
+    by: Ranking = st.session_state.get("by") or "max"
+    density = 0.1 if hide else 1.0
+    with together:
+        st.plotly_chart(live_figures.prompt_heatmap(reading, by, max_density=density), key="heatmap")
+    with losses:
+        st.plotly_chart(live_figures.prompt_losses(reading), key="losses")
+
+
+main()

@@ -1,0 +1,286 @@
+"""Sparsity page: how little of a model is used, layer by layer and neuron by neuron, and what using less costs."""
+
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from app.shared import loaded_model, open_workspace, plain, version
+from workbench import Workspace
+from workbench.corpora import Corpus, open_corpus
+from workbench.index import InputError
+from workbench.index.page import STYLE, example_html
+from workbench.results import Result
+from workbench.sparsity import figures
+from workbench.sparsity.calibration import Calibration, calibrate
+from workbench.sparsity.compare import compare, report_names, report_parts
+from workbench.sparsity.enforce import generate
+from workbench.sparsity.methods import method_named
+from workbench.sparsity.neurons import NeuronView, view_neuron
+from workbench.sparsity.report import ATTENTION, CURVES, MLP, SAES
+
+PARTS = ("MLPs", "Cost", "Attention", "SAEs")
+COMMANDS = {MLP: "measure", CURVES: "enforce", ATTENTION: "attention", SAES: "sae"}
+NEURON_COLUMNS = {"neuron": "neuron", "density": "share of tokens", "mean_abs": "mean |h|", "max_abs": "largest |h|"}
+PROMPT = "def read_lines(path):\n"
+NEURON_TOKENS = 8192
+Parts = dict[str, Result]
+
+
+def main() -> None:
+    """Draws the page."""
+    workspace = open_workspace()
+    st.title("Activation sparsity")
+    names = report_names(workspace)
+    if not names:
+        st.info(
+            f"No report yet. Make one with `workbench sparsity report NAME --model demo --workspace {workspace.path}`."
+        )
+        return
+    chosen = st.multiselect(
+        "Reports", names, default=names[:1], key="reports", bind="query-params", placeholder="choose reports to see"
+    )
+    if not chosen:
+        st.info("Choose one report, or several to see them side by side.")
+        return
+    reports = {name: report_parts(workspace, name) for name in chosen}
+    if len(chosen) > 1:
+        summary = compared(str(workspace.path), version(workspace), tuple(chosen))
+        text = summary.set_index("name").T.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
+        st.dataframe(text, width="stretch")
+    part = st.segmented_control(
+        "Part", PARTS, default=PARTS[0], key="part", bind="query-params", label_visibility="collapsed", required=True
+    )
+    # `required` keeps a second click on the part from taking it away, but types do not know that.
+    draws = dict(zip(PARTS, (mlps, cost, attention, saes), strict=True))
+    draws[part or PARTS[0]](workspace, reports)
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def compared(workspace: str, version: str, names: Sequence[str]) -> pd.DataFrame:
+    """The summary of several reports."""
+    return compare(Workspace(workspace, create=False), names)
+
+
+def mlps(workspace: Workspace, reports: dict[str, Parts]) -> None:
+    """Layers by metric, then the neurons of one layer."""
+    found = having(workspace, reports, MLP)
+    if not found:
+        return
+    draw(found, "layers", figures.layer_grid, "How much of each MLP is used", "layer-grid")
+    # Panels of several reports need the whole width each.
+    left, right = st.columns(2) if len(found) == 1 else (st.container(), st.container())
+    with left:
+        draw(found, "neurons", figures.neuron_densities, "How often neurons fire", "by-rank")
+    with right:
+        draw(found, "positions", figures.positions, "By position in the context", "positions")
+    with st.expander("All numbers, and the largest entries of the residual stream"):
+        for name, result in found.items():
+            st.markdown(f"**{plain(name)}**")
+            st.dataframe(result.table("layers").set_index("layer").T, width="stretch")
+            st.dataframe(result.table("residual"), hide_index=True, width="stretch")
+    name = one_of(list(found), "Neurons of")
+    neurons_of(found[name])
+
+
+def neurons_of(result: Result) -> None:
+    """Table and histogram of a layer's neurons, and the neuron that is chosen."""
+    st.subheader("Neurons")
+    table = result.table("neurons")
+    layer = st.selectbox("Layer", sorted(table["layer"].unique()), key="layer", bind="query-params")
+    rows = table[table["layer"] == layer].sort_values("density", ascending=False)
+    left, right = st.columns(2)
+    with left:
+        event = st.dataframe(
+            rows[list(NEURON_COLUMNS)], hide_index=True, height=360, column_config=NEURON_COLUMNS,
+            key=f"neurons {result.name} {layer}", on_select="rerun", selection_mode="single-row",
+        )  # fmt: skip
+    with right:
+        st.plotly_chart(figures.density_histogram(table, int(layer)), key="densities")
+    clicked = event["selection"]["rows"]
+    st.session_state.setdefault("neuron", 0)
+    if clicked and st.session_state.get("clicked") != (result.name, layer, clicked):
+        st.session_state["clicked"] = (result.name, layer, clicked)
+        st.session_state["neuron"] = int(rows["neuron"].iloc[clicked[0]])
+    last = int(rows["neuron"].max())
+    st.session_state["neuron"] = min(last, int(st.session_state["neuron"]))
+    neuron = st.number_input("Neuron", 0, last, key="neuron", bind="query-params", help="or click a row of the table")
+    if st.button("Show where it is largest", icon=":material/search:") or st.session_state.get("examples"):
+        st.session_state["examples"] = True
+        show_neuron(result, int(layer), int(neuron))
+
+
+def show_neuron(result: Result, layer: int, neuron: int) -> None:
+    """A neuron's values and the text around its largest ones."""
+    try:
+        view = neuron_view(*source(result), layer, neuron, result.parameters["context_len"])
+    except InputError as error:
+        st.error(plain(str(error)))
+        return
+    st.caption(f"{view.tokens:,} tokens of training documents; exactly zero on {view.zero:.1%} of them.")
+    left, right = st.columns([1, 2])
+    left.plotly_chart(figures.neuron_histogram(view), key="values")
+    if view.examples:
+        strongest = abs(view.examples[0].activation)
+        rows = "".join(example_html(example, strongest) for example in view.examples)
+        right.html(f'{STYLE}<div class="wbf">{rows}</div>')
+    else:
+        right.info("It is zero on every token.")
+
+
+@st.cache_data(max_entries=64, show_spinner="Running the model ...")
+def neuron_view(model: str, corpus: str, fingerprint: str, layer: int, neuron: int, context_len: int) -> NeuronView:
+    """A neuron seen from near."""
+    texts = opened(corpus, fingerprint)
+    return view_neuron(
+        loaded_model(model), texts, layer, neuron, max_tokens=max(NEURON_TOKENS, context_len), context_len=context_len
+    )
+
+
+def cost(workspace: Workspace, reports: dict[str, Parts]) -> None:
+    """Loss against sparsity, and generated text at a sparsity."""
+    found = having(workspace, reports, CURVES)
+    if not found:
+        return
+    if len(found) == 1:
+        st.subheader("What enforced sparsity costs")
+        (result,) = found.values()
+        st.plotly_chart(figures.cost_curves(result.table("points")), key="curves")
+    else:
+        draw(found, "points", figures.cost_panel, "What enforced sparsity costs", "curves")
+    for name, result in found.items():
+        if result.parameters["ps"]:
+            ppl = result.table("ppl")
+            said = ", ".join(f"**{row.sparsity:.1%}** at p = {100 * row.p:g}%" for row in ppl.itertuples())
+            st.markdown(f"{plain(name)}: PPL-p% sparsity {said}")
+    with st.expander("All numbers"):
+        for name, result in found.items():
+            st.markdown(f"**{plain(name)}**")
+            st.dataframe(result.table("points"), hide_index=True, width="stretch")
+    st.subheader("Text at that sparsity")
+    text_at(found[one_of(list(found), "Text of")])
+
+
+@st.fragment
+def text_at(result: Result) -> None:
+    """A slider over the levels of a method, and the model's text at each; only this part runs again."""
+    points = result.table("points")
+    left, right = st.columns(2)
+    methods = list(points["method"].unique())
+    name = left.selectbox(
+        "Method", methods, index=methods.index("CETT") if "CETT" in methods else 0, key="method", bind="query-params"
+    )
+    levels = points[points["method"] == name].sort_values("level")
+    if len(levels) > 1:
+        level = right.select_slider("Level", levels["level"].tolist(), key=f"level {name}")
+    else:
+        level = levels["level"].iloc[0]
+    point = levels[levels["level"] == level].iloc[0]
+    st.markdown(
+        f"**{point['sparsity']:.1%}** zeros, **{point['added_nats']:.3f}** added nats, "
+        f"**{point['flops_saved']:.1%}** of weight products saved "
+        f"({plain(method_named(name).level_means)})"
+    )
+    prompt = st.text_area("Prompt", PROMPT, key="prompt", bind="query-params", height=90)
+    clean, thinned = st.columns(2)
+    try:
+        for column, title, at in ((clean, "As it is", 0.0), (thinned, "At this sparsity", float(level))):
+            column.caption(title)
+            text = continuation(*source(result), prompt, name, at, result.parameters["context_len"])
+            column.code(prompt + text, language=None, wrap_lines=True)
+    except InputError as error:
+        st.error(plain(str(error)))
+
+
+@st.cache_data(max_entries=256, show_spinner="Generating ...")
+def continuation(
+    model: str, corpus: str, fingerprint: str, prompt: str, method: str, level: float, context_len: int
+) -> str:
+    """The model's greedy text with a method at a level."""
+    calibration = calibrated(model, corpus, fingerprint, context_len)
+    return generate(loaded_model(model), calibration, prompt, method_named(method), level)
+
+
+@st.cache_resource(max_entries=2, show_spinner="Finding thresholds ...")
+def calibrated(model: str, corpus: str, fingerprint: str, context_len: int) -> Calibration:
+    """The thresholds' sample, as the report's own."""
+    return calibrate(loaded_model(model), opened(corpus, fingerprint), context_len=context_len)
+
+
+def attention(workspace: Workspace, reports: dict[str, Parts]) -> None:
+    """What patterns of keys cost and keep, and attention sinks."""
+    found = having(workspace, reports, ATTENTION)
+    if not found:
+        return
+    draw(found, "curves", figures.attention_curves, "What restricting every head costs", "attention-curves")
+    budgets = sorted(set.intersection(*(set(result.table("coverage")["budget"]) for result in found.values())))
+    if budgets:
+        budget = budgets[0]
+        if len(budgets) > 1:
+            budget = st.select_slider("Keys per query", budgets, value=budgets[len(budgets) // 2], key="budget")
+        for name, result in found.items():
+            st.subheader(f"Attention that patterns keep: {plain(name)}")
+            st.plotly_chart(figures.attention_coverage(result.table("coverage"), int(budget)), key=f"coverage {name}")
+    for name, result in found.items():
+        st.subheader(f"Attention sinks: {plain(name)}")
+        heads = result.table("heads")
+        st.plotly_chart(figures.sinks(heads), key=f"sinks {name}")
+        with st.expander("Entropy and keys with 95% of the attention, by head"):
+            st.dataframe(heads, hide_index=True, width="stretch")
+
+
+def saes(workspace: Workspace, reports: dict[str, Parts]) -> None:
+    """Sparsity of SAE codes, and terms per token."""
+    found = having(workspace, reports, SAES)
+    for name, result in found.items():
+        st.subheader(plain(name))
+        st.dataframe(result.table("summary"), hide_index=True, width="stretch")
+        left, middle, right = st.columns(3)
+        left.plotly_chart(figures.density_spectrum(result.table("spectrum")), key=f"spectrum {name}")
+        middle.plotly_chart(figures.sae_positions(result.table("positions")), key=f"l0 {name}")
+        right.plotly_chart(figures.terms_needed(result.table("terms")), key=f"terms {name}")
+
+
+def having(workspace: Workspace, reports: dict[str, Parts], kind: str) -> Parts:
+    """The results of a kind; says which command makes the missing ones."""
+    for name, parts in reports.items():
+        if kind not in parts:
+            made_of = next(iter(parts.values())).provenance
+            extra = " SAE" if kind == SAES else ""
+            st.info(
+                f"Not measured yet for {plain(name)}. Next: `workbench sparsity {COMMANDS[kind]} {name}{extra} "
+                f"--model {made_of['model']['name']} --corpus {made_of['corpus']['name']} "
+                f"--workspace {workspace.path}`"
+            )
+    return {name: parts[kind] for name, parts in reports.items() if kind in parts}
+
+
+def draw(found: Parts, table: str, figure: Callable[[pd.DataFrame], go.Figure], title: str, key: str) -> None:
+    """One figure per report, in a row when there are several."""
+    st.subheader(title)
+    drawn = {name: figure(result.table(table)) for name, result in found.items()}
+    shown = next(iter(drawn.values())) if len(drawn) == 1 else figures.beside(drawn)
+    st.plotly_chart(shown, key=key)
+
+
+def one_of(names: list[str], label: str) -> str:
+    """A report out of several; no box for a single one."""
+    return names[0] if len(names) == 1 else str(st.selectbox(label, names, key="report", bind="query-params"))
+
+
+def source(result: Result) -> tuple[str, str, str]:
+    """Names of the model and the corpus of a result, and the corpus' fingerprint."""
+    corpus = result.provenance["corpus"]
+    return result.provenance["model"]["name"], corpus["name"], corpus["fingerprint"]
+
+
+def opened(corpus: str, fingerprint: str) -> Corpus:
+    """The corpus of a result. Raises InputError where it is not the same any more."""
+    found = open_corpus(corpus)
+    if found.fingerprint != fingerprint:
+        raise InputError(f"corpus {corpus} has changed since this was measured: run the command again")
+    return found
+
+
+main()

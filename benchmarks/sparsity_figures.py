@@ -1,0 +1,44 @@
+"""The figures of docs/methods/sparsity.md, from reports that lie in a workspace.
+
+    workbench sparsity report demo --workspace w
+    workbench sparsity report stories260K --model FOLDER --corpus FILE --workspace w
+    python benchmarks/sparsity_figures.py w demo stories260K --out docs/methods/figures
+
+Writes sparsity-*.png. Needs kaleido and a Chromium.
+"""
+
+import argparse
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from workbench.sparsity import figures
+from workbench.sparsity.compare import report_parts
+from workbench.sparsity.report import ATTENTION, CURVES, MLP
+from workbench.workspace import Workspace
+
+DRAWN = {
+    "layers": (MLP, "layers", figures.layer_grid),
+    "cost": (CURVES, "points", figures.cost_panel),
+    "attention": (ATTENTION, "curves", figures.attention_curves),
+    "sinks": (ATTENTION, "heads", figures.sinks),
+}
+WIDTH = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("names", nargs="+", help="reports, one panel each")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    parts = {name: report_parts(Workspace(arguments.workspace, create=False), name) for name in arguments.names}
+    for drawn, (kind, table, draw) in DRAWN.items():
+        panels: dict[str, go.Figure] = {name: draw(found[kind].table(table)) for name, found in parts.items()}
+        figure = figures.beside(panels).update_layout(template="plotly_white", width=WIDTH)
+        figure.write_image(arguments.out / f"sparsity-{drawn}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""How fast the app answers: the server's time for a run of a page, and the time until a browser shows it.
+
+    python benchmarks/web_app.py WORKSPACE SAE [--features 10] [--json]
+
+The workspace must hold the SAE with its index; what the numbers mean depends on its size, which is printed. Server
+time is the time of one script run in Streamlit's own test harness, without network and browser. Time to visible is
+from the click (or the start of the server) until Chromium shows the new content, server time included; it needs the
+package playwright and a Chromium. Medians over the repetitions, and the largest.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from streamlit.testing.v1 import AppTest
+
+import app as app_package
+from workbench import Workspace
+from workbench.index.query import FeatureIndex
+
+PROMPT = "def read(path, mode='r'):\n    with open(path, mode) as file:\n        return file.read()\n\n" * 4
+"""About 100 tokens of the demo model."""
+SEARCHES = ("return", "self", "import", "(", "none", "class", "error", "for", "0", "str")
+FRAME = Path(str(app_package.__file__)).with_name("main.py")
+
+Timings = dict[str, list[float]]
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds that an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def server_times(workspace: Path, sae: str, numbers: list[int]) -> Timings:
+    """Script runs in the test harness; the first of each page, which opens index and model, is left out."""
+    sys.argv = ["main.py", str(workspace)]
+    harness = AppTest.from_file(str(FRAME), default_timeout=300)
+    harness.run()
+    harness.query_params["sae"] = sae
+    harness.switch_page("pages/Feature.py").run()
+    found: Timings = {"open another feature": []}
+    for number in numbers:
+        box = harness.number_input(key="feature").set_value(number)
+        found["open another feature"].append(timed(box.run))
+    harness.switch_page("pages/Features.py").run()
+    found["search the table"] = [
+        timed(harness.text_input(key="search").set_value(text).run) for text in SEARCHES[: len(numbers)]
+    ]
+    if (FRAME.parent / "pages" / "Prompt.py").exists():
+        harness.switch_page("pages/Prompt.py").run()
+        harness.text_area(key="prompt").set_value(PROMPT).run()
+        found["prompt of 100 tokens"] = [
+            timed(harness.text_area(key="prompt").set_value(f"{PROMPT}# {number}\n").run) for number in numbers[:5]
+        ]
+    if harness.exception:
+        raise RuntimeError(str(harness.exception[0].value))
+    return found
+
+
+def visible_times(workspace: Path, sae: str, numbers: list[int]) -> Timings:
+    """Clicks in Chromium until what they lead to is shown."""
+    from playwright.sync_api import sync_playwright
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    address = f"http://localhost:{port}"
+    start = time.perf_counter()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "app.serve", "run", str(FRAME), "--server.port", str(port), "--server.headless", "true",
+         "--server.address", "localhost", "--", str(workspace)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1280, "height": 1000})
+            page.set_default_timeout(120_000)
+            while server.poll() is None:
+                try:
+                    urllib.request.urlopen(f"{address}/_stcore/health", timeout=2).close()
+                    break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(0.05)
+            page.goto(address)
+            page.get_by_test_id("stDataFrame").first.wait_for()
+            found: Timings = {"start to first page": [time.perf_counter() - start], "open another feature": []}
+            page.goto(f"{address}/Feature?sae={sae}&feature=0")
+            page.get_by_role("heading", name=f"{sae} / 0", exact=True).wait_for()
+            page.wait_for_load_state("networkidle")
+            for number in numbers:
+                page.get_by_role("spinbutton", name="Feature").fill(str(number))
+
+                def opened(number: int = number) -> None:
+                    page.keyboard.press("Enter")
+                    page.get_by_role("heading", name=f"{sae} / {number}", exact=True).wait_for()
+
+                found["open another feature"].append(timed(opened))
+            browser.close()
+        return found
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("sae")
+    parser.add_argument("--features", type=int, default=10, help="features to open")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    index = FeatureIndex.open(Workspace(arguments.workspace, create=False), arguments.sae)
+    alive = index.table().query("firings > 0")["feature"].tolist()
+    numbers = random.Random(0).sample(alive, min(arguments.features, len(alive)))
+    size = {"features": index.d_sae, "tokens": index.n_tokens}
+    index.close()
+    measured = {
+        "server": server_times(arguments.workspace, arguments.sae, numbers),
+        "visible": visible_times(arguments.workspace, arguments.sae, numbers),
+    }
+    if arguments.json:
+        print(json.dumps({"size": size, "seconds": measured}, indent=2))
+        return
+    print(f"{size['features']:,} features, {size['tokens']:,} tokens")
+    for kind, times in measured.items():
+        for what, seconds in times.items():
+            print(f"{kind:8} {what:24} median {statistics.median(seconds):6.3f} s, largest {max(seconds):6.3f} s")
+
+
+if __name__ == "__main__":
+    main()

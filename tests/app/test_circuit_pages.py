@@ -1,0 +1,127 @@
+"""The Heads and Circuits pages in their states, run by Streamlit's own test harness on the demo model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from workbench import Workspace
+from workbench.circuits.heads import report_heads
+from workbench.circuits.report import Task, report_discrete, report_edges, report_nodes
+from workbench.models import load_model
+
+PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    space = Workspace(tmp_path_factory.mktemp("circuit pages") / "w")
+    model, task = load_model("demo", device="cpu"), Task("induction", n=5)
+    report_heads(space, "heads", model, n=2, needles=0)
+    report_nodes(space, "attributed", model, task, "attribution")
+    report_discrete(space, "coded", model, task)
+    report_edges(space, "found", model, Task("induction", n=2), "eap", fractions=(0.1,))
+    return space
+
+
+def open_page(page: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, **query: str) -> AppTest:
+    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
+    app = AppTest.from_file(str(PAGES / f"{page}.py"), default_timeout=120)
+    for name, value in query.items():
+        app.query_params[name] = value
+    return app.run()
+
+
+def test_empty_pages_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = Workspace(tmp_path / "empty")
+    heads = open_page("Heads", empty, monkeypatch)
+    assert "`workbench heads" in heads.info[0].value
+    circuits = open_page("Circuits", empty, monkeypatch)
+    assert "`workbench circuits discover" in circuits.info[0].value
+    assert not heads.exception
+    assert not circuits.exception
+
+
+def test_the_strongest_head_is_shown_and_a_click_shows_another(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page("Heads", space, monkeypatch)
+    assert not page.exception
+    assert page.subheader[0].value == "a3.h0"
+    assert page.query_params["head"] == "a3.h0"
+    shown = page.dataframe[0].value.set_index("score")
+    assert shown["rank"]["induction"] == 1
+    assert len(page.get("plotly_chart")) == 2
+    page.session_state["grid heads induction a3.h0"] = {
+        "selection": {"points": [{"customdata": "a2.h0"}], "box": [], "lasso": []}
+    }
+    page.run()
+    assert page.subheader[0].value == "a2.h0"
+    assert page.query_params["head"] == "a2.h0"
+    page.selectbox(key="by").set_value("previous_token").run()
+    page.selectbox(key="head").set_value("a1.h5").run()
+    assert page.subheader[0].value == "a1.h5"
+    assert page.query_params["by"] == "previous_token"
+
+
+def test_heads_can_be_coloured_by_stored_results(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("Heads", space, monkeypatch, by="attributed (attribution)", head="a0.h1", text="a = b\na =")
+    assert not page.exception
+    assert page.subheader[0].value == "a0.h1"
+    assert page.text_area(key="text").value == "a = b\na ="
+    assert "coded (discrete codes)" in page.selectbox(key="by").options
+    # No earlier head writes for a head of the first layer.
+    assert page.caption[-1].value == "No head there."
+    page.text_area(key="text").set_value("").run()
+    assert "type something" in page.error[0].value
+
+
+def test_a_link_to_a_head_that_is_not_there_says_so(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("Heads", space, monkeypatch, head="a9.h0")
+    assert not page.exception
+    assert "a0.h0 to a3.h7" in page.warning[0].value
+
+
+def test_a_stored_circuit_opens_with_its_graph_and_is_run(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("Circuits", space, monkeypatch, result="circuit-edges/found", edges="25")
+    assert not page.exception
+    assert page.slider(key="edges").value == 25
+    assert len(page.get("plotly_chart")) == 2
+    clean = next(metric for metric in page.metric if metric.label == "clean")
+    assert float(clean.value) > 3
+    next(button for button in page.button if button.label == "Run this circuit alone").click().run()
+    assert not page.exception
+    assert {"faithfulness"} <= {metric.label for metric in page.metric}
+    edges = page.dataframe[0].value
+    assert 0 < len(edges) <= 25
+
+
+@pytest.mark.parametrize("result", ["circuit-nodes/attributed", "circuit-discrete/coded"])
+def test_other_results_show_their_figures_and_tables(
+    result: str, space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page("Circuits", space, monkeypatch, result=result)
+    assert not page.exception
+    assert len(page.get("plotly_chart")) >= 1
+    assert "node" in page.dataframe[0].value
+    assert len(page.dataframe[-1].value) == 5
+
+
+def test_a_task_is_run_and_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Workspace(tmp_path / "own")
+    page = open_page("Circuits", own, monkeypatch)
+    page.selectbox(key="method").set_value("direct logit attribution")
+    page.number_input(key="prompts").set_value(5)
+    next(button for button in page.button if button.label == "Run").click().run()
+    assert not page.exception
+    assert page.query_params["result"] == "circuit-nodes/induction-attribution"
+    assert [item.name for item in own.results.find()] == ["induction-attribution"]
+    page.selectbox(key="task").set_value("greater-than")
+    next(button for button in page.button if button.label == "Run").click().run()
+    assert "does not split years" in page.error[0].value.replace("\\", "")
+
+
+def test_a_link_to_a_result_that_is_gone_says_so(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("Circuits", space, monkeypatch, result="circuit-nodes/gone")
+    assert "does not have" in page.warning[0].value

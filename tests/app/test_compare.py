@@ -1,0 +1,83 @@
+"""The Compare page, run by Streamlit's own test harness."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+
+from sae import SAE, TopK
+from workbench import Workspace
+
+MAIN = Path(__file__).resolve().parents[2] / "app" / "main.py"
+
+
+def add_sae(space: Workspace, name: str, seed: int, *, evaluated: bool = True, d_in: int = 8) -> None:
+    sae = SAE(d_in, 16, TopK(2), hook_name="blocks.0.hook_resid_post", model_name="m")
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.randn(16, d_in, generator=torch.Generator().manual_seed(seed)))
+    sae.save(space.path / "saes" / name)
+    if evaluated:
+        space.results.save(
+            "evaluation", name, parameters={"corpus": "texts", "max_tokens": 100}, provenance={},
+            tables={
+                "metrics": pd.DataFrame([{"sae": name, "l0": 2.0 + seed, "fvu": 0.25, "added_nats": 0.1, "kl": 0.1,
+                                          "loss_recovered_zero": 0.9, "dead_share": 0.5}]),
+                "density_histogram": pd.DataFrame([{"sae": name, "log10_density": -1.0, "features": 16}]),
+            },
+        )  # fmt: skip
+
+
+def open_page(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, **query: str | list[str]) -> AppTest:
+    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
+    app = AppTest.from_file(str(MAIN), default_timeout=60)
+    app.run()
+    for name, value in query.items():
+        app.query_params[name] = value
+    return app.switch_page("pages/Compare.py").run()
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "w")
+
+
+def test_without_saes_the_page_says_what_to_do(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page(space, monkeypatch)
+    assert not page.exception
+    assert "Train one with `workbench train`" in page.info[0].value
+
+
+def test_one_sae_that_is_not_evaluated(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_sae(space, "only", 0, evaluated=False)
+    page = open_page(space, monkeypatch)
+    assert not page.exception
+    assert [info.value.split(".")[0] for info in page.info] == ["1 not evaluated yet", "There is one SAE only"]
+    assert not page.get("plotly_chart")
+
+
+def test_saes_are_compared(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("one", "two", "three")):
+        add_sae(space, name, seed)
+    page = open_page(space, monkeypatch, saes=["one", "three"], a="one", b="two")
+    assert not page.exception
+    table = page.dataframe[0].value
+    assert sorted(table["SAE"]) == ["one", "three"]
+    assert table["dead share"].tolist() == [0.5, 0.5]
+    assert len(page.get("plotly_chart")) == 3
+    assert any("Mean max cosine" in text.value and "one to two" in text.value for text in page.markdown)
+    shared = page.dataframe[1].value
+    assert shared["cosine"].is_monotonic_decreasing
+    assert sorted(shared["feature"]) == list(range(16))
+    page.selectbox(key="b").select("one").run()
+    assert "two different" in page.info[0].value
+
+
+def test_saes_without_a_common_basis_are_refused_in_one_line(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_sae(space, "one", 0)
+    add_sae(space, "two", 1, d_in=4)
+    page = open_page(space, monkeypatch)
+    assert not page.exception
+    assert "choose SAEs of one model and width" in page.error[0].value

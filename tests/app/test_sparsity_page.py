@@ -1,0 +1,146 @@
+"""The Sparsity page in its states, run by Streamlit's own test harness on the demo model."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+
+from sae import SAE, TopK
+from workbench import Workspace
+from workbench.corpora import open_corpus
+from workbench.models import load_model
+from workbench.sparsity.report import report_attention, report_curves, report_mlps, report_saes
+
+PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
+HOOK = "blocks.2.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole report `a`, and a report `b` of its MLPs only."""
+    root = tmp_path_factory.mktemp("sparsity")
+    (root / "texts").mkdir()
+    for number in range(20):
+        (root / "texts" / f"{number}.txt").write_text(f"def f{number}(x):\n    return '<script>x</script>'\n")
+    space, model, corpus = Workspace(root / "w"), load_model("demo", device="cpu"), open_corpus(str(root / "texts"))
+    small: dict[str, Any] = {"max_tokens": 128, "context_len": 32}
+    report_mlps(space, "a", model, corpus, **small)
+    report_curves(space, "a", model, corpus, methods=["zero", "CETT"], ps=[0.05], **small)
+    report_attention(space, "a", model, corpus, budgets=[4, 8, 16], **small)
+    sae = SAE(model.info.d_model, 48, TopK(6), hook_name=HOOK, model_name="demo")
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0)))
+        sae.W_enc.copy_(sae.W_dec.T)
+    report_saes(space, "a", model, {"s": sae}, corpus, **small)
+    report_mlps(space, "b", model, corpus, max_tokens=64, context_len=32)
+    return space.path
+
+
+def open_page(workspace: Path, monkeypatch: pytest.MonkeyPatch, **query: str | list[str]) -> AppTest:
+    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace)])
+    app = AppTest.from_file(str(PAGES.parent / "main.py"), default_timeout=120)
+    app.run()
+    for name, value in query.items():
+        app.query_params[name] = value
+    page = app.switch_page("pages/Sparsity.py").run()
+    assert not page.exception
+    return page
+
+
+def headings(page: AppTest) -> list[str]:
+    return [item.value for item in page.subheader]
+
+
+def test_an_empty_workspace_says_which_command_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Workspace(tmp_path / "w")
+    page = open_page(tmp_path / "w", monkeypatch)
+    assert "workbench sparsity report NAME" in page.info[0].value
+
+
+def test_layers_and_neurons_are_shown(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page(measured, monkeypatch, reports="a", layer="2")
+    assert headings(page)[0] == "How much of each MLP is used"
+    assert len(page.get("plotly_chart")) == 4
+    neurons = Workspace(measured).results.open("sparsity-mlp", "a").table("neurons")
+    shown = page.dataframe[-1].value
+    assert page.selectbox(key="layer").value == 2
+    assert shown["density"].max() == neurons.loc[neurons["layer"] == 2, "density"].max()
+    assert shown["density"].is_monotonic_decreasing
+
+
+def test_a_neurons_values_and_examples_come_on_demand(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    neurons = Workspace(measured).results.open("sparsity-mlp", "a").table("neurons")
+    busiest = neurons[neurons["layer"] == 0].sort_values("density").iloc[-1]
+    page = open_page(measured, monkeypatch, reports="a", neuron=str(int(busiest["neuron"])))
+    page.button[0].click().run()
+    assert not page.exception
+    assert len(page.get("plotly_chart")) == 5
+    rows = page.get("html")[-1].proto.body
+    assert f"{busiest['max_abs']:.2f}" in rows
+    assert "<script>" not in rows
+
+
+def test_the_slider_shows_text_at_a_sparsity(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page(measured, monkeypatch, reports="a", part="Cost", method="CETT")
+    assert len(page.get("plotly_chart")) == 1
+    assert "PPL-p% sparsity" in page.markdown[0].value
+    clean, thinned = page.code
+    assert clean.value == thinned.value
+    page.select_slider[0].set_value(0.5).run()
+    assert not page.exception
+    points = Workspace(measured).results.open("sparsity-curves", "a").table("points")
+    point = points[(points["method"] == "CETT") & (points["level"] == 0.5)].iloc[0]
+    assert f"**{point['sparsity']:.1%}** zeros" in page.markdown[-1].value
+    assert page.code[0].value == clean.value
+    assert page.code[1].value != clean.value
+
+
+def test_an_empty_prompt_is_one_line(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page(measured, monkeypatch, reports="a", part="Cost")
+    page.text_area[0].set_value("").run()
+    assert not page.exception
+    assert "the prompt holds no token" in page.error[0].value
+
+
+def test_heads_are_shown_with_their_sinks(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page(measured, monkeypatch, reports="a", part="Attention")
+    assert len(page.get("plotly_chart")) == 3
+    assert "sink" in page.dataframe[0].value.columns
+    page.select_slider[0].set_value(4).run()
+    assert not page.exception
+
+
+def test_sae_codes_are_shown(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page(measured, monkeypatch, reports="a", part="SAEs")
+    assert page.dataframe[0].value["sae"].tolist() == ["s"]
+    assert len(page.get("plotly_chart")) == 3
+
+
+def test_reports_stand_side_by_side_and_what_is_missing_names_its_command(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page(measured, monkeypatch, reports=["a", "b"])
+    summary = page.dataframe[0].value
+    assert summary.columns.tolist() == ["a", "b"]
+    ppl = Workspace(measured).results.open("sparsity-curves", "a").table("ppl")
+    assert summary.loc["ppl_5%"].tolist() == [f"{ppl['sparsity'].iloc[0]:.4g}", "nan"]
+    assert page.selectbox(key="report").options == ["a", "b"]
+    page = open_page(measured, monkeypatch, reports=["a", "b"], part="Attention")
+    assert "workbench sparsity attention b --model demo" in page.info[0].value
+    assert len(page.get("plotly_chart")) == 3
+
+
+def test_a_corpus_that_has_gone_is_one_line(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = measured.parent / "texts"
+    shutil.move(texts, tmp_path / "elsewhere")
+    try:
+        page = open_page(measured, monkeypatch, reports="b", neuron="7")
+        page.button[0].click().run()
+        assert not page.exception
+        assert str(texts.name) in page.error[0].value
+    finally:
+        shutil.move(tmp_path / "elsewhere", texts)

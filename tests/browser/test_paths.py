@@ -1,0 +1,268 @@
+"""Paths of a researcher through the app, in a real browser."""
+
+import re
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from sae import SAE, TopK
+from workbench import Workspace
+from workbench.harvest import HarvestConfig
+from workbench.index.build import build_index
+from workbench.index.query import FeatureIndex
+from workbench.models import load_model
+from workbench.notes import Notes
+
+HOOK, DEAD = "blocks.2.hook_resid_post", 3
+HOSTILE = "<script>window.attacked = 1</script><img src=x onerror='window.attacked = 1'>"
+MARKS = "🧪 naïve e\u0301 \U0001f469\u200d\U0001f680"
+"""An emoji, a letter with a mark of its own, one with a combining mark, and an emoji of three code points."""
+
+SLOW = 90_000
+"""Milliseconds to wait for what appears at last; other processes may keep the machine busy."""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with an indexed SAE `s`, a second SAE, evaluations and a training run."""
+    root = tmp_path_factory.mktemp("browser")
+    (root / "texts").mkdir()
+    for number in range(20):
+        text = f"def f{number}(x):\n    # {MARKS}\n    return '{HOSTILE}'\n"
+        (root / "texts" / f"{number}.txt").write_text(text * 3)
+    space = Workspace(root / "w")
+    model = load_model("demo", device="cpu")
+    space.harvest(
+        "h", HarvestConfig("demo", str(root / "texts"), (HOOK,), context_len=64, max_tokens=1500), model=model
+    )
+    for seed, name in enumerate(("s", "t")):
+        sae = SAE(model.info.d_model, 48, TopK(6), hook_name=HOOK, model_name="demo")
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed)))
+            sae.W_enc.copy_(sae.W_dec.T)
+            sae.b_enc[DEAD] = -1e6
+        sae.save(space.path / "saes" / name)
+        space.results.save(
+            "evaluation", name, parameters={"corpus": "texts", "max_tokens": 100}, provenance={},
+            tables={
+                "metrics": pd.DataFrame([{"sae": name, "l0": 6.0, "fvu": 0.25 + seed / 4, "added_nats": 0.1,
+                                          "loss_recovered_zero": 0.9, "kl": 0.1, "dead_share": 1 / 48}]),
+                "density_histogram": pd.DataFrame([{"sae": name, "log10_density": -1.0, "features": 48}]),
+            },
+        )  # fmt: skip
+    build_index(space, "s", harvest="h", model=model, device="cpu")
+    return space.path
+
+
+@pytest.fixture(scope="session")
+def address(serve: Callable[[Path], str], folder: Path) -> str:
+    return serve(folder)
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A fresh visitor. A page that ends with an exception shown or thrown fails its test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
+    context.set_default_timeout(SLOW)
+    opened = context.new_page()
+    thrown: list[str] = []
+    opened.on("pageerror", lambda error: thrown.append(str(error)))
+    yield opened
+    shown = opened.locator("[data-testid=stException]").all_inner_texts()
+    context.close()
+    assert not shown
+    assert not thrown
+
+
+@pytest.fixture(scope="session")
+def busiest(folder: Path) -> int:
+    return int(FeatureIndex.open(Workspace(folder), "s").table().sort_values("firings")["feature"].iloc[-1])
+
+
+def link(address: str, page: str, **query: object) -> str:
+    return f"{address}/{page}?{urllib.parse.urlencode(query)}"
+
+
+def test_a_shared_link_is_the_first_thing_a_server_sees(address: str, page: Any, busiest: int) -> None:
+    """Must stay the first test of this file: Streamlit treats the first visitor of a server in a way of its own."""
+    page.goto(link(address, "Feature", sae="s", feature=busiest))
+    page.get_by_role("heading", name=f"s / {busiest}", exact=True).wait_for()
+    names = page.get_by_test_id("stSidebarNavLink").all_inner_texts()
+    assert names[0].endswith("Overview")
+    assert not any("main" in name for name in names)
+    assert page.title() == "Feature · Workbench"
+
+
+def test_open_the_app_and_go_on_to_a_page(address: str, page: Any) -> None:
+    page.goto(address)
+    page.get_by_role("heading", name="Workspace").wait_for()
+    page.get_by_text("Sparse autoencoders").wait_for()
+    page.get_by_test_id("stSidebarNavLink").filter(has_text="Features").click()
+    page.get_by_text("48 features on").wait_for()
+    assert "/Features?sae=s" in page.url
+
+
+def test_search_is_kept_in_the_url(address: str, page: Any) -> None:
+    page.goto(link(address, "Features", sae="s"))
+    page.get_by_role("textbox", name="Search").fill("script")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("search=script"))
+    page.get_by_role("textbox", name="Search").fill("nothing has this text")
+    page.keyboard.press("Enter")
+    page.get_by_text("No feature matches").wait_for()
+    page.reload()
+    page.get_by_text("No feature matches").wait_for()
+    assert page.get_by_role("textbox", name="Search").input_value() == "nothing has this text"
+
+
+def test_a_point_of_the_map_opens_its_feature(address: str, page: Any) -> None:
+    page.goto(link(address, "Features", sae="s"))
+    page.get_by_role("tab", name="Map").click()
+    plot = page.locator(".js-plotly-plot:visible").first
+    plot.locator(".nsewdrag").first.wait_for()
+    # Where the first living feature lies on the screen, as Plotly drew it.
+    x, y, feature = plot.evaluate(
+        """async plot => {
+            while (!plot._fullLayout.xaxis?._length) await new Promise(done => setTimeout(done, 50));
+            const {xaxis, yaxis, _size} = plot._fullLayout, trace = plot._fullData[1];
+            const {x, y} = plot.getBoundingClientRect();
+            return [x + _size.l + xaxis.l2p(trace.x[0]), y + _size.t + yaxis.l2p(trace.y[0]), trace.customdata[0][0]];
+        }"""
+    )
+    page.mouse.move(x - 3, y)
+    page.mouse.move(x, y)
+    page.get_by_text(f"feature {int(feature)}").first.wait_for()
+    page.mouse.click(x, y)
+    page.get_by_role("heading", name=f"s / {int(feature)}", exact=True).wait_for()
+    assert f"feature={int(feature)}" in page.url
+
+
+def test_label_and_reload(address: str, page: Any, folder: Path, busiest: int) -> None:
+    page.goto(link(address, "Feature", sae="s", feature=busiest))
+    page.get_by_role("textbox", name="Label").fill(f"{HOSTILE} {MARKS}")
+    page.keyboard.press("Enter")
+    page.get_by_test_id("stText").filter(has_text=MARKS).first.wait_for()
+    page.reload()
+    page.get_by_test_id("stText").filter(has_text=f"{HOSTILE} {MARKS}").first.wait_for()
+    # The box is there before its content is.
+    page.wait_for_function(
+        "text => document.querySelector('input[aria-label=Label]')?.value === text", arg=f"{HOSTILE} {MARKS}"
+    )
+    assert page.evaluate("window.attacked") is None
+    assert Notes(folder).label("s", busiest) == f"{HOSTILE} {MARKS}"
+
+
+def test_tokens_with_script_tags_stay_text(address: str, page: Any, busiest: int) -> None:
+    page.goto(link(address, "Feature", sae="s", feature=busiest, text=HOSTILE))
+    page.locator("details.ex").first.wait_for()
+    page.get_by_text("your text").wait_for()
+    assert HOSTILE in page.locator("details.ex[open]").first.inner_text()
+    assert page.locator(".wbf script, .wbf img").count() == 0
+    assert page.evaluate("window.attacked") is None
+
+
+def test_an_example_opens_on_a_click_and_shows_every_character(address: str, page: Any, busiest: int) -> None:
+    page.goto(link(address, "Feature", sae="s", feature=busiest))
+    example = page.locator("details.ex").first
+    example.locator("summary").click()
+    place = example.locator(".dim")
+    place.wait_for()
+    assert re.search(r"\.txt, token \d+, row \d+", place.inner_text())
+
+
+def test_next_feature_and_bookmark(address: str, page: Any, folder: Path, busiest: int) -> None:
+    page.goto(link(address, "Feature", sae="s", feature=busiest))
+    after = (busiest + 1) % 48
+    page.get_by_role("button", name="→").click()
+    page.wait_for_url(re.compile(f"feature={after}(&|$)"))
+    page.get_by_role("heading", name=f"s / {after}", exact=True).wait_for()
+    page.get_by_role("button", name="☆").click()
+    page.get_by_role("link", name="list bookmarks").click()
+    page.get_by_text("Lists", exact=True).wait_for()
+    page.get_by_text("hide dead").click()
+    page.get_by_text("1 features.").wait_for()
+    assert "list=bookmarks" in page.url
+    assert Notes(folder).members("bookmarks") == [("s", after)]
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="List as JSON").click()
+    assert f'"feature": {after}' in Path(saved.value.path()).read_text()
+
+
+def test_a_dead_feature_says_so(address: str, page: Any) -> None:
+    page.goto(link(address, "Feature", sae="s", feature=DEAD))
+    page.get_by_text("Dead: this feature fires on none of the indexed tokens.").wait_for()
+
+
+def test_sql_answers_and_refuses(address: str, page: Any, folder: Path) -> None:
+    rows = Workspace(folder).sql("SELECT count(*) FROM tokens").rows[0][0]
+    page.goto(link(address, "SQL", query="SELECT count(*) AS n FROM tokens"))
+    page.get_by_text("1 rows,").wait_for()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as CSV").click()
+    assert Path(saved.value.path()).read_text().splitlines() == ["n", str(rows)]
+    box = page.get_by_role("textbox", name="Query")
+    box.fill(f"COPY (SELECT 1) TO '{folder}/stolen.csv'")
+    page.get_by_role("button", name="Run").click()
+    page.get_by_text("only one SELECT statement can be run here").wait_for()
+    assert not (folder / "stolen.csv").exists()
+
+
+def test_two_saes_are_compared(address: str, page: Any) -> None:
+    page.goto(link(address, "Compare", a="s", b="t"))
+    page.get_by_text("Mean max cosine").wait_for()
+    page.locator(".js-plotly-plot").nth(2).wait_for()
+
+
+def test_a_token_of_a_prompt_is_clicked(address: str, page: Any) -> None:
+    page.goto(link(address, "Prompt", sae="s", prompt=f"def f(x): # {MARKS}\n    return '{HOSTILE}'"))
+    page.locator(".row span[data-at='0']").click()
+    page.get_by_text("After token 0").wait_for()
+    page.wait_for_url(re.compile("token=0"))
+    assert page.evaluate("window.attacked") is None
+
+
+def test_the_model_is_steered(address: str, page: Any, busiest: int) -> None:
+    page.goto(link(address, "Steering", sae="s", feature=busiest, prompt="def f(x):", n=5, strength=4))
+    page.get_by_text("Clean", exact=True).wait_for()
+    page.get_by_text("KL on the prompt").wait_for()
+
+
+def test_the_app_stays_usable_while_another_process_writes(address: str, page: Any, folder: Path, busiest: int) -> None:
+    harvest = (
+        "from workbench import Workspace; from workbench.harvest import HarvestConfig\n"
+        f"Workspace({str(folder)!r}).harvest('later', HarvestConfig('demo', {str(folder.parent / 'texts')!r}, "
+        f"('blocks.1.hook_resid_post',), context_len=64, max_tokens=1500))"
+    )
+    with subprocess.Popen([sys.executable, "-c", harvest]) as writer:
+        page.goto(link(address, "Feature", sae="s", feature=busiest))
+        page.get_by_role("heading", name=f"s / {busiest}", exact=True).wait_for()
+        page.get_by_role("textbox", name="Label").fill("written meanwhile")
+        page.keyboard.press("Enter")
+        page.get_by_test_id("stText").filter(has_text="written meanwhile").first.wait_for()
+        assert writer.wait(timeout=90) == 0
+    page.goto(link(address, "SQL", query='SELECT count(*) AS n FROM "harvest.later".tokens'))
+    page.get_by_text("1 rows,").wait_for()
+
+
+def test_an_empty_workspace_says_what_to_do(serve: Callable[[Path], str], tmp_path: Path, page: Any) -> None:
+    Workspace(tmp_path / "empty")
+    address = serve(tmp_path / "empty")
+    page.goto(address)
+    page.get_by_text("No harvest yet").wait_for()
+    page.get_by_test_id("stSidebarNavLink").filter(has_text="Compare").click()
+    page.get_by_text("No SAE yet").wait_for()
+
+
+def test_pages_are_readable_at_800_pixels(address: str, page: Any, busiest: int) -> None:
+    page.set_viewport_size({"width": 800, "height": 1000})
+    page.goto(link(address, "Feature", sae="s", feature=busiest))
+    page.locator("details.ex").first.wait_for()
+    # Nothing but what scrolls by itself may stick out to the right.
+    assert page.evaluate("document.documentElement.scrollWidth") <= 800

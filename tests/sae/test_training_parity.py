@@ -1,0 +1,40 @@
+"""TopK training beside SAELens and dictionary_learning: the same tensor, schedule and starting weights."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SEEDS = 3
+
+
+@pytest.fixture(scope="module")
+def parity() -> ModuleType:
+    """benchmarks/parity.py, which runs the peers' own trainers."""
+    pytest.importorskip("sae_lens", reason="needs sae-lens")
+    if "dictionary_learning" not in sys.modules and importlib.util.find_spec("dictionary_learning") is None:
+        pytest.skip("needs dictionary-learning")
+    file = Path(__file__).parents[2] / "benchmarks" / "parity.py"
+    spec = importlib.util.spec_from_file_location("parity", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["parity"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_same_steps_end_within_the_peers_spread_of_seeds(parity: ModuleType, planted) -> None:
+    """Gradient clipping, which both peers do and this project does not, is the one thing taken from them."""
+    source = planted()
+    rows = source.held_out(80_000)
+    rows = rows * (math.sqrt(source.d_in) / rows.norm(dim=1).mean())
+    task = parity.Task(rows[4000:], rows[:4000], d_sae=128, k=4, batch=256, lr=3e-3)
+    ours = [parity.ours(task, seed) for seed in range(SEEDS)]
+    with parity.unclipped():
+        for peer in (parity.saelens, parity.dictionary_learning):
+            theirs = [peer(task, seed, parity.start(task, seed)) for seed in range(SEEDS)]
+            assert abs(sum(ours) - sum(theirs)) / SEEDS <= max(theirs) - min(theirs)

@@ -1,0 +1,221 @@
+"""The trainer on a GPU: graphs, bitwise repeats and resumption, loss curves beside the plain path, no waiting."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is installed on Linux only")
+
+from sae import fused_state
+from sae.fused_state import FusedState, new_state
+from sae.rules import (
+    AbsTopK,
+    BatchAbsTopK,
+    BatchTopK,
+    FeatureChoice,
+    GradientTopK,
+    JumpReLU,
+    MutualChoice,
+    ReLU,
+    Rule,
+    TopK,
+)
+from sae.state import TrainingState
+from sae.train import StepMetrics, TrainConfig, train
+
+pytestmark = pytest.mark.gpu
+
+D, N = 128, 1024
+CONFIG = TrainConfig(
+    name="a", total_tokens=60 * N, batch_size=N, d_sae=1000, rule=TopK(8), lr=1e-3, dead_after_tokens=10 * N
+)
+CAPTURED = [TopK(8), AbsTopK(8), FeatureChoice(8, mutual_share=0.0), GradientTopK(8)]
+FUSED = [*CAPTURED, BatchTopK(8), MutualChoice(8), BatchAbsTopK(8), FeatureChoice(8, mutual_share=0.3)]
+EVERY = [*FUSED, ReLU(), JumpReLU()]
+
+
+class Source:
+    """Planted activations with gradients, drawn on the GPU; batch i depends on i alone."""
+
+    d_in = D
+
+    def __init__(self) -> None:
+        generator = torch.Generator("cuda").manual_seed(7)
+        self.directions = torch.randn(512, D, device="cuda", generator=generator)
+        self.position = 0
+
+    def _rows(self, n: int, seed: int) -> Tensor:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        strength, chance = torch.rand(2, n, 512, device="cuda", generator=generator)
+        return (strength * (chance < 0.02)) @ self.directions + 1
+
+    def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
+        self.position += 1
+        return self._rows(n, self.position), self._rows(n, 10**6 + self.position) - 1
+
+    def next_batch(self, n: int) -> Tensor:
+        return self.next_pair(n)[0]
+
+    def sample(self, n: int) -> Tensor:
+        return self._rows(min(n, 4096), 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def name_of(rule: Rule) -> str:
+    return f"{rule.name}-{getattr(rule, 'mutual_share', '')}"
+
+
+def trained(config: TrainConfig, **options: Any) -> dict[str, Tensor]:
+    (result,) = train([config], Source(), device="cuda", **options)
+    assert result.error is None
+    assert result.sae is not None
+    return result.sae.state_dict()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def losses_of(config: TrainConfig) -> tuple[TrainingState, Tensor]:
+    """A state after all its steps, and the loss of each."""
+    source, device = Source(), torch.device("cuda")
+    state = new_state(config, D, device)
+    state.initialise(source.sample(4096))
+    losses = []
+    for step in range(config.n_steps):
+        batch, gradients = source.next_pair(N)
+        state.step(batch, step, gradients if config.rule.needs_gradients else None)
+        losses.append(state.read_totals().loss)
+    return state, torch.tensor(losses)
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=name_of)
+def test_a_thousand_steps_follow_the_plain_path(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one another until rounding to bf16 has grown, and equally good at the end."""
+    config = replace(CONFIG, rule=rule, total_tokens=1000 * N)
+    state, ours = losses_of(config)
+    assert isinstance(state, FusedState) == (rule in FUSED)
+    monkeypatch.setattr(fused_state, "_runs_triton", lambda device: False)
+    plain, reference = losses_of(config)
+    assert type(plain) is TrainingState
+    assert torch.allclose(ours[:10], reference[:10], rtol=0.02)
+    assert torch.allclose(ours[-100:].mean(), reference[-100:].mean(), rtol=0.02)
+    assert ours[-100:].mean() < 0.7 * ours[:10].mean()
+
+
+@pytest.mark.parametrize("rule", FUSED, ids=name_of)
+def test_ten_runs_end_in_the_same_bits(rule: Rule) -> None:
+    config = replace(CONFIG, rule=rule, aux="aux_k", total_tokens=25 * N)
+    first = trained(config)
+    assert all(same(first, trained(config)) for _ in range(9))
+
+
+@pytest.mark.parametrize("rule", CAPTURED, ids=name_of)
+def test_captured_steps_train_as_steps_that_are_not(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, rule=rule, aux="aux_k")
+    state, _ = losses_of(config)
+    assert isinstance(state, FusedState)
+    assert state._graph is not None
+    monkeypatch.setattr(FusedState, "_can_be_captured", lambda self, plan: False)
+    other, _ = losses_of(config)
+    assert isinstance(other, FusedState)
+    assert other._graph is None
+    for name, tensor in state.sae.named_parameters():
+        assert torch.equal(tensor, other.sae.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("rule", [TopK(8), BatchTopK(8), GradientTopK(8)], ids=name_of)
+def test_a_resumed_run_ends_in_the_same_bits(rule: Rule, tmp_path: Path) -> None:
+    config = replace(CONFIG, rule=rule, aux="aux_k")
+    whole = trained(config)
+
+    def stop(metrics: StepMetrics) -> None:
+        if metrics.step == 33:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train([config], Source(), device="cuda", checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=stop)
+    assert same(whole, trained(config, checkpoint_dir=tmp_path, resume=True))
+
+
+def test_saes_of_a_sweep_are_those_trained_alone() -> None:
+    configs = [CONFIG, replace(CONFIG, name="b", rule=AbsTopK(4)), replace(CONFIG, name="c", frozen_decoder=True)]
+    together = train(configs, Source(), device="cuda")
+    for config, result in zip(configs, together, strict=True):
+        assert result.sae is not None
+        assert same(trained(config), result.sae.state_dict())
+
+
+@pytest.fixture
+def synchronisation_is_an_error() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rule", CAPTURED, ids=name_of)
+@pytest.mark.usefixtures("synchronisation_is_an_error")
+def test_no_step_waits_for_the_device(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first steps of a plan, nor, once captured, the others."""
+    source = Source()
+    config = replace(CONFIG, rule=rule, aux="aux_k", dead_after_tokens=1)
+    state = new_state(config, D, torch.device("cuda"))
+    state.initialise(source.sample(4096))
+    pairs = [source.next_pair(N) for _ in range(8)]
+
+    def step(number: int) -> None:
+        batch, gradients = pairs[number]
+        state.step(batch, number, gradients if rule.needs_gradients else None)
+
+    step(0)
+    state.read_totals()
+    step(1)
+    torch.cuda.set_sync_debug_mode("error")
+    step(2)
+    step(3)
+    torch.cuda.set_sync_debug_mode("default")
+    step(4)
+    step(5)
+    assert isinstance(state, FusedState)
+    assert state._graph is not None
+    torch.cuda.set_sync_debug_mode("error")
+    step(6)
+    step(7)
+
+
+def test_a_step_is_captured_while_another_thread_copies_to_the_device() -> None:
+    """As the loader does, which reads ahead."""
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def copy() -> None:
+        stream = torch.cuda.Stream()
+        try:
+            with torch.cuda.stream(stream):
+                for number in range(10**6):
+                    if done.is_set():
+                        break
+                    torch.ones(1000 + 4096 * (number % 50)).pin_memory().to("cuda", non_blocking=True)
+                    stream.record_event().synchronize()
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        disturbed = trained(CONFIG)
+    finally:
+        done.set()
+        thread.join()
+    assert not failures
+    assert same(disturbed, trained(CONFIG))

@@ -1,0 +1,120 @@
+"""An attention-output SAE trained on a real harvest, and its features taken apart, end to end."""
+
+import pytest
+import torch
+
+from circuits.dfa import downstream_features, head_shares
+from circuits.passes import activations
+from sae.errors import InputError
+from sae.rules import TopK
+from sae.train import TrainConfig
+from workbench.circuits.attention_saes import report_dfa
+from workbench.cli.main import run
+from workbench.harvest import HarvestConfig
+from workbench.models import LoadedModel
+from workbench.workspace import Workspace
+
+ATTENTION, RESIDUAL, LOWER = "blocks.2.attn.hook_z", "blocks.2.hook_resid_pre", "blocks.1.hook_resid_pre"
+TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, demo: LoadedModel) -> Workspace:
+    """SAEs on the heads of layer 2, side by side, and on the residual stream before it and before layer 1."""
+    space = Workspace(tmp_path_factory.mktemp("attention") / "w")
+    hooks = (ATTENTION, RESIDUAL, LOWER)
+    config = HarvestConfig("demo", "python-stdlib", hooks, context_len=64, max_tokens=6000)
+    space.harvest("h", config, model=demo)
+    for name, hook in zip(("attention", "residual", "lower"), hooks, strict=True):
+        one = TrainConfig(name=name, rule=TopK(16), d_sae=256, total_tokens=30_000, batch_size=512)
+        space.train(name, "h", [one], hook=hook, device="cpu")
+    return space
+
+
+def test_it_reads_all_heads_side_by_side_and_reconstructs_them(trained: Workspace, demo: LoadedModel) -> None:
+    sae = trained.sae("attention")
+    assert sae.W_enc.shape[0] == demo.info.n_heads * demo.info.d_head
+    tokens = torch.tensor([[demo.bos_id, *demo.tokenizer.encode(TEXT)]])
+    z = activations(demo.bridge, tokens, [ATTENTION])[ATTENTION][0].flatten(1)[1:]
+    error = (z - sae.decode(sae.encode(z))).square().sum() / (z - z.mean(dim=0)).square().sum()
+    # Trained for a second on 6,000 tokens: it has learnt, not converged.
+    assert float(error) < 0.6
+    shares = head_shares(sae, demo.info.n_heads)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(sae.d_sae))
+
+
+def test_a_features_activation_is_the_sum_of_its_parts_at_every_level(trained: Workspace, demo: LoadedModel) -> None:
+    sae = trained.sae("attention")
+    residuals = {name: trained.sae(name) for name in ("residual", "lower")}
+    result = report_dfa(trained, "d", demo, ("attention", sae), TEXT, residuals=residuals)
+    row = result.table("summary").iloc[0]
+    tokens = torch.tensor([[demo.bos_id, *demo.tokenizer.encode(TEXT)]])
+    z = activations(demo.bridge, tokens, [ATTENTION])[ATTENTION][0, -1].flatten().double()
+    feature = int(row.feature)
+    W_enc, b_enc, b_dec = (tensor.detach().double() for tensor in (sae.W_enc, sae.b_enc, sae.b_dec))
+    expected = float((z - b_dec) @ W_enc[:, feature] + b_enc[feature])
+    assert expected > 0
+    assert row.pre_activation == pytest.approx(expected, abs=1e-3)
+    parts = result.table("by_head").value.sum() + row.constant
+    assert parts == pytest.approx(expected, abs=1e-3)
+    assert result.table("heads").dfa.sum() + row.constant == pytest.approx(expected, abs=1e-3)
+    steps = result.table("steps")
+    # Attention feature, residual feature, what one head carried, and the residual feature below it.
+    assert steps.target.nunique() >= 4
+    assert steps[steps.step == 0].value.sum() == pytest.approx(expected, abs=2e-3)
+    target = str(steps[steps.step == 1].target.iloc[0])
+    number, position = (int(part) for part in target.removeprefix("r2/f").split("@"))
+    x = activations(demo.bridge, tokens, [RESIDUAL])[RESIDUAL][0, position].double()
+    residual = residuals["residual"]
+    below = (x - residual.b_dec.double()) @ residual.W_enc[:, number].double() + residual.b_enc[number].double()
+    assert steps[steps.step == 1].value.sum() == pytest.approx(float(below.detach()), abs=2e-3)
+
+
+def test_its_effect_on_residual_features_further_down_is_that_of_adding_it(
+    trained: Workspace, demo: LoadedModel
+) -> None:
+    sae, residual = trained.sae("attention"), trained.sae("residual")
+    # Read as one of the stream that the layer has written into.
+    residual.hook_name = "blocks.2.hook_resid_post"
+    found = downstream_features(demo.bridge, sae, residual, 7)
+    heads = sae.W_dec[7].detach().double().unflatten(0, (demo.info.n_heads, -1))
+    written = torch.einsum("hz,hzd->d", heads, demo.bridge.blocks[2].attn.W_O.double())
+    expected = written @ residual.W_enc.detach().double()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_command_stores_it_and_mistakes_are_one_line(
+    trained: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--workspace", str(trained.path), "--device", "cpu"]
+    assert run(["circuits", "dfa", "attention", "--text", "x = y\nx =", "--residual", "residual", *common]) == 0
+    assert "pre_activation" in capsys.readouterr().out
+    assert trained.results.open("circuit-dfa", "dfa-attention").table("tokens").token[0] == "BOS"
+    for arguments, message in (
+        (["residual", "--text", "x"], "DFA needs one on attn.hook_z"),
+        (["attention", "--text", ""], "should have 1 to"),
+        (["attention", "--text", "x", "--feature", "9999"], "features 0 to 255"),
+        (["attention", "--text", "x", "--position", "40"], "position 40 does not exist"),
+    ):
+        assert run(["circuits", "dfa", *arguments, *common]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert message in lines[-1]
+
+
+def test_features_of_trained_saes_make_a_circuit(trained: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "circuits", "discover", "induction", "--method", "features", "--sae", "attention", "--sae", "lower",
+        "-n", "4", "--keep", "0.3", "--workspace", str(trained.path), "--device", "cpu",
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    row = trained.results.open("circuit-features", "induction-features").table("summary").iloc[0]
+    assert row.share >= 0.3
+    assert run(["circuits", "discover", "induction", "--method", "features", "--workspace", str(trained.path)]) == 2
+    assert "--sae go together" in capsys.readouterr().err
+
+
+def test_an_sae_needs_a_residual_sae_at_its_layer_to_go_on(trained: Workspace, demo: LoadedModel) -> None:
+    with pytest.raises(InputError, match="residual SAE on the input of layer 2"):
+        report_dfa(
+            trained, "x", demo, ("attention", trained.sae("attention")), TEXT, residuals={"lower": trained.sae("lower")}
+        )

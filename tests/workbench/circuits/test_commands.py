@@ -1,0 +1,100 @@
+"""The circuits commands: what they print and store, and every mistake in one line with exit code 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from workbench.cli.main import run
+from workbench.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("commands") / "w"
+
+
+def test_discover_stores_a_circuit_which_is_listed_drawn_and_queried(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "figures.html"
+    arguments = ["--workspace", str(folder), "--device", "cpu"]
+    found = ["circuits", "discover", "argument", "--method", "eap", "-n", "5", "--plot", str(page), *arguments]
+    assert run([*found, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["edges"]) == 1519
+    assert document["kind"] == "circuit-edges"
+    assert "plotly" in page.read_text(encoding="utf-8").lower()
+    assert run(found) == 0
+    captured = capsys.readouterr()
+    assert "edges (first 20 of 1519)" in captured.out
+    assert "discover: 100%" in captured.err
+    assert run(["circuits", "list", "--workspace", str(folder)]) == 0
+    assert "argument-eap" in capsys.readouterr().out
+    answer = Workspace(folder).sql('SELECT count(*) FROM "circuit-edges.argument-eap".edges')
+    assert answer.rows == [(1519,)]
+
+
+def test_a_task_of_ones_own_is_patched_and_ablated(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    row = {"clean": "def f(a, b):\n    return", "corrupted": "def f(c, b):\n    return", "answers": " a", "wrong": " c"}
+    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    common = ["--workspace", str(folder), "--device", "cpu"]
+    assert run(["circuits", "patch", str(file), "--site", "mlp_out", "--by-position", *common]) == 0
+    nodes = Workspace(folder).results.open("circuit-nodes", "mine-patching").table("nodes").node
+    assert "m3@4" in set(nodes)
+    assert run(["circuits", "ablate", str(file), "--kind", "zero", "--name", "z", *common]) == 0
+    assert Workspace(folder).results.open("circuit-nodes", "z").parameters["kind"] == "zero"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["patch", "nothing"], "unknown task 'nothing'"),
+        (["patch", "gone.jsonl"], "no task file"),
+        (["patch", "induction", "--site", "x"], "unknown site 'x'"),
+        (["patch", "induction", "--to", "a9.h0<q>"], "no receiver 'a9.h0<q>'"),
+        (["ablate", "induction", "--metric", "x"], "unknown metric 'x'"),
+        (["discover", "induction", "--method", "x"], "unknown method 'x'"),
+        (["discover", "induction", "--method", "features", "--sae", "none"], "no SAE 'none'"),
+        (["evaluate", "induction", "-n", "1"], "exact patching on 2 prompts"),
+        (["heads", "--length", "4000"], "do not fit into the model's context"),
+        (["table", "ioi", "--model", "demo"], "use --model gpt2"),
+        (["attribute", "induction", "--model", "/nowhere"], "no model folder"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["circuits", *arguments, "--workspace", str(folder), "--device", "cpu"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("workbench: error")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_prompts_of_unequal_length_and_answers_of_several_tokens_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (row, message) in enumerate(
+        [
+            ({"clean": "x = 1", "corrupted": "x = y + 1", "answers": " a", "wrong": " b"}, "same token length"),
+            ({"clean": "x =", "corrupted": "y =", "answers": " averylongname", "wrong": " b"}, "has to be one"),
+        ]
+    ):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        assert run(["circuits", "patch", str(file), "--workspace", str(folder), "--device", "cpu"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_no_result(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C in the middle of the work: a KeyboardInterrupt out of the first report of progress."""
+
+    def interrupted(self: object, done: int, note: str = "") -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workbench.progress.ProgressBar.update", interrupted)
+    arguments = ["circuits", "ablate", "induction", "-n", "3", "--name", "stopped", "--workspace", str(folder)]
+    assert run(arguments) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not list(folder.rglob("*stopped*"))

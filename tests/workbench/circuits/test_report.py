@@ -1,0 +1,226 @@
+"""Circuit results: what is stored is what the methods return, and stored results open again as the same objects."""
+
+import pandas as pd
+import pytest
+import torch
+
+from circuits.attribution import logit_attribution
+from circuits.composition import composition_scores
+from circuits.eap import attribute_edges
+from circuits.edges import written
+from circuits.faithfulness import circuit_edges, circuit_metric, faithfulness_curve
+from circuits.ov import ov_effects
+from circuits.passes import activations
+from circuits.patching import patch_activations
+from circuits.path_patching import patch_edges
+from circuits.tasks import make_task
+from sae.errors import InputError
+from sae.model import SAE
+from sae.rules import TopK
+from workbench.circuits.heads import head_on_text, report_heads
+from workbench.circuits.report import (
+    Task,
+    report_agreement,
+    report_discrete,
+    report_edges,
+    report_features,
+    report_nodes,
+)
+from workbench.circuits.stored import circuit_of, curves, edge_scores, faithfulness_of, head_values, node_scores
+from workbench.models import LoadedModel
+from workbench.results import Result
+from workbench.workspace import Workspace
+
+INDUCTION = Task("induction", n=4)
+FRACTIONS = (0.01, 0.1)
+
+
+@pytest.fixture(scope="module")
+def edges(space: Workspace, demo: LoadedModel) -> Result:
+    return report_edges(space, "edges", demo, INDUCTION, "ig-inputs", steps=2, fractions=FRACTIONS)
+
+
+def test_stored_edges_are_the_methods_own(edges: Result, demo: LoadedModel) -> None:
+    prompts = make_task("induction", demo.tokenizer, demo.bos_id, 4)
+    expected = attribute_edges(demo.bridge, prompts, steps=2)
+    found = edge_scores(edges)
+    assert found.graph == expected.graph
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-6, rtol=1e-5)
+    assert found.clean == pytest.approx(expected.clean)
+    curve = curves(edges)[0]
+    again = faithfulness_curve(demo.bridge, prompts, expected, fractions=FRACTIONS)
+    pd.testing.assert_frame_equal(curve.table(), again.table(), check_exact=False, rtol=1e-4)
+    assert [item.ranking for item in curves(edges)] == ["absolute", "signed"]
+    assert edges.table("summary").cmd[0] == pytest.approx(again.cmd, rel=1e-4)
+
+
+def test_node_effects_are_sums_of_edges_and_norms_those_of_what_is_written(edges: Result, demo: LoadedModel) -> None:
+    nodes, table = edges.table("nodes").set_index("node"), edges.table("edges")
+    total = table.groupby("writer").score.sum()
+    direct = table[table.reader == "logits"].set_index("writer").score
+    for node in ("input", "a2.h0", "m3"):
+        assert nodes.total[node] == pytest.approx(total[node], abs=1e-9)
+        assert nodes.direct[node] == pytest.approx(direct[node], abs=1e-9)
+    prompts = INDUCTION.prompts(demo)
+    outputs = written(demo.bridge, prompts.clean)
+    row = edge_scores(edges).graph.writers.index("m1")
+    norms = [float(outputs[row, i, last].norm()) for i, last in enumerate(prompts.last.tolist())]
+    assert nodes.norm["m1"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+
+
+def test_a_chosen_circuit_is_drawn_listed_and_run(edges: Result, demo: LoadedModel) -> None:
+    scores = edge_scores(edges)
+    kept = circuit_edges(scores, 30)
+    figure, table = circuit_of(scores, 30)
+    assert len(table) == int(kept.sum())
+    # One line an edge and the nodes.
+    assert len(figure.data) == len(table) + 1
+    prompts = INDUCTION.prompts(demo)
+    value = circuit_metric(demo.bridge, prompts, kept)
+    expected = (value - scores.corrupted) / (scores.clean - scores.corrupted)
+    assert faithfulness_of(demo, edges, 30).faithfulness[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_asked_again_a_result_is_opened_and_with_other_settings_made_anew(space: Workspace, demo: LoadedModel) -> None:
+    first = report_nodes(space, "again", demo, INDUCTION, "attribution")
+    file = first.path.stat().st_mtime_ns
+    assert report_nodes(space, "again", demo, INDUCTION, "attribution").path.stat().st_mtime_ns == file
+    other = report_nodes(space, "again", demo, Task("induction", n=3), "attribution")
+    assert other.table("summary").prompts[0] == 3
+    assert other.path.stat().st_mtime_ns != file
+
+
+def test_node_methods_report_what_they_return_and_how_far_they_are(space: Workspace, demo: LoadedModel) -> None:
+    seen: list[tuple[int, int]] = []
+    result = report_nodes(
+        space, "patched", demo, INDUCTION, "patching", batch_size=3,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    prompts = INDUCTION.prompts(demo)
+    expected = patch_activations(demo.bridge, prompts)
+    found = node_scores(result)
+    for node in ("a0.h0", "a2.h0", "a3.h5"):
+        assert found[node] == pytest.approx(expected[node], abs=1e-4)
+    assert [done for done, _ in seen] == [3, 6, 9, 12, 13, 14, 15, 16]
+    assert {total for _, total in seen} == {16}
+    values = head_values(result, demo.info)
+    assert float(values[2, 0]) == pytest.approx(expected["a2.h0"], abs=1e-4)
+    terms = report_nodes(space, "dla", demo, INDUCTION, "attribution").table("nodes").set_index("node").score
+    attribution = logit_attribution(demo.bridge, prompts)
+    assert terms.sum() == pytest.approx(float(attribution.difference.mean()), abs=1e-3)
+    to_keys = report_nodes(space, "path", demo, INDUCTION, "path-patching", options={"receivers": ["a3.h0<k>"]})
+    assert to_keys.table("nodes").node[0] == "a2.h0"
+
+
+def test_feature_and_discrete_circuits_are_stored(space: Workspace, demo: LoadedModel) -> None:
+    sae = SAE(demo.info.d_model, 64, TopK(8), hook_name="blocks.2.hook_resid_post", model_name="demo")
+    result = report_features(space, "features", demo, INDUCTION, {"mine": sae}, keep=0.5)
+    row = result.table("summary").iloc[0]
+    assert row["nodes"] == len(result.table("nodes"))
+    assert row.share >= 0.5
+    # With every node and the errors kept, the circuit is the model.
+    whole = report_features(space, "whole", demo, INDUCTION, {"mine": sae}, keep=1.0).table("summary").iloc[0]
+    assert whole.faithfulness_with_errors == pytest.approx(1, abs=1e-3)
+    heads = report_discrete(space, "discrete", demo, Task("induction", n=6)).table("nodes")
+    assert heads.score.sum() == pytest.approx(1)
+
+
+def test_agreement_measures_every_variant_against_exact_patching(space: Workspace, small: LoadedModel) -> None:
+    """On two layers of two heads; docs/methods/circuits.md gives the demo model's numbers."""
+    task = Task("induction", n=2)
+    result = report_agreement(space, "agreement", small, task, exact_prompts=2, steps=2, fractions=(0.1,))
+    table = result.table("methods").set_index("method")
+    assert list(table.index) == ["eap", "eap ig-inputs", "eap ig-activations"]
+    prompts = task.prompts(small)
+    exact = patch_edges(small.bridge, prompts)
+    for variant, name in (("eap", "eap"), ("ig-inputs", "eap ig-inputs")):
+        found = attribute_edges(small.bridge, prompts, variant=variant, steps=2)  # type: ignore[arg-type]
+        pair = torch.stack([scores.scores[exact.graph.exists] for scores in (found, exact)])
+        assert table.pearson[name] == pytest.approx(float(torch.corrcoef(pair)[0, 1]), abs=1e-4)
+        ranks = pair.argsort(dim=1).argsort(dim=1).double()
+        assert table.spearman[name] == pytest.approx(float(torch.corrcoef(ranks)[0, 1]), abs=1e-3)
+        assert table.edges[name] == pair.shape[1]
+
+
+def test_heads_are_scored_with_retrieval_prefixes_and_composition(space: Workspace, demo: LoadedModel) -> None:
+    result = report_heads(space, "heads", demo, n=4, needles=4)
+    scores = result.table("scores").set_index("node")
+    assert scores.previous_token.idxmax() == "a2.h0"
+    assert set(scores.induction.nlargest(3).index) == {"a3.h0", "a3.h3", "a3.h5"}
+    assert set(scores.retrieval.nlargest(3).index) == {"a3.h0", "a3.h3", "a3.h5"}
+    assert scores.retrieval.max() >= 0.5
+    composed = result.table("composition")
+    expected = composition_scores(demo.bridge, "k").values[2, 0, 3, 0]
+    row = composed.query("kind == 'k' and writer == 'a2.h0' and reader == 'a3.h0'")
+    assert row.score.item() == pytest.approx(float(expected))
+    assert len(result.table("prefixes")) == 32 * 4
+
+
+def test_one_head_on_a_text(demo: LoadedModel) -> None:
+    text = "def area(width):\n    return width"
+    found = head_on_text(demo, "a3.h5", text)
+    ids = [demo.bos_id, *demo.tokenizer.encode(text, add_special_tokens=False)]
+    hook = "blocks.3.attn.hook_pattern"
+    expected = activations(demo.bridge, torch.tensor([ids]), [hook])[hook][0, 5]
+    torch.testing.assert_close(found.pattern, expected)
+    assert found.tokens[0] == "BOS"
+    assert len(found.tokens) == len(ids)
+    token = ids[3]
+    row = found.copies.iloc[list(dict.fromkeys(ids[1:])).index(token)]
+    effects = ov_effects(demo.bridge, "a3.h5", [token])[0]
+    assert row["own rank"] == int((effects > effects[token]).sum()) + 1
+    assert repr(demo.token_texts[int(effects.argmax())]) in row.promotes
+    long = head_on_text(demo, "a0.h0", text * 60, most=20)
+    assert long.truncated
+    assert len(long.tokens) == 20
+
+
+def test_ov_effects_are_the_logits_of_attending_to_one_token(demo: LoadedModel) -> None:
+    """Against float64 arithmetic with LayerNorm's centring and gain written out."""
+    bridge, hf = demo.bridge, demo.hf.double()
+    try:
+        block = hf.transformer.h[3] if hasattr(hf, "transformer") else None
+        if block is None:
+            pytest.skip("the demo model is no GPT-2")
+        token = 300
+        x = hf.get_input_embeddings().weight[token]
+        normed = (x - x.mean()) * block.ln_1.weight
+        d, size = demo.info.d_model, demo.info.d_head
+        value = normed @ block.attn.c_attn.weight[:, 2 * d + 5 * size : 2 * d + 6 * size]
+        out = value @ block.attn.c_proj.weight[5 * size : 6 * size]
+        final = hf.transformer.ln_f
+        expected = ((out - out.mean()) * final.weight) @ hf.lm_head.weight.T
+    finally:
+        hf.float()
+    torch.testing.assert_close(
+        ov_effects(bridge, "a3.h5", [token])[0].double(), expected, atol=1e-4, rtol=1e-3
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "message"),
+    [
+        (Task("nothing"), "patching", "unknown task 'nothing'"),
+        (Task("induction", metric="x"), "patching", "unknown metric 'x'"),
+        (Task("induction"), "x", "unknown method 'x'"),
+        (Task("induction", n=0), "patching", "at least one prompt"),
+        (Task("greater-than"), "patching", "does not split years"),
+        (Task("gone.jsonl"), "patching", "no task file"),
+    ],
+)
+def test_mistakes_are_one_line(task: Task, method: str, message: str, space: Workspace, demo: LoadedModel) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        report_nodes(space, "bad", demo, task, method)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no circuit-nodes result 'bad'"):
+        space.results.open("circuit-nodes", "bad")
+
+
+def test_results_of_another_kind_and_saes_of_another_place_are_refused(
+    space: Workspace, demo: LoadedModel, edges: Result
+) -> None:
+    with pytest.raises(InputError, match="give one of kind circuit-nodes"):
+        node_scores(edges)
+    sae = SAE(8, 16, TopK(2), hook_name="blocks.9.hook_resid_post")
+    with pytest.raises(InputError, match="which demo does not have"):
+        report_features(space, "bad", demo, INDUCTION, {"far": sae})

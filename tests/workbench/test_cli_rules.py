@@ -1,0 +1,123 @@
+"""`workbench train --rule` and `workbench concepts` end to end on a tiny local model."""
+
+import email
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sae import rules
+from workbench.cli.main import run
+from workbench.cli.pipeline import RULE_NAMES
+from workbench.workspace import Workspace
+
+HOOK = "blocks.1.hook_resid_post"
+PENALISED = {"relu", "jumprelu"}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path) -> Path:
+    """A workspace with a harvest that has gradients, and an SAE."""
+    root = tmp_path_factory.mktemp("rules")
+    texts = root / "texts"
+    texts.mkdir()
+    # Whole definitions only, so that a document parses.
+    for number, file in enumerate(sorted(Path(email.__file__).parent.glob("*.py"))):
+        piece = file.read_text(encoding="utf-8")[:1500].rpartition("\n\n\n")[0]
+        if len(piece) > 400:
+            (texts / f"{number:02}.py").write_text(piece, encoding="utf-8")
+    path = root / "w"
+    harvest = ["harvest", "h", "--model", str(tiny_gpt2), "--corpus", str(texts), "--hook", HOOK, "--gradients"]
+    assert run([*harvest, "--tokens", "6000", "--context", "32", "--device", "cpu", "-w", str(path)]) == 0
+    assert run(training(path, "one", "--rule", "abstopk", "--k", "6")) == 0
+    return path
+
+
+def training(path: Path, name: str, *options: str) -> list[str]:
+    shared = ["--d-sae", "64", "--tokens", "4096", "--batch-size", "512", "--device", "cpu", "-w", str(path)]
+    return ["train", "h", "--name", name, *shared, *options]
+
+
+def test_every_rule_trains_without_a_sweep_file(path: Path) -> None:
+    named = [option for name in rules.RULES for option in ("--rule", name)]
+    assert run(training(path, "all", *named, "--k", "4", "--k", "8", "--sparsity", "0.01")) == 0
+    space = Workspace(path)
+    made = {
+        summary.name: space.sae_provenance(summary.name)["training"]
+        for summary in space.saes()
+        if summary.name.startswith("all-")
+    }
+    for name in rules.RULES:
+        mine = [training for training in made.values() if training["rule"]["name"] == name]
+        if name in PENALISED:
+            assert [training["sparsity_coefficient"] for training in mine] == [0.01]
+        else:
+            assert sorted(training["rule"]["k"] for training in mine) == [4, 8]
+
+
+def test_the_help_names_every_rule() -> None:
+    assert all(name in RULE_NAMES for name in rules.RULES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rule", "jumprelu", "--k", "4"], "jumprelu has no k: set its penalty with --sparsity"),
+        (["--rule", "topk", "--sparsity", "0.1"], "--sparsity is for relu and jumprelu"),
+        (["--rule", "topkk"], "did you mean 'topk'?"),
+        (["--rule", "relu", "--sweep", "s.toml"], "--rule does not go with --sweep"),
+    ],
+)
+def test_settings_that_no_rule_takes_are_refused(
+    path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    capsys.readouterr()
+    assert run(training(path, "wrong", *options)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_concepts_are_named_stored_and_compared_with_probes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["concepts", "one", "-w", str(path), "--device", "cpu"]
+    capsys.readouterr()
+    assert run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    stored = Workspace(path).results.open("concepts", "one")
+    best = stored.table("concepts").set_index("concept")
+    probes = stored.table("probes").pivot(index="concept", columns="method", values="f1")
+    assert {line["concept"] for line in found["concepts"]} == set(best.index)
+    for line in found["concepts"]:
+        for mine, theirs in (
+            (line["best_feature"], best.loc[line["concept"], "f1"]),
+            (line["linear_probe"], probes.loc[line["concept"], "linear_probe"]),
+            (line["sae_k4"], probes.loc[line["concept"], "sae_k4"]),
+        ):
+            # JSON has no NaN: concepts that no held-out token has are null.
+            assert (mine is None and math.isnan(theirs)) or mine == pytest.approx(theirs)
+    assert len(found["features"]) == len(stored.table("features"))
+    assert run([*arguments, "--top", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "linear probe" in said
+    assert "line_end" in said
+    # AbsTopK's features have two signs, and the table says which is meant.
+    assert "sign" in said
+
+
+def test_a_users_table_of_concepts_is_read(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Workspace(path).sql("SELECT row FROM tokens WHERE flags = 0 AND row % 3 = 0").df()["row"]
+    table = pd.DataFrame({"row": rows, "concept": "third"})
+    arguments = ["concepts", "one", "-w", str(path), "--device", "cpu", "--json"]
+    for name, write in (("a.csv", table.to_csv), ("a.parquet", table.to_parquet)):
+        write(tmp_path / name, index=False)
+        capsys.readouterr()
+        assert run([*arguments, "--table", str(tmp_path / name)]) == 0
+        assert [line["concept"] for line in json.loads(capsys.readouterr().out)["concepts"]] == ["third"]
+    (tmp_path / "bad.csv").write_text("", encoding="utf-8")
+    for wrong in ("none.csv", "bad.csv"):
+        assert run([*arguments, "--table", str(tmp_path / wrong)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "give CSV or Parquet with the columns row and concept" in said

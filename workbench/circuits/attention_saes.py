@@ -1,0 +1,103 @@
+"""Direct and recursive attribution of a feature of an attention-output SAE on a text, stored as `circuit-dfa`.
+
+Tables: `by_head` (source, head, value: the terms add up, with `summary.constant`, to the pre-activation), `steps`
+(recursive DFA: every term of every step), `tokens`, `summary`. Method: `circuits.dfa`, `circuits.recursive_dfa`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+
+from circuits import figures
+from circuits.dfa import attention_layer, direct_feature_attribution, head_shares, residual_layer
+from circuits.passes import activations
+from circuits.recursive_dfa import recursive_dfa
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.circuits.report import DFA, sae_fingerprint, stored_or_made
+from workbench.models import LoadedModel
+from workbench.results import Result
+from workbench.workspace import Workspace, versions
+
+
+def report_dfa(
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    sae: tuple[str, SAE],
+    text: str,
+    *,
+    feature: int | None = None,
+    position: int = -1,
+    residuals: Mapping[str, SAE] | None = None,
+) -> Result:
+    """Splits a feature's pre-activation on a text by source position and head, and stores the terms.
+
+    Args:
+        sae: name and attention-output SAE.
+        feature: its number; the strongest at `position` when None.
+        position: the token read, BOS being 0; the last when -1.
+        residuals: residual SAEs by name for the recursion, on hook_resid_pre or hook_resid_post.
+
+    Raises:
+        InputError: an SAE of another hook point, an empty or too long text, or a feature or position there is not.
+    """
+    label, attention = sae
+    layer = attention_layer(attention)
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    if not ids or len(ids) + 1 > model.info.n_ctx:
+        raise InputError(f"the text has {len(ids)} tokens and should have 1 to {model.info.n_ctx - 1}")
+    tokens = torch.tensor([model.bos_id, *ids], device=model.device)
+    if feature is None:
+        feature = strongest_feature(model, attention, tokens, position)
+    below = {residual_layer(residual): residual for residual in (residuals or {}).values()}
+
+    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+        found = direct_feature_attribution(model.bridge, attention, tokens, feature, position)
+        texts = ["BOS", *(model.token_texts[token] for token in ids)]
+        shares = head_shares(attention, model.info.n_heads)[feature].tolist()
+        by_decoder = {f"a{layer}.h{head}": share for head, share in enumerate(shares)}
+        heads = found.by_head().tolist()
+        tables = {
+            "by_head": found.table(),
+            "heads": pd.DataFrame(
+                {"head": list(by_decoder), "dfa": heads, "decoder_share": list(by_decoder.values())}
+            ),
+            "tokens": pd.DataFrame(
+                {"position": range(len(texts)), "token": texts, "dfa": found.by_source().tolist()}
+            ),
+            "summary": pd.DataFrame(
+                [{"sae": label, "feature": feature, "position": found.destination, "constant": found.constant,
+                  "pre_activation": found.pre_activation}]
+            ),
+        }  # fmt: skip
+        if below:
+            chain = recursive_dfa(model.bridge, attention, below, tokens, feature, position)
+            steps = [terms.table.assign(step=number, target=terms.target) for number, terms in enumerate(chain)]
+            tables["steps"] = pd.concat(steps, ignore_index=True)
+        return tables, {"dfa": figures.attribution_map(found, texts)}
+
+    parameters = {
+        "sae": label, "feature": feature, "position": position % len(tokens), "text": text,
+        "residuals": list(residuals or {}),
+    }  # fmt: skip
+    provenance = {
+        "model": model.info.to_dict(),
+        "saes": {key: sae_fingerprint(value) for key, value in {label: attention, **(residuals or {})}.items()},
+        "versions": versions(),
+    }
+    return stored_or_made(space, DFA, name, parameters, provenance, make, {})
+
+
+@torch.no_grad()
+def strongest_feature(model: LoadedModel, sae: SAE, tokens: torch.Tensor, position: int) -> int:
+    """The feature of largest |activation| at a position of `tokens` [pos]. Raises InputError where there is none."""
+    if not -len(tokens) <= position < len(tokens):
+        raise InputError(f"position {position} does not exist: the text has {len(tokens)} tokens with BOS")
+    z = activations(model.bridge, tokens[None], [sae.hook_name])[sae.hook_name][0, position].flatten()
+    _, features, values = sae.encode(z[None]).rows()
+    if not len(features):
+        raise InputError(f"no feature fires at position {position}: name one with --feature")
+    return int(features[values.abs().argmax()])

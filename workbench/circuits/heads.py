@@ -1,0 +1,178 @@
+"""Every head of a model scored and stored, and one head seen from near.
+
+`report_heads` stores scores on repeated random tokens (previous and duplicate token, induction), which say what a head
+looks for, and the retrieval score; induction by prefix length; and the composition of every pair of heads. The sink,
+entropy and key counts of random tokens are those of random tokens: `workbench sparsity attention` measures them on
+text.
+
+Retrieval scores here come from a needle test without language: a haystack of random tokens, a needle of four random
+tokens behind an eight-token key, and the key again as the question (reconstructed; the paper's needles are
+sentences, Wu et al. 2024, arXiv 2404.15574). A model that never repeats the needle gets no scores.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits import figures
+from circuits.composition import composition_scores
+from circuits.heads import COLUMNS, head_scores, prefix_induction, repeated_tokens
+from circuits.nodes import graph_of
+from circuits.ov import ov_effects
+from circuits.passes import OnProgress, activations
+from circuits.retrieval import Needle, retrieval_scores
+from sae.errors import InputError
+from workbench.circuits.report import HEADS, stored_or_made
+from workbench.models import LoadedModel
+from workbench.results import Result
+from workbench.workspace import Workspace, versions
+
+SCORES = (*COLUMNS, "retrieval")
+DIVERGING = ("copying", "sink_excess")
+MAX_PROMPT = 256
+NEEDLE_KEY, NEEDLE_LENGTH = 8, 4
+
+
+def report_heads(
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    *,
+    n: int = 16,
+    length: int = 32,
+    needles: int = 32,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Scores every head and stores the scores.
+
+    Args:
+        n: rows of repeated random tokens.
+        length: tokens before they repeat.
+        needles: needle tests of 64 tokens at several depths; 0 leaves retrieval out.
+
+    Raises:
+        InputError: a vocabulary or context too small for the rows.
+    """
+    if n < 1 or length < 2 or needles < 0:
+        raise InputError(
+            f"scores need at least one row of two tokens and no fewer than 0 needles: {n}, {length}, {needles}"
+        )
+    if 2 * length + 1 > model.info.n_ctx:
+        raise InputError(
+            f"{length} tokens twice and BOS do not fit into the model's context of {model.info.n_ctx}: shorten them"
+        )
+
+    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+        def report(done: int) -> None:
+            if on_progress is not None:
+                on_progress(done, 4)
+
+        vocabulary = usable_tokens(model)
+        rows = repeated_tokens(vocabulary, model.bos_id, n, length, seed).to(model.device)
+        scores = head_scores(model.bridge, rows)
+        report(1)
+        table = scores.table()
+        drawn = {score: figures.head_heatmap(scores[score], score, diverging=score in DIVERGING) for score in COLUMNS}
+        if needles:
+            found = retrieval_scores(model.bridge, needle_rows(model, vocabulary, needles, seed))
+            table["retrieval"] = found.values.flatten().tolist()
+            table["needles_found"] = found.successful
+            drawn["retrieval"] = figures.head_heatmap(found.values, "retrieval", diverging=False)
+        report(2)
+        tables = {"scores": table}
+        if len(vocabulary) >= 36 and model.info.n_ctx >= 36:
+            tables["prefixes"] = prefix_induction(model.bridge, vocabulary, model.bos_id, n=n, seed=seed).table()
+        report(3)
+        composed = [composition_scores(model.bridge, kind).table().assign(kind=kind) for kind in ("q", "k", "v")]
+        tables["composition"] = pd.concat(composed, ignore_index=True)
+        report(4)
+        return tables, drawn
+
+    parameters = {"n": n, "length": length, "needles": needles, "seed": seed}
+    provenance = {"model": model.info.to_dict(), "versions": versions()}
+    return stored_or_made(space, HEADS, name, parameters, provenance, make, {})
+
+
+def usable_tokens(model: LoadedModel) -> list[int]:
+    """Tokens that stand for text: all but the tokenizer's special ones."""
+    special = set(model.tokenizer.all_special_ids) | {model.bos_id}
+    return [token for token in range(min(len(model.tokenizer), model.info.d_vocab)) if token not in special]
+
+
+def needle_rows(model: LoadedModel, vocabulary: list[int], n: int, seed: int) -> list[Needle]:
+    """Needle tests: BOS, random tokens, key and needle at one of `n` depths, random tokens, the key again.
+
+    Raises:
+        InputError: a context or a vocabulary too small for them.
+    """
+    context = min(64, model.info.n_ctx - NEEDLE_LENGTH)
+    filler = context - 1 - NEEDLE_LENGTH - 2 * NEEDLE_KEY
+    needed = filler + NEEDLE_LENGTH + NEEDLE_KEY
+    if filler < 1 or len(vocabulary) < needed:
+        raise InputError(
+            f"needle tests need a context of 26 tokens and a vocabulary of {max(needed, 22)}: leave them out"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor(vocabulary)
+    tests = []
+    for number in range(n):
+        drawn = tokens[torch.randperm(len(tokens), generator=generator)[:needed]].tolist()
+        key, needle, hay = drawn[:NEEDLE_KEY], drawn[NEEDLE_KEY : NEEDLE_KEY + NEEDLE_LENGTH], drawn[-filler:]
+        place = round(number / max(n - 1, 1) * filler)
+        row = [model.bos_id, *hay[:place], *key, *needle, *hay[place:], *key]
+        tests.append(Needle(torch.tensor(row), 1 + place + NEEDLE_KEY, NEEDLE_LENGTH))
+    return tests
+
+
+@dataclass(frozen=True)
+class HeadOnText:
+    """One head on one prompt."""
+
+    head: str
+    tokens: list[str]
+    pattern: Float[Tensor, "q k"]
+    copies: pd.DataFrame
+    """Columns token, rank (of the token's own logit among all, 1 is best), promotes (five tokens), suppresses."""
+    truncated: bool
+
+    def figure(self) -> go.Figure:
+        """The attention pattern; hovering names query, key and weight."""
+        return figures.attention_pattern(self.pattern, self.tokens, f"{self.head}: attention from queries to keys")
+
+
+@torch.no_grad()
+def head_on_text(model: LoadedModel, head: str, text: str, *, most: int = MAX_PROMPT) -> HeadOnText:
+    """A head's attention on a text, BOS first, and what its OV circuit does on attending to each distinct token.
+
+    Raises:
+        InputError: an empty text or no such head.
+    """
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise InputError("the text holds no token: type something")
+    layer, number = graph_of(model.bridge).head(head)
+    limit = min(most, model.info.n_ctx) - 1
+    row = [model.bos_id, *ids[:limit]]
+    hook = f"blocks.{layer}.attn.hook_pattern"
+    pattern = activations(model.bridge, torch.tensor([row], device=model.device), [hook])[hook][0, number]
+    distinct = list(dict.fromkeys(row[1:]))
+    effects = ov_effects(model.bridge, head, distinct)
+    own = effects.gather(1, torch.tensor(distinct, device=effects.device)[:, None])
+    ranks = (effects > own).sum(dim=1) + 1
+    best, worst = effects.topk(5, dim=1).indices.tolist(), (-effects).topk(5, dim=1).indices.tolist()
+    copies = pd.DataFrame(
+        {
+            "token": [model.token_texts[token] for token in distinct],
+            "own rank": ranks.tolist(),
+            "promotes": [" ".join(repr(model.token_texts[token]) for token in found) for found in best],
+            "suppresses": [" ".join(repr(model.token_texts[token]) for token in found) for found in worst],
+        }
+    )
+    texts = ["BOS", *(model.token_texts[token] for token in row[1:])]
+    return HeadOnText(head, texts, pattern.float().cpu(), copies, len(ids) > limit)

@@ -1,0 +1,96 @@
+"""Stored circuit results as the objects that the methods returned, for figures and further runs."""
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+
+from circuits import figures
+from circuits.faithfulness import FaithfulnessCurve, circuit_edges, faithfulness_curve
+from circuits.nodes import Graph
+from circuits.scores import EdgeScores, NodeScores
+from sae.errors import InputError
+from workbench.circuits.report import EDGES, HEADS, NODES, Task
+from workbench.models import LoadedModel, ModelInfo
+from workbench.results import Result
+
+
+def node_scores(result: Result) -> NodeScores:
+    """The scores of a `circuit-nodes` result. Raises InputError for another kind."""
+    _require(result, NODES)
+    table, summary = result.table("nodes"), _row(result)
+    return NodeScores(
+        str(summary["method"]), str(summary["task"]), str(summary["metric"]), list(table.node),
+        torch.tensor(table.score.to_numpy(), dtype=torch.float64), float(summary["clean"]),
+        float(summary["corrupted"]),
+    )  # fmt: skip
+
+
+def edge_scores(result: Result) -> EdgeScores:
+    """The scores of a `circuit-edges` result. Raises InputError for another kind."""
+    _require(result, EDGES)
+    table, summary = result.table("edges"), _row(result)
+    graph = Graph(
+        int(summary["n_layers"]), int(summary["n_heads"]), int(summary["n_kv_heads"]), bool(summary["parallel"])
+    )
+    rows = {name: number for number, name in enumerate(graph.writers)}
+    columns = {name: number for number, name in enumerate(graph.readers)}
+    scores = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    places = [rows[name] for name in table.writer], [columns[name] for name in table.reader]
+    scores[places[0], places[1]] = torch.tensor(table.score.to_numpy(), dtype=torch.float64)
+    return EdgeScores(
+        str(summary["method"]), str(summary["task"]), str(summary["metric"]), graph, scores,
+        float(summary["clean"]), float(summary["corrupted"]),
+    )  # fmt: skip
+
+
+def curves(result: Result) -> list[FaithfulnessCurve]:
+    """The faithfulness curves of a `circuit-edges` result, absolute ranking first."""
+    _require(result, EDGES)
+    summary, table = _row(result), result.table("curves")
+    return [
+        FaithfulnessCurve(
+            str(summary["method"]), str(summary["task"]), str(ranking), list(points.fraction),  # type: ignore[arg-type]
+            list(points.edges), list(points.faithfulness), list(points.completeness), float(summary["clean"]),
+            float(summary["corrupted"]),
+        )
+        for ranking, points in table.groupby("ranking", sort=True)
+    ]  # fmt: skip
+
+
+def circuit_of(scores: EdgeScores, n_edges: int) -> tuple[go.Figure, pd.DataFrame]:
+    """The figure and the edges of the circuit of the best `n_edges` edges by absolute score, pruned."""
+    kept = circuit_edges(scores, n_edges)
+    table = scores.table()
+    inside = [bool(kept[scores.graph.edge(edge)]) for edge in table.edge]
+    return figures.circuit_graph(scores, kept), table[inside].reset_index(drop=True)
+
+
+def faithfulness_of(model: LoadedModel, result: Result, n_edges: int) -> FaithfulnessCurve:
+    """Runs the circuit of the best `n_edges` edges of a `circuit-edges` result: a curve of one point."""
+    scores, asked = edge_scores(result), result.parameters
+    task = Task(asked["task"], asked["n"], asked["seed"], asked["metric"])
+    fraction = min(1.0, (n_edges + 0.5) / int(scores.graph.exists.sum()))
+    return faithfulness_curve(model.bridge, task.prompts(model), scores, fractions=(fraction,), metric=task.measure())
+
+
+def head_values(result: Result, model: ModelInfo, score: str = "score") -> torch.Tensor:
+    """Scores of the heads [layers, heads] in any result with a table of nodes or `scores`; NaN where one has none."""
+    table = result.table("scores" if result.kind == HEADS else "nodes").set_index("node")[score]
+    names = [f"a{layer}.h{head}" for layer in range(model.n_layers) for head in range(model.n_heads)]
+    values = torch.tensor(table.reindex(names).to_numpy(dtype=float))
+    return values.view(model.n_layers, model.n_heads)
+
+
+def _row(result: Result) -> "pd.Series[object]":
+    return result.table("summary").iloc[0]
+
+
+def _require(result: Result, kind: str) -> None:
+    if result.kind != kind:
+        raise InputError(f"{result.name!r} is a {result.kind} result: give one of kind {kind}")
+
+
+def head_grid(values: torch.Tensor, title: str, chosen: str | None, *, diverging: bool) -> go.Figure:
+    """The heads, `values` [layers, heads], as a grid whose cells can be clicked, `chosen` framed."""
+    figure = figures.head_heatmap(values, title, diverging=diverging)
+    return figures.selectable_heads(figure, values.shape[0], values.shape[1], chosen)

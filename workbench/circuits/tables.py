@@ -1,0 +1,172 @@
+"""Published circuits beside what the methods find here: IOI and greater-than in GPT-2 small, docstring in attn-only-4l.
+
+Every method scores every head; the ROC AUC says how often a head of the published circuit outranks another head.
+
+    discrete          mean over seeds (`circuits.discrete`); the only row with published numbers of its own method
+    EAP-IG, EAP, mean ablation, patching     by absolute score
+
+Published: AUC of discrete codes and of ACDC from O'Neill & Bui 2024 (arXiv 2405.12522); heads from Wang et al. 2023
+(IOI), Hanna et al. 2023 (greater-than) and Heimersheim & Janiak 2023 (docstring). The AUC of edges takes for true every
+pair of published heads of different layers (reconstructed: which pairs the paper counts is not known here).
+
+Prompts are 250 clean and 250 corrupted ones, as in the paper, of which ten train the codes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from circuits.ablation import ablate_heads
+from circuits.discrete import discover, roc_auc
+from circuits.eap import attribute_edges
+from circuits.passes import OnProgress
+from circuits.patching import patch_activations
+from circuits.prompts import PromptSet
+from circuits.tasks.ioi import ioi
+from sae.errors import InputError
+from workbench.circuits import attn_only
+from workbench.circuits.report import Task, stored_on_task
+from workbench.models import LoadedModel, load_model
+from workbench.results import Result
+from workbench.workspace import Workspace
+
+TABLE = "circuit-table"
+IOI_LISTS = ("names", "places", "objects", "templates")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A circuit from the literature."""
+
+    model: str
+    n_layers: int
+    n_heads: int
+    heads: tuple[str, ...]
+    discrete: tuple[float, float]
+    """AUC of nodes and of edges."""
+    acdc: float
+    """AUC of nodes."""
+
+
+def _heads(text: str) -> tuple[str, ...]:
+    return tuple("a{}.h{}".format(*place.split(".")) for place in text.split())
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "ioi": Published(
+        "gpt2", 12, 12,
+        _heads(
+            "2.2 4.11 0.1 3.0 0.10 5.5 6.9 5.8 5.9 7.3 7.9 8.6 8.10 10.7 11.10 9.9 9.6 10.0 10.10 10.6 10.2 10.1 11.2 "
+            "11.9 11.3 9.7"
+        ),
+        (0.868, 0.840), 0.873,
+    ),
+    "greater-than": Published(
+        "gpt2", 12, 12, _heads("0.3 0.5 0.1 5.5 6.1 6.9 7.10 8.11 9.1"), (0.855, 0.873), 0.890
+    ),
+    "docstring": Published(attn_only.NAME, 4, 8, _heads("0.5 1.0 1.4 2.0 3.0 3.6"), (0.869, 0.896), 0.391),
+}  # fmt: skip
+
+
+def load_published_model(spec: str, device: str) -> LoadedModel:
+    """`attn-only-4l` in TransformerLens' own format, or anything that `load_model` takes."""
+    return attn_only.load_attn_only(device) if spec == attn_only.NAME else load_model(spec, device=device)
+
+
+def report_table(
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    which: str,
+    *,
+    n: int = 250,
+    seeds: int = 5,
+    data: Path | None = None,
+    batch_size: int = 16,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Runs the methods on a published task and stores tables `published` (AUC) and `heads` (every head's ranks).
+
+    Args:
+        n: prompts.
+        seeds: runs of the discrete method.
+        data: lists of names, places, objects and templates for IOI; those of `circuits.tasks.ioi` when None.
+
+    Raises:
+        InputError: an unknown table, or a model of another shape than the published circuit's.
+    """
+    if which not in PUBLISHED:
+        raise InputError(f"no published table {which!r}: choose {', '.join(PUBLISHED)}")
+    known = PUBLISHED[which]
+    if (model.info.n_layers, model.info.n_heads) != (known.n_layers, known.n_heads):
+        raise InputError(
+            f"the published {which} circuit is one of {known.model}, {known.n_layers} layers of {known.n_heads} heads; "
+            f"{model.info.name} has {model.info.n_layers} of {model.info.n_heads}: use --model {known.model}"
+        )
+    task = Task(which, n)
+    prompts = task.prompts(model) if data is None else _ioi_from(data, which, model, n)
+
+    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+        total = seeds + 4
+
+        def report(done: int) -> None:
+            if on_progress is not None:
+                on_progress(done, total)
+
+        runs = []
+        for seed in range(seeds):
+            runs.append(discover(model.bridge, prompts, seed=seed, batch_size=batch_size))
+            report(seed + 1)
+        heads = runs[0].heads
+        truth = torch.tensor([head in known.heads for head in heads])
+        layers = torch.arange(len(heads)) // known.n_heads
+        earlier = layers[:, None] < layers[None]
+        both = truth[:, None] & truth[None]
+        node_aucs = torch.tensor([roc_auc(run.nodes, truth) for run in runs])
+        edge_aucs = torch.tensor([roc_auc(run.edges[earlier], both[earlier]) for run in runs])
+        rows: list[dict[str, Any]] = [
+            {"method": f"discrete codes, {seeds} seeds", "published_nodes": known.discrete[0],
+             "ours_nodes": float(node_aucs.mean()), "published_edges": known.discrete[1],
+             "ours_edges": float(edge_aucs.mean())},
+            {"method": "ACDC", "published_nodes": known.acdc},
+        ]  # fmt: skip
+        found = {"discrete": torch.stack([run.nodes for run in runs]).mean(dim=0)}
+        metric = task.measure()
+        for number, (label, scores) in enumerate(_others(model, prompts, metric, batch_size), start=1):
+            found[label] = torch.tensor([abs(scores[head]) for head in heads], dtype=torch.float64)
+            rows.append({"method": label, "ours_nodes": roc_auc(found[label], truth)})
+            report(seeds + number)
+        table = pd.DataFrame({"node": heads, "published": truth.tolist()})
+        for label, values in found.items():
+            table[f"rank {label}"] = pd.Series(values.numpy()).rank(ascending=False, method="min").astype(int)
+        table = table.sort_values(["published", "rank discrete"], ascending=[False, True], ignore_index=True)
+        columns = ["method", "published_nodes", "ours_nodes", "published_edges", "ours_edges"]
+        return {"published": pd.DataFrame(rows, columns=columns), "heads": table}, {}
+
+    return stored_on_task(space, TABLE, name, model, task, prompts, {"table": which, "seeds": seeds}, make)
+
+
+def _others(model: LoadedModel, prompts: PromptSet, metric: Any, batch_size: int) -> Any:
+    bridge, shared = model.bridge, {"metric": metric, "batch_size": batch_size}
+    yield "EAP-IG", attribute_edges(bridge, prompts, variant="ig-inputs", **shared).nodes()
+    yield "EAP", attribute_edges(bridge, prompts, variant="eap", **shared).nodes()
+    yield "mean ablation", ablate_heads(bridge, prompts, kind="mean", **shared)
+    yield "patching", patch_activations(bridge, prompts, **shared)
+
+
+def _ioi_from(folder: Path, which: str, model: LoadedModel, n: int) -> PromptSet:
+    if which != "ioi":
+        raise InputError("--data gives the lists of IOI: leave it out for other tables")
+    lists = {}
+    for part in IOI_LISTS:
+        file = folder / f"{part}.json"
+        try:
+            lists[part] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(f"cannot read {file}: give a folder with {', '.join(IOI_LISTS)} as JSON lists") from None
+    return ioi(model.tokenizer, model.bos_id, n, **lists).to(model.device)

@@ -1,0 +1,122 @@
+"""Command over concepts: which features fire on what is known about tokens."""
+
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from sae.errors import InputError
+from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
+from workbench.cli.output import print_json, print_table
+from workbench.progress import ProgressBar
+
+CONCEPT_TITLES = {
+    "concept": "concept",
+    "positives": "tokens",
+    "feature": "feature",
+    "sign": "sign",
+    "best_feature": "best feature",
+    "sae_k1": "k = 1",
+    "sae_k4": "k = 4",
+    "sae_k16": "k = 16",
+    "difference_in_means": "diff. in means",
+    "linear_probe": "linear probe",
+}
+FEATURE_TITLES = {
+    "feature": "feature",
+    "sign": "sign",
+    "concept": "concept",
+    "f1": "F1",
+    "precision": "precision",
+    "recall": "recall",
+    "correlation": "correlation",
+    "firings": "firings",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's command."""
+    app.command()(concepts)
+
+
+def concepts(
+    sae: Annotated[str, typer.Argument(help="Name of an SAE.")],
+    harvest: Annotated[
+        str | None, typer.Option(help="Harvest whose tokens are used; the SAE's own when left out.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Your own concepts: CSV or Parquet with the columns row and concept.")
+    ] = None,
+    language: Annotated[str, typer.Option(help="How documents are read: auto, python or text.")] = "auto",
+    top: Annotated[int, typer.Option(help="Features to list, best first.", min=1)] = 20,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Name an SAE's features by what is known about tokens, beside what plain probes reach.
+
+    Half of the documents choose thresholds and fit probes; every score is F1 on the other half. The result is stored
+    and can be queried as "concepts.SAE".
+    """
+    from workbench.workspace import Workspace
+
+    space = Workspace(workspace, create=False)
+    given = None if table is None else read_table(table)
+    with ProgressBar("concepts", 1, enabled=not as_json) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
+        report = space.concepts(
+            sae,
+            harvest=harvest,
+            table=given,
+            language=language,  # type: ignore[arg-type]
+            device=device,
+            on_progress=on_progress,
+        )
+    by_concept = report.table()
+    by_feature = report.alignment.best_concepts().sort_values(["f1", "feature"], ascending=[False, True])
+    if as_json:
+        print_json(
+            {
+                "sae": sae,
+                "documents": report.n_documents,
+                "unparsed": report.n_unparsed,
+                "concepts": by_concept.to_dict(orient="records"),
+                "features": by_feature.to_dict(orient="records"),
+            }
+        )
+        return
+    unparsed = f", {report.n_unparsed} left out as invalid source" if report.n_unparsed else ""
+    print(
+        f"{report.alignment.n_tokens:,} held-out tokens; {report.n_documents} documents{unparsed}, "
+        "half of them held out\n"
+    )
+    show(f"Features of {sae} and the concept of each, by held-out F1", by_feature.head(top), FEATURE_TITLES)
+    show(
+        "Held-out F1 by concept: the best feature, k-sparse probes on features, probes on raw activations",
+        by_concept,
+        CONCEPT_TITLES,
+    )
+    print(f"Next: workbench sql 'SELECT * FROM \"concepts.{sae}\".pairs LIMIT 10' --workspace {workspace}")
+
+
+def show(title: str, found: pd.DataFrame, titles: dict[str, str]) -> None:
+    """Prints the columns in `titles`; the sign only where activations have two."""
+    keys = [key for key in titles if key != "sign" or (found["sign"] < 0).any()]
+    cells = [[None if pd.isna(cell) else cell for cell in row] for row in found[keys].itertuples(index=False)]
+    print_table(title, [titles[key] for key in keys], cells)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A user's concepts. Raises InputError when the file cannot be read."""
+    try:
+        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(
+            f"cannot read the concepts in {path}: {reason}; give CSV or Parquet with the columns row and concept"
+        ) from None

@@ -1,0 +1,94 @@
+"""Reports of several models, checkpoints or corpora side by side.
+
+A report is everything stored under one name; parts that were not measured are left out. One row per report:
+
+    exact_zero, active, mass_90, dead     means over layers (`mlp_stats.MLPSummary`)
+    clean_loss                            nats per held-out token, nothing enforced
+    ppl_1% ...                            PPL-p% sparsity
+    METHOD_at_0.1                         share of zeros at COST added nats, linear between levels; where all levels
+                                          cost less, the largest share measured
+    flops_saved_at_0.1                    the largest share of weight products saved at COST, over methods
+    sink                                  mean attention on BOS over heads
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from sae.errors import InputError
+from workbench.results import Result
+from workbench.sparsity.report import ATTENTION, CURVES, MLP, SAES
+from workbench.workspace import Workspace
+
+KINDS = (MLP, CURVES, ATTENTION, SAES)
+COST = 0.1
+"""Added nats at which methods are compared."""
+
+
+def report_names(space: Workspace) -> list[str]:
+    """Names under which anything about sparsity is stored, oldest first."""
+    found = [result for kind in KINDS for result in space.results.find(kind)]
+    return list(dict.fromkeys(result.name for result in sorted(found, key=lambda result: result.created)))
+
+
+def report_parts(space: Workspace, name: str) -> dict[str, Result]:
+    """The results of one report by kind.
+
+    Raises:
+        InputError: nothing of that name.
+    """
+    parts = {kind: result for kind in KINDS for result in space.results.find(kind) if result.name == name}
+    if not parts:
+        known = ", ".join(report_names(space)) or "none"
+        raise InputError(f"no sparsity report {name!r} in this workspace: it has {known}")
+    return parts
+
+
+def compare(space: Workspace, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """One row per report; NaN where a report lacks a part.
+
+    Args:
+        names: all when left out.
+
+    Raises:
+        InputError: a name without a report.
+    """
+    return pd.DataFrame([_row(name, report_parts(space, name)) for name in names or report_names(space)])
+
+
+def at_cost(points: pd.DataFrame, column: str, cost: float = COST) -> dict[str, float]:
+    """A column of the table `points` by method where the added nats cross `cost`, linear between levels."""
+    found = {}
+    for method, rows in points.groupby("method", sort=False):
+        ordered = rows.sort_values("level")
+        nats, values = ordered["added_nats"].tolist(), ordered[column].tolist()
+        over = next((number for number, value in enumerate(nats) if value > cost), None)
+        if over is None:
+            found[str(method)] = values[-1]
+        else:
+            share = (cost - nats[over - 1]) / (nats[over] - nats[over - 1])
+            found[str(method)] = values[over - 1] + share * (values[over] - values[over - 1])
+    return found
+
+
+def _row(name: str, parts: Mapping[str, Result]) -> dict[str, Any]:
+    any_part = next(iter(parts.values()))
+    row: dict[str, Any] = {
+        "name": name,
+        "model": any_part.provenance["model"]["name"],
+        "corpus": any_part.provenance["corpus"]["name"],
+    }
+    if MLP in parts:
+        layers = parts[MLP].table("layers")
+        row |= {column: float(layers[column].mean()) for column in ("exact_zero", "active", "mass_90", "dead")}
+    if CURVES in parts:
+        points = parts[CURVES].table("points")
+        row["clean_loss"] = float((points["loss"] - points["added_nats"]).iloc[0])
+        if parts[CURVES].parameters["ps"]:
+            row |= {f"ppl_{100 * item.p:g}%": item.sparsity for item in parts[CURVES].table("ppl").itertuples()}
+        row |= {f"{method}_at_{COST:g}": value for method, value in at_cost(points, "sparsity").items()}
+        row[f"flops_saved_at_{COST:g}"] = max(at_cost(points, "flops_saved").values())
+    if ATTENTION in parts:
+        row["sink"] = float(parts[ATTENTION].table("heads")["sink"].mean())
+    return row
