@@ -252,7 +252,11 @@ def test_a_narrow_terminal_cuts_no_name_and_no_number(
 def test_the_figure_has_a_mark_for_every_evaluated_sae(compared: Workspace, tmp_path: Path) -> None:
     figure = sae_comparison(compared.compare())
     marks = {(trace.text[0], trace.x[0], trace.y[0]) for trace in figure.data}
-    assert marks == {("a", 4.0, 0.2), ("a", 4.0, 0.1), ("b", 8.0, 0.1), ("b", 8.0, 0.05)}
+    # Three panels: FVU, added nats and dead share.
+    assert marks == {
+        ("a", 4.0, 0.2), ("a", 4.0, 0.1), ("a", 4.0, 0.0),
+        ("b", 8.0, 0.1), ("b", 8.0, 0.05), ("b", 8.0, 0.0),
+    }  # fmt: skip
     page = tmp_path / "figure.html"
     assert run(["compare", "--html", str(page), "--workspace", str(compared.path)]) == 0
     text = page.read_text()
