@@ -66,6 +66,11 @@ def address(serve: Callable[[Path], str], folder: Path) -> str:
     return serve(folder)
 
 
+def settled(page: Any) -> None:
+    """Waits until no run of the page is under way: a run replaces the button that a click is about to land on."""
+    page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
+
+
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     """A fresh visitor. A page that ends with an exception shown or thrown fails its test."""
@@ -190,6 +195,7 @@ def test_next_feature_and_bookmark(address: str, page: Any, folder: Path, busies
     page.get_by_text("1 features.").wait_for()
     assert "list=bookmarks" in page.url
     assert Notes(folder).members("bookmarks") == [("s", after)]
+    settled(page)
     with page.expect_download() as saved:
         page.get_by_role("button", name="List as JSON").click()
     assert f'"feature": {after}' in Path(saved.value.path()).read_text()
@@ -204,6 +210,7 @@ def test_sql_answers_and_refuses(address: str, page: Any, folder: Path) -> None:
     rows = Workspace(folder).sql("SELECT count(*) FROM tokens").rows[0][0]
     page.goto(link(address, "SQL", query="SELECT count(*) AS n FROM tokens"))
     page.get_by_text("1 rows,").wait_for()
+    settled(page)
     with page.expect_download() as saved:
         page.get_by_role("button", name="Save as CSV").click()
     assert Path(saved.value.path()).read_text().splitlines() == ["n", str(rows)]
@@ -231,7 +238,8 @@ def test_a_token_of_a_prompt_is_clicked(address: str, page: Any) -> None:
 def test_the_model_is_steered(address: str, page: Any, busiest: int) -> None:
     page.goto(link(address, "Steering", sae="s", feature=busiest, prompt="def f(x):", n=5, strength=4))
     page.get_by_text("Clean", exact=True).wait_for()
-    page.get_by_text("KL on the prompt").wait_for()
+    page.get_by_text("KL (nats)").first.wait_for()
+    page.get_by_text("under the unedited model").first.wait_for()
 
 
 def test_the_app_stays_usable_while_another_process_writes(address: str, page: Any, folder: Path, busiest: int) -> None:

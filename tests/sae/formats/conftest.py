@@ -31,6 +31,7 @@ def dictionary_learning() -> types.SimpleNamespace:
     if "dictionary_learning" not in sys.modules:
         package = types.ModuleType("dictionary_learning")
         package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec  # what find_spec answers with for a module that is imported
         sys.modules["dictionary_learning"] = package
     classes = {}
     for module, names in {
