@@ -148,6 +148,8 @@ def killed_after(arguments: list[str], until: Path, signal_number: int) -> int:
     process = subprocess.Popen(
         [sys.executable, "-c", f"from workbench.cli import main; import sys; sys.argv[1:] = {arguments!r}; main()"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        # A shell's background job, tests included, hands on that Ctrl-C is to be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(until.parent.glob(until.name)) and process.poll() is None and time.monotonic() < deadline:
