@@ -32,6 +32,8 @@ MASSES = (0.5, 0.9, 0.99)
 SAMPLE_EVERY = 16
 SHARED_ABOVE = 0.5
 SPECIALISED_BELOW = 0.01
+CACHED = 1 << 20
+"""Activations looked at together on a CPU: a dozen passes over them stay in its cache. Four times faster than 2**22."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ class MLPStats:
 
     def update(self, h: Float[Tensor, "batch pos d_mlp"], batch: Batch) -> None:
         """Adds the ordinary tokens of a batch."""
+        step = len(h) if h.is_cuda else max(1, CACHED // h[0].numel())
+        for start in range(0, len(h), step):
+            part = slice(start, start + step)
+            self._update(h[part], batch.part(part))
+
+    def _update(self, h: Float[Tensor, "batch pos d_mlp"], batch: Batch) -> None:
         rows = h[batch.ordinary].float()
         if not len(rows):
             return

@@ -37,6 +37,10 @@ class Batch:
         """Positions whose prediction counts."""
         return self.ordinary[:, :-1] & self.ordinary[:, 1:]
 
+    def part(self, rows: slice) -> "Batch":
+        """Some of the contexts."""
+        return Batch(self.tokens[rows], self.ordinary[rows], self.doc[rows], self.doc_pos[rows])
+
 
 def batches(model: LoadedModel, corpus: Corpus, split: Split, *, max_tokens: int, context_len: int) -> Iterator[Batch]:
     """Contexts of one side of a corpus, at most `max_tokens` rows rounded down to whole contexts, streamed.
