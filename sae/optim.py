@@ -29,7 +29,7 @@ def remove_parallel_(gradient: Float[Tensor, "f d"], rows: Float[Tensor, "f d"])
         g.addcmul_(row, along, value=-1)
 
 
-def clip_norm_(gradients: Sequence[Tensor], limit: Float[Tensor, ""]) -> None:
+def clip_norm_(gradients: Sequence[Float[Tensor, "..."]], limit: Float[Tensor, ""]) -> None:
     """Scales all gradients by one factor, in place, so that their common norm is at most `limit`.
 
     Args:
