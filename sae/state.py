@@ -104,7 +104,7 @@ class TrainingState:
         else:
             done = self._code_step(x, x_centred, encoded, gradients, step)
         aux = self._add_aux(done, x_centred, step)
-        self._update(done, x.shape[0], step)
+        self._update(done, step)
         self._count(done, x.shape[0], aux, step)
 
     def _code_step(self, x: Tensor, x_centred: Tensor, encoded: Tensor, gradients: Tensor | None, step: int) -> Pass:
@@ -154,7 +154,7 @@ class TrainingState:
             config.aux_coefficient, signed=config.rule.signed,
         )  # fmt: skip
 
-    def _update(self, done: Pass, n_tokens: int, step: int) -> None:
+    def _update(self, done: Pass, step: int) -> None:
         config, sae, gradients = self.config, self.sae, done.gradients
         if gradients.W_dec is not None:
             optim.remove_parallel_(gradients.W_dec, sae.W_dec)
@@ -165,7 +165,7 @@ class TrainingState:
                 tensor.grad = gradients.W_enc.T if name == "W_enc" else getattr(gradients, name)
         if config.clip_grad_norm is not None:
             # The loss is a share of the batch's variance; the limit is for squared error a token.
-            limit = config.clip_grad_norm * n_tokens / done.fit.total_variance
+            limit = config.clip_grad_norm * done.fit.residual.shape[0] / done.fit.total_variance
             optim.clip_norm_([tensor.grad for tensor in self.trained.values() if tensor.grad is not None], limit)
         self.last_lr = optim.learning_rate(step, config.n_steps, config.peak_lr, config.warmup, config.decay)
         for group in self.adam.param_groups:
