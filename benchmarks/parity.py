@@ -4,11 +4,12 @@ Activations of the demo model are scaled once to mean norm sqrt(d), all three ta
 learning rate rises over the first 5% of the steps and falls over the last 20%. FVU on rows that nobody trained on:
 
     own         every library as it is
-    equal       the peers start from this project's weights of the same seed
-    unclipped   the same, and the peers do not clip gradients
+    equal       the peers start from this project's weights of the same seed, and this project clips as they do
+    unclipped   the same, and nobody clips gradients
 
-Both peers clip the gradient to norm 1. Under Adam that is more than a guard: it keeps the gradients' scale constant
-while the error falls, which otherwise lets the second moments, that remember larger gradients, slow the steps down.
+Both peers clip the gradient to norm 1, `TrainConfig.clip_grad_norm` here. Under Adam that is more than a guard: it
+keeps the gradients' scale constant while the error falls, which otherwise lets the second moments, that remember
+larger gradients, slow the steps down.
 What else differs: this project divides the error by the batch's variance, and SAELens divides pre-activations by
 decoder norms instead of keeping these at 1. No auxiliary loss comes into play: so short a run leaves no feature dead
 by the peers' definitions, and here it is switched off.
@@ -40,6 +41,8 @@ from sae.state import TrainingState
 from sae.train import TrainConfig, train
 
 WARMUP, DECAY = 0.05, 0.2
+PEERS_CLIP = 1.0
+"""Norm to which both peers clip gradients."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ class Task:
     def steps(self) -> int:
         return self.x.shape[0] // self.batch
 
-    def config(self, seed: int) -> TrainConfig:
+    def config(self, seed: int, clip: float | None = None) -> TrainConfig:
         return TrainConfig(
             f"seed{seed}", self.steps * self.batch, self.d_sae, TopK(self.k), lr=self.lr, batch_size=self.batch,
-            warmup=WARMUP, decay=DECAY, aux="none", normalize_input=False, seed=seed,
+            warmup=WARMUP, decay=DECAY, aux="none", normalize_input=False, clip_grad_norm=clip, seed=seed,
         )  # fmt: skip
 
     def fvu(self, reconstruct: Callable[[Tensor], Tensor]) -> float:
@@ -99,9 +102,9 @@ def start(task: Task, seed: int) -> SAE:
     return state.sae
 
 
-def ours(task: Task, seed: int) -> float:
+def ours(task: Task, seed: int, clip: float | None = None) -> float:
     """FVU after this project's training."""
-    trained = train([task.config(seed)], Rows(task))[0].sae
+    trained = train([task.config(seed, clip)], Rows(task))[0].sae
     assert trained is not None
     return task.fvu(trained)
 
@@ -173,7 +176,9 @@ def compare(task: Task, seeds: int) -> pd.DataFrame:
     """One line for each seed, comparison and library."""
     lines = []
     for seed in range(seeds):
-        lines.append({"comparison": "own", "library": "ours", "seed": seed, "fvu": ours(task, seed)})
+        plain, clipped = ours(task, seed), ours(task, seed, PEERS_CLIP)
+        for name, fvu in {"own": plain, "equal": clipped, "unclipped": plain}.items():
+            lines.append({"comparison": name, "library": "ours", "seed": seed, "fvu": fvu})
         for peer in (saelens, dictionary_learning):
             found = {"own": peer(task, seed), "equal": peer(task, seed, start(task, seed))}
             with unclipped():

@@ -10,8 +10,9 @@
 
 Weights and Adam's moments are fp32 and lie where `TrainingState` has them: checkpoints and finished SAEs are the
 same. The bf16 shadows that products read are made anew when training starts or resumes; they are a function of the
-weights. Not fused, and so on the plain path: ReLU and JumpReLU, Matryoshka, multi-k, more than 512 entries a token,
-rules this module does not know, and machines without triton.
+weights. Not fused, and so on the plain path: ReLU and JumpReLU, Matryoshka, multi-k, clipped gradients (Adam runs
+feature by feature while a gradient is made, when the norm of all of them is not known yet), more than 512 entries a
+token, rules this module does not know, and machines without triton.
 """
 
 from collections.abc import Callable
@@ -65,6 +66,8 @@ def is_fused(config: "TrainConfig", device: torch.device) -> bool:
     rule = config.rule
     # A subclass may choose in another way: only the rules themselves are known.
     if not isinstance(rule, CodeRule) or type(rule) not in FUSED_RULES or config.widths or config.multi_k:
+        return False
+    if config.clip_grad_norm is not None:
         return False
     return max(rule.k, config.anneal_from_k or 0) <= kernels.MAX_K and _runs_triton(device)
 

@@ -4,6 +4,8 @@ The decoder's rows are kept at unit norm: the part of the gradient along each ro
 would undo, is removed before Adam sees it (Bricken et al. 2023, "Towards Monosemanticity", appendix).
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,6 +27,19 @@ def remove_parallel_(gradient: Float[Tensor, "f d"], rows: Float[Tensor, "f d"])
     for g, row in zip(gradient.split(step), rows.split(step), strict=True):
         along = (g * row).sum(dim=1, keepdim=True)
         g.addcmul_(row, along, value=-1)
+
+
+def clip_norm_(gradients: Sequence[Float[Tensor, "..."]], limit: Float[Tensor, ""]) -> None:
+    """Scales all gradients by one factor, in place, so that their common norm is at most `limit`.
+
+    Args:
+        gradients: tensors of any shapes.
+        limit: on their device, so that nothing waits for it.
+    """
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+    factor = (limit.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+    for gradient in gradients:
+        gradient.mul_(factor)
 
 
 def normalise_rows_(rows: Float[Tensor, "f d"]) -> None:

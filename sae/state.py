@@ -163,6 +163,10 @@ class TrainingState:
                 tensor.grad = done.own[name]
             else:
                 tensor.grad = gradients.W_enc.T if name == "W_enc" else getattr(gradients, name)
+        if config.clip_grad_norm is not None:
+            # The loss is a share of the batch's variance; the limit is for squared error a token.
+            limit = config.clip_grad_norm * done.fit.residual.shape[0] / done.fit.total_variance
+            optim.clip_norm_([tensor.grad for tensor in self.trained.values() if tensor.grad is not None], limit)
         self.last_lr = optim.learning_rate(step, config.n_steps, config.peak_lr, config.warmup, config.decay)
         for group in self.adam.param_groups:
             group["lr"] = self.last_lr

@@ -5,7 +5,8 @@ For every SAE and batch x (scaled so that the mean norm of a token is sqrt(d_in)
 1. code = rule(x - b_dec), x_hat = decode(code), loss and gradients (`sae.passes`, `sae.losses`): the plain error or
    the Matryoshka loss, a sparsity penalty for rules that have one, the same again at 4 k for multi-k;
 2. gradients of the auxiliary loss for features that have not fired for a while, or too rarely;
-3. the decoder gradient's component along each decoder row is removed, Adam steps, rows are renormalised.
+3. the decoder gradient's component along each decoder row is removed, the gradients are clipped if asked for, Adam
+   steps, rows are renormalised.
 
 No dense [tokens, features] decode or backward exists. The input scale is folded in when an SAE is finished, so
 what is returned works on raw activations. Rules that choose over a batch then measure their thresholds on the batches
@@ -65,6 +66,9 @@ class TrainConfig:
     decay: float = 0.2
     """Share of the steps over which it falls to zero at the end."""
     betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad_norm: float | None = None
+    """Largest norm of all gradients together; None for no limit. For the loss in SAELens' and dictionary_learning's
+    units, squared error a token of inputs with mean norm sqrt(d_in), so that their 1 is 1 here."""
     sparsity_coefficient: float | None = None
     """Weight of the penalty of rules without a k; the rule's default when None."""
     sparsity_warmup: float = 0.05
@@ -186,6 +190,8 @@ class TrainConfig:
             )
         if not (0 <= self.sparsity_warmup <= 1):
             raise InputError(f"{self.name}: sparsity_warmup is a share of the steps, got {self.sparsity_warmup}")
+        if self.clip_grad_norm is not None and not 0 < self.clip_grad_norm < math.inf:
+            raise InputError(f"{self.name}: clip_grad_norm must be positive, or none, got {self.clip_grad_norm}")
         for name, value in (("sparsity_coefficient", self.sparsity_coefficient), ("multi_k", self.multi_k)):
             if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"{self.name}: {name} must be 0 or larger, got {value}")

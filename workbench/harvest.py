@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -118,6 +118,8 @@ class Plan:
                 f"context length {config.context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
                 f"the most {model.info.name} can read"
             )
+        if config.split not in get_args(Split):
+            raise InputError(f"unknown split {config.split!r}: choose {' or '.join(get_args(Split))}")
         if config.dtype != "auto" and config.dtype not in DTYPES:
             raise InputError(f"unknown dtype {config.dtype!r}: choose auto, {', '.join(DTYPES)}")
         if config.dtype == "auto" and model.info.checkpoint_dtype not in DTYPES:

@@ -22,7 +22,7 @@ import itertools
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,14 @@ def _make_rule(name: Any, fields: dict[str, Any], where: str) -> rules.Rule:
 
 def _names(name: str, variants: Sequence[Mapping[str, Any]]) -> list[str]:
     """`name`, the rule where there are several, and the settings in which SAEs of one rule differ."""
+    # With defaults: a setting that one table has and another leaves out tells them apart.
+    defaults = {field.name: field.default for field in fields(TrainConfig) if field.name not in NOT_IN_FILE}
     flat = [
-        {**{key: value for key, value in variant.items() if key != "rule"}, **rules.to_dict(variant["rule"])}
+        {
+            **defaults,
+            **{key: value for key, value in variant.items() if key != "rule"},
+            **rules.to_dict(variant["rule"]),
+        }
         for variant in variants
     ]
     seen: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
@@ -172,6 +178,8 @@ def _label(key: str, value: Any) -> str:
     key = SHORT_NAMES.get(key, key)
     if isinstance(value, bool):
         return key if value else ""
+    if value is None or value == ():
+        return ""
     if isinstance(value, list | tuple):
         return key + "+".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
     return f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"

@@ -31,6 +31,27 @@ def test_parallel_component_is_removed_and_the_rest_kept() -> None:
     torch.testing.assert_close(gradient, across, rtol=0, atol=1e-12)
 
 
+def test_clipping_equals_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((30, 20), (20,), (3,))]
+    for limit in (0.5, 1e3):
+        parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
+        clipped = [gradient.clone() for gradient in gradients]
+        optim.clip_norm_(clipped, torch.tensor(limit))
+        for mine, parameter in zip(clipped, parameters, strict=True):
+            # torch adds 1e-6 to the norm.
+            torch.testing.assert_close(mine, parameter.grad, rtol=1e-6, atol=0)
+
+
+def test_clipping_keeps_gradients_of_zero() -> None:
+    zero = torch.zeros(4)
+    optim.clip_norm_([zero], torch.tensor(1.0))
+    assert torch.equal(zero, torch.zeros(4))
+
+
 def test_rows_are_normalised_in_place() -> None:
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     optim.normalise_rows_(rows)

@@ -128,8 +128,16 @@ def test_defaults_scale_with_the_run() -> None:
     assert TrainConfig(name="a", total_tokens=10**6, batch_size=1000).n_steps == 1000
 
 
+def test_a_limit_that_no_gradient_reaches_changes_nothing(planted) -> None:
+    plain = train([CONFIG], planted())[0].sae
+    never = train([replace(CONFIG, clip_grad_norm=1e6)], planted())[0].sae
+    clipped = train([replace(CONFIG, clip_grad_norm=0.1)], planted())[0].sae
+    assert same_weights(plain, never)
+    assert not same_weights(plain, clipped)
+
+
 def test_a_configuration_survives_json() -> None:
-    config = replace(CONFIG, betas=(0.8, 0.9), frozen_decoder=True)
+    config = replace(CONFIG, betas=(0.8, 0.9), frozen_decoder=True, clip_grad_norm=1.0)
     assert TrainConfig.from_dict(config.to_dict()) == config
 
 
@@ -139,6 +147,7 @@ def test_a_configuration_survives_json() -> None:
         ({"rule": TopK(129)}, "k = 129 must lie between 1 and the number of features, 128"),
         ({"batch_size": 1}, "at least 2 tokens a batch"),
         ({"lr": -1.0}, "learning rate must be positive, got -1.0"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be positive, or none, got 0.0"),
         ({"warmup": 0.7, "decay": 0.6}, "at most 1 together, got 0.7 and 0.6"),
         ({"b_dec_init": "median"}, "unknown b_dec_init 'median': choose geometric_median, mean, zero"),
     ],

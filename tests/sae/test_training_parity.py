@@ -3,8 +3,10 @@
 import importlib.util
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -27,14 +29,21 @@ def parity() -> ModuleType:
     return module
 
 
-def test_the_same_steps_end_within_the_peers_spread_of_seeds(parity: ModuleType, planted) -> None:
-    """Gradient clipping, which both peers do and this project does not, is the one thing taken from them."""
+@pytest.fixture
+def task(parity: ModuleType, planted: Any) -> Any:
+    """Planted activations, scaled."""
     source = planted()
     rows = source.held_out(80_000)
     rows = rows * (math.sqrt(source.d_in) / rows.norm(dim=1).mean())
-    task = parity.Task(rows[4000:], rows[:4000], d_sae=128, k=4, batch=256, lr=3e-3)
-    ours = [parity.ours(task, seed) for seed in range(SEEDS)]
-    with parity.unclipped():
+    return parity.Task(rows[4000:], rows[:4000], d_sae=128, k=4, batch=256, lr=3e-3)
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_the_same_steps_end_within_the_peers_spread_of_seeds(parity: ModuleType, task: Any, clipped: bool) -> None:
+    """With gradients clipped to norm 1, as both peers do, and without."""
+    clip = parity.PEERS_CLIP if clipped else None
+    ours = [parity.ours(task, seed, clip) for seed in range(SEEDS)]
+    with nullcontext() if clipped else parity.unclipped():
         for peer in (parity.saelens, parity.dictionary_learning):
             theirs = [peer(task, seed, parity.start(task, seed)) for seed in range(SEEDS)]
             assert abs(sum(ours) - sum(theirs)) / SEEDS <= max(theirs) - min(theirs)

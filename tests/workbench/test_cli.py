@@ -163,6 +163,17 @@ def tree(folder: Path, pattern: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
+def test_the_splits_of_a_harvest_share_no_document(tmp_path: Path, tiny_gpt2: Path, corpus: Path) -> None:
+    documents = {}
+    for split in ("train", "heldout"):
+        assert run([*harvest_arguments(tmp_path / split, tiny_gpt2, corpus), "--split", split]) == 0
+        space = Workspace(tmp_path / split)
+        assert space.open_harvest("h").config["split"] == split
+        documents[split] = {name for (name,) in space.sql("SELECT name FROM documents").rows}
+    assert all(documents.values())
+    assert not documents["train"] & documents["heldout"]
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_a_harvest_and_a_run_that_were_stopped_end_in_the_same_bytes(
     signal_number: int, tmp_path: Path, tiny_gpt2: Path, corpus: Path
@@ -217,6 +228,10 @@ MISTAKES = {
     "no network": (
         harvest_of("someone/some-model", "{corpus}", HOOK),
         "network",
+    ),
+    "unknown split": (
+        [*harvest_of("{model}", "{corpus}", HOOK), "--split", "test"],
+        "'train', 'heldout'",
     ),
     "no such corpus": (
         harvest_of("{model}", "{tmp}/nothing.txt", HOOK),

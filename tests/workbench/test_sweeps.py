@@ -43,6 +43,17 @@ def test_names_tell_apart_what_differs_and_nothing_else() -> None:
     assert names({"d_sae": [64, 128], "rule": [RULE]}) == ["s-d64", "s-d128"]
 
 
+def test_names_tell_tables_apart_of_which_one_leaves_a_setting_at_its_default() -> None:
+    assert names({"rule": [RULE, {**RULE, "frozen_decoder": True}]}) == ["s", "s-frozen_decoder"]
+    assert names({"rule": [{**RULE, "normalize_input": False}, RULE]}) == ["s", "s-normalize_input"]
+    assert names({"rule": [RULE, {**RULE, "lr": 1e-3}, {**RULE, "multi_k": 0.125}]}) == [
+        "s-multi_k0", "s-lr0.001-multi_k0", "s-multi_k0.125",
+    ]  # fmt: skip
+    assert names({"rule": [RULE, {**RULE, "matryoshka": [32]}]}) == ["s", "s-matryoshka32"]
+    with pytest.raises(InputError, match="makes the SAE 's' twice"):
+        names({"rule": [RULE, {**RULE, "frozen_decoder": False}]})
+
+
 def test_a_rules_table_overrides_the_common_settings() -> None:
     document = {"d_sae": 64, "lr": 1e-3, "rule": [RULE, {"name": "topk", "k": 8, "lr": 2e-3, "d_sae": 128}]}
     configs = parse_sweep(document).configs("s", 1000)

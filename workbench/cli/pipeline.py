@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -61,6 +61,10 @@ def harvest(
     ] = "text",
     tokens: Annotated[int, typer.Option(help="Tokens to harvest at most.", min=1)] = 2_000_000,
     context: Annotated[int, typer.Option(help="Tokens per context, BOS included.", min=2)] = 256,
+    split: Annotated[
+        Literal["train", "heldout"],
+        typer.Option(help="Side of the corpus, by a hash of each document's name; SAEs are evaluated on heldout."),
+    ] = "train",
     dtype: Annotated[
         str, typer.Option(help="Stored as auto (the checkpoint's own), float32, float16 or bfloat16.")
     ] = "auto",
@@ -82,7 +86,7 @@ def harvest(
 
     config = HarvestConfig(
         model=model, corpus=corpus, text_field=text_field, hooks=tuple(hook), context_len=context, max_tokens=tokens,
-        dtype=dtype, model_dtype=model_dtype, gradients=gradients,
+        split=split, dtype=dtype, model_dtype=model_dtype, gradients=gradients,
     )  # fmt: skip
     space = Workspace(workspace)
     if estimate_only:

@@ -215,7 +215,7 @@ def test_the_plan_changes_with_k_with_the_choosing_side_and_with_the_number_of_t
 @pytest.mark.parametrize(
     "change",
     [
-        {"rule": ReLU()}, {"rule": JumpReLU()}, {"matryoshka": (10,)}, {"multi_k": 0.1},
+        {"rule": ReLU()}, {"rule": JumpReLU()}, {"matryoshka": (10,)}, {"multi_k": 0.1}, {"clip_grad_norm": 1.0},
         {"rule": TopK(513), "d_sae": 600}, {"rule": TopK(4), "anneal_from_k": 513, "d_sae": 600},
     ],
 )  # fmt: skip
