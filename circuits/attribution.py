@@ -34,16 +34,17 @@ from sae.errors import InputError
 class LogitAttribution:
     """Terms of each prompt's logit difference."""
 
+    task: str
     terms: list[str]
     """Writers, then `bias` and `unembed bias`."""
     values: Float[Tensor, "n terms"]
     difference: Float[Tensor, "n"]
     """The logit difference the model computed; the terms' sum up to rounding."""
 
-    def nodes(self, task: str = "") -> NodeScores:
+    def nodes(self) -> NodeScores:
         """Mean over the prompts."""
         return NodeScores(
-            "direct logit attribution", task, "logit_difference", self.terms, self.values.mean(dim=0),
+            "direct logit attribution", self.task, "logit_difference", self.terms, self.values.mean(dim=0),
             self.difference.mean().item(), 0.0,
         )  # fmt: skip
 
@@ -78,4 +79,5 @@ def logit_attribution(bridge: Any, prompts: PromptSet, *, batch_size: int = 32) 
         bias = readout @ sum((b for b in biases if b is not None), start=zero)
         values.append(torch.cat([terms, bias[:, None], (direction @ unembed.b)[:, None]], dim=1))
         differences.append(logit_difference(logits, batch))
-    return LogitAttribution([*graph.writers, "bias", "unembed bias"], torch.cat(values), torch.cat(differences))
+    names_of_terms = [*graph.writers, "bias", "unembed bias"]
+    return LogitAttribution(prompts.name, names_of_terms, torch.cat(values), torch.cat(differences))

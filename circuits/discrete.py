@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from circuits.edges import writer_names
 from circuits.nodes import graph_of, head_outputs
-from circuits.passes import activations
+from circuits.passes import OnProgress, activations
 from circuits.prompts import PromptSet
 from sae.errors import InputError
 
@@ -69,11 +69,13 @@ def discover(
     normalised: bool = False,
     seed: int = 0,
     batch_size: int = 32,
+    on_progress: OnProgress | None = None,
 ) -> DiscreteCircuit:
     """Heads and pairs of heads whose codes tell clean (positive) from corrupted (negative) prompts.
 
     Args:
         n_train: prompts that the SAE is trained on, half of either kind.
+        on_progress: called with (epochs trained, epochs in all).
 
     Raises:
         InputError: fewer prompts than the training needs, or see `circuits.nodes.graph_of`.
@@ -88,7 +90,7 @@ def discover(
     scale = torch.cat([positive[:half], negative[:half]]).square().mean().sqrt()
     inputs = torch.cat([positive, negative]) / scale
     training = torch.cat([inputs[:half], inputs[len(prompts) : len(prompts) + half]])
-    codes = train_codes(training.flatten(0, 1), inputs, n_features, epochs, seed)
+    codes = train_codes(training.flatten(0, 1), inputs, n_features, epochs, seed, on_progress)
     nodes = node_scores(codes[: len(prompts)], codes[len(prompts) :], normalised)
     edges = edge_scores(codes[: len(prompts)], codes[len(prompts) :], n_features)
     layers = torch.arange(len(graph.heads)) // graph.n_heads
@@ -122,6 +124,7 @@ def train_codes(
     n_features: int,
     epochs: int,
     seed: int,
+    on_progress: OnProgress | None = None,
 ) -> Int[Tensor, "prompts heads"]:
     """Trains the SAE of step 2 and gives the code of every head on every prompt."""
     generator = torch.Generator().manual_seed(seed)
@@ -137,12 +140,14 @@ def train_codes(
         return torch.relu((x - parameters[3]) @ parameters[0] + parameters[1])
 
     with torch.enable_grad():
-        for _ in range(epochs):
+        for epoch in range(epochs):
             h = encode(training)
             loss = (h @ parameters[2] + parameters[3] - training).square().mean() + 0.02 * h.abs().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if on_progress is not None:
+                on_progress(epoch + 1, epochs)
     with torch.no_grad():
         return encode(inputs).argmax(dim=-1).cpu()
 

@@ -23,7 +23,7 @@ At each hook point an SAE splits the activation into x = sum_f a_f W_dec[f] + b_
 (Marks et al. 2024, "Sparse Feature Circuits", arXiv 2403.19647; here with the gradient at the clean prompt.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.metrics import Metric, logit_difference
-from circuits.passes import Hook, activations, answer_logits, probed, taking
+from circuits.passes import Hook, OnProgress, activations, answer_logits, probed, taking
 from circuits.prompts import PromptSet
 from sae.errors import InputError
 from sae.model import SAE
@@ -86,11 +86,14 @@ def feature_circuit(
     *,
     keep: float = 0.8,
     metric: Metric = logit_difference,
+    on_progress: OnProgress | None = None,
 ) -> FeatureCircuit:
     """The circuit that holds the share `keep` of all attribution.
 
     Args:
         saes: one SAE a hook point, in the order of the forward pass. Codes are held densely over the prompts.
+        on_progress: called with (passes done, passes in all): two runs of the circuit and one a node that has edges
+            into it.
 
     Raises:
         InputError: no SAEs, two at one hook point, one at hook_resid_mid (which the stream passes by), or `keep`
@@ -108,9 +111,19 @@ def feature_circuit(
     held = nodes.score.abs().cumsum() / nodes.score.abs().sum()
     nodes = nodes[: int((held < keep).sum()) + 1]
     kept = {name: set(nodes.feature[nodes.hook == name]) for name in hooks}
-    values = [_run_circuit(bridge, prompts, splits, kept, metric, errors) for errors in (True, False)]
+    total = 2 + sum(len(kept[name]) for name in hooks[1:])
+
+    def report(done: int) -> None:
+        if on_progress is not None:
+            on_progress(done, total)
+
+    report(0)
+    values = []
+    for number, errors in enumerate((True, False), start=1):
+        values.append(_run_circuit(bridge, prompts, splits, kept, metric, errors))
+        report(number)
     with_errors, without_errors = ((value - corrupted) / (clean - corrupted) for value in values)
-    edges = _edges(bridge, prompts, splits, kept)
+    edges = _edges(bridge, prompts, splits, kept, lambda done: report(2 + done))
     return FeatureCircuit(nodes, edges, float(held.iloc[len(nodes) - 1]), with_errors, without_errors, clean, corrupted)
 
 
@@ -160,9 +173,15 @@ def _nodes(splits: Mapping[str, _Split]) -> pd.DataFrame:
     return table.sort_values("score", key=lambda column: -column.abs(), ignore_index=True)
 
 
-def _edges(bridge: Any, prompts: PromptSet, splits: Mapping[str, _Split], kept: Mapping[str, set[int]]) -> pd.DataFrame:
+def _edges(
+    bridge: Any,
+    prompts: PromptSet,
+    splits: Mapping[str, _Split],
+    kept: Mapping[str, set[int]],
+    report: Callable[[int], None] = lambda done: None,
+) -> pd.DataFrame:
     names = list(splits)
-    rows = []
+    rows, done = [], 0
     for position, reader_hook in enumerate(names[1:], start=1):
         reader = splits[reader_hook]
         upstream = names[:position]
@@ -178,6 +197,8 @@ def _edges(bridge: Any, prompts: PromptSet, splits: Mapping[str, _Split], kept: 
                         change = writer.change[..., source, None] * writer.sae.W_dec[source].detach()
                     names_of = node_name(writer_hook, source), node_name(reader_hook, feature)
                     rows.append((*names_of, float((change * gradient).sum())))
+            done += 1
+            report(done)
     table = pd.DataFrame(rows, columns=["writer", "reader", "score"])
     return table.sort_values("score", key=lambda column: -column.abs(), ignore_index=True)
 

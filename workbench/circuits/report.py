@@ -112,7 +112,7 @@ def report_nodes(
         if method == "attribution":
             if metric.__name__ != "logit_difference":
                 raise InputError("direct logit attribution splits the logit difference: leave the metric out")
-            scores = logit_attribution(model.bridge, prompts, batch_size=batch_size).nodes(prompts.name)
+            scores = logit_attribution(model.bridge, prompts, batch_size=batch_size).nodes()
         elif method == "patching":
             scores = patch_activations(model.bridge, prompts, **shared, **given)
         elif method == "path-patching":
@@ -190,7 +190,14 @@ def report_edges(
 
 
 def report_features(
-    space: Workspace, name: str, model: LoadedModel, task: Task, saes: Mapping[str, SAE], *, keep: float = 0.8
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    task: Task,
+    saes: Mapping[str, SAE],
+    *,
+    keep: float = 0.8,
+    on_progress: OnProgress | None = None,
 ) -> Result:
     """Finds and stores a circuit of SAE features; see `circuits.feature_circuits`.
 
@@ -207,7 +214,7 @@ def report_features(
     ordered = sorted(saes.values(), key=lambda sae: list(model.bridge.hook_dict).index(sae.hook_name))
 
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        found = feature_circuit(model.bridge, prompts, ordered, keep=keep, metric=metric)
+        found = feature_circuit(model.bridge, prompts, ordered, keep=keep, metric=metric, on_progress=on_progress)
         summary = pd.DataFrame(
             [{"task": prompts.name, "metric": metric.__name__, "prompts": len(prompts), "nodes": len(found.nodes),
               "share": found.share, "faithfulness_with_errors": found.with_errors,
@@ -221,13 +228,22 @@ def report_features(
 
 
 def report_discrete(
-    space: Workspace, name: str, model: LoadedModel, task: Task, *, n_train: int = 10, normalised: bool = False
+    space: Workspace,
+    name: str,
+    model: LoadedModel,
+    task: Task,
+    *,
+    n_train: int = 10,
+    normalised: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> Result:
     """Finds and stores heads by discrete codes; see `circuits.discrete`."""
     prompts = task.prompts(model)
 
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        found = discover(model.bridge, prompts, n_train=n_train, normalised=normalised, seed=task.seed)
+        found = discover(
+            model.bridge, prompts, n_train=n_train, normalised=normalised, seed=task.seed, on_progress=on_progress
+        )
         grid = found.nodes.view(model.info.n_layers, model.info.n_heads)
         drawn = {"heads": figures.head_heatmap(grid, f"{prompts.name}: discrete codes", diverging=False)}
         return {"nodes": found.table(), "edges": found.edge_table()}, drawn

@@ -188,9 +188,9 @@ def discover(
         loaded = _load(model, device)
         if method == "features":
             saes = {item: space.sae(item, device=str(loaded.device)) for item in sae or []}
-            result = report.report_features(space, called, loaded, asked, saes, keep=keep)
+            result = report.report_features(space, called, loaded, asked, saes, keep=keep, on_progress=on_progress)
         elif method == "discrete":
-            result = report.report_discrete(space, called, loaded, asked)
+            result = report.report_discrete(space, called, loaded, asked, on_progress=on_progress)
         else:
             result = report.report_edges(
                 space, called, loaded, asked, method, steps=steps, batch_size=batch_size,  # type: ignore[arg-type]

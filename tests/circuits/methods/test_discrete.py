@@ -63,6 +63,12 @@ def test_roc_auc_is_the_share_of_pairs_in_order() -> None:
         roc_auc(scores, torch.ones(4, dtype=torch.bool))
 
 
+def test_progress_counts_the_epochs(planted: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    discover(planted, repeats(4, 0), n_train=4, epochs=3, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_too_few_prompts(planted: Any) -> None:
     prompts = induction(None, 0, n=3, length=8, vocabulary=range(30))
     with pytest.raises(InputError, match="needs 5 of either kind, got 3"):

@@ -56,6 +56,18 @@ def test_nodes_of_a_hook_point_add_up_to_its_attribution(
         assert nodes.score[nodes.hook == name].sum() == pytest.approx(expected, abs=1e-5)
 
 
+def test_progress_of_a_feature_circuit_ends_at_its_total(
+    random_model: Any, prompts: PromptSet, saes: list[SAE]
+) -> None:
+    seen: list[tuple[int, int]] = []
+    found = feature_circuit(
+        random_model, prompts, saes, keep=0.3, on_progress=lambda done, total: seen.append((done, total))
+    )
+    total = 2 + int((found.nodes.hook != HOOKS[0]).sum())
+    assert total > 2
+    assert seen == [(done, total) for done in range(total + 1)]
+
+
 def test_edges_out_of_a_node_add_up_to_its_effect_through_the_reader(
     random_model: Any, prompts: PromptSet, saes: list[SAE]
 ) -> None:

@@ -54,6 +54,7 @@ def test_logit_attribution_sees_the_induction_head_and_not_the_previous_token_he
     planted: Any, prompts: PromptSet
 ) -> None:
     scores = logit_attribution(planted, prompts).nodes()
+    assert scores.task == prompts.name
     assert heads(scores)[0] == INDUCTION
     assert abs(scores[PREVIOUS]) < 0.01 * scores[INDUCTION]
 
