@@ -6,7 +6,7 @@
    warms up; then the step is captured as a CUDA graph and replayed.
 3. Everything that changes from step to step - learning rate, Adam's corrections, the densities' rate - is read from
    a table on the device, uploaded ahead. A step waits for nothing, but for BatchTopK's, which asks the device once
-   whether its list holds the answer, and so is not captured.
+   whether its list holds the answer, and so is two graphs: one that makes the list and one that learns from it.
 
 Weights and Adam's moments are fp32 and lie where `TrainingState` has them: checkpoints and finished SAEs are the
 same. The bf16 shadows that products read are made anew when training starts or resumes; they are a function of the
@@ -39,7 +39,7 @@ from sae.rules.gradient_topk import SCALE_ROWS
 from sae.state import REVIVABLE, Totals, TrainingState
 
 if TYPE_CHECKING:
-    from sae.kernels.triton import AuxGradients, GraphedStep, Parameters, StepResult
+    from sae.kernels.triton import AuxGradients, Centred, Listed, Parameters, StepResult
     from sae.train import TrainConfig
 
 FUSED_RULES = (TopK, AbsTopK, BatchTopK, MutualChoice, BatchAbsTopK, FeatureChoice, GradientTopK)
@@ -77,6 +77,31 @@ def _runs_triton(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
+class Program:
+    """A step in parts, between which the host looks at what the first has made."""
+
+    parts: tuple[Callable[[], object], ...]
+    between: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        first, *rest = self.parts
+        first()
+        if self.between is not None:
+            self.between()
+        for part in rest:
+            part()
+
+    def captured(self) -> "Program":
+        """The same with each part as a CUDA graph."""
+        from sae.kernels.triton import GraphedStep
+
+        graphs: list[GraphedStep] = []
+        for part in self.parts:
+            graphs.append(GraphedStep(part, warm_up=0, after=graphs[-1] if graphs else None))
+        return Program(tuple(graphs), self.between)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a step does, as far as its kernels and their memory depend on it."""
 
@@ -104,8 +129,8 @@ class FusedState(TrainingState):
         self._loss_gradients: Tensor | None = None
         self._n_revivable: int | None = None
         self._plan: Plan | None = None
-        self._run: Callable[[], StepResult] | None = None
-        self._graph: GraphedStep | None = None
+        self._run: Program | None = None
+        self._graph: Program | None = None
         self._repeats = 0
 
     @torch.no_grad()
@@ -123,9 +148,7 @@ class FusedState(TrainingState):
             self._plan, self._run, self._graph, self._repeats = plan, self._program(plan), None, 0
         assert self._run is not None
         if self._graph is None and self._repeats >= WARM_UP and self._can_be_captured(plan):
-            from sae.kernels.triton import GraphedStep
-
-            self._graph = GraphedStep(self._run, warm_up=0)
+            self._graph = self._run.captured()
         self._repeats += 1
         (self._graph or self._run)()
 
@@ -183,9 +206,15 @@ class FusedState(TrainingState):
             return False
         if plan.by_feature:
             return self.config.batch_size <= MAX_CAPTURED_TOKENS
-        return not isinstance(self.config.rule, BatchTopK | FeatureChoice)
+        return not self._waits(plan)
 
-    def _program(self, plan: Plan) -> "Callable[[], StepResult]":
+    def _waits(self, plan: Plan) -> bool:
+        """Whether the encoder asks the device in its midst."""
+        from sae.kernels.triton import MAX_MEAN
+
+        return isinstance(self.config.rule, BatchTopK | FeatureChoice) and plan.k > MAX_MEAN
+
+    def _program(self, plan: Plan) -> Program:
         """The step of a plan; every tensor it meets belongs to this state."""
         from sae.kernels import triton as fast
 
@@ -193,7 +222,7 @@ class FusedState(TrainingState):
         rule = config.rule
         assert isinstance(rule, CodeRule)
         assert self._batch is not None
-        batch, encoder = self._batch, self._encoder(rule.at_k(plan.k), plan)
+        batch = self._batch
         adam = fast.AdamStep(self.scalars[:2], *config.betas, EPS)
         steps_done = [self.adam.state[tensor]["step"] for tensor in self.trained.values()]
         aux_loss = torch.zeros((), device=self.scalars.device)
@@ -206,9 +235,12 @@ class FusedState(TrainingState):
             aux_loss.copy_(loss)
             return made
 
-        def run() -> "StepResult":
-            result = fast.training_step(
-                batch, self.input_scale, encoder, parameters, self.tokens_since_fired, adam,
+        def centre() -> "Centred":
+            return fast.centre(batch, self.input_scale, parameters.b_dec, parameters.shadows.dtype)
+
+        def learn(centred: "Centred", code: SparseCode) -> None:
+            result = fast.learn(
+                centred, code, parameters, self.tokens_since_fired, adam,
                 decoder=not config.frozen_decoder, aux=aux if plan.bucket else None,
             )  # fmt: skip
             self.density.lerp_(result.firings / batch.shape[0], self.scalars[2])
@@ -216,9 +248,29 @@ class FusedState(TrainingState):
             loss = result.squared_error / result.total_variance
             l0 = result.firings.sum().double() / batch.shape[0]
             self._add_totals(loss, result.squared_error, result.total_variance, l0, aux_loss if plan.bucket else None)
-            return result
 
-        return run
+        W_enc, b_enc, chosen = parameters.padded_enc.T, parameters.b_enc, rule.at_k(plan.k)
+        by_batch = isinstance(chosen, BatchTopK | FeatureChoice) and not plan.by_feature
+        if by_batch and not self._waits(plan):
+            n_entries, signed = min(chosen.k, config.d_sae) * config.batch_size, chosen.signed
+            made: dict[str, tuple[Centred, Listed]] = {}
+
+            def make_list() -> None:
+                centred = centre()
+                made["last"] = centred, fast.list_batch_topk(centred.x, W_enc, b_enc, n_entries, absolute=signed)
+
+            def look() -> None:
+                centred, listed = made["last"]
+                listed.code_or_again(centred.x, W_enc, b_enc, absolute=signed)
+
+            return Program((make_list, lambda: learn(made["last"][0], made["last"][1].code)), look)
+        encoder = self._encoder(chosen, plan)
+
+        def run() -> None:
+            centred = centre()
+            learn(centred, encoder(centred.x, W_enc, b_enc))
+
+        return Program((run,))
 
     def _shadowed(self) -> "Parameters":
         """The parameters with shadows of their present values; made once, then kept up by every step."""
@@ -253,10 +305,8 @@ class FusedState(TrainingState):
 
             def by_gradient(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseCode:
                 scale = rule.scale(shadow.shadow_dec, gradients[:SCALE_ROWS])
-                weighed = (gradients * scale).to(x.dtype)
-                values, indices = fast.gradient_topk_encode(
-                    x, W_enc, b_enc, shadow.padded_dec, weighed, rule.k, rule.beta
-                )
+                pair = torch.stack((x, (gradients * scale).to(x.dtype)))
+                values, indices = fast.paired_topk_encode(pair, shadow.shadows, b_enc, rule.k, rule.beta)
                 return SparseCode(values, indices, d_sae)
 
             return by_gradient

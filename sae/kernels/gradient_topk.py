@@ -51,6 +51,9 @@ def mean_influence(W_dec: Float[Tensor, "d_sae d_in"], g: Float[Tensor, "n d_in"
     """Mean of |W_dec g| over tokens and features, in row chunks."""
     products = Encoder.of(g, W_dec.T, W_dec.new_zeros(W_dec.shape[0]))
     total = torch.zeros((), dtype=torch.float64, device=g.device)
-    for _, chunk in products.chunks():
-        total += chunk.abs_().sum(dtype=torch.float64)
+    buffer = products.empty(min(products.rows_at_once(), products.n), products.d_sae)
+    for rows in products.x.split(max(1, buffer.shape[0])):
+        influence = buffer[: rows.shape[0]]
+        multiply_add(rows, products.W_enc, None, influence)
+        total += torch.linalg.vector_norm(influence, 1, dim=1).sum(dtype=torch.float64)
     return (total / max(1, g.shape[0] * W_dec.shape[0])).to(products.b_enc.dtype)

@@ -96,8 +96,9 @@ def multiply_add(
         else:
             torch.addmm(bias, left, right, out=out)
     else:
-        product = torch.mm(left, right, out_dtype=out.dtype)
-        out.copy_(product) if bias is None else torch.add(product, bias, out=out)
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        if bias is not None:
+            out += bias
 
 
 def _at_once(width: int, on_cuda: bool) -> int:

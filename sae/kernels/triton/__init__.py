@@ -4,11 +4,11 @@ Importing this package imports triton; nothing in `sae` does so before a CUDA te
 """
 
 from sae.kernels.triton.aux import aux_gradients
-from sae.kernels.triton.batch import batch_topk_encode, feature_topk_encode
-from sae.kernels.triton.encode import gradient_topk_encode, topk_encode
+from sae.kernels.triton.batch import MAX_MEAN, Listed, batch_topk_encode, feature_topk_encode, list_batch_topk
+from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
 from sae.kernels.triton.gradients import gradients
-from sae.kernels.triton.sparse import centre, decode, residual
-from sae.kernels.triton.step import GraphedStep, StepResult, topk_rule, training_step
+from sae.kernels.triton.sparse import Centred, centre, decode, residual
+from sae.kernels.triton.step import GraphedStep, StepResult, learn, topk_rule, training_step
 from sae.kernels.triton.update import (
     AdamStep,
     AuxGradients,
@@ -20,9 +20,12 @@ from sae.kernels.triton.update import (
 )
 
 __all__ = [
+    "MAX_MEAN",
     "AdamStep",
     "AuxGradients",
+    "Centred",
     "GraphedStep",
+    "Listed",
     "Moments",
     "Parameters",
     "StepResult",
@@ -33,6 +36,9 @@ __all__ = [
     "feature_topk_encode",
     "gradient_topk_encode",
     "gradients",
+    "learn",
+    "list_batch_topk",
+    "paired_topk_encode",
     "residual",
     "step_scalars",
     "topk_encode",

@@ -8,7 +8,7 @@ Batch (BatchTopK, mutual choice): the M best of the batch, in the order of `sae.
    integer counter, in no fixed order; sorting them by (token, feature) makes the result the same every time.
 3. Did at least M entries reach it (or was it the smallest positive number), and no more than there are slots? Then
    the M best of the list are the M best of the batch. Else the plain exact encoder does the batch again. Asking is
-   the one host synchronisation here.
+   the one host synchronisation here: what lies before it can be captured, and what uses the code, as another graph.
 
 Feature choice: the m_f best tokens of feature f, in the order of `sae.kernels.feature_topk`. The scores of a chunk
 of features on all tokens, a feature a row that fits one program's registers; bisection for its m_f-th key.
@@ -21,11 +21,12 @@ the last token's offset.
 # (kernels' arguments are pointers and numbers of the compiled language)
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -40,8 +41,10 @@ MARGIN, CAPACITY = 1.4, 2
 CANDIDATES = 4
 # Mean entries a row from which on candidates no longer fit a sorting network.
 MAX_MEAN = 256
-# Tokens of one program's registers.
-MAX_TOKENS = 2**14
+# Columns whose candidates one program appends.
+COLLECTED = 2048
+# Tokens of one program's registers, of one warp's, and of a piece that is compacted at once.
+MAX_TOKENS, WARP_TOKENS, PIECE = 2**14, 512, 1024
 
 
 def batch_topk_encode(
@@ -57,11 +60,56 @@ def batch_topk_encode(
     Returns:
         A ragged code of `n_entries` slots; the entries of a token by feature ascending.
     """
+    n_entries = min(n_entries, x.shape[0] * b_enc.shape[0])
+    if x.shape[0] == 0 or n_entries // x.shape[0] > MAX_MEAN:
+        return plain_batch.batch_topk_encode(x, W_enc[:, : b_enc.shape[0]], b_enc, n_entries, absolute=absolute)
+    listed = list_batch_topk(x, W_enc, b_enc, n_entries, absolute=absolute)
+    return listed.code_or_again(x, W_enc, b_enc, absolute=absolute)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The code that a list of candidates gives, and whether it is the batch's."""
+
+    code: SparseCode
+    holds: Bool[Tensor, ""]
+
+    def code_or_again(
+        self,
+        x: Float[Tensor, "n d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, "d_sae"],
+        *,
+        absolute: bool,
+    ) -> SparseCode:
+        """The batch's code, in the same memory: waits for the device, and where the list fails encodes once more."""
+        code = self.code
+        if not self.holds:
+            n_entries = code.values.shape[0]
+            again = plain_batch.batch_topk_encode(x, W_enc[:, : code.d_sae], b_enc, n_entries, absolute=absolute)
+            assert code.offsets is not None
+            assert again.offsets is not None
+            for ours, theirs in ((code.values, again.values), (code.indices, again.indices)):
+                ours.zero_()[: theirs.shape[0]] = theirs
+            code.offsets.copy_(again.offsets)
+        return code
+
+
+def list_batch_topk(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    n_entries: int,
+    *,
+    absolute: bool = False,
+) -> Listed:
+    """What `batch_topk_encode` does before it asks the device, and so can be captured.
+
+    Args:
+        n_entries: at most n d_sae and (MAX_MEAN + 1) n, of at least one row.
+    """
     n, d_sae = x.shape[0], b_enc.shape[0]
-    n_entries = min(n_entries, n * d_sae)
-    mean = max(1, n_entries // max(n, 1))
-    if n == 0 or mean > MAX_MEAN:
-        return plain_batch.batch_topk_encode(x, W_enc[:, :d_sae], b_enc, n_entries, absolute=absolute)
+    mean = max(1, n_entries // n)
     weights = W_enc.to(x.dtype)
     step = chunk_rows(n)
     (buffer,), bias = score_buffer(1, step, b_enc.float())
@@ -76,13 +124,12 @@ def batch_topk_encode(
         if first == 0:
             aim = math.ceil(MARGIN * n_entries * last / n)
             threshold = _threshold(scores, bias, min(d_sae, CANDIDATES * mean), aim, absolute)
-        _collect_kernel[(last - first,)](
+        block = min(COLLECTED, triton.next_power_of_2(scores.shape[1]))
+        _collect_kernel[(last - first, triton.cdiv(scores.shape[1], block))](
             scores, bias, threshold, counter, values, places, first, scores.shape[1], d_sae, slots,
-            ABSOLUTE=absolute, BLOCK=min(4096, triton.next_power_of_2(d_sae)), num_warps=8,
+            ABSOLUTE=absolute, BLOCK=block, num_warps=max(1, block // 256),
         )  # fmt: skip
-    reached = int(counter)
-    if reached > slots or (reached < n_entries and float(threshold) > 0):
-        return plain_batch.batch_topk_encode(x, W_enc[:, :d_sae], b_enc, n_entries, absolute=absolute)
+    holds = (counter <= slots) & ((counter >= n_entries) | (threshold <= 0))
     places, order = torch.sort(places)
     values = values[order]
     ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
@@ -94,7 +141,7 @@ def batch_topk_encode(
     value, place = values.new_zeros(n_entries + 1), places.new_zeros(n_entries + 1)
     value.scatter_(0, slot, values)
     place.scatter_(0, slot, places)
-    return _ragged(place[:-1], value[:-1], n, d_sae)
+    return Listed(_ragged(place[:-1], value[:-1], n, d_sae), holds)
 
 
 def _threshold(
@@ -114,20 +161,20 @@ def _collect_kernel(
     Z, bias, threshold, counter, values, places, first, width, d_sae, slots,
     ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A block of one row: a program that took the whole row would wait for the counter block after block."""
     row = tl.program_id(0).to(tl.int64)
     lowest = tl.maximum(keys_of(tl.load(threshold), False), 1)
-    for left in range(0, width, BLOCK):
-        columns = left + tl.arange(0, BLOCK)
-        inside = columns < width
-        z = tl.load(Z + row * width + columns, mask=inside, other=0.0)
-        z += tl.load(bias + columns, mask=inside, other=0.0)
-        kept = (keys_of(z, ABSOLUTE) >= lowest).to(tl.int32)
-        n_kept = tl.sum(kept)
-        if n_kept > 0:
-            slot = tl.atomic_add(counter, n_kept) + tl.cumsum(kept, 0) - 1
-            mask = (kept > 0) & (slot < slots)
-            tl.store(values + slot, z, mask=mask)
-            tl.store(places + slot, (first + row) * d_sae + columns, mask=mask)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    z = tl.load(Z + row * width + columns, mask=inside, other=0.0)
+    z += tl.load(bias + columns, mask=inside, other=0.0)
+    kept = (keys_of(z, ABSOLUTE) >= lowest).to(tl.int32)
+    n_kept = tl.sum(kept)
+    if n_kept > 0:
+        slot = tl.atomic_add(counter, n_kept) + tl.cumsum(kept, 0) - 1
+        mask = (kept > 0) & (slot < slots)
+        tl.store(values + slot, z, mask=mask)
+        tl.store(places + slot, (first + row) * d_sae + columns, mask=mask)
 
 
 def _no_places(slots: int, n: int, d_sae: int, device: torch.device) -> Int[Tensor, "slots"]:
@@ -145,23 +192,43 @@ def _ragged(place: Int[Tensor, "entries"], value: Float[Tensor, "entries"], n: i
 
 
 @triton.jit
-def _budget_kernel(Z, bias, budgets, starts, values, places, first, stride, n, d_sae, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    feature = first + row
-    token = tl.arange(0, BLOCK)
+def _token_keys(row, bias, token, n):
     inside = token < n
     # A feature's bias is one number: broadcast it over its row.
-    z = tl.load(Z + row * stride + token, mask=inside, other=0.0) + tl.load(bias + feature)
-    keys = tl.where(inside, keys_of(z, False), 0)
+    z = tl.load(row + token, mask=inside, other=0.0) + bias
+    return tl.where(inside, keys_of(z, False), 0)
+
+
+@triton.jit
+def _budget_kernel(
+    Z, bias, budgets, starts, values, places, first, stride, n, d_sae, BLOCK: tl.constexpr, PIECE: tl.constexpr
+):  # fmt: skip
+    """Finds a feature's bound with all its keys in registers, then reads the row again, which lies in a cache.
+
+    Compacting what is in registers would take so many of them that two programs fill a multiprocessor.
+    """
+    feature = first + tl.program_id(0)
+    row = Z + tl.program_id(0).to(tl.int64) * stride
+    b = tl.load(bias + feature)
     budget = tl.load(budgets + feature).to(tl.int32)
+    keys = _token_keys(row, b, tl.arange(0, BLOCK), n)
     tau = tl.maximum(bound(keys, budget, budget), 1)
-    above = keys > tau
-    equal = keys == tau
-    wanted = budget - tl.sum(above.to(tl.int32))
-    kept = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= wanted))
-    slot = tl.load(starts + feature) + tl.cumsum(kept.to(tl.int32), 0) - 1
-    tl.store(values + slot, z, mask=kept)
-    tl.store(places + slot, token.to(tl.int64) * d_sae + feature, mask=kept)
+    # Of the tokens at the bound the first are taken, as many as the others leave.
+    n_equal_wanted = budget - tl.sum((keys > tau).to(tl.int32))
+    n_equal = 0
+    start = tl.load(starts + feature)
+    for left in range(0, n, PIECE):
+        token = left + tl.arange(0, PIECE)
+        key = _token_keys(row, b, token, n)
+        if tl.max(key) >= tau:
+            equal = (key == tau).to(tl.int32)
+            kept = (key > tau) | ((key == tau) & (n_equal + tl.cumsum(equal, 0) <= n_equal_wanted))
+            slot = start + tl.cumsum(kept.to(tl.int32), 0) - 1
+            # A key that is kept is the bits of its score, also NaN's.
+            tl.store(values + slot, key.to(tl.float32, bitcast=True), mask=kept)
+            tl.store(places + slot, token.to(tl.int64) * d_sae + feature, mask=kept)
+            start += tl.sum(kept.to(tl.int32))
+            n_equal += tl.sum(equal)
 
 
 def feature_topk_encode(
@@ -183,8 +250,8 @@ def feature_topk_encode(
     n, d_sae = x.shape[0], b_enc.shape[0]
     if n == 0 or n > MAX_TOKENS:
         return plain_feature.feature_topk_encode(x, W_enc[:, :d_sae], b_enc, budgets)
-    ends = budgets.cumsum(0)
-    n_entries = int(ends[-1]) if n_entries is None else n_entries
+    starts = budgets.cumsum(0) - budgets
+    n_entries = int(budgets.sum()) if n_entries is None else n_entries
     weights, bias = W_enc.T.to(x.dtype), b_enc.float()
     width = -(-n // 64) * 64
     values = torch.zeros(n_entries, dtype=torch.float32, device=x.device)
@@ -198,8 +265,8 @@ def feature_topk_encode(
         scores = buffer[: last - first]
         product(weights[first:last], x.T, scores[:, :n])
         _budget_kernel[(last - first,)](
-            scores, bias, budgets, ends - budgets, values, places, first, width, n, d_sae,
-            BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            scores, bias, budgets, starts, values, places, first, width, n, d_sae,
+            BLOCK=block, PIECE=min(block, PIECE), num_warps=max(1, block // WARP_TOKENS),
         )  # fmt: skip
     places, order = torch.sort(places)
     return _ragged(places, values[order], n, d_sae)

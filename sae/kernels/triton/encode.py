@@ -32,27 +32,43 @@ def score_buffer(
     return buffer, torch.nn.functional.pad(bias, (0, width - bias.shape[0]))
 
 
-def product(x: Float[Tensor, "n d"], weights: Float[Tensor, "d columns"], out: Float[Tensor, "n columns"]) -> None:
+def padded_pair(
+    one: Float[Tensor, "rows d"], other: Float[Tensor, "rows d"], dtype: torch.dtype
+) -> Float[Tensor, "2 padded d"]:
+    """Copies in `dtype` with rows of zeros up to a multiple of 64, which products like; one launch takes both."""
+    rows, d = one.shape
+    out = torch.zeros(2, -(-rows // 64) * 64, d, dtype=dtype, device=one.device)
+    out[0, :rows], out[1, :rows] = one, other
+    return out
+
+
+def product(
+    x: Float[Tensor, "*pair n d"], weights: Float[Tensor, "*pair d columns"], out: Float[Tensor, "*pair n columns"]
+) -> None:
     """Writes x @ weights, accumulated in fp32, to fp32 `out`."""
+    multiply = torch.mm if x.ndim == 2 else torch.bmm
     if x.dtype == torch.float32:
-        torch.mm(x, weights, out=out)
+        multiply(x, weights, out=out)
     elif x.is_cuda:
-        torch.mm(x, weights, out_dtype=torch.float32, out=out)
+        multiply(x, weights, out_dtype=torch.float32, out=out)
     else:
-        torch.mm(x.float(), weights.float(), out=out)
+        multiply(x.float(), weights.float(), out=out)
 
 
 def padded_product(
-    x: Float[Tensor, "n d"], weights: Float[Tensor, "d columns"], out: Float[Tensor, "n padded"], n_columns: int
+    x: Float[Tensor, "*pair n d"],
+    weights: Float[Tensor, "*pair d columns"],
+    out: Float[Tensor, "*pair n padded"],
+    n_columns: int,
 ) -> None:
     """`product` into the first columns of `out`, of which those beyond `n_columns` are 0 afterwards.
 
     Products with an odd number of columns take a slow path: weights padded with zeros avoid it.
     """
-    product(x, weights, out[:, : weights.shape[1]])
-    if weights.shape[1] > n_columns:
+    product(x, weights, out[..., : weights.shape[-1]])
+    if weights.shape[-1] > n_columns:
         # An infinite input times zero is NaN, and would be selected.
-        out[:, n_columns:] = 0
+        out[..., n_columns:] = 0
 
 
 def topk_encode(
@@ -73,7 +89,17 @@ def topk_encode(
     Returns:
         Values (fp32) and indices (int64) in the canonical order; empty slots hold value 0 and index 0.
     """
-    return _encode(x, W_enc, b_enc, k, absolute=absolute)
+    n, d_sae = x.shape[0], b_enc.shape[0]
+    weights = W_enc.to(x.dtype)
+    values, indices = _empty_code(n, k, x.device)
+    rows = chunk_rows(n)
+    (buffer,), bias = score_buffer(1, rows, b_enc.float())
+    for first in range(0, n, rows):
+        chunk = slice(first, first + rows)
+        scores = buffer[: x[chunk].shape[0]]
+        padded_product(x[chunk], weights, scores, d_sae)
+        select_rows(scores, bias, k, values[chunk], indices[chunk], absolute=absolute)
+    return values, indices
 
 
 def gradient_topk_encode(
@@ -90,33 +116,36 @@ def gradient_topk_encode(
     Args:
         g: gradient of the model's loss at x, scaled as the rule wants it.
     """
-    return _encode(x, W_enc, b_enc, k, gradient=(W_dec.T.to(x.dtype), g.to(x.dtype), beta))
+    return paired_topk_encode(torch.stack((x, g.to(x.dtype))), padded_pair(W_enc.T, W_dec, x.dtype), b_enc, k, beta)
 
 
-def _encode(
-    x: Float[Tensor, "n d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
+def paired_topk_encode(
+    x_and_g: Float[Tensor, "2 n d_in"],
+    shadows: Float[Tensor, "2 padded d_in"],
     b_enc: Float[Tensor, "d_sae"],
     k: int,
-    *,
-    absolute: bool = False,
-    gradient: tuple[Tensor, Tensor, float] | None = None,
+    beta: float,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    n = x.shape[0]
-    weights = W_enc.to(x.dtype)
-    values = torch.empty(n, k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
-    n_buffers = 1 if gradient is None else 2
-    rows = chunk_rows(n, n_buffers)
-    buffers, bias = score_buffer(n_buffers, rows, b_enc.float())
+    """`gradient_topk_encode` of stacked factors: both products of a chunk are one launch, which fills the device.
+
+    Args:
+        x_and_g: x, and the gradient scaled, in the precision of the products.
+        shadows: W_enc^T and W_dec in that precision, with rows of zeros, as `padded_pair` makes them.
+    """
+    n, d_sae = x_and_g.shape[1], b_enc.shape[0]
+    weights = shadows.transpose(1, 2)
+    values, indices = _empty_code(n, k, x_and_g.device)
+    rows = chunk_rows(n, 2)
+    buffers, bias = score_buffer(2, rows, b_enc.float())
     for first in range(0, n, rows):
-        last = min(n, first + rows)
-        scores = buffers[0, : last - first]
-        padded_product(x[first:last], weights, scores, b_enc.shape[0])
-        ranked = None
-        if gradient is not None:
-            W_dec, g, beta = gradient
-            ranked = buffers[1, : last - first], beta
-            padded_product(g[first:last], W_dec, ranked[0], b_enc.shape[0])
-        select_rows(scores, bias, k, values[first:last], indices[first:last], absolute=absolute, gradient=ranked)
+        chunk = slice(first, first + rows)
+        factors = x_and_g[:, chunk]
+        scores = buffers[:, : factors.shape[1]]
+        padded_product(factors, weights, scores, d_sae)
+        select_rows(scores[0], bias, k, values[chunk], indices[chunk], gradient=(scores[1], beta))
     return values, indices
+
+
+def _empty_code(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for fp32 values and int64 indices [n, k]."""
+    return tuple(torch.empty(n, k, dtype=dtype, device=device) for dtype in (torch.float32, torch.int64))  # type: ignore[return-value]

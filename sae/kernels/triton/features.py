@@ -34,7 +34,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.kernels.triton.sparse import alignment
 
-WINDOW = 128
+WINDOW = 64
 # Entries whose rows are loaded at once.
 ENTRIES = 4
 

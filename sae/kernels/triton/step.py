@@ -7,6 +7,7 @@ Loss: the batch's normalised squared error, as in `sae.losses`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +16,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.kernels.triton.encode import topk_encode
 from sae.kernels.triton.features import by_feature, feature_gradients
-from sae.kernels.triton.sparse import centre, residual
+from sae.kernels.triton.sparse import Centred, centre, residual
 from sae.kernels.triton.update import (
     AdamStep,
     AuxGradients,
@@ -59,12 +60,26 @@ def training_step(
     parameters: Parameters,
     tokens_since_fired: Int[Tensor, "d_sae"],
     adam: AdamStep,
+    **options: Any,
+) -> StepResult:
+    """Forward, backward and update on a batch of raw activations; `options` are those of `learn`."""
+    centred = centre(batch, input_scale, parameters.b_dec, parameters.shadows.dtype)
+    code = encoder(centred.x, parameters.padded_enc.T, parameters.b_enc)
+    return learn(centred, code, parameters, tokens_since_fired, adam, **options)
+
+
+def learn(
+    centred: Centred,
+    code: SparseCode,
+    parameters: Parameters,
+    tokens_since_fired: Int[Tensor, "d_sae"],
+    adam: AdamStep,
     *,
     decoder: bool = True,
     materialise: bool = False,
     aux: Callable[[StepResult], AuxGradients] | None = None,
 ) -> StepResult:
-    """Forward, backward and update on a batch of raw activations.
+    """What follows the encoder in a step: decoding, backward and update.
 
     Args:
         decoder: whether W_dec is trained.
@@ -72,8 +87,6 @@ def training_step(
         aux: makes the gradients of an auxiliary loss from the forward pass; not with `materialise`.
     """
     p = parameters
-    centred = centre(batch, input_scale, p.b_dec, p.shadow_enc.dtype)
-    code = encoder(centred.x, p.padded_enc.T, p.b_enc)
     fit = residual(code, p.shadow_dec, centred.x, p.shadow_dec.dtype)
     order = by_feature(code)
     firings = order.offsets.diff()
@@ -84,7 +97,7 @@ def training_step(
             order, fit.residual, centred.x, scale, p.shadow_dec, decoder=decoder
         )
         grad_b_dec = fit.residual.sum(0, dtype=torch.float32) * scale - through_encoder(grad_bias, p.shadow_enc)
-        tokens_since_fired.add_(batch.shape[0]).masked_fill_(firings > 0, 0)
+        tokens_since_fired.add_(code.n_tokens).masked_fill_(firings > 0, 0)
         update_from_gradients(p, grad_dec, grad_enc, grad_bias, grad_b_dec, adam)
     else:
         update_from_code(
@@ -101,11 +114,12 @@ class GraphedStep:
     Capturing trains nothing; warming up does.
 
     Args:
-        step: what to capture.
+        step: what to capture; a part of a step where the host must look at something between two.
         warm_up: how often to call it before, on a side stream; 0 where it has run already.
+        after: the part that is replayed before this one each time, whose memory this one may use again.
     """
 
-    def __init__(self, step: Callable[[], StepResult], warm_up: int = 3) -> None:
+    def __init__(self, step: Callable[[], object], warm_up: int = 3, after: "GraphedStep | None" = None) -> None:
         # The graph knows addresses only: what `step` refers to must live as long.
         self.step = step
         stream = torch.cuda.Stream()
@@ -116,10 +130,11 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads read ahead from disk to this device, and must be let.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        pool = None if after is None else after.graph.pool()
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = step()
 
-    def __call__(self) -> StepResult:
+    def __call__(self) -> object:
         """Replays the step; the result's tensors are the same memory every time."""
         self.graph.replay()
         return self.result

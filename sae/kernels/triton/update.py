@@ -26,6 +26,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.kernels.triton.encode import padded_pair
 from sae.kernels.triton.features import ENTRIES, WINDOW, FeatureOrder, gradient_slice, products, row_slice
 from sae.kernels.triton.sparse import alignment
 
@@ -56,19 +57,23 @@ class Parameters:
     m_W_dec: Moments
     m_b_enc: Moments
     m_b_dec: Moments
-    padded_enc: Float[Tensor, "padded d"]
-    """W_enc in the precision of the encoder's product, and rows of zeros up to a multiple of 64."""
-    padded_dec: Float[Tensor, "padded d"]
+    shadows: Float[Tensor, "2 padded d"]
+    """W_enc and W_dec in the precision of products, with rows of zeros up to a multiple of 64."""
+
+    @property
+    def padded_enc(self) -> Float[Tensor, "padded d"]:
+        """W_enc as the encoder's product reads it."""
+        return self.shadows[0]
 
     @property
     def shadow_enc(self) -> Float[Tensor, "d_sae d"]:
-        """W_enc as the encoder's product reads it, without the padding."""
-        return self.padded_enc[: self.W_enc.shape[0]]
+        """W_enc as products read it, without the padding."""
+        return self.shadows[0, : self.W_enc.shape[0]]
 
     @property
     def shadow_dec(self) -> Float[Tensor, "d_sae d"]:
         """W_dec as products read it, without the padding."""
-        return self.padded_dec[: self.W_dec.shape[0]]
+        return self.shadows[1, : self.W_dec.shape[0]]
 
     @classmethod
     def starting(
@@ -98,15 +103,7 @@ class Parameters:
     ) -> "Parameters":
         """These parameters and moments, which are kept, with new shadows in `dtype`."""
         moments = (m_W_enc, m_W_dec, m_b_enc, m_b_dec)
-        return cls(W_enc, W_dec, b_enc, b_dec, *moments, padded_rows(W_enc, dtype), padded_rows(W_dec, dtype))
-
-
-def padded_rows(weights: Float[Tensor, "rows d"], dtype: torch.dtype) -> Float[Tensor, "padded d"]:
-    """A copy in `dtype` with rows of zeros up to a multiple of 64, which matrix products like."""
-    rows, d = weights.shape
-    out = torch.zeros(-(-rows // 64) * 64, d, dtype=dtype, device=weights.device)
-    out[:rows] = weights
-    return out
+        return cls(W_enc, W_dec, b_enc, b_dec, *moments, padded_pair(W_enc, W_dec, dtype))
 
 
 @dataclass(frozen=True)

@@ -102,15 +102,16 @@ def test_select_stays_in_registers(absolute: bool, gradient: bool, folder: Path)
 
 
 def test_feature_choice_stays_in_registers(folder: Path) -> None:
-    from sae.kernels.triton.batch import _budget_kernel
+    from sae.kernels.triton.batch import MAX_TOKENS, PIECE, WARP_TOKENS, _budget_kernel
 
-    check(_budget_kernel, {"BLOCK": 8192}, 16, folder)
+    for tokens in (4096, 8192, MAX_TOKENS):
+        check(_budget_kernel, {"BLOCK": tokens, "PIECE": PIECE}, tokens // WARP_TOKENS, folder)
 
 
 def test_batch_collection_stays_in_registers(folder: Path) -> None:
-    from sae.kernels.triton.batch import _collect_kernel
+    from sae.kernels.triton.batch import COLLECTED, _collect_kernel
 
-    check(_collect_kernel, {"ABSOLUTE": False, "BLOCK": 4096}, 8, folder)
+    check(_collect_kernel, {"ABSOLUTE": False, "BLOCK": COLLECTED}, COLLECTED // 256, folder)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -29,8 +29,8 @@ from sae.state import Totals, TrainingState
 from sae.train import StepMetrics, TrainConfig, train
 
 D, F, N, STEPS = 6, 12, 8, 4
-# Where a feature's gradient nearly cancels, Adam turns its rounding into a step: with uniform budgets, inputs changed by
-# one unit in the last place move the plain path's own loss by 0.07 of the learning rate.
+# Where a feature's gradient nearly cancels, Adam turns its rounding into a step: with uniform budgets, inputs changed
+# by one unit in the last place move the plain path's own loss by 0.07 of the learning rate.
 CONFIG = TrainConfig(
     name="a", total_tokens=STEPS * N, batch_size=N, d_sae=F, rule=TopK(4), lr=3e-4, dead_after_tokens=N
 )
@@ -239,7 +239,7 @@ def test_an_sae_that_fails_takes_only_itself_out(choose: Callable[[bool], None],
 def test_infinite_activations_select_no_padded_feature(device: torch.device) -> None:
     x = torch.randn(9, D, device=device)
     x[2, 3], x[4] = torch.inf, torch.nan
-    weights = update.padded_rows(torch.randn(F, D, device=device), torch.float32)
+    weights = encode.padded_pair(*torch.randn(2, F, D, device=device), torch.float32)[0]
     assert weights.shape == (64, D)
     for absolute in (False, True):
         _, indices = encode.topk_encode(x, weights.T, torch.zeros(F, device=device), 4, absolute=absolute)
