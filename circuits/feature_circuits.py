@@ -50,6 +50,8 @@ class FeatureCircuit:
     """Columns node, hook, feature (-1: the error), score; strongest first."""
     edges: pd.DataFrame
     """Columns writer, reader, score; strongest first."""
+    hooks: tuple[str, ...]
+    """The hook points in the order in which a pass reaches them."""
     share: float
     """Part of the total |score| that the nodes hold."""
     with_errors: float
@@ -91,7 +93,7 @@ def feature_circuit(
     """The circuit that holds the share `keep` of all attribution.
 
     Args:
-        saes: one SAE a hook point, in the order of the forward pass. Codes are held densely over the prompts.
+        saes: one SAE a hook point, in any order. Codes are held densely over the prompts.
         on_progress: called with (passes done, passes in all): two runs of the circuit and one a node that has edges
             into it.
 
@@ -107,6 +109,7 @@ def feature_circuit(
     if not 0 < keep <= 1:
         raise InputError(f"keep is the share of attribution held, between 0 and 1, got {keep}")
     splits, clean, corrupted = _splits(bridge, prompts, saes, metric)
+    hooks = list(splits)
     nodes = _nodes(splits)
     held = nodes.score.abs().cumsum() / nodes.score.abs().sum()
     nodes = nodes[: int((held < keep).sum()) + 1]
@@ -124,7 +127,8 @@ def feature_circuit(
         report(number)
     with_errors, without_errors = ((value - corrupted) / (clean - corrupted) for value in values)
     edges = _edges(bridge, prompts, splits, kept, lambda done: report(2 + done))
-    return FeatureCircuit(nodes, edges, float(held.iloc[len(nodes) - 1]), with_errors, without_errors, clean, corrupted)
+    share = float(held.iloc[len(nodes) - 1])
+    return FeatureCircuit(nodes, edges, tuple(hooks), share, with_errors, without_errors, clean, corrupted)
 
 
 def node_name(hook: str, feature: int) -> str:
@@ -135,6 +139,7 @@ def node_name(hook: str, feature: int) -> str:
 def _splits(
     bridge: Any, prompts: PromptSet, saes: Sequence[SAE], metric: Metric
 ) -> tuple[dict[str, _Split], float, float]:
+    """Every hook point's split, in the order in which the pass reached them, and the metric on either prompts."""
     names = [sae.hook_name for sae in saes]
     probes: dict[str, Tensor] = {}
     clean: dict[str, Tensor] = {}
@@ -145,8 +150,10 @@ def _splits(
     other = activations(bridge, prompts.corrupted, names)
     with torch.no_grad():
         after = metric(answer_logits(bridge, prompts.corrupted, prompts.last), prompts).mean().item()
+    read_by = dict(zip(names, zip(saes, gradients, strict=True), strict=True))
     splits = {}
-    for sae, name, gradient in zip(saes, names, gradients, strict=True):
+    for name in clean:
+        sae, gradient = read_by[name]
         pair = [_split(sae, value[name].detach().flatten(2)) for value in (clean, other)]
         codes, errors = (pair[0][0], pair[1][0]), (pair[0][1], pair[1][1])
         splits[name] = _Split(sae, clean[name].detach().flatten(2), codes, errors, gradient.flatten(2))

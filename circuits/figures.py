@@ -9,6 +9,7 @@ from torch import Tensor
 
 from circuits.dfa import FeatureAttribution
 from circuits.faithfulness import FaithfulnessCurve
+from circuits.feature_circuits import ERROR, FeatureCircuit
 from circuits.nodes import parse
 from circuits.scores import EdgeScores, NodeScores
 
@@ -137,7 +138,7 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
         figure.add_scatter(
             x=[x1, (x1 + x2) / 2, x2], y=[y1, (y1 + y2) / 2, y2], mode="lines", showlegend=False, hoverinfo="text",
             text=f"{writer}->{reader}: {score:.4g}",
-            line={"color": "#4269d0" if score > 0 else "#ff725c", "width": 0.5 + 5 * abs(score) / largest},
+            line={"color": _sign_colour(score), "width": 0.5 + 5 * abs(score) / largest},
         )  # fmt: skip
     names = sorted(used)
     figure.add_scatter(
@@ -149,6 +150,52 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
     figure.update_yaxes(visible=False)
     title = f"{scores.task}: {int(edges.sum())} edges by {scores.method}"
     return figure.update_layout(title=title, height=120 + 110 * (graph.n_layers + 1), margin=MARGIN)
+
+
+FEATURES_A_ROW, FEATURE_EDGES = 16, 80
+"""Features of a hook point and edges that a graph of features shows; the tables hold all."""
+
+
+def feature_graph(circuit: FeatureCircuit) -> go.Figure:
+    """The strongest nodes of a feature circuit, a row a hook point upwards, and the strongest edges between them."""
+    hooks = circuit.hooks
+    places: dict[str, tuple[float, float]] = {}
+    shown = []
+    for row, hook in enumerate(hooks):
+        nodes = circuit.nodes[circuit.nodes.hook == hook][:FEATURES_A_ROW]
+        for column, node in enumerate(nodes.node):
+            places[node] = ((column + 0.5) / len(nodes), row)
+        shown += nodes.to_dict("records")
+    edges = circuit.edges[circuit.edges.writer.isin(places) & circuit.edges.reader.isin(places)][:FEATURE_EDGES]
+    largest = float(edges.score.abs().max()) if len(edges) else 1.0
+    figure = go.Figure()
+    for edge in edges.to_dict("records"):
+        (x1, y1), (x2, y2), score = places[edge["writer"]], places[edge["reader"]], edge["score"]
+        figure.add_scatter(
+            x=[x1, (x1 + x2) / 2, x2], y=[y1, (y1 + y2) / 2, y2], mode="lines", showlegend=False, hoverinfo="text",
+            text=f"{edge['writer']} -> {edge['reader']}: {score:.4g}",
+            line={"color": _sign_colour(score), "width": 0.5 + 5 * abs(score) / largest},
+        )  # fmt: skip
+    strongest = max((abs(node["score"]) for node in shown), default=1.0)
+    figure.add_scatter(
+        x=[places[node["node"]][0] for node in shown], y=[places[node["node"]][1] for node in shown],
+        text=["error" if node["feature"] == ERROR else str(node["feature"]) for node in shown],
+        customdata=[[node["node"], node["score"]] for node in shown], mode="markers+text",
+        textposition="top center", showlegend=False,
+        hovertemplate="%{customdata[0]}: %{customdata[1]:.4g}<extra></extra>",
+        marker={"size": [6 + 14 * abs(node["score"]) / strongest for node in shown],
+                "color": [_sign_colour(node["score"]) for node in shown],
+                "symbol": ["square" if node["feature"] == ERROR else "circle" for node in shown]},
+    )  # fmt: skip
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(tickvals=list(range(len(hooks))), ticktext=list(hooks), range=[-0.4, len(hooks) - 0.4])
+    title = f"{len(shown)} of {len(circuit.nodes)} nodes, {len(edges)} of {len(circuit.edges)} edges"
+    return figure.update_layout(title=title, height=160 + 140 * len(hooks), margin={**MARGIN, "l": 180})
+
+
+def _sign_colour(score: float) -> str:
+    """Blue for what serves the behaviour, red for what works against it."""
+    return "#4269d0" if score > 0 else "#ff725c"
 
 
 def attribution_map(found: FeatureAttribution, tokens: Sequence[str]) -> go.Figure:

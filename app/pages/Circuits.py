@@ -1,4 +1,4 @@
-"""Circuits page: stored circuit results opened again, and a task run on the spot."""
+"""Circuits page: stored circuit results opened again, a task or an attention feature's attribution run on the spot."""
 
 import pandas as pd
 import streamlit as st
@@ -6,10 +6,13 @@ from plotly import io
 
 from app.shared import loaded_model, open_workspace, page_link, plain
 from workbench import Workspace
-from workbench.circuits import report, stored
+from workbench.circuits import stored
+from workbench.circuits.attention_saes import report_dfa
+from workbench.circuits.methods import METHODS, run_method
 from workbench.circuits.report import AGREEMENT, DFA, DISCRETE, EDGES, FEATURES, NODES, TASK_NAMES, Task
 from workbench.circuits.tables import TABLE
 from workbench.index import InputError
+from workbench.live import model_name, model_of
 from workbench.results import Result
 
 st.set_page_config(page_title="Circuits", page_icon="🔬", layout="wide")
@@ -18,11 +21,8 @@ KINDS = {
     EDGES: "edges", NODES: "nodes", FEATURES: "SAE features", DISCRETE: "discrete codes", DFA: "attention feature",
     AGREEMENT: "agreement of methods", TABLE: "published table",
 }  # fmt: skip
-METHODS = {
-    "EAP-IG (edges)": "ig-inputs", "EAP (edges)": "eap", "EAP-IG at activations (edges)": "ig-activations",
-    "patching (heads)": "patching", "mean ablation (heads)": "ablation", "direct logit attribution": "attribution",
-    "discrete codes (heads)": "discrete",
-}  # fmt: skip
+# Path patching asks for receivers, and patching every edge takes a forward pass each: these are for the command line.
+OFFERED = [method for method in METHODS if method not in ("path-patching", "exact")]
 EDGES_AT_FIRST, MOST_EDGES, MOST_ROWS = 40, 400, 500
 
 
@@ -30,8 +30,12 @@ def main() -> None:
     """Draws the page."""
     workspace = open_workspace()
     st.title("Circuits")
-    with st.expander("Run a task", expanded=not results(workspace)):
-        run_task(workspace)
+    with st.expander("Run", expanded=not results(workspace)):
+        task, feature = st.tabs(["A task", "An attention feature on a text"])
+        with task:
+            run_task(workspace)
+        with feature:
+            run_feature(workspace)
     result = choose(workspace)
     if result is None:
         return
@@ -53,28 +57,63 @@ def run_task(workspace: Workspace) -> None:
     with st.form("run", border=False):
         task, method, prompts, model = st.columns([2, 3, 1, 2])
         name = task.selectbox("Task", TASK_NAMES, key="task")
-        label = method.selectbox("Method", list(METHODS), key="method")
+        chosen = method.selectbox("Method", OFFERED, key="method", format_func=METHODS.__getitem__)
         n = prompts.number_input("Prompts", 5, 128, 16, key="prompts")
         spec = model.text_input("Model", "demo", key="model", help="demo, a local Hugging Face folder, or a hub name")
+        saes = st.multiselect(
+            "SAEs", [item.name for item in workspace.saes()], key="saes",
+            help="for SAE features only: one for each hook point", placeholder="for the method SAE features",
+        )  # fmt: skip
         if not st.form_submit_button("Run"):
             return
+    title = f"{METHODS[chosen]} on {name} ..."
+    bar = st.progress(0.0, title)
+
+    def advance(done: int, total: int) -> None:
+        bar.progress(done / max(total, 1), title)
+
     try:
-        with st.spinner(f"{label} on {name} ..."):
-            made = run(workspace, spec, Task(name, int(n)), METHODS[label])
+        made = run_method(
+            workspace, loaded_model(spec), Task(name, int(n)), chosen, saes=saes if chosen == "features" else (),
+            on_progress=advance,
+        )  # fmt: skip
+    except InputError as error:
+        st.error(plain(str(error)))
+        return
+    finally:
+        bar.empty()
+    st.query_params["result"] = f"{made.kind}/{made.name}"
+
+
+def run_feature(workspace: Workspace) -> None:
+    """A form that splits a feature of an attention-output SAE by source token and head, and opens the result."""
+    hooks = {item.name: item.hook for item in workspace.saes()}
+    attention = [name for name, hook in hooks.items() if hook.endswith("attn.hook_z")]
+    if not attention:
+        st.caption("No SAE on an `attn.hook_z` yet: harvest one of these hook points and train on it.")
+        return
+    with st.form("run feature", border=False):
+        box, number, below = st.columns([2, 1, 3])
+        sae = box.selectbox("Attention SAE", attention, key="attention sae")
+        feature = number.number_input("Feature", 0, value=None, step=1, key="dfa feature", placeholder="the strongest")
+        residuals = below.multiselect(
+            "Go on through residual SAEs", [name for name, hook in hooks.items() if "hook_resid_p" in hook], key="below"
+        )
+        text = st.text_area("Text", key="dfa text", height=68, help="the feature is read at its last token")
+        if not st.form_submit_button("Attribute"):
+            return
+    try:
+        with st.spinner("Attributing ..."):
+            saes = {name: workspace.sae(name) for name in (sae, *residuals)}
+            model = model_of(workspace, sae, loaded_model(model_name(workspace, sae)))
+            made = report_dfa(
+                workspace, f"dfa-{sae}", model, (sae, saes[sae]), text,
+                feature=None if feature is None else int(feature), residuals={name: saes[name] for name in residuals},
+            )  # fmt: skip
     except InputError as error:
         st.error(plain(str(error)))
         return
     st.query_params["result"] = f"{made.kind}/{made.name}"
-
-
-def run(workspace: Workspace, model: str, task: Task, method: str) -> Result:
-    """One method on one task; made before, it is opened."""
-    loaded, name = loaded_model(model), f"{task.name}-{method}"
-    if method == "discrete":
-        return report.report_discrete(workspace, name, loaded, task)
-    if method in ("patching", "ablation", "attribution"):
-        return report.report_nodes(workspace, name, loaded, task, method)  # type: ignore[arg-type]
-    return report.report_edges(workspace, name, loaded, task, method)  # type: ignore[arg-type]
 
 
 def choose(workspace: Workspace) -> Result | None:

@@ -4,8 +4,11 @@ import random
 from collections.abc import Sequence
 
 import streamlit as st
+import torch
 
 from app.shared import choose_index, loaded_model, open_workspace, page_link, plain
+from circuits.dfa import direct_feature_attribution
+from circuits.figures import attribution_map
 from workbench import Workspace
 from workbench.index import InputError, figures
 from workbench.index.feature import Feature, TokenEffect
@@ -41,6 +44,8 @@ def main() -> None:
         card(feature, workspace)
     with right:
         tested = own_text(workspace, index, feature)
+        if tested is not None and feature.heads:
+            sources(workspace, feature, tested)
         logits(feature)
         histograms(feature, tested)
         examples(feature)
@@ -183,6 +188,25 @@ def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Liv
     if not found.example.activation:
         st.caption("It does not fire on this text.")
     return found
+
+
+def sources(workspace: Workspace, feature: Feature, tested: LiveText) -> None:
+    """Where an attention feature reads from on the tested text, by head and source token (DFA)."""
+    peak = tested.example.peak
+    try:
+        model = loaded_model(feature.model)
+        tokens = torch.tensor(tested.ids, device=model.device)
+        found = direct_feature_attribution(model.bridge, workspace.sae(feature.sae), tokens, feature.feature, peak + 1)
+    except InputError as error:
+        st.error(f"The feature cannot be attributed here: {plain(str(error))}")
+        return
+    st.markdown("**Where it reads from**")
+    figure = attribution_map(found, ["BOS", *tested.example.tokens])
+    st.plotly_chart(figure, key="sources", config={"displayModeBar": False})
+    st.caption(
+        f"What every head brings from every token to the pre-activation {found.pre_activation:.3g} at "
+        f"{plain(repr(tested.example.tokens[peak]))}; {found.constant:+.3g} of it is constant."
+    )
 
 
 def logits(feature: Feature) -> None:

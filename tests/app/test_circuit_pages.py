@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from streamlit.testing.v1 import AppTest
 
+from sae import SAE, TopK
 from workbench import Workspace
 from workbench.circuits.heads import report_heads
 from workbench.circuits.report import Task, report_discrete, report_edges, report_nodes
@@ -111,7 +113,7 @@ def test_other_results_show_their_figures_and_tables(
 def test_a_task_is_run_and_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Workspace(tmp_path / "own")
     page = open_page("Circuits", own, monkeypatch)
-    page.selectbox(key="method").set_value("direct logit attribution")
+    page.selectbox(key="method").set_value("attribution")
     page.number_input(key="prompts").set_value(5)
     next(button for button in page.button if button.label == "Run").click().run()
     assert not page.exception
@@ -120,6 +122,49 @@ def test_a_task_is_run_and_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     page.selectbox(key="task").set_value("greater-than")
     next(button for button in page.button if button.label == "Run").click().run()
     assert "does not split years" in page.error[0].value.replace("\\", "")
+
+
+@pytest.fixture(scope="module")
+def with_saes(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    own = Workspace(tmp_path_factory.mktemp("circuit saes") / "w")
+    torch.manual_seed(0)
+    for name, hook in (("stream", "blocks.2.hook_resid_pre"), ("heads", "blocks.2.attn.hook_z")):
+        sae = SAE(256, 64, TopK(8), hook_name=hook, model_name="demo")
+        torch.nn.init.orthogonal_(sae.W_dec)
+        sae.W_enc.data.copy_(sae.W_dec.T)
+        sae.save(own.path / "saes" / name)
+    return own
+
+
+def test_a_circuit_of_features_is_run_and_drawn(with_saes: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("Circuits", with_saes, monkeypatch)
+    page.selectbox(key="method").set_value("features")
+    page.number_input(key="prompts").set_value(5)
+    next(button for button in page.button if button.label == "Run").click().run()
+    assert "name one SAE" in page.error[0].value
+    page.multiselect(key="saes").set_value(["stream", "heads"])
+    next(button for button in page.button if button.label == "Run").click().run()
+    assert not page.exception
+    assert page.query_params["result"] == "circuit-features/induction-features"
+    assert len(page.get("plotly_chart")) == 1
+    assert "faithfulness with errors" in {metric.label for metric in page.metric}
+
+
+def test_an_attention_feature_is_attributed_on_a_text(with_saes: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("Circuits", with_saes, monkeypatch)
+    assert page.selectbox(key="attention sae").options == ["heads"]
+    page.text_area(key="dfa text").set_value("def f(a):\n    return a")
+    page.multiselect(key="below").set_value(["stream"])
+    next(button for button in page.button if button.label == "Attribute").click().run()
+    assert not page.exception
+    assert page.query_params["result"] == "circuit-dfa/dfa-heads"
+    assert len(page.get("plotly_chart")) == 1
+    assert [tab.label for tab in page.tabs if tab.label in ("heads", "tokens", "by_head", "steps")] == [
+        "heads", "tokens", "by_head", "steps",
+    ]  # fmt: skip
+    page.text_area(key="dfa text").set_value("")
+    next(button for button in page.button if button.label == "Attribute").click().run()
+    assert "the text has 0 tokens" in page.error[0].value.replace("\\", "")
 
 
 def test_a_link_to_a_result_that_is_gone_says_so(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

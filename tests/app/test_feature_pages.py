@@ -250,3 +250,27 @@ def test_a_point_clicked_in_the_map_leads_to_its_feature(
     page.run()
     assert not page.exception
     assert page.header[0].value == f"s / {busiest}"
+
+
+def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = "blocks.2.attn.hook_z"
+    (tmp_path / "texts").mkdir()
+    for number in range(8):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"def f{number}(x):\n    return x + {number}\n" * 3)
+    space, model = Workspace(tmp_path / "w"), load_model("demo", device="cpu")
+    config = HarvestConfig("demo", str(tmp_path / "texts"), (hook,), context_len=32, max_tokens=300)
+    space.harvest("h", config, model=model)
+    torch.manual_seed(0)
+    sae = SAE(model.info.d_attention, 32, TopK(4), hook_name=hook, model_name="demo")
+    torch.nn.init.orthogonal_(sae.W_dec)
+    sae.W_enc.data.copy_(sae.W_dec.T)
+    sae.save(space.path / "saes" / "z")
+    build_index(space, "z", harvest="h", model=model, device="cpu")
+    feature = int(FeatureIndex.open(space, "z").table().sort_values("firings")["feature"].iloc[-1])
+    page = open_page("Feature", space, monkeypatch, sae="z", feature=str(feature))
+    assert not page.exception
+    without = len(page.get("plotly_chart"))
+    page.text_area(key="text").set_value("def f(x):\n    return x").run()
+    assert not page.exception
+    assert len(page.get("plotly_chart")) == without + 1
+    assert any("**Where it reads from**" in shown.value for shown in page.markdown)

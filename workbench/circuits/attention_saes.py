@@ -16,7 +16,8 @@ from circuits.passes import activations
 from circuits.recursive_dfa import recursive_dfa
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.circuits.report import DFA, sae_fingerprint, stored_or_made
+from workbench.circuits.feature_report import sae_fingerprint
+from workbench.circuits.report import DFA, stored_or_made
 from workbench.models import LoadedModel
 from workbench.results import Result
 from workbench.workspace import Workspace, versions
@@ -99,5 +100,5 @@ def strongest_feature(model: LoadedModel, sae: SAE, tokens: torch.Tensor, positi
     z = activations(model.bridge, tokens[None], [sae.hook_name])[sae.hook_name][0, position].flatten()
     _, features, values = sae.encode(z[None]).rows()
     if not len(features):
-        raise InputError(f"no feature fires at position {position}: name one with --feature")
+        raise InputError(f"no feature fires at position {position % len(tokens)}: give the number of one")
     return int(features[values.abs().argmax()])

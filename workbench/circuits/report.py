@@ -3,10 +3,10 @@
     circuit-heads      tables scores, prefixes, composition
     circuit-nodes      tables nodes, summary, prompts        (attribution, patching, path patching, ablation)
     circuit-edges      tables edges, nodes, curves, summary, prompts     (EAP and its variants, exact edge patching)
-    circuit-features   tables nodes, edges, summary, prompts
+    circuit-features   tables nodes, edges, summary, prompts                    (`feature_report`)
     circuit-discrete   tables nodes, edges, prompts
     circuit-agreement  tables methods, prompts
-    circuit-dfa        tables by_head, steps, tokens
+    circuit-dfa        tables by_head, steps, tokens                            (`attention_saes`)
 
 An analysis that is already stored under its name, made from the same model, prompts and settings, is opened and not
 made again.
@@ -27,7 +27,6 @@ from circuits.discrete import discover
 from circuits.eap import Variant, attribute_edges
 from circuits.edges import written
 from circuits.faithfulness import FRACTIONS, FaithfulnessCurve, Ranking, circuit_edges, faithfulness_curve
-from circuits.feature_circuits import feature_circuit
 from circuits.metrics import METRICS, Metric
 from circuits.passes import OnProgress
 from circuits.patching import patch_activations
@@ -36,7 +35,6 @@ from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores, NodeScores
 from circuits.tasks import TASKS, make_task
 from sae.errors import InputError
-from sae.model import SAE
 from workbench.models import LoadedModel
 from workbench.results import Result
 from workbench.workspace import Workspace, versions
@@ -189,44 +187,6 @@ def report_edges(
     return stored_on_task(space, EDGES, name, model, task, prompts, parameters, make)
 
 
-def report_features(
-    space: Workspace,
-    name: str,
-    model: LoadedModel,
-    task: Task,
-    saes: Mapping[str, SAE],
-    *,
-    keep: float = 0.8,
-    on_progress: OnProgress | None = None,
-) -> Result:
-    """Finds and stores a circuit of SAE features; see `circuits.feature_circuits`.
-
-    Args:
-        saes: by name; at most one for each hook point, taken in the order of the forward pass.
-
-    Raises:
-        InputError: as `circuits.feature_circuits.feature_circuit`, or an SAE of a hook point the model has not.
-    """
-    prompts, metric = task.prompts(model), task.measure()
-    for label, sae in saes.items():
-        if sae.hook_name not in model.bridge.hook_dict:
-            raise InputError(f"SAE {label!r} reads {sae.hook_name!r}, which {model.info.name} does not have")
-    ordered = sorted(saes.values(), key=lambda sae: list(model.bridge.hook_dict).index(sae.hook_name))
-
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        found = feature_circuit(model.bridge, prompts, ordered, keep=keep, metric=metric, on_progress=on_progress)
-        summary = pd.DataFrame(
-            [{"task": prompts.name, "metric": metric.__name__, "prompts": len(prompts), "nodes": len(found.nodes),
-              "share": found.share, "faithfulness_with_errors": found.with_errors,
-              "faithfulness_without_errors": found.without_errors, "clean": found.clean,
-              "corrupted": found.corrupted}]
-        )  # fmt: skip
-        return {"nodes": found.nodes, "edges": found.edges, "summary": summary}, {}
-
-    described = {label: sae_fingerprint(sae) for label, sae in saes.items()}
-    return stored_on_task(space, FEATURES, name, model, task, prompts, {"saes": described, "keep": keep}, make)
-
-
 def report_discrete(
     space: Workspace,
     name: str,
@@ -314,14 +274,6 @@ def curve_table(curves: Sequence[FaithfulnessCurve]) -> pd.DataFrame:
         table.insert(1, "ranking", curve.ranking)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def sae_fingerprint(sae: SAE) -> str:
-    """SHA-256 of an SAE's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def model_heads(model: LoadedModel) -> set[str]:

@@ -40,6 +40,8 @@ BatchOption = Annotated[int, typer.Option(help="Prompts a forward pass.", min=1)
 TopOption = Annotated[int, typer.Option(help="Rows of each table to print.", min=1)]
 PlotOption = Annotated[Path | None, typer.Option(help="Write the figures to this HTML file.")]
 
+DISCOVERED = ("ig-inputs", "ig-activations", "eap", "exact", "features", "discrete")
+
 commands = typer.Typer(
     name="circuits",
     help="From a prompt set to the heads and features that do the work.",
@@ -74,7 +76,7 @@ def heads(
     with bar_of("heads", "steps", as_json) as on_progress:
         loaded = _load(model, device)
         result = report_heads(
-            Workspace(workspace), name or f"heads-{_file_name(model)}", loaded, n=rows, length=length, needles=needles,
+            Workspace(workspace), name or f"heads-{Path(model).name}", loaded, n=rows, length=length, needles=needles,
             on_progress=on_progress,
         )  # fmt: skip
     table = result.table("scores").sort_values("induction", ascending=False)
@@ -96,8 +98,9 @@ def attribute(
     as_json: JsonOption = False,
 ) -> None:
     """Split the logit difference into what every head and MLP writes to the logits directly."""
-    asked = _task(task, prompts, seed, None)
-    _nodes(asked, "attribution", {}, name, model, batch_size, top, plot, workspace, device, as_json)
+    options = {"batch_size": batch_size}
+    result = _run(task, "attribution", options, name, model, prompts, seed, None, workspace, device, as_json)
+    _show_nodes(result, as_json, top, plot)
 
 
 @commands.command()
@@ -125,10 +128,12 @@ def patch(
     as_json: JsonOption = False,
 ) -> None:
     """Patch every node between clean and corrupted prompts; with --to, every head's path to chosen receivers."""
-    method = "path-patching" if to else "patching"
-    options = {"receivers": to} if to else {"site": site, "direction": direction, "by_position": by_position}
-    asked = _task(task, prompts, seed, metric)
-    _nodes(asked, method, options, name, model, batch_size, top, plot, workspace, device, as_json)
+    method, options = "patching", {"site": site, "direction": direction, "by_position": by_position}
+    if to:
+        method, options = "path-patching", {"receivers": to}
+    options["batch_size"] = batch_size
+    result = _run(task, method, options, name, model, prompts, seed, metric, workspace, device, as_json)
+    _show_nodes(result, as_json, top, plot)
 
 
 @commands.command()
@@ -148,8 +153,9 @@ def ablate(
     as_json: JsonOption = False,
 ) -> None:
     """Ablate every head alone and measure what the behaviour loses."""
-    asked = _task(task, prompts, seed, metric)
-    _nodes(asked, "ablation", {"kind": kind}, name, model, batch_size, top, plot, workspace, device, as_json)
+    options = {"kind": kind, "batch_size": batch_size}
+    result = _run(task, "ablation", options, name, model, prompts, seed, metric, workspace, device, as_json)
+    _show_nodes(result, as_json, top, plot)
 
 
 @commands.command()
@@ -176,26 +182,12 @@ def discover(
     as_json: JsonOption = False,
 ) -> None:
     """Find a circuit: edges with their faithfulness curves, SAE features, or heads by discrete codes."""
-    from workbench.circuits import report
-    from workbench.workspace import Workspace
-
-    if (method == "features") != bool(sae):
-        raise InputError("--method features and --sae go together: name one SAE for each hook point")
-    asked = _task(task, prompts, seed, metric)
-    space = Workspace(workspace)
-    called = name or f"{_file_name(task)}-{method}"
-    with bar_of("discover", "steps", as_json) as on_progress:
-        loaded = _load(model, device)
-        if method == "features":
-            saes = {item: space.sae(item, device=str(loaded.device)) for item in sae or []}
-            result = report.report_features(space, called, loaded, asked, saes, keep=keep, on_progress=on_progress)
-        elif method == "discrete":
-            result = report.report_discrete(space, called, loaded, asked, on_progress=on_progress)
-        else:
-            result = report.report_edges(
-                space, called, loaded, asked, method, steps=steps, batch_size=batch_size,  # type: ignore[arg-type]
-                on_progress=on_progress,
-            )  # fmt: skip
+    if method not in DISCOVERED:
+        raise InputError(f"unknown method {method!r}: choose {', '.join(DISCOVERED)}")
+    options: dict[str, Any] = {"features": {"keep": keep}, "discrete": {}}.get(
+        method, {"steps": steps, "batch_size": batch_size}
+    )
+    result = _run(task, method, options, name, model, prompts, seed, metric, workspace, device, as_json, sae or [])
     tables = ["nodes", "edges"] if method == "discrete" else ["summary", "nodes", "edges"]
     shown = {table: result.table(table) for table in tables}
     if method not in ("features", "discrete"):
@@ -252,13 +244,14 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Compare EAP and EAP-IG with patching every edge exactly: correlations, CPR and CMD."""
+    from workbench.circuits.methods import result_name
     from workbench.circuits.report import report_agreement
     from workbench.workspace import Workspace
 
     asked = _task(task, prompts, seed, metric)
     with bar_of("evaluate", "steps", as_json) as on_progress:
         result = report_agreement(
-            Workspace(workspace), name or f"{_file_name(task)}-agreement", _load(model, device), asked,
+            Workspace(workspace), name or result_name(task, "agreement"), _load(model, device), asked,
             exact_prompts=exact_prompts, steps=steps, on_progress=on_progress,
         )  # fmt: skip
     _show(result, {"methods": result.table("methods")}, as_json, top, plot)
@@ -305,18 +298,22 @@ def list_results(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOp
     print_table("Circuit results", ["name", "kind", "created", "task", "model"], rows)
 
 
-def _nodes(
-    task: "Task", method: str, options: dict[str, Any], name: str | None, model: str, batch_size: int, top: int,
-    plot: Path | None, workspace: Path, device: str, as_json: bool,
-) -> None:  # fmt: skip
-    from workbench.circuits.report import report_nodes
+def _run(
+    task: str, method: str, options: dict[str, Any], name: str | None, model: str, prompts: int, seed: int,
+    metric: str | None, workspace: Path, device: str, as_json: bool, saes: Sequence[str] = (),
+) -> "Result":  # fmt: skip
+    from workbench.circuits.methods import run_method
     from workbench.workspace import Workspace
 
-    with bar_of(method, "passes", as_json) as on_progress:
-        result = report_nodes(
-            Workspace(workspace), name or f"{_file_name(task.name)}-{method}", _load(model, device), task,
-            method, options=options, batch_size=batch_size, on_progress=on_progress,  # type: ignore[arg-type]
+    asked = _task(task, prompts, seed, metric)
+    with bar_of(method, "steps", as_json) as on_progress:
+        return run_method(
+            Workspace(workspace), _load(model, device), asked, method, name=name, saes=saes, options=options,
+            on_progress=on_progress,
         )  # fmt: skip
+
+
+def _show_nodes(result: "Result", as_json: bool, top: int, plot: Path | None) -> None:
     _show(result, {"summary": result.table("summary"), "nodes": result.table("nodes")}, as_json, top, plot)
 
 
@@ -332,11 +329,6 @@ def _load(model: str, device: str) -> "LoadedModel":
     from workbench.models import load_model
 
     return load_model(model, device=device)
-
-
-def _file_name(spec: str) -> str:
-    """A task's or model's name as a part of a result's name."""
-    return Path(spec).stem if spec.endswith(".jsonl") else Path(spec).name
 
 
 @contextmanager

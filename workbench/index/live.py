@@ -27,6 +27,8 @@ class LiveText:
 
     example: Example
     """The whole text as one example; its peak is where the feature fires most strongly."""
+    ids: list[int]
+    """Token ids, BOS first: one more than the example has tokens."""
     truncated: bool
     """Whether only the beginning of the text was read."""
 
@@ -63,4 +65,4 @@ def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str)
         row=-1, document="your text", pos=peak, activation=values[peak],
         tokens=[model.tokenizer.decode([number]) for number in kept], activations=values, peak=peak,
     )  # fmt: skip
-    return LiveText(example, len(kept) < len(ids) or len(text) > MAX_CHARACTERS)
+    return LiveText(example, [model.bos_id, *kept], len(kept) < len(ids) or len(text) > MAX_CHARACTERS)

@@ -68,6 +68,13 @@ def test_progress_of_a_feature_circuit_ends_at_its_total(
     assert seen == [(done, total) for done in range(total + 1)]
 
 
+def test_saes_may_come_in_any_order(random_model: Any, prompts: PromptSet, saes: list[SAE]) -> None:
+    """The pass says which hook point comes first, as the model's list of hook points does not."""
+    found, other = (feature_circuit(random_model, prompts, given, keep=0.3) for given in (saes, saes[::-1]))
+    assert found.hooks == other.hooks == HOOKS
+    assert found.edges.equals(other.edges)
+
+
 def test_edges_out_of_a_node_add_up_to_its_effect_through_the_reader(
     random_model: Any, prompts: PromptSet, saes: list[SAE]
 ) -> None:

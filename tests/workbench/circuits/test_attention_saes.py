@@ -110,7 +110,7 @@ def test_features_of_trained_saes_make_a_circuit(trained: Workspace, capsys: pyt
     row = trained.results.open("circuit-features", "induction-features").table("summary").iloc[0]
     assert row.share >= 0.3
     assert run(["circuits", "discover", "induction", "--method", "features", "--workspace", str(trained.path)]) == 2
-    assert "--sae go together" in capsys.readouterr().err
+    assert "(--sae) go together" in capsys.readouterr().err
 
 
 def test_an_sae_needs_a_residual_sae_at_its_layer_to_go_on(trained: Workspace, demo: LoadedModel) -> None:

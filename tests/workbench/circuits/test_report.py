@@ -1,5 +1,7 @@
 """Circuit results: what is stored is what the methods return, and stored results open again as the same objects."""
 
+import json
+
 import pandas as pd
 import pytest
 import torch
@@ -17,13 +19,13 @@ from circuits.tasks import make_task
 from sae.errors import InputError
 from sae.model import SAE
 from sae.rules import TopK
+from workbench.circuits.feature_report import report_features
 from workbench.circuits.heads import head_on_text, report_heads
 from workbench.circuits.report import (
     Task,
     report_agreement,
     report_discrete,
     report_edges,
-    report_features,
     report_nodes,
 )
 from workbench.circuits.stored import circuit_of, curves, edge_scores, faithfulness_of, head_values, node_scores
@@ -118,6 +120,7 @@ def test_feature_and_discrete_circuits_are_stored(space: Workspace, demo: Loaded
     row = result.table("summary").iloc[0]
     assert row["nodes"] == len(result.table("nodes"))
     assert row.share >= 0.5
+    assert "nodes" in json.loads(result.figures()["graph"])["layout"]["title"]["text"]
     # With every node and the errors kept, the circuit is the model.
     whole = report_features(space, "whole", demo, INDUCTION, {"mine": sae}, keep=1.0).table("summary").iloc[0]
     assert whole.faithfulness_with_errors == pytest.approx(1, abs=1e-3)
