@@ -37,12 +37,12 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.capture import capture
 from workbench.hooks import resolve_hook
-from workbench.index.live import MAX_CHARACTERS
 from workbench.index.logits import output_directions
 
 if TYPE_CHECKING:
     from workbench.models import LoadedModel
 
+MAX_CHARACTERS = 10_000
 MAX_TOKENS = 1024
 PREDICTIONS = 10
 MAX_PIECES = 8

@@ -12,10 +12,12 @@ from circuits.figures import attribution_map
 from workbench import Workspace
 from workbench.index import InputError, figures
 from workbench.index.feature import Feature, TokenEffect
-from workbench.index.live import MAX_CHARACTERS, LiveText, activations_on_text
+from workbench.index.live import LiveText, activations_on_text
+from workbench.index.loss import with_loss_effects
 from workbench.index.page import STYLE, example_html, group_html, visible
 from workbench.index.query import FeatureIndex
 from workbench.notes import Notes
+from workbench.prompts import MAX_CHARACTERS, MAX_TOKENS
 
 BOOKMARKS = "bookmarks"
 
@@ -48,7 +50,7 @@ def main() -> None:
             sources(workspace, feature, tested)
         logits(feature)
         histograms(feature, tested)
-        examples(feature)
+        examples(workspace, index, feature)
 
 
 def choose_feature(index: FeatureIndex) -> int:
@@ -182,7 +184,7 @@ def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Liv
         st.error(f"The feature cannot be run on text here: {plain(str(error))}")
         return None
     if found.truncated:
-        st.info(f"Only the beginning was read: at most {MAX_CHARACTERS:,} characters and one context of the model.")
+        st.info(f"Only the beginning was read: at most {MAX_CHARACTERS:,} characters and {MAX_TOKENS} tokens.")
     strongest = max(abs(feature.stats.minimum or 0), abs(feature.stats.maximum or 0), abs(found.example.activation))
     st.html(f'{STYLE}<div class="wbf">{example_html(found.example, strongest, opened=True)}</div>')
     if not found.example.activation:
@@ -240,9 +242,18 @@ def histograms(feature: Feature, tested: LiveText | None) -> None:
         effects.plotly_chart(figures.logit_histogram(feature), key="logits", config=plain_plot)
 
 
-def examples(feature: Feature) -> None:
+def examples(workspace: Workspace, index: FeatureIndex, feature: Feature) -> None:
     """Groups of examples, the strongest first; a click on a row shows all of its text."""
     if feature.groups:
+        if st.toggle("Effect on the loss", help="Runs the model on every example with the feature taken out; hover a "
+                     "token to read how much its loss rises.", key="loss"):  # fmt: skip
+            try:
+                with st.spinner("Running the model ..."):
+                    feature = with_loss_effects(
+                        index, feature, loaded_model(feature.model), workspace.sae(feature.sae)
+                    )  # fmt: skip
+            except InputError as error:
+                st.error(f"The loss cannot be measured here: {plain(str(error))}")
         groups = "".join(group_html(group, feature) for group in feature.groups)
         st.html(f'{STYLE}<div class="wbf">{groups}</div>')
 

@@ -274,3 +274,13 @@ def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, monkeypat
     assert not page.exception
     assert len(page.get("plotly_chart")) == without + 1
     assert any("**Where it reads from**" in shown.value for shown in page.markdown)
+
+
+def test_hovering_a_token_tells_its_effect_on_the_loss(
+    space: Workspace, busiest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+    assert not any("nats of loss" in shown.value for shown in page.get("html"))
+    page.toggle(key="loss").set_value(True).run()
+    assert not page.exception
+    assert any("nats of loss" in shown.value for shown in page.get("html"))

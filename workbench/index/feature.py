@@ -25,6 +25,8 @@ class Example:
     """Of the feature on each of `tokens`; 0 where it does not fire."""
     peak: int
     """Which of `tokens` this example is about."""
+    effects: list[float] | None = None
+    """Nats by which each token's loss rises when the feature is taken out; None where not measured."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""A feature on text that is not in the index: its activation on every token, from one pass of the model.
+"""A feature on text that is not in the index: its activation on every token, and its effect on every token's loss.
 
 1. The text is tokenized and put after BOS, at most as many tokens as the model's context takes.
 2. The model runs to the SAE's hook point, the SAE encodes every token but BOS, and the feature's column is kept.
+3. The whole model runs twice more, as it is and with the feature taken out (`workbench.index.loss`).
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from sae.model import SAE
 from workbench.capture import capture
 from workbench.hooks import resolve_hook
 from workbench.index.feature import Example
+from workbench.index.loss import loss_effects
+from workbench.prompts import encode_prompt, token_pieces
 
 if TYPE_CHECKING:
     from workbench.models import LoadedModel
-
-MAX_CHARACTERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str)
     if not 0 <= feature < sae.d_sae:
         raise InputError(f"feature {feature} does not exist: this SAE has features 0 to {sae.d_sae - 1}")
     hook = resolve_hook(model, sae.hook_name)
-    ids = model.tokenizer.encode(text[:MAX_CHARACTERS], add_special_tokens=False, split_special_tokens=True)
-    kept = ids[: model.info.n_ctx - 1]
-    if not kept:
-        raise InputError("a text without tokens activates nothing: type some text")
+    kept, truncated = encode_prompt(model, text)
     tokens = torch.tensor([[model.bos_id, *kept]], device=model.device)
     x = capture(model, tokens, [hook]).activations[hook.name].flatten(0, 1)[1:]
     code = sae.encode(x.to(sae.W_dec.device, torch.float32))
@@ -61,8 +59,10 @@ def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str)
     activations[token[mine]] = value[mine].float()
     values = activations.tolist()
     peak = int(activations.abs().argmax())
+    effects = loss_effects(model, sae, feature, tokens)[0, 1:].tolist()
     example = Example(
         row=-1, document="your text", pos=peak, activation=values[peak],
-        tokens=[model.tokenizer.decode([number]) for number in kept], activations=values, peak=peak,
+        tokens=token_pieces(model, kept), activations=values, peak=peak,
+        effects=effects,
     )  # fmt: skip
-    return LiveText(example, [model.bos_id, *kept], len(kept) < len(ids) or len(text) > MAX_CHARACTERS)
+    return LiveText(example, [model.bos_id, *kept], truncated)

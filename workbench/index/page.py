@@ -160,15 +160,14 @@ def token_html(example: Example, at: int, strongest: float, *, flat: bool = Fals
     """One token with its background; `flat` shows line breaks as marks."""
     activation, text = example.activations[at], example.tokens[at]
     shown = escape(_one_line(text) if flat else text)
+    effect = "" if example.effects is None else f", {example.effects[at]:+.3g} nats of loss without the feature"
     if not activation and at != example.peak:
-        return shown
+        return f'<span title="{escape(repr(text))}{effect}">{shown}</span>' if effect else shown
     opacity = math.log10(1 + 9 * min(1.0, abs(activation) / strongest)) if strongest else 0.0
     colour = GREEN if activation > 0 else RED
     peak = ' class="peak"' if at == example.peak else ""
-    return (
-        f'<span{peak} title="{escape(repr(text))}: {activation:.4g}" style="background:rgba({colour},{opacity:.2f})">'
-        f"{shown}</span>"
-    )
+    title = f"{escape(repr(text))}: {activation:.4g}{effect}"
+    return f'<span{peak} title="{title}" style="background:rgba({colour},{opacity:.2f})">{shown}</span>'
 
 
 def visible(text: str) -> str:

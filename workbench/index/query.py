@@ -13,11 +13,14 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from sae.errors import InputError
 from workbench.database import read_duckdb
@@ -284,6 +287,17 @@ class FeatureIndex:
                 )
             )
         return found
+
+    def contexts(self, numbers: Sequence[int]) -> Int[Tensor, "contexts pos"]:
+        """Token ids of whole contexts of the harvest, padding included."""
+        length = self.meta["context_len"]
+        rows = self._query(
+            f"SELECT row // {length}, list(token ORDER BY row) FROM tokens WHERE row // {length} IN (SELECT unnest(?)) "
+            "GROUP BY 1",
+            list(numbers),
+        )
+        found = dict(rows)
+        return torch.tensor([found[number] for number in numbers])
 
     def table(self) -> pd.DataFrame:
         """All features, one row each: label, best concept, density, firings, moments, extremes, logit skew, map.

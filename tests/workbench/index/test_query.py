@@ -10,12 +10,14 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from sae.errors import InputError
 from workbench import Workspace
 from workbench.index import figures
 from workbench.index.build import build_index
 from workbench.index.feature import Example, ExampleGroup, Feature, FeatureStats
+from workbench.index.loss import with_loss_effects
 from workbench.index.page import document, fragment
 from workbench.index.query import FeatureIndex, index_names
 from workbench.models import LoadedModel
@@ -205,3 +207,36 @@ def test_figures_show_what_the_feature_holds(index: FeatureIndex, busiest: Featu
     dead, alive = figures.decoder_map(table, selected=5).data[:2]
     assert (len(dead.x), len(alive.x)) == ((table["firings"] == 0).sum(), (table["firings"] > 0).sum())
     assert list(alive.customdata[:, 0]) == table[table["firings"] > 0]["feature"].tolist()
+
+
+def test_effects_on_the_loss_are_those_of_a_hook_that_takes_the_feature_out(
+    space: Workspace, index: FeatureIndex, busiest: Feature, gpt2_model: LoadedModel
+) -> None:
+    sae, harvest = space.sae("s"), space.open_harvest("h")
+    measured = with_loss_effects(index, busiest, gpt2_model, sae)
+    assert measured.groups[0].examples[0].tokens == busiest.groups[0].examples[0].tokens
+    with duckdb.connect(str(harvest.database), read_only=True) as connection:
+        tokens = torch.tensor(connection.execute("SELECT token FROM tokens ORDER BY row").fetchnumpy()["token"]).long()
+
+    def losses(ids: torch.Tensor, remove: bool) -> torch.Tensor:
+        def hook(value: torch.Tensor, hook: object) -> torch.Tensor:
+            part = sae.encode(value[0]).to_dense()[:, busiest.feature, None] * sae.W_dec[busiest.feature]
+            part[ids == gpt2_model.bos_id] = 0
+            return value - part
+
+        with torch.no_grad(), gpt2_model.bridge.hooks(fwd_hooks=[(HOOK, hook)] if remove else []):
+            logits = gpt2_model.bridge(ids[None])[0]
+        return -logits[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0]
+
+    context = index.meta["context_len"]
+    for group in measured.groups[:2]:
+        example = group.examples[0]
+        start = example.row // context * context
+        ids = tokens[start : start + context]
+        expected = torch.cat([torch.zeros(1), losses(ids, True) - losses(ids, False)])
+        first = example.row - example.peak - start
+        assert example.effects == pytest.approx(expected[first : first + len(example.tokens)].tolist(), abs=1e-5)
+        assert max(map(abs, example.effects)) > 1e-4
+    page = fragment(measured)
+    assert "nats of loss without the feature" in page
+    assert "nats of loss without the feature" not in fragment(busiest)
