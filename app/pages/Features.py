@@ -46,7 +46,7 @@ def main() -> None:
         save(workspace, index, table, chosen_list)
     with in_map:
         st.caption("Decoder directions on two principal components. Click a point to open it, or draw around several.")
-        select(index, table, figures.decoder_map(table), "map")
+        select(index, table, figures.decoder_map(table, method=index.map_method), "map")
     with in_spectrum:
         if (table["firings"] > 0).any():
             select(index, table, figures.density_spectrum(table), "spectrum")

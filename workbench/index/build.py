@@ -179,7 +179,7 @@ def _fill(
     except InputError as error:
         missing = str(error)
     lap("logit effects")
-    tables.insert_geometry(connection, sae, n_heads if sae.hook_name.endswith("hook_z") else None)
+    method = tables.insert_geometry(connection, sae, n_heads if sae.hook_name.endswith("hook_z") else None)
     lap("geometry")
     tables.copy_tokens(connection, source, settings["rows"])
     tables.insert_texts(connection)
@@ -187,7 +187,7 @@ def _fill(
     meta = {
         "settings": settings, "d_in": sae.d_in, "d_sae": sae.d_sae, "rule": rules.to_dict(sae.rule),
         "tokens": segments.n_tokens, "activations": int(segments.firings.sum()),
-        "context_len": source.context_len, "missing": missing, "versions": versions(),
+        "context_len": source.context_len, "missing": missing, "versions": versions(), "map": method,
         "quantiles": QUANTILES, "bins": BINS, "cuts": CUTS, "top": TOP,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

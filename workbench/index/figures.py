@@ -5,6 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.index.feature import Feature
+from workbench.index.geometry import MapMethod
 from workbench.index.page import visible
 
 POSITIVE, NEGATIVE, NEUTRAL, MARK = "#2ea043", "#da3633", "#4269d0", "#efb118"
@@ -101,10 +102,17 @@ def density_spectrum(table: pd.DataFrame) -> go.Figure:
     return figure.update_layout(**(_LAYOUT | {"height": 380}))
 
 
-def decoder_map(table: pd.DataFrame, selected: int | None = None) -> go.Figure:
-    """Decoder directions on their two leading principal components, coloured by density; dead features in grey.
+AXES = {
+    "PCA": ("first principal component", "second principal component"),
+    "UMAP": ("UMAP of decoder directions", ""),
+}
+
+
+def decoder_map(table: pd.DataFrame, selected: int | None = None, *, method: MapMethod = "PCA") -> go.Figure:
+    """The map of decoder directions, coloured by density; dead features in grey.
 
     Args:
+        method: how the map was made, `FeatureIndex.map_method`.
         table: `FeatureIndex.table()`, or some rows of it.
         selected: a feature to mark.
     """
@@ -129,6 +137,6 @@ def decoder_map(table: pd.DataFrame, selected: int | None = None) -> go.Figure:
             x=here["x"], y=here["y"], mode="markers", hoverinfo="skip",
             marker={"size": 14, "symbol": "circle-open", "color": NEGATIVE, "line": {"width": 3}},
         )  # fmt: skip
-    figure.update_xaxes(title="first principal component")
-    figure.update_yaxes(title="second principal component")
+    figure.update_xaxes(title=AXES[method][0])
+    figure.update_yaxes(title=AXES[method][1])
     return figure.update_layout(**(_LAYOUT | {"height": 520}))

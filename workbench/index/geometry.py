@@ -2,12 +2,17 @@
 
 - Neighbours: for each feature the `NEIGHBOURS` others whose decoder rows have the largest absolute cosine with its
   own; the sign is kept, since an opposed direction is as telling as a parallel one.
-- Map: the two leading principal components of the decoder rows, scaled to unit norm and centred. The sign of a
+- Map: UMAP of the decoder rows by cosine (McInnes et al. 2018, arXiv 1802.03426; fixed seed) where umap-learn is
+  installed. Else the two leading principal components of the rows, scaled to unit norm and centred; the sign of a
   component is fixed so that its largest entry is positive, to make the same map every time.
 - Heads, for an SAE on attn.hook_z, whose input is all heads' outputs side by side: the share of each head in a
   decoder row's squared norm (Kissane et al. 2024, arXiv 2406.17759, section 4.1, "weight-based head attribution",
   with squares so that the shares sum to one: reconstructed).
 """
+
+import importlib.util
+import warnings
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -16,6 +21,9 @@ from torch import Tensor
 
 NEIGHBOURS = 10
 FEATURES_AT_ONCE = 1024
+FEWEST_FOR_UMAP = 64
+"""Below it UMAP's neighbourhoods of 15 are most of the features."""
+MapMethod = Literal["UMAP", "PCA"]
 
 
 def unit_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
@@ -44,7 +52,19 @@ def decoder_neighbours(
 
 
 @torch.no_grad()
-def decoder_map(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:
+def decoder_map(W_dec: Float[Tensor, "d_sae d_in"]) -> tuple[MapMethod, Float[Tensor, "d_sae 2"]]:
+    """The method there is on this machine, and its coordinates; `principal_map` where features are too few for UMAP."""
+    if len(W_dec) < FEWEST_FOR_UMAP or importlib.util.find_spec("umap") is None:
+        return "PCA", principal_map(W_dec)
+    import umap
+
+    # A fixed seed keeps UMAP to one thread; it says so in a warning every time.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        found = umap.UMAP(metric="cosine", random_state=0).fit_transform(unit_rows(W_dec).cpu().numpy())
+    return "UMAP", torch.from_numpy(found).double()
+
+
+def principal_map(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"]:
     """Coordinates on the two leading principal components; zeros for a component that does not exist."""
     unit = unit_rows(W_dec.double())
     centred = unit - unit.mean(dim=0)

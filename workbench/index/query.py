@@ -37,6 +37,7 @@ from workbench.index.feature import (
     TokenEffect,
     concept_label,
 )
+from workbench.index.geometry import MapMethod
 from workbench.notes import Notes
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class FeatureIndex:
         self.sae: str = self.settings["sae"]
         self.d_sae: int = self.meta["d_sae"]
         self.n_tokens: int = self.meta["tokens"]
+        self.map_method: MapMethod = self.meta.get("map", "PCA")
 
     @classmethod
     def open(cls, workspace: "Workspace", sae: str) -> "FeatureIndex":

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sae.model import SAE
 from workbench.index.coactivation import Coactivations
 from workbench.index.examples import Examples
-from workbench.index.geometry import decoder_map, decoder_neighbours, head_shares
+from workbench.index.geometry import MapMethod, decoder_map, decoder_neighbours, head_shares
 from workbench.index.logits import LogitEffects
 from workbench.index.segments import Entries
 from workbench.index.statistics import QUANTILES, Statistics
@@ -138,8 +138,12 @@ def insert_logit_effects(connection: duckdb.DuckDBPyConnection, found: LogitEffe
         )
 
 
-def insert_geometry(connection: duckdb.DuckDBPyConnection, sae: SAE, n_heads: int | None) -> None:
-    """Rows of `decoder_neighbours`, `decoder_map` and, where the number of heads is given, `feature_heads`."""
+def insert_geometry(connection: duckdb.DuckDBPyConnection, sae: SAE, n_heads: int | None) -> MapMethod:
+    """Rows of `decoder_neighbours`, `decoder_map` and, where the number of heads is given, `feature_heads`.
+
+    Returns:
+        How the map was made.
+    """
     W_dec, W_enc = sae.W_dec.detach().float(), sae.W_enc.detach().float()
     feature = np.arange(sae.d_sae)
     cosine, other = (tensor.cpu().numpy() for tensor in decoder_neighbours(W_dec))
@@ -154,7 +158,8 @@ def insert_geometry(connection: duckdb.DuckDBPyConnection, sae: SAE, n_heads: in
             "cosine": cosine.reshape(-1),
         },
     )
-    place = decoder_map(W_dec).cpu().numpy()
+    method, found = decoder_map(W_dec)
+    place = found.cpu().numpy()
     norm = W_dec.double().norm(dim=1)
     aligned = (W_dec.double() * W_enc.T.double()).sum(1) / (norm * W_enc.T.double().norm(dim=1))
     _insert(
@@ -179,6 +184,7 @@ def insert_geometry(connection: duckdb.DuckDBPyConnection, sae: SAE, n_heads: in
                 "share": _numbers(shares.reshape(-1)),
             },
         )
+    return method
 
 
 def copy_tokens(connection: duckdb.DuckDBPyConnection, source: Harvest, n_rows: int) -> None:

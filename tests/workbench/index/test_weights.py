@@ -9,7 +9,7 @@ import torch
 from circuits.effective_weights import effective_unembedding
 from sae import SAE, TopK
 from sae.errors import InputError
-from workbench.index.geometry import decoder_map, decoder_neighbours, head_shares, unit_rows
+from workbench.index.geometry import decoder_map, decoder_neighbours, head_shares, principal_map, unit_rows
 from workbench.index.logits import TOKENS, effects_of, logit_effects, output_directions
 from workbench.index.statistics import BINS
 from workbench.models import LoadedModel
@@ -49,16 +49,31 @@ def test_the_map_is_the_leading_part_of_the_singular_value_decomposition(W_dec: 
     unit = unit_rows(W_dec.double()).numpy()
     centred = unit - unit.mean(0)
     U, S, _ = np.linalg.svd(centred, full_matrices=False)
-    found = decoder_map(W_dec).numpy()
+    found = principal_map(W_dec).numpy()
+    assert decoder_map(W_dec)[0] == "PCA"
     expected = U[:, :2] * S[:2]
     assert np.abs(found) == pytest.approx(np.abs(expected), abs=1e-9)
     assert np.abs((found * expected).sum(0)) == pytest.approx(S[:2] ** 2, abs=1e-9)
 
 
 def test_a_one_dimensional_map_has_zeros_beside_it() -> None:
-    assert decoder_map(torch.tensor([[1.0], [-2.0], [1.0]])).tolist() == [
+    assert principal_map(torch.tensor([[1.0], [-2.0], [1.0]])).tolist() == [
         [pytest.approx(2 / 3), 0], [pytest.approx(-4 / 3), 0], [pytest.approx(2 / 3), 0],
     ]  # fmt: skip
+
+
+def test_umap_makes_the_map_where_it_is_installed() -> None:
+    """Four tight bundles of directions come out as four clusters, the same every time."""
+    pytest.importorskip("umap", reason="umap-learn is not installed")
+    generator = torch.Generator().manual_seed(0)
+    bundle = torch.arange(80) % 4
+    W_dec = torch.randn(4, 32, generator=generator)[bundle] + 0.1 * torch.randn(80, 32, generator=generator)
+    method, found = decoder_map(W_dec)
+    assert method == "UMAP"
+    assert torch.equal(found, decoder_map(W_dec)[1])
+    apart = torch.cdist(found, found)
+    same = bundle[:, None] == bundle
+    assert apart[same].max() < apart[~same].min()
 
 
 def test_head_shares_are_those_of_the_squared_norm_and_sum_to_one(W_dec: torch.Tensor) -> None:
