@@ -240,9 +240,11 @@ def beside(drawn: Mapping[str, go.Figure]) -> go.Figure:
     figure.update_xaxes(**x)
     figure.update_yaxes(**y)
     figure.update_yaxes(title_text=first.layout.yaxis.title.text, row=1, col=1)
-    return figure.update_layout(
+    figure.update_layout(
         height=first.layout.height or 360, margin=first.layout.margin, legend={"orientation": "h", "y": -0.25}
     )
+    # The common title stands below all panels, where a single panel's axis leaves no room.
+    return figure.update_layout(margin_b=max(60, first.layout.margin.b or 0))
 
 
 def _laid_out(figure: go.Figure, x: str, y: str) -> Any:
