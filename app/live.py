@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import streamlit as st
 
-from app.shared import loaded_model, open_index, plain
+from app.shared import loaded_model, open_index, pick_sae, plain
 from workbench import Workspace
 from workbench.index import InputError
 from workbench.index.build import index_path
@@ -16,24 +16,13 @@ from workbench.models import LoadedModel
 
 
 def choose_sae(workspace: Workspace) -> str:
-    """A box with all SAEs, kept in the URL as `sae`; says what to do and stops where there are none."""
+    """The SAE chosen by `pick_sae` of all there are; says what to do and stops where there are none."""
     names = [item.name for item in workspace.saes()]
     if not names:
         st.info("No SAE yet. Train one with `workbench train`, or run `workbench demo`.")
         st.stop()
-    asked = st.query_params.get("sae")
-    if asked not in names:
-        if asked is not None:
-            st.warning(f"This link asks for the SAE {asked!r}, which this workspace does not have.")
-        indexed = [name for name in names if index_path(workspace, name).is_file()]
-        st.query_params["sae"] = (indexed or names)[0]
-    # The URL decides, so that a link always names its SAE.
-    st.session_state["sae"] = st.query_params["sae"]
-
-    def follow() -> None:
-        st.query_params["sae"] = st.session_state["sae"]
-
-    return st.selectbox("SAE", names, key="sae", on_change=follow)
+    indexed = [name for name in names if index_path(workspace, name).is_file()]
+    return pick_sae(workspace, names, "the SAE", (indexed or names)[0])
 
 
 def open_live(workspace: Workspace, name: str) -> tuple[LiveSAE, int]:

@@ -1,6 +1,7 @@
 """What the pages share: the workspace, opened indexes and models, the choice of an SAE, and links to features."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def version(workspace: Workspace) -> str:
 
 
 def choose_index(workspace: Workspace) -> FeatureIndex:
-    """A box with the indexed SAEs, kept in the URL as `sae`; says what to do and stops where there are none."""
+    """The indexed SAE chosen by `pick_sae`; says what to do and stops where there are none."""
     names = index_names(workspace)
     if not names:
         saes = [item.name for item in workspace.saes()]
@@ -42,22 +43,44 @@ def choose_index(workspace: Workspace) -> FeatureIndex:
         else:
             st.info("No SAE yet. Train one with `workbench train`, then index it with `workbench index`.")
         st.stop()
+    return open_index(workspace, pick_sae(workspace, names, "the index of"))
+
+
+def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str | None = None) -> str:
+    """Boxes for model, hook point and SAE, each offering what the one before leaves; those without a choice are left
+    out. The SAE is kept in the URL as `sae`.
+
+    Args:
+        names: SAEs to choose from, at least one.
+        what: is missing where a link asks for another, such as "the index of".
+        default: where the URL names none; the first.
+    """
+    place = dict.fromkeys(names, ("", "")) | {item.name: (item.model, item.hook) for item in workspace.saes()}
     asked = st.query_params.get("sae")
     if asked not in names:
         if asked is not None:
-            st.warning(f"This link asks for the index of {asked!r}, which this workspace does not have.")
-        st.query_params["sae"] = names[0]
+            st.warning(f"This link asks for {what} {asked!r}, which this workspace does not have.")
+        st.query_params["sae"] = default or names[0]
     # The URL decides, so that a link always names its SAE; a bound widget would leave the first one out of it.
-    st.session_state["sae"] = st.query_params["sae"]
-    read = {item.name: f"{item.name} · {item.hook} · {item.model}" for item in workspace.saes()}
-
-    def follow() -> None:
-        st.query_params["sae"] = st.session_state["sae"]
-
-    chosen = st.selectbox(
-        "SAE · hook point · model", names, key="sae", on_change=follow, format_func=lambda name: read.get(name, name)
+    sae = st.query_params["sae"]
+    model, hook = place[sae]
+    same_model = [name for name in names if place[name][0] == model]
+    levels = (
+        ("Model", "model of sae", model, {place[name][0]: name for name in reversed(names)}),
+        ("Hook point", "hook of sae", hook, {place[name][1]: name for name in reversed(same_model)}),
+        ("SAE", "sae", sae, {name: name for name in same_model if place[name][1] == hook}),
     )
-    return open_index(workspace, chosen)
+    shown = [level for level in levels if len(level[3]) > 1 or level[1] == "sae"]
+    for column, (label, key, chosen, first) in zip(st.columns(len(shown)), shown, strict=True):
+        st.session_state[key] = chosen
+
+        def follow(key: str = key, first: dict[str, str] = first) -> None:
+            st.query_params["sae"] = first[st.session_state[key]]
+
+        column.selectbox(
+            label, sorted(first), key=key, on_change=follow, help=f"{hook} of {model}" if key == "sae" else None
+        )
+    return sae
 
 
 def open_index(workspace: Workspace, name: str) -> FeatureIndex:

@@ -207,3 +207,21 @@ def test_the_label_of_the_steered_feature_is_shown_as_text(space: Workspace, mon
     assert any("\\*strings\\*" in caption.value for caption in page.caption)
     bare = open_page("Steering", space, monkeypatch, sae="bare", feature="7")
     assert any("activation units" in caption.value for caption in bare.caption)
+
+
+def test_an_sae_is_chosen_by_model_and_hook_point(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "blocks.1.hook_resid_post"
+    for name, hook, model in (("below", other, "demo"), ("lost", HOOK, "/no/model")):
+        SAE(256, 16, AbsTopK(2), hook_name=hook, model_name=model).save(space.path / "saes" / name)
+    page = open_page("Prompt", space, monkeypatch, sae="s", prompt=TEXT)
+    assert page.selectbox(key="model of sae").options == ["/no/model", "demo"]
+    assert page.selectbox(key="hook of sae").options == [other, HOOK]
+    assert page.selectbox(key="sae").options == ["bare", "s"]
+    page.selectbox(key="hook of sae").set_value(other).run()
+    assert not page.exception
+    assert page.query_params["sae"] == "below"
+    assert page.selectbox(key="sae").options == ["below"]
+    page.selectbox(key="model of sae").set_value("/no/model").run()
+    assert page.query_params["sae"] == "lost"
+    # Its only hook point is no choice.
+    assert [box.key for box in page.selectbox] == ["model of sae", "sae"]
