@@ -2,14 +2,14 @@
 
 1. Harvest the residual stream of the demo model, with gradients, on Python's standard library, and the same of a
    random-weights copy of the model; both splits.
-2. Rules whose L0 is not set but follows from a coefficient (relu, jumprelu) are trained at a few coefficients; the one
+2. Rules whose L0 is not set but follows from a coefficient (relu, jumprelu) are trained at a few, seed by seed; the one
    that meets the target comes by interpolating log L0 over log coefficient.
 3. One pass over the harvest per seed trains all rules and a frozen random decoder side by side.
 4. Reconstruction and losses on held-out files; concept F1 on held-out files, half of which choose and half judge.
 
 Everything lands in the workspace: run it again and it goes on where it stopped.
 
-    python benchmarks/rules.py WORKSPACE [--tokens 600000] [--seeds 3] [--figure FILE] [--train-only]
+    python benchmarks/rules.py WORKSPACE [--tokens 600000] [--seeds 3] [--arms NAME ...] [--figure FILE]
 """
 
 import argparse
@@ -66,6 +66,8 @@ SHALLOWEST = -0.2
 """Of log L0 over log coefficient: two short runs can differ by chance alone."""
 FIRST_GUESSES: dict[str, tuple[float, ...]] = {"relu": (0.2, 0.5), "jumprelu": (1e-3, 3e-3)}
 THRESHOLD_RULES: dict[str, Rule] = {"relu": ReLU(), "jumprelu": JumpReLU()}
+CLIP = 1.0
+"""Norm at which their gradients are clipped, as SAELens and dictionary_learning train; see docs/methods/rules.md."""
 ARMS: dict[str, dict[str, Any]] = {
     "topk": {"rule": TopK(K)},
     "abstopk": {"rule": AbsTopK(K)},
@@ -78,6 +80,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "random_decoder": {"rule": TopK(K), "frozen_decoder": True},
 }
 RANDOM_MODEL = "random_model"
+EVERY_ARM = [*ARMS, *THRESHOLD_RULES, RANDOM_MODEL]
 COLUMNS = {
     "l0": "L0",
     "fvu": "FVU",
@@ -110,15 +113,17 @@ class Arena:
     def held_out(self) -> Harvest:
         return self.space.open_harvest(f"{self.prefix}-heldout")
 
-    def train(self, run: str, arms: Mapping[str, Mapping[str, Any]], tokens: int, seed: int) -> list[str]:
-        """Trains `arms` in one pass; names of the SAEs, `RUN-ARM`."""
+    def train(
+        self, name: str, arms: Mapping[str, Mapping[str, Any]], tokens: int, seed: int, suffix: str = ""
+    ) -> list[str]:
+        """Trains `arms` in one pass, the run NAME with the suffix; names of the SAEs, `NAME-ARM`."""
         configs = [
-            TrainConfig(f"{run}-{arm}", tokens, WIDTH, seed=seed, batch_size=BATCH, **settings)
+            TrainConfig(f"{name}-{arm}", tokens, WIDTH, seed=seed, batch_size=BATCH, **settings)
             for arm, settings in arms.items()
         ]
         started = time.monotonic()
-        self.space.train(run, f"{self.prefix}-train", configs, device="cpu")
-        say(f"{run}: {len(configs)} SAEs in {time.monotonic() - started:.0f} s")
+        self.space.train(name + suffix, f"{self.prefix}-train", configs, device="cpu")
+        say(f"{name + suffix}: {len(configs)} SAEs in {time.monotonic() - started:.0f} s")
         return [config.name for config in configs]
 
 
@@ -139,24 +144,26 @@ def reconstruction(sae: SAE, harvest: Harvest, *, with_gradients: bool = False) 
     return metrics.result()
 
 
-def tune(arena: Arena, tokens: int) -> dict[str, float]:
-    """Coefficients of THRESHOLD_RULES at which a full-length run ends with K active features on held-out tokens."""
-    tried: dict[str, list[tuple[float, float]]] = {rule: [] for rule in THRESHOLD_RULES}
-    guesses: dict[str, Sequence[float]] = dict(FIRST_GUESSES)
+def tuned(arena: Arena, tokens: int, seed: int, rules: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Arms of threshold rules that end a full-length run of this seed with K active features on held-out tokens."""
+    tried: dict[str, list[tuple[float, float]]] = {rule: [] for rule in rules}
+    guesses: dict[str, Sequence[float]] = {rule: FIRST_GUESSES[rule] for rule in rules}
     for number in range(MAX_ROUNDS):
         values = [(rule, float(f"{value:.4g}")) for rule, several in guesses.items() for value in several]
-        arms = {
-            f"{rule}-{value:g}": {"rule": THRESHOLD_RULES[rule], "sparsity_coefficient": value}
-            for rule, value in values
-        }
-        for name, (rule, value) in zip(arena.train(f"tune{number}", arms, tokens, 0), values, strict=True):
+        arms = {f"{rule}-{value:g}": threshold_arm(rule, value) for rule, value in values}
+        names = arena.train(f"tune{seed}.{number}", arms, tokens, seed)
+        for name, (rule, value) in zip(names, values, strict=True):
             l0 = reconstruction(arena.space.sae(name), arena.held_out).l0
             tried[rule].append((value, l0))
             say(f"{name}: L0 {l0:.1f}")
         guesses = {rule: (next_coefficient(found),) for rule, found in tried.items() if off(nearest(found)[1])}
         if not guesses:
             break
-    return {rule: nearest(found)[0] for rule, found in tried.items()}
+    return {rule: threshold_arm(rule, nearest(found)[0]) for rule, found in tried.items()}
+
+
+def threshold_arm(rule: str, coefficient: float) -> dict[str, Any]:
+    return {"rule": THRESHOLD_RULES[rule], "sparsity_coefficient": coefficient, "clip_grad_norm": CLIP}
 
 
 def off(l0: float) -> bool:
@@ -236,6 +243,7 @@ def main() -> None:
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=EVERY_ARM, default=EVERY_ARM)
     parser.add_argument("--figure", type=Path, help="write the figure there (.svg or .png)")
     parser.add_argument("--train-only", action="store_true", help="stop before the evaluation")
     options = parser.parse_args()
@@ -247,20 +255,23 @@ def main() -> None:
     random = Arena(space, "random", load_model(str(copy), device="cpu"))
     for arena in (demo, random):
         arena.harvest(options.tokens)
-    coefficients = tune(demo, options.tokens)
-    say(f"coefficients: {coefficients}")
-    arms = ARMS | {
-        rule: {"rule": THRESHOLD_RULES[rule], "sparsity_coefficient": value} for rule, value in coefficients.items()
-    }
+    arms = {arm: settings for arm, settings in ARMS.items() if arm in options.arms}
+    thresholds = [rule for rule in THRESHOLD_RULES if rule in options.arms]
     trained: dict[Arena, list[str]] = {demo: [], random: []}
     for seed in range(options.seeds):
-        trained[demo] += demo.train(f"seed{seed}", arms, options.tokens, seed)
-        trained[random] += random.train(f"random{seed}", {RANDOM_MODEL: ARMS["topk"]}, options.tokens, seed)
+        if arms:
+            trained[demo] += demo.train(f"seed{seed}", arms, options.tokens, seed)
+        if thresholds:
+            own = tuned(demo, options.tokens, seed, thresholds)
+            say(f"seed {seed}: {own}")
+            trained[demo] += demo.train(f"seed{seed}", own, options.tokens, seed, suffix="-thresholds")
+        if RANDOM_MODEL in options.arms:
+            trained[random] += random.train(f"random{seed}", {RANDOM_MODEL: ARMS["topk"]}, options.tokens, seed)
     if options.train_only:
         return
     truths = {arena: truth_of(space, f"{arena.prefix}-heldout", model=arena.model) for arena in trained}
-    scores = pd.concat([score(arena, names, truths[arena]) for arena, names in trained.items()])
-    scores["arm"] = pd.Categorical(scores["arm"], [*arms, RANDOM_MODEL])
+    scores = pd.concat([score(arena, names, truths[arena]) for arena, names in trained.items() if names])
+    scores["arm"] = pd.Categorical(scores["arm"], EVERY_ARM)
     scores = scores.sort_values("arm", kind="stable").astype({"arm": str})
     scores.to_csv(options.workspace.with_name(options.workspace.name + "-scores.csv"), index=False)
     print(table(scores))
