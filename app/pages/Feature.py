@@ -4,12 +4,10 @@ import random
 from collections.abc import Sequence
 
 import streamlit as st
-import torch
 
 from app.shared import choose_index, loaded_model, open_workspace, page_link, plain
-from circuits.dfa import direct_feature_attribution
-from circuits.figures import attribution_map
 from workbench import Workspace
+from workbench.circuits.attention_saes import attribute
 from workbench.index import InputError, figures
 from workbench.index.feature import Feature, TokenEffect
 from workbench.index.live import LiveText, activations_on_text
@@ -197,13 +195,11 @@ def sources(workspace: Workspace, feature: Feature, tested: LiveText) -> None:
     peak = tested.example.peak
     try:
         model = loaded_model(feature.model)
-        tokens = torch.tensor(tested.ids, device=model.device)
-        found = direct_feature_attribution(model.bridge, workspace.sae(feature.sae), tokens, feature.feature, peak + 1)
+        found, figure = attribute(model, workspace.sae(feature.sae), tested.ids, feature.feature, peak + 1)
     except InputError as error:
         st.error(f"The feature cannot be attributed here: {plain(str(error))}")
         return
     st.markdown("**Where it reads from**")
-    figure = attribution_map(found, ["BOS", *tested.example.tokens])
     st.plotly_chart(figure, key="sources", config={"displayModeBar": False})
     st.caption(
         f"What every head brings from every token to the pre-activation {found.pre_activation:.3g} at "

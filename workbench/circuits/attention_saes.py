@@ -4,14 +4,21 @@ Tables: `by_head` (source, head, value: the terms add up, with `summary.constant
 (recursive DFA: every term of every step), `tokens`, `summary`. Method: `circuits.dfa`, `circuits.recursive_dfa`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 
 from circuits import figures
-from circuits.dfa import attention_layer, direct_feature_attribution, head_shares, residual_layer
+from circuits.dfa import (
+    FeatureAttribution,
+    attention_layer,
+    direct_feature_attribution,
+    head_shares,
+    residual_layer,
+)
 from circuits.passes import activations
 from circuits.recursive_dfa import recursive_dfa
 from sae.errors import InputError
@@ -21,6 +28,26 @@ from workbench.circuits.report import DFA, stored_or_made
 from workbench.models import LoadedModel
 from workbench.results import Result
 from workbench.workspace import Workspace, versions
+
+
+def attribute(
+    model: LoadedModel, sae: SAE, ids: Sequence[int], feature: int, position: int
+) -> tuple[FeatureAttribution, go.Figure]:
+    """What every head brings from every token to a feature's pre-activation at a position, and its figure.
+
+    Args:
+        ids: of the text's tokens, BOS first.
+
+    Raises:
+        InputError: as `circuits.dfa.direct_feature_attribution`.
+    """
+    tokens = torch.tensor(ids, device=model.device)
+    found = direct_feature_attribution(model.bridge, sae, tokens, feature, position)
+    return found, figures.attribution_map(found, _texts(model, ids))
+
+
+def _texts(model: LoadedModel, ids: Sequence[int]) -> list[str]:
+    return ["BOS", *(model.token_texts[token] for token in ids[1:])]
 
 
 def report_dfa(
@@ -56,8 +83,8 @@ def report_dfa(
     below = {residual_layer(residual): residual for residual in (residuals or {}).values()}
 
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        found = direct_feature_attribution(model.bridge, attention, tokens, feature, position)
-        texts = ["BOS", *(model.token_texts[token] for token in ids)]
+        found, figure = attribute(model, attention, tokens.tolist(), feature, position)
+        texts = _texts(model, tokens.tolist())
         shares = head_shares(attention, model.info.n_heads)[feature].tolist()
         by_decoder = {f"a{layer}.h{head}": share for head, share in enumerate(shares)}
         heads = found.by_head().tolist()
@@ -78,7 +105,7 @@ def report_dfa(
             chain = recursive_dfa(model.bridge, attention, below, tokens, feature, position)
             steps = [terms.table.assign(step=number, target=terms.target) for number, terms in enumerate(chain)]
             tables["steps"] = pd.concat(steps, ignore_index=True)
-        return tables, {"dfa": figures.attribution_map(found, texts)}
+        return tables, {"dfa": figure}
 
     parameters = {
         "sae": label, "feature": feature, "position": position % len(tokens), "text": text,

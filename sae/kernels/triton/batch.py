@@ -33,6 +33,7 @@ from sae.code import SparseCode
 from sae.kernels import batch_topk as plain_batch
 from sae.kernels import feature_topk as plain_feature
 from sae.kernels.triton.encode import chunk_rows, padded_product, product, score_buffer
+from sae.kernels.triton.features import narrowest
 from sae.kernels.triton.select import bound, keys_of, select_rows
 
 # Entries aimed at and slots, as multiples of the entries wanted: the first rows stand for the batch that well.
@@ -42,9 +43,9 @@ CANDIDATES = 4
 # Mean entries a row from which on candidates no longer fit a sorting network.
 MAX_MEAN = 256
 # Columns whose candidates one program appends.
-COLLECTED = 2048
-# Tokens of one program's registers, of one warp's, and of a piece that is compacted at once.
-MAX_TOKENS, WARP_TOKENS, PIECE = 2**14, 512, 1024
+COLLECTED = 1024
+# Tokens of one program's registers, and of a piece that is compacted at once.
+MAX_TOKENS, PIECE = 2**14, 1024
 
 
 def batch_topk_encode(
@@ -112,7 +113,7 @@ def list_batch_topk(
     mean = max(1, n_entries // n)
     weights = W_enc.to(x.dtype)
     step = chunk_rows(n)
-    (buffer,), bias = score_buffer(1, step, b_enc.float())
+    buffer, bias = score_buffer(step, b_enc.float())
     slots = CAPACITY * n_entries
     counter = torch.zeros((), dtype=torch.int32, device=x.device)
     values = torch.zeros(slots, dtype=torch.float32, device=x.device)
@@ -179,8 +180,7 @@ def _collect_kernel(
 
 def _no_places(slots: int, n: int, d_sae: int, device: torch.device) -> Int[Tensor, "slots"]:
     """Empty slots; half as wide to sort where the places fit 32 bits."""
-    dtype = torch.int32 if n * d_sae < 2**31 else torch.int64
-    return torch.full((slots,), n * d_sae, dtype=dtype, device=device)
+    return torch.full((slots,), n * d_sae, dtype=narrowest(n * d_sae), device=device)
 
 
 def _ragged(place: Int[Tensor, "entries"], value: Float[Tensor, "entries"], n: int, d_sae: int) -> SparseCode:
@@ -213,22 +213,35 @@ def _budget_kernel(
     budget = tl.load(budgets + feature).to(tl.int32)
     keys = _token_keys(row, b, tl.arange(0, BLOCK), n)
     tau = tl.maximum(bound(keys, budget, budget), 1)
-    # Of the tokens at the bound the first are taken, as many as the others leave.
-    n_equal_wanted = budget - tl.sum((keys > tau).to(tl.int32))
+    # Of the tokens at the bound the first are taken, as many as the others leave; mostly that is all of them.
+    tied = tl.sum((keys >= tau).to(tl.int32)) > budget
+    n_equal_wanted = 0
+    if tied:
+        n_equal_wanted = budget - tl.sum((keys > tau).to(tl.int32))
     n_equal = 0
     start = tl.load(starts + feature)
     for left in range(0, n, PIECE):
         token = left + tl.arange(0, PIECE)
         key = _token_keys(row, b, token, n)
-        if tl.max(key) >= tau:
-            equal = (key == tau).to(tl.int32)
-            kept = (key > tau) | ((key == tau) & (n_equal + tl.cumsum(equal, 0) <= n_equal_wanted))
-            slot = start + tl.cumsum(kept.to(tl.int32), 0) - 1
+        kept = (key >= tau).to(tl.int32)
+        n_kept = tl.sum(kept)
+        if n_kept > 0:
+            if tied:
+                equal = (key == tau).to(tl.int32)
+                first_ones = (key == tau) & (n_equal + tl.cumsum(equal, 0) <= n_equal_wanted)
+                kept = ((key > tau) | first_ones).to(tl.int32)
+                n_kept = tl.sum(kept)
+                n_equal += tl.sum(equal)
+            slot = start + tl.cumsum(kept, 0) - 1
             # A key that is kept is the bits of its score, also NaN's.
-            tl.store(values + slot, key.to(tl.float32, bitcast=True), mask=kept)
-            tl.store(places + slot, token.to(tl.int64) * d_sae + feature, mask=kept)
-            start += tl.sum(kept.to(tl.int32))
-            n_equal += tl.sum(equal)
+            tl.store(values + slot, key.to(tl.float32, bitcast=True), mask=kept > 0)
+            tl.store(places + slot, token.to(tl.int64) * d_sae + feature, mask=kept > 0)
+            start += n_kept
+
+
+def budget_warps(tokens: int) -> int:
+    """Warps that hold the keys of so many tokens: 32 a thread, or 16 of the most, which would spill."""
+    return max(1, tokens // (512 if tokens == MAX_TOKENS else 1024))
 
 
 def feature_topk_encode(
@@ -266,7 +279,7 @@ def feature_topk_encode(
         product(weights[first:last], x.T, scores[:, :n])
         _budget_kernel[(last - first,)](
             scores, bias, budgets, starts, values, places, first, width, n, d_sae,
-            BLOCK=block, PIECE=min(block, PIECE), num_warps=max(1, block // WARP_TOKENS),
+            BLOCK=block, PIECE=min(block, PIECE), num_warps=budget_warps(block),
         )  # fmt: skip
     places, order = torch.sort(places)
     return _ragged(places, values[order], n, d_sae)

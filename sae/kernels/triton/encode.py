@@ -8,28 +8,33 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.triton.select import select_rows
+from sae.kernels.triton.select import merge_rows, select_rows
 
 # Rows below which the matrix product no longer fills the device.
 MIN_ROWS = 128
 
 
-def chunk_rows(n: int, n_buffers: int = 1) -> int:
-    """Rows of fp32 scores in `n_buffers` buffers that take an eighth of the bytes of n rows in bf16."""
-    return min(n, max(MIN_ROWS, n // (16 * n_buffers)))
+def chunk_rows(n: int) -> int:
+    """Rows of fp32 scores that take an eighth of the bytes of n rows in bf16."""
+    return min(n, max(MIN_ROWS, n // 16))
 
 
 def score_buffer(
-    n_buffers: int, rows: int, bias: Float[Tensor, "columns"]
-) -> tuple[Float[Tensor, "n_buffers rows padded"], Float[Tensor, "padded"]]:
-    """Buffers of scores whose rows begin at aligned addresses, and the bias as wide.
+    rows: int, bias: Float[Tensor, "columns"]
+) -> tuple[Float[Tensor, "rows padded"], Float[Tensor, "padded"]]:
+    """A buffer of scores whose rows begin at aligned addresses, and the bias as wide.
 
     Columns are padded to a multiple of 64 with zeros, which are no activation: loads may then be vectors to the end.
     """
-    width = -(-bias.shape[0] // 64) * 64
-    buffer = torch.empty(n_buffers, rows, width, dtype=torch.float32, device=bias.device)
-    buffer[..., bias.shape[0] :] = 0
-    return buffer, torch.nn.functional.pad(bias, (0, width - bias.shape[0]))
+    padded = _padded(bias)
+    buffer = torch.empty(rows, padded.shape[0], dtype=torch.float32, device=bias.device)
+    buffer[:, bias.shape[0] :] = 0
+    return buffer, padded
+
+
+def _padded(bias: Float[Tensor, "columns"]) -> Float[Tensor, "padded"]:
+    missing = -bias.shape[0] % 64
+    return torch.nn.functional.pad(bias, (0, missing)) if missing else bias
 
 
 def padded_pair(
@@ -93,7 +98,7 @@ def topk_encode(
     weights = W_enc.to(x.dtype)
     values, indices = _empty_code(n, k, x.device)
     rows = chunk_rows(n)
-    (buffer,), bias = score_buffer(1, rows, b_enc.float())
+    buffer, bias = score_buffer(rows, b_enc.float())
     for first in range(0, n, rows):
         chunk = slice(first, first + rows)
         scores = buffer[: x[chunk].shape[0]]
@@ -126,26 +131,43 @@ def paired_topk_encode(
     k: int,
     beta: float,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """`gradient_topk_encode` of stacked factors: both products of a chunk are one launch, which fills the device.
+    """`gradient_topk_encode` of stacked factors: both products are one launch, over half of the columns at a time.
+
+    Two buffers of whole rows would be half as many rows each, for which all weights are read once more, and which
+    leave the device half idle.
 
     Args:
         x_and_g: x, and the gradient scaled, in the precision of the products.
         shadows: W_enc^T and W_dec in that precision, with rows of zeros, as `padded_pair` makes them.
     """
-    n, d_sae = x_and_g.shape[1], b_enc.shape[0]
-    weights = shadows.transpose(1, 2)
-    values, indices = _empty_code(n, k, x_and_g.device)
-    rows = chunk_rows(n, 2)
-    buffers, bias = score_buffer(2, rows, b_enc.float())
+    n, d_sae, device = x_and_g.shape[1], b_enc.shape[0], x_and_g.device
+    weights, bias = shadows.transpose(1, 2), _padded(b_enc.float())
+    values, indices = _empty_code(n, k, device)
+    rows, columns = chunk_rows(n), bias.shape[0]
+    width = -(-columns // 128) * 64
+    buffer = torch.empty(2, rows, width, dtype=torch.float32, device=device)
+    starts = range(0, columns, width)
+    part_values, part_indices, ranks = (
+        torch.empty(len(starts), rows, k, dtype=dtype, device=device)
+        for dtype in (torch.float32, torch.int32, torch.int32)
+    )
     for first in range(0, n, rows):
         chunk = slice(first, first + rows)
         factors = x_and_g[:, chunk]
-        scores = buffers[:, : factors.shape[1]]
-        padded_product(factors, weights, scores, d_sae)
-        select_rows(scores[0], bias, k, values[chunk], indices[chunk], gradient=(scores[1], beta))
+        n_rows = factors.shape[1]
+        for i, start in enumerate(starts):
+            part = slice(start, min(start + width, columns))
+            scores = buffer[:, :n_rows, : part.stop - start]
+            padded_product(factors, weights[..., part], scores, d_sae - start)
+            select_rows(
+                scores[0], bias[part], k, part_values[i, :n_rows], part_indices[i, :n_rows],
+                gradient=(scores[1], beta), ranks=ranks[i, :n_rows],
+            )  # fmt: skip
+        merge_rows(part_values, part_indices, ranks, width, values[chunk], indices[chunk])
     return values, indices
 
 
 def _empty_code(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Room for fp32 values and int64 indices [n, k]."""
-    return tuple(torch.empty(n, k, dtype=dtype, device=device) for dtype in (torch.float32, torch.int64))  # type: ignore[return-value]
+    values, indices = (torch.empty(n, k, dtype=dtype, device=device) for dtype in (torch.float32, torch.int64))
+    return values, indices

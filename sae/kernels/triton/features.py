@@ -34,7 +34,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.kernels.triton.sparse import alignment
 
-WINDOW = 64
+WINDOW = 32
 # Entries whose rows are loaded at once.
 ENTRIES = 4
 
@@ -66,15 +66,20 @@ class Products:
 def by_feature(code: SparseCode) -> FeatureOrder:
     """Stable order of a code's active entries by feature; no host synchronisation."""
     value = code.values.reshape(-1)
-    feature = torch.where(value != 0, code.indices.reshape(-1), code.d_sae).to(torch.int32)
+    feature = torch.where(value != 0, code.indices.reshape(-1), code.d_sae).to(narrowest(code.d_sae))
     ordered, order = torch.sort(feature, stable=True)
     if code.offsets is None:
         token = order // code.values.shape[1]
     else:
         token = torch.searchsorted(code.offsets, order, right=True) - 1
-    edges = torch.arange(code.d_sae + 1, dtype=torch.int32, device=feature.device)
+    edges = torch.arange(code.d_sae + 1, dtype=feature.dtype, device=feature.device)
     offsets = torch.searchsorted(ordered, edges, out_int32=True)
-    return FeatureOrder(token.to(torch.int32), value[order], ordered, offsets)
+    return FeatureOrder(token.to(torch.int32), value[order], ordered.to(torch.int32), offsets)
+
+
+def narrowest(largest: int) -> torch.dtype:
+    """The narrowest integers up to `largest`: sorting takes a pass a byte."""
+    return next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(dtype).max)
 
 
 @triton.jit

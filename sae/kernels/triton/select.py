@@ -81,9 +81,9 @@ def bound(keys, k, limit):
 
 @triton.jit
 def _select_kernel(
-    Z, U, bias, values, indices, groups, candidates, stride, n_columns, k, beta,
+    Z, U, bias, values, indices, ranks, groups, candidates, stride, n_columns, k, beta,
     N_GROUPS: tl.constexpr, UNROLL: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
-    MEMBERS: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr,
+    MEMBERS: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_row, u_row = Z + row * stride, U + row * stride
@@ -163,7 +163,46 @@ def _select_kernel(
         # A score that is NaN is shown, also where the value it stands for is not.
         z = tl.where(score != score, score, z)
     tl.store(values + row * k + slot, tl.where(active, z, 0.0), mask=slot < k)
-    tl.store(indices + row * k + slot, columns.to(tl.int64), mask=slot < k)
+    tl.store(indices + row * k + slot, columns, mask=slot < k)
+    if RANKED:
+        tl.store(ranks + row * k + slot, (packed >> 32).to(tl.int32), mask=slot < k)
+
+
+@triton.jit
+def _merge_kernel(
+    part_values, part_indices, ranks, values, indices, stride, k, width, PARTS: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    """The k best of a row's parts, each sorted: of equal keys, the earlier part has the earlier columns."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    place = (slot // k) * stride + row * k + slot % k
+    key = tl.load(ranks + place, mask=slot < PARTS * k, other=0)
+    packed = tl.sort((key.to(tl.int64) << 32) | (slot ^ NAN_KEY).to(tl.int64), descending=True)
+    active = (packed >> 32) > 0
+    chosen = tl.where(active, (packed & NAN_KEY).to(tl.int32) ^ NAN_KEY, 0)
+    place = (chosen // k) * stride + row * k + chosen % k
+    wanted = slot < k
+    value = tl.load(part_values + place, mask=active & wanted, other=0.0)
+    column = tl.load(part_indices + place, mask=active & wanted, other=0) + (chosen // k) * width
+    tl.store(values + row * k + slot, value, mask=wanted)
+    tl.store(indices + row * k + slot, tl.where(active, column, 0), mask=wanted)
+
+
+def merge_rows(
+    part_values: Float[Tensor, "parts rows k"],
+    part_indices: Int[Tensor, "parts rows k"],
+    ranks: Int[Tensor, "parts rows k"],
+    width: int,
+    values: Float[Tensor, "n k"],
+    indices: Int[Tensor, "n k"],
+) -> None:
+    """Writes the top k of the first n rows, whose columns were selected from part by part, `width` a part."""
+    (n, k), parts = values.shape, len(ranks)
+    slots = triton.next_power_of_2(parts * k)
+    _merge_kernel[(n,)](
+        part_values, part_indices, ranks, values, indices, ranks.stride(0), k, width,
+        PARTS=parts, SLOTS=slots, num_warps=max(1, min(4, slots // 128)),
+    )  # fmt: skip
 
 
 def select_rows(
@@ -175,6 +214,7 @@ def select_rows(
     *,
     absolute: bool = False,
     gradient: tuple[Float[Tensor, "n columns"], float] | None = None,
+    ranks: Int[Tensor, "n k"] | None = None,
     n_groups: int | None = None,
 ) -> None:
     """Writes the top k of every row of `scores` + `bias` (fp32) to `values` and `indices`, in the canonical order.
@@ -183,6 +223,7 @@ def select_rows(
         scores: rows may be strided; columns lie side by side.
         absolute: rank by magnitude and keep the sign; otherwise only positive scores count.
         gradient: (u, beta) to rank z + beta z |u| with z = scores + bias, u laid out like `scores`.
+        ranks: receives the int32 keys that `merge_rows` orders by; 0 for an empty slot.
         n_groups: groups of columns, a power of two; chosen by k when not given.
     """
     n, n_columns = scores.shape
@@ -195,7 +236,9 @@ def select_rows(
     candidates = torch.empty(n, capacity, dtype=torch.int64, device=scores.device)
     u, beta = (scores, 0.0) if gradient is None else gradient
     _select_kernel[(n,)](
-        scores, u, bias, values, indices, groups, candidates, scores.stride(0), n_columns, k, beta,
+        scores, u, bias, values, indices, indices if ranks is None else ranks, groups, candidates,
+        scores.stride(0), n_columns, k, beta,
         N_GROUPS=n_groups, UNROLL=max(1, STREAM // n_groups), CAPACITY=capacity, GROUPS_AT_ONCE=at_once,
-        MEMBERS=members, ABSOLUTE=absolute, GRADIENT=gradient is not None, num_warps=WARPS,
+        MEMBERS=members, ABSOLUTE=absolute, GRADIENT=gradient is not None, RANKED=ranks is not None,
+        num_warps=WARPS,
     )  # fmt: skip

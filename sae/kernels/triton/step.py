@@ -5,6 +5,7 @@
 Loss: the batch's normalised squared error, as in `sae.losses`.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,8 +132,15 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         # Other threads read ahead from disk to this device, and must be let.
         pool = None if after is None else after.graph.pool()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.result = step()
+        # A graph that Python's collector happened to free here would invalidate the one being captured.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.result = step()
+        finally:
+            if collecting:
+                gc.enable()
 
     def __call__(self) -> object:
         """Replays the step; the result's tensors are the same memory every time."""

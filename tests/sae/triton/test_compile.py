@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 # Pointers that are not to fp32, and numbers.
 NAMES = {
     "*bf16": "R X x out centred shadow_dec shadow_enc",
-    "*i32": "groups counter places token feature offsets aux_slot",
-    "*i64": "indices candidates budgets starts since_fired",
+    "*i32": "ranks groups counter places token feature offsets aux_slot",
+    "*i64": "part_indices indices candidates budgets starts since_fired",
     "i32": "stride n_columns k n units d_sae first width slots n_tokens size",
     "fp32": "beta beta1 beta2 rest1 rest2 eps",
 }
@@ -37,7 +37,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, types: dict[str
     types = TYPES | types
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
     # Widths divisible by 16 and aligned pointers, as at run time.
-    divisible = {"stride", "width"} | ({"units"} if aligned else set())
+    divisible = {"stride", "width", "n"} | ({"units"} if aligned else set())
     hints = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
@@ -96,16 +96,23 @@ def test_select_stays_in_registers(absolute: bool, gradient: bool, folder: Path)
 
     constants = {
         "N_GROUPS": 1024, "UNROLL": STREAM // 1024, "CAPACITY": 128, "GROUPS_AT_ONCE": TILE // 64, "MEMBERS": 64,
-        "ABSOLUTE": absolute, "GRADIENT": gradient,
+        "ABSOLUTE": absolute, "GRADIENT": gradient, "RANKED": gradient,
     }  # fmt: skip
     check(_select_kernel, constants, WARPS, folder)
 
 
+def test_a_merge_stays_in_registers(folder: Path) -> None:
+    from sae.kernels.triton.select import _merge_kernel
+
+    for slots, warps in ((64, 1), (1024, 4)):
+        check(_merge_kernel, {"PARTS": 2, "SLOTS": slots}, warps, folder)
+
+
 def test_feature_choice_stays_in_registers(folder: Path) -> None:
-    from sae.kernels.triton.batch import MAX_TOKENS, PIECE, WARP_TOKENS, _budget_kernel
+    from sae.kernels.triton.batch import MAX_TOKENS, PIECE, _budget_kernel, budget_warps
 
     for tokens in (4096, 8192, MAX_TOKENS):
-        check(_budget_kernel, {"BLOCK": tokens, "PIECE": PIECE}, tokens // WARP_TOKENS, folder)
+        check(_budget_kernel, {"BLOCK": tokens, "PIECE": PIECE}, budget_warps(tokens), folder)
 
 
 def test_batch_collection_stays_in_registers(folder: Path) -> None:

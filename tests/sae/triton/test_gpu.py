@@ -241,15 +241,21 @@ def test_a_step_never_waits_for_the_device() -> None:
     step()
 
 
-def test_the_encoder_takes_an_eighth_of_the_dense_scores() -> None:
+@pytest.mark.parametrize("rule", ["topk", "gradient_topk"])
+def test_the_encoder_takes_an_eighth_of_the_dense_scores(rule: str) -> None:
     n, d, d_sae, k = 4096, 256, 24576, 32
     x, W = torch.randn(n, d, device="cuda").bfloat16(), torch.randn(d_sae, d, device="cuda").bfloat16()
     b = torch.zeros(d_sae, device="cuda")
-    fast.topk_encode(x, W.T, b, k)
+    pairs = torch.stack((x, x)), torch.stack((W, W))
+
+    def encode_once() -> tuple[Tensor, Tensor]:
+        return fast.topk_encode(x, W.T, b, k) if rule == "topk" else fast.paired_topk_encode(*pairs, b, k, 1.0)
+
+    encode_once()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fast.topk_encode(x, W.T, b, k)
+    encode_once()
     results = n * k * 12
     # Beside the buffer of scores, the lists of groups and candidates of one chunk.
     assert torch.cuda.max_memory_allocated() - before - results <= n * d_sae * 2 / 8 * 1.02

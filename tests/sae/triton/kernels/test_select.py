@@ -75,16 +75,20 @@ def test_topk_equals_the_plain_encoder(absolute: bool, dtype: torch.dtype, devic
     assert torch.equal(values.cpu(), expected_values.float())
 
 
+@pytest.mark.parametrize(("d_sae", "k"), [(40, 4), (64, 64), (130, 4), (300, 70)])
 @pytest.mark.usefixtures("small_chunks")
-def test_gradient_rule_equals_its_definition(device: torch.device) -> None:
-    x, W, b = integers(12, 6, device=device), integers(40, 6, device=device).T, integers(40, device=device)
-    W_dec, g = integers(40, 6, device=device), integers(12, 6, device=device)
-    values, indices = fast.gradient_topk_encode(x, W, b, W_dec, g, 4, 0.5)
+def test_gradient_rule_equals_its_definition(d_sae: int, k: int, device: torch.device) -> None:
+    """In one part of the columns and in two, of which the second is narrower, with ties across them."""
+    x, W, b = integers(12, 6, device=device), integers(d_sae, 6, device=device).T, integers(d_sae, device=device)
+    W_dec, g = integers(d_sae, 6, device=device), integers(12, 6, device=device)
+    x[2], b[d_sae // 2 + 1] = 0, torch.nan
+    values, indices = fast.gradient_topk_encode(x, W, b, W_dec, g, k, 0.5)
     z = (x @ W + b).cpu()
-    _, expected = by_sorting(z + 0.5 * z * (g @ W_dec.T).abs().cpu(), 4, False)
+    expected_scores, expected = by_sorting(z + 0.5 * z * (g @ W_dec.T).abs().cpu(), k, False)
     assert torch.equal(indices.cpu(), expected)
-    active = values.cpu() != 0
-    assert torch.equal(values.cpu()[active], z.gather(1, expected)[active])
+    active = expected_scores != 0
+    assert same(values.cpu()[active], z.gather(1, expected)[active])
+    assert not values.cpu()[~active].any()
 
 
 def check_ragged(ours: SparseCode, reference: SparseCode) -> None:
