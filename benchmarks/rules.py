@@ -67,7 +67,8 @@ SHALLOWEST = -0.2
 FIRST_GUESSES: dict[str, tuple[float, ...]] = {"relu": (0.2, 0.5), "jumprelu": (1e-3, 3e-3)}
 THRESHOLD_RULES: dict[str, Rule] = {"relu": ReLU(), "jumprelu": JumpReLU()}
 CLIP = 1.0
-"""Norm at which their gradients are clipped, as SAELens and dictionary_learning train; see docs/methods/rules.md."""
+"""Norm at which gradients of threshold rules are clipped, as SAELens and dictionary_learning train; two rules with a k
+are trained that way too, to compare with. See docs/methods/rules.md."""
 ARMS: dict[str, dict[str, Any]] = {
     "topk": {"rule": TopK(K)},
     "abstopk": {"rule": AbsTopK(K)},
@@ -77,6 +78,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "feature_choice": {"rule": FeatureChoice(K)},
     "gradient_topk": {"rule": GradientTopK(K)},
     "matryoshka_topk": {"rule": TopK(K), "matryoshka": PREFIXES},
+    "topk_clipped": {"rule": TopK(K), "clip_grad_norm": CLIP},
+    "batchtopk_clipped": {"rule": BatchTopK(K), "clip_grad_norm": CLIP},
     "random_decoder": {"rule": TopK(K), "frozen_decoder": True},
 }
 RANDOM_MODEL = "random_model"
