@@ -75,7 +75,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
 }
 """
 _TOKENS_CSS = """
-.row { font-family: ui-monospace, monospace; font-size: 13px; line-height: 1.75; white-space: pre-wrap;
+.row { font-family: ui-monospace, monospace; font-size: 13px; line-height: 1.75; white-space: break-spaces;
   overflow-wrap: anywhere; color: var(--st-text-color); max-height: 420px; overflow-y: auto; padding: 4px }
 .row span { cursor: pointer; border-radius: 2px; box-shadow: inset 0 0 0 0.5px #8883; padding: 1px 0 }
 .row span:hover { box-shadow: inset 0 0 0 1px var(--st-text-color) }

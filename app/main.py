@@ -32,6 +32,8 @@ def pages() -> list[st.Page]:
     ]
 
 
+# A sidebar of 200 pixels leaves a window of 800 room for the page.
+st.set_page_config(initial_sidebar_state=200)
 page = st.navigation(pages())
 st.set_page_config(page_title=f"{page.title} · Workbench", page_icon="🔬", layout="wide")
 try:

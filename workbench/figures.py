@@ -79,7 +79,9 @@ def sae_comparison(table: pd.DataFrame) -> go.Figure:
                 legendgroup=f"{rule}/{width}", showlegend=column == 1, mode="markers", marker=marker,
                 hovertemplate="%{text}<br>L0 %{x:.4g}<br>%{y:.4g}", row=1, col=column,
             )  # fmt: skip
-    figure.update_xaxes(title_text="L0 (active features per token)", type="log")
+    # Left to itself a log axis this short shows ticks such as 2, 5, 100, 2, 5, without their powers of ten.
+    ticks = [2**power for power in range(21)]
+    figure.update_xaxes(title_text="L0 (active features per token)", type="log", tickvals=ticks, ticktext=ticks)
     # FVU spans orders of magnitude; added nats may be below zero.
     figure.update_yaxes(type="log", row=1, col=1)
     figure.update_yaxes(rangemode="tozero", row=1, col=3)

@@ -209,7 +209,8 @@ def _literal(text: str) -> str:
 
 
 def _one_line(error: duckdb.Error) -> str:
-    """DuckDB's message without its picture of the query and, for an error inside `vec`, without Python's traceback."""
+    """DuckDB's message and what it proposes, without its picture of the query and, for an error inside `vec`, without
+    Python's traceback."""
     text = str(error).strip()
     _, inside, cause = text.partition("InputError: ")
-    return (cause if inside else text).splitlines()[0]
+    return cause.splitlines()[0] if inside else " ".join(text.partition("\n\n")[0].split())

@@ -15,7 +15,6 @@ from workbench.index import InputError
 from workbench.live import model_name, model_of
 from workbench.results import Result
 
-st.set_page_config(page_title="Circuits", page_icon="🔬", layout="wide")
 
 KINDS = {
     EDGES: "edges", NODES: "nodes", FEATURES: "SAE features", DISCRETE: "discrete codes", DFA: "attention feature",

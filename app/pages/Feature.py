@@ -37,7 +37,7 @@ def main() -> None:
         st.text(feature.title)
     if feature.dead:
         st.warning("Dead: this feature fires on none of the indexed tokens.")
-    left, right = st.columns([1, 2], gap="large")
+    left, right = st.columns([1, 2], gap="medium")
     with left:
         written(workspace, feature)
         related(feature)
@@ -136,12 +136,10 @@ def written(workspace: Workspace, feature: Feature) -> None:
 
 def related(feature: Feature) -> None:
     """Features close in direction and in time, each a link; heads of an attention SAE."""
-    st.markdown("**Nearest decoder directions**")
-    links(feature.sae, [(near.feature, near.label, f"cosine {near.cosine:+.2f}") for near in feature.neighbours])
-    st.markdown("**Fires together with**")
-    together = [
-        (other.feature, other.label, f"phi {other.phi:.2f}, PMI {other.pmi:.1f}") for other in feature.coactivations
-    ]
+    st.markdown("**Nearest decoder directions** · cosine")
+    links(feature.sae, [(near.feature, near.label, f"{near.cosine:+.2f}") for near in feature.neighbours])
+    st.markdown("**Fires together with** · phi, PMI")
+    together = [(other.feature, other.label, f"{other.phi:.2f}, {other.pmi:.1f}") for other in feature.coactivations]
     links(feature.sae, together)
     if not together:
         st.caption("No feature fires with it on three tokens or more.")

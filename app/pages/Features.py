@@ -14,11 +14,12 @@ from workbench.index.query import FeatureIndex, listed_features
 from workbench.notes import Notes
 
 DENSE = 0.1
+# What tells features apart at a glance comes first: a narrow window shows only the first columns.
 COLUMNS = {
-    "feature": "feature", "label": "label", "where": "found in", "concept": "best concept", "concept_f1": "F1",
-    "density": "density", "firings": "firings", "strongest": "strongest", "positive_share": "positive share",
-    "mean": "mean", "skewness": "skewness", "logit_skewness": "logit skew", "logit_kurtosis": "logit kurtosis",
-    "top_token": "promotes", "peak_tokens": "fires on", "best_phi": "best phi",
+    "feature": "feature", "label": "label", "where": "found in", "peak_tokens": "fires on", "top_token": "promotes",
+    "concept": "best concept", "concept_f1": "F1", "density": "density", "strongest": "strongest",
+    "firings": "firings", "positive_share": "positive share", "mean": "mean", "skewness": "skewness",
+    "logit_skewness": "logit skew", "logit_kurtosis": "logit kurtosis", "best_phi": "best phi",
 }  # fmt: skip
 
 
@@ -39,13 +40,13 @@ def main() -> None:
         shown = table[[column for column in COLUMNS if column in table]].rename(columns=COLUMNS)
         event = st.dataframe(
             shown, hide_index=True, key=f"table {index.sae}", on_select="rerun", selection_mode="single-row",
-            height=560, column_config={"density": st.column_config.NumberColumn(format="scientific")},
+            height=560, column_config={"density": st.column_config.NumberColumn(format="%.3g")},
         )  # fmt: skip
         if rows := event["selection"]["rows"]:
             open_feature(index.sae, int(table["feature"].iloc[rows[0]]))
         save(workspace, index, table, chosen_list)
     with in_map:
-        st.caption("Decoder directions on two principal components. Click a point to open it, or draw around several.")
+        st.caption("Decoder directions in two dimensions. Click a point to open it, or draw around several.")
         select(index, table, figures.decoder_map(table, method=index.map_method), "map")
     with in_spectrum:
         if (table["firings"] > 0).any():

@@ -13,7 +13,6 @@ from workbench.index import InputError
 from workbench.models import ModelInfo
 from workbench.results import Result
 
-st.set_page_config(page_title="Heads", page_icon="🔬", layout="wide")
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
 
