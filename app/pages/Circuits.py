@@ -15,7 +15,6 @@ from workbench.index import InputError
 from workbench.live import model_name, model_of
 from workbench.results import Result
 
-
 KINDS = {
     EDGES: "edges", NODES: "nodes", FEATURES: "SAE features", DISCRETE: "discrete codes", DFA: "attention feature",
     AGREEMENT: "agreement of methods", TABLE: "published table",

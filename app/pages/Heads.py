@@ -13,7 +13,6 @@ from workbench.index import InputError
 from workbench.models import ModelInfo
 from workbench.results import Result
 
-
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
 
 
@@ -39,7 +38,7 @@ def choose_scores(workspace: Workspace) -> Result | None:
     """The stored scores, kept in the URL as `scores`; offers to score the demo model where there are none."""
     found = {item.name: item for item in workspace.results.find(HEADS)}
     if not found:
-        st.info(f"No heads scored yet. Run `workbench heads --model ... --workspace {workspace.path}`.")
+        st.info(f"No heads scored yet. Run `workbench circuits heads --model ... --workspace {workspace.path}`.")
         if st.button("Score the heads of the demo model"):
             with st.spinner("Scoring every head ..."):
                 report_heads(workspace, "heads-demo", loaded_model("demo"))

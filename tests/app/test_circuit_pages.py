@@ -38,7 +38,7 @@ def open_page(page: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, 
 def test_empty_pages_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = Workspace(tmp_path / "empty")
     heads = open_page("Heads", empty, monkeypatch)
-    assert "`workbench heads" in heads.info[0].value
+    assert "`workbench circuits heads" in heads.info[0].value
     circuits = open_page("Circuits", empty, monkeypatch)
     assert "`workbench circuits discover" in circuits.info[0].value
     assert not heads.exception

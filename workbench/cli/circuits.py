@@ -52,11 +52,10 @@ commands = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
-    app.command()(heads)
-    commands.command()(heads)
     app.add_typer(commands)
 
 
+@commands.command()
 def heads(
     name: NameOption = None,
     model: ModelOption = "demo",
@@ -79,8 +78,26 @@ def heads(
             Workspace(workspace), name or f"heads-{Path(model).name}", loaded, n=rows, length=length, needles=needles,
             on_progress=on_progress,
         )  # fmt: skip
-    table = result.table("scores").sort_values("induction", ascending=False)
-    _show(result, {"scores": table.drop(columns=["layer", "head"])}, as_json, top, plot)
+    scores = result.table("scores").drop(columns=["layer", "head"])
+    composition = result.table("composition").sort_values("score", ascending=False)
+    tables = {"scores": scores, "composition": composition[["writer", "reader", "kind", "score"]]}
+    if not as_json:
+        tables = {"best heads": best_heads(scores)} | tables
+    _show(result, tables, as_json, top, plot)
+
+
+def best_heads(scores: "pd.DataFrame", n: int = 4) -> "pd.DataFrame":
+    """The `n` heads with the largest value of every score but the number of needles."""
+    import pandas as pd
+
+    columns = [column for column in scores.columns if column not in ("node", "needles_found")]
+    best = {column: scores.dropna(subset=[column]).nlargest(n, column) for column in columns}
+    cells = {
+        column: [f"{node} {value:.3g}" for node, value in zip(rows["node"], rows[column], strict=True)]
+        for column, rows in best.items()
+    }
+    rows = [[column, *found, *[None] * (n - len(found))] for column, found in cells.items()]
+    return pd.DataFrame(rows, columns=["score", *[f"{rank}." for rank in range(1, n + 1)]])
 
 
 @commands.command()

@@ -206,9 +206,11 @@ def rule_tables(
 ) -> list[dict[str, Any]]:
     """What a sweep file would hold in its [[rule]] tables. Raises InputError for a setting that no rule named has."""
     from sae.rules import RULES, CodeRule, ThresholdRule
+    from workbench.settings import check_keys
 
-    with_k = [name for name in names if name in RULES and issubclass(RULES[name], CodeRule)]
-    penalised = [name for name in names if name in RULES and issubclass(RULES[name], ThresholdRule)]
+    check_keys(dict.fromkeys(names), list(RULES), "--rule", what="selection rule")
+    with_k = [name for name in names if issubclass(RULES[name], CodeRule)]
+    penalised = [name for name in names if issubclass(RULES[name], ThresholdRule)]
     if not with_k and penalised and given(context, "k"):
         raise InputError(f"{penalised[0]} has no k: set its penalty with --sparsity")
     if not penalised and sparsity is not None:

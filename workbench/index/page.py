@@ -19,7 +19,8 @@ STYLE = """<style>
 .wbf .cols{display:flex;flex-wrap:wrap;gap:24px}.wbf .left{flex:1 1 260px}.wbf .right{flex:2 1 480px;min-width:0}
 .wbf table{border-collapse:collapse}.wbf td{padding:1px 10px 1px 0;text-align:left}.wbf td.n{text-align:right;
 font-variant-numeric:tabular-nums}
-.wbf .tok,.wbf .text{font-family:ui-monospace,monospace;font-size:12.5px;white-space:break-spaces;overflow-wrap:anywhere}
+.wbf .tok,.wbf .text{font-family:ui-monospace,monospace;font-size:12.5px;white-space:break-spaces;
+overflow-wrap:anywhere}
 .wbf .ex{border-top:1px solid #8884;padding:3px 0}.wbf .ex summary{cursor:pointer;list-style-position:outside}
 .wbf .chip{display:inline-block;min-width:4.5em;padding:0 6px;margin-right:8px;border-radius:4px;background:#8882;
 font-family:ui-monospace,monospace;font-size:12px}

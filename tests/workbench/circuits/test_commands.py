@@ -35,6 +35,14 @@ def test_discover_stores_a_circuit_which_is_listed_drawn_and_queried(
     assert answer.rows == [(1519,)]
 
 
+def test_heads_names_the_best_head_of_every_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["circuits", "heads", "--needles", "0", "--workspace", str(folder), "--device", "cpu"]) == 0
+    lines = {words[0]: words for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
+    scores = Workspace(folder).results.open("circuit-heads", "heads-demo").table("scores").set_index("node")
+    for score in ("previous_token", "induction", "copying"):
+        assert lines[score][1:3] == [scores[score].idxmax(), f"{scores[score].max():.3g}"]
+
+
 def test_a_task_of_ones_own_is_patched_and_ablated(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     row = {"clean": "def f(a, b):\n    return", "corrupted": "def f(c, b):\n    return", "answers": " a", "wrong": " c"}
