@@ -38,6 +38,7 @@ from circuits.scores import EdgeScores
 from sae.errors import InputError
 
 Variant = Literal["eap", "ig-inputs", "ig-activations"]
+TITLES: dict[str, str] = {"eap": "EAP", "ig-inputs": "EAP-IG (inputs)", "ig-activations": "EAP-IG (activations)"}
 
 
 def attribute_edges(
@@ -84,8 +85,7 @@ def attribute_edges(
             on_progress(number * batch_size + len(batch), len(prompts))
     n = len(prompts)
     scores = torch.where(graph.exists, total / n, 0.0)
-    name = variant if variant == "eap" else f"eap {variant}"
-    return EdgeScores(name, prompts.name, metric.__name__, graph, scores, clean / n, corrupted / n)
+    return EdgeScores(TITLES[variant], prompts.name, metric.__name__, graph, scores, clean / n, corrupted / n)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def describe(result: Result) -> None:
         row = result.table("summary").iloc[0]
         numbers = [key for key in row.index if key not in asked and isinstance(row[key], float)]
         for column, key in zip(st.columns(max(len(numbers), 1)), numbers, strict=False):
-            column.metric(key.replace("_", " "), f"{row[key]:.3g}")
+            column.metric(key.upper() if key in ("cpr", "cmd") else key.replace("_", " "), f"{row[key]:.3g}")
 
 
 @st.fragment

@@ -117,7 +117,7 @@ def scores(result: Result, head: str) -> None:
     st.caption(
         "Attention to what followed a repeated prefix, by its length; corrupted: all but its last token replaced"
     )
-    st.line_chart(own, height=180, x_label="tokens of the prefix", y_label="attention")
+    st.line_chart(own, height=240, x_label="tokens of the prefix", y_label="attention")
 
 
 def on_text(model: ModelInfo, head: str) -> None:

@@ -1,5 +1,6 @@
 """Sparsity page: how little of a model is used, layer by layer and neuron by neuron, and what using less costs."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import pandas as pd
@@ -23,7 +24,11 @@ from workbench.sparsity.report import ATTENTION, CURVES, MLP, SAES
 PARTS = ("MLPs", "Cost", "Attention", "SAEs")
 COMMANDS = {MLP: "measure", CURVES: "enforce", ATTENTION: "attention", SAES: "sae"}
 NEURON_COLUMNS = {"neuron": "neuron", "density": "share of tokens", "mean_abs": "mean |h|", "max_abs": "largest |h|"}
-PROMPT = "def read_lines(path):\n"
+SAE_COLUMNS = {
+    "sae": "SAE", "l0": "L0", "l0_p10": "L0, 10%", "l0_p50": "median", "l0_p90": "90%", "dead_share": "dead share",
+    "dense_share": "dense share", "zipf_exponent": "Zipf exponent", "zipf_r2": "R² of the fit",
+}  # fmt: skip
+PROMPT = "def read_lines(path):\n    with open("
 NEURON_TOKENS = 8192
 Parts = dict[str, Result]
 
@@ -47,14 +52,20 @@ def main() -> None:
     reports = {name: report_parts(workspace, name) for name in chosen}
     if len(chosen) > 1:
         summary = compared(str(workspace.path), version(workspace), tuple(chosen))
-        text = summary.set_index("name").T.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
-        st.dataframe(text, width="stretch")
+        st.dataframe(summary.set_index("name").T.map(in_words), width="stretch")
     part = st.segmented_control(
         "Part", PARTS, default=PARTS[0], key="part", bind="query-params", label_visibility="collapsed", required=True
     )
     # `required` keeps a second click on the part from taking it away, but types do not know that.
     draws = dict(zip(PARTS, (mlps, cost, attention, saes), strict=True))
     draws[part or PARTS[0]](workspace, reports)
+
+
+def in_words(value: object) -> str:
+    """A cell of a table that holds names and numbers in one column; a dash where nothing was measured."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
 
 
 @st.cache_data(max_entries=8, show_spinner=False)
@@ -173,7 +184,8 @@ def text_at(result: Result) -> None:
     )
     levels = points[points["method"] == name].sort_values("level")
     if len(levels) > 1:
-        level = right.select_slider("Level", levels["level"].tolist(), key=f"level {name}")
+        choices = levels["level"].tolist()
+        level = right.select_slider("Level", choices, choices[len(choices) // 2], key=f"level {name}")
     else:
         level = levels["level"].iloc[0]
     point = levels[levels["level"] == level].iloc[0]
@@ -235,7 +247,8 @@ def saes(workspace: Workspace, reports: dict[str, Parts]) -> None:
     found = having(workspace, reports, SAES)
     for name, result in found.items():
         st.subheader(plain(name))
-        st.dataframe(result.table("summary"), hide_index=True, width="stretch")
+        summary = result.table("summary")
+        st.dataframe(summary[list(SAE_COLUMNS)].rename(columns=SAE_COLUMNS), hide_index=True, width="stretch")
         left, middle, right = st.columns(3)
         left.plotly_chart(figures.density_spectrum(result.table("spectrum")), key=f"spectrum {name}")
         middle.plotly_chart(figures.sae_positions(result.table("positions")), key=f"l0 {name}")

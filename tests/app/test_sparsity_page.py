@@ -88,6 +88,7 @@ def test_the_slider_shows_text_at_a_sparsity(measured: Path, monkeypatch: pytest
     page = open_page(measured, monkeypatch, reports="a", part="Cost", method="CETT")
     assert len(page.get("plotly_chart")) == 1
     assert "PPL-p% sparsity" in page.markdown[0].value
+    page.select_slider[0].set_value(0.0).run()
     clean, thinned = page.code
     assert clean.value == thinned.value
     page.select_slider[0].set_value(0.5).run()
@@ -116,7 +117,7 @@ def test_heads_are_shown_with_their_sinks(measured: Path, monkeypatch: pytest.Mo
 
 def test_sae_codes_are_shown(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = open_page(measured, monkeypatch, reports="a", part="SAEs")
-    assert page.dataframe[0].value["sae"].tolist() == ["s"]
+    assert page.dataframe[0].value["SAE"].tolist() == ["s"]
     assert len(page.get("plotly_chart")) == 3
 
 
@@ -127,7 +128,7 @@ def test_reports_stand_side_by_side_and_what_is_missing_names_its_command(
     summary = page.dataframe[0].value
     assert summary.columns.tolist() == ["a", "b"]
     ppl = Workspace(measured).results.open("sparsity-curves", "a").table("ppl")
-    assert summary.loc["ppl_5%"].tolist() == [f"{ppl['sparsity'].iloc[0]:.4g}", "nan"]
+    assert summary.loc["ppl_5%"].tolist() == [f"{ppl['sparsity'].iloc[0]:.4g}", "-"]
     assert page.selectbox(key="report").options == ["a", "b"]
     page = open_page(measured, monkeypatch, reports=["a", "b"], part="Attention")
     assert "workbench sparsity attention b --model demo" in page.info[0].value

@@ -1,7 +1,7 @@
 """Commands that look: info, sql, doctor, gc, app."""
 
 import dataclasses
-import subprocess
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -172,4 +172,5 @@ def open_app(
         "--client.toolbarMode", "viewer",
         "--", str(workspace),
     ]  # fmt: skip
-    raise typer.Exit(subprocess.call(command))
+    # In this process's place, so that whatever ends the command ends the server.
+    os.execv(sys.executable, command)

@@ -94,7 +94,7 @@ def attention_coverage(coverage: pd.DataFrame, budget: int) -> go.Figure:
         budget: one of its budgets.
     """
     rows = coverage[coverage["budget"] == budget].copy()
-    rows["place"] = "L" + rows["layer"].astype(str) + "H" + rows["head"].astype(str)
+    rows["place"] = "a" + rows["layer"].astype(str) + ".h" + rows["head"].astype(str)
     table = rows.pivot(index="place", columns="pattern", values="kept")
     table = table.loc[rows["place"].unique(), rows["pattern"].unique()]
     figure = go.Figure(
@@ -123,7 +123,7 @@ def sae_positions(table: pd.DataFrame) -> go.Figure:
             x=rows["pos"], y=rows["l0"], name=str(sae), mode="lines",
             line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
         )  # fmt: skip
-    return _laid_out(figure, "position in the context", "L0").update_yaxes(rangemode="tozero")
+    return _laid_out(figure, "position", "L0").update_yaxes(rangemode="tozero")
 
 
 def terms_needed(terms: pd.DataFrame) -> go.Figure:
@@ -138,7 +138,10 @@ def terms_needed(terms: pd.DataFrame) -> go.Figure:
             x=rows["error"], y=rows["terms_mean"], name=str(dictionary), mode="lines+markers",
             line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
         )  # fmt: skip
-    return _laid_out(figure, "relative squared error", "terms per token").update_yaxes(type="log")
+    # The names below the axis' title, also in a third of a page.
+    return _laid_out(figure, "relative error²", "terms per token").update_layout(
+        yaxis_type="log", legend={"orientation": "h", "y": -0.35, "yanchor": "top"}
+    )
 
 
 def layer_grid(layers: pd.DataFrame) -> go.Figure:
@@ -179,7 +182,7 @@ def positions(table: pd.DataFrame) -> go.Figure:
             x=rows["pos"], y=rows["active"], name=f"layer {layer}", mode="lines",
             line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
         )  # fmt: skip
-    return _laid_out(figure, "position in the context", "neurons that fire").update_yaxes(rangemode="tozero")
+    return _laid_out(figure, "position", "neurons that fire").update_yaxes(rangemode="tozero")
 
 
 def sinks(heads: pd.DataFrame) -> go.Figure:

@@ -133,10 +133,10 @@ def test_agreement_measures_every_variant_against_exact_patching(space: Workspac
     task = Task("induction", n=2)
     result = report_agreement(space, "agreement", small, task, exact_prompts=2, steps=2, fractions=(0.1,))
     table = result.table("methods").set_index("method")
-    assert list(table.index) == ["eap", "eap ig-inputs", "eap ig-activations"]
+    assert list(table.index) == ["EAP", "EAP-IG (inputs)", "EAP-IG (activations)"]
     prompts = task.prompts(small)
     exact = patch_edges(small.bridge, prompts)
-    for variant, name in (("eap", "eap"), ("ig-inputs", "eap ig-inputs")):
+    for variant, name in (("eap", "EAP"), ("ig-inputs", "EAP-IG (inputs)")):
         found = attribute_edges(small.bridge, prompts, variant=variant, steps=2)  # type: ignore[arg-type]
         pair = torch.stack([scores.scores[exact.graph.exists] for scores in (found, exact)])
         assert table.pearson[name] == pytest.approx(float(torch.corrcoef(pair)[0, 1]), abs=1e-4)
