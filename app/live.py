@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import streamlit as st
 
-from app.shared import loaded_model, open_index, pick_sae, plain
+from app.shared import loaded_model, open_index, pick_sae, plain, sae_names
 from workbench import Workspace
 from workbench.index import InputError
 from workbench.index.build import index_path
@@ -17,7 +17,7 @@ from workbench.models import LoadedModel
 
 def choose_sae(workspace: Workspace) -> str:
     """The SAE chosen by `pick_sae` of all there are; says what to do and stops where there are none."""
-    names = [item.name for item in workspace.saes()]
+    names = sae_names(workspace)
     if not names:
         st.info("No SAE yet. Train one with `workbench train`, or run `workbench demo`.")
         st.stop()

@@ -9,6 +9,7 @@ import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
 from workbench import Workspace
+from workbench.comparison import has_frozen_decoder
 from workbench.index import InputError
 from workbench.index.build import index_path
 from workbench.index.query import FeatureIndex, concepts_path, index_names
@@ -33,11 +34,17 @@ def version(workspace: Workspace) -> str:
     return str(hash(tuple(sorted((str(path), path.stat().st_mtime_ns) for path in files))))
 
 
+def sae_names(workspace: Workspace) -> list[str]:
+    """The SAEs there are, baselines with a frozen random decoder last."""
+    names = [item.name for item in workspace.saes()]
+    return sorted(names, key=lambda name: has_frozen_decoder(workspace.sae_provenance(name)))
+
+
 def choose_index(workspace: Workspace) -> FeatureIndex:
     """The indexed SAE chosen by `pick_sae`; says what to do and stops where there are none."""
     names = index_names(workspace)
     if not names:
-        saes = [item.name for item in workspace.saes()]
+        saes = sae_names(workspace)
         if saes:
             st.info(f"No index yet. Make one with `workbench index {saes[0]} --workspace {workspace.path}`.")
         else:

@@ -62,7 +62,8 @@ def _row(summary: "SAESummary", provenance: dict[str, Any], evaluation: "Result 
     measured = summary.evaluation or {}
     return {
         "sae": summary.name,
-        "rule": made_by.get("name", stored.name if stored else architecture) + " (random decoder)" * _frozen(training),
+        "rule": made_by.get("name", stored.name if stored else architecture)
+        + " (random decoder)" * has_frozen_decoder(provenance),
         "k": made_by.get("k", int(k) if k else None),
         "d_sae": summary.d_sae,
         "seed": training.get("seed"),
@@ -74,8 +75,9 @@ def _row(summary: "SAESummary", provenance: dict[str, Any], evaluation: "Result 
     }
 
 
-def _frozen(training: dict[str, Any]) -> bool:
-    return bool(training.get("frozen_decoder"))
+def has_frozen_decoder(provenance: dict[str, Any]) -> bool:
+    """Whether an SAE of this provenance is a baseline whose decoder stayed at its random initialisation."""
+    return bool(provenance.get("training", {}).get("frozen_decoder"))
 
 
 def _text(evaluation: "Result | None") -> str | None:

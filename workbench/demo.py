@@ -3,7 +3,8 @@
 1. Harvest the residual stream of the demo model on the standard library's source (training files only).
 2. Train a TopK SAE and, on the same stream, a baseline whose decoder stays at its random initialisation.
 3. Evaluate both on held-out files, which neither the model nor the SAE has seen.
-4. Show where some of the features fire.
+4. Index the features, so that the app opens on them.
+5. Show where some of them fire.
 
 Every step is resumable and skipped when it is done: a second run prints the same report at once.
 """
@@ -18,6 +19,7 @@ from sae.train import StepMetrics, TrainConfig
 from workbench.cli.output import print_table
 from workbench.glimpse import FeatureGlimpse, glimpse
 from workbench.harvest import HarvestConfig, HarvestProgress
+from workbench.index.build import build_index
 from workbench.models import load_model
 from workbench.progress import ProgressBar, format_seconds
 from workbench.workspace import Workspace
@@ -86,6 +88,11 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
             on_progress=lambda done, total: bar.update(done * HELD_OUT_TOKENS // max(total, 1)),
         )  # fmt: skip
     seconds["evaluate"] = time.monotonic() - start
+
+    start = time.monotonic()
+    with ProgressBar("index   ", harvest.n_rows, enabled=not quiet) as bar:
+        build_index(space, SAE_NAME, model=model, device=device, on_progress=lambda done, _: bar.update(done))
+    seconds["index"] = time.monotonic() - start
 
     start = time.monotonic()
     features = glimpse(model, space.sae(SAE_NAME, device=str(model.device)), space.corpus_of(harvest))

@@ -36,7 +36,7 @@ def demo(
     """Run the whole pipeline on the bundled model of Python source; needs no network.
 
     Harvests the standard library of the running Python, trains a TopK SAE and a frozen-random-decoder
-    baseline, evaluates both on held-out files and prints what the features fire on.
+    baseline, evaluates both on held-out files, indexes the features and prints what some of them fire on.
     """
     from workbench.demo import run_demo
 
