@@ -10,7 +10,7 @@ from app.shared import loaded_model, open_index, pick_sae, plain, sae_names
 from workbench import Workspace
 from workbench.index import InputError
 from workbench.index.build import index_path
-from workbench.index.query import concepts_path
+from workbench.index.names import concepts_path, explanations_path
 from workbench.live import LiveSAE, known_features, model_name, model_of
 from workbench.models import LoadedModel
 
@@ -32,7 +32,8 @@ def open_live(workspace: Workspace, name: str) -> tuple[LiveSAE, int]:
     """
     weights = workspace.path / "saes" / name / "sae_weights.safetensors"
     index = index_path(workspace, name)
-    stamp = _stamp([weights, index, concepts_path(workspace, name), workspace.path / "notes.duckdb"])
+    names = [concepts_path(workspace, name), explanations_path(workspace, name), workspace.path / "notes.duckdb"]
+    stamp = _stamp([weights, index, *names])
     try:
         model = model_of(workspace, name, loaded_model(model_name(workspace, name)))
         return _opened(str(workspace.path), name, stamp, model), hash((str(workspace.path), name, stamp))

@@ -12,7 +12,8 @@ from workbench import Workspace
 from workbench.comparison import has_frozen_decoder
 from workbench.index import InputError
 from workbench.index.build import index_path
-from workbench.index.query import FeatureIndex, concepts_path, index_names
+from workbench.index.names import concepts_path, explanations_path
+from workbench.index.query import FeatureIndex, index_names
 from workbench.models import LoadedModel, load_model
 
 FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "runs/*/run.duckdb", "results/*/*.duckdb",
@@ -92,7 +93,7 @@ def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str
 
 def open_index(workspace: Workspace, name: str) -> FeatureIndex:
     """An index, opened once and again when it or the concepts of its features are made anew."""
-    files = (index_path(workspace, name), concepts_path(workspace, name))
+    files = (index_path(workspace, name), concepts_path(workspace, name), explanations_path(workspace, name))
     return _opened(str(workspace.path), name, tuple(path.stat().st_mtime_ns for path in files if path.is_file()))
 
 

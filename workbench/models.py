@@ -124,13 +124,13 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
-    location, source = _locate(spec)
-    config = _from_pretrained(AutoConfig, location, spec)
+    location, source = locate(spec)
+    config = from_pretrained(AutoConfig, location, spec)
     stored = getattr(config, "dtype", None) or torch.float32
     run_dtype = DTYPES[dtype] if dtype != "auto" else (stored if place.type == "cuda" else torch.float32)
     tokenizer = _tokenizer(location, spec)
     weights = _weight_files(location, spec)
-    hf, loading = _from_pretrained(
+    hf, loading = from_pretrained(
         AutoModelForCausalLM,
         location,
         spec,
@@ -244,8 +244,12 @@ def _repository_file(location: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _locate(spec: str) -> tuple[str, str]:
-    """(what transformers loads, where it comes from)."""
+def locate(spec: str) -> tuple[str, str]:
+    """(what transformers loads, where it comes from: bundled, folder or hub) for `demo`, a folder or a hub name.
+
+    Raises:
+        InputError: no model folder where a path is named.
+    """
     if spec == "demo":
         return str(demo_model_dir()), "bundled"
     folder = Path(spec).expanduser()
@@ -258,8 +262,17 @@ def _locate(spec: str) -> tuple[str, str]:
     return spec, "hub"
 
 
-def _from_pretrained(kind: Any, location: str, spec: str, **options: Any) -> Any:
-    """`kind.from_pretrained` with its many failures as one line."""
+def from_pretrained(kind: Any, location: str, spec: str, **options: Any) -> Any:
+    """`kind.from_pretrained(location, **options)` of transformers, without its progress bars.
+
+    Args:
+        kind: such as `AutoTokenizer`.
+        location: as `locate` gives it.
+        spec: what the user named, for error messages.
+
+    Raises:
+        InputError: any of its many failures, in one line.
+    """
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -284,7 +297,7 @@ def _tokenizer(location: str, spec: str) -> PreTrainedTokenizerBase:
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
         raise InputError(f"{spec} has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
-    tokenizer = _from_pretrained(AutoTokenizer, location, spec)
+    tokenizer = from_pretrained(AutoTokenizer, location, spec)
     # Without its files some tokenizer classes come up empty instead of failing, and encode everything to nothing.
     if len(tokenizer) < 3 or not tokenizer.encode("text", add_special_tokens=False):
         raise InputError(f"the tokenizer of {spec} is empty: its files are missing or damaged")

@@ -112,6 +112,9 @@ def written(workspace: Workspace, feature: Feature) -> None:
             f"{concept.precision:.2f}, recall {concept.recall:.2f}, correlation {concept.correlation:+.2f}; "
             f"above {concept.threshold:.3g}; {concept.positives:,} tokens have it)"
         )
+    if (told := feature.explanation) is not None and told.explanation:
+        score = f", detection **{told.score:.2f}** (chance 0.50)" if told.score is not None else ""
+        st.caption(f"in the words of {plain(told.model)}: **{plain(told.explanation)}**{score}")
     for note in feature.notes:
         st.text(note)
     st.text_area("Add a note", max_chars=2000, height=68, key=f"note {place}", on_change=save_note)

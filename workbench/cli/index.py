@@ -142,5 +142,8 @@ def _print(item: "Feature") -> None:
             print(f"  {example.activation:8.2f}  {shorten(f'{before}[[{example.tokens[at]}]]{after}')}")
     print("  near " + ", ".join(f"{near.feature} ({near.cosine:+.2f})" for near in item.neighbours[:6]))
     print("  with " + ", ".join(f"{other.feature} (phi {other.phi:.2f})" for other in item.coactivations[:6]))
+    if (told := item.explanation) is not None and told.explanation:
+        score = f" (detection {told.score:.2f}, chance 0.50)" if told.score is not None else ""
+        print(f"  explained by {told.model}: {shorten(told.explanation)}{score}")
     for note in item.notes:
         print(f"  note: {shorten(note)}")

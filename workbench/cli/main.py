@@ -15,7 +15,19 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import typer
 
 from sae.errors import InputError
-from workbench.cli import bench, circuits, comparison, concepts, exchange, index, inspection, live, pipeline, sparsity
+from workbench.cli import (
+    bench,
+    circuits,
+    comparison,
+    concepts,
+    exchange,
+    explain,
+    index,
+    inspection,
+    live,
+    pipeline,
+    sparsity,
+)
 
 # Typer carries click inside since 0.26 and used the real one before: its public BadParameter leads to either.
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -37,6 +49,7 @@ sparsity.register(app)
 bench.register(app)
 circuits.register(app)
 concepts.register(app)
+explain.register(app)
 live.register(app)
 
 

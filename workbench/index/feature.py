@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,16 @@ class Concept:
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """What a language model made of a feature's examples (workbench/explanations/explain.py)."""
+
+    explanation: str
+    score: float | None
+    """Balanced accuracy at telling unseen texts in which it fires from others, 0.5 by chance; None where not tried."""
+    model: str
+
+
+@dataclass(frozen=True)
 class Feature:
     """A feature of an indexed SAE."""
 
@@ -160,6 +171,8 @@ class Feature:
     """Why there are no logit effects, where there are none."""
     concepts: list[Concept] = dataclasses.field(default_factory=list)
     """The best concept of either sign, best first; empty where the SAE was not aligned or the feature does not fire."""
+    explanation: Explanation | None = None
+    """None where no language model was asked."""
 
     @property
     def dead(self) -> bool:
@@ -168,10 +181,8 @@ class Feature:
 
     @property
     def title(self) -> str | None:
-        """The label people wrote, else the name of a concept it tells well enough to be called by."""
-        if self.label or not self.concepts:
-            return self.label
-        return concept_label(self.concepts[0].name, self.concepts[0].sign, self.concepts[0].f1)
+        """The label people wrote, else an explanation or a concept that tells well enough where it fires."""
+        return self.label or label_of(self.explanation, self.concepts)
 
     @property
     def signed(self) -> bool:
@@ -204,13 +215,18 @@ class Feature:
         return fragment(self)
 
 
-LABEL_F1 = 0.5
-"""Held-out F1 from which a concept serves as a feature's label."""
+LABEL_F1, LABEL_SCORE = 0.5, 0.75
+"""Held-out F1 from which a concept, and balanced accuracy from which an explanation, serves as a feature's label."""
 
 
-def concept_label(concept: str, sign: int, f1: float) -> str | None:
-    """A concept as a label; None below LABEL_F1. `-` marks one that negative activations say."""
-    return ("-" if sign < 0 else "") + concept if f1 >= LABEL_F1 else None
+def label_of(explanation: Explanation | None, concepts: Sequence[Concept]) -> str | None:
+    """What to call a feature that nobody labelled: its explanation, which says more, or its best concept, whichever
+    is good enough; `-` marks a concept that negative activations say."""
+    if explanation is not None and (explanation.score or 0) >= LABEL_SCORE:
+        return explanation.explanation
+    if concepts and concepts[0].f1 >= LABEL_F1:
+        return ("-" if concepts[0].sign < 0 else "") + concepts[0].name
+    return None
 
 
 def _without_nan(value: Any) -> Any:

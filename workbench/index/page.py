@@ -57,7 +57,7 @@ def _body(feature: Feature) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in feature.notes)
     if feature.dead:
         head += '<p class="dead">Dead: this feature fires on none of the indexed tokens.</p>'
-    left = _concepts(feature) + _numbers(feature) + _related(feature)
+    left = _concepts(feature) + _explanation(feature) + _numbers(feature) + _related(feature)
     right = _logits(feature)
     if not feature.dead:
         low, high = min(0.0, stats.minimum or 0), max(0.0, stats.maximum or 0)
@@ -82,6 +82,14 @@ def _concepts(feature: Feature) -> str:
         for one in feature.concepts
     ]
     return _table("Best concept (held out)", rows)
+
+
+def _explanation(feature: Feature) -> str:
+    told = feature.explanation
+    if told is None or not told.explanation:
+        return ""
+    score = f"detection {told.score:.2f}, chance 0.50" if told.score is not None else "not scored"
+    return _table(f"In the words of {told.model}", [(told.explanation, score)])
 
 
 def _numbers(feature: Feature) -> str:

@@ -17,27 +17,29 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.database import read_duckdb
 from workbench.index.build import SCHEMA, index_path
 from workbench.index.feature import (
     Coactivation,
     Concept,
     Example,
     ExampleGroup,
+    Explanation,
     Feature,
     FeatureStats,
     LogitStats,
     Neighbour,
     TokenEffect,
-    concept_label,
+    label_of,
 )
 from workbench.index.geometry import MapMethod
+from workbench.index.names import concepts_path, explanations_path, read_concepts, read_explanations
 from workbench.notes import Notes
 
 if TYPE_CHECKING:
@@ -71,30 +73,6 @@ def listed_features(workspace: "Workspace", name: str) -> list[Feature]:
             index.close()
 
 
-def concepts_path(workspace: "Workspace", sae: str) -> "Path":
-    """Where the concepts of an SAE's features lie or would lie (workbench/concepts/stored.py)."""
-    return workspace.path / "results" / "concepts" / f"{sae}.duckdb"
-
-
-def read_concepts(path: "Path") -> dict[int, list[Concept]]:
-    """Concepts by feature, best first; empty where the SAE was not aligned."""
-    found: dict[int, list[Concept]] = {}
-    if path.is_file():
-        names = [field.name if field.name != "name" else "concept" for field in dataclasses.fields(Concept)]
-        with read_duckdb(path) as connection:
-            rows = connection.execute(f"SELECT feature, {', '.join(names)} FROM features").fetchall()
-        for feature, name, sign, *scores, firings, positives in rows:
-            # A concept that no held-out token has leaves F1 and recall without a value.
-            f1, precision, recall, correlation, threshold, chosen_by = (
-                math.nan if score is None else score for score in scores
-            )
-            concept = Concept(name, sign, f1, precision, recall, correlation, threshold, chosen_by, firings, positives)
-            found.setdefault(feature, []).append(concept)
-    for concepts in found.values():
-        concepts.sort(key=lambda one: -1.0 if math.isnan(one.f1) else one.f1, reverse=True)
-    return found
-
-
 class FeatureIndex:
     """An opened index.
 
@@ -102,13 +80,21 @@ class FeatureIndex:
         path: the DuckDB file.
         notes: labels and notes of its workspace.
         concepts: concepts of its features, which label those that nobody labelled.
+        explanations: what a language model made of its features, likewise.
 
     Raises:
         InputError: a file that is no index, or one of another schema.
     """
 
-    def __init__(self, path: "Path", notes: Notes, concepts: Mapping[int, list[Concept]] | None = None) -> None:
-        self.path, self._notes, self._concepts = path, notes, concepts or {}
+    def __init__(
+        self,
+        path: "Path",
+        notes: Notes,
+        concepts: Mapping[int, list[Concept]] | None = None,
+        explanations: Mapping[int, Explanation] | None = None,
+    ) -> None:
+        self.path, self._notes = path, notes
+        self._concepts, self._explanations = concepts or {}, explanations or {}
         self._database = duckdb.connect(":memory:")
         try:
             self._database.execute(f"ATTACH '{str(path).replace(chr(39), chr(39) * 2)}' AS index (READ_ONLY)")
@@ -135,7 +121,12 @@ class FeatureIndex:
         if not path.is_file():
             known = ", ".join(index_names(workspace)) or "none"
             raise InputError(f"SAE {sae!r} has no index: make one with `workbench index {sae}` (there is {known})")
-        return cls(path, Notes(workspace.path), read_concepts(concepts_path(workspace, sae)))
+        return cls(
+            path,
+            Notes(workspace.path),
+            read_concepts(concepts_path(workspace, sae)),
+            read_explanations(explanations_path(workspace, sae)),
+        )
 
     def close(self) -> None:
         """Gives the file back."""
@@ -152,9 +143,9 @@ class FeatureIndex:
         return self._run(sql, list(parameters)).fetchall()
 
     def titles(self) -> dict[int, str]:
-        """What features are called: the labels people wrote, and the concepts of features without one."""
-        best = {number: concepts[0] for number, concepts in self._concepts.items()}
-        found = {number: concept_label(one.name, one.sign, one.f1) for number, one in best.items()}
+        """What features are called: the labels people wrote; where there is none, explanations, then concepts."""
+        named = self._concepts.keys() | self._explanations.keys()
+        found = {number: label_of(self._explanations.get(number), self._concepts.get(number, [])) for number in named}
         return {number: title for number, title in found.items() if title} | self._notes.labels(self.sae)
 
     def feature(self, number: int) -> Feature:
@@ -182,6 +173,7 @@ class FeatureIndex:
             n_tokens=self.n_tokens,
             label=self._notes.label(self.sae, number),
             concepts=self._concepts.get(number, []),
+            explanation=self._explanations.get(number),
             notes=[note.text for note in self._notes.notes(self.sae, number)],
             stats=stats,
             groups=self._groups(number, stats.firings),
@@ -289,6 +281,16 @@ class FeatureIndex:
                 )
             )
         return found
+
+    def silent_examples(self, number: int, n: int, seed: int = 0) -> list[Example]:
+        """Up to `n` texts of the harvest, drawn at random, in which a feature does not fire; the same for a seed."""
+        rows = self._query("SELECT max(row) + 1 FROM tokens")[0][0]
+        drawn = np.random.default_rng(seed).choice(rows, size=min(rows, 4 * n), replace=False).tolist()
+        ordinary = {row for (row,) in self._query(
+            "SELECT row FROM tokens WHERE flags & 3 = 0 AND row IN (SELECT unnest(?))", drawn
+        )}  # fmt: skip
+        examples = self._examples(number, [(row, 0.0) for row in drawn if row in ordinary])
+        return [example for example in examples if not any(example.activations)][:n]
 
     def contexts(self, numbers: Sequence[int]) -> Int[Tensor, "contexts pos"]:
         """Token ids of whole contexts of the harvest, padding included."""
