@@ -164,7 +164,7 @@ def test_figures_stand_in_panels_with_one_legend_and_common_axes() -> None:
     assert [(trace.name, trace.xaxis, trace.showlegend) for trace in figure.data] == [
         ("layer 0", "x", True), ("layer 1", "x", True), ("layer 1", "x2", False),
     ]  # fmt: skip
-    assert [item.text for item in figure.layout.annotations] == ["a", "b", "position in the context"]
+    assert [item.text for item in figure.layout.annotations] == ["a", "b", "position"]
     assert figure.layout.yaxis2.matches == "y"
     assert figure.layout.yaxis.title.text == "neurons that fire"
     heads = pd.DataFrame({"layer": [0, 1], "head": [0, 0], "sink": [0.2, 0.3], "sink_uniform": [0.1, 0.1]})
