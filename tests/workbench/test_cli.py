@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -281,3 +282,15 @@ def test_gc_removes_what_is_named_and_nothing_else(workspace: Path, tmp_path: Pa
     assert not (copy / "saes/s").exists()
     assert (copy / "saes/s-random-decoder").is_dir()
     assert run(["doctor", "--workspace", str(copy)]) == 0
+
+
+def test_the_app_refuses_a_port_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Workspace(tmp_path / "w")
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run(["app", "--workspace", str(tmp_path / "w"), "--port", str(port)]) == 2
+    assert (
+        f"cannot listen on port {port}: Address already in use; choose another with --port" in capsys.readouterr().err
+    )

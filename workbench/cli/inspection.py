@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
 from workbench.progress import format_bytes
@@ -162,6 +164,12 @@ def open_app(
     from workbench.workspace import Workspace
 
     Workspace(workspace, create=False)
+    with socket.socket() as attempt:
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            attempt.bind(("localhost", port))
+        except OSError as error:
+            raise InputError(f"cannot listen on port {port}: {error.strerror}; choose another with --port") from None
     package = find_spec("app")
     assert package is not None
     assert package.origin is not None

@@ -77,17 +77,20 @@ def explain_features(
     if examples < 1 or texts < 0:
         raise InputError(f"explaining takes at least one example and no fewer than 0 texts: {examples}, {texts}")
     index = FeatureIndex.open(space, sae)
-    wanted = [index.feature(number) for number in dict.fromkeys(features)]
+    wanted = list(dict.fromkeys(features))
     rows = _stored(space, sae)
     try:
-        for done, feature in enumerate(wanted):
-            before = rows.get(feature.feature)
-            if not feature.dead and (before is None or before["model"] != model.name):
-                silent = index.silent_examples(feature.feature, texts, seed=feature.feature) if texts else []
-                rows[feature.feature] = _explained(feature, silent, model, examples, texts)
-                _save(space, sae, rows)
+        index.check(wanted)
+        for done, number in enumerate(wanted, start=1):
+            before = rows.get(number)
+            if before is None or before["model"] != model.name:
+                feature = index.feature(number)
+                if not feature.dead:
+                    silent = index.silent_examples(number, texts, seed=number) if texts else []
+                    rows[number] = _explained(feature, silent, model, examples, texts)
+                    _save(space, sae, rows)
             if on_progress is not None:
-                on_progress(done + 1, len(wanted))
+                on_progress(done, len(wanted))
     finally:
         index.close()
     if not rows:

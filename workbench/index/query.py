@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -148,10 +148,15 @@ class FeatureIndex:
         found = {number: label_of(self._explanations.get(number), self._concepts.get(number, [])) for number in named}
         return {number: title for number, title in found.items() if title} | self._notes.labels(self.sae)
 
+    def check(self, numbers: Iterable[int]) -> None:
+        """Raises InputError for a feature that does not exist."""
+        for number in numbers:
+            if not 0 <= number < self.d_sae:
+                raise InputError(f"feature {number} does not exist: {self.sae} has features 0 to {self.d_sae - 1}")
+
     def feature(self, number: int) -> Feature:
         """Everything known of one feature. Raises InputError for one that does not exist."""
-        if not 0 <= number < self.d_sae:
-            raise InputError(f"feature {number} does not exist: {self.sae} has features 0 to {self.d_sae - 1}")
+        self.check([number])
         labels = self.titles()
         stats = self._stats(number)
         norm, cosine = self._query("SELECT norm, encoder_cosine FROM decoder_map WHERE feature = ?", number)[0]
