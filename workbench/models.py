@@ -248,8 +248,10 @@ def locate(spec: str) -> tuple[str, str]:
     """(what transformers loads, where it comes from: bundled, folder or hub) for `demo`, a folder or a hub name.
 
     Raises:
-        InputError: no model folder where a path is named.
+        InputError: an empty name, or no model folder where a path is named.
     """
+    if not spec.strip():
+        raise InputError("the model has no name: give demo, a local Hugging Face folder, or a hub name")
     if spec == "demo":
         return str(demo_model_dir()), "bundled"
     folder = Path(spec).expanduser()

@@ -210,6 +210,8 @@ class PromptReading:
             return table.assign(label="", density=np.nan)
         number = table["feature"].to_numpy()
         table = table.assign(label=[self.known.labels[at] for at in number], density=self.known.density[number])
+        if not 0 <= max_density <= 1:
+            raise InputError(f"a share of tokens lies between 0 and 1, got a largest density of {max_density}")
         return table[table["density"] <= max_density]
 
     def _score(self, table: pd.DataFrame, by: Ranking) -> pd.Series:

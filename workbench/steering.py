@@ -45,6 +45,7 @@ Where = Literal["everywhere", "generated"]
 KINDS: tuple[Kind, ...] = ("add", "clamp", "ablate")
 PLACES: tuple[Where, ...] = ("everywhere", "generated")
 MAX_NEW_TOKENS = 256
+MOST_STRENGTH = 1_000_000
 SHIFTS = 12
 
 
@@ -67,8 +68,8 @@ class Edit:
             raise InputError(f"no edit {self.kind!r}: choose {', '.join(KINDS)}")
         if self.where not in PLACES:
             raise InputError(f"no place {self.where!r}: choose {', '.join(PLACES)}")
-        if not np.isfinite(self.strength):
-            raise InputError(f"a strength of {self.strength} cannot be added: give a number")
+        if not abs(self.strength) <= MOST_STRENGTH:
+            raise InputError(f"a strength of {self.strength} cannot be added: give one up to {MOST_STRENGTH:,}")
 
 
 @dataclass(frozen=True)

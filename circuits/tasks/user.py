@@ -20,14 +20,18 @@ def user_task(path: Path | str, tokenizer: Any, bos_id: int) -> PromptSet:
     """Reads a task; its name is that of the file.
 
     Raises:
-        InputError: no such file; a line that is no JSON object with the four fields; or see
+        InputError: no such file; one that is not UTF-8; a line that is no JSON object with the four fields; or see
             `circuits.prompts.encode`.
     """
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no task file at {file}: give a JSONL file with {', '.join(FIELDS)} on each line")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text: convert the file first") from None
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

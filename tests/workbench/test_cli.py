@@ -294,3 +294,26 @@ def test_the_app_refuses_a_port_in_use(tmp_path: Path, capsys: pytest.CaptureFix
     assert (
         f"cannot listen on port {port}: Address already in use; choose another with --port" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("arguments", [["sql", "select '\udcff'"], ["prompt", "s", "\udcff\udcfe"]])
+def test_arguments_that_are_not_utf8_get_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_ctrl_c_while_packages_load_is_one_line() -> None:
+    """The signal comes the moment torch starts to load."""
+    code = (
+        "import os, signal, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from workbench.cli import main\n"
+        "sys.argv = ['workbench', 'info']\n"
+        "main()\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (130, "workbench: interrupted\n")

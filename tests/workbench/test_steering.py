@@ -177,6 +177,7 @@ CALLS: list[tuple[str, Callable[[LoadedModel], object]]] = [
     ("choose add", lambda m: steer(m, make_sae(m), Edit(1, "turn"), TEXT)),  # type: ignore[arg-type]
     ("choose everywhere", lambda m: steer(m, make_sae(m), Edit(1, where="here"), TEXT)),  # type: ignore[arg-type]
     ("strength of nan", lambda m: steer(m, make_sae(m), Edit(1, strength=math.nan), TEXT)),
+    ("give one up to 1,000,000", lambda m: steer(m, make_sae(m), Edit(1, strength=1e300), TEXT)),
     ("temperature of -1", lambda m: steer(m, make_sae(m), Edit(1), TEXT, temperature=-1)),
     ("cannot generate 900", lambda m: steer(m, make_sae(m), Edit(1), TEXT, new_tokens=900)),
     ("type some text", lambda m: steer(m, make_sae(m), Edit(1), "")),

@@ -52,6 +52,8 @@ def explain(
     chosen = list(feature or [])
     if member_of is not None:
         chosen += [number for name, number in Notes(space.path).members(member_of) if name == sae]
+    if whole and chosen:
+        raise InputError("--all explains every feature: leave --feature and --list out")
     if whole:
         chosen = list(range(space.index(sae).d_sae))
     if not chosen:

@@ -95,9 +95,11 @@ def steer(
         print(f"Only the beginning of the prompt was read: {len(found.texts):,} tokens")
     print(f"clean    {shorten(found.clean)}")
     print(f"steered  {shorten(found.steered)}")
+    if not math.isnan(found.clean_nats):
+        print(f"under the unedited model {found.clean_nats:.2f} and {found.steered_nats:.2f} nats a token")
     print(
-        f"under the unedited model {found.clean_nats:.2f} and {found.steered_nats:.2f} nats a token; on the prompt "
-        f"KL {found.kl.mean():.4f} nats, loss {found.clean_loss.mean():.3f} to {found.steered_loss.mean():.3f}"
+        f"on the prompt KL {found.kl.mean():.4f} nats, loss {found.clean_loss.mean():.3f} to "
+        f"{found.steered_loss.mean():.3f}"
     )
     columns = ["text", "clean", "steered", "difference"]
     rows = [[_cell(value) for value in row] for row in found.next_tokens[columns].to_numpy()]

@@ -70,6 +70,9 @@ def _root(
 def run(arguments: list[str]) -> int:
     """Runs one command; returns its exit code."""
     try:
+        for argument in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise InputError(f"{argument!r} is not UTF-8 text: type it again, or convert it first")
         result = app(args=arguments, prog_name="workbench", standalone_mode=False)
         # Newer versions of Typer turn Ctrl-C into an exit code.
         if result == 130:

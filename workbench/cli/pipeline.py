@@ -108,6 +108,8 @@ def harvest(
         print_json(summary)
     else:
         print(f"Harvested {made.n_rows:,} rows at {', '.join(made.hooks)} into {made.directory}")
+        if made.n_rows + context <= tokens:
+            print(f"The corpus ended before {tokens:,} tokens.")
         print(f"Next: workbench train {made.name} --name my-sae --workspace {workspace}")
 
 

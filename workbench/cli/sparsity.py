@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from workbench.results import Result
 
-NameArgument = Annotated[str, typer.Argument(help="Name of the result; asked for again, it is shown as stored.")]
+NameArgument = Annotated[
+    str, typer.Argument(help="Name of the result; asked for again alike, it is shown as stored, else replaced.")
+]
 ModelOption = Annotated[str, typer.Option(help="demo, a local Hugging Face folder, or a hub name.")]
 CorpusOption = Annotated[
     str, typer.Option(help="python-stdlib, a text/JSONL/Parquet file or folder, or a hub dataset.")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from sae.errors import InputError
-from workbench.explanations.language_models import LanguageModel
+from workbench.explanations.language_models import LanguageModel, PromptTooLongError
 from workbench.index.feature import Example, Feature
 from workbench.index.names import EXPLANATIONS, explanations_path
 from workbench.index.query import FeatureIndex
@@ -67,7 +67,7 @@ def explain_features(
     Args:
         features: their numbers.
         model: asked once for an explanation and once for each text of the score.
-        examples: strongest examples shown to it.
+        examples: strongest examples shown to it; half of them, and so on, where they do not fit into its context.
         texts: in which the feature fires, and as many in which it does not, for the score; 0 leaves the score out.
         on_progress: called with (features done, features in all).
 
@@ -121,6 +121,17 @@ def decided(answer: str) -> bool | None:
     return True if word.startswith("yes") else False if word.startswith("no") else None
 
 
+def _explanation(examples: Sequence[Example], sign: int, model: LanguageModel) -> str:
+    """The phrase for examples; the stronger half of them where all do not fit into the model's context."""
+    listed = "\n\n".join(f"Text {number}: {marked(one, sign)}" for number, one in enumerate(examples, start=1))
+    try:
+        return cleaned(model.complete(_EXPLAIN.format(texts=listed), EXPLANATION_TOKENS))
+    except PromptTooLongError:
+        if len(examples) == 1:
+            raise
+        return _explanation(examples[: len(examples) // 2], sign, model)
+
+
 def _explained(
     feature: Feature, silent: Sequence[Example], model: LanguageModel, examples: int, texts: int
 ) -> dict[str, Any]:
@@ -132,8 +143,7 @@ def _explained(
     shown = {example.row for example in strongest}
     others = [example for group in groups[1:] for example in group.examples if example.row not in shown]
     firing = [others[position * len(others) // texts] for position in range(min(texts, len(others)))] if texts else []
-    listed = "\n\n".join(f"Text {number}: {marked(one, sign)}" for number, one in enumerate(strongest, start=1))
-    explanation = cleaned(model.complete(_EXPLAIN.format(texts=listed), EXPLANATION_TOKENS))
+    explanation = _explanation(strongest, sign, model)
     row: dict[str, Any] = {"feature": feature.feature, "sign": sign, "explanation": explanation, "model": model.name}
     if not (explanation and firing and silent):
         return row | {"score": None, "fires_right": None, "silent_right": None, "unclear": 0, "texts": 0}

@@ -12,6 +12,10 @@ from sae.errors import InputError
 KEY = "OPENAI_API_KEY"
 
 
+class PromptTooLongError(InputError):
+    """A prompt that does not fit into a model's context."""
+
+
 class LanguageModel(Protocol):
     """What answers a prompt."""
 
@@ -22,7 +26,8 @@ class LanguageModel(Protocol):
         """The answer to a prompt, at most so many tokens, greedily.
 
         Raises:
-            InputError: a prompt that does not fit, or a server that does not answer.
+            PromptTooLongError: a prompt that does not fit: fewer examples are shown.
+            InputError: a server that does not answer.
         """
         ...
 
@@ -54,18 +59,21 @@ class LocalModel:
         self.model: Any = model.to(place).eval()
 
     def complete(self, prompt: str, max_tokens: int) -> str:
-        """The answer to a prompt, greedily. Raises InputError when both do not fit into the model's context."""
+        """The answer to a prompt, greedily. Raises PromptTooLongError when both do not fit into the context."""
         import torch
 
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}]
             prompt = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=not self.tokenizer.chat_template)
+        # `verbose`: too long a prompt is told of below.
+        ids = self.tokenizer(
+            prompt, return_tensors="pt", verbose=False, add_special_tokens=not self.tokenizer.chat_template
+        )
         length, most = ids["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
         if most is not None and length + max_tokens > most:
-            raise InputError(
+            raise PromptTooLongError(
                 f"a prompt of {length} tokens and {max_tokens} of answer do not fit into the context of {self.name}, "
-                f"{most} tokens: show fewer examples with --examples, or take another model"
+                f"{most} tokens: take a model with a longer one"
             )
         with torch.inference_mode():
             made = self.model.generate(
@@ -83,7 +91,7 @@ class Endpoint:
         model: its name there.
 
     Raises:
-        InputError: the package `openai` is not installed.
+        InputError: an address that is none, or the package `openai` is not installed.
     """
 
     def __init__(self, url: str, model: str) -> None:
@@ -93,6 +101,8 @@ class Endpoint:
             raise InputError(
                 "asking a server needs the package openai: pip install 'interp-workbench[autointerp]'"
             ) from None
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"{url!r} is no address: expected one such as http://localhost:8000/v1")
         self.name, self.url, self._errors = model, url, openai.OpenAIError
         self._client = openai.OpenAI(base_url=url, api_key=os.environ.get(KEY) or "none", max_retries=3)
 

@@ -20,7 +20,7 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.corpora import Corpus
 from workbench.models import LoadedModel
-from workbench.results import Result
+from workbench.results import Result, check_name
 from workbench.sparsity import figures
 from workbench.sparsity.attention import BUDGETS, measure_attention
 from workbench.sparsity.calibration import calibrate
@@ -241,6 +241,7 @@ def _stored(
     make: Callable[[], tuple[dict[str, pd.DataFrame], dict[str, Any]]],
 ) -> Result:
     """The result of that name if it was made from the same things, else made and saved."""
+    check_name(name, "result name")
     provenance = {
         "model": model.info.to_dict(),
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},

@@ -106,3 +106,11 @@ def test_an_interrupt_leaves_no_result(
     assert run(arguments) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(folder.rglob("*stopped*"))
+
+
+def test_a_task_file_that_is_not_utf8_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert run(["circuits", "attribute", str(tmp_path / "bin.jsonl"), "--workspace", str(folder)]) == 2
+    assert "is not UTF-8 text: convert the file first" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from sae.errors import InputError
 from workbench import Workspace
 from workbench.cli.main import run
 from workbench.explanations.explain import cleaned, decided, explain_features, marked
-from workbench.explanations.language_models import Endpoint, LocalModel
+from workbench.explanations.language_models import Endpoint, LocalModel, PromptTooLongError
 from workbench.index.feature import Example
 from workbench.index.query import FeatureIndex
 
@@ -138,6 +138,23 @@ def test_dead_features_alone_and_wrong_numbers_are_refused(space: Workspace, bus
     assert not model.prompts
 
 
+def test_fewer_examples_are_shown_where_all_do_not_fit(space: Workspace, busiest: int) -> None:
+    class Narrow(Answering):
+        def complete(self, prompt: str, max_tokens: int) -> str:
+            if prompt.count("Text ") > 3:
+                raise PromptTooLongError("too long")
+            return super().complete(prompt, max_tokens)
+
+    model = Narrow(lambda text: "yes")
+    explain_features(space, "s", [busiest], model, examples=8, texts=0)
+    assert [prompt.count("Text ") for prompt in model.prompts] == [2]
+    model = Narrow(lambda text: "yes", "none")
+    model.complete = lambda prompt, max_tokens: LocalModel.complete(demo, "word " * 600, 8)  # type: ignore[method-assign]
+    demo = LocalModel("demo", device="cpu")
+    with pytest.raises(PromptTooLongError, match="do not fit"):
+        explain_features(space, "s", [busiest], model, texts=0)
+
+
 @pytest.fixture(scope="module")
 def demo_model() -> LocalModel:
     return LocalModel("demo", device="cpu")
@@ -187,6 +204,8 @@ def test_prompts_that_do_not_fit_and_silent_servers_get_one_line(demo_model: Loc
     pytest.importorskip("openai")
     with pytest.raises(InputError, match="does not answer as gone"):
         Endpoint("http://127.0.0.1:9/v1", "gone").complete("x", 1)
+    with pytest.raises(InputError, match="'nowhere' is no address"):
+        Endpoint("nowhere", "gone")
     with pytest.raises(InputError, match="no model folder at /nowhere"):
         LocalModel("/nowhere")
 
@@ -208,6 +227,8 @@ def test_the_command_explains_features_of_a_list(
         (["--model", "demo"], "with --feature or --list, or ask for --all"),
         (["--model", "demo", "--list", "none"], "no list"),
         (["--model", "/nowhere", "--feature", "1"], "no model folder"),
+        (["--model", "", "--feature", "1"], "the model has no name"),
+        (["--model", "demo", "--feature", "1", "--all"], "leave --feature and --list out"),
     ):
         assert run([*common, *arguments]) == 2
         assert message in capsys.readouterr().err
