@@ -8,11 +8,11 @@ import streamlit as st
 
 from app.shared import loaded_model, open_index, pick_sae, plain, sae_names
 from workbench import Workspace
-from workbench.index import InputError
-from workbench.index.build import index_path
-from workbench.index.names import concepts_path, explanations_path
-from workbench.live import LiveSAE, known_features, model_name, model_of
-from workbench.models import LoadedModel
+from workbench.features.index import InputError
+from workbench.features.index.build import index_path
+from workbench.features.index.titles import concepts_path, explanations_path
+from workbench.features.live import LiveSAE, known_features, model_name, model_of
+from workbench.models.load import LoadedModel
 
 
 def choose_sae(workspace: Workspace) -> str:

@@ -9,12 +9,12 @@ import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
 from workbench import Workspace
-from workbench.comparison import has_frozen_decoder
-from workbench.index import InputError
-from workbench.index.build import index_path
-from workbench.index.names import concepts_path, explanations_path
-from workbench.index.query import FeatureIndex, index_names
-from workbench.models import LoadedModel, load_model
+from workbench.features.index import InputError
+from workbench.features.index.build import index_path
+from workbench.features.index.query import FeatureIndex, index_names
+from workbench.features.index.titles import concepts_path, explanations_path
+from workbench.models.load import LoadedModel, load_model
+from workbench.saes.comparison import has_frozen_decoder
 
 FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "runs/*/run.duckdb", "results/*/*.duckdb",
             "indexes/*.duckdb")  # fmt: skip

@@ -17,7 +17,7 @@ from circuits.ablation import ablate_heads, head_means
 from circuits.metrics import logit_difference
 from circuits.passes import answer_logits
 from circuits.prompts import PromptSet
-from workbench.bundled import demo_model_dir
+from workbench.models.bundled import demo_model_dir
 
 LIMIT = 60.0
 """Seconds that the ablation may take."""

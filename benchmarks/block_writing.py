@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workbench.blocks import Block
-from workbench.packing import PackedBatch
-from workbench.writing import BlockWriter
+from workbench.harvest.blocks import Block
+from workbench.harvest.writing import BlockWriter
+from workbench.text.packing import PackedBatch
 
 HOOK, WIDTH = "blocks.0.hook_resid_post", 768
 CONTEXT_LEN, BATCH_CONTEXTS, BLOCK_CONTEXTS = 256, 16, 128

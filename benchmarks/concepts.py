@@ -24,12 +24,12 @@ import pandas as pd
 from sae.rules import AbsTopK, BatchTopK, FeatureChoice, TopK
 from sae.train import TrainConfig
 from workbench import Workspace
-from workbench.concepts.random_model import save_random_copy
-from workbench.concepts.stored import align_sae, match, truth_of
-from workbench.concepts.truth import ConceptTruth
-from workbench.corpora import Split
-from workbench.harvest import HarvestConfig
-from workbench.models import LoadedModel, load_model
+from workbench.features.concepts.random_model import save_random_copy
+from workbench.features.concepts.report import align_sae, match, truth_of
+from workbench.features.concepts.truth import ConceptTruth
+from workbench.harvest.run import HarvestConfig
+from workbench.models.load import LoadedModel, load_model
+from workbench.text.corpora import Split
 
 HOOK = "blocks.2.hook_resid_post"
 K, WIDTH = 16, 1024

@@ -2,7 +2,7 @@
 
 On the SAEs that benchmarks/rules.py leaves in a workspace. Every held-out context is run three times: as it is, with
 its gradients; reading through the SAE encoding as TopK; and reading through the SAE encoding with these gradients,
-which know the tokens to be predicted. Positions count as in `workbench.evaluation`.
+which know the tokens to be predicted. Positions count as in `workbench.saes.evaluation`.
 
     python benchmarks/gradient_encoding.py WORKSPACE [--tokens 65536]
 """
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from circuits.splice import splice
 from workbench import Workspace
-from workbench.capture import capture
-from workbench.corpora import open_corpus
-from workbench.hooks import resolve_hook
-from workbench.models import LoadedModel, load_model
-from workbench.packing import FLAG_OK, pack
+from workbench.models.capture import capture
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import LoadedModel, load_model
+from workbench.text.corpora import open_corpus
+from workbench.text.packing import FLAG_OK, pack
 
 HOOK, CONTEXT, CONTEXTS_AT_ONCE, SEEDS = "blocks.2.hook_resid_post", 256, 16, 3
 

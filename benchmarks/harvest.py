@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from workbench.bundled import demo_model_dir
-from workbench.corpora import open_corpus
-from workbench.harvest import HarvestConfig, Plan, run_harvest
-from workbench.models import DTYPES, LoadedModel, load_model
-from workbench.packing import pack
+from workbench.harvest.run import HarvestConfig, Plan, run_harvest
+from workbench.models.bundled import demo_model_dir
+from workbench.models.load import DTYPES, LoadedModel, load_model
+from workbench.text.corpora import open_corpus
+from workbench.text.packing import pack
 
 
 def main() -> None:

@@ -21,11 +21,11 @@ from synthetic_harvest import HOOK, synthetic_harvest
 
 from sae import SAE, TopK
 from workbench import Workspace
-from workbench.index.build import build_index
-from workbench.index.query import FeatureIndex
-from workbench.index.segments import BATCH_ROWS
-from workbench.models import load_model
-from workbench.store import Harvest
+from workbench.features.index.build import build_index
+from workbench.features.index.query import FeatureIndex
+from workbench.features.index.segments import BATCH_ROWS
+from workbench.harvest.reading import Harvest
+from workbench.models.load import load_model
 
 SAMPLE_BATCHES = 16
 

@@ -26,7 +26,7 @@ from circuits.prompts import PromptSet
 from circuits.tasks import make_task
 from workbench.circuits.heads import usable_tokens
 from workbench.circuits.report import model_heads
-from workbench.models import LoadedModel, load_model
+from workbench.models.load import LoadedModel, load_model
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "methods" / "figures"
 CIRCUIT = ("a2.h0", "a3.h0", "a3.h3", "a3.h5")

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from synthetic_harvest import HOOK, synthetic_harvest
 
-from workbench.loader import ActivationLoader
-from workbench.store import Vectors
+from workbench.harvest.loader import ActivationLoader
+from workbench.harvest.reading import Vectors
 
 BATCH = 4096
 

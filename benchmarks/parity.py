@@ -192,8 +192,8 @@ def compare(task: Task, seeds: int) -> pd.DataFrame:
 def demo_rows(n: int) -> Float[Tensor, "n d_in"]:
     """Shuffled activations of the demo model, scaled to mean norm sqrt(d)."""
     from workbench import Workspace
-    from workbench.harvest import HarvestConfig
-    from workbench.models import load_model
+    from workbench.harvest.run import HarvestConfig
+    from workbench.models.load import load_model
 
     hook = "blocks.2.hook_resid_post"
     with tempfile.TemporaryDirectory() as folder:

@@ -41,13 +41,13 @@ from sae.rules import (
 )
 from sae.train import TrainConfig
 from workbench import Workspace
-from workbench.concepts.random_model import save_random_copy
-from workbench.concepts.stored import KIND, align_sae, truth_of
-from workbench.concepts.truth import ConceptTruth
-from workbench.corpora import Split
-from workbench.harvest import HarvestConfig
-from workbench.models import LoadedModel, load_model
-from workbench.store import GRADIENT, Harvest
+from workbench.features.concepts.random_model import save_random_copy
+from workbench.features.concepts.report import KIND, align_sae, truth_of
+from workbench.features.concepts.truth import ConceptTruth
+from workbench.harvest.reading import GRADIENT, Harvest
+from workbench.harvest.run import HarvestConfig
+from workbench.models.load import LoadedModel, load_model
+from workbench.text.corpora import Split
 
 HOOK = "blocks.2.hook_resid_post"
 K, WIDTH, BATCH = 32, 2048, 2048

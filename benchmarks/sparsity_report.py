@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from workbench.corpora import Corpus, open_corpus
-from workbench.models import LoadedModel, load_model
+from workbench.models.contexts import batches
+from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.measure import measure
 from workbench.sparsity.report import report_attention, report_curves, report_mlps
-from workbench.sparsity.tokens import batches
+from workbench.text.corpora import Corpus, open_corpus
 from workbench.workspace import Workspace
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 from synthetic_harvest import HOOK, synthetic_harvest
 
-from workbench import query
+from workbench.catalog import sql as query
 
 
 def queries(width: int) -> dict[str, str]:

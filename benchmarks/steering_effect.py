@@ -32,11 +32,11 @@ from torch import Tensor
 from circuits.resume import recorded_block, resumed_after
 from circuits.splice import splice
 from workbench import Workspace
-from workbench.concepts.alignment import held_out_half
-from workbench.concepts.stored import truth_of
-from workbench.concepts.truth import ConceptTruth
-from workbench.models import LoadedModel, load_model
-from workbench.store import Harvest
+from workbench.features.concepts.alignment import held_out_half
+from workbench.features.concepts.report import truth_of
+from workbench.features.concepts.truth import ConceptTruth
+from workbench.harvest.reading import Harvest
+from workbench.models.load import LoadedModel, load_model
 
 HOOK, LAYER = "blocks.2.hook_resid_post", 2
 RATIO, MIN_COUNT = 4.0, 5
@@ -86,7 +86,7 @@ def read_tokens(space: Workspace, harvest: Harvest, truth: ConceptTruth) -> Toke
 
 
 def _all_tokens(space: Workspace, harvest: Harvest) -> list[tuple[Any, ...]]:
-    from workbench.database import read_duckdb
+    from workbench.disk.database import read_duckdb
 
     with read_duckdb(harvest.database) as connection:
         return connection.execute("SELECT token FROM tokens ORDER BY row").fetchall()

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.database import write_database
-from workbench.packing import FLAG_BOS, FLAG_OK, PackedBatch
-from workbench.store import DESCRIPTION, SCHEMA, Harvest
-from workbench.writing import BlockWriter
+from workbench.disk.database import write_database
+from workbench.harvest.reading import DESCRIPTION, SCHEMA, Harvest
+from workbench.harvest.writing import BlockWriter
+from workbench.text.packing import FLAG_BOS, FLAG_OK, PackedBatch
 
 HOOK = "blocks.0.hook_resid_post"
 CONTEXT = 256

@@ -29,7 +29,7 @@ from sae.rules import AbsTopK, BatchTopK, FeatureChoice, GradientTopK, Rule, Top
 from sae.train import StepMetrics, TrainConfig, train
 from workbench.bench.arms import FLOOR, LR, OURS, SIZES, Arm, Size, Step, arms, batches, ours, torch_arms
 from workbench.bench.timing import Measured, measure
-from workbench.loader import ActivationLoader
+from workbench.harvest.loader import ActivationLoader
 
 # One H200, measured: dense bf16 FLOP/s and bytes/s of a copy.
 FLOPS, BYTES = 790e12, 4.3e12

@@ -26,7 +26,7 @@ from streamlit.testing.v1 import AppTest
 
 import app as app_package
 from workbench import Workspace
-from workbench.index.query import FeatureIndex
+from workbench.features.index.query import FeatureIndex
 
 PROMPT = "def read(path, mode='r'):\n    with open(path, mode) as file:\n        return file.read()\n\n" * 4
 """About 100 tokens of the demo model."""

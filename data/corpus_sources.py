@@ -15,7 +15,7 @@ from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
-from workbench.python_source import SourceFile, Split, split_of
+from workbench.text.python_source import SourceFile, Split, split_of
 
 STANDARD_LIBRARY = "python standard library"
 

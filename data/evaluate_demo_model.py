@@ -30,7 +30,7 @@ from packed_corpus import HeldoutFiles, corpus_heldout, read_stream
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from workbench.python_source import split_of, stdlib_files
+from workbench.text.python_source import split_of, stdlib_files
 
 MODEL = Path(__file__).resolve().parent / "demo_model"
 HEAD_WINDOWS = 64

@@ -48,7 +48,7 @@ windows are `<|bos|>` and the tokens that follow some place in a stream of docum
 The Python standard library with its tests and {packages} packages, read where they were installed: {train_mb:.0f} MB or
 {train_tokens:.1f} million tokens. `manifest.json` names every package with its version, number of files and bytes.
 
-- One module path in ten is held out (`workbench.python_source.split_of`).
+- One module path in ten is held out (`workbench.text.python_source.split_of`).
 - Exact duplicates are dropped. So are training files that share more than 40% of their lines with a held-out
   standard-library file, and training files that mostly repeat other ones.
 - A held-out file more than half of whose lines occur in training files is not used for evaluation.

@@ -11,7 +11,7 @@ from demo_metrics import document_windows
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.python_source import TEST_FOLDERS
+from workbench.text.python_source import TEST_FOLDERS
 
 PACKAGE_FILES = 120
 """Held-out package files scored, evenly spread over packages; all of them would take a CPU too long."""

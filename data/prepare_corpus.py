@@ -127,7 +127,7 @@ def build_manifest(distributions: list[Distribution], corpus: Deduplicated, stre
         if files[distribution.name, "train"] + files[distribution.name, "heldout"]
     ]
     return {
-        "split": "workbench.python_source.split_of: one module path in ten held out, by SHA-256",
+        "split": "workbench.text.python_source.split_of: one module path in ten held out, by SHA-256",
         "train_files": len(corpus.train),
         "train_bytes": sum(document.bytes for document in corpus.train),
         "train_tokens": len(stream),

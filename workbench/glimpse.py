@@ -16,11 +16,11 @@ from jaxtyping import Float
 
 from circuits.effective_weights import effective_unembedding
 from sae.model import SAE
-from workbench.capture import capture
-from workbench.corpora import Corpus
-from workbench.hooks import resolve_hook
-from workbench.models import LoadedModel
-from workbench.packing import pack
+from workbench.models.capture import capture
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import LoadedModel
+from workbench.text.corpora import Corpus
+from workbench.text.packing import pack
 
 MIN_FIRINGS = 20
 MAX_DENSITY = 0.02

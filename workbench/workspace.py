@@ -22,32 +22,39 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from sae.errors import InputError
-from workbench.descriptions import read_description, write_description
-from workbench.results import ResultStore, check_name
-from workbench.runs import Run, RunSummary
-from workbench.summaries import HarvestSummary, SAESummary, harvest_summaries, run_summaries, sae_folders, sae_summaries
+from workbench.catalog.results import ResultStore, check_name
+from workbench.catalog.runs import Run, RunSummary
+from workbench.catalog.summaries import (
+    HarvestSummary,
+    SAESummary,
+    harvest_summaries,
+    run_summaries,
+    sae_folders,
+    sae_summaries,
+)
+from workbench.disk.descriptions import read_description, write_description
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sae.model import SAE
     from sae.train import StepMetrics, TrainConfig, TrainedSAE
-    from workbench.concepts.stored import ConceptReport
-    from workbench.concepts.truth import Language
-    from workbench.corpora import Corpus
-    from workbench.evaluation import Evaluation
-    from workbench.harvest import HarvestConfig, HarvestEstimate, HarvestProgress
-    from workbench.index.build import IndexSummary
-    from workbench.index.feature import Feature
-    from workbench.index.query import FeatureIndex
-    from workbench.loader import ActivationLoader
-    from workbench.maintenance import Removed
-    from workbench.models import LoadedModel
-    from workbench.prompts import PromptReading
-    from workbench.query import Answer
-    from workbench.steering import Kind, Steering, Where
-    from workbench.store import Harvest
-    from workbench.sweeps import SweepEstimate
+    from workbench.catalog.gc import Removed
+    from workbench.catalog.sql import Answer
+    from workbench.features.concepts.report import ConceptReport
+    from workbench.features.concepts.truth import Language
+    from workbench.features.index.build import IndexSummary
+    from workbench.features.index.feature import Feature
+    from workbench.features.index.query import FeatureIndex
+    from workbench.features.prompts import PromptReading
+    from workbench.features.steering import Kind, Steering, Where
+    from workbench.harvest.loader import ActivationLoader
+    from workbench.harvest.reading import Harvest
+    from workbench.harvest.run import HarvestConfig, HarvestEstimate, HarvestProgress
+    from workbench.models.load import LoadedModel
+    from workbench.saes.evaluation import Evaluation
+    from workbench.saes.sweeps import SweepEstimate
+    from workbench.text.corpora import Corpus
 
 SCHEMA = 1
 
@@ -124,9 +131,9 @@ class Workspace:
         Raises:
             InputError: bad names or settings, too little disk, an existing harvest with other settings.
         """
-        from workbench.corpora import open_corpus
-        from workbench.harvest import estimate, run_harvest
-        from workbench.models import load_model
+        from workbench.harvest.run import estimate, run_harvest
+        from workbench.models.load import load_model
+        from workbench.text.corpora import open_corpus
 
         config = _absolute(config)
         folder = _new_folder(self.harvest_folder(name))
@@ -138,9 +145,9 @@ class Workspace:
 
     def estimate_harvest(self, name: str, config: "HarvestConfig", *, device: str = "auto") -> "HarvestEstimate":
         """Rows, bytes, free disk and time of a harvest, without making it."""
-        from workbench.corpora import open_corpus
-        from workbench.harvest import estimate
-        from workbench.models import load_model
+        from workbench.harvest.run import estimate
+        from workbench.models.load import load_model
+        from workbench.text.corpora import open_corpus
 
         corpus = open_corpus(config.corpus, text_field=config.text_field)
         model = load_model(config.model, device=device, dtype=config.model_dtype)
@@ -148,7 +155,7 @@ class Workspace:
 
     def open_harvest(self, name: str) -> "Harvest":
         """Opens a finished harvest. Raises InputError naming those there are."""
-        from workbench.store import Harvest
+        from workbench.harvest.reading import Harvest
 
         names = self.harvests()
         if name not in names:
@@ -165,7 +172,7 @@ class Workspace:
 
     def corpus_of(self, harvest: "Harvest") -> "Corpus":
         """The corpus a harvest was made from, opened again."""
-        from workbench.corpora import open_corpus
+        from workbench.text.corpora import open_corpus
 
         return open_corpus(harvest.config["corpus"], text_field=harvest.config["text_field"])
 
@@ -224,8 +231,8 @@ class Workspace:
         """
         from sae import checkpoint
         from sae.train import check_configs, train
-        from workbench.devices import choose_device
-        from workbench.locks import RunLock
+        from workbench.disk.locks import RunLock
+        from workbench.models.devices import choose_device
 
         source = self.open_harvest(harvest)
         hook = self._choose_hook(source, hook)
@@ -283,7 +290,7 @@ class Workspace:
 
     @staticmethod
     def _loader(source: "Harvest", hook: str, configs: "Sequence[TrainConfig]", device: str) -> "ActivationLoader":
-        from workbench.loader import ActivationLoader
+        from workbench.harvest.loader import ActivationLoader
 
         with_gradients = any(config.rule.needs_gradients for config in configs)
         return ActivationLoader(source, hook, seed=configs[0].seed, device=device, with_gradients=with_gradients)
@@ -304,13 +311,13 @@ class Workspace:
     def estimate_training(
         self, harvest: str, configs: "Sequence[TrainConfig]", *, hook: str | None = None, device: str = "auto"
     ) -> "SweepEstimate":
-        """Memory and time of training `configs` side by side, from a few steps of each kind; see `workbench.sweeps`.
+        """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
 
         Raises:
             InputError: unknown harvest or hook, or too little memory.
         """
-        from workbench.devices import choose_device
-        from workbench.sweeps import estimate
+        from workbench.models.devices import choose_device
+        from workbench.saes.sweeps import estimate
 
         source = self.open_harvest(harvest)
         chosen = str(choose_device(device))
@@ -377,7 +384,7 @@ class Workspace:
         Raises:
             InputError: a taken name, no such SAE, or one that cannot be expressed here.
         """
-        from workbench.exchange import import_folder
+        from workbench.saes.exchange import import_folder
 
         return import_folder(self, name, Path(folder).expanduser(), hook=hook, model=model, versions=versions())
 
@@ -389,7 +396,7 @@ class Workspace:
         Raises:
             InputError: as `import_sae`, unknown names, or no network.
         """
-        from workbench.exchange import import_pretrained
+        from workbench.saes.exchange import import_pretrained
 
         return import_pretrained(self, name, release, sae_id, hook=hook, model=model, versions=versions())
 
@@ -399,7 +406,7 @@ class Workspace:
         Raises:
             InputError: unknown names, a folder in use, or a rule the format cannot express.
         """
-        from workbench.exchange import export_sae
+        from workbench.saes.exchange import export_sae
 
         export_sae(self, name, Path(folder).expanduser(), form)
 
@@ -450,7 +457,7 @@ class Workspace:
         Raises:
             InputError: no or unknown SAEs, SAEs of several models, or one without a harvest and no corpus named.
         """
-        from workbench.evaluations import evaluate
+        from workbench.saes.evaluate import evaluate
 
         if not names:
             raise InputError("no SAEs to evaluate: name at least one")
@@ -460,8 +467,8 @@ class Workspace:
         )  # fmt: skip
 
     def compare(self, names: Sequence[str] = ()) -> "pd.DataFrame":
-        """The SAEs named, or all, side by side with their stored evaluations; see `workbench.comparison.compare`."""
-        from workbench.comparison import compare
+        """The SAEs named, or all, side by side with their stored evaluations; see `saes.comparison.compare`."""
+        from workbench.saes.comparison import compare
 
         return compare(self, names)
 
@@ -476,14 +483,14 @@ class Workspace:
         device: str = "auto",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> "IndexSummary":
-        """Indexes an SAE's features on a harvest; see `workbench.index.build.build_index`."""
-        from workbench.index.build import build_index
+        """Indexes an SAE's features on a harvest; see `workbench.features.index.build.build_index`."""
+        from workbench.features.index.build import build_index
 
         return build_index(self, sae, harvest=harvest, max_rows=max_rows, device=device, on_progress=on_progress)
 
     def index(self, sae: str) -> "FeatureIndex":
         """The feature index of an SAE, for reading. Raises InputError when it has none."""
-        from workbench.index.query import FeatureIndex
+        from workbench.features.index.query import FeatureIndex
 
         return FeatureIndex.open(self, sae)
 
@@ -511,10 +518,10 @@ class Workspace:
             on_progress: called with (tokens done, tokens in all).
 
         Raises:
-            InputError: as `workbench.concepts.stored.align_sae`.
+            InputError: as `workbench.features.concepts.report.align_sae`.
         """
-        from workbench.concepts.stored import align_sae
-        from workbench.devices import choose_device
+        from workbench.features.concepts.report import align_sae
+        from workbench.models.devices import choose_device
 
         return align_sae(
             self, sae, harvest=harvest, concepts=table, language=language, device=str(choose_device(device)),
@@ -526,7 +533,7 @@ class Workspace:
     def prompt(
         self, sae: str, text: str, *, model: "LoadedModel | None" = None, device: str = "auto"
     ) -> "PromptReading":
-        """Reads a prompt through an SAE: the features that fire on it, token by token; see `workbench.prompts`.
+        """Reads a prompt through an SAE: the features that fire on it, token by token; see `features.prompts`.
 
         Args:
             model: the SAE's model, already loaded; otherwise the one it was trained on is loaded.
@@ -534,7 +541,7 @@ class Workspace:
         Raises:
             InputError: an unknown SAE, a model that cannot be loaded or is another one, or a text without tokens.
         """
-        from workbench.live import open_live
+        from workbench.features.live import open_live
 
         return open_live(self, sae, model=model, device=device).read(text)
 
@@ -554,7 +561,7 @@ class Workspace:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> "Steering":
-        """Continues a prompt with and without an edit of one feature; see `workbench.steering`.
+        """Continues a prompt with and without an edit of one feature; see `workbench.features.steering`.
 
         Args:
             kind: `add`, `clamp` or `ablate`.
@@ -568,8 +575,8 @@ class Workspace:
         Raises:
             InputError: as `prompt`, a feature or edit that does not exist, or sampling settings out of range.
         """
-        from workbench.live import open_live
-        from workbench.steering import Edit
+        from workbench.features.live import open_live
+        from workbench.features.steering import Edit
 
         edit = Edit(feature, kind, strength, where, keep_error)
         live = open_live(self, sae, model=model, device=device)
@@ -591,7 +598,7 @@ class Workspace:
         Raises:
             InputError: SQL that is wrong, writes, or reaches outside the workspace.
         """
-        from workbench import query as queries
+        from workbench.catalog import sql as queries
 
         files = {f"run.{file.parent.name}": file for file in self.path.glob("runs/*/run.duckdb")}
         files.update({f"index.{file.stem}": file for file in self.path.glob("indexes/*.duckdb")})
@@ -615,7 +622,7 @@ class Workspace:
         Raises:
             InputError: a name that does not exist, or an artefact a live process is writing.
         """
-        from workbench.maintenance import collect
+        from workbench.catalog.gc import collect
 
         wanted = [("saes", "SAE", name) for name in saes]
         wanted += [("harvests", "harvest", name) for name in harvests]

@@ -6,14 +6,14 @@ from plotly import io
 
 from app.shared import loaded_model, open_workspace, page_link, plain
 from workbench import Workspace
+from workbench.catalog.results import Result
 from workbench.circuits import stored
 from workbench.circuits.attention_saes import report_dfa
 from workbench.circuits.methods import METHODS, run_method
 from workbench.circuits.report import AGREEMENT, DFA, DISCRETE, EDGES, FEATURES, NODES, TASK_NAMES, Task
 from workbench.circuits.tables import TABLE
-from workbench.index import InputError
-from workbench.live import model_name, model_of
-from workbench.results import Result
+from workbench.features.index import InputError
+from workbench.features.live import model_name, model_of
 
 KINDS = {
     EDGES: "edges", NODES: "nodes", FEATURES: "SAE features", DISCRETE: "discrete codes", DFA: "attention feature",

@@ -4,10 +4,11 @@ import pandas as pd
 import streamlit as st
 
 from app.shared import open_workspace, page_link, plain, version
-from workbench import Workspace, figures
-from workbench.index import InputError
-from workbench.index.query import index_names
-from workbench.overlap import Overlap, overlap_of
+from workbench import Workspace
+from workbench.features.index import InputError
+from workbench.features.index.query import index_names
+from workbench.saes import figures
+from workbench.saes.overlap import Overlap, overlap_of
 
 COLUMNS = {
     "sae": "SAE", "rule": "rule", "k": "k", "d_sae": "features", "l0": "L0", "fvu": "FVU", "added_nats": "added nats",

@@ -7,15 +7,15 @@ import streamlit as st
 
 from app.shared import choose_index, loaded_model, open_workspace, page_link, plain
 from workbench import Workspace
+from workbench.catalog.notes import Notes
 from workbench.circuits.attention_saes import attribute
-from workbench.index import InputError, figures
-from workbench.index.feature import Feature, TokenEffect
-from workbench.index.live import LiveText, activations_on_text
-from workbench.index.loss import with_loss_effects
-from workbench.index.page import STYLE, example_html, group_html, visible
-from workbench.index.query import FeatureIndex
-from workbench.notes import Notes
-from workbench.prompts import MAX_CHARACTERS, MAX_TOKENS
+from workbench.features.index import InputError, figures
+from workbench.features.index.feature import Feature, TokenEffect
+from workbench.features.index.loss import with_loss_effects
+from workbench.features.index.on_text import LiveText, activations_on_text
+from workbench.features.index.page import STYLE, example_html, group_html, visible
+from workbench.features.index.query import FeatureIndex
+from workbench.features.prompts import MAX_CHARACTERS, MAX_TOKENS
 
 BOOKMARKS = "bookmarks"
 

@@ -5,13 +5,13 @@ import streamlit as st
 
 from app.shared import loaded_model, open_workspace, plain
 from workbench import Workspace
+from workbench.catalog.results import Result
 from workbench.circuits import heads as views
 from workbench.circuits.heads import DIVERGING, SCORES, HeadOnText, report_heads
 from workbench.circuits.report import DISCRETE, HEADS, NODES
 from workbench.circuits.stored import head_grid, head_values
-from workbench.index import InputError
-from workbench.models import ModelInfo
-from workbench.results import Result
+from workbench.features.index import InputError
+from workbench.models.load import ModelInfo
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
 

@@ -4,7 +4,8 @@ import pandas as pd
 import streamlit as st
 
 from app.shared import open_workspace
-from workbench import Workspace, figures
+from workbench import Workspace
+from workbench.saes import figures
 
 SECONDS_BETWEEN_REFRESHES = 5.0
 EVALUATION_COLUMNS = {

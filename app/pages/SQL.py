@@ -7,11 +7,11 @@ import pandas as pd
 import streamlit as st
 
 from app.shared import open_workspace, plain, version
+from app.sql_examples import examples, tables
 from workbench import Workspace
+from workbench.catalog.sql import Answer
 from workbench.cli.inspection import distinct
-from workbench.index import InputError
-from workbench.query import Answer
-from workbench.query_examples import examples, tables
+from workbench.features.index import InputError
 
 SHOWN_ROWS = 1000
 LONGEST_LIST = 8

@@ -9,10 +9,9 @@ import streamlit as st
 
 from app.shared import loaded_model, open_workspace, plain, version
 from workbench import Workspace
-from workbench.corpora import Corpus, open_corpus
-from workbench.index import InputError
-from workbench.index.page import STYLE, example_html
-from workbench.results import Result
+from workbench.catalog.results import Result
+from workbench.features.index import InputError
+from workbench.features.index.page import STYLE, example_html
 from workbench.sparsity import figures
 from workbench.sparsity.calibration import Calibration, calibrate
 from workbench.sparsity.compare import compare, report_names, report_parts
@@ -20,6 +19,7 @@ from workbench.sparsity.enforce import generate
 from workbench.sparsity.methods import method_named
 from workbench.sparsity.neurons import NeuronView, view_neuron
 from workbench.sparsity.report import ATTENTION, CURVES, MLP, SAES
+from workbench.text.corpora import Corpus, open_corpus
 
 PARTS = ("MLPs", "Cost", "Attention", "SAEs")
 COMMANDS = {MLP: "measure", CURVES: "enforce", ATTENTION: "attention", SAES: "sae"}

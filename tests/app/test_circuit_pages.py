@@ -11,7 +11,7 @@ from sae import SAE, TopK
 from workbench import Workspace
 from workbench.circuits.heads import report_heads
 from workbench.circuits.report import Task, report_discrete, report_edges, report_nodes
-from workbench.models import load_model
+from workbench.models.load import load_model
 
 PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
 

@@ -11,11 +11,11 @@ from streamlit.testing.v1 import AppTest
 
 from sae import SAE, TopK
 from workbench import Workspace
-from workbench.harvest import HarvestConfig
-from workbench.index.build import build_index
-from workbench.index.query import FeatureIndex, listed_features
-from workbench.models import load_model
-from workbench.notes import Notes
+from workbench.catalog.notes import Notes
+from workbench.features.index.build import build_index
+from workbench.features.index.query import FeatureIndex, listed_features
+from workbench.harvest.run import HarvestConfig
+from workbench.models.load import load_model
 
 PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
 HOOK, DEAD = "blocks.2.hook_resid_post", 3
@@ -132,7 +132,7 @@ def test_a_link_to_what_is_not_there_says_so(
 
 
 def score_concepts(space: Workspace, feature: int, f1: float) -> None:
-    """Stores concepts of an SAE as workbench/concepts/stored.py does."""
+    """Stores concepts of an SAE as workbench/features/concepts/report.py does."""
     row = {"feature": feature, "sign": 1, "concept": "string_literal", "f1": f1, "precision": 0.75, "recall": 0.5,
            "correlation": 0.4, "threshold": 0.1, "calibration_f1": f1, "firings": 100, "positives": 90}  # fmt: skip
     lesser = row | {"sign": -1, "concept": "comment", "f1": None, "recall": None}

@@ -12,10 +12,10 @@ from streamlit.testing.v1 import AppTest
 from sae import SAE
 from sae.rules import AbsTopK
 from workbench import Workspace
-from workbench.harvest import HarvestConfig
-from workbench.index.build import build_index
-from workbench.models import load_model
-from workbench.notes import Notes
+from workbench.catalog.notes import Notes
+from workbench.features.index.build import build_index
+from workbench.harvest.run import HarvestConfig
+from workbench.models.load import load_model
 
 PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
 HOOK, TEXT = "blocks.2.hook_resid_post", "def f1(x):\n    return '<script>x</script>' # 😀 e\u0301\n"

@@ -25,7 +25,7 @@ def open_page(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> AppTest:
 
 
 def start_run(workspace: Workspace, reports: int) -> None:
-    from workbench.runs import Run
+    from workbench.catalog.runs import Run
 
     run = Run(workspace.path / "runs" / "r")
     run.start({"harvest": "h", "hook": "x", "device": "cpu", "configs": [{"name": "s", "total_tokens": 100}]})

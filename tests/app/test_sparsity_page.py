@@ -11,9 +11,9 @@ from streamlit.testing.v1 import AppTest
 
 from sae import SAE, TopK
 from workbench import Workspace
-from workbench.corpora import open_corpus
-from workbench.models import load_model
+from workbench.models.load import load_model
 from workbench.sparsity.report import report_attention, report_curves, report_mlps, report_saes
+from workbench.text.corpora import open_corpus
 
 PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
 HOOK = "blocks.2.hook_resid_post"

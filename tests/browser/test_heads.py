@@ -8,7 +8,7 @@ import pytest
 
 from workbench import Workspace
 from workbench.circuits.heads import report_heads
-from workbench.models import load_model
+from workbench.models.load import load_model
 
 SLOW = 90_000
 

@@ -14,11 +14,11 @@ import torch
 
 from sae import SAE, TopK
 from workbench import Workspace
-from workbench.harvest import HarvestConfig
-from workbench.index.build import build_index
-from workbench.index.query import FeatureIndex
-from workbench.models import load_model
-from workbench.notes import Notes
+from workbench.catalog.notes import Notes
+from workbench.features.index.build import build_index
+from workbench.features.index.query import FeatureIndex
+from workbench.harvest.run import HarvestConfig
+from workbench.models.load import load_model
 
 HOOK, DEAD = "blocks.2.hook_resid_post", 3
 HOSTILE = "<script>window.attacked = 1</script><img src=x onerror='window.attacked = 1'>"
@@ -244,7 +244,7 @@ def test_the_model_is_steered(address: str, page: Any, busiest: int) -> None:
 
 def test_the_app_stays_usable_while_another_process_writes(address: str, page: Any, folder: Path, busiest: int) -> None:
     harvest = (
-        "from workbench import Workspace; from workbench.harvest import HarvestConfig\n"
+        "from workbench import Workspace; from workbench.harvest.run import HarvestConfig\n"
         f"Workspace({str(folder)!r}).harvest('later', HarvestConfig('demo', {str(folder.parent / 'texts')!r}, "
         f"('blocks.1.hook_resid_post',), context_len=64, max_tokens=1500))"
     )

@@ -8,7 +8,7 @@ from corpus_sources import STANDARD_LIBRARY, Document, documents, standard_libra
 from ngram_baseline import fit, log_probabilities
 from train_demo_model import batches
 
-from workbench.python_source import split_of
+from workbench.text.python_source import split_of
 
 
 def lines(name: str, count: int = 20) -> str:

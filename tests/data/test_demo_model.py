@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from workbench.python_source import split_of, stdlib_files
+from workbench.text.python_source import split_of, stdlib_files
 
 MAX_BYTES = 20 * 2**20
 NASTY = [

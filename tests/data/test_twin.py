@@ -16,7 +16,7 @@ from evaluate_demo_model import MODEL, encode, load
 from transformers import AutoTokenizer
 
 from workbench.cli.main import run
-from workbench.python_source import stdlib_files
+from workbench.text.python_source import stdlib_files
 from workbench.workspace import Workspace
 
 TWIN = MODEL.with_name("demo_model_gelu")

@@ -27,13 +27,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from workbench.blocks import Block
-from workbench.database import write_database
-from workbench.models import LoadedModel, load_model
-from workbench.packing import FLAG_BOS, FLAG_PADDING, PackedBatch
-from workbench.python_source import stdlib_files
-from workbench.store import DESCRIPTION, GRADIENT, SCHEMA, Harvest
-from workbench.writing import BlockWriter
+from workbench.disk.database import write_database
+from workbench.harvest.blocks import Block
+from workbench.harvest.reading import DESCRIPTION, GRADIENT, SCHEMA, Harvest
+from workbench.harvest.writing import BlockWriter
+from workbench.models.load import LoadedModel, load_model
+from workbench.text.packing import FLAG_BOS, FLAG_PADDING, PackedBatch
+from workbench.text.python_source import stdlib_files
 
 VOCABULARY = 300
 END_OF_TEXT = "<|endoftext|>"

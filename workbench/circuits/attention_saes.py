@@ -11,7 +11,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from circuits import figures
 from circuits.dfa import (
     FeatureAttribution,
     attention_layer,
@@ -23,10 +22,11 @@ from circuits.passes import activations
 from circuits.recursive_dfa import recursive_dfa
 from sae.errors import InputError
 from sae.model import SAE
+from workbench.catalog.results import Result
+from workbench.circuits import figures
 from workbench.circuits.feature_report import sae_fingerprint
 from workbench.circuits.report import DFA, stored_or_made
-from workbench.models import LoadedModel
-from workbench.results import Result
+from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace, versions
 
 

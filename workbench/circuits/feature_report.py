@@ -6,14 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from circuits import figures
 from circuits.feature_circuits import feature_circuit
 from circuits.passes import OnProgress
 from sae.errors import InputError
 from sae.model import SAE
+from workbench.catalog.results import Result
+from workbench.circuits import figures
 from workbench.circuits.report import FEATURES, Task, stored_on_task
-from workbench.models import LoadedModel
-from workbench.results import Result
+from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
 

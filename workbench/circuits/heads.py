@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits import figures
 from circuits.composition import composition_scores
 from circuits.heads import COLUMNS, head_scores, prefix_induction, repeated_tokens
 from circuits.nodes import graph_of
@@ -27,9 +26,10 @@ from circuits.ov import ov_effects
 from circuits.passes import OnProgress, activations
 from circuits.retrieval import Needle, retrieval_scores
 from sae.errors import InputError
+from workbench.catalog.results import Result
+from workbench.circuits import figures
 from workbench.circuits.report import HEADS, stored_or_made
-from workbench.models import LoadedModel
-from workbench.results import Result
+from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace, versions
 
 SCORES = (*COLUMNS, "retrieval")

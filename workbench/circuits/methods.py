@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 from circuits.passes import OnProgress
 from sae.errors import InputError
+from workbench.catalog.results import Result
 from workbench.circuits.feature_report import report_features
 from workbench.circuits.report import EdgeMethod, NodeMethod, Task, report_discrete, report_edges, report_nodes
-from workbench.models import LoadedModel
-from workbench.results import Result
+from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
 METHODS = {

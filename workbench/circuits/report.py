@@ -20,7 +20,6 @@ from typing import Any, Literal, get_args
 import pandas as pd
 import torch
 
-from circuits import figures
 from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
 from circuits.discrete import discover
@@ -35,8 +34,9 @@ from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores, NodeScores
 from circuits.tasks import TASKS, make_task
 from sae.errors import InputError
-from workbench.models import LoadedModel
-from workbench.results import Result
+from workbench.catalog.results import Result
+from workbench.circuits import figures
+from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace, versions
 
 HEADS, NODES, EDGES, FEATURES = "circuit-heads", "circuit-nodes", "circuit-edges", "circuit-features"

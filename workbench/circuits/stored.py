@@ -4,14 +4,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from circuits import figures
 from circuits.faithfulness import FaithfulnessCurve, circuit_edges, faithfulness_curve
 from circuits.nodes import Graph
 from circuits.scores import EdgeScores, NodeScores
 from sae.errors import InputError
+from workbench.catalog.results import Result
+from workbench.circuits import figures
 from workbench.circuits.report import EDGES, HEADS, NODES, Task
-from workbench.models import LoadedModel, ModelInfo
-from workbench.results import Result
+from workbench.models.load import LoadedModel, ModelInfo
 
 
 def node_scores(result: Result) -> NodeScores:

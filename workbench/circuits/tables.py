@@ -29,10 +29,10 @@ from circuits.patching import patch_activations
 from circuits.prompts import PromptSet
 from circuits.tasks.ioi import ioi
 from sae.errors import InputError
-from workbench.circuits import attn_only
+from workbench.catalog.results import Result
 from workbench.circuits.report import Task, stored_on_task
-from workbench.models import LoadedModel, load_model
-from workbench.results import Result
+from workbench.models import attn_only
+from workbench.models.load import LoadedModel, load_model
 from workbench.workspace import Workspace
 
 TABLE = "circuit-table"

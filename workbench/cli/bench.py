@@ -36,7 +36,7 @@ def bench(
 
     from workbench.bench import DEFAULT_SIZES, SIZES, measure
     from workbench.bench.arms import arms, batches
-    from workbench.devices import choose_device
+    from workbench.models.devices import choose_device
 
     unknown = [name for name in sizes or [] if name not in SIZES]
     if unknown:

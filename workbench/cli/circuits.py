@@ -11,14 +11,14 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
-from workbench.progress import ProgressBar
+from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.catalog.results import Result
     from workbench.circuits.report import Task
-    from workbench.models import LoadedModel
-    from workbench.results import Result
+    from workbench.models.load import LoadedModel
 
 TaskArgument = Annotated[
     str,
@@ -343,7 +343,7 @@ def _task(name: str, prompts: int, seed: int, metric: str | None) -> "Task":
 
 
 def _load(model: str, device: str) -> "LoadedModel":
-    from workbench.models import load_model
+    from workbench.models.load import load_model
 
     return load_model(model, device=device)
 

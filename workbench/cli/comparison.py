@@ -80,7 +80,7 @@ def notes(table: Any) -> list[str]:
 def write_figure(table: Any, html: Path) -> None:
     """Writes the comparison figure as a page of its own that needs no network."""
     from sae.errors import InputError
-    from workbench.figures import sae_comparison
+    from workbench.saes.figures import sae_comparison
 
     try:
         sae_comparison(table).write_html(html, include_plotlyjs=True)

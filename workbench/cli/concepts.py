@@ -9,7 +9,7 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
-from workbench.progress import ProgressBar
+from workbench.show.progress import ProgressBar
 
 CONCEPT_TITLES = {
     "concept": "concept",

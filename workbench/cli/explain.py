@@ -8,7 +8,7 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
-from workbench.progress import ProgressBar
+from workbench.show.progress import ProgressBar
 
 TITLES = {
     "feature": "feature", "explanation": "explanation", "score": "score", "fires_right": "right where it fires",
@@ -43,9 +43,9 @@ def explain(
     The score is the balanced accuracy at telling in which texts the feature fires: 0.5 by chance. Explanations show on
     the feature's page and are found by search. Interrupted, it goes on when the same command is repeated.
     """
-    from workbench.explanations.explain import explain_features
-    from workbench.explanations.language_models import Endpoint, LanguageModel, LocalModel
-    from workbench.notes import Notes
+    from workbench.catalog.notes import Notes
+    from workbench.features.explanations.language_models import Endpoint, LanguageModel, LocalModel
+    from workbench.features.explanations.report import explain_features
     from workbench.workspace import Workspace
 
     space = Workspace(workspace, create=False)

@@ -11,10 +11,10 @@ from sae.errors import InputError
 from workbench.cli.inspection import shorten
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
-from workbench.progress import ProgressBar, format_bytes, format_seconds
+from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from workbench.index.feature import Feature
+    from workbench.features.index.feature import Feature
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +35,7 @@ def make_index(
 
     Interrupted, it goes on where it stopped when the same command is repeated.
     """
-    from workbench.index.build import build_index
+    from workbench.features.index.build import build_index
     from workbench.workspace import Workspace
 
     space = Workspace(workspace, create=False)
@@ -68,9 +68,9 @@ def feature(
     as_json: JsonOption = False,
 ) -> None:
     """Show a feature, search for features, label them, and export them as HTML, JSON or Parquet."""
-    from workbench.index.page import document
-    from workbench.index.query import FeatureIndex
-    from workbench.notes import Notes
+    from workbench.catalog.notes import Notes
+    from workbench.features.index.page import document
+    from workbench.features.index.query import FeatureIndex
     from workbench.workspace import Workspace
 
     space = Workspace(workspace, create=False)

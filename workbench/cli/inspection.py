@@ -14,7 +14,7 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
-from workbench.progress import format_bytes
+from workbench.show.progress import format_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -119,7 +119,7 @@ def doctor(
 
     Exit code 1 when something is broken.
     """
-    from workbench.doctor import examine
+    from workbench.cli.examine import examine
 
     checks = examine(workspace)
     if as_json:

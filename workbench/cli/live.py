@@ -13,8 +13,8 @@ from workbench.cli.output import print_json, print_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.prompts import PromptReading, Ranking
-    from workbench.steering import Kind, Steering, Where
+    from workbench.features.prompts import PromptReading, Ranking
+    from workbench.features.steering import Kind, Steering, Where
 
 SHOWN = 15
 

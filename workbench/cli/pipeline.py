@@ -9,7 +9,7 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
-from workbench.progress import ProgressBar, format_bytes, format_seconds
+from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
 EVALUATION_TOKENS = 65_536
 RULE_NAMES = (
@@ -38,7 +38,7 @@ def demo(
     Harvests the standard library of the running Python, trains a TopK SAE and a frozen-random-decoder
     baseline, evaluates both on held-out files, indexes the features and prints what some of them fire on.
     """
-    from workbench.demo import run_demo
+    from workbench.cli.run_demo import run_demo
 
     report = run_demo(workspace, tokens=tokens, device=device, quiet=as_json)
     if as_json:
@@ -81,7 +81,7 @@ def harvest(
 
     Interrupted, it goes on where it stopped when the same command is repeated.
     """
-    from workbench.harvest import HarvestConfig, HarvestEstimate, HarvestProgress
+    from workbench.harvest.run import HarvestConfig, HarvestEstimate, HarvestProgress
     from workbench.workspace import Workspace
 
     config = HarvestConfig(
@@ -161,7 +161,7 @@ def train(
 
     Interrupted, it goes on from the last checkpoint when the same command is repeated.
     """
-    from workbench.sweeps import parse_sweep, read_sweep
+    from workbench.saes.sweeps import parse_sweep, read_sweep
     from workbench.workspace import Workspace
 
     space = Workspace(workspace, create=False)
@@ -208,7 +208,7 @@ def rule_tables(
 ) -> list[dict[str, Any]]:
     """What a sweep file would hold in its [[rule]] tables. Raises InputError for a setting that no rule named has."""
     from sae.rules import RULES, CodeRule, ThresholdRule
-    from workbench.settings import check_keys
+    from workbench.saes.settings import check_keys
 
     check_keys(dict.fromkeys(names), list(RULES), "--rule", what="selection rule")
     with_k = [name for name in names if issubclass(RULES[name], CodeRule)]

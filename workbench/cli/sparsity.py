@@ -8,12 +8,12 @@ import typer
 
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
-from workbench.progress import ProgressBar
+from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.results import Result
+    from workbench.catalog.results import Result
 
 NameArgument = Annotated[
     str, typer.Argument(help="Name of the result; asked for again alike, it is shown as stored, else replaced.")
@@ -55,9 +55,9 @@ def measure(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how sparsely each MLP is used: zeros, mass, firing densities, dead neurons, massive activations."""
-    from workbench.corpora import open_corpus
-    from workbench.models import load_model
+    from workbench.models.load import load_model
     from workbench.sparsity.report import report_mlps
+    from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
     with ProgressBar("sparsity measure", tokens, enabled=not as_json) as bar:
@@ -87,10 +87,10 @@ def enforce(
     as_json: JsonOption = False,
 ) -> None:
     """Set activations to zero while the model runs, by every method, and measure what that costs on held-out tokens."""
-    from workbench.corpora import open_corpus
-    from workbench.models import load_model
+    from workbench.models.load import load_model
     from workbench.sparsity.methods import METHODS, method_named
     from workbench.sparsity.report import report_curves
+    from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
     methods = [method_named(item).name for item in method or METHODS]
@@ -118,9 +118,9 @@ def attention(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how much attention simple patterns keep, and the loss when every head is restricted to them."""
-    from workbench.corpora import open_corpus
-    from workbench.models import load_model
+    from workbench.models.load import load_model
     from workbench.sparsity.report import report_attention
+    from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
     with ProgressBar("sparsity attention", tokens, enabled=not as_json) as bar:
@@ -145,9 +145,9 @@ def sae(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how sparse SAE codes are, and how few terms reconstruct a token in them and in other bases."""
-    from workbench.corpora import open_corpus
-    from workbench.models import load_model
+    from workbench.models.load import load_model
     from workbench.sparsity.report import report_saes
+    from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
     space = Workspace(workspace, create=False)
@@ -178,10 +178,10 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Run measure, enforce, attention and, with --sae, sae under one name; parts already stored are not run again."""
-    from workbench.corpora import open_corpus
-    from workbench.models import load_model
+    from workbench.models.load import load_model
     from workbench.sparsity.compare import compare as compared
     from workbench.sparsity.report import report_all
+    from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
     space = Workspace(workspace)

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.models import LoadedModel
+from workbench.models.contexts import Batch, losses
+from workbench.models.load import LoadedModel
 from workbench.sparsity.attention_patterns import PATTERNS, Pattern
 from workbench.sparsity.sinks import HeadSums
-from workbench.sparsity.tokens import Batch, losses
 
 BUDGETS = (8, 16, 32, 64, 128)
 

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from workbench.corpora import Corpus
-from workbench.models import LoadedModel
+from workbench.models.contexts import Batch, batches
+from workbench.models.load import LoadedModel
 from workbench.sparsity.layers import MLP, Projection, mlps, projections
-from workbench.sparsity.tokens import Batch, batches
+from workbench.text.corpora import Corpus
 
 QUANTILES = 10_000
 SAMPLE_PER_BATCH = 1 << 16

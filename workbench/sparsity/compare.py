@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from sae.errors import InputError
-from workbench.results import Result
+from workbench.catalog.results import Result
 from workbench.sparsity.report import ATTENTION, CURVES, MLP, SAES
 from workbench.workspace import Workspace
 

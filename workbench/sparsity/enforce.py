@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from workbench.models import LoadedModel
+from workbench.models.contexts import Batch, logits_of, losses
+from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
 from workbench.sparsity.methods import METHODS, Keep, Method
-from workbench.sparsity.tokens import Batch, logits_of, losses
 
 
 class Tally:

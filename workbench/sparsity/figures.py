@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.figures import PALETTE
+from workbench.saes.figures import PALETTE
 from workbench.sparsity.neurons import NeuronView
 
 LAYER_METRICS = {

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from sae.errors import InputError
-from workbench.models import LoadedModel
+from workbench.models.load import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from workbench.corpora import Corpus, Split
-from workbench.models import LoadedModel
+from workbench.models.contexts import Batch, batches
+from workbench.models.load import LoadedModel
 from workbench.sparsity.layers import mlps
 from workbench.sparsity.mlp_stats import MLPStats
-from workbench.sparsity.tokens import Batch, batches
+from workbench.text.corpora import Corpus, Split
 
 MASSIVE = 100.0
 MASSIVE_RATIO = 1000.0

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.models.contexts import Batch
 from workbench.sparsity.layers import MLP, has_exact_zeros
-from workbench.sparsity.tokens import Batch
 
 FIRING = 0.01
 RELATIVE = (0.001, 0.01, 0.1)

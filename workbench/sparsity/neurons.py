@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from workbench.corpora import Corpus, Split
-from workbench.index.feature import Example
-from workbench.models import LoadedModel
+from workbench.features.index.feature import Example
+from workbench.models.contexts import Batch, batches
+from workbench.models.load import LoadedModel
 from workbench.sparsity.layers import MLP, mlps
-from workbench.sparsity.tokens import Batch, batches
+from workbench.text.corpora import Corpus, Split
 
 BINS = 40
 BEFORE, AFTER = 40, 20

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sae.errors import InputError
-from workbench.models import LoadedModel
+from workbench.models.contexts import Batch, logits_of, losses
+from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
 from workbench.sparsity.enforce import Tally, enforced
 from workbench.sparsity.methods import cett
-from workbench.sparsity.tokens import Batch, logits_of, losses
 
 STEPS = 10
 """Bisections: the CETT target is found to 1/1024."""

@@ -18,9 +18,9 @@ import torch
 
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.corpora import Corpus
-from workbench.models import LoadedModel
-from workbench.results import Result, check_name
+from workbench.catalog.results import Result, check_name
+from workbench.models.contexts import batches
+from workbench.models.load import LoadedModel
 from workbench.sparsity import figures
 from workbench.sparsity.attention import BUDGETS, measure_attention
 from workbench.sparsity.calibration import calibrate
@@ -29,7 +29,7 @@ from workbench.sparsity.measure import measure
 from workbench.sparsity.methods import METHODS, cett, method_named
 from workbench.sparsity.ppl import ppl_sparsity, search_passes
 from workbench.sparsity.sae_report import measure_saes
-from workbench.sparsity.tokens import batches
+from workbench.text.corpora import Corpus
 from workbench.workspace import Workspace, versions
 
 MLP, CURVES, ATTENTION, SAES = "sparsity-mlp", "sparsity-curves", "sparsity-attention", "sparsity-sae"

@@ -21,12 +21,12 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.metrics import DENSE_ABOVE
 from sae.model import SAE
-from workbench.capture import capture
-from workbench.corpora import Corpus, Split
-from workbench.hooks import HookSpec, resolve_hook
-from workbench.models import LoadedModel
+from workbench.models.capture import capture
+from workbench.models.contexts import batches
+from workbench.models.hooks import HookSpec, resolve_hook
+from workbench.models.load import LoadedModel
 from workbench.sparsity.terms import bases, terms_table
-from workbench.sparsity.tokens import batches
+from workbench.text.corpora import Corpus, Split
 
 DECILES = tuple(range(10, 100, 10))
 TERM_TOKENS = 4096

@@ -140,6 +140,6 @@ def linear_model(word_tokenizer: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def demo() -> Any:
-    from workbench.models import load_model
+    from workbench.models.load import load_model
 
     return load_model("demo", device="cpu")

@@ -8,7 +8,8 @@ import torch
 from circuits.dfa import FeatureAttribution
 from circuits.eap import attribute_edges
 from circuits.faithfulness import FaithfulnessCurve, circuit_edges
-from circuits.figures import (
+from circuits.tasks.induction import induction
+from workbench.circuits.figures import (
     attention_pattern,
     attribution_map,
     circuit_graph,
@@ -17,7 +18,6 @@ from circuits.figures import (
     head_scores_heatmap,
     strongest_nodes,
 )
-from circuits.tasks.induction import induction
 
 
 def test_scores_are_drawn_where_they_belong(planted: Any) -> None:

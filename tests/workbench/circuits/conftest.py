@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from workbench.bundled import demo_model_dir
-from workbench.models import LoadedModel, load_model
+from workbench.models.bundled import demo_model_dir
+from workbench.models.load import LoadedModel, load_model
 from workbench.workspace import Workspace
 
 

@@ -10,8 +10,8 @@ from sae.rules import TopK
 from sae.train import TrainConfig
 from workbench.circuits.attention_saes import report_dfa
 from workbench.cli.main import run
-from workbench.harvest import HarvestConfig
-from workbench.models import LoadedModel
+from workbench.harvest.run import HarvestConfig
+from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
 ATTENTION, RESIDUAL, LOWER = "blocks.2.attn.hook_z", "blocks.2.hook_resid_pre", "blocks.1.hook_resid_pre"

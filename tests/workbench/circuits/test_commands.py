@@ -101,7 +101,7 @@ def test_an_interrupt_leaves_no_result(
     def interrupted(self: object, done: int, note: str = "") -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("workbench.progress.ProgressBar.update", interrupted)
+    monkeypatch.setattr("workbench.show.progress.ProgressBar.update", interrupted)
     arguments = ["circuits", "ablate", "induction", "-n", "3", "--name", "stopped", "--workspace", str(folder)]
     assert run(arguments) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from circuits.tasks import make_task
 from sae.errors import InputError
 from sae.model import SAE
 from sae.rules import TopK
+from workbench.catalog.results import Result
 from workbench.circuits.feature_report import report_features
 from workbench.circuits.heads import head_on_text, report_heads
 from workbench.circuits.report import (
@@ -29,8 +30,7 @@ from workbench.circuits.report import (
     report_nodes,
 )
 from workbench.circuits.stored import circuit_of, curves, edge_scores, faithfulness_of, head_values, node_scores
-from workbench.models import LoadedModel
-from workbench.results import Result
+from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
 INDUCTION = Task("induction", n=4)

@@ -9,10 +9,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from circuits.discrete import roc_auc
 from sae.errors import InputError
-from workbench.circuits.attn_only import save_as_gpt2
 from workbench.circuits.tables import PUBLISHED, report_table
 from workbench.cli.main import run
-from workbench.models import LoadedModel, load_model
+from workbench.models.attn_only import save_as_gpt2
+from workbench.models.load import LoadedModel, load_model
 from workbench.workspace import Workspace
 
 
@@ -73,7 +73,7 @@ def attention_only(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Loade
     """A HookedTransformer of attn-only-4l's kind with random weights, and its conversion."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    from workbench.bundled import demo_model_dir
+    from workbench.models.bundled import demo_model_dir
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
     shape = HookedTransformerConfig(

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from workbench.corpora import Corpus, open_corpus
-from workbench.models import LoadedModel, load_model
+from workbench.models.contexts import Batch, batches
+from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.calibration import Calibration, calibrate
-from workbench.sparsity.tokens import Batch, batches
+from workbench.text.corpora import Corpus, open_corpus
 
 CONTEXT = 32
 

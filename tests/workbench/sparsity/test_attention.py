@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from workbench.models import LoadedModel
+from workbench.models.contexts import Batch
+from workbench.models.load import LoadedModel
 from workbench.sparsity.attention import AttentionSparsity, measure_attention, restricted
 from workbench.sparsity.attention_patterns import BLOCK, PATTERNS, SINKS, sink_local, top_blocks, top_keys, vertical
 from workbench.sparsity.sinks import COLUMNS, HeadSums
-from workbench.sparsity.tokens import Batch
 
 BUDGETS = (8, 16)
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from workbench.capture import capture
-from workbench.corpora import Corpus, open_corpus
-from workbench.hooks import resolve_hook
-from workbench.models import LoadedModel, load_model
+from workbench.models.capture import capture
+from workbench.models.contexts import Batch, batches, logits_of, losses
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.calibration import Calibration, calibrate
 from workbench.sparsity.enforce import Curves, Tally, enforce, enforced, flops_saved, generate
 from workbench.sparsity.layers import mlps, projections
 from workbench.sparsity.methods import METHODS
 from workbench.sparsity.ppl import ppl_sparsity
-from workbench.sparsity.tokens import Batch, batches, logits_of, losses
+from workbench.text.corpora import Corpus, open_corpus
 
 LEVELS = {"zero": 0.0, "CETT": 0.3}
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from workbench.capture import capture
-from workbench.corpora import Corpus, open_corpus
-from workbench.hooks import resolve_hook
-from workbench.models import LoadedModel
+from workbench.models.capture import capture
+from workbench.models.contexts import batches
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import LoadedModel
 from workbench.sparsity.layers import has_exact_zeros, mlps
 from workbench.sparsity.measure import Measurement, measure
 from workbench.sparsity.mlp_stats import SAMPLE_EVERY
-from workbench.sparsity.tokens import batches
+from workbench.text.corpora import Corpus, open_corpus
 
 CONTEXT, TOKENS = 32, 1024
 
@@ -141,7 +141,7 @@ def test_two_runs_agree_and_batches_do_not_matter(
     gpt2_model: LoadedModel, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = measure(gpt2_model, corpus, max_tokens=TOKENS, context_len=CONTEXT)
-    monkeypatch.setattr("workbench.sparsity.tokens.BATCH_TOKENS", 3 * CONTEXT)
+    monkeypatch.setattr("workbench.models.contexts.BATCH_TOKENS", 3 * CONTEXT)
     parts = measure(gpt2_model, corpus, max_tokens=TOKENS, context_len=CONTEXT)
     exact = ["tokens", "exact_zero", "active", "dead", "shared", "specialised"]
     assert whole.layers[exact].equals(parts.layers[exact])

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from workbench.capture import capture
-from workbench.corpora import Corpus, open_corpus
-from workbench.hooks import resolve_hook
-from workbench.models import LoadedModel, load_model
+from workbench.models.capture import capture
+from workbench.models.contexts import batches
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.neurons import view_neuron
-from workbench.sparsity.tokens import batches
+from workbench.text.corpora import Corpus, open_corpus
 
 CONTEXT, TOKENS = 32, 1024
 LAYER, NEURON = 1, 5

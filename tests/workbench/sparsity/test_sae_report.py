@@ -9,13 +9,13 @@ import torch
 from sae.errors import InputError
 from sae.model import SAE
 from sae.rules import TopK
-from workbench.capture import capture
-from workbench.corpora import Corpus
-from workbench.hooks import resolve_hook
-from workbench.models import LoadedModel
+from workbench.models.capture import capture
+from workbench.models.contexts import batches
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import LoadedModel
 from workbench.sparsity.sae_report import SAESparsity, fit_zipf, measure_saes
 from workbench.sparsity.terms import Basis, bases, errors_in_basis, errors_in_sae, terms_needed, terms_table
-from workbench.sparsity.tokens import batches
+from workbench.text.corpora import Corpus
 
 HOOK = "blocks.1.hook_resid_post"
 

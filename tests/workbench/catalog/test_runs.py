@@ -1,0 +1,58 @@
+"""Training-run records: resume only what is the same, tolerate torn lines, finish immutably."""
+
+from pathlib import Path
+
+import pytest
+
+from sae.errors import InputError
+from workbench.catalog.runs import Run
+
+DESCRIPTION = {"harvest": "h", "hook": "x", "device": "cpu", "configs": [{"name": "a", "total_tokens": 100}]}
+
+
+def record(tokens: int) -> dict:
+    return {"name": "a", "step": tokens // 10, "tokens": tokens, "total_tokens": 100, "fvu": 0.5}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "runs" / "r")
+
+
+def test_start_says_whether_there_is_something_to_resume(run: Run) -> None:
+    assert run.start(DESCRIPTION) is False
+    assert run.start(DESCRIPTION) is True
+
+
+def test_another_description_is_refused_and_named(run: Run) -> None:
+    run.start(DESCRIPTION)
+    with pytest.raises(InputError, match=r"other settings \(hook was x, now y\)"):
+        run.start({**DESCRIPTION, "hook": "y"})
+
+
+def test_a_torn_last_line_is_ignored(run: Run) -> None:
+    run.start(DESCRIPTION)
+    run.append_metrics(record(10))
+    with run.metrics_file.open("a") as file:
+        file.write('{"name": "a", "tok')
+    assert run.metrics()["tokens"].tolist() == [10]
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(run: Run) -> None:
+    run.start(DESCRIPTION)
+    for tokens in (10, 20, 30):
+        run.append_metrics(record(tokens))
+    run.drop_metrics_after(20)
+    assert run.metrics()["tokens"].tolist() == [10, 20]
+
+
+def test_finishing_moves_the_metrics_into_duckdb(run: Run) -> None:
+    run.start(DESCRIPTION)
+    run.append_metrics(record(10))
+    run.append_metrics(record(100))
+    assert not run.summary().finished
+    run.finish(DESCRIPTION["configs"])
+    assert run.finished
+    assert not run.metrics_file.exists()
+    assert run.metrics()["tokens"].tolist() == [10, 100]
+    assert run.summary().tokens == 100

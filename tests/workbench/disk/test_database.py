@@ -1,0 +1,50 @@
+"""DuckDB files appear whole or not at all."""
+
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pytest
+
+from sae.errors import InputError
+from workbench.disk.database import create_table, write_duckdb
+
+
+def fill(value: int):
+    return lambda connection: create_table(connection, "t", pd.DataFrame({"a": [value]}))
+
+
+def read(path: Path) -> list[tuple[int]]:
+    with duckdb.connect(str(path), read_only=True) as connection:
+        return connection.execute("SELECT a FROM t").fetchall()
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.duckdb"
+    write_duckdb(path, fill(1))
+    write_duckdb(path, fill(2))
+    assert read(path) == [(2,)]
+    assert [file.name for file in path.parent.iterdir()] == ["r.duckdb"]
+
+
+def test_a_failure_leaves_the_earlier_file_and_names_cause_and_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "r.duckdb"
+    write_duckdb(path, fill(1))
+
+    def fails(connection: duckdb.DuckDBPyConnection) -> None:
+        fill(2)(connection)
+        raise OSError("No space left on device")
+
+    with pytest.raises(InputError, match=r"^cannot write .*r\.duckdb: No space left on device; make room [a-z ]+$"):
+        write_duckdb(path, fails)
+    assert read(path) == [(1,)]
+    assert [file.name for file in tmp_path.iterdir()] == ["r.duckdb"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "r.duckdb"
+    no_process = 2**22 + 1
+    for leftover in (f"r.duckdb.{no_process}.tmp", f"r.duckdb.{no_process}.tmp.wal", "r.duckdb.1.tmp"):
+        (tmp_path / leftover).write_bytes(b"part")
+    write_duckdb(path, fill(1))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["r.duckdb", "r.duckdb.1.tmp"]

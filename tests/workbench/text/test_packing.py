@@ -1,0 +1,74 @@
+"""Packing keeps every token of every document, in order, and marks what is not text."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.errors import InputError
+from workbench.models.load import LoadedModel
+from workbench.text.corpora import Document
+from workbench.text.packing import FLAG_BOS, FLAG_OK, FLAG_PADDING, PackedBatch, pack
+
+
+def packed(model: LoadedModel, texts: list[str], context_len: int, batch_contexts: int = 3) -> list[PackedBatch]:
+    documents = [Document(index * 7, f"d{index}", text) for index, text in enumerate(texts)]
+    return list(pack(documents, model.tokenizer, model.bos_id, context_len, batch_contexts))
+
+
+def joined(batches: list[PackedBatch]) -> PackedBatch:
+    fields = [np.concatenate([getattr(batch, name) for batch in batches]) for name in ("tokens", "doc", "pos", "flags")]
+    return PackedBatch(*fields)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.text(max_size=40), min_size=1, max_size=6),
+    context_len=st.integers(min_value=2, max_value=12),
+    batch_contexts=st.integers(min_value=1, max_value=4),
+)
+def test_every_document_is_found_again_token_by_token(
+    gpt2_model: LoadedModel, texts: list[str], context_len: int, batch_contexts: int
+) -> None:
+    batches = packed(gpt2_model, texts, context_len, batch_contexts)
+    if not batches:
+        assert all(not text for text in texts)
+        return
+    assert all(len(batch.tokens) == batch_contexts for batch in batches[:-1])
+    rows = joined(batches)
+    assert (rows.tokens.dtype, rows.flags.dtype) == (np.int32, np.uint8)
+    assert (rows.tokens[:, 0] == gpt2_model.bos_id).all()
+    assert (rows.flags[:, 0] == FLAG_BOS).all()
+    for index, text in enumerate(texts):
+        mine = (rows.doc == index * 7) & (rows.flags == FLAG_OK)
+        assert (rows.pos[mine] == np.arange(mine.sum())).all()
+        assert gpt2_model.tokenizer.decode(rows.tokens[mine]) == text
+    assert (rows.pos[rows.flags != FLAG_OK] == -1).all()
+    assert (rows.doc[rows.flags == FLAG_PADDING] == -1).all()
+
+
+def test_documents_follow_each_other_with_bos_between_and_long_ones_go_on_after_a_bos(gpt2_model: LoadedModel) -> None:
+    bos = gpt2_model.bos_id
+    a, b = (gpt2_model.tokenizer.encode(text) for text in ("ab", "qzjxv"))
+    assert (len(a), len(b)) == (2, 5)
+    rows = joined(packed(gpt2_model, ["ab", "qzjxv"], context_len=6))
+    assert rows.tokens.tolist() == [[bos, *a, bos, *b[:2]], [bos, *b[2:], bos, bos]]
+    assert rows.doc.tolist() == [[0, 0, 0, 7, 7, 7], [7, 7, 7, 7, -1, -1]]
+    assert rows.pos.tolist() == [[-1, 0, 1, -1, 0, 1], [-1, 2, 3, 4, -1, -1]]
+    assert rows.flags.tolist() == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 2, 2]]
+
+
+def test_a_special_token_written_in_a_document_is_text(gpt2_model: LoadedModel) -> None:
+    rows = joined(packed(gpt2_model, ["x<|endoftext|>y"], context_len=32))
+    assert gpt2_model.bos_id not in rows.tokens[rows.flags == FLAG_OK]
+    assert gpt2_model.tokenizer.decode(rows.tokens[rows.flags == FLAG_OK]) == "x<|endoftext|>y"
+
+
+def test_empty_documents_leave_no_trace(gpt2_model: LoadedModel) -> None:
+    assert packed(gpt2_model, ["", ""], context_len=8) == []
+    assert set(joined(packed(gpt2_model, ["", "ab", ""], context_len=8)).doc.ravel()) == {7, -1}
+
+
+def test_a_context_of_one_token_is_refused(gpt2_model: LoadedModel) -> None:
+    with pytest.raises(InputError, match="at least one token"):
+        packed(gpt2_model, ["ab"], context_len=1)

@@ -1,0 +1,1 @@
+"""What lies in a workspace and what it was made from: artefacts, results, runs, notes, SQL, removal."""

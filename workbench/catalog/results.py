@@ -1,0 +1,135 @@
+"""The result store: what an analysis produced, with what made it, in one immutable DuckDB file each.
+
+A result lies at `results/<kind>/<name>.duckdb`. It is written under a temporary name and renamed when
+complete, so a reader never sees half a result. Inside:
+
+- the analysis' own tables, under the names it gave them;
+- `_result(kind, name, created, parameters, provenance)`, one row, the last two as JSON;
+- `_figures(name, plotly)`: figures as Plotly JSON, ready for `plotly.io.from_json`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+
+from sae.errors import InputError
+from workbench.disk.database import create_table, read_duckdb, write_duckdb
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+
+
+def check_name(name: str, what: str) -> str:
+    """Returns `name` if it can be a file name on every system, else raises InputError."""
+    if name.endswith(".tmp"):
+        raise InputError(f"{what} {name!r} ends like a temporary file: choose a name without .tmp")
+    if not NAME_PATTERN.fullmatch(name):
+        raise InputError(
+            f"{what} {name!r} cannot be a file name: use up to 128 letters, digits, '.', '_', '+' or '-', "
+            "starting with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Result:
+    """One stored result; tables and figures are read when asked for."""
+
+    kind: str
+    name: str
+    created: str
+    """UTC, ISO 8601."""
+    parameters: dict[str, Any]
+    provenance: dict[str, Any]
+    path: Path
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table the analysis stored. Raises InputError naming the tables there are."""
+        with read_duckdb(self.path) as connection:
+            names = [row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
+            if name not in names:
+                known = ", ".join(sorted(n for n in names if not n.startswith("_")))
+                raise InputError(f"{self.kind} result {self.name!r} has no table {name!r}: it has {known}")
+            return connection.execute(f'SELECT * FROM "{name}"').df()
+
+    def figures(self) -> dict[str, str]:
+        """Plotly JSON by figure name."""
+        with read_duckdb(self.path) as connection:
+            return dict(connection.execute("SELECT name, plotly FROM _figures").fetchall())
+
+
+class ResultStore:
+    """The results of a workspace, under `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(
+        self,
+        kind: str,
+        name: str,
+        *,
+        parameters: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        tables: Mapping[str, pd.DataFrame],
+        figures: Mapping[str, str] | None = None,
+    ) -> Result:
+        """Writes a result, replacing one of the same kind and name.
+
+        Args:
+            parameters: what was asked for (must be JSON).
+            provenance: what it was made from: model, corpus, harvest, SAE, versions (must be JSON).
+            tables: data frames; names starting with an underscore are the store's own.
+            figures: Plotly JSON by name.
+
+        Raises:
+            InputError: a name that cannot be a file name, or a disk that is full or not writable.
+            ValueError: a table name of the store's own.
+        """
+        check_name(kind, "result kind")
+        check_name(name, "result name")
+        path = self.folder / kind / f"{name}.duckdb"
+        reserved = [table for table in tables if table.startswith("_")]
+        if reserved:
+            raise ValueError(f"table names starting with an underscore are reserved: {reserved[0]!r}")
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+
+        def fill(connection: duckdb.DuckDBPyConnection) -> None:
+            connection.execute(
+                "CREATE TABLE _result (kind VARCHAR, name VARCHAR, created VARCHAR, parameters JSON, provenance JSON)"
+            )
+            connection.execute(
+                "INSERT INTO _result VALUES (?, ?, ?, ?, ?)",
+                [kind, name, created, json.dumps(parameters), json.dumps(provenance)],
+            )
+            connection.execute("CREATE TABLE _figures (name VARCHAR, plotly VARCHAR)")
+            for figure, plotly in (figures or {}).items():
+                connection.execute("INSERT INTO _figures VALUES (?, ?)", [figure, plotly])
+            for table, frame in tables.items():
+                create_table(connection, table, frame)
+
+        write_duckdb(path, fill)
+        return self.open(kind, name)
+
+    def open(self, kind: str, name: str) -> Result:
+        """Reads a result's description. Raises InputError when there is none of that kind and name."""
+        path = self.folder / kind / f"{name}.duckdb"
+        if not path.is_file():
+            known = ", ".join(result.name for result in self.find(kind)) or "none"
+            raise InputError(f"no {kind} result {name!r} in this workspace: it has {known}")
+        with read_duckdb(path) as connection:
+            row = connection.execute("SELECT kind, name, created, parameters, provenance FROM _result").fetchone()
+        assert row is not None
+        return Result(row[0], row[1], row[2], json.loads(row[3]), json.loads(row[4]), path)
+
+    def find(self, kind: str | None = None) -> list[Result]:
+        """All results, or those of one kind, oldest first."""
+        pattern = f"{kind}/*.duckdb" if kind else "*/*.duckdb"
+        found = [self.open(path.parent.name, path.stem) for path in self.folder.glob(pattern)]
+        return sorted(found, key=lambda result: (result.created, result.kind, result.name))

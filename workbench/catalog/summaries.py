@@ -1,0 +1,111 @@
+"""What a workspace holds, as `workbench info` and the app list it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae.errors import InputError
+from workbench.catalog.results import ResultStore
+from workbench.catalog.runs import Run, RunSummary
+from workbench.disk.descriptions import read_description
+from workbench.harvest.reading import DATABASE, DESCRIPTION, Harvest
+
+DAMAGED = "damaged"
+"""State of what cannot be read; `workbench doctor` says why."""
+
+
+@dataclass(frozen=True)
+class HarvestSummary:
+    """A harvest as `workbench info` and the app list it."""
+
+    name: str
+    model: str
+    corpus: str
+    hooks: list[str]
+    rows: int
+    bytes: int
+    state: str
+    """`finished`, `unfinished` or `damaged`."""
+
+
+@dataclass(frozen=True)
+class SAESummary:
+    """An SAE as `workbench info` and the app list it."""
+
+    name: str
+    rule: str
+    d_in: int
+    d_sae: int
+    model: str
+    hook: str
+    evaluation: dict[str, Any] | None
+    """The latest evaluation's headline numbers, or None."""
+
+
+def harvest_summaries(workspace: Path) -> list[HarvestSummary]:
+    """The harvests of a workspace, finished or not; one that cannot be read is listed as damaged."""
+    summaries = []
+    for file in sorted(workspace.glob(f"harvests/*/{DESCRIPTION}")):
+        try:
+            harvest = Harvest(file.parent)
+        except InputError:
+            summaries.append(HarvestSummary(file.parent.name, "", "", [], 0, 0, DAMAGED))
+            continue
+        summaries.append(
+            HarvestSummary(
+                name=harvest.name,
+                model=harvest.model["name"],
+                corpus=harvest.corpus["name"],
+                hooks=list(harvest.hooks),
+                rows=harvest.n_rows,
+                bytes=harvest.n_bytes,
+                state="finished" if (harvest.directory / DATABASE).is_file() else "unfinished",
+            )
+        )
+    return summaries
+
+
+def run_summaries(workspace: Path) -> list[RunSummary]:
+    """The training runs of a workspace, finished or not; one that cannot be read is listed as damaged."""
+    summaries = []
+    for file in sorted(workspace.glob("runs/*/run.json")):
+        try:
+            summaries.append(Run(file.parent).summary())
+        except InputError:
+            summaries.append(RunSummary(file.parent.name, "", "", [], False, 0, 0, damaged=True))
+    return summaries
+
+
+def sae_folders(workspace: Path) -> list[Path]:
+    """Folders of the SAEs of a workspace, those that are being written left out."""
+    found = (file.parent for file in workspace.glob("saes/*/cfg.json"))
+    return sorted(folder for folder in found if not folder.name.endswith(".tmp"))
+
+
+def sae_summaries(workspace: Path, results: ResultStore) -> list[SAESummary]:
+    """The SAEs of a workspace with the latest evaluation of each; one that cannot be read is listed as damaged."""
+    return [_sae_summary(folder, results) for folder in sae_folders(workspace)]
+
+
+def _sae_summary(folder: Path, results: ResultStore) -> SAESummary:
+    try:
+        config = read_description(folder / "cfg.json")
+        metadata = config.get("metadata") or {}
+        return SAESummary(
+            name=folder.name,
+            rule=f"{config['architecture']} k={config['k']}" if "k" in config else config["architecture"],
+            d_in=config["d_in"],
+            d_sae=config["d_sae"],
+            model=metadata.get("model_name", ""),
+            hook=metadata.get("hook_name", ""),
+            evaluation=_evaluation(folder.name, results),
+        )
+    except (InputError, KeyError, AttributeError):
+        return SAESummary(folder.name, DAMAGED, 0, 0, "", "", None)
+
+
+def _evaluation(sae: str, results: ResultStore) -> dict[str, Any] | None:
+    try:
+        return results.open("evaluation", sae).table("metrics").iloc[0].to_dict()
+    except InputError:
+        return None

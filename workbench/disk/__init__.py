@@ -1,0 +1,1 @@
+"""Files: names, JSON descriptions, DuckDB files that appear whole or not at all, locks."""

@@ -1,0 +1,1 @@
+"""Features: the index, concepts, explanations, prompts and steering."""

@@ -1,0 +1,143 @@
+"""What an SAE's features are compared with, concept by concept; all fitted on calibration documents.
+
+    difference_in_means   the direction between the mean activation with and without the concept
+    linear_probe          logistic regression on the raw activation
+    sae_k1, _k4, _k16     k-sparse probing: the k features whose mean activation differs most between tokens with and
+                          without the concept, then logistic regression on these alone
+
+Each gives a score; the threshold with the best F1 on calibration documents is kept for the held-out ones. For a
+concept no feature of which differs, a k-sparse probe says what is commonest.
+
+Sources: difference in means, Marks and Tegmark 2023 (arXiv 2310.06824); k-sparse probing, Gurnee et al. 2023 (arXiv
+2305.01610), by the largest difference of means ("max mean difference").
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.features.concepts.alignment import BATCH_ROWS, held_out_half, spread
+from workbench.features.concepts.logistic import Probe, Scores, best_threshold, difference_in_means, fit, judge
+from workbench.features.concepts.truth import ConceptTruth
+from workbench.harvest.reading import Vectors
+
+PROBE_ROWS = 16_384
+"""Tokens of either half at most."""
+SPARSE_KS = (1, 4, 16)
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """Held-out scores of every method for every concept."""
+
+    concepts: tuple[str, ...]
+    positives: Int[NDArray, "concepts"]
+    """Held-out tokens of each concept."""
+    n_tokens: int
+    """Held-out tokens."""
+    scores: dict[str, Scores]
+    """By method."""
+    selected: dict[str, tuple[tuple[int, ...], ...]]
+    """Features a k-sparse probe reads, by method and concept."""
+
+    def table(self) -> pd.DataFrame:
+        """One line for each method and concept."""
+        parts = [
+            pd.DataFrame(
+                {
+                    "method": method,
+                    "concept": self.concepts,
+                    "positives": self.positives,
+                    **{name: value.cpu().numpy() for name, value in scores._asdict().items()},
+                    "features": [",".join(map(str, found)) for found in self.selected.get(method, ())]
+                    or [""] * len(self.concepts),
+                }
+            )
+            for method, scores in self.scores.items()
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+
+@torch.no_grad()
+def probe(
+    sae: SAE, vectors: Vectors, truth: ConceptTruth, *, max_rows: int = PROBE_ROWS, ks: Sequence[int] = SPARSE_KS
+) -> ProbeScores:
+    """Fits and judges every baseline.
+
+    Args:
+        sae: whose features the k-sparse probes read; on the device it shall run on.
+        vectors: rows of its hook point.
+        truth: concepts of these rows.
+        max_rows: tokens of either half at most, evenly spaced.
+        ks: numbers of features.
+
+    Raises:
+        InputError: fewer than two documents, or no concept on the calibration tokens.
+    """
+    held_out = held_out_half(truth)
+    halves = [truth.select(spread(np.flatnonzero(half), max_rows)) for half in (~held_out, held_out)]
+    if not halves[0].counts.any():
+        raise InputError("no calibration token has a concept: harvest more, or give a table with more concepts")
+    device = sae.W_dec.device
+    labels = [torch.from_numpy(half.dense(0, len(half.rows))).to(device) for half in halves]
+    x = [vectors.rows(half.rows).to(device, torch.float32) for half in halves]
+    scores: dict[str, Scores] = {}
+    for method, make in (("difference_in_means", difference_in_means), ("linear_probe", fit)):
+        scores[method] = _judged(make(x[0], labels[0]), x, labels)
+    ranked = _by_mean_difference(sae, x[0], labels[0], max(ks))
+    wanted = ranked.unique()
+    activations = [_columns(sae, part, wanted) for part in x]
+    selected: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for k in ks:
+        found, parts = [], []
+        for concept in range(len(truth.names)):
+            features = ranked[:k, concept].contiguous()
+            place = torch.searchsorted(wanted, features)
+            mine = [label[:, concept : concept + 1] for label in labels]
+            inputs = [columns[:, place] for columns in activations]
+            parts.append(_judged(fit(inputs[0], mine[0]), inputs, mine))
+            found.append(tuple(features.tolist()))
+        scores[f"sae_k{k}"] = Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        selected[f"sae_k{k}"] = tuple(found)
+    return ProbeScores(truth.names, halves[1].counts, len(halves[1].rows), scores, selected)
+
+
+def _judged(probe: Probe, x: Sequence[Float[Tensor, "n d"]], labels: Sequence[Bool[Tensor, "n concepts"]]) -> Scores:
+    threshold = best_threshold(probe.score(x[0]), labels[0])
+    return judge(probe.score(x[1]), labels[1], threshold)
+
+
+def _by_mean_difference(
+    sae: SAE, x: Float[Tensor, "n d_in"], labels: Bool[Tensor, "n concepts"], k: int
+) -> Int[Tensor, "k concepts"]:
+    """For each concept the k features with the largest |mean with the concept - mean without|, largest first."""
+    with_it = torch.zeros(sae.d_sae, labels.shape[1], dtype=torch.float64, device=x.device)
+    total = torch.zeros(sae.d_sae, dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), BATCH_ROWS):
+        token, feature, value = sae.encode(x[start : start + BATCH_ROWS]).rows()
+        value = value.double()
+        total.index_add_(0, feature, value)
+        with_it.index_add_(0, feature, value[:, None] * labels[start + token])
+    n = labels.sum(dim=0).double()
+    difference = with_it / n.clamp_min(1) - (total[:, None] - with_it) / (len(x) - n).clamp_min(1)
+    return difference.abs().topk(min(k, sae.d_sae), dim=0).indices
+
+
+def _columns(sae: SAE, x: Float[Tensor, "n d_in"], wanted: Int[Tensor, "m"]) -> Float[Tensor, "n m"]:
+    """Activations of the wanted features alone, ascending."""
+    column = torch.full((sae.d_sae,), -1, device=x.device)
+    column[wanted] = torch.arange(len(wanted), device=x.device)
+    out = torch.zeros(len(x), len(wanted), device=x.device)
+    for start in range(0, len(x), BATCH_ROWS):
+        token, feature, value = sae.encode(x[start : start + BATCH_ROWS]).rows()
+        kept = column[feature] >= 0
+        out[start + token[kept], column[feature[kept]]] = value[kept].float()
+    return out

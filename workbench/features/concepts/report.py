@@ -1,0 +1,171 @@
+"""Concepts of a workspace's SAEs, and their results in its store.
+
+One result of kind `concepts` per SAE, with the tables
+
+    features   one line a unit: its best concept
+    concepts   one line a concept: its best unit
+    pairs      (unit, concept) with a held-out F1 of 0.1 or more
+    probes     one line for each baseline and concept
+
+and one of kind `stability` per pair of SAEs, with the tables `features` and `summary`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from sae.errors import InputError
+from workbench.features.concepts.alignment import Alignment, align
+from workbench.features.concepts.probes import ProbeScores, probe
+from workbench.features.concepts.stability import Stability, stability
+from workbench.features.concepts.truth import ConceptTruth, Language, from_corpus, from_table
+from workbench.models.load import LoadedModel, load_model
+from workbench.workspace import versions
+
+if TYPE_CHECKING:
+    from workbench.workspace import Workspace
+
+KIND, STABILITY_KIND = "concepts", "stability"
+
+
+@dataclass(frozen=True)
+class ConceptReport:
+    """What is known about one SAE and the concepts of a harvest."""
+
+    alignment: Alignment
+    probes: ProbeScores
+    n_documents: int
+    """Documents whose concepts are known."""
+    n_unparsed: int
+    """Documents left out since they are not valid source."""
+
+    def table(self) -> pd.DataFrame:
+        """One line a concept, best first: its best feature, and held-out F1 of feature and probes side by side.
+
+        Columns concept, positives (held-out tokens), feature, sign, best_feature, then one column a probe.
+        """
+        best = self.alignment.best_features().rename(columns={"f1": "best_feature"})
+        probes = self.probes.table().pivot(index="concept", columns="method", values="f1")
+        kept = best[["concept", "positives", "feature", "sign", "best_feature"]].join(probes, on="concept")
+        return kept.sort_values("best_feature", ascending=False, ignore_index=True)
+
+
+def truth_of(
+    space: "Workspace",
+    harvest: str,
+    *,
+    language: Language = "auto",
+    model: LoadedModel | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ConceptTruth:
+    """The concepts of a harvest's tokens, from its corpus.
+
+    Args:
+        language: how documents are read.
+        model: the harvest's model, already loaded, for its tokenizer.
+        on_progress: called with (documents done, documents in all).
+
+    Raises:
+        InputError: no such harvest, or a corpus or tokenizer that changed.
+    """
+    source = space.open_harvest(harvest)
+    loaded = model or load_model(source.config["model"], device="cpu")
+    return from_corpus(source, space.corpus_of(source), loaded.tokenizer, language, on_progress)
+
+
+def align_sae(
+    space: "Workspace",
+    name: str,
+    *,
+    harvest: str | None = None,
+    concepts: pd.DataFrame | ConceptTruth | None = None,
+    language: Language = "auto",
+    model: LoadedModel | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ConceptReport:
+    """Scores an SAE's features and the baselines, and stores the result under the SAE's name.
+
+    Args:
+        name: an SAE of the workspace.
+        harvest: whose tokens are used; the one it was trained on when left out. One of held-out documents
+            (`--split heldout`) shows the SAE text it has never seen.
+        concepts: the user's own table (row, concept), or a truth already made for this harvest; from the harvest's
+            corpus when left out.
+        on_progress: called with (tokens done, tokens in all).
+
+    Raises:
+        InputError: no such SAE, harvest or hook point, or concepts that do not belong to the harvest.
+    """
+    sae = space.sae(name, device)
+    wanted = harvest or space.sae_provenance(name).get("harvest", {}).get("name")
+    if wanted is None:
+        raise InputError(f"SAE {name!r} was not trained here: name a harvest of its model")
+    source = space.open_harvest(wanted)
+    if isinstance(concepts, ConceptTruth):
+        truth = concepts
+    elif concepts is not None:
+        truth = from_table(source, concepts)
+    else:
+        truth = truth_of(space, wanted, language=language, model=model)
+    vectors = source.vectors(sae.hook_name)
+    report = ConceptReport(
+        alignment=align(sae, vectors, truth, on_progress),
+        probes=probe(sae, vectors, truth),
+        n_documents=truth.n_documents,
+        n_unparsed=truth.n_unparsed,
+    )
+    space.results.save(
+        KIND,
+        name,
+        parameters={"sae": name, "harvest": wanted, "language": "table" if concepts is not None else language},
+        provenance={
+            **space.sae_provenance(name), "aligned_on": source.provenance(), "documents": truth.n_documents,
+            "unparsed": truth.n_unparsed, "versions": versions(),
+        },
+        tables={
+            "features": report.alignment.best_concepts(),
+            "concepts": report.alignment.best_features(),
+            "pairs": report.alignment.table(),
+            "probes": report.probes.table(),
+        },
+    )  # fmt: skip
+    return report
+
+
+def compare(space: "Workspace", names: Sequence[str]) -> pd.DataFrame:
+    """Held-out F1 of the best feature for every concept, one column an SAE, and its probes' for the first of them.
+
+    The way to read controls: SAEs of a random copy of the model, of other seeds, with a frozen decoder.
+
+    Raises:
+        InputError: no SAE, or one that has not been aligned.
+    """
+    if not names:
+        raise InputError("no SAEs to compare: name at least one")
+    columns = {}
+    for name in names:
+        table = space.results.open(KIND, name).table("concepts")
+        columns[name] = table.set_index("concept")["f1"]
+    probes = space.results.open(KIND, names[0]).table("probes").pivot(index="concept", columns="method", values="f1")
+    return pd.DataFrame(columns).join(probes).sort_index().reset_index()
+
+
+def match(space: "Workspace", a: str, b: str) -> Stability:
+    """Matches the features of two SAEs, say of two seeds, and stores the result as `A+B`.
+
+    Raises:
+        InputError: no such SAEs, or SAEs of different widths.
+    """
+    found = stability(space.sae(a), space.sae(b))
+    summary = {"mean_max_cosine": found.mean_max_cosine, "stable_share": found.stable_share}
+    space.results.save(
+        STABILITY_KIND,
+        f"{a}+{b}",
+        parameters={"a": a, "b": b},
+        provenance={"a": space.sae_provenance(a), "b": space.sae_provenance(b), "versions": versions()},
+        tables={"features": found.table(), "summary": pd.DataFrame([summary])},
+    )
+    return found

@@ -1,0 +1,246 @@
+"""Builds the index of one SAE on one harvest: `indexes/SAE.duckdb`.
+
+1. Encode the harvest into segments (workbench/features/index/segments.py), in `indexes/SAE.partial/`.
+2. Feature range by feature range, write activations, statistics, examples and co-activations.
+3. Write what the weights say: logit effects, decoder neighbours, map, heads.
+4. Copy the harvest's tokens and vocabulary, so that the index can be read without it, and the texts to search.
+5. Rename the file into place and remove the segments.
+
+A reader sees a whole index or none. A build that was killed goes on with the first segment it lacks; a change of
+the SAE, the harvest or the number of rows starts it anew. The tables are listed in docs/methods/index.md.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import torch
+
+from sae import rules
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.catalog.results import check_name
+from workbench.disk.database import write_duckdb
+from workbench.disk.locks import RunLock
+from workbench.features.index import segments as segments_module
+from workbench.features.index import tables
+from workbench.features.index.coactivation import TokenFeatures, coactivations
+from workbench.features.index.examples import CUTS, TOP, find_examples
+from workbench.features.index.logits import effects_of, output_directions
+from workbench.features.index.segments import Segments, write_segments
+from workbench.features.index.statistics import BINS, QUANTILES, feature_statistics, value_order
+from workbench.harvest.reading import Harvest
+from workbench.models.load import load_model
+from workbench.workspace import versions
+
+if TYPE_CHECKING:
+    from workbench.models.load import LoadedModel
+    from workbench.workspace import Workspace
+
+SCHEMA = 1
+ENTRIES_AT_ONCE = 1 << 22
+MAX_ROWS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What a build made."""
+
+    path: Path
+    tokens: int
+    activations: int
+    bytes: int
+    missing: str | None
+    """Why there are no logit effects, where there are none."""
+    seconds: dict[str, float]
+    """By step; empty when the index was there already."""
+
+
+def index_path(workspace: "Workspace", sae_name: str) -> Path:
+    """Where the index of an SAE lies or would lie."""
+    return workspace.path / "indexes" / f"{check_name(sae_name, 'SAE name')}.duckdb"
+
+
+def build_index(
+    workspace: "Workspace",
+    sae_name: str,
+    *,
+    harvest: str | None = None,
+    max_rows: int | None = None,
+    model: "LoadedModel | None" = None,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> IndexSummary:
+    """Builds the index of an SAE, or returns at once when the same one is there; see the module's description.
+
+    Args:
+        harvest: a harvest of the SAE's hook point; the one it was trained on when left out.
+        max_rows: rows of the harvest to index at most, from its start, BOS and padding counted.
+        model: the SAE's model, already loaded, for logit effects; otherwise the one the harvest names is loaded.
+        device: where the SAE runs: `auto`, `cpu`, `cuda`, ...
+        on_progress: called with (rows encoded, rows in all).
+
+    Raises:
+        InputError: an unknown SAE or harvest, a harvest without the SAE's hook point or of another width, or a disk
+            that is full.
+
+    A model that cannot be loaded costs the logit effects only; the summary and the index say so.
+    """
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    sae = workspace.sae(sae_name, device=chosen)
+    source = workspace.open_harvest(harvest or _harvest_of(workspace, sae_name))
+    _check(sae, sae_name, source)
+    n_rows = min(max_rows or source.n_rows, source.n_rows)
+    if n_rows > MAX_ROWS:
+        raise InputError(f"an index holds at most {MAX_ROWS:,} rows, this harvest has {n_rows:,}: give --rows")
+    path = index_path(workspace, sae_name)
+    settings = {
+        "schema": SCHEMA, "sae": sae_name, "weights": _fingerprint(workspace.path / "saes" / sae_name),
+        "harvest": source.name, "corpus": source.corpus, "model": source.model, "hook": sae.hook_name, "rows": n_rows,
+    }  # fmt: skip
+    same = path.exists() and read_meta(path)["settings"] == settings
+    # What lacked its model is built again once the model can be had.
+    if same and (read_meta(path)["missing"] is None or _why_missing(source, sae, model, device) is not None):
+        return _summary(path, {})
+    partial = path.with_suffix(".partial")
+    with RunLock(partial):
+        description = partial / "settings.json"
+        begun = {**settings, "span": segments_module.SPAN_ROWS}
+        if not description.exists() or json.loads(description.read_text()) != begun:
+            shutil.rmtree(partial / "segments", ignore_errors=True)
+            description.write_text(json.dumps(begun))
+        start = time.monotonic()
+        seconds: dict[str, float] = {}
+        try:
+            write_segments(source, sae.hook_name, sae, partial / "segments", n_rows, on_progress)
+        except OSError as error:
+            raise InputError(f"cannot write to {partial}: {error.strerror}; make room and repeat the command") from None
+        seconds["encode"] = time.monotonic() - start
+        segments = Segments(partial / "segments", sae.d_sae)
+        if not segments.n_tokens:
+            raise InputError(f"the first {n_rows:,} rows of {source.name!r} are BOS and padding: index more")
+        write_duckdb(
+            path,
+            lambda connection: _fill(connection, source, sae, segments, settings, partial, model, device, seconds),
+            remedy="what is encoded is kept: make room and repeat the command",
+        )
+    shutil.rmtree(partial)
+    return _summary(path, seconds)
+
+
+def _fill(
+    connection: duckdb.DuckDBPyConnection,
+    source: Harvest,
+    sae: SAE,
+    segments: Segments,
+    settings: dict[str, Any],
+    scratch: Path,
+    model: "LoadedModel | None",
+    device: str,
+    seconds: dict[str, float],
+) -> None:
+    """Fills a new DuckDB file; `seconds` receives the time each step took."""
+    start = time.monotonic()
+
+    def lap(step: str) -> None:
+        nonlocal start
+        seconds[step] = seconds.get(step, 0.0) + time.monotonic() - start
+        start = time.monotonic()
+
+    # Parallel insertion would keep no order, and order is what makes a feature one contiguous range.
+    connection.execute("SET preserve_insertion_order = true")
+    tables.create(connection)
+    by_token = TokenFeatures.of(*segments.by_token(scratch / "active.bin"))
+    for first, last in segments.groups(ENTRIES_AT_ONCE):
+        entries = segments.features(first, last)
+        tables.insert_activations(connection, entries)
+        lap("activations")
+        order = value_order(entries)
+        tables.insert_statistics(connection, first, feature_statistics(entries, order, segments.n_tokens))
+        lap("statistics")
+        tables.insert_examples(connection, find_examples(entries, order, source.context_len))
+        lap("examples")
+        tables.insert_coactivations(connection, coactivations(entries, by_token, segments.firings))
+        lap("coactivations")
+    missing = None
+    n_heads = None
+    try:
+        model = model or load_model(source.config["model"], device=device)
+        n_heads = model.info.n_heads
+        for effects in effects_of(model, sae):
+            tables.insert_logit_effects(connection, effects)
+    except InputError as error:
+        missing = str(error)
+    lap("logit effects")
+    method = tables.insert_geometry(connection, sae, n_heads if sae.hook_name.endswith("hook_z") else None)
+    lap("geometry")
+    tables.copy_tokens(connection, source, settings["rows"])
+    tables.insert_texts(connection)
+    lap("texts")
+    meta = {
+        "settings": settings, "d_in": sae.d_in, "d_sae": sae.d_sae, "rule": rules.to_dict(sae.rule),
+        "tokens": segments.n_tokens, "activations": int(segments.firings.sum()),
+        "context_len": source.context_len, "missing": missing, "versions": versions(), "map": method,
+        "quantiles": QUANTILES, "bins": BINS, "cuts": CUTS, "top": TOP,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    connection.executemany("INSERT INTO meta VALUES (?, ?)", [[key, json.dumps(meta[key])] for key in meta])
+
+
+def _harvest_of(workspace: "Workspace", sae_name: str) -> str:
+    name = workspace.sae_provenance(sae_name).get("harvest", {}).get("name")
+    if name is None:
+        raise InputError(f"SAE {sae_name!r} does not say which harvest it was trained on: name one with --harvest")
+    return str(name)
+
+
+def _check(sae: SAE, name: str, harvest: Harvest) -> None:
+    if sae.hook_name not in harvest.hooks:
+        raise InputError(
+            f"harvest {harvest.name!r} does not hold {sae.hook_name!r}, which SAE {name!r} reads: it has "
+            f"{', '.join(harvest.hooks)}; harvest that hook point and name the harvest with --harvest"
+        )
+    width = harvest.vectors(sae.hook_name).width
+    if width != sae.d_in:
+        raise InputError(
+            f"SAE {name!r} reads activations of width {sae.d_in}, harvest {harvest.name!r} has {width}: "
+            "it was trained on another model; name another --harvest"
+        )
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in (folder / "cfg.json", folder / "sae_weights.safetensors"):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _why_missing(source: Harvest, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:
+    """Why logit effects cannot be computed; None when they can."""
+    try:
+        output_directions(model or load_model(source.config["model"], device=device), sae)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The description stored in an index."""
+    with duckdb.connect(str(path), read_only=True) as connection:
+        rows = connection.execute("SELECT key, value FROM meta").fetchall()
+    return {key: json.loads(value) for key, value in rows}
+
+
+def _summary(path: Path, seconds: dict[str, float]) -> IndexSummary:
+    meta = read_meta(path)
+    return IndexSummary(
+        path, meta["tokens"], meta["activations"], path.stat().st_size, meta["missing"],
+        {step: round(took, 2) for step, took in seconds.items()},
+    )  # fmt: skip

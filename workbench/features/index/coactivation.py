@@ -1,0 +1,114 @@
+"""Which features fire together: exact counts over all tokens, and the strongest pairs by correlation.
+
+With n_f the number of tokens on which f fires, n_fg on which both fire, N tokens:
+
+    phi(f, g) = (N n_fg - n_f n_g) / sqrt(n_f (N - n_f) n_g (N - n_g))     correlation of the two indicators
+    PMI(f, g) = ln(N n_fg / (n_f n_g))                                      nats
+
+Each feature keeps its `NEIGHBOURS` partners of largest phi among those it fires with on `MIN_TOGETHER` tokens or
+more. A signed feature fires whether its activation is positive or negative.
+
+For a block of features the tokens of their entries are looked up, and the features of those tokens counted; a
+[block, d_sae] table of counts is all that is held.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int32
+from numpy.typing import NDArray
+
+from workbench.features.index.segments import Entries
+
+NEIGHBOURS = 10
+MIN_TOGETHER = 3
+COUNTS_AT_ONCE = 1 << 22
+PAIRS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Coactivations:
+    """The strongest pairs; every array has one entry a pair."""
+
+    feature: Int[NDArray, "pairs"]
+    rank: Int[NDArray, "pairs"]
+    other: Int[NDArray, "pairs"]
+    together: Int[NDArray, "pairs"]
+    phi: Float[NDArray, "pairs"]
+    pmi: Float[NDArray, "pairs"]
+
+
+@dataclass(frozen=True)
+class TokenFeatures:
+    """Features of every encoded token."""
+
+    place: Int32[NDArray, "rows"]
+    """Number of the encoded token in a row."""
+    starts: Int[NDArray, "tokens+1"]
+    active: Int32[NDArray, "entries"]
+
+    @classmethod
+    def of(cls, tokens: NDArray, starts: NDArray, active: NDArray) -> "TokenFeatures":
+        """From `Segments.by_token`."""
+        place = np.zeros(int(tokens.max(initial=-1)) + 1, dtype=np.int32)
+        place[tokens] = np.arange(len(tokens), dtype=np.int32)
+        return cls(place, starts, active)
+
+
+def coactivations(entries: Entries, by_token: TokenFeatures, firings: Int[NDArray, "d_sae"]) -> Coactivations:
+    """The strongest partners of the features of `entries`; see the module's description.
+
+    Args:
+        firings: n_f of every feature of the SAE.
+    """
+    d_sae, n_tokens = len(firings), len(by_token.starts) - 1
+    at_once = max(1, COUNTS_AT_ONCE // d_sae)
+    parts = []
+    for low in range(0, len(entries.counts), at_once):
+        high = min(low + at_once, len(entries.counts))
+        together = _count(entries, by_token, low, high, d_sae)
+        parts.append(_strongest(together, entries.first + low, firings, n_tokens))
+    return Coactivations(*(np.concatenate([part[number] for part in parts]) for number in range(6)))
+
+
+def _count(entries: Entries, by_token: TokenFeatures, low: int, high: int, d_sae: int) -> Int[NDArray, "block d_sae"]:
+    """n_fg of local features low ... high - 1 with every feature."""
+    start, stop = int(entries.starts[low]), int(entries.starts[high - 1] + entries.counts[high - 1])
+    counted = torch.zeros((high - low) * d_sae, dtype=torch.int64)
+    token = by_token.place[entries.row[start:stop]]
+    local = np.repeat(np.arange(high - low), entries.counts[low:high])
+    begin, l0 = by_token.starts[token], by_token.starts[token + 1] - by_token.starts[token]
+    ends = np.cumsum(l0)
+    cut = 0
+    while cut < len(token):
+        until = max(cut + 1, int(np.searchsorted(ends, (ends[cut - 1] if cut else 0) + PAIRS_AT_ONCE, side="right")))
+        width = l0[cut:until]
+        offset = np.cumsum(width) - width
+        where = np.arange(int(width.sum())) + np.repeat(begin[cut:until] - offset, width)
+        key = by_token.active[where] + np.repeat(local[cut:until] * d_sae, width)
+        counted += torch.bincount(torch.from_numpy(key), minlength=len(counted))
+        cut = until
+    return counted.view(high - low, d_sae).numpy()
+
+
+def _strongest(
+    together: Int[NDArray, "block d_sae"], first: int, firings: Int[NDArray, "d_sae"], n_tokens: int
+) -> tuple[NDArray, ...]:
+    features = np.arange(first, first + len(together))
+    both = together.astype(np.float64)
+    own, other = firings[features].astype(np.float64)[:, None], firings.astype(np.float64)[None, :]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        phi = (n_tokens * both - own * other) / np.sqrt(own * (n_tokens - own) * other * (n_tokens - other))
+        pmi = np.log(n_tokens * both / (own * other))
+    phi[together < MIN_TOGETHER] = -np.inf
+    phi[np.arange(len(features)), features] = -np.inf
+    # A feature that fires on every token correlates with nothing.
+    phi[np.isnan(phi)] = -np.inf
+    best, column = torch.from_numpy(phi).topk(min(NEIGHBOURS, phi.shape[1]), dim=1)
+    row, rank = np.nonzero(np.isfinite(best.numpy()))
+    other_feature = column.numpy()[row, rank]
+    return (
+        features[row], rank, other_feature, together[row, other_feature], phi[row, other_feature],
+        pmi[row, other_feature],
+    )  # fmt: skip

@@ -1,0 +1,371 @@
+"""Reading an index: one feature, the table of all, and text search.
+
+    index = FeatureIndex.open(workspace, "my-sae")
+    index.feature(123)                  # a Feature, which notebooks draw
+    index.table().sort_values("density")
+    index.search("return")
+
+The file is attached read-only to a private in-memory database, so a rebuild that replaces it disturbs nobody: an
+opened index goes on reading the old one.
+"""
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae.errors import InputError
+from workbench.catalog.notes import Notes
+from workbench.features.index.build import SCHEMA, index_path
+from workbench.features.index.feature import (
+    Coactivation,
+    Concept,
+    Example,
+    ExampleGroup,
+    Explanation,
+    Feature,
+    FeatureStats,
+    LogitStats,
+    Neighbour,
+    TokenEffect,
+    label_of,
+)
+from workbench.features.index.geometry import MapMethod
+from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from workbench.workspace import Workspace
+
+TOKENS_BEFORE, TOKENS_AFTER = 24, 12
+MAX_HITS = 200
+
+
+def index_names(workspace: "Workspace") -> list[str]:
+    """Names of the SAEs that have an index."""
+    return sorted(file.stem for file in workspace.path.glob("indexes/*.duckdb"))
+
+
+def listed_features(workspace: "Workspace", name: str) -> list[Feature]:
+    """The features of a list of the workspace, in the order they were added, to be exported.
+
+    `workbench.features.index.page.document` makes one self-contained page of them.
+
+    Raises:
+        InputError: no such list, or a member whose index or number is gone.
+    """
+    members = Notes(workspace.path).members(name)
+    indexes = {sae: FeatureIndex.open(workspace, sae) for sae in dict.fromkeys(sae for sae, _ in members)}
+    try:
+        return [indexes[sae].feature(number) for sae, number in members]
+    finally:
+        for index in indexes.values():
+            index.close()
+
+
+class FeatureIndex:
+    """An opened index.
+
+    Args:
+        path: the DuckDB file.
+        notes: labels and notes of its workspace.
+        concepts: concepts of its features, which label those that nobody labelled.
+        explanations: what a language model made of its features, likewise.
+
+    Raises:
+        InputError: a file that is no index, or one of another schema.
+    """
+
+    def __init__(
+        self,
+        path: "Path",
+        notes: Notes,
+        concepts: Mapping[int, list[Concept]] | None = None,
+        explanations: Mapping[int, Explanation] | None = None,
+    ) -> None:
+        self.path, self._notes = path, notes
+        self._concepts, self._explanations = concepts or {}, explanations or {}
+        self._database = duckdb.connect(":memory:")
+        try:
+            self._database.execute(f"ATTACH '{str(path).replace(chr(39), chr(39) * 2)}' AS index (READ_ONLY)")
+            self._database.execute("USE index")
+            rows = self._database.execute("SELECT key, value FROM meta").fetchall()
+        except duckdb.Error as error:
+            raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}; build it again") from None
+        self.meta: dict[str, Any] = {key: json.loads(value) for key, value in rows}
+        self.settings: dict[str, Any] = self.meta["settings"]
+        if self.settings["schema"] != SCHEMA:
+            raise InputError(
+                f"the index {path} has schema {self.settings['schema']}, this version of the workbench reads {SCHEMA}: "
+                "remove it and build it again"
+            )
+        self.sae: str = self.settings["sae"]
+        self.d_sae: int = self.meta["d_sae"]
+        self.n_tokens: int = self.meta["tokens"]
+        self.map_method: MapMethod = self.meta.get("map", "PCA")
+
+    @classmethod
+    def open(cls, workspace: "Workspace", sae: str) -> "FeatureIndex":
+        """Opens the index of an SAE. Raises InputError naming those there are."""
+        path = index_path(workspace, sae)
+        if not path.is_file():
+            known = ", ".join(index_names(workspace)) or "none"
+            raise InputError(f"SAE {sae!r} has no index: make one with `workbench index {sae}` (there is {known})")
+        return cls(
+            path,
+            Notes(workspace.path),
+            read_concepts(concepts_path(workspace, sae)),
+            read_explanations(explanations_path(workspace, sae)),
+        )
+
+    def close(self) -> None:
+        """Gives the file back."""
+        self._database.close()
+
+    def __repr__(self) -> str:
+        return f"FeatureIndex({self.sae!r}): {self.d_sae:,} features on {self.n_tokens:,} tokens"
+
+    def _run(self, sql: str, parameters: Any = None) -> duckdb.DuckDBPyConnection:
+        # A cursor of its own, since the app's threads share an index; it knows no default database yet.
+        return self._database.cursor().execute("USE index").execute(sql, parameters)
+
+    def _query(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        return self._run(sql, list(parameters)).fetchall()
+
+    def titles(self) -> dict[int, str]:
+        """What features are called: the labels people wrote; where there is none, explanations, then concepts."""
+        named = self._concepts.keys() | self._explanations.keys()
+        found = {number: label_of(self._explanations.get(number), self._concepts.get(number, [])) for number in named}
+        return {number: title for number, title in found.items() if title} | self._notes.labels(self.sae)
+
+    def check(self, numbers: Iterable[int]) -> None:
+        """Raises InputError for a feature that does not exist."""
+        for number in numbers:
+            if not 0 <= number < self.d_sae:
+                raise InputError(f"feature {number} does not exist: {self.sae} has features 0 to {self.d_sae - 1}")
+
+    def feature(self, number: int) -> Feature:
+        """Everything known of one feature. Raises InputError for one that does not exist."""
+        self.check([number])
+        labels = self.titles()
+        stats = self._stats(number)
+        norm, cosine = self._query("SELECT norm, encoder_cosine FROM decoder_map WHERE feature = ?", number)[0]
+        logits = self._query(
+            "SELECT std, skewness, kurtosis, low, high, histogram FROM logit_stats WHERE feature = ?", number
+        )
+        effects = self._query(
+            "SELECT sign, token, text, effect FROM logit_effects LEFT JOIN vocabulary USING (token) "
+            "WHERE feature = ? ORDER BY rank",
+            number,
+        )
+        rule = dict(self.meta["rule"])
+        return Feature(
+            sae=self.sae,
+            feature=number,
+            model=self.settings["model"]["name"],
+            hook=self.settings["hook"],
+            rule=" ".join([rule.pop("name"), *(f"{key}={value}" for key, value in rule.items())]),
+            n_tokens=self.n_tokens,
+            label=self._notes.label(self.sae, number),
+            concepts=self._concepts.get(number, []),
+            explanation=self._explanations.get(number),
+            notes=[note.text for note in self._notes.notes(self.sae, number)],
+            stats=stats,
+            groups=self._groups(number, stats.firings),
+            logits=LogitStats(*logits[0]) if logits else None,
+            promotes=[TokenEffect(token, text or "", effect) for sign, token, text, effect in effects if sign > 0],
+            suppresses=[TokenEffect(token, text or "", effect) for sign, token, text, effect in effects if sign < 0],
+            neighbours=[
+                Neighbour(other, value, labels.get(other))
+                for other, value in self._query(
+                    "SELECT other, cosine FROM decoder_neighbours WHERE feature = ? ORDER BY rank", number
+                )
+            ],
+            coactivations=[
+                Coactivation(other, together, phi, pmi, labels.get(other))
+                for other, together, phi, pmi in self._query(
+                    "SELECT other, together, phi, pmi FROM coactivations WHERE feature = ? ORDER BY rank", number
+                )
+            ],
+            heads=[row[0] for row in self._query("SELECT share FROM feature_heads WHERE feature = ?", number)],
+            decoder_norm=norm,
+            encoder_cosine=cosine,
+            missing=self.meta["missing"],
+        )
+
+    def _stats(self, number: int) -> FeatureStats:
+        names = [field.name for field in dataclasses.fields(FeatureStats)]
+        row = self._query(f"SELECT {', '.join(names)} FROM feature_stats WHERE feature = ?", number)[0]
+        found = dict(zip(names, row, strict=True))
+        shares = [str(share) for share in self.meta["quantiles"]]
+        found["quantiles"] = dict(zip(shares, found["quantiles"], strict=True)) if found["quantiles"] else {}
+        return FeatureStats(**found)
+
+    def _groups(self, number: int, firings: int) -> list[ExampleGroup]:
+        """Strongest contexts of either sign, then intervals from strong to weak."""
+        chosen = self._query(
+            'SELECT sign, "interval", row, activation FROM feature_examples WHERE feature = ? '
+            'ORDER BY "interval" = -1 DESC, sign DESC, "interval" DESC, rank',
+            number,
+        )
+        intervals = {
+            (sign, interval): (count, low, high)
+            for sign, interval, count, low, high in self._query(
+                'SELECT sign, "interval", count, low, high FROM feature_intervals WHERE feature = ?', number
+            )
+        }
+        examples = self._examples(number, [(row, activation) for _, _, row, activation in chosen])
+        members: dict[tuple[int, int], list[Example]] = defaultdict(list)
+        for (sign, interval, _, _), example in zip(chosen, examples, strict=True):
+            members[sign, interval].append(example)
+        groups = []
+        for (sign, interval), shown in members.items():
+            if interval == -1:
+                title = "strongest" if sign > 0 else "most negative"
+                strength = [abs(example.activation) for example in shown]
+                groups.append(ExampleGroup(sign, title, min(strength), max(strength), float("nan"), shown))
+            else:
+                count, low, high = intervals[sign, interval]
+                cuts = self.meta["cuts"]
+                title = f"strength quantile {cuts[interval]:g} to {cuts[interval + 1]:g}"
+                groups.append(ExampleGroup(sign, title, low, high, count / firings, shown))
+        return groups
+
+    def _examples(self, number: int, places: list[tuple[int, float]]) -> list[Example]:
+        """Texts around rows, within their context and document."""
+        context = self.meta["context_len"]
+        spans = [
+            (max(row // context * context, row - TOKENS_BEFORE),
+             min((row // context + 1) * context, row + TOKENS_AFTER + 1))
+            for row, _ in places
+        ]  # fmt: skip
+        wanted = sorted({row for first, last in spans for row in range(first, last)})
+        tokens = {
+            row: (text or "", doc, pos, flags)
+            for row, text, doc, pos, flags in self._query(
+                "SELECT row, text, doc, pos, flags FROM tokens LEFT JOIN vocabulary USING (token) "
+                "WHERE row IN (SELECT unnest(?))",
+                wanted,
+            )
+        }
+        activations = dict(
+            self._query(
+                "SELECT row, activation FROM feature_activations WHERE feature = ? AND row IN (SELECT unnest(?))",
+                number,
+                wanted,
+            )
+        )
+        documents = {tokens[row][1] for row, _ in places}
+        names = dict(self._query("SELECT doc, name FROM documents WHERE doc IN (SELECT unnest(?))", list(documents)))
+        found = []
+        for (row, activation), (first, last) in zip(places, spans, strict=True):
+            doc, pos = tokens[row][1:3]
+            # BOS and padding are no text, and what stands before the document is another one.
+            shown = [
+                at for at in range(first, last) if at in tokens and tokens[at][1] == doc and tokens[at][3] & 3 == 0
+            ]
+            found.append(
+                Example(
+                    row,
+                    names.get(doc, ""),
+                    pos,
+                    activation,
+                    [tokens[at][0] for at in shown],
+                    [activations.get(at, 0.0) for at in shown],
+                    shown.index(row),
+                )
+            )
+        return found
+
+    def silent_examples(self, number: int, n: int, seed: int = 0) -> list[Example]:
+        """Up to `n` texts of the harvest, drawn at random, in which a feature does not fire; the same for a seed."""
+        rows = self._query("SELECT max(row) + 1 FROM tokens")[0][0]
+        drawn = np.random.default_rng(seed).choice(rows, size=min(rows, 4 * n), replace=False).tolist()
+        ordinary = {row for (row,) in self._query(
+            "SELECT row FROM tokens WHERE flags & 3 = 0 AND row IN (SELECT unnest(?))", drawn
+        )}  # fmt: skip
+        examples = self._examples(number, [(row, 0.0) for row in drawn if row in ordinary])
+        return [example for example in examples if not any(example.activations)][:n]
+
+    def contexts(self, numbers: Sequence[int]) -> Int[Tensor, "contexts pos"]:
+        """Token ids of whole contexts of the harvest, padding included."""
+        length = self.meta["context_len"]
+        rows = self._query(
+            f"SELECT row // {length}, list(token ORDER BY row) FROM tokens WHERE row // {length} IN (SELECT unnest(?)) "
+            "GROUP BY 1",
+            list(numbers),
+        )
+        found = dict(rows)
+        return torch.tensor([found[number] for number in numbers])
+
+    def table(self) -> pd.DataFrame:
+        """All features, one row each: label, best concept, density, firings, moments, extremes, logit skew, map.
+
+        `label` is what people wrote, else the best concept where its held-out F1 is high enough; `concept` and
+        `concept_f1` are there when the SAE was aligned with concepts.
+        """
+        table = self._run(
+            """
+            SELECT s.feature, s.density, s.firings, s.positive / nullif(s.firings, 0) AS positive_share, s.mean, s.std,
+                   s.skewness, s.kurtosis, s.minimum, s.maximum, greatest(abs(s.minimum), abs(s.maximum)) AS strongest,
+                   l.skewness AS logit_skewness, l.kurtosis AS logit_kurtosis, v.text AS top_token,
+                   e.effect AS top_effect, t.peaks[:60] AS peak_tokens, m.encoder_cosine, c.phi AS best_phi, m.x, m.y
+            FROM feature_stats s
+            LEFT JOIN logit_stats l USING (feature)
+            LEFT JOIN logit_effects e ON e.feature = s.feature AND e.sign = 1 AND e.rank = 0
+            LEFT JOIN vocabulary v ON v.token = e.token
+            LEFT JOIN coactivations c ON c.feature = s.feature AND c.rank = 0
+            JOIN decoder_map m ON m.feature = s.feature
+            JOIN feature_texts t ON t.feature = s.feature
+            ORDER BY s.feature
+            """
+        ).df()
+        titles = self.titles()
+        best = {number: concepts[0] for number, concepts in self._concepts.items()}
+        table.insert(1, "label", [titles.get(feature, "") for feature in table["feature"]])
+        if best:
+            table.insert(2, "concept", [best[f].name if f in best else "" for f in table["feature"]])
+            table.insert(3, "concept_f1", [best[f].f1 if f in best else math.nan for f in table["feature"]])
+        return table
+
+    def search(self, text: str, limit: int = MAX_HITS) -> pd.DataFrame:
+        """Features whose label, peak tokens, promoted tokens or example texts contain `text`, in any case.
+
+        Returns:
+            Columns feature, where (`label`, `peak`, `promoted`, `example`: the best place), hits (occurrences in the
+            examples), firings; labels first, then peaks, promoted tokens, examples, more occurrences first.
+
+        Raises:
+            InputError: an empty text.
+        """
+        if not text.strip():
+            raise InputError("an empty search finds everything: type some text")
+        needle = text.lower()
+        labelled = [f for f, label in self.titles().items() if needle in label.lower()]
+        return self._run(
+            """
+                SELECT feature, CASE WHEN labelled THEN 'label' WHEN contains(peaks, $needle) THEN 'peak'
+                       WHEN contains(promoted, $needle) THEN 'promoted' ELSE 'example' END AS "where",
+                       (length(examples) - length(replace(examples, $needle, ''))) // length($needle) AS hits, firings
+                FROM (SELECT *, list_contains($labelled, feature) AS labelled FROM feature_texts)
+                JOIN feature_stats USING (feature)
+                WHERE labelled OR contains(peaks, $needle) OR contains(promoted, $needle) OR contains(examples, $needle)
+                ORDER BY list_position(['label', 'peak', 'promoted', 'example'], "where"), hits DESC, feature
+                LIMIT $limit
+                """,
+            {"needle": needle, "labelled": labelled, "limit": limit},
+        ).df()
+
+    def write_table(self, path: "Path") -> None:
+        """Writes `table()` as a Parquet file."""
+        self.table().to_parquet(path, index=False)

@@ -1,0 +1,173 @@
+"""First stage of an index: one streaming pass of the SAE over a harvest, kept as segments sorted by feature.
+
+1. The harvest is cut into spans of `SPAN_ROWS` rows. The ordinary rows of a span (neither BOS nor padding) are
+   encoded in batches of `BATCH_ROWS`.
+2. The span's entries (row, feature, activation) are sorted by feature, rows ascending within a feature, and written
+   as one file with the place where each feature starts; the features of every row are kept beside them row by row.
+3. `Segments.features(first, last)` joins what all segments hold of features first ... last - 1: a bounded amount of
+   memory, already in order, with no sort over everything.
+
+A segment is complete or absent, so a pass that was killed goes on with the first one that is missing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int, Int32
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from sae.files import write_atomically
+from sae.model import SAE
+from workbench.harvest.blocks import map_tensors
+from workbench.harvest.reading import Harvest, Vectors
+from workbench.text.packing import FLAG_NO_GRADIENT
+
+SPAN_ROWS = 65_536
+BATCH_ROWS = 4_096
+
+
+@dataclass(frozen=True)
+class Entries:
+    """All activations of some consecutive features, sorted by feature and within one by row."""
+
+    first: int
+    """The first of the features."""
+    counts: Int[NDArray, "features"]
+    """Entries of each feature."""
+    row: Int32[NDArray, "entries"]
+    activation: Float32[NDArray, "entries"]
+
+    @property
+    def starts(self) -> Int[NDArray, "features"]:
+        """Where each feature's entries begin."""
+        return np.cumsum(self.counts) - self.counts
+
+    @property
+    def local(self) -> Int[NDArray, "entries"]:
+        """Feature of each entry, counted from `first`."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+
+class Segments:
+    """The finished segments of a pass, memory-mapped.
+
+    Args:
+        folder: where they lie.
+        d_sae: number of features of the SAE.
+    """
+
+    def __init__(self, folder: Path, d_sae: int) -> None:
+        self.d_sae = d_sae
+        self._segments = [
+            {name: column.numpy() for name, column in map_tensors(file).items()}
+            for file in sorted(folder.glob("*.safetensors"))
+        ]
+        counts = [np.diff(segment["starts"].astype(np.int64)) for segment in self._segments]
+        self.firings = np.stack(counts).sum(axis=0)
+        self.n_tokens = sum(len(segment["tokens"]) for segment in self._segments)
+
+    def groups(self, max_entries: int) -> list[tuple[int, int]]:
+        """Ranges (first, last) of features that hold at most `max_entries` activations, or a single feature."""
+        ranges, first, held = [], 0, 0
+        for feature, count in enumerate(self.firings.tolist()):
+            if held and held + count > max_entries:
+                ranges.append((first, feature))
+                first, held = feature, 0
+            held += count
+        return [*ranges, (first, self.d_sae)]
+
+    def features(self, first: int, last: int) -> Entries:
+        """The activations of features first ... last - 1."""
+        counts = self.firings[first:last]
+        row = np.empty(int(counts.sum()), dtype=np.int32)
+        activation = np.empty(len(row), dtype=np.float32)
+        free = np.cumsum(counts) - counts
+        for segment in self._segments:
+            starts = segment["starts"][first : last + 1].astype(np.int64)
+            here = np.diff(starts)
+            # Entry i of the segment's slice goes to the same place within its feature, after those already there.
+            target = np.arange(here.sum()) + np.repeat(free - (starts[:-1] - starts[0]), here)
+            row[target] = segment["row"][starts[0] : starts[-1]]
+            activation[target] = segment["activation"][starts[0] : starts[-1]]
+            free = free + here
+        return Entries(first, counts, row, activation)
+
+    def by_token(
+        self, scratch: Path
+    ) -> tuple[Int32[NDArray, "tokens"], Int[NDArray, "tokens+1"], Int32[NDArray, "entries"]]:
+        """Row of every encoded token, where its features start, and the features, token by token.
+
+        Args:
+            scratch: file to make, which the features are mapped from: they may be more than memory holds.
+        """
+        with scratch.open("wb") as file:
+            for segment in self._segments:
+                segment["active"].tofile(file)
+        active = np.memmap(scratch, np.int32, "r") if scratch.stat().st_size else np.zeros(0, np.int32)
+        tokens = np.concatenate([segment["tokens"] for segment in self._segments])
+        l0 = np.concatenate([segment["l0"] for segment in self._segments])
+        return tokens, np.concatenate([[0], np.cumsum(l0, dtype=np.int64)]), active
+
+
+def write_segments(
+    harvest: Harvest,
+    hook: str,
+    sae: SAE,
+    folder: Path,
+    n_rows: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encodes the first `n_rows` rows of a harvest into segments below `folder`, going on where an earlier call ended.
+
+    Args:
+        sae: on the device it shall run on.
+        on_progress: called with (rows done, rows in all).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vectors = harvest.vectors(hook)
+    usable = (harvest.flags & ~np.uint8(FLAG_NO_GRADIENT)) == 0
+    for number, start in enumerate(range(0, n_rows, SPAN_ROWS)):
+        file = folder / f"{number:06}.safetensors"
+        stop = min(start + SPAN_ROWS, n_rows)
+        if not file.exists():
+            rows = start + np.flatnonzero(usable[start:stop])
+            columns = _encode(vectors, sae, rows, start, stop)
+            write_atomically(file, lambda partial, columns=columns: save_file(columns, partial))  # type: ignore[misc]
+        if on_progress is not None:
+            on_progress(stop, n_rows)
+
+
+def _encode(vectors: Vectors, sae: SAE, rows: Int[NDArray, "tokens"], start: int, stop: int) -> dict[str, torch.Tensor]:
+    """One segment's columns."""
+    device = sae.W_dec.device
+    wanted = torch.from_numpy(rows - start)
+    tokens, features, values = [], [], []
+    done = 0
+    span = torch.cat(list(vectors.pieces(start, stop)))
+    for batch in wanted.split(BATCH_ROWS):
+        token, feature, value = sae.encode(span[batch].to(device, torch.float32)).rows()
+        tokens.append((token + done).cpu())
+        features.append(feature.cpu())
+        values.append(value.float().cpu())
+        done += len(batch)
+    if not tokens:
+        tokens, features, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)], [
+            torch.zeros(0)
+        ]  # fmt: skip
+    token, feature, value = torch.cat(tokens), torch.cat(features), torch.cat(values)
+    # Sorting (feature, place) as one integer is several times faster than a stable argsort, and as exact.
+    packed = np.sort((feature.numpy() << 40) | np.arange(len(feature)))
+    order = torch.from_numpy(packed & ((1 << 40) - 1))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(feature, minlength=sae.d_sae).cumsum(0)])
+    return {
+        "starts": starts.int(),
+        "row": torch.from_numpy(rows)[token[order]].int(),
+        "activation": value[order],
+        "tokens": torch.from_numpy(rows).int(),
+        "l0": torch.bincount(token, minlength=len(rows)).int(),
+        "active": feature.int(),
+    }

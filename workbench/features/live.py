@@ -1,0 +1,100 @@
+"""A workspace's SAEs on text of one's own: prompts read, features steered; see `prompts`, `steering`.
+
+The model is the one the SAE was trained on (its provenance, else its own configuration). What the index knows comes
+along where there is one: labels, densities, and the feature's maximum as the unit of steering.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.features.index.build import index_path
+from workbench.features.index.query import FeatureIndex
+from workbench.features.prompts import Known, PromptReading, read_prompt
+from workbench.features.steering import Edit, Steering, steer
+from workbench.models.load import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from workbench.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class LiveSAE:
+    """An SAE of a workspace with what it takes to run it on text; the app keeps it open."""
+
+    name: str
+    sae: SAE
+    model: LoadedModel
+    known: Known | None
+    """From its index, where it has one."""
+
+    def read(self, text: str) -> PromptReading:
+        """Reads a prompt; see `workbench.features.prompts.read_prompt`."""
+        return read_prompt(self.model, self.sae, text, name=self.name, known=self.known)
+
+    def steer(
+        self, edit: Edit, text: str, *, new_tokens: int = 40, temperature: float = 0.0, seed: int = 0
+    ) -> Steering:
+        """Continues a prompt with and without an edit, strengths in maxima; see `workbench.features.steering.steer`."""
+        edit.check(self.sae.d_sae)
+        return steer(
+            self.model, self.sae, edit, text, unit=self.unit(edit.feature), name=self.name,
+            label=self.label(edit.feature) or None, new_tokens=new_tokens, temperature=temperature, seed=seed,
+        )  # fmt: skip
+
+    def unit(self, feature: int) -> float:
+        """What a strength of 1 stands for: the feature's maximum in the index; 1 where it is not known."""
+        maximum = self.known.strongest[feature] if self.known else np.nan
+        return float(maximum) if np.isfinite(maximum) else 1.0
+
+    def label(self, feature: int) -> str:
+        """The feature's label, empty where there is none."""
+        return self.known.labels[feature] if self.known else ""
+
+
+def model_name(space: "Workspace", sae: str) -> str:
+    """The model an SAE reads, as `load_model` takes it. Raises InputError where nothing says it."""
+    provenance = space.sae_provenance(sae)
+    name = provenance["harvest"]["config"]["model"] if "harvest" in provenance else space.sae(sae).model_name
+    if not name:
+        raise InputError(f"SAE {sae!r} does not say which model it reads: import it again with --model")
+    return str(name)
+
+
+def model_of(space: "Workspace", sae: str, model: LoadedModel | None = None, device: str = "auto") -> LoadedModel:
+    """The model an SAE reads, or `model` once it is known to have the weights the SAE was trained on.
+
+    Raises:
+        InputError: a model that cannot be loaded, or one with other weights.
+    """
+    loaded = model or load_model(model_name(space, sae), device=device)
+    wanted = space.sae_provenance(sae).get("harvest", {}).get("model", {}).get("weights_sha256")
+    if wanted not in (None, loaded.info.weights_sha256):
+        raise InputError(
+            f"the model at {loaded.info.name} has other weights than the one SAE {sae!r} was trained on: "
+            "give the same checkpoint"
+        )
+    return loaded
+
+
+def known_features(index: FeatureIndex) -> Known:
+    """Labels, densities and maxima of all features."""
+    table = index.table()
+    return Known(
+        [label or "" for label in table["label"]], table["density"].to_numpy(float), table["strongest"].to_numpy(float)
+    )
+
+
+def open_live(space: "Workspace", sae: str, *, model: LoadedModel | None = None, device: str = "auto") -> LiveSAE:
+    """Opens an SAE with its model and what its index knows. Raises InputError as `model_of` does."""
+    known = None
+    if index_path(space, sae).is_file():
+        index = FeatureIndex.open(space, sae)
+        try:
+            known = known_features(index)
+        finally:
+            index.close()
+    return LiveSAE(sae, space.sae(sae), model_of(space, sae, model, device), known)

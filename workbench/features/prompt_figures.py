@@ -1,0 +1,122 @@
+"""Figures of prompts and steering, as Plotly objects."""
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from workbench.features.index.figures import MARK, NEGATIVE, NEUTRAL, POSITIVE
+from workbench.features.index.page import visible
+from workbench.features.prompts import PromptReading, Ranking
+from workbench.features.steering import Steering
+
+_LAYOUT = {"margin": {"l": 45, "r": 10, "t": 10, "b": 40}, "bargap": 0.1}
+WIDE, NARROW = 60, 24
+"""Tokens up to which an axis names each of them."""
+
+
+def _shown(text: str) -> str:
+    """A token for Plotly, which reads a little HTML but does not know the entities of quotes."""
+    return visible(text).replace("&quot;", '"').replace("&#x27;", "'")
+
+
+def _tokens_axis(figure: go.Figure, texts: list[str], ticks: int = WIDE, **where: int) -> None:
+    step = -(-len(texts) // ticks)
+    at = list(range(0, len(texts), step))
+    figure.update_xaxes(tickvals=at, ticktext=[_shown(texts[i])[:16] for i in at], tickangle=-60, **where)
+
+
+def prompt_activations(reading: PromptReading, feature: int, position: int | None = None) -> go.Figure:
+    """One feature along the prompt: positive activations green, negative red.
+
+    Args:
+        position: a token to mark.
+    """
+    values = reading.activations(feature)
+    figure = go.Figure(
+        go.Bar(
+            x=list(range(len(values))), y=values, marker_color=[POSITIVE if v > 0 else NEGATIVE for v in values],
+            customdata=[[_shown(text)] for text in reading.texts],
+            hovertemplate="%{customdata[0]}<br>%{y:.4g}<extra></extra>",
+        )
+    )  # fmt: skip
+    if position is not None:
+        figure.add_vline(x=position, line_color=MARK)
+    _tokens_axis(figure, reading.texts, NARROW)
+    return figure.update_layout(yaxis_title="activation", height=240, **_LAYOUT)
+
+
+def prompt_heatmap(
+    reading: PromptReading, by: Ranking = "max", *, n_features: int = 20, max_density: float = 1.0
+) -> go.Figure:
+    """The best features of the prompt, one row each, on every token; colour is the activation, both signs."""
+    table = reading.features(by, max_density=max_density).head(n_features)
+    numbers = [int(number) for number in table["feature"]]
+    values = np.array([reading.activations(number) for number in numbers]).reshape(len(numbers), len(reading.texts))
+    strongest = float(np.abs(values).max(initial=0)) or 1.0
+    names = [f"{number} {label}".strip() for number, label in zip(numbers, table["label"], strict=True)]
+    signed = bool((values < 0).any())
+    figure = go.Figure(
+        go.Heatmap(
+            z=values, zmin=-strongest if signed else 0, zmax=strongest,
+            colorscale=[[0, NEGATIVE], [0.5, "rgba(128,128,128,0.08)"], [1, POSITIVE]]
+            if signed else [[0, "rgba(128,128,128,0.08)"], [1, POSITIVE]],
+            customdata=[[_shown(text) for text in reading.texts]] * len(numbers),
+            text=[[_shown(name)] * len(reading.texts) for name in names],
+            hovertemplate="feature %{text}<br>%{customdata}<br>%{z:.4g}<extra></extra>",
+            colorbar={"thickness": 12, "title": "activation"},
+        )
+    )  # fmt: skip
+    figure.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=[_shown(name)[:32] for name in names], autorange="reversed"
+    )
+    _tokens_axis(figure, reading.texts)
+    return figure.update_layout(height=max(160, 100 + 20 * len(names)), **_LAYOUT)
+
+
+def prompt_losses(reading: PromptReading) -> go.Figure:
+    """Loss of every token of the prompt, in nats."""
+    figure = go.Figure(
+        go.Bar(
+            x=list(range(len(reading.texts))), y=reading.losses, marker_color=NEUTRAL,
+            customdata=[[_shown(text)] for text in reading.texts],
+            hovertemplate="%{customdata[0]}<br>%{y:.3f} nats<extra></extra>",
+        )
+    )  # fmt: skip
+    _tokens_axis(figure, reading.texts)
+    return figure.update_layout(yaxis_title="loss (nats)", height=240, **_LAYOUT)
+
+
+def next_token_bars(steering: Steering) -> go.Figure:
+    """Probabilities after the prompt, clean and steered, of the tokens that change most."""
+    table = steering.next_tokens
+    names = [_shown(text) for text in table["text"]]
+    figure = go.Figure()
+    for column, colour in (("clean", NEUTRAL), ("steered", MARK)):
+        figure.add_bar(
+            x=table[column], y=list(range(len(names))), orientation="h", name=column, marker_color=colour,
+            customdata=[[name] for name in names], hovertemplate="%{customdata[0]}: %{x:.4f}",
+        )  # fmt: skip
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, autorange="reversed")
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    return figure.update_layout(
+        xaxis_title="probability of the next token", height=360, legend=legend,
+        **(_LAYOUT | {"margin": {"l": 90, "r": 10, "t": 30, "b": 40}}),
+    )  # fmt: skip
+
+
+def side_effects(steering: Steering) -> go.Figure:
+    """Along the prompt: KL divergence after each token, and how much each token's loss changes, in nats."""
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    change = steering.steered_loss - steering.clean_loss
+    for row, values, colours in (
+        (1, steering.kl, [NEUTRAL] * len(change)), (2, change, [NEGATIVE if v > 0 else POSITIVE for v in change]),
+    ):  # fmt: skip
+        figure.add_bar(
+            x=list(range(len(values))), y=values, marker_color=colours, row=row, col=1, showlegend=False,
+            customdata=[[_shown(text)] for text in steering.texts],
+            hovertemplate="%{customdata[0]}<br>%{y:.4f} nats<extra></extra>",
+        )  # fmt: skip
+    figure.update_yaxes(title_text="KL", row=1, col=1)
+    figure.update_yaxes(title_text="loss change", row=2, col=1)
+    _tokens_axis(figure, steering.texts, row=2, col=1)
+    return figure.update_layout(height=360, **_LAYOUT)

@@ -1,0 +1,319 @@
+"""A prompt read through an SAE: which features fire on which token, and what they do to the next one.
+
+1. The text is tokenized and put after BOS, at most `MAX_CHARACTERS` characters and `MAX_TOKENS` tokens of it.
+2. One pass of the model gives the value at the SAE's hook point and the last residual stream x, another the logits:
+   log p of every next token, and so the loss of every token, -log p(token | what stands before it), in nats.
+3. The SAE encodes every token but BOS; all its activations are kept, with their signs.
+4. Features are ranked over the prompt, or at one token, by one of
+
+       max              max_t |a_t|
+       mean             mean_t |a_t|, tokens on which it does not fire counted
+       rare             max_t |a_t| log(1 / density): term frequency times inverse document frequency of text
+                        retrieval, "reconstructed"; density is the index's share of tokens on which it fires
+
+5. Direct logit attribution of feature f at token t to the next token y, with the final LayerNorm's scale frozen:
+
+       a_t W_dec[f] W_out (U_eff[:, y] - mean U_eff) / scale(x_t)
+
+   what f adds to the logit of y beyond what it adds to all logits, past the layers in between (Elhage et al. 2021,
+   "A Mathematical Framework for Transformer Circuits"; W_out and U_eff as in index/logits.py). Summed over
+   the features, with b_dec and the SAE's error in place of one more feature each, it is what the hook point itself
+   contributes. Hook points that write nothing to the residual stream have none.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from circuits.effective_weights import effective_unembedding
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.features.index.logits import output_directions
+from workbench.models.capture import capture
+from workbench.models.hooks import resolve_hook
+
+if TYPE_CHECKING:
+    from workbench.models.load import LoadedModel
+
+MAX_CHARACTERS = 10_000
+MAX_TOKENS = 1024
+PREDICTIONS = 10
+MAX_PIECES = 8
+"""Tokens that share one character at most: four bytes in UTF-8, and room for byte tokens of other tokenizers."""
+LOGIT_ROWS = 128
+
+Ranking = Literal["max", "mean", "rare"]
+RANKINGS: tuple[Ranking, ...] = ("max", "mean", "rare")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an index knows of every feature of the SAE, in their order."""
+
+    labels: list[str]
+    """Empty where there is none."""
+    density: Float[NDArray, "d_sae"]
+    strongest: Float[NDArray, "d_sae"]
+    """Largest |activation|; NaN for dead features."""
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """A prompt with what fires on it. Positions count from the first token after BOS."""
+
+    sae: str
+    model: str
+    hook: str
+    d_sae: int
+    text: str
+    """What was read of the prompt."""
+    truncated: bool
+    tokens: list[int]
+    texts: list[str]
+    """Of each token; a character that several tokens share stands at the first of them."""
+    losses: Float[NDArray, "n"]
+    """Nats of each token given those before it."""
+    next_tokens: Int[NDArray, "n PREDICTIONS"]
+    """Most likely tokens after each position, the likeliest first."""
+    next_texts: list[list[str]]
+    next_probabilities: Float[NDArray, "n PREDICTIONS"]
+    position: Int[NDArray, "entries"]
+    """Of every activation, in order."""
+    feature: Int[NDArray, "entries"]
+    activation: Float[NDArray, "entries"]
+    known: Known | None
+    """From the index, where the SAE has one."""
+    missing: str | None
+    """Why there is no attribution, where there is none."""
+    _directions: Float[Tensor, "active d_model"] | None = field(repr=False)
+    _active: Int[NDArray, "active"] = field(repr=False)
+    """Features that fire, in the order of `_directions`."""
+    _scale: Float[Tensor, "n"] | None = field(repr=False)
+    _loaded: "LoadedModel" = field(repr=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"PromptReading({self.sae!r}): {len(self.tokens)} tokens, {len(self._active)} features fire, "
+            f"mean loss {self.losses.mean():.3f} nats"
+        )
+
+    def activations(self, feature: int) -> Float[NDArray, "n"]:
+        """One feature's activation on every token, 0 where it does not fire. Raises InputError for one there is not."""
+        if not 0 <= feature < self.d_sae:
+            raise InputError(f"feature {feature} does not exist: {self.sae} has features 0 to {self.d_sae - 1}")
+        values = np.zeros(len(self.tokens))
+        mine = self.feature == feature
+        values[self.position[mine]] = self.activation[mine]
+        return values
+
+    def strongest(self, feature: int) -> float:
+        """Largest |activation| of a feature in the index or on this prompt; 0 for one that never fires."""
+        here = float(np.abs(self.activations(feature)).max())
+        return float(np.nanmax([here, self.known.strongest[feature]])) if self.known else here
+
+    def features(self, by: Ranking = "max", *, max_density: float = 1.0) -> pd.DataFrame:
+        """The features that fire on the prompt, best first.
+
+        Args:
+            by: see the module's description; `rare` needs an index.
+            max_density: leaves out features that fire on a larger share of the index's tokens.
+
+        Returns:
+            Columns feature, label, activation (the strongest, with its sign), position (of it), token, mean (of
+            |activation| over all tokens), fires (number of tokens), density, score (what it is ranked by). Label and
+            density are empty without an index.
+
+        Raises:
+            InputError: an unknown ranking, or `rare` without an index.
+        """
+        if by not in RANKINGS:
+            raise InputError(f"no ranking {by!r}: choose {', '.join(RANKINGS)}")
+        entries = pd.DataFrame({"feature": self.feature, "activation": self.activation, "position": self.position})
+        entries["strength"] = entries["activation"].abs()
+        first = entries.sort_values(["strength", "position"], ascending=[False, True], kind="stable")
+        table = first.drop_duplicates("feature").set_index("feature")
+        grouped = entries.groupby("feature")["strength"]
+        table["token"] = [self.texts[at] for at in table["position"]]
+        table["mean"] = grouped.sum() / len(self.tokens)
+        table["fires"] = grouped.size()
+        table = self._described(table.reset_index(), max_density)
+        table["score"] = self._score(table, by)
+        columns = ["feature", "label", "activation", "position", "token", "mean", "fires", "density", "score"]
+        return table.sort_values(["score", "feature"], ascending=[False, True], ignore_index=True)[columns]
+
+    def at(self, position: int, *, target: int | None = None, max_density: float = 1.0) -> pd.DataFrame:
+        """The features that fire on one token, strongest first.
+
+        Args:
+            position: which token.
+            target: next token whose logit is attributed; the model's likeliest when left out.
+            max_density: as in `features`.
+
+        Returns:
+            Columns feature, label, activation, density, attribution (logits; NaN where `missing` says why).
+        """
+        self._check(position)
+        mine = self.position == position
+        table = pd.DataFrame({"feature": self.feature[mine], "activation": self.activation[mine]})
+        wanted = int(self.next_tokens[position, 0]) if target is None else target
+        table["attribution"] = self.attribution(position, wanted) if self.missing is None else np.nan
+        table = self._described(table, max_density)
+        order = table["activation"].abs().sort_values(ascending=False, kind="stable").index
+        return table.loc[order, ["feature", "label", "activation", "density", "attribution"]].reset_index(drop=True)
+
+    def attribution(self, position: int, target: int) -> Float[NDArray, "active_here"]:
+        """Direct logit attribution to `target` of the features that fire at `position`, in the order of `feature`.
+
+        Raises:
+            InputError: a position or token that does not exist, or a hook point without attribution.
+        """
+        self._check(position)
+        if self._directions is None or self._scale is None:
+            raise InputError(f"no attribution: {self.missing}")
+        if not 0 <= target < self._unembedding.shape[1]:
+            raise InputError(f"token {target} does not exist: the vocabulary has {self._unembedding.shape[1]} tokens")
+        mine = self.position == position
+        directions = self._directions[np.searchsorted(self._active, self.feature[mine])]
+        readout = self._unembedding[:, target] - self._unembedding.mean(dim=1)
+        return self.activation[mine] * ((directions @ readout) / self._scale[position]).cpu().numpy()
+
+    def target(self, text: str) -> int:
+        """The token id of a text that is exactly one token. Raises InputError where it is not."""
+        ids = self._loaded.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if len(ids) != 1:
+            raise InputError(f"{text!r} is {len(ids)} tokens: attribution is to one; mind the space before a word")
+        return int(ids[0])
+
+    def _repr_html_(self) -> str:
+        from workbench.features.prompt_page import reading_html
+
+        return reading_html(self)
+
+    @cached_property
+    def _unembedding(self) -> Float[Tensor, "d_model vocab"]:
+        return effective_unembedding(self._loaded.bridge)
+
+    def _check(self, position: int) -> None:
+        if not 0 <= position < len(self.tokens):
+            raise InputError(f"position {position} does not exist: the prompt has tokens 0 to {len(self.tokens) - 1}")
+
+    def _described(self, table: pd.DataFrame, max_density: float) -> pd.DataFrame:
+        """Adds label and density, and leaves out dense features."""
+        if self.known is None:
+            return table.assign(label="", density=np.nan)
+        number = table["feature"].to_numpy()
+        table = table.assign(label=[self.known.labels[at] for at in number], density=self.known.density[number])
+        if not 0 <= max_density <= 1:
+            raise InputError(f"a share of tokens lies between 0 and 1, got a largest density of {max_density}")
+        return table[table["density"] <= max_density]
+
+    def _score(self, table: pd.DataFrame, by: Ranking) -> pd.Series:
+        strength: pd.Series = table["activation"].abs()
+        if by == "mean":
+            return table["mean"]
+        if by == "max":
+            return strength
+        if self.known is None:
+            raise InputError(f"the ranking `rare` needs densities: make an index with `workbench index {self.sae}`")
+        # A feature the index never saw fire is as rare as they come: less than once in its tokens.
+        floor = float(np.min(self.known.density, where=self.known.density > 0, initial=1.0))
+        return strength * np.log(1 / table["density"].clip(lower=floor))
+
+
+@torch.no_grad()
+def read_prompt(
+    model: "LoadedModel", sae: SAE, text: str, *, name: str = "", known: Known | None = None
+) -> PromptReading:
+    """Reads a prompt through an SAE; see the module's description.
+
+    Args:
+        model: the model the SAE reads.
+        sae: the SAE, on any device.
+        text: the prompt.
+        name: the SAE's name.
+        known: labels and densities of its features, for ranking and reading.
+
+    Raises:
+        InputError: a text without tokens, or an SAE of another model.
+    """
+    hook = resolve_hook(model, sae.hook_name)
+    ids, truncated = encode_prompt(model, text)
+    tokens = torch.tensor([[model.bos_id, *ids]], device=model.device)
+    last = resolve_hook(model, f"blocks.{model.info.n_layers - 1}.hook_resid_post")
+    values = capture(model, tokens, [hook, last]).activations
+    x = values[hook.name][0, 1:]
+    position, feature, activation = (
+        part.cpu().numpy() for part in sae.encode(x.to(sae.W_dec.device, torch.float32)).rows()
+    )
+    active = np.unique(feature)
+    directions, scale, missing = None, None, None
+    try:
+        directions = output_directions(model, sae)[torch.from_numpy(active).to(model.device)]
+        scale = _final_scale(model, values[last.name][0, 1:])
+    except InputError as error:
+        missing = str(error)
+    log_probabilities = next_log_probabilities(model.hf(tokens, use_cache=False).logits[0])
+    losses = -log_probabilities[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+    likeliest = log_probabilities[1:].topk(min(PREDICTIONS, log_probabilities.shape[1]), dim=1)
+    next_tokens = likeliest.indices.cpu().numpy()
+    return PromptReading(
+        sae=name, model=model.info.name, hook=hook.name, d_sae=sae.d_sae, text=model.text(ids), truncated=truncated,
+        tokens=ids, texts=token_pieces(model, ids), losses=losses.cpu().numpy(), next_tokens=next_tokens,
+        next_texts=[[model.text([token]) for token in row] for row in next_tokens.tolist()],
+        next_probabilities=likeliest.values.exp().cpu().numpy(), position=position, feature=feature,
+        activation=activation.astype(np.float64), known=known, missing=missing, _directions=directions,
+        _active=active, _scale=scale, _loaded=model,
+    )  # fmt: skip
+
+
+def encode_prompt(model: "LoadedModel", text: str, room: int = 1) -> tuple[list[int], bool]:
+    """Token ids of a prompt without BOS, and whether only its beginning is in them.
+
+    Args:
+        room: positions of the model's context to leave for others, BOS among them.
+
+    Raises:
+        InputError: a text without tokens.
+    """
+    ids = model.tokenizer.encode(text[:MAX_CHARACTERS], add_special_tokens=False, split_special_tokens=True)
+    kept = ids[: min(MAX_TOKENS, model.info.n_ctx - room)]
+    if not kept:
+        raise InputError("a prompt without tokens activates nothing: type some text")
+    return kept, len(kept) < len(ids) or len(text) > MAX_CHARACTERS
+
+
+def token_pieces(model: "LoadedModel", ids: list[int]) -> list[str]:
+    """Text of each token; where several share a character, the first has it and the others have an empty text."""
+    pieces: list[str] = []
+    while len(pieces) < len(ids):
+        first = len(pieces)
+        # Bytes that make no character yet are decoded to U+FFFD; bytes that never will stand alone.
+        for end in range(first + 1, min(first + MAX_PIECES, len(ids)) + 1):
+            text = model.text(ids[first:end])
+            if "�" not in text:
+                pieces += [text, *[""] * (end - first - 1)]
+                break
+        else:
+            pieces.append(model.text(ids[first : first + 1]))
+    return pieces
+
+
+def next_log_probabilities(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+    """Log-probabilities in float32 at least, some rows at a time where that takes a copy."""
+    if logits.dtype in (torch.float32, torch.float64):
+        return logits.log_softmax(dim=1)
+    return torch.cat([rows.float().log_softmax(dim=1) for rows in logits.split(LOGIT_ROWS)])
+
+
+def _final_scale(model: "LoadedModel", x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
+    """What the final LayerNorm divides by."""
+    x = x.float()
+    centred = x if model.bridge.cfg.uses_rms_norm else x - x.mean(dim=1, keepdim=True)
+    return (centred.square().mean(dim=1) + float(model.bridge.cfg.eps)).sqrt()

@@ -1,0 +1,284 @@
+"""Steering: what a model says when one feature is turned up, held or taken out.
+
+At the SAE's hook point, with a the feature's activation on a token, s the strength and m the feature's maximum,
+
+    x' = base + (a' - a) W_dec[f]
+
+    add       a' = a + s m        activation addition (Turner et al. 2023, arXiv 2308.10248) along a decoder row
+    clamp     a' = s m            feature clamping (Templeton et al. 2024, "Scaling Monosemanticity")
+    ablate    a' = 0              on every token where it fires
+
+    base = x with the SAE's error kept: only the feature's part changes, and an edit of strength 0 changes nothing
+    base = SAE(x) without it: the model reads the edited code alone
+
+1. `everywhere` edits every position but BOS; `generated` those that predict a generated token, that is the prompt's
+   last position and everything after it.
+2. Both texts are sampled with the same Gumbel noise, token = argmax(logits / temperature + noise) (the Gumbel-max
+   trick), so that they part only where the edit makes them; temperature 0 takes the likeliest token.
+3. Side effects are measured on the prompt: KL(p || p') of the next token at every edited position and the loss of the
+   prompt's tokens, in nats, clean and edited; and on the two texts: nats a token under the unedited model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from circuits.splice import splice
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.features.prompts import encode_prompt, next_log_probabilities, token_pieces
+from workbench.models.hooks import resolve_hook
+
+if TYPE_CHECKING:
+    from workbench.models.load import LoadedModel
+
+Kind = Literal["add", "clamp", "ablate"]
+Where = Literal["everywhere", "generated"]
+KINDS: tuple[Kind, ...] = ("add", "clamp", "ablate")
+PLACES: tuple[Where, ...] = ("everywhere", "generated")
+MAX_NEW_TOKENS = 256
+MOST_STRENGTH = 1_000_000
+SHIFTS = 12
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one feature; see the module's description."""
+
+    feature: int
+    kind: Kind = "add"
+    strength: float = 1.0
+    """In units of the feature's maximum; not looked at when the feature is ablated."""
+    where: Where = "everywhere"
+    keep_error: bool = True
+
+    def check(self, d_sae: int) -> None:
+        """Raises InputError for a feature, kind, place or strength that does not exist."""
+        if not 0 <= self.feature < d_sae:
+            raise InputError(f"feature {self.feature} does not exist: this SAE has features 0 to {d_sae - 1}")
+        if self.kind not in KINDS:
+            raise InputError(f"no edit {self.kind!r}: choose {', '.join(KINDS)}")
+        if self.where not in PLACES:
+            raise InputError(f"no place {self.where!r}: choose {', '.join(PLACES)}")
+        if not abs(self.strength) <= MOST_STRENGTH:
+            raise InputError(f"a strength of {self.strength} cannot be added: give one up to {MOST_STRENGTH:,}")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A prompt continued with and without an edit. Arrays over the prompt leave BOS out."""
+
+    sae: str
+    model: str
+    edit: Edit
+    unit: float
+    """The feature's maximum, in the units of the hook point's values; 1 where it is not known."""
+    label: str | None
+    prompt: str
+    truncated: bool
+    texts: list[str]
+    """Of the prompt's tokens, as in `workbench.features.prompts.PromptReading`."""
+    clean: str
+    steered: str
+    clean_nats: float
+    """Mean loss of the clean continuation's tokens under the unedited model; NaN when nothing was generated."""
+    steered_nats: float
+    """The same of the steered continuation."""
+    kl: Float[NDArray, "n"]
+    """KL divergence of the edited next-token distribution from the clean one, nats, after every prompt token."""
+    clean_loss: Float[NDArray, "n"]
+    """Nats of each prompt token, the first predicted from BOS."""
+    steered_loss: Float[NDArray, "n"]
+    next_tokens: pd.DataFrame
+    """The tokens whose probability after the prompt changes most: token, text, clean, steered (probabilities) and
+    difference, the largest change first; no rows where the edit changes nothing."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Steering({self.sae!r}, {self.edit}): KL {self.kl.mean():.4f} nats, "
+            f"loss {self.clean_loss.mean():.3f} -> {self.steered_loss.mean():.3f}\n"
+            f"clean:   {self.clean!r}\nsteered: {self.steered!r}"
+        )
+
+    def _repr_html_(self) -> str:
+        from workbench.features.prompt_page import steering_html
+
+        return steering_html(self)
+
+
+@torch.no_grad()
+def steer(
+    model: "LoadedModel",
+    sae: SAE,
+    edit: Edit,
+    prompt: str,
+    *,
+    unit: float = 1.0,
+    name: str = "",
+    label: str | None = None,
+    new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Steering:
+    """Continues a prompt with and without an edit and measures what it does; see the module's description.
+
+    Args:
+        model: the model the SAE reads.
+        sae: the SAE, on any device.
+        edit: what to do to which feature.
+        prompt: the text to go on from; BOS is put before it.
+        unit: the feature's maximum, what strengths are multiples of.
+        name, label: of the SAE and of the feature, to say in the result.
+        new_tokens: tokens to generate, 0 to `MAX_NEW_TOKENS`.
+        temperature: 0 takes the likeliest token, 1 samples from the model's own distribution.
+        seed: of the sampling noise, the same for both texts.
+
+    Raises:
+        InputError: an edit that does not exist, sampling settings out of range, a prompt without tokens, or an SAE of
+            another model.
+    """
+    edit.check(sae.d_sae)
+    if not 0 <= new_tokens <= min(MAX_NEW_TOKENS, model.info.n_ctx - 2):
+        raise InputError(f"cannot generate {new_tokens} tokens: 0 to {min(MAX_NEW_TOKENS, model.info.n_ctx - 2)}")
+    if not (temperature >= 0 and np.isfinite(temperature)):
+        raise InputError(f"a temperature of {temperature} samples nothing: give 0 or more")
+    ids, truncated = encode_prompt(model, prompt, room=1 + new_tokens)
+    tokens = torch.tensor([[model.bos_id, *ids]], device=model.device)
+    with edited(model, sae, edit, unit, first=None if edit.where == "everywhere" else len(ids)):
+        after = next_log_probabilities(model.bridge(tokens)[0])
+    before = next_log_probabilities(model.bridge(tokens)[0])
+    targets = tokens[0, 1:, None]
+    noise = _gumbel(new_tokens, model.info.d_vocab, seed) if temperature else None
+    clean = _generate(model, tokens, new_tokens, temperature, noise)
+    steered = _generate(model, tokens, new_tokens, temperature, noise, (sae, edit, unit))
+    kl = (before.exp() * (before - after)).sum(dim=1).clamp_min(0)
+    return Steering(
+        sae=name, model=model.info.name, edit=edit, unit=unit, label=label, prompt=model.text(ids),
+        truncated=truncated, texts=token_pieces(model, ids), clean=model.text(clean), steered=model.text(steered),
+        clean_nats=_nats(model, tokens, clean), steered_nats=_nats(model, tokens, steered), kl=kl[1:].cpu().numpy(),
+        clean_loss=-before[:-1].gather(1, targets)[:, 0].cpu().numpy(),
+        steered_loss=-after[:-1].gather(1, targets)[:, 0].cpu().numpy(),
+        next_tokens=_shifts(model, before[-1], after[-1]),
+    )  # fmt: skip
+
+
+@contextmanager
+def edited(
+    model: "LoadedModel", sae: SAE, edit: Edit, unit: float = 1.0, *, first: int | None = None
+) -> Iterator[None]:
+    """Forward passes of `model.bridge` over one sequence with the edit in place.
+
+    Args:
+        unit: the feature's maximum.
+        first: position, BOS being 0, from which on the edit applies; everywhere when left out. BOS is never edited.
+
+    Raises:
+        InputError: a hook point the model does not have, or one of another width.
+    """
+    hook = resolve_hook(model, sae.hook_name)
+    if hook.width != sae.d_in:
+        raise InputError(
+            f"the SAE reads width {sae.d_in}, {hook.name} of {model.info.name} has {hook.width}: "
+            "it belongs to another model"
+        )
+
+    def function(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+        return apply_edit(sae, edit, unit, x, from_row=0 if first is None else max(0, first - 1))
+
+    with splice(model.bridge, hook.name, function, bos_id=model.bos_id):
+        yield
+
+
+def apply_edit(
+    sae: SAE, edit: Edit, unit: float, x: Float[Tensor, "n width"], *, from_row: int = 0
+) -> Float[Tensor, "n width"]:
+    """Edited values of `x`, in its precision; rows before `from_row` come back as they are.
+
+    With the error kept, rows whose activation the edit leaves alone come back bitwise the same.
+    """
+    new = x.clone()
+    rows = x[from_row:].to(sae.W_dec.device, torch.float32)
+    code = sae.encode(rows)
+    token, feature, value = code.rows()
+    mine = feature == edit.feature
+    a = rows.new_zeros(len(rows)).index_put((token[mine],), value[mine].float())
+    change = {
+        "add": torch.full_like(a, edit.strength * unit), "clamp": edit.strength * unit - a, "ablate": -a,
+    }[edit.kind]  # fmt: skip
+    base = rows if edit.keep_error else sae.decode(code).float()
+    changed = base + change[:, None] * sae.W_dec[edit.feature].float()
+    new[from_row:] = changed.to(new)
+    return new
+
+
+def _generate(
+    model: "LoadedModel",
+    tokens: Int[Tensor, "1 pos"],
+    n: int,
+    temperature: float,
+    noise: Float[Tensor, "n vocab"] | None,
+    change: tuple[SAE, Edit, float] | None = None,
+) -> list[int]:
+    """`n` tokens that follow, fewer where the model ends the text; keys and values of what was read are kept."""
+    found: list[int] = []
+    cache: Any = None
+    read = tokens
+    while len(found) < n:
+        if change is None:
+            logits, cache = model.bridge(read, return_type="logits_and_cache", use_cache=True, past_key_values=cache)
+        else:
+            sae, edit, unit = change
+            # The pass over the prompt edits from its last token on, each later one its single token.
+            first = tokens.shape[1] - 1 if cache is None and edit.where == "generated" else None
+            with edited(model, sae, edit, unit, first=first):
+                logits, cache = model.bridge(
+                    read, return_type="logits_and_cache", use_cache=True, past_key_values=cache
+                )
+        scores = logits[0, -1].float()
+        if noise is not None:
+            scores = scores / temperature + noise[len(found)].to(scores)
+        token = int(scores.argmax())
+        if token == model.tokenizer.eos_token_id:
+            break
+        found.append(token)
+        read = torch.tensor([[token]], device=tokens.device)
+    return found
+
+
+def _gumbel(n: int, vocab: int, seed: int) -> Float[Tensor, "n vocab"]:
+    """Standard Gumbel noise, drawn on the CPU so that every device samples the same text."""
+    uniform = torch.rand(n, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return -(-uniform.clamp(1e-300, 1 - 1e-16).log()).log()
+
+
+def _nats(model: "LoadedModel", tokens: Int[Tensor, "1 pos"], continuation: list[int]) -> float:
+    """Mean loss of a continuation's tokens under the unedited model."""
+    if not continuation:
+        return float("nan")
+    new = torch.tensor([continuation], device=tokens.device)
+    log_probabilities = next_log_probabilities(model.hf(torch.cat([tokens, new], dim=1), use_cache=False).logits[0])
+    predicted = log_probabilities[tokens.shape[1] - 1 : -1]
+    return -float(predicted.gather(1, new[0, :, None]).mean())
+
+
+def _shifts(model: "LoadedModel", before: Float[Tensor, "vocab"], after: Float[Tensor, "vocab"]) -> pd.DataFrame:
+    """The tokens whose probability changes most."""
+    clean, steered = before.exp(), after.exp()
+    difference = steered - clean
+    chosen = difference.abs().topk(min(SHIFTS, len(difference))).indices
+    chosen = chosen[difference[chosen] != 0]
+    return pd.DataFrame(
+        {
+            "token": chosen.cpu().numpy(), "text": [model.text([token]) for token in chosen.tolist()],
+            "clean": clean[chosen].cpu().numpy(), "steered": steered[chosen].cpu().numpy(),
+            "difference": difference[chosen].cpu().numpy(),
+        }
+    )  # fmt: skip

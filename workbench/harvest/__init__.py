@@ -1,0 +1,1 @@
+"""Harvests: running one, its blocks on disk, reading them again, and the loader that shuffles them."""

@@ -1,0 +1,225 @@
+"""Shuffled batches from a harvest, endless and exactly resumable.
+
+1. The rows are cut into blocks of 512; each epoch permutes the blocks.
+2. A chunk is the next 256 blocks (131,072 rows): read contiguously, flagged rows (BOS, padding) left out, its rows
+   permuted. Batches are taken from the chunk in turn.
+
+Reading stays sequential within a block, yet a batch mixes rows from all over the harvest. The stream is a function
+of (seed, epoch, chunk, offset), the whole of its state, and the same on every device. The next chunk is read while
+the current one is used; for a GPU blocks travel as they lie, through pinned memory and on a stream of their own, and
+are permuted there.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.errors import InputError
+from workbench.harvest.reading import GRADIENT, Harvest, Vectors
+from workbench.text.packing import FLAG_NO_GRADIENT
+
+BLOCK_ROWS = 512
+CHUNK_BLOCKS = 256
+
+
+class Pair(NamedTuple):
+    """Activations and the loss gradients at the same places."""
+
+    activations: Float[Tensor, "n d_in"]
+    gradients: Float[Tensor, "n d_in"]
+    """dL/dx in nats per unit of activation, float32."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows as they lie on disk and a permutation of the usable ones among them."""
+
+    columns: list[Float[Tensor, "rows d_in"]]
+    order: Int[Tensor, "usable"]
+    buffer: int
+    """Which of the two host buffers was read into; on the CPU the rows still lie there."""
+    arrived: "torch.cuda.Event | None"
+    """When the copy to a GPU is done."""
+
+
+class ActivationLoader:
+    """Batches of one hook point's activations; a `sae.train.BatchSource`.
+
+    Args:
+        harvest: where the rows lie.
+        hook: hook point.
+        seed: of the permutations.
+        device: where batches are delivered, in the stored precision.
+        with_gradients: `next_pair` gives gradients beside activations, and rows without a gradient are left out.
+
+    Raises:
+        InputError: a hook point or gradients that the harvest does not have, or no usable rows.
+    """
+
+    def __init__(
+        self,
+        harvest: Harvest,
+        hook: str,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        with_gradients: bool = False,
+    ) -> None:
+        self._sources: list[Vectors] = [harvest.vectors(hook)]
+        unwanted = ~np.uint8(FLAG_NO_GRADIENT)
+        if with_gradients:
+            if not harvest.has_gradients:
+                raise InputError(f"harvest {harvest.name!r} has no gradients: harvest again with --gradients")
+            self._sources.append(harvest.vectors(hook + GRADIENT))
+            self._gradient_scale = harvest.gradient_scale(hook)
+            unwanted = np.uint8(0xFF)
+        self._usable = (harvest.flags & unwanted) == 0
+        if not self._usable.any():
+            raise InputError(f"harvest {harvest.name!r} holds only BOS and padding: harvest more text")
+        self._name, self._n_rows = f"{harvest.name}/{hook}", harvest.n_rows
+        self._seed, self._device = seed, torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._n_blocks = -(-self._n_rows // BLOCK_ROWS)
+        self._n_chunks = -(-self._n_blocks // CHUNK_BLOCKS)
+        # All reading is done in this one thread, so reads never overlap.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="activation-loader")
+        self._buffers: dict[int, list[Tensor]] = {}
+        self._epoch, self._number, self._offset = 0, 0, 0
+        self._chunk: _Chunk | None = None
+        self._next: tuple[tuple[int, int], Future[_Chunk]] | None = None
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._sources[0].width
+
+    def next_batch(self, n: int) -> Float[Tensor, "n d_in"]:
+        """The next n rows of the stream."""
+        return self._next_rows(n, self._sources[:1])[0]
+
+    def next_pair(self, n: int) -> Pair:
+        """The next n rows of the stream with their gradients. Raises InputError unless made with `with_gradients`."""
+        if len(self._sources) == 1:
+            raise InputError("this loader reads no gradients: make it with with_gradients=True")
+        activations, gradients = self._next_rows(n, self._sources)
+        return Pair(activations, gradients.float() / self._gradient_scale)
+
+    def sample(self, n: int) -> Float[Tensor, "m d_in"]:
+        """At most n usable rows drawn without replacement, always the same for a harvest and n, in harvest order."""
+        generator = np.random.default_rng(0)
+        # Drawing rows and dropping the flagged needs no list of all usable ones, which may be hundreds of millions.
+        drawn = np.unique(generator.integers(0, self._n_rows, size=min(2 * n, self._n_rows)))
+        drawn = drawn[self._usable[drawn]]
+        if len(drawn) < n:
+            drawn = np.flatnonzero(self._usable)
+        if len(drawn) > n:
+            drawn = np.sort(generator.choice(drawn, size=n, replace=False))
+        return self._sources[0].rows(drawn).to(self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and what it is a cursor of."""
+        return {
+            "source": self._name, "rows": self._n_rows,
+            "seed": self._seed, "epoch": self._epoch, "chunk": self._number, "offset": self._offset,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Moves the stream to where `state_dict` was taken. Raises InputError for the state of another stream."""
+        if (state["source"], state["rows"]) != (self._name, self._n_rows):
+            raise InputError(
+                f"the checkpoint reads {state['source']} ({state['rows']:,} rows), not {self._name} "
+                f"({self._n_rows:,} rows): resume with the harvest and hook point it was started with"
+            )
+        self._seed, self._epoch = state["seed"], state["epoch"]
+        self._number, self._offset = state["chunk"], state["offset"]
+        self._chunk, self._next = None, None
+
+    def _next_rows(self, n: int, sources: Sequence[Vectors]) -> list[Tensor]:
+        parts: list[list[Tensor]] = []
+        missing = n
+        while missing:
+            chunk = self._current()
+            taken = chunk.order[self._offset : self._offset + missing]
+            parts.append([column.index_select(0, taken) for column in chunk.columns[: len(sources)]])
+            self._offset += len(taken)
+            missing -= len(taken)
+            if self._offset == len(chunk.order):
+                self._epoch, self._number = self._following(self._epoch, self._number)
+                self._offset, self._chunk = 0, None
+        return parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _following(self, epoch: int, number: int) -> tuple[int, int]:
+        return (epoch, number + 1) if number + 1 < self._n_chunks else (epoch + 1, 0)
+
+    def _current(self) -> _Chunk:
+        """The chunk at the cursor; starts reading the one after it."""
+        if self._chunk is None:
+            here = (self._epoch, self._number)
+            # After an interrupt, what was read ahead may be for another place than the cursor's.
+            if self._next is not None and self._next[0] == here:
+                chunk = self._next[1].result()
+            else:
+                chunk = self._thread.submit(self._read, *here, buffer=0).result()
+            # With one chunk in all the next one is this one again, in another order.
+            following = self._following(*here)
+            self._next = (following, self._thread.submit(self._read, *following, buffer=1 - chunk.buffer))
+            if chunk.arrived is not None:
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_event(chunk.arrived)
+                for tensor in (*chunk.columns, chunk.order):
+                    # Made on the copying stream: its memory must not be reused before this one is done with it.
+                    tensor.record_stream(stream)
+            self._chunk = chunk
+        return self._chunk
+
+    def _read(self, epoch: int, number: int, buffer: int) -> _Chunk:
+        blocks = _generator(self._seed, epoch, -1).permutation(self._n_blocks)
+        mine = blocks[number * CHUNK_BLOCKS : (number + 1) * CHUNK_BLOCKS]
+        spans = [(int(b) * BLOCK_ROWS, min((int(b) + 1) * BLOCK_ROWS, self._n_rows)) for b in mine]
+        columns = [
+            _copy_spans(source, spans, memory)
+            for source, memory in zip(self._sources, self._host_memory(buffer), strict=True)
+        ]
+        usable = np.flatnonzero(np.concatenate([self._usable[start:stop] for start, stop in spans]))
+        order = torch.from_numpy(_generator(self._seed, epoch, number).permutation(usable))
+        if self._stream is None:
+            return _Chunk(columns, order, buffer, None)
+        with torch.cuda.stream(self._stream):
+            on_device = [column.to(self._device, non_blocking=True) for column in columns]
+            order = order.pin_memory().to(self._device, non_blocking=True)
+            return _Chunk(on_device, order, buffer, self._stream.record_event())
+
+    def _host_memory(self, buffer: int) -> list[Float[Tensor, "rows d_in"]]:
+        """Room for a chunk, by source."""
+        rows = min(self._n_rows, BLOCK_ROWS * CHUNK_BLOCKS)
+        shapes = [(rows, source.width, source.dtype) for source in self._sources]
+        if self._stream is not None:
+            # torch hands pinned memory out again, and only once the copies from it are done.
+            return [torch.empty(rows, width, dtype=dtype, pin_memory=True) for rows, width, dtype in shapes]
+        if buffer not in self._buffers:
+            # Kept, since the first touch of fresh memory costs several times what filling it costs.
+            self._buffers[buffer] = [torch.empty(rows, width, dtype=dtype) for rows, width, dtype in shapes]
+        return self._buffers[buffer]
+
+
+def _copy_spans(
+    source: Vectors, spans: Sequence[tuple[int, int]], memory: Float[Tensor, "room d_in"]
+) -> Float[Tensor, "rows d_in"]:
+    """Rows start to stop of every span, one span after the other, in `memory`."""
+    filled = 0
+    for start, stop in spans:
+        for piece in source.pieces(start, stop):
+            memory[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    return memory[:filled]
+
+
+def _generator(seed: int, epoch: int, chunk: int) -> np.random.Generator:
+    """Philox, so that permutations are the same on every machine."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, chunk + 1])))

@@ -1,0 +1,203 @@
+"""A finished harvest on disk: memory-mapped blocks of vectors and one DuckDB file that knows every row.
+
+    harvest.json                     what is harvested: configuration, model, corpus; written first
+    journal.jsonl                    one line per block: rows, files, checksums (workbench/harvest/blocks.py)
+    blocks/HOOK/00000.safetensors    `x` [rows, width]
+    tokens/00000.safetensors         `token`, `doc`, `pos` int32 and `flags` uint8, each [rows]
+    harvest.duckdb                   tables tokens, documents, vocabulary, blocks, meta; written last
+
+The folder is a harvest once `harvest.duckdb` is there, and never changes after that. Vectors stay out of DuckDB
+because they do not fit it: inserting them runs at a tenth of the disk's speed and reading them back copies, where
+torch reads a mapped block in place.
+
+Row numbers: row = context * context_len + position in context. Flagged rows (BOS, padding) are stored too.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae.errors import InputError
+from workbench.disk.descriptions import read_description
+from workbench.harvest.blocks import Block, map_tensors, read_journal
+from workbench.text.packing import FLAG_NO_GRADIENT
+
+SCHEMA = 1
+DESCRIPTION, DATABASE = "harvest.json", "harvest.duckdb"
+GRADIENT = ".grad"
+"""Suffix of the hook name under which gradients are stored."""
+
+
+class Vectors:
+    """The rows of one hook point, mapped block by block.
+
+    Args:
+        folder: the harvest's folder.
+        blocks: its blocks, in order.
+        hook: name of the hook point, or of its gradients.
+    """
+
+    def __init__(self, folder: Path, blocks: Sequence[Block], hook: str) -> None:
+        self._files = [folder / block.hooks[hook].file for block in blocks]
+        self._ends = np.cumsum([block.n_rows for block in blocks])
+        self._starts = self._ends - np.array([block.n_rows for block in blocks])
+        self._mapped: dict[int, Tensor] = {}
+        stored = blocks[0].hooks[hook]
+        self.width: int = stored.shape[1]
+        self.dtype: torch.dtype = getattr(torch, stored.dtype)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _block(self, number: int) -> Float[Tensor, "rows width"]:
+        if number not in self._mapped:
+            self._mapped[number] = map_tensors(self._files[number])["x"]
+        return self._mapped[number]
+
+    def pieces(self, start: int, stop: int) -> Iterator[Float[Tensor, "rows width"]]:
+        """Rows start to stop as mapped slices, one per block they lie in."""
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            first, end = int(self._starts[number]), min(stop, int(self._ends[number]))
+            yield self._block(number)[start - first : end - first]
+            start, number = end, number + 1
+
+    def rows(self, rows: Int[np.ndarray, "n"]) -> Float[Tensor, "n width"]:
+        """The given rows, in the given order, in the stored precision.
+
+        Raises:
+            InputError: rows that are no whole numbers, or that do not exist.
+        """
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (len(rows) and not np.issubdtype(rows.dtype, np.integer)):
+            raise InputError(
+                f"rows must be a list of whole numbers, got {rows.dtype} of shape {list(rows.shape)}: "
+                "np.flatnonzero turns a mask into rows"
+            )
+        rows = rows.astype(np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            wrong = int(rows[(rows < 0) | (rows >= len(self))][0])
+            raise InputError(f"row {wrong} does not exist: rows lie between 0 and {len(self) - 1}")
+        numbers = np.searchsorted(self._ends, rows, side="right")
+        order = np.argsort(numbers, kind="stable")
+        out = torch.empty(len(rows), self.width, dtype=self.dtype)
+        filled = 0
+        for number, count in zip(*np.unique(numbers, return_counts=True), strict=True):
+            mine = order[filled : filled + count]
+            local = torch.from_numpy(rows[mine] - self._starts[number])
+            torch.index_select(self._block(int(number)), 0, local, out=out[filled : filled + count])
+            filled += count
+        if (np.diff(order) == 1).all():
+            return out
+        return out[torch.from_numpy(np.argsort(order))]
+
+
+class Harvest:
+    """A harvest, for reading.
+
+    Attributes:
+        directory: its folder.
+        name: the folder's name.
+        config: the `HarvestConfig` as a dictionary.
+        model: the `ModelInfo` as a dictionary.
+        corpus: name and fingerprint of the corpus.
+        hooks: names of the hook points.
+        blocks: the recorded blocks.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.name = directory, directory.name
+        description = read_description(directory / DESCRIPTION)
+        if description.get("schema") != SCHEMA:
+            raise InputError(
+                f"harvest {self.name!r} has schema {description.get('schema')}, this version of the workbench reads "
+                f"{SCHEMA}: use the version that made it"
+            )
+        try:
+            self.config: dict[str, Any] = description["config"]
+            self.model: dict[str, Any] = description["model"]
+            self.corpus: dict[str, Any] = description["corpus"]
+            self.hooks: list[str] = description["hooks"]
+            self.blocks = read_journal(directory)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"harvest {self.name!r} is damaged ({error}): restore it or remove it with `workbench gc --harvest`"
+            ) from None
+
+    @classmethod
+    def open(cls, directory: Path | str) -> "Harvest":
+        """Opens a finished harvest.
+
+        Raises:
+            InputError: nothing there, not finished, or another schema.
+        """
+        directory = Path(directory)
+        if not (directory / DESCRIPTION).is_file():
+            raise InputError(f"no harvest at {directory}: make one with `workbench harvest`")
+        if not (directory / DATABASE).is_file():
+            raise InputError(f"harvest {directory.name!r} is not finished: repeat the command that started it")
+        return cls(directory)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all blocks and the database are in place."""
+        return self.database.is_file()
+
+    @property
+    def database(self) -> Path:
+        """Path of its DuckDB file."""
+        return self.directory / DATABASE
+
+    @property
+    def n_rows(self) -> int:
+        """Rows stored so far."""
+        return sum(block.n_rows for block in self.blocks)
+
+    @property
+    def context_len(self) -> int:
+        """Tokens a context, BOS included."""
+        return self.config["context_len"]
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether it holds the loss' gradients too."""
+        return self.config["gradients"]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all block files."""
+        return sum(stored.bytes for block in self.blocks for stored in block.files())
+
+    @cached_property
+    def flags(self) -> UInt8[NDArray, "rows"]:
+        """FLAG_... bits of every row."""
+        columns = [map_tensors(self.directory / block.tokens.file)["flags"] for block in self.blocks]
+        return torch.cat(columns).numpy()
+
+    @property
+    def n_trainable_rows(self) -> int:
+        """Rows that are neither BOS nor padding."""
+        return int(((self.flags & ~np.uint8(FLAG_NO_GRADIENT)) == 0).sum())
+
+    def vectors(self, hook: str) -> Vectors:
+        """Rows of a hook point (or of its gradients, `HOOK.grad`). Raises InputError for one it does not have."""
+        if not self.blocks:
+            raise InputError(f"harvest {self.name!r} has lost its journal: restore it or harvest again")
+        if hook not in self.blocks[0].hooks:
+            raise InputError(f"harvest {self.name!r} has no {hook!r}: it has {', '.join(self.blocks[0].hooks)}")
+        return Vectors(self.directory, self.blocks, hook)
+
+    def gradient_scale(self, hook: str) -> float:
+        """Stored gradients of a hook point are the true ones (nats per unit of activation) times this power of two."""
+        return self.blocks[0].gradient_scale[hook + GRADIENT]
+
+    def provenance(self) -> dict[str, Any]:
+        """What its rows were made from; recorded with everything made from them."""
+        return {"name": self.name, "config": self.config, "model": self.model, "corpus": self.corpus}

@@ -1,0 +1,1 @@
+"""SAEs of a workspace: training and sweeps, evaluation, comparison, import and export."""

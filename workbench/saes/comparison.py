@@ -1,0 +1,86 @@
+"""The SAEs of a workspace side by side: what each is, and what its stored evaluation found.
+
+One row per SAE: rule, k, width, hook point and model from its configuration; seed and tokens from its training; L0,
+FVU, added nats, loss recovered (against zeros), KL and dead share from its latest evaluation, with the text they were
+measured on. Numbers are comparable between SAEs of one model and hook point on the same text (`evaluated_on`).
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from sae.errors import InputError
+from sae.formats.saelens import ARCHITECTURES
+from workbench.saes.evaluate import KIND
+
+if TYPE_CHECKING:
+    from workbench.catalog.results import Result
+    from workbench.catalog.summaries import SAESummary
+    from workbench.workspace import Workspace
+
+MEASURED = {
+    "l0": "l0",
+    "fvu": "fvu",
+    "added_nats": "added_nats",
+    "recovered": "loss_recovered_zero",
+    "kl": "kl",
+    "dead": "dead_share",
+}
+"""Column of the comparison, and the number of `workbench.saes.evaluation.Evaluation` in it."""
+
+
+def compare(space: "Workspace", names: Sequence[str] = ()) -> pd.DataFrame:
+    """The SAEs named, or all of them, by model, hook point, rule, width and L0.
+
+    Returns:
+        Columns sae, rule, k, d_sae, seed, tokens, hook, model, those of MEASURED, evaluated_on; missing values where
+        an SAE has not been evaluated or does not say.
+
+    Raises:
+        InputError: a name that does not exist, or a workspace without SAEs.
+    """
+    summaries = {summary.name: summary for summary in space.saes()}
+    for name in names:
+        if name not in summaries:
+            raise InputError(f"no SAE {name!r} in {space.path}: it has {', '.join(summaries) or 'none'}")
+    if not summaries:
+        raise InputError(f"{space.path} has no SAEs to compare: make one with `workbench train` or `workbench import`")
+    evaluations = {result.name: result for result in space.results.find(KIND)}
+    chosen = list(dict.fromkeys(names)) or list(summaries)
+    rows = [_row(summaries[name], space.sae_provenance(name), evaluations.get(name)) for name in chosen]
+    order = ["model", "hook", "rule", "d_sae", "l0", "sae"]
+    return pd.DataFrame(rows).sort_values(order, na_position="last", ignore_index=True)
+
+
+def _row(summary: "SAESummary", provenance: dict[str, Any], evaluation: "Result | None") -> dict[str, Any]:
+    training = provenance.get("training", {})
+    architecture, _, k = summary.rule.partition(" k=")
+    # The rule it was trained with: a batch rule is stored as the thresholds that it comes to.
+    made_by = training.get("rule") or provenance.get("imported", {}).get("rule", {})
+    stored = ARCHITECTURES.get(architecture)
+    measured = summary.evaluation or {}
+    return {
+        "sae": summary.name,
+        "rule": made_by.get("name", stored.name if stored else architecture)
+        + " (random decoder)" * has_frozen_decoder(provenance),
+        "k": made_by.get("k", int(k) if k else None),
+        "d_sae": summary.d_sae,
+        "seed": training.get("seed"),
+        "tokens": training.get("total_tokens"),
+        "hook": summary.hook,
+        "model": summary.model,
+        **{column: measured.get(key) for column, key in MEASURED.items()},
+        "evaluated_on": _text(evaluation),
+    }
+
+
+def has_frozen_decoder(provenance: dict[str, Any]) -> bool:
+    """Whether an SAE of this provenance is a baseline whose decoder stayed at its random initialisation."""
+    return bool(provenance.get("training", {}).get("frozen_decoder"))
+
+
+def _text(evaluation: "Result | None") -> str | None:
+    if evaluation is None:
+        return None
+    return f"{evaluation.parameters['corpus']}, {evaluation.parameters['max_tokens']:,} tokens"

@@ -1,0 +1,310 @@
+"""Evaluation of SAEs on held-out documents: reconstruction, and what reading through them costs the model.
+
+For every batch of held-out contexts, with H the next-token cross-entropy in nats over the counted positions:
+
+1. the clean pass gives H and the activations x at each hook point;
+2. x is encoded and decoded: L0, FVU (ratio of sums), cosine, relative norm, firing densities (`sae.metrics`);
+3. the pass is repeated from the hook's layer on with x_hat in x's place (H*, and KL(clean || spliced)), with zeros
+   (H_0), and with the mean activation of the same held-out tokens (H_mean).
+
+    added nats      H* - H
+    loss recovered  (H_0 - H*) / (H_0 - H), and the same with H_mean
+
+BOS and padding are neither replaced nor counted: a position counts when its own token and the next are ordinary.
+The means come from a first pass over the same tokens, which stops at the hook point. All sums are in float64.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.resume import recorded_block, resumed_after
+from circuits.splice import splice
+from sae.errors import InputError
+from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
+from sae.model import SAE
+from workbench.models.capture import capture
+from workbench.models.hooks import HookSpec, resolve_hook
+from workbench.models.load import LoadedModel
+from workbench.text.corpora import Corpus
+from workbench.text.packing import FLAG_OK, pack
+
+BATCH_TOKENS = 4096
+BATCH_LOGITS = 1 << 26
+"""Large vocabularies get smaller batches: at this size the logits of one pass take 256 MB in float32."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One SAE on held-out tokens; shares are between 0 and 1, losses in nats per token."""
+
+    tokens: int
+    """Held-out tokens encoded."""
+    l0: float
+    fvu: float
+    explained_variance: float
+    cosine: float
+    relative_norm: float
+    dead_share: float
+    dense_share: float
+    ce_clean: float
+    ce_spliced: float
+    ce_zero: float
+    ce_mean: float
+    added_nats: float
+    loss_recovered_zero: float
+    loss_recovered_mean: float
+    kl: float
+    decoder_cosine_max: float
+    """Mean over features of the largest cosine of its decoder row with another's."""
+    density_histogram: list[dict[str, float]]
+    """`log10_density` (left edge) and `features` of every bin."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metrics by name, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    tokens: Int[Tensor, "batch pos"]
+    ordinary: Bool[Tensor, "batch pos"]
+
+    @property
+    def counted(self) -> Bool[Tensor, "batch pos-1"]:
+        return self.ordinary[:, :-1] & self.ordinary[:, 1:]
+
+
+def evaluate_sae(
+    model: LoadedModel,
+    saes: Sequence[SAE],
+    corpus: Corpus,
+    *,
+    max_tokens: int = 65_536,
+    context_len: int = 256,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Evaluates SAEs of one model on the held-out documents of a corpus; see the module's description.
+
+    Args:
+        saes: their `hook_name` says where they read; several may share one.
+        max_tokens: held-out rows to use, rounded down to whole contexts.
+        on_progress: called with (rows done, rows in all).
+
+    Raises:
+        InputError: an SAE whose hook point or width does not fit the model, contexts longer than the model takes, or
+            too few held-out tokens.
+    """
+    hooks = [_hook_of(model, sae) for sae in saes]
+    if not 2 <= context_len <= model.info.n_ctx:
+        raise InputError(
+            f"context length {context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
+            f"the longest that {model.info.name} takes"
+        )
+    n_contexts = max_tokens // context_len
+    if n_contexts < 1:
+        raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: evaluate on more")
+    batches = list(_batches(model, corpus, n_contexts, context_len))
+    total = sum(batch.tokens.numel() for batch in batches)
+    if not any(batch.counted.any() for batch in batches):
+        raise InputError(f"corpus {corpus.name} has no held-out tokens to measure on: give it more documents")
+    saes = [_on_device(sae, batches[0].tokens.device) for sae in saes]
+    means = _means(model, batches, hooks)
+    metrics = [ReconstructionMetrics(sae.d_in, sae.d_sae, model.device) for sae in saes]
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=model.device))
+    done = 0
+    with torch.no_grad():
+        for batch in batches:
+            _measure(model, batch, saes, hooks, means, metrics, sums)
+            done += batch.tokens.numel()
+            if on_progress is not None:
+                on_progress(done, total)
+    loss = {name: (value / sums["count"]).item() for name, value in sums.items()}
+    return [
+        _summary(sae, hook, number, loss, metric)
+        for number, (sae, hook, metric) in enumerate(zip(saes, hooks, metrics, strict=True))
+    ]
+
+
+def _hook_of(model: LoadedModel, sae: SAE) -> HookSpec:
+    hook = resolve_hook(model, sae.hook_name)
+    if hook.width != sae.d_in:
+        raise InputError(
+            f"the SAE reads {sae.d_in} values and {hook.name} of {model.info.name} has {hook.width}: "
+            "it belongs to another model"
+        )
+    return hook
+
+
+def _on_device(sae: SAE, device: torch.device) -> SAE:
+    """The SAE itself, or a copy: the caller's stays where it is."""
+    return sae if sae.W_dec.device == device else copy.deepcopy(sae).to(device)
+
+
+def _batches(model: LoadedModel, corpus: Corpus, n_contexts: int, context_len: int) -> Iterator[_Batch]:
+    per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.info.d_vocab) // context_len)
+    left = n_contexts
+    for packed in pack(corpus.documents("heldout"), model.tokenizer, model.bos_id, context_len, per_batch):
+        tokens = torch.from_numpy(packed.tokens[:left]).to(model.device, torch.int64)
+        yield _Batch(tokens, torch.from_numpy(packed.flags[:left] == FLAG_OK).to(model.device))
+        left -= len(tokens)
+        if left <= 0:
+            return
+
+
+def _means(
+    model: LoadedModel, batches: Sequence[_Batch], hooks: Sequence[HookSpec]
+) -> dict[str, Float[Tensor, "width"]]:
+    """Mean activation at each hook point over the ordinary tokens."""
+    sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in hooks}
+    count = 0
+    for batch in batches:
+        captured = capture(model, batch.tokens, hooks).activations
+        for name, total in sums.items():
+            total += _rows(captured[name])[batch.ordinary.flatten()].double().sum(dim=0)
+        count += int(batch.ordinary.sum())
+    return {name: (total / count).to(model.dtype) for name, total in sums.items()}
+
+
+def _rows(value: Float[Tensor, "batch pos *width"]) -> Float[Tensor, "rows width"]:
+    return value.flatten(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class _CleanPass:
+    logits: Float[Tensor, "batch pos vocab"]
+    x: dict[str, Float[Tensor, "ordinary width"]]
+    """Activations of the ordinary tokens by hook name."""
+    blocks: dict[int, Any]
+    """What the last block before each hook's layer handed on."""
+
+
+def _last_block_before(hook: HookSpec) -> int:
+    """The last block that a change at the hook point leaves as it is; -1 if there is none."""
+    return hook.layer if hook.kind == "resid_post" else hook.layer - 1
+
+
+def _clean_pass(model: LoadedModel, batch: _Batch, hooks: Sequence[HookSpec]) -> _CleanPass:
+    x: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        blocks = {
+            layer: stack.enter_context(recorded_block(model.bridge, layer))
+            for layer in {_last_block_before(hook) for hook in hooks}
+            if layer >= 0
+        }
+        for hook in hooks:
+
+            def record(value: Tensor, name: str = hook.name) -> Tensor:
+                x[name] = value
+                return value
+
+            stack.enter_context(splice(model.bridge, hook.name, record, keep=~batch.ordinary))
+        logits = _logits(model, batch)
+    return _CleanPass(logits, x, {layer: outputs[0] for layer, outputs in blocks.items()})
+
+
+def _measure(
+    model: LoadedModel,
+    batch: _Batch,
+    saes: Sequence[SAE],
+    hooks: Sequence[HookSpec],
+    means: dict[str, Tensor],
+    metrics: Sequence[ReconstructionMetrics],
+    sums: dict[str, Tensor],
+) -> None:
+    """Adds one batch to the metrics and sums."""
+    distinct = list({hook.name: hook for hook in hooks}.values())
+    clean = _clean_pass(model, batch, distinct)
+    sums["count"] += batch.counted.sum()
+    sums["clean"] += _losses(batch, clean.logits)[0]
+
+    def passed_through(hook: HookSpec, function: Callable[[Tensor], Tensor]) -> Tensor:
+        with ExitStack() as stack:
+            before = _last_block_before(hook)
+            if before >= 0:
+                stack.enter_context(resumed_after(model.bridge, before, clean.blocks[before]))
+            stack.enter_context(splice(model.bridge, hook.name, function, keep=~batch.ordinary))
+            return _logits(model, batch)
+
+    for hook in distinct:
+        mean = means[hook.name]
+        sums[f"zero {hook.name}"] += _losses(batch, passed_through(hook, torch.zeros_like))[0]
+        sums[f"mean {hook.name}"] += _losses(batch, passed_through(hook, mean.expand_as))[0]
+    for number, (sae, hook) in enumerate(zip(saes, hooks, strict=True)):
+        x = clean.x[hook.name]
+        code = sae.encode(x)
+        x_hat = sae.decode(code)
+        metrics[number].update(x, code, x_hat)
+        cross_entropy, divergence = _losses(batch, passed_through(hook, _constant(x_hat)), clean.logits)
+        sums[f"spliced {number}"] += cross_entropy
+        sums[f"kl {number}"] += divergence
+
+
+def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: value
+
+
+def _logits(model: LoadedModel, batch: _Batch) -> Float[Tensor, "batch pos vocab"]:
+    logits: Tensor = model.bridge(batch.tokens, return_type="logits")
+    return logits
+
+
+def _losses(
+    batch: _Batch, logits: Float[Tensor, "batch pos vocab"], clean: Float[Tensor, "batch pos vocab"] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, and KL(clean || this) where `clean` is given, summed over the counted positions.
+
+    One context at a time: the float32 log-probabilities of a whole batch are the largest tensors of an evaluation,
+    and writing and reading them again took longer than the model.
+    """
+    cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    for row, counted in enumerate(batch.counted):
+        targets = batch.tokens[row, 1:]
+        log_q = logits[row, :-1].float().log_softmax(dim=-1)
+        cross_entropy -= log_q.gather(1, targets[:, None]).squeeze(1)[counted].double().sum()
+        if clean is not None:
+            log_p = clean[row, :-1].float().log_softmax(dim=-1)
+            pointwise = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+            divergence += pointwise.sum(dim=-1)[counted].double().sum()
+    return cross_entropy, divergence
+
+
+def _summary(
+    sae: SAE, hook: HookSpec, number: int, loss: dict[str, float], metric: ReconstructionMetrics
+) -> Evaluation:
+    found = metric.result()
+    clean, spliced = loss["clean"], loss[f"spliced {number}"]
+    zero, mean = loss[f"zero {hook.name}"], loss[f"mean {hook.name}"]
+    return Evaluation(
+        tokens=found.tokens,
+        l0=found.l0,
+        fvu=found.fvu,
+        explained_variance=found.explained_variance,
+        cosine=found.cosine,
+        relative_norm=found.relative_norm,
+        dead_share=found.dead_share,
+        dense_share=found.dense_share,
+        ce_clean=clean,
+        ce_spliced=spliced,
+        ce_zero=zero,
+        ce_mean=mean,
+        added_nats=spliced - clean,
+        loss_recovered_zero=_share(zero - spliced, zero - clean),
+        loss_recovered_mean=_share(mean - spliced, mean - clean),
+        kl=loss[f"kl {number}"],
+        decoder_cosine_max=decoder_cosine_maxima(sae.W_dec).mean().item(),
+        density_histogram=density_histogram(found.density, found.tokens),
+    )
+
+
+def _share(recovered: float, lost: float) -> float:
+    """recovered / lost; NaN where ablation costs nothing, so that there is nothing to recover."""
+    return recovered / lost if lost else float("nan")

@@ -1,0 +1,119 @@
+"""How far the features of two SAEs are the same: cosines of their decoder directions.
+
+For feature i of A and j of B, both decoder rows scaled to unit norm, c_ij is their cosine, or its absolute value when
+either SAE's activations are signed, since a direction and its opposite are then one feature. For each feature the best
+partner in the other SAE and its cosine are kept, in both directions; the mean of these maxima is the mean max cosine
+similarity (MMCS) of Sharkey et al. 2022 ("Taking features out of superposition with sparse autoencoders"). Unlike the
+one-to-one matching of workbench/features/concepts/stability.py, the two may differ in width.
+
+Memory: d_sae of B times `FEATURES_AT_ONCE` cosines at a time.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.features.index.geometry import FEATURES_AT_ONCE, unit_rows
+from workbench.saes.figures import PALETTE
+
+if TYPE_CHECKING:
+    from workbench.workspace import Workspace
+
+BINS = 50
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Best partners of the features of two SAEs."""
+
+    a: str
+    b: str
+    partner_in_b: Int[NDArray, "d_sae_a"]
+    cosine_a: Float[NDArray, "d_sae_a"]
+    partner_in_a: Int[NDArray, "d_sae_b"]
+    cosine_b: Float[NDArray, "d_sae_b"]
+
+    @property
+    def mean_max_cosine(self) -> tuple[float, float]:
+        """Of A's features in B, and of B's in A."""
+        return float(self.cosine_a.mean()), float(self.cosine_b.mean())
+
+    def table(self) -> pd.DataFrame:
+        """One line a feature of A: feature, partner, cosine, mutual (whether the partner's best is this feature)."""
+        feature = np.arange(len(self.cosine_a))
+        return pd.DataFrame(
+            {
+                "feature": feature,
+                "partner": self.partner_in_b,
+                "cosine": self.cosine_a,
+                "mutual": self.partner_in_a[self.partner_in_b] == feature,
+            }
+        )
+
+    def figure(self) -> go.Figure:
+        """Histogram of the best cosines in either direction, as shares of the features."""
+        figure = go.Figure()
+        pairs = ((self.a, self.b, self.cosine_a), (self.b, self.a, self.cosine_b))
+        low = min(0.0, float(self.cosine_a.min()), float(self.cosine_b.min()))
+        edges = np.linspace(low, 1.0, BINS + 1)
+        for number, (own, other, cosine) in enumerate(pairs):
+            counts, _ = np.histogram(cosine.clip(low, 1.0), edges)
+            figure.add_scatter(
+                x=edges[:-1], y=counts / len(cosine), name=f"{own} in {other}", mode="lines",
+                line={"shape": "hv", "color": PALETTE[number], "width": 1.5},
+            )  # fmt: skip
+        return figure.update_layout(
+            xaxis_title="cosine with the nearest decoder direction of the other SAE", yaxis_title="share of features",
+            height=320, margin={"l": 50, "r": 10, "t": 20, "b": 40}, legend={"orientation": "h", "y": -0.25},
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def overlap(a: SAE, b: SAE, names: tuple[str, str] = ("A", "B")) -> Overlap:
+    """Best partners between two SAEs; see the module's description.
+
+    Args:
+        a, b: SAEs that read vectors of the same width, on one device.
+        names: what tables and figures call them.
+
+    Raises:
+        InputError: SAEs of different input widths or models, whose directions do not share a basis.
+    """
+    for what, mine, other in (("reads vectors of", a.d_in, b.d_in), ("is of the model", a.model_name, b.model_name)):
+        if mine != other:
+            raise InputError(
+                f"{names[0]} {what} {mine}, {names[1]} {other}, so their directions have nothing in common: "
+                "choose SAEs of one model and width"
+            )
+    left, right = unit_rows(a.W_dec.float()), unit_rows(b.W_dec.float())
+    either_signed = a.rule.signed or b.rule.signed
+    best_b = torch.full((len(right),), -torch.inf, device=right.device)
+    in_a = torch.zeros(len(right), dtype=torch.int64, device=right.device)
+    best_a, in_b = [], []
+    for first in range(0, len(left), FEATURES_AT_ONCE):
+        cosine = left[first : first + FEATURES_AT_ONCE] @ right.T
+        if either_signed:
+            cosine = cosine.abs()
+        value, index = cosine.max(dim=1)
+        best_a.append(value)
+        in_b.append(index)
+        value, index = cosine.max(dim=0)
+        better = value > best_b
+        best_b = torch.where(better, value, best_b)
+        in_a = torch.where(better, first + index, in_a)
+    return Overlap(
+        *names, torch.cat(in_b).cpu().numpy(), torch.cat(best_a).cpu().numpy(), in_a.cpu().numpy(), best_b.cpu().numpy()
+    )
+
+
+def overlap_of(space: "Workspace", a: str, b: str) -> Overlap:
+    """The overlap of two SAEs of a workspace. Raises InputError as `overlap`, and for names that do not exist."""
+    return overlap(space.sae(a), space.sae(b), (a, b))

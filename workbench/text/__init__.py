@@ -1,0 +1,1 @@
+"""Text: corpora, the bundled corpus of Python source, and packing documents into contexts."""
