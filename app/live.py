@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import streamlit as st
 
 from app.shared import loaded_model, open_index, pick_sae, plain, sae_names
@@ -13,6 +12,7 @@ from workbench.features.index.build import index_path
 from workbench.features.index.titles import concepts_path, explanations_path
 from workbench.features.live import LiveSAE, known_features, model_name, model_of
 from workbench.models.load import LoadedModel
+from workbench.show.colours import background
 
 
 def choose_sae(workspace: Workspace) -> str:
@@ -63,7 +63,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     const span = document.createElement("span");
     span.textContent = token.text;
     span.title = token.title;
-    span.style.background = `rgba(${token.colour}, ${token.opacity})`;
+    span.style.background = token.background;
     span.dataset.at = at;
     span.tabIndex = 0;
     span.setAttribute("role", "button");
@@ -104,14 +104,12 @@ def token_row(
         on_click: called with the position of a clicked token.
         key: of the component.
     """
-    scale = strongest or 1.0
     tokens = [
         {
             # A shared character stands at its first token; line breaks stay visible and break the line.
             "text": text.replace("\r", "").replace("\n", "⏎\n").replace("\t", "→") or "·",
             "title": f"{at} {text!r}: {value:.4g} {unit}",
-            "colour": "46,160,67" if value > 0 else "218,54,51",
-            "opacity": round(float(np.log10(1 + 9 * min(1.0, abs(value) / scale))), 3) if value else 0,
+            "background": background(value, strongest),
         }
         for at, (text, value) in enumerate(zip(texts, values, strict=True))
     ]

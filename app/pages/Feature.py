@@ -13,9 +13,10 @@ from workbench.features.index import InputError, figures
 from workbench.features.index.feature import Feature, TokenEffect
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.on_text import LiveText, activations_on_text
-from workbench.features.index.page import STYLE, example_html, group_html, visible
+from workbench.features.index.page import example_html, group_html
 from workbench.features.index.query import FeatureIndex
 from workbench.features.prompts import MAX_CHARACTERS, MAX_TOKENS
+from workbench.show.html import STYLE, visible
 
 BOOKMARKS = "bookmarks"
 

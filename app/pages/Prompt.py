@@ -7,9 +7,9 @@ from app.live import choose_sae, open_live, token_row
 from app.shared import open_workspace, page_link, plain
 from workbench.features import prompt_figures as live_figures
 from workbench.features.index import InputError
-from workbench.features.index.page import STYLE, visible
 from workbench.features.live import LiveSAE
 from workbench.features.prompts import MAX_TOKENS, RANKINGS, PromptReading, Ranking
+from workbench.show.html import STYLE, visible
 
 SHOWN = 200
 LINK = "feature=(.*)$"

@@ -11,7 +11,8 @@ from app.shared import loaded_model, open_workspace, plain, version
 from workbench import Workspace
 from workbench.catalog.results import Result
 from workbench.features.index import InputError
-from workbench.features.index.page import STYLE, example_html
+from workbench.features.index.page import example_html
+from workbench.show.html import STYLE
 from workbench.sparsity import figures
 from workbench.sparsity.calibration import Calibration, calibrate
 from workbench.sparsity.compare import compare, report_names, report_parts

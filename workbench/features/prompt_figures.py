@@ -4,25 +4,20 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.features.index.figures import MARK, NEGATIVE, NEUTRAL, POSITIVE
-from workbench.features.index.page import visible
 from workbench.features.prompts import PromptReading, Ranking
 from workbench.features.steering import Steering
+from workbench.show.colours import FAINT, MARK, NEGATIVE, NEUTRAL, POSITIVE, sign_colour
+from workbench.show.html import plotly_text
 
 _LAYOUT = {"margin": {"l": 45, "r": 10, "t": 10, "b": 40}, "bargap": 0.1}
 WIDE, NARROW = 60, 24
 """Tokens up to which an axis names each of them."""
 
 
-def _shown(text: str) -> str:
-    """A token for Plotly, which reads a little HTML but does not know the entities of quotes."""
-    return visible(text).replace("&quot;", '"').replace("&#x27;", "'")
-
-
 def _tokens_axis(figure: go.Figure, texts: list[str], ticks: int = WIDE, **where: int) -> None:
     step = -(-len(texts) // ticks)
     at = list(range(0, len(texts), step))
-    figure.update_xaxes(tickvals=at, ticktext=[_shown(texts[i])[:16] for i in at], tickangle=-60, **where)
+    figure.update_xaxes(tickvals=at, ticktext=[plotly_text(texts[i])[:16] for i in at], tickangle=-60, **where)
 
 
 def prompt_activations(reading: PromptReading, feature: int, position: int | None = None) -> go.Figure:
@@ -34,8 +29,8 @@ def prompt_activations(reading: PromptReading, feature: int, position: int | Non
     values = reading.activations(feature)
     figure = go.Figure(
         go.Bar(
-            x=list(range(len(values))), y=values, marker_color=[POSITIVE if v > 0 else NEGATIVE for v in values],
-            customdata=[[_shown(text)] for text in reading.texts],
+            x=list(range(len(values))), y=values, marker_color=[sign_colour(v) for v in values],
+            customdata=[[plotly_text(text)] for text in reading.texts],
             hovertemplate="%{customdata[0]}<br>%{y:.4g}<extra></extra>",
         )
     )  # fmt: skip
@@ -58,16 +53,16 @@ def prompt_heatmap(
     figure = go.Figure(
         go.Heatmap(
             z=values, zmin=-strongest if signed else 0, zmax=strongest,
-            colorscale=[[0, NEGATIVE], [0.5, "rgba(128,128,128,0.08)"], [1, POSITIVE]]
-            if signed else [[0, "rgba(128,128,128,0.08)"], [1, POSITIVE]],
-            customdata=[[_shown(text) for text in reading.texts]] * len(numbers),
-            text=[[_shown(name)] * len(reading.texts) for name in names],
+            colorscale=[[0, NEGATIVE], [0.5, FAINT], [1, POSITIVE]]
+            if signed else [[0, FAINT], [1, POSITIVE]],
+            customdata=[[plotly_text(text) for text in reading.texts]] * len(numbers),
+            text=[[plotly_text(name)] * len(reading.texts) for name in names],
             hovertemplate="feature %{text}<br>%{customdata}<br>%{z:.4g}<extra></extra>",
             colorbar={"thickness": 12, "title": "activation"},
         )
     )  # fmt: skip
     figure.update_yaxes(
-        tickvals=list(range(len(names))), ticktext=[_shown(name)[:32] for name in names], autorange="reversed"
+        tickvals=list(range(len(names))), ticktext=[plotly_text(name)[:32] for name in names], autorange="reversed"
     )
     _tokens_axis(figure, reading.texts)
     return figure.update_layout(height=max(160, 100 + 20 * len(names)), **_LAYOUT)
@@ -78,7 +73,7 @@ def prompt_losses(reading: PromptReading) -> go.Figure:
     figure = go.Figure(
         go.Bar(
             x=list(range(len(reading.texts))), y=reading.losses, marker_color=NEUTRAL,
-            customdata=[[_shown(text)] for text in reading.texts],
+            customdata=[[plotly_text(text)] for text in reading.texts],
             hovertemplate="%{customdata[0]}<br>%{y:.3f} nats<extra></extra>",
         )
     )  # fmt: skip
@@ -89,7 +84,7 @@ def prompt_losses(reading: PromptReading) -> go.Figure:
 def next_token_bars(steering: Steering) -> go.Figure:
     """Probabilities after the prompt, clean and steered, of the tokens that change most."""
     table = steering.next_tokens
-    names = [_shown(text) for text in table["text"]]
+    names = [plotly_text(text) for text in table["text"]]
     figure = go.Figure()
     for column, colour in (("clean", NEUTRAL), ("steered", MARK)):
         figure.add_bar(
@@ -109,11 +104,11 @@ def side_effects(steering: Steering) -> go.Figure:
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     change = steering.steered_loss - steering.clean_loss
     for row, values, colours in (
-        (1, steering.kl, [NEUTRAL] * len(change)), (2, change, [NEGATIVE if v > 0 else POSITIVE for v in change]),
+        (1, steering.kl, [NEUTRAL] * len(change)), (2, change, [sign_colour(-v) for v in change]),
     ):  # fmt: skip
         figure.add_bar(
             x=list(range(len(values))), y=values, marker_color=colours, row=row, col=1, showlegend=False,
-            customdata=[[_shown(text)] for text in steering.texts],
+            customdata=[[plotly_text(text)] for text in steering.texts],
             hovertemplate="%{customdata[0]}<br>%{y:.4f} nats<extra></extra>",
         )  # fmt: skip
     figure.update_yaxes(title_text="KL", row=1, col=1)

@@ -109,7 +109,7 @@ class Steering:
         )
 
     def _repr_html_(self) -> str:
-        from workbench.features.prompt_page import steering_html
+        from workbench.features.steering_page import steering_html
 
         return steering_html(self)
 

@@ -4,8 +4,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-# One colour per SAE, in the order of their names, the same in every figure.
-PALETTE = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#efb118", "#6cc5b0")
+from workbench.show.colours import series_colour
+
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 
 
@@ -18,7 +18,7 @@ def training_curves(metrics: pd.DataFrame) -> go.Figure:
     panels = [("fvu", "FVU"), ("l0", "L0"), ("loss", "loss"), ("dead_share", "dead share")]
     figure = make_subplots(rows=1, cols=4, subplot_titles=[title for _, title in panels], horizontal_spacing=0.06)
     for number, (sae, rows) in enumerate(metrics.groupby("name", sort=True)):
-        colour = PALETTE[number % len(PALETTE)]
+        colour = series_colour(number)
         for column, (key, _) in enumerate(panels, start=1):
             figure.add_scatter(
                 x=rows["tokens"], y=rows[key], name=str(sae), legendgroup=str(sae), showlegend=column == 1,
@@ -45,7 +45,7 @@ def density_histogram(histogram: pd.DataFrame) -> go.Figure:
     for number, (sae, rows) in enumerate(histogram.groupby("sae", sort=True)):
         figure.add_scatter(
             x=rows["log10_density"], y=rows["features"], name=str(sae), mode="lines",
-            line={"shape": "hvh", "color": PALETTE[number % len(PALETTE)], "width": 1.5},
+            line={"shape": "hvh", "color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     return figure.update_layout(
         xaxis_title="log10 of the share of tokens on which the feature fires",
@@ -69,7 +69,7 @@ def sae_comparison(table: pd.DataFrame) -> go.Figure:
     rules, widths = sorted(measured["rule"].unique()), sorted(measured["d_sae"].unique())
     for (rule, width), rows in measured.groupby(["rule", "d_sae"], sort=True):
         marker = {
-            "color": PALETTE[rules.index(rule) % len(PALETTE)],
+            "color": series_colour(rules.index(rule)),
             "symbol": SYMBOLS[widths.index(width) % len(SYMBOLS)],
             "size": 9,
         }

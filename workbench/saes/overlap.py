@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.features.index.geometry import FEATURES_AT_ONCE, unit_rows
-from workbench.saes.figures import PALETTE
+from workbench.show.colours import series_colour
 
 if TYPE_CHECKING:
     from workbench.workspace import Workspace
@@ -68,7 +68,7 @@ class Overlap:
             counts, _ = np.histogram(cosine.clip(low, 1.0), edges)
             figure.add_scatter(
                 x=edges[:-1], y=counts / len(cosine), name=f"{own} in {other}", mode="lines",
-                line={"shape": "hv", "color": PALETTE[number], "width": 1.5},
+                line={"shape": "hv", "color": series_colour(number), "width": 1.5},
             )  # fmt: skip
         return figure.update_layout(
             xaxis_title="cosine with the nearest decoder direction of the other SAE", yaxis_title="share of features",

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.saes.figures import PALETTE
+from workbench.show.colours import series_colour
 from workbench.sparsity.neurons import NeuronView
 
 LAYER_METRICS = {
@@ -31,7 +31,7 @@ def layer_overview(layers: pd.DataFrame) -> go.Figure:
     for number, (column, title) in enumerate(LAYER_METRICS.items()):
         figure.add_scatter(
             x=layers["layer"], y=layers[column], name=title, mode="lines+markers",
-            line={"color": PALETTE[number % len(PALETTE)], "dash": "dot" if column == "jaccard_chance" else "solid"},
+            line={"color": series_colour(number), "dash": "dot" if column == "jaccard_chance" else "solid"},
         )  # fmt: skip
     return _laid_out(figure, "layer", "share").update_xaxes(dtick=max(1, len(layers) // 16))
 
@@ -44,7 +44,7 @@ def neuron_densities(neurons: pd.DataFrame) -> go.Figure:
         figure.add_scatter(
             x=[rank / len(ordered) for rank in range(1, len(ordered) + 1)],
             y=ordered, name=f"layer {layer}", mode="lines",
-            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+            line={"color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     _laid_out(figure, "neurons, the busiest first", "share of tokens").update_xaxes(tickformat=".0%")
     return figure.update_yaxes(type="log")
@@ -66,7 +66,7 @@ def cost_curves(points: pd.DataFrame) -> go.Figure:
             figure.add_scatter(
                 x=drawn[key], y=drawn["added_nats"], name=str(method), legendgroup=str(method),
                 showlegend=column == 1, mode="lines+markers", customdata=drawn[["level", "kl"]],
-                line={"color": PALETTE[number % len(PALETTE)], "width": 1.5}, row=1, col=column,
+                line={"color": series_colour(number), "width": 1.5}, row=1, col=column,
                 hovertemplate="level %{customdata[0]}: %{y:.3f} nats, KL %{customdata[1]:.3f}",
             )  # fmt: skip
     figure.update_yaxes(range=[-0.05, COSTLY_NATS])
@@ -81,7 +81,7 @@ def attention_curves(curves: pd.DataFrame) -> go.Figure:
     for number, (pattern, rows) in enumerate(curves.groupby("pattern", sort=False)):
         figure.add_scatter(
             x=rows["budget"], y=rows["added_nats"], name=str(pattern), mode="lines+markers",
-            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+            line={"color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     return _laid_out(figure, "keys per query", "added nats per token").update_xaxes(type="log", dtick=0.30103)
 
@@ -110,7 +110,7 @@ def density_spectrum(spectrum: pd.DataFrame) -> go.Figure:
     for number, (sae, rows) in enumerate(spectrum.groupby("sae", sort=True)):
         figure.add_scatter(
             x=rows["rank"], y=rows["density"], name=str(sae), mode="lines",
-            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+            line={"color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     return _laid_out(figure, "features by density", "share of tokens").update_xaxes(type="log").update_yaxes(type="log")
 
@@ -121,7 +121,7 @@ def sae_positions(table: pd.DataFrame) -> go.Figure:
     for number, (sae, rows) in enumerate(table.groupby("sae", sort=True)):
         figure.add_scatter(
             x=rows["pos"], y=rows["l0"], name=str(sae), mode="lines",
-            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+            line={"color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     return _laid_out(figure, "position", "L0").update_yaxes(rangemode="tozero")
 
@@ -136,7 +136,7 @@ def terms_needed(terms: pd.DataFrame) -> go.Figure:
     for number, (dictionary, rows) in enumerate(terms[terms["reached"] >= 0.5].groupby("dictionary", sort=False)):
         figure.add_scatter(
             x=rows["error"], y=rows["terms_mean"], name=str(dictionary), mode="lines+markers",
-            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+            line={"color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     # The names below the axis' title, also in a third of a page.
     return _laid_out(figure, "relative error²", "terms per token").update_layout(
@@ -163,14 +163,14 @@ def layer_grid(layers: pd.DataFrame) -> go.Figure:
 def density_histogram(neurons: pd.DataFrame, layer: int) -> go.Figure:
     """Number of neurons of a layer by the share of tokens on which they fire. Args: the table `neurons`."""
     density = neurons.loc[neurons["layer"] == layer, "density"]
-    figure = go.Figure(go.Histogram(x=density, nbinsx=50, marker_color=PALETTE[0]))
+    figure = go.Figure(go.Histogram(x=density, nbinsx=50, marker_color=series_colour(0)))
     return _laid_out(figure, "share of tokens on which the neuron fires", "neurons")
 
 
 def neuron_histogram(view: NeuronView) -> go.Figure:
     """Values of one neuron where they are not exactly 0."""
     centres = [(low + high) / 2 for low, high in zip(view.edges[:-1], view.edges[1:], strict=True)]
-    figure = go.Figure(go.Bar(x=centres, y=view.counts, marker_color=PALETTE[0]))
+    figure = go.Figure(go.Bar(x=centres, y=view.counts, marker_color=series_colour(0)))
     return _laid_out(figure, "h, where it is not 0", "tokens").update_layout(bargap=0)
 
 
@@ -180,7 +180,7 @@ def positions(table: pd.DataFrame) -> go.Figure:
     for number, (layer, rows) in enumerate(table.groupby("layer", sort=True)):
         figure.add_scatter(
             x=rows["pos"], y=rows["active"], name=f"layer {layer}", mode="lines",
-            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+            line={"color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     return _laid_out(figure, "position", "neurons that fire").update_yaxes(rangemode="tozero")
 
@@ -207,7 +207,7 @@ def cost_panel(points: pd.DataFrame) -> go.Figure:
         drawn = rows.sort_values("level")
         figure.add_scatter(
             x=drawn["sparsity"], y=drawn["added_nats"], name=str(method), mode="lines+markers",
-            line={"color": PALETTE[number % len(PALETTE)], "width": 1.5},
+            line={"color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     _laid_out(figure, "share of zeros where the method acts", "added nats per token")
     return figure.update_xaxes(tickformat=".0%").update_yaxes(range=[-0.05, COSTLY_NATS])

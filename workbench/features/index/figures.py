@@ -6,15 +6,10 @@ import plotly.graph_objects as go
 
 from workbench.features.index.feature import Feature
 from workbench.features.index.geometry import MapMethod
-from workbench.features.index.page import visible
+from workbench.show.colours import MARK, NEGATIVE, NEUTRAL, sign_colour
+from workbench.show.html import plotly_text, visible
 
-POSITIVE, NEGATIVE, NEUTRAL, MARK = "#2ea043", "#da3633", "#4269d0", "#efb118"
 _LAYOUT = {"height": 220, "margin": {"l": 45, "r": 10, "t": 10, "b": 40}, "bargap": 0.03, "showlegend": False}
-
-
-def _token(text: str) -> str:
-    """Plotly reads a little HTML in texts, so the token is escaped, but for quotes, which it would show as entities."""
-    return visible(text).replace("&quot;", '"')
 
 
 def _bars(counts: list[int], low: float, high: float) -> go.Bar:
@@ -24,7 +19,7 @@ def _bars(counts: list[int], low: float, high: float) -> go.Bar:
         x=middle,
         y=counts,
         width=width,
-        marker_color=[POSITIVE if at > 0 else NEGATIVE for at in middle],
+        marker_color=[sign_colour(at) for at in middle],
         hovertemplate="%{x:.3g}: %{y:,}<extra></extra>",
     )
 
@@ -55,8 +50,13 @@ def logit_histogram(feature: Feature) -> go.Figure:
         figure.add_trace(_bars(feature.logits.histogram, feature.logits.low, feature.logits.high))
         for effects, anchor in ((feature.promotes, "right"), (feature.suppresses, "left")):
             figure.add_annotation(
-                x=effects[0].effect, y=0.5, yref="paper", text=_token(effects[0].text), showarrow=False, xanchor=anchor
-            )
+                x=effects[0].effect,
+                y=0.5,
+                yref="paper",
+                text=plotly_text(effects[0].text),
+                showarrow=False,
+                xanchor=anchor,
+            )  # fmt: skip
     return figure.update_layout(xaxis_title="effect on the logit", yaxis_title="tokens", **_LAYOUT).update_yaxes(
         type="log"
     )
@@ -71,11 +71,13 @@ def logit_bars(feature: Feature) -> go.Figure:
             x=[item.effect for item in effects],
             y=list(range(len(effects))),
             orientation="h",
-            marker_color=[POSITIVE if item.effect > 0 else NEGATIVE for item in effects],
+            marker_color=[sign_colour(item.effect) for item in effects],
             hovertemplate="%{x:+.3f}<extra></extra>",
         )
         figure.update_yaxes(
-            tickvals=list(range(len(effects))), ticktext=[_token(item.text) for item in effects], autorange="reversed"
+            tickvals=list(range(len(effects))),
+            ticktext=[plotly_text(item.text) for item in effects],
+            autorange="reversed",
         )
     return figure.update_layout(xaxis_title="effect on the logit", **(_LAYOUT | {"height": 420}))
 

@@ -1,0 +1,106 @@
+"""Pieces of a page: tokens, tables and histograms as HTML. They take texts and numbers and know no artefact.
+
+No script and nothing fetched. Every text is escaped. A page is made of `STYLE` and an element of the class `wbf`.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from workbench.show.colours import background, sign_colour
+
+STYLE = """<style>
+.wbf{font:14px/1.45 system-ui,sans-serif;color-scheme:light dark;max-width:1200px}
+.wbf h2{margin:.2em 0}.wbf h3{margin:1em 0 .3em;font-size:1em}
+.wbf .cols{display:flex;flex-wrap:wrap;gap:24px}.wbf .left{flex:1 1 260px}.wbf .right{flex:2 1 480px;min-width:0}
+.wbf table{border-collapse:collapse}.wbf td{padding:1px 10px 1px 0;text-align:left}.wbf td.n{text-align:right;
+font-variant-numeric:tabular-nums}
+.wbf .tok,.wbf .text{font-family:ui-monospace,monospace;font-size:12.5px;white-space:break-spaces;
+overflow-wrap:anywhere}
+.wbf .ex{border-top:1px solid #8884;padding:3px 0}.wbf .ex summary{cursor:pointer;list-style-position:outside}
+.wbf .chip{display:inline-block;min-width:4.5em;padding:0 6px;margin-right:8px;border-radius:4px;background:#8882;
+font-family:ui-monospace,monospace;font-size:12px}
+.wbf .peak{outline:1px solid currentColor;border-radius:2px}.wbf .dim{opacity:.65}
+.wbf .dead{padding:8px 12px;border-left:4px solid #d90;background:#d902}
+.wbf svg{width:100%;height:74px;display:block}.wbf .ends{display:flex;justify-content:space-between;font-size:12px}
+</style>"""
+
+
+def document_html(title: str, body: str) -> str:
+    """A self-contained page.
+
+    Args:
+        title: plain text.
+        body: HTML.
+    """
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>{STYLE}</head>'
+        f"<body>{body}</body></html>"
+    )
+
+
+def visible(text: str) -> str:
+    """A token that stands alone, escaped: line breaks and tabs as marks, and spaces where there is nothing else."""
+    return escape(one_line("␣" * len(text) if text and not text.strip(" ") else text))
+
+
+def one_line(text: str) -> str:
+    """Text with marks for its line breaks and tabs; not escaped."""
+    return text.replace("\r", "").replace("\n", "⏎").replace("\t", "→")
+
+
+def plotly_text(text: str) -> str:
+    """A token for Plotly, which reads a little HTML in texts but shows the entities of quotes as they are."""
+    return visible(text).replace("&quot;", '"').replace("&#x27;", "'")
+
+
+def token_html(
+    text: str, value: float, strongest: float, *, peak: bool = False, flat: bool = False, note: str = ""
+) -> str:
+    """One token with its value as background and, on hovering, as a number.
+
+    Args:
+        strongest: |value| of the full colour.
+        peak: whether it is framed.
+        flat: whether line breaks are shown as marks.
+        note: what else to say on hovering, escaped, such as ", seen 3 times".
+    """
+    shown = escape(one_line(text) if flat else text)
+    name = escape(repr(text))
+    if not value and not peak:
+        return f'<span title="{name}{note}">{shown}</span>' if note else shown
+    frame = ' class="peak"' if peak else ""
+    return (
+        f'<span{frame} title="{name}: {value:.4g}{note}" style="background:{background(value, strongest)}">'
+        f"{shown}</span>"
+    )
+
+
+def table_html(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A heading and rows of a name and a number; nothing where there are no rows."""
+    if not rows:
+        return ""
+    cells = "".join(f'<tr><td>{escape(name)}</td><td class="n">{escape(value)}</td></tr>' for name, value in rows)
+    return f"<h3>{escape(title)}</h3><table>{cells}</table>"
+
+
+def bars(counts: Sequence[int], low: float, high: float, *, zero: bool = False) -> str:
+    """A histogram as SVG; bars below zero are red. With `zero` a line marks zero."""
+    top = max([*counts, 1])
+    width = (high - low) / len(counts) if high > low else 1.0
+    shapes = []
+    for number, count in enumerate(counts):
+        middle = low + (number + 0.5) * width
+        # The square root keeps rare strong values in sight beside many weak ones.
+        height = 70 * math.sqrt(count / top)
+        shapes.append(
+            f'<rect x="{number * 10}" y="{72 - height:.1f}" width="9" height="{height:.1f}" '
+            f'fill="{sign_colour(middle)}"><title>{middle:.3g}: {count:,}</title></rect>'
+        )
+    if zero and low < 0 < high:
+        at = -low / (high - low) * 10 * len(counts)
+        shapes.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="74" stroke="currentColor"/>')
+    return (
+        f'<svg viewBox="0 0 {10 * len(counts)} 74" preserveAspectRatio="none">{"".join(shapes)}</svg>'
+        f'<div class="ends"><span>{low:.3g}</span><span>{high:.3g}</span></div>'
+    )
