@@ -1,15 +1,17 @@
 """Command over concepts: which features fire on what is known about tokens."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
 import typer
 
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json, print_table
 from workbench.show.progress import ProgressBar
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONCEPT_TITLES = {
     "concept": "concept",
@@ -104,15 +106,19 @@ def concepts(
     print(f"Next: workbench sql 'SELECT * FROM \"concepts.{sae}\".pairs LIMIT 10' --workspace {workspace}")
 
 
-def show(title: str, found: pd.DataFrame, titles: dict[str, str]) -> None:
+def show(title: str, found: "pd.DataFrame", titles: dict[str, str]) -> None:
     """Prints the columns in `titles`; the sign only where activations have two."""
+    import pandas as pd
+
     keys = [key for key in titles if key != "sign" or (found["sign"] < 0).any()]
     cells = [[None if pd.isna(cell) else cell for cell in row] for row in found[keys].itertuples(index=False)]
     print_table(title, [titles[key] for key in keys], cells)
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> "pd.DataFrame":
     """A user's concepts. Raises InputError when the file cannot be read."""
+    import pandas as pd
+
     try:
         return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError) as error:
