@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from circuits.ablation import ablate_heads, head_means
 from circuits.metrics import logit_difference
+from circuits.nodes import Bridge
 from circuits.passes import answer_logits
 from circuits.prompts import PromptSet
 from workbench.models.bundled import demo_model_dir
@@ -44,7 +45,7 @@ def random_prompts(n: int = 8, length: int = 16) -> PromptSet:
 
 
 @torch.no_grad()
-def naive(bridge: Any, prompts: PromptSet) -> torch.Tensor:
+def naive(bridge: Bridge, prompts: PromptSet) -> torch.Tensor:
     """One whole forward pass for each head, all positions unembedded."""
     means = head_means(bridge, prompts)
     clean = logit_difference(answer_logits(bridge, prompts.clean, prompts.last), prompts).mean()

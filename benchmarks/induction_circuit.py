@@ -21,11 +21,11 @@ from circuits.attribution import logit_attribution
 from circuits.eap import attribute_edges
 from circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from circuits.heads import head_scores, repeated_tokens
+from circuits.nodes import head_name, head_names
 from circuits.patching import patch_activations
 from circuits.prompts import PromptSet
 from circuits.tasks import make_task
 from workbench.circuits.heads import usable_tokens
-from workbench.circuits.report import model_heads
 from workbench.models.load import LoadedModel, load_model
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "methods" / "figures"
@@ -56,7 +56,7 @@ def second_repeat_losses(model: LoadedModel, rows: torch.Tensor, prompts: Prompt
                 value[:, :, head] = mean[head]
                 return value
 
-            found[f"a{layer}.h{head}"] = loss([(name, ablate)]) - before
+            found[head_name(layer, head)] = loss([(name, ablate)]) - before
     return found
 
 
@@ -68,7 +68,7 @@ def measure(n: int) -> tuple[pd.DataFrame, list[FaithfulnessCurve], LoadedModel]
     scores = head_scores(model.bridge, rows).table().set_index("node")
     table = scores[["previous_token", "induction"]].copy()
     table["repeat loss"] = pd.Series(second_repeat_losses(model, rows, prompts))
-    heads = sorted(model_heads(model))
+    heads = head_names(model.info.n_layers, model.info.n_heads)
     edges = {variant: attribute_edges(model.bridge, prompts, variant=variant) for variant in ("eap", "ig-inputs")}
     for column, found in (
         ("ablation", ablate_heads(model.bridge, prompts)),

@@ -9,28 +9,33 @@ zero also removes the head's constant contribution. (Wang et al. 2023, arXiv 221
 scrubbing".)
 """
 
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.metrics import Metric, logit_difference
-from circuits.passes import OnProgress, activations, answer_logits
+from circuits.nodes import Bridge, head_names
+from circuits.passes import OnProgress, activations
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
-from circuits.sweeps import Variants, sweep
+from circuits.sweeps import Variants, mean_metric
 from sae.errors import InputError
 
-Kind = Literal["zero", "mean", "resample"]
+Ablation = Literal["zero", "mean", "resample"]
+ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
+_Replacement = Callable[[slice], Mapping[str, Tensor]]
+"""What stands in for hook_z, by its name, on the prompts of a slice."""
 
 
 @torch.no_grad()
 def ablate_heads(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     *,
-    kind: Kind = "mean",
+    kind: Ablation = "mean",
     metric: Metric = logit_difference,
     batch_size: int = 32,
     seed: int = 0,
@@ -41,55 +46,54 @@ def ablate_heads(
     Raises:
         InputError: an unknown kind; resampling one prompt only, or prompts of several lengths.
     """
-    if kind not in ("zero", "mean", "resample"):
-        raise InputError(f"unknown ablation {kind!r}: choose zero, mean or resample")
-    if kind == "resample" and (len(prompts) < 2 or len(prompts.last.unique()) > 1):
-        raise InputError("resampling needs at least two prompts, all of one length: use mean ablation")
-    n_layers, n_heads, n = bridge.cfg.n_layers, bridge.cfg.n_heads, len(prompts)
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(n_layers)]
+    replacement = _replacement(bridge, prompts, kind, batch_size, seed)
+    n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
     masks = torch.eye(n_heads, dtype=torch.bool, device=prompts.clean.device).view(n_heads, 1, 1, n_heads, 1)
-    means = head_means(bridge, prompts, batch_size) if kind == "mean" else {}
-    # A shift by a random non-zero number gives every prompt another one.
-    shift = int(torch.randint(1, max(n, 2), (1,), generator=torch.Generator().manual_seed(seed)))
-    others = prompts.clean.roll(shift, dims=0)
-    ablated = torch.zeros(n_layers * n_heads, dtype=torch.float64)
-    clean = corrupted = 0.0
-    for first in range(0, n, batch_size):
-        batch = prompts[first : first + batch_size]
-        clean += metric(answer_logits(bridge, batch.clean, batch.last), batch).sum().item()
-        corrupted += metric(answer_logits(bridge, batch.corrupted, batch.last), batch).sum().item()
-        found = activations(bridge, others[first : first + batch_size], names) if kind == "resample" else {}
-        groups = []
-        for layer, name in enumerate(names):
-            if kind == "resample":
-                value = found[name]
-            else:
-                value = means[name] if kind == "mean" else torch.zeros((), device=batch.clean.device)
-            groups.append(Variants(layer, name, value, masks))
-        effects = []
-        for variants in sweep(bridge, batch.clean, batch.last, groups):
-            effects += [metric(one, batch).double().sum().cpu() for one in variants]
-            if on_progress is not None:
-                done = first * n_layers + len(batch) * len(effects) // n_heads
-                on_progress(done, n * n_layers)
-        ablated += torch.stack(effects)
-    heads = [f"a{layer}.h{head}" for layer in range(n_layers) for head in range(n_heads)]
-    scores = clean / n - ablated / n
-    return NodeScores(f"ablation ({kind})", prompts.name, metric.__name__, heads, scores, clean / n, corrupted / n)
+
+    def variants(batch: PromptSet, rows: slice) -> Iterator[Variants]:
+        values = replacement(rows)
+        return (Variants(layer, name, values[name], masks) for layer, name in enumerate(_z_names(bridge)))
+
+    found = mean_metric(bridge, prompts, variants, metric=metric, batch_size=batch_size, on_progress=on_progress)
+    return NodeScores(
+        f"ablation ({kind})", prompts.name, metric.__name__, head_names(n_layers, n_heads),
+        found.clean - found.values, found.clean, found.corrupted,
+    )  # fmt: skip
+
+
+def _replacement(bridge: Bridge, prompts: PromptSet, kind: Ablation, batch_size: int, seed: int) -> _Replacement:
+    names = _z_names(bridge)
+    if kind == "zero":
+        zeros = dict.fromkeys(names, torch.zeros((), device=prompts.clean.device))
+        return lambda rows: zeros
+    if kind == "mean":
+        means = head_means(bridge, prompts, batch_size)
+        return lambda rows: means
+    if kind == "resample":
+        if len(prompts) < 2 or len(prompts.last.unique()) > 1:
+            raise InputError("resampling needs at least two prompts, all of one length: use mean ablation")
+        # A shift by a random non-zero number gives every prompt another one.
+        shift = int(torch.randint(1, len(prompts), (1,), generator=torch.Generator().manual_seed(seed)))
+        others = prompts.clean.roll(shift, dims=0)
+        return lambda rows: activations(bridge, others[rows], names)
+    raise InputError(f"unknown ablation {kind!r}: choose {', '.join(ABLATIONS)}")
 
 
 @torch.no_grad()
-def head_means(bridge: Any, prompts: PromptSet, batch_size: int = 32) -> dict[str, Float[Tensor, "heads d_head"]]:
+def head_means(bridge: Bridge, prompts: PromptSet, batch_size: int = 32) -> dict[str, Float[Tensor, "heads d_head"]]:
     """Mean hook_z of every layer over the clean prompts' tokens after BOS, by hook name."""
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]
     totals: dict[str, Tensor] = {}
     count = 0
     for batch in prompts.batches(batch_size):
         positions = torch.arange(batch.clean.shape[1], device=batch.clean.device)
         real = (positions > 0) & (positions <= batch.last[:, None])
         count += int(real.sum())
-        for name, value in activations(bridge, batch.clean, names).items():
+        for name, value in activations(bridge, batch.clean, _z_names(bridge)).items():
             summed = value[real].double().sum(dim=0)
             totals[name] = totals[name] + summed if name in totals else summed
     dtype = next(bridge.parameters()).dtype
     return {name: (total / count).to(dtype) for name, total in totals.items()}
+
+
+def _z_names(bridge: Bridge) -> list[str]:
+    return [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]

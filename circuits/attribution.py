@@ -14,7 +14,6 @@ Mathematical Framework for Transformer Circuits".)
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,7 @@ from torch import Tensor
 from circuits.edges import stacked, writer_names
 from circuits.effective_weights import effective_weights
 from circuits.metrics import difference_direction, logit_difference
-from circuits.nodes import graph_of
+from circuits.nodes import Bridge, graph_of
 from circuits.passes import answer_logits, last_values, taking
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
@@ -50,7 +49,7 @@ class LogitAttribution:
 
 
 @torch.no_grad()
-def logit_attribution(bridge: Any, prompts: PromptSet, *, batch_size: int = 32) -> LogitAttribution:
+def logit_attribution(bridge: Bridge, prompts: PromptSet, *, batch_size: int = 32) -> LogitAttribution:
     """Direct logit attribution on the clean prompts.
 
     Raises:

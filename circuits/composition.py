@@ -12,7 +12,7 @@ Framework for Transformer Circuits".)
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.effective_weights import effective_weights
-from circuits.nodes import head_weights
+from circuits.nodes import Bridge, head_name, head_weights
 from sae.errors import InputError
 
 Kind = Literal["q", "k", "v"]
@@ -36,7 +36,7 @@ class CompositionScores:
     def table(self, top: int | None = None) -> pd.DataFrame:
         """Columns writer, reader, score; strongest first."""
         found = [
-            (f"a{l1}.h{h1}", f"a{l2}.h{h2}", float(self.values[l1, h1, l2, h2]))
+            (head_name(l1, h1), head_name(l2, h2), float(self.values[l1, h1, l2, h2]))
             for l1, h1, l2, h2 in torch.cartesian_prod(*(torch.arange(size) for size in self.values.shape)).tolist()
             if l1 < l2
         ]
@@ -45,7 +45,7 @@ class CompositionScores:
 
 
 @torch.no_grad()
-def composition_scores(bridge: Any, kind: Kind = "k") -> CompositionScores:
+def composition_scores(bridge: Bridge, kind: Kind = "k") -> CompositionScores:
     """Composition of every pair of heads.
 
     Raises:
@@ -85,7 +85,7 @@ def product_norms(
     return product / (left[:, None] * right)
 
 
-def _factors(bridge: Any, layer: int) -> dict[str, Float[Tensor, "heads d_model d_head"]]:
+def _factors(bridge: Bridge, layer: int) -> dict[str, Float[Tensor, "heads d_model d_head"]]:
     """W_Q, W_K, W_V and W_O transposed, in float64; key-value heads as often as query heads use them."""
     n_heads = bridge.cfg.n_heads
     found = {"o": head_weights(bridge, layer).double().cpu().transpose(1, 2)}

@@ -6,9 +6,10 @@ sources, z_h[dst] = sum_src A_h[dst, src] v_h[src], so the pre-activation of fea
     DFA(f, dst, src, h) = A_h[dst, src] v_h[src] . W_enc[h, :, f]
     sum_src,h DFA + b_enc[f] - b_dec . W_enc[:, f] = pre-activation of f at dst
 
-From the weights alone, head h's share of f is ||W_dec[f, h]|| / sum_h' ||W_dec[f, h']||, and f's effect on features of
-a residual SAE further down is W_dec[f] W_O W_enc_res: what the head writes goes into the stream as it is. (Kissane et
-al. 2024, arXiv 2406.17759.)
+From the weights alone, head h's share of f is ||W_dec[f, h]||^2 / sum_h' ||W_dec[f, h']||^2. The heads' parts of a
+decoder row are orthogonal, so that their squared norms add up to the row's and the shares are parts of a whole; the
+paper divides norms by the sum of the norms, which ranks the heads alike and levels the shares. (Kissane et al. 2024,
+arXiv 2406.17759, "weight-based head attribution".)
 """
 
 import re
@@ -21,7 +22,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.nodes import head_weights
+from circuits.nodes import Bridge, head_name
 from circuits.passes import activations
 from sae.errors import InputError
 from sae.model import SAE
@@ -55,7 +56,7 @@ class FeatureAttribution:
         """Columns source, head, value; strongest first."""
         n_src, n_heads = self.values.shape
         rows = [
-            (src, f"a{self.layer}.h{head}", float(self.values[src, head]))
+            (src, head_name(self.layer, head), float(self.values[src, head]))
             for src in range(n_src)
             for head in range(n_heads)
         ]
@@ -82,11 +83,10 @@ def residual_layer(sae: SAE) -> int:
     return int(found[1]) + (found[2] == "post")
 
 
-def head_shares(sae: SAE, n_heads: int) -> Float[Tensor, "features heads"]:
-    """Every head's share of the norm of every feature's decoder row."""
-    attention_layer(sae)
-    norms = rearrange(sae.W_dec.detach(), "f (h z) -> f h z", h=n_heads).norm(dim=2)
-    return norms / norms.sum(dim=1, keepdim=True)
+def head_shares(W_dec: Float[Tensor, "features n_heads*d_head"], n_heads: int) -> Float[Tensor, "features heads"]:
+    """Every head's share of the squared norm of every feature's decoder row, in float64; NaN for a row of zeros."""
+    squares = rearrange(W_dec.detach().double(), "f (h z) -> f h z", h=n_heads).square().sum(dim=2)
+    return squares / squares.sum(dim=1, keepdim=True)
 
 
 def encoder_by_head(sae: SAE, features: Any, n_heads: int) -> Float[Tensor, "heads d_head *features"]:
@@ -110,7 +110,7 @@ def weighted_values(
 
 @torch.no_grad()
 def direct_feature_attribution(
-    bridge: Any, sae: SAE, tokens: Int[Tensor, "pos"], feature: int, destination: int = -1
+    bridge: Bridge, sae: SAE, tokens: Int[Tensor, "pos"], feature: int, destination: int = -1
 ) -> FeatureAttribution:
     """DFA of one feature at one position of a prompt (BOS first).
 
@@ -133,17 +133,3 @@ def check(sae: SAE, tokens: Int[Tensor, "pos"], feature: int, destination: int) 
         raise InputError(f"feature {feature} does not exist: this SAE has features 0 to {sae.d_sae - 1}")
     if not -len(tokens) <= destination < len(tokens):
         raise InputError(f"position {destination} does not exist: the prompt has {len(tokens)} tokens")
-
-
-@torch.no_grad()
-def downstream_features(bridge: Any, sae: SAE, residual: SAE, feature: int) -> Float[Tensor, "residual_features"]:
-    """Change of every residual feature's pre-activation per unit of an attention feature, W_dec[f] W_O W_enc_res.
-
-    Raises:
-        InputError: the residual SAE reads the stream before the attention layer has written into it.
-    """
-    layer = attention_layer(sae)
-    if residual_layer(residual) <= layer:
-        raise InputError(f"{residual.hook_name} comes before {sae.hook_name}: give an SAE further down")
-    row = sae.W_dec[feature].unflatten(0, (bridge.cfg.n_heads, -1))
-    return torch.einsum("hz,hzd,df->f", row, head_weights(bridge, layer), residual.W_enc)

@@ -14,7 +14,6 @@ the paper does not say: without it the learning rate would mean another thing in
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -22,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from circuits.edges import writer_names
-from circuits.nodes import graph_of, head_outputs
+from circuits.nodes import Bridge, graph_of, head_outputs
 from circuits.passes import OnProgress, activations
 from circuits.prompts import PromptSet
 from sae.errors import InputError
@@ -60,7 +59,7 @@ class DiscreteCircuit:
 
 
 def discover(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     *,
     n_train: int = 10,
@@ -101,7 +100,7 @@ def discover(
 
 @torch.no_grad()
 def mean_head_outputs(
-    bridge: Any, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"], batch_size: int = 32
+    bridge: Bridge, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"], batch_size: int = 32
 ) -> Float[Tensor, "n heads d_model"]:
     """Every head's output in the residual stream, averaged over the positions of each prompt, padding left out."""
     names = [name for name in writer_names(bridge.cfg.n_layers) if name.endswith("hook_z")]

@@ -23,7 +23,7 @@ attention has gradients near zero, so plain EAP cannot see what sets it.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from circuits.edges import read_through, stacked, writer_names, written_and_logits
 from circuits.metrics import Metric, logit_difference
-from circuits.nodes import Graph, graph_of
+from circuits.nodes import Bridge, Graph, graph_of
 from circuits.passes import Hook, OnProgress, answer_logits, probed, taking
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores
@@ -42,7 +42,7 @@ TITLES: dict[str, str] = {"eap": "EAP", "ig-inputs": "EAP-IG (inputs)", "ig-acti
 
 
 def attribute_edges(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     *,
     variant: Variant = "ig-inputs",
@@ -99,7 +99,7 @@ class GradientRun:
     """Gradient of that sum with respect to what each reader reads, one kind of reader of a layer at a time."""
 
 
-def gradient_run(bridge: Any, graph: Graph, prompts: PromptSet, metric: Metric, hooks: list[Hook]) -> GradientRun:
+def gradient_run(bridge: Bridge, graph: Graph, prompts: PromptSet, metric: Metric, hooks: list[Hook]) -> GradientRun:
     """Runs the clean prompts forward, with `hooks` in place, and back from the metric to every reader."""
     shared_norm = not hasattr(bridge.blocks[0], "ln2")
     mlp_input = "mlp.hook_in" if shared_norm else "ln2.hook_in"

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.nodes import Graph, graph_of, head_outputs
+from circuits.nodes import Bridge, Graph, graph_of, head_outputs
 from circuits.passes import Hook, answer_logits, taking
 
 
 @torch.no_grad()
-def written(bridge: Any, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "writers n pos d_model"]:
+def written(bridge: Bridge, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "writers n pos d_model"]:
     """What every writer writes, in one pass."""
     last = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
     return written_and_logits(bridge, tokens, last)[0]
@@ -31,7 +31,7 @@ def written(bridge: Any, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "writers
 
 @torch.no_grad()
 def written_and_logits(
-    bridge: Any, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"]
+    bridge: Bridge, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "writers n pos d_model"], Float[Tensor, "n vocab"]]:
     """What every writer writes and the logits at the last positions, in one pass."""
     found: dict[str, Tensor] = {}
@@ -48,7 +48,7 @@ def writer_names(n_layers: int) -> list[str]:
     return names
 
 
-def stacked(bridge: Any, found: dict[str, Tensor]) -> Float[Tensor, "writers n pos d_model"]:
+def stacked(bridge: Bridge, found: dict[str, Tensor]) -> Float[Tensor, "writers n pos d_model"]:
     """Writers' outputs from the values at the hook points of `writer_names`."""
     pieces = [found["blocks.0.hook_resid_pre"][None]]
     for layer in range(bridge.cfg.n_layers):
@@ -58,7 +58,7 @@ def stacked(bridge: Any, found: dict[str, Tensor]) -> Float[Tensor, "writers n p
 
 
 def read_through(
-    bridge: Any, layer: int, part: str, x: Float[Tensor, "n pos heads d_model"]
+    bridge: Bridge, layer: int, part: str, x: Float[Tensor, "n pos heads d_model"]
 ) -> Float[Tensor, "n pos heads d_head"]:
     """Queries, keys or values (`part` q, k or v) of each head from a residual stream of its own."""
     block = bridge.blocks[layer]
@@ -71,7 +71,7 @@ def read_through(
 
 @torch.no_grad()
 def patched_logits(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Int[Tensor, "n pos"],
     last: Int[Tensor, "n"],
     alternative: Float[Tensor, "writers n pos d_model"],
@@ -87,7 +87,7 @@ def patched_logits(
 
 
 def edge_hooks(
-    bridge: Any,
+    bridge: Bridge,
     graph: Graph,
     alternative: Float[Tensor, "writers n pos d_model"],
     patched: Float[Tensor, "writers readers"] | Float[Tensor, "n writers readers"],

@@ -22,6 +22,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.nodes import Bridge
 from sae.errors import InputError
 
 Reader = Literal["q", "k", "v", "mlp_in", "mlp_gate", "unembed"]
@@ -36,7 +37,7 @@ class EffectiveWeights:
 
 
 @torch.no_grad()
-def effective_weights(bridge: Any, reader: Reader, layer: int | None = None) -> EffectiveWeights:
+def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) -> EffectiveWeights:
     """Effective weights of a reader.
 
     Args:
@@ -68,7 +69,7 @@ def effective_weights(bridge: Any, reader: Reader, layer: int | None = None) -> 
     return _through_norm(bridge, norm, *_linear(getattr(block.mlp, name)))
 
 
-def effective_unembedding(bridge: Any) -> Float[Tensor, "d_model vocab"]:
+def effective_unembedding(bridge: Bridge) -> Float[Tensor, "d_model vocab"]:
     """The unembedding as the residual stream meets it: what a direction does to each logit, up to the scale."""
     return effective_weights(bridge, "unembed").W
 
@@ -84,7 +85,7 @@ def _linear(component: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, 
 
 
 def _through_norm(
-    bridge: Any, norm: Any, W: Float[Tensor, "d_model d_out"], b: Float[Tensor, "d_out"]
+    bridge: Bridge, norm: Any, W: Float[Tensor, "d_model d_out"], b: Float[Tensor, "d_out"]
 ) -> EffectiveWeights:
     module = norm.original_component
     gain = module.weight.to(W.dtype)

@@ -18,7 +18,7 @@ official evaluation; completeness after Wang et al. 2023 (arXiv 2211.00593).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from circuits.edges import patched_logits, written
 from circuits.metrics import Metric, logit_difference
-from circuits.nodes import Graph
+from circuits.nodes import Bridge, Graph
 from circuits.passes import OnProgress, answer_logits
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores
@@ -117,7 +117,7 @@ def pruned(graph: Graph, edges: Bool[Tensor, "writers readers"]) -> Bool[Tensor,
 
 @torch.no_grad()
 def circuit_metric(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     kept: Bool[Tensor, "writers readers"],
     *,
@@ -135,7 +135,7 @@ def circuit_metric(
 
 @torch.no_grad()
 def faithfulness_curve(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     scores: EdgeScores,
     *,

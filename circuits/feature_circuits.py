@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.metrics import Metric, logit_difference
+from circuits.nodes import Bridge
 from circuits.passes import Hook, OnProgress, activations, answer_logits, probed, taking
 from circuits.prompts import PromptSet
 from sae.errors import InputError
@@ -82,7 +83,7 @@ class _Split:
 
 
 def feature_circuit(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     saes: Sequence[SAE],
     *,
@@ -137,7 +138,7 @@ def node_name(hook: str, feature: int) -> str:
 
 
 def _splits(
-    bridge: Any, prompts: PromptSet, saes: Sequence[SAE], metric: Metric
+    bridge: Bridge, prompts: PromptSet, saes: Sequence[SAE], metric: Metric
 ) -> tuple[dict[str, _Split], float, float]:
     """Every hook point's split, in the order in which the pass reached them, and the metric on either prompts."""
     names = [sae.hook_name for sae in saes]
@@ -181,7 +182,7 @@ def _nodes(splits: Mapping[str, _Split]) -> pd.DataFrame:
 
 
 def _edges(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     splits: Mapping[str, _Split],
     kept: Mapping[str, set[int]],
@@ -221,7 +222,7 @@ def _cotangent(reader: _Split, feature: int) -> Float[Tensor, "n pos d"]:
 
 
 def _pulled_back(
-    bridge: Any, prompts: PromptSet, hook_name: str, cotangent: Tensor, upstream: Sequence[str]
+    bridge: Bridge, prompts: PromptSet, hook_name: str, cotangent: Tensor, upstream: Sequence[str]
 ) -> dict[str, Float[Tensor, "n pos d"]]:
     """Gradient of cotangent . x at `hook_name` with respect to the values at earlier hook points."""
     probes: dict[str, Tensor] = {}
@@ -236,7 +237,7 @@ def _pulled_back(
 
 @torch.no_grad()
 def _run_circuit(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     splits: Mapping[str, _Split],
     kept: Mapping[str, set[int]],

@@ -25,7 +25,6 @@ three; text for the sink, entropy and keys.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -33,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.effective_weights import effective_weights
-from circuits.nodes import head_weights
+from circuits.nodes import Bridge, head_name, head_names, head_weights
 from circuits.passes import activations
 from sae.errors import InputError
 
@@ -55,7 +54,7 @@ class HeadScores:
         table = pd.DataFrame(self.values.flatten(0, 1).numpy(), columns=list(COLUMNS))
         layers = [layer for layer in range(n_layers) for _ in range(n_heads)]
         heads = list(range(n_heads)) * n_layers
-        table.insert(0, "node", [f"a{layer}.h{head}" for layer, head in zip(layers, heads, strict=True)])
+        table.insert(0, "node", head_names(n_layers, n_heads))
         table.insert(1, "layer", layers)
         table.insert(2, "head", heads)
         return table
@@ -79,7 +78,7 @@ def repeated_tokens(
 
 
 @torch.no_grad()
-def head_scores(bridge: Any, tokens: Int[Tensor, "n pos"], *, batch_size: int = 8) -> HeadScores:
+def head_scores(bridge: Bridge, tokens: Int[Tensor, "n pos"], *, batch_size: int = 8) -> HeadScores:
     """Scores of every head on rows of tokens, BOS first and without padding.
 
     Raises:
@@ -135,7 +134,7 @@ def pattern_sums(
 
 
 @torch.no_grad()
-def copying_scores(bridge: Any, layer: int) -> Float[Tensor, "heads"]:
+def copying_scores(bridge: Bridge, layer: int) -> Float[Tensor, "heads"]:
     """Eigenvalue positivity of every head's full OV circuit, in float64; see the module's docstring."""
     W_U = effective_weights(bridge, "unembed").W
     W_E = bridge.embed.original_component.weight.to(W_U.dtype)
@@ -160,7 +159,7 @@ class PrefixInduction:
         """One row a head and length: node, length, intact, corrupted."""
         n_layers, n_heads, _ = self.intact.shape
         rows = [
-            (f"a{layer}.h{head}", length, float(self.intact[layer, head, i]), float(self.corrupted[layer, head, i]))
+            (head_name(layer, head), length, float(self.intact[layer, head, i]), float(self.corrupted[layer, head, i]))
             for layer in range(n_layers)
             for head in range(n_heads)
             for i, length in enumerate(self.lengths)
@@ -170,7 +169,7 @@ class PrefixInduction:
 
 @torch.no_grad()
 def prefix_induction(
-    bridge: Any,
+    bridge: Bridge,
     vocabulary: Sequence[int],
     bos_id: int,
     *,

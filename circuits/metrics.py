@@ -41,17 +41,6 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def accuracy(logits: Float[Tensor, "n vocab"], prompts: PromptSet) -> float:
-    """Share of prompts whose most probable next token is an answer."""
-    best = logits.argmax(dim=-1, keepdim=True)
-    return (best == prompts.answers).any(dim=1).double().mean().item()
-
-
-def preference(logits: Float[Tensor, "n vocab"], prompts: PromptSet) -> float:
-    """Share of prompts with a positive logit difference."""
-    return (logit_difference(logits, prompts) > 0).double().mean().item()
-
-
 def _sum(values: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n width"]) -> Float[Tensor, "n"]:
     present = tokens != NO_TOKEN
     return (values.gather(1, tokens.clamp(min=0)) * present).sum(dim=1)

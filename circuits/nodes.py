@@ -18,13 +18,17 @@ run in parallel. Names as in Hanna et al. 2024 (arXiv 2403.17806).
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.errors import InputError
+
+Bridge: TypeAlias = Any
+"""A TransformerLens `TransformerBridge`: the model with a hook point at everything it computes. What its blocks hold is
+found out as it is made, so a checker can know no more about it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Graph:
         """Names of what writes to the residual stream: input, each layer's heads, its MLP."""
         names = ["input"]
         for layer in range(self.n_layers):
-            names += [f"a{layer}.h{head}" for head in range(self.n_heads)] + [f"m{layer}"]
+            names += [*(head_name(layer, head) for head in range(self.n_heads)), f"m{layer}"]
         return names
 
     @cached_property
@@ -49,15 +53,15 @@ class Graph:
         """Names of what reads from it: heads' queries, keys and values, MLPs, logits."""
         names = []
         for layer in range(self.n_layers):
-            names += [f"a{layer}.h{head}<q>" for head in range(self.n_heads)]
-            names += [f"a{layer}.h{head}<{part}>" for part in "kv" for head in range(self.n_kv_heads)]
+            for part, n_heads in (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads)):
+                names += [f"{head_name(layer, head)}<{part}>" for head in range(n_heads)]
             names.append(f"m{layer}")
         return [*names, "logits"]
 
     @cached_property
     def heads(self) -> list[str]:
         """Names of all heads, layer by layer."""
-        return [f"a{layer}.h{head}" for layer in range(self.n_layers) for head in range(self.n_heads)]
+        return head_names(self.n_layers, self.n_heads)
 
     @cached_property
     def exists(self) -> Bool[Tensor, "writers readers"]:
@@ -107,9 +111,19 @@ class Graph:
         kind, layer, head = parse(name)
         if kind != "a" or layer >= self.n_layers or head is None or head >= self.n_heads:
             raise InputError(
-                f"the model has no head {name!r}: it has a0.h0 to a{self.n_layers - 1}.h{self.n_heads - 1}"
+                f"the model has no head {name!r}: it has a0.h0 to {head_name(self.n_layers - 1, self.n_heads - 1)}"
             )
         return layer, head
+
+
+def head_name(layer: int, head: int) -> str:
+    """`a5.h1`: head 1 of layer 5."""
+    return f"a{layer}.h{head}"
+
+
+def head_names(n_layers: int, n_heads: int) -> list[str]:
+    """Names of all heads, layer by layer."""
+    return [head_name(layer, head) for layer in range(n_layers) for head in range(n_heads)]
 
 
 def parse(name: str) -> tuple[str, int, int | None]:
@@ -122,7 +136,7 @@ def parse(name: str) -> tuple[str, int, int | None]:
     return "a", int(found[1]), int(found[2])
 
 
-def graph_of(bridge: Any) -> Graph:
+def graph_of(bridge: Bridge) -> Graph:
     """The graph of a model.
 
     Raises:
@@ -138,12 +152,12 @@ def graph_of(bridge: Any) -> Graph:
     return Graph(shape.n_layers, shape.n_heads, shape.n_key_value_heads or shape.n_heads, bool(shape.parallel_attn_mlp))
 
 
-def head_weights(bridge: Any, layer: int) -> Float[Tensor, "heads d_head d_model"]:
+def head_weights(bridge: Bridge, layer: int) -> Float[Tensor, "heads d_head d_model"]:
     """W_O of a layer, head by head."""
     weights: Tensor = bridge.blocks[layer].attn.W_O
     return weights
 
 
-def head_outputs(bridge: Any, layer: int, z: Float[Tensor, "n pos heads d_head"]) -> Float[Tensor, "heads n pos d"]:
+def head_outputs(bridge: Bridge, layer: int, z: Float[Tensor, "n pos heads d_head"]) -> Float[Tensor, "heads n pos d"]:
     """What every head writes into the residual stream."""
     return torch.einsum("nphz,hzd->hnpd", z, head_weights(bridge, layer))

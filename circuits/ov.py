@@ -8,18 +8,17 @@ head raises the token's own logit. (Elhage et al. 2021, "A Mathematical Framewor
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.effective_weights import effective_weights
-from circuits.nodes import graph_of, head_weights
+from circuits.nodes import Bridge, graph_of, head_weights
 
 
 @torch.no_grad()
-def ov_effects(bridge: Any, head: str, tokens: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
+def ov_effects(bridge: Bridge, head: str, tokens: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
     """Logit effects of attending to each token.
 
     Raises:

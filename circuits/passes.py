@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.nodes import Bridge
 from circuits.prompts import PromptSet
 
 Hook = tuple[str, Callable[..., Any]]
@@ -23,7 +24,7 @@ OnProgress = Callable[[int, int], None]
 
 
 def answer_logits(
-    bridge: Any, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"], hooks: Sequence[Hook] = ()
+    bridge: Bridge, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"], hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "n vocab"]:
     """Logits at position `last` of each row, in float32 at least, with `hooks` in place."""
     rows = torch.arange(tokens.shape[0], device=tokens.device)
@@ -38,7 +39,7 @@ def answer_logits(
 
 @torch.no_grad()
 def activations(
-    bridge: Any, tokens: Int[Tensor, "n pos"], names: Sequence[str], hooks: Sequence[Hook] = ()
+    bridge: Bridge, tokens: Int[Tensor, "n pos"], names: Sequence[str], hooks: Sequence[Hook] = ()
 ) -> dict[str, Tensor]:
     """Values at hook points in one pass, `hooks` acting first."""
     found: dict[str, Tensor] = {}
@@ -48,7 +49,7 @@ def activations(
 
 
 @contextmanager
-def taking(bridge: Any, names: Iterable[str], found: dict[str, Tensor]) -> Iterator[None]:
+def taking(bridge: Bridge, names: Iterable[str], found: dict[str, Tensor]) -> Iterator[None]:
     """Passes inside the context write the values at hook points into `found`."""
 
     def taker(name: str) -> Callable[..., None]:

@@ -10,16 +10,18 @@ directions as in Zhang & Nanda 2024, arXiv 2309.16042.)
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from circuits.metrics import Metric, logit_difference
-from circuits.passes import OnProgress, activations, answer_logits
+from circuits.nodes import Bridge, head_names
+from circuits.passes import OnProgress, activations
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
-from circuits.sweeps import Variants, sweep
+from circuits.sweeps import Variants, mean_metric
 from sae.errors import InputError
 
 Site = Literal["head", "attn_out", "mlp_out", "resid_pre"]
@@ -27,11 +29,13 @@ Direction = Literal["denoise", "noise"]
 HOOKS: dict[Site, str] = {
     "head": "attn.hook_z", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "resid_pre": "hook_resid_pre",
 }  # fmt: skip
+STEMS: dict[Site, str] = {"attn_out": "a", "mlp_out": "m", "resid_pre": "resid"}
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 
 @torch.no_grad()
 def patch_activations(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     *,
     site: Site = "head",
@@ -50,49 +54,51 @@ def patch_activations(
         Scores of heads `a5.h1`, attention layers `a5`, MLPs `m5` or streams `resid5`.
 
     Raises:
-        InputError: an unknown site, or positions asked for over heads or prompts of several lengths.
+        InputError: an unknown site or direction, or positions asked for over heads or prompts of several lengths.
+    """
+    if direction not in DIRECTIONS:
+        raise InputError(f"unknown direction {direction!r}: choose {', '.join(DIRECTIONS)}")
+    if by_position and len(prompts.last.unique()) > 1:
+        raise InputError("the prompts differ in length, so their positions do not correspond: patch without positions")
+    names, masks, nodes = sites(bridge, site, int(prompts.last.max()) + 1 if by_position else None)
+    masks = masks.to(prompts.clean.device)
+    denoise = direction == "denoise"
+
+    def variants(batch: PromptSet, rows: slice) -> Iterator[Variants]:
+        source = activations(bridge, batch.clean if denoise else batch.corrupted, names)
+        return (Variants(layer, name, source[name], masks) for layer, name in enumerate(names))
+
+    found = mean_metric(
+        bridge, prompts, variants, corrupted_run=denoise, metric=metric, batch_size=batch_size, on_progress=on_progress
+    )
+    scores = found.values - found.corrupted if denoise else found.clean - found.values
+    method = f"patching ({direction})"
+    return NodeScores(method, prompts.name, metric.__name__, nodes, scores, found.clean, found.corrupted)
+
+
+def sites(
+    bridge: Bridge, site: Site, n_pos: int | None = None
+) -> tuple[list[str], Bool[Tensor, "variants 1 #pos #heads #1"], list[str]]:
+    """What is patched at a site: a hook point a layer, the part of its value that each variant replaces, and the name
+    of every node, layer by layer.
+
+    Args:
+        n_pos: one node for each of so many positions; all positions together when None.
+
+    Raises:
+        InputError: an unknown site, or positions asked for over heads.
     """
     if site not in HOOKS:
         raise InputError(f"unknown site {site!r}: choose {', '.join(HOOKS)}")
-    if by_position and site == "head":
-        raise InputError("heads are patched at all positions together: patch attn_out by position instead")
-    if by_position and len(prompts.last.unique()) > 1:
-        raise InputError("the prompts differ in length, so their positions do not correspond: patch without positions")
-    n_layers, n_heads, n_pos = bridge.cfg.n_layers, bridge.cfg.n_heads, int(prompts.last.max()) + 1
+    n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
     names = [f"blocks.{layer}.{HOOKS[site]}" for layer in range(n_layers)]
     if site == "head":
+        if n_pos is not None:
+            raise InputError("heads are patched at all positions together: patch attn_out by position instead")
         masks = torch.eye(n_heads, dtype=torch.bool).view(n_heads, 1, 1, n_heads, 1)
-        nodes = [f"a{layer}.h{head}" for layer in range(n_layers) for head in range(n_heads)]
-    else:
-        stem = {"attn_out": "a", "mlp_out": "m", "resid_pre": "resid"}[site]
-        if by_position:
-            masks = torch.eye(n_pos, dtype=torch.bool).view(n_pos, 1, n_pos, 1)
-            nodes = [f"{stem}{layer}@{pos}" for layer in range(n_layers) for pos in range(n_pos)]
-        else:
-            masks = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-            nodes = [f"{stem}{layer}" for layer in range(n_layers)]
-    total = torch.zeros(len(nodes), dtype=torch.float64)
-    clean = corrupted = 0.0
-    for number, batch in enumerate(prompts.batches(batch_size)):
-        base, other = (batch.corrupted, batch.clean) if direction == "denoise" else (batch.clean, batch.corrupted)
-        clean += metric(answer_logits(bridge, batch.clean, batch.last), batch).sum().item()
-        corrupted += metric(answer_logits(bridge, batch.corrupted, batch.last), batch).sum().item()
-        source = activations(bridge, other, names)
-        placed = masks.to(base.device)
-        groups = (Variants(layer, name, source[name], placed) for layer, name in enumerate(names))
-        pieces = []
-        for layer, piece in enumerate(_summed(sweep(bridge, base, batch.last, groups), batch, metric), start=1):
-            pieces.append(piece)
-            if on_progress is not None:
-                on_progress(number * batch_size * n_layers + len(batch) * layer, len(prompts) * n_layers)
-        total += torch.cat(pieces)
-    n = len(prompts)
-    patched = total / n
-    scores = patched - corrupted / n if direction == "denoise" else clean / n - patched
-    return NodeScores(f"patching ({direction})", prompts.name, metric.__name__, nodes, scores, clean / n, corrupted / n)
-
-
-def _summed(logits: Iterator[Tensor], prompts: PromptSet, metric: Metric) -> Iterator[Tensor]:
-    """Metric summed over the prompts, for every variant."""
-    for variants in logits:
-        yield torch.stack([metric(one, prompts).double().sum().cpu() for one in variants])
+        return names, masks, head_names(n_layers, n_heads)
+    layers = [f"{STEMS[site]}{layer}" for layer in range(n_layers)]
+    if n_pos is None:
+        return names, torch.ones(1, 1, 1, 1, dtype=torch.bool), layers
+    masks = torch.eye(n_pos, dtype=torch.bool).view(n_pos, 1, n_pos, 1)
+    return names, masks, [f"{layer}@{position}" for layer in layers for position in range(n_pos)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuits.edges import patched_logits, written
 from circuits.metrics import Metric, logit_difference
-from circuits.nodes import graph_of
+from circuits.nodes import Bridge, graph_of, head_names
 from circuits.passes import Hook, OnProgress, activations, answer_logits
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores, NodeScores
@@ -28,7 +28,7 @@ from sae.errors import InputError
 
 @torch.no_grad()
 def patch_paths(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     *,
     receivers: Sequence[str] = ("logits",),
@@ -46,7 +46,7 @@ def patch_paths(
     """
     n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
     parts = _receivers(bridge, receivers)
-    heads = [f"a{layer}.h{head}" for layer in range(n_layers) for head in range(n_heads)]
+    heads = head_names(n_layers, n_heads)
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(n_layers)]
     total = torch.zeros(len(heads), dtype=torch.float64)
     clean = corrupted = 0.0
@@ -81,7 +81,7 @@ def patch_paths(
 
 @torch.no_grad()
 def patch_edges(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     edges: Sequence[str] | None = None,
     *,
@@ -124,23 +124,20 @@ def patch_edges(
     )
 
 
-def _receivers(bridge: Any, receivers: Sequence[str]) -> list[tuple[int, str, int]]:
+def _receivers(bridge: Bridge, receivers: Sequence[str]) -> list[tuple[int, str, int]]:
     """(layer, hook name, head) of each receiver; none for the logits."""
     if list(receivers) == ["logits"]:
         return []
     shape = bridge.cfg
     n_kv = shape.n_key_value_heads or shape.n_heads
-    places = {f"a{layer}.h{h}": (layer, h) for layer in range(shape.n_layers) for h in range(shape.n_heads)}
+    heads = head_names(shape.n_layers, shape.n_heads)
     found = []
     for receiver in receivers:
         head, _, part = receiver.partition("<")
-        places = {
-            f"a{layer}.h{h}": (layer, h) for layer in range(bridge.cfg.n_layers) for h in range(bridge.cfg.n_heads)
-        }
-        known = head in places and part in ("q>", "k>", "v>")
-        if not known or (part != "q>" and places[head][1] >= n_kv):
+        known = head in heads and part in ("q>", "k>", "v>")
+        layer, number = divmod(heads.index(head), shape.n_heads) if known else (0, 0)
+        if not known or (part != "q>" and number >= n_kv):
             raise InputError(f"no receiver {receiver!r}: give `logits` alone, or parts of heads such as a1.h0<q>")
-        layer, number = places[head]
         found.append((layer, f"blocks.{layer}.attn.{part[0]}.hook_out", number))
     return found
 

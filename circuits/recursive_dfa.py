@@ -34,7 +34,7 @@ from torch import Tensor
 
 from circuits.dfa import attention_layer, check, constant_term, encoder_by_head, residual_layer, weighted_values
 from circuits.effective_weights import effective_weights
-from circuits.nodes import graph_of, head_weights
+from circuits.nodes import Bridge, graph_of, head_name, head_weights
 from circuits.passes import activations
 from sae.errors import InputError
 from sae.model import SAE
@@ -59,7 +59,7 @@ class Terms:
 
 @torch.no_grad()
 def through_residual_sae(
-    bridge: Any, sae: SAE, residual: SAE, tokens: Int[Tensor, "pos"], feature: int, destination: int = -1
+    bridge: Bridge, sae: SAE, residual: SAE, tokens: Int[Tensor, "pos"], feature: int, destination: int = -1
 ) -> Terms:
     """Step 1: an attention feature's pre-activation by residual features at every source, heads summed.
 
@@ -76,7 +76,7 @@ def through_residual_sae(
 
 @torch.no_grad()
 def of_residual_feature(
-    bridge: Any, residual: SAE, tokens: Int[Tensor, "pos"], feature: int, position: int = -1
+    bridge: Bridge, residual: SAE, tokens: Int[Tensor, "pos"], feature: int, position: int = -1
 ) -> Terms:
     """Step 2: a residual feature's pre-activation by earlier heads and their sources, MLPs, input and biases.
 
@@ -98,7 +98,7 @@ def of_residual_feature(
         sources = weighted_values(pattern, v, position)
         values = torch.einsum("khz,hzd,d->kh", sources, head_weights(bridge, layer), direction)
         rows += [
-            ("head", src, f"a{layer}.h{head}", None, float(values[src, head]))
+            ("head", src, head_name(layer, head), None, float(values[src, head]))
             for src in range(values.shape[0])
             for head in range(values.shape[1])
         ]
@@ -113,7 +113,7 @@ def of_residual_feature(
 
 @torch.no_grad()
 def of_head_write(
-    bridge: Any, residual: SAE, writer: tuple[int, int], tokens: Int[Tensor, "pos"], source: int, position: int,
+    bridge: Bridge, residual: SAE, writer: tuple[int, int], tokens: Int[Tensor, "pos"], source: int, position: int,
     below: SAE, feature: int,
 ) -> Terms:  # fmt: skip
     """Step 1 for one head alone: what head `writer` carries from `source` to a residual feature at `position`.
@@ -126,13 +126,13 @@ def of_head_write(
     encoder = torch.zeros(bridge.cfg.n_heads, bridge.cfg.d_head, device=below.W_enc.device, dtype=below.W_enc.dtype)
     encoder[head] = head_weights(bridge, layer)[head] @ below.W_enc[:, feature]
     rows = _value_terms(bridge, layer, residual, tokens, position, encoder, source)
-    target = f"a{layer}.h{head}@{source}->r{residual_layer(below)}/f{feature}@{position % len(tokens)}"
+    target = f"{head_name(layer, head)}@{source}->r{residual_layer(below)}/f{feature}@{position % len(tokens)}"
     return Terms(target, _table(rows))
 
 
 @torch.no_grad()
 def recursive_dfa(
-    bridge: Any,
+    bridge: Bridge,
     sae: SAE,
     residuals: Mapping[int, SAE],
     tokens: Int[Tensor, "pos"],
@@ -180,7 +180,7 @@ def recursive_dfa(
 
 
 def _value_terms(
-    bridge: Any,
+    bridge: Bridge,
     layer: int,
     residual: SAE,
     tokens: Int[Tensor, "pos"],

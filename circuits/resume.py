@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from circuits.nodes import Bridge
+
 
 @contextmanager
-def recorded_block(bridge: Any, layer: int) -> Iterator[list[Any]]:
+def recorded_block(bridge: Bridge, layer: int) -> Iterator[list[Any]]:
     """The outputs of a block's original module in the forward passes inside the context, in order.
 
     Hooks at the block's hook_resid_post act later, so what they change is not in it.
@@ -31,7 +33,7 @@ def recorded_block(bridge: Any, layer: int) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def resumed_after(bridge: Any, layer: int, output: Any) -> Iterator[None]:
+def resumed_after(bridge: Bridge, layer: int, output: Any) -> Iterator[None]:
     """Forward passes inside the context skip blocks 0 ... layer; block `layer` hands on `output`.
 
     Args:

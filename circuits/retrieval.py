@@ -12,13 +12,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.nodes import Bridge, head_names
 from circuits.passes import answer_logits, taking
 from sae.errors import InputError
 
@@ -51,42 +51,13 @@ class RetrievalScores:
     def table(self) -> pd.DataFrame:
         """Columns node, score, retrieval (above 0.1); strongest first."""
         n_layers, n_heads = self.values.shape
-        nodes = [f"a{layer}.h{head}" for layer in range(n_layers) for head in range(n_heads)]
-        table = pd.DataFrame({"node": nodes, "score": self.values.flatten().tolist()})
+        table = pd.DataFrame({"node": head_names(n_layers, n_heads), "score": self.values.flatten().tolist()})
         table["retrieval"] = table.score > THRESHOLD
         return table.sort_values("score", ascending=False, ignore_index=True)
 
 
-def needle_tests(
-    haystack: Sequence[int],
-    needles: Sequence[Sequence[int]],
-    question: Sequence[int],
-    bos_id: int,
-    *,
-    lengths: Sequence[int],
-    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-) -> list[Needle]:
-    """Every needle in every length of haystack at every depth: BOS, haystack with needle, question.
-
-    Raises:
-        InputError: a haystack shorter than asked for, an empty needle, or depths outside 0 ... 1.
-    """
-    if max(lengths) > len(haystack):
-        raise InputError(f"the haystack has {len(haystack)} tokens and {max(lengths)} were asked for: give more text")
-    if any(not needle for needle in needles) or any(not 0 <= depth <= 1 for depth in depths):
-        raise InputError("needles need at least one token, and depths lie between 0 and 1")
-    tests = []
-    for needle in needles:
-        for length in lengths:
-            for depth in depths:
-                place = round(depth * length)
-                row = [bos_id, *haystack[:place], *needle, *haystack[place:length], *question]
-                tests.append(Needle(torch.tensor(row), 1 + place, len(needle)))
-    return tests
-
-
 @torch.no_grad()
-def retrieval_scores(bridge: Any, tests: Sequence[Needle]) -> RetrievalScores:
+def retrieval_scores(bridge: Bridge, tests: Sequence[Needle]) -> RetrievalScores:
     """Decodes every test and scores every head.
 
     Raises:

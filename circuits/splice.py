@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from circuits.nodes import Bridge
 from sae.errors import InputError
 
 Function = Callable[[Float[Tensor, "n width"]], Float[Tensor, "n width"]]
@@ -30,7 +31,7 @@ Function = Callable[[Float[Tensor, "n width"]], Float[Tensor, "n width"]]
 
 @contextmanager
 def splice(
-    bridge: Any,
+    bridge: Bridge,
     hook_name: str,
     function: Function,
     *,

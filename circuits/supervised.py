@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.metrics import Metric, logit_difference
+from circuits.nodes import Bridge
 from circuits.passes import activations, answer_logits, last_values
 from circuits.prompts import PromptSet
 from sae.errors import InputError
@@ -85,7 +86,7 @@ def fit(activation: Float[Tensor, "n d"], attributes: Attributes, method: str = 
 
 
 def activation_at(
-    bridge: Any, tokens: Int[Tensor, "n pos"], prompts: PromptSet, hook_name: str
+    bridge: Bridge, tokens: Int[Tensor, "n pos"], prompts: PromptSet, hook_name: str
 ) -> Float[Tensor, "n d"]:
     """Activations at the last positions, heads of hook_z concatenated."""
     found = activations(bridge, tokens, [hook_name])[hook_name]
@@ -94,7 +95,7 @@ def activation_at(
 
 @torch.no_grad()
 def with_activation(
-    bridge: Any, prompts: PromptSet, hook_name: str, replacement: Float[Tensor, "n d"]
+    bridge: Bridge, prompts: PromptSet, hook_name: str, replacement: Float[Tensor, "n d"]
 ) -> Float[Tensor, "n vocab"]:
     """Logits with the activation at the last position replaced."""
 
@@ -109,7 +110,7 @@ def with_activation(
 
 @torch.no_grad()
 def approximation(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     hook_name: str,
     reconstruction: Float[Tensor, "n d"],
@@ -144,7 +145,7 @@ class Control:
 
 @torch.no_grad()
 def sparse_control(
-    bridge: Any,
+    bridge: Bridge,
     prompts: PromptSet,
     hook_name: str,
     encode: Callable[[Float[Tensor, "n d"]], Float[Tensor, "n features"]],

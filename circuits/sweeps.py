@@ -6,10 +6,11 @@ All variants of an intervention at layer l (one for each head, say) differ only 
 2. for layer l the prompts are stacked once for each variant, the passes start from the recorded output of block
    l - 1, and each copy has its own part of the hook point's value replaced.
 
-The result is that of separate full passes up to floating-point order.
+The result is that of separate full passes up to floating-point order. `mean_metric` measures a prompt set's behaviour
+under all of them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.passes import answer_logits
+from circuits.metrics import Metric
+from circuits.nodes import Bridge
+from circuits.passes import OnProgress, answer_logits
+from circuits.prompts import PromptSet
 from circuits.resume import recorded_block, resumed_after
 
 
@@ -35,7 +39,7 @@ class Variants:
 
 @torch.no_grad()
 def sweep(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Int[Tensor, "n pos"],
     last: Int[Tensor, "n"],
     variants: Iterable[Variants],
@@ -67,6 +71,52 @@ def sweep(
                 hooks = [(group.hook_name, replace)]
                 pieces.append(answer_logits(bridge, tokens.repeat(copies, 1), last.repeat(copies), hooks))
         yield torch.cat(pieces).view(group.masks.shape[0], n, -1)
+
+
+@dataclass(frozen=True)
+class MeanMetric:
+    """Mean of a metric over the prompts."""
+
+    values: Float[Tensor, "variants"]
+    """Under each intervention, in float64; those of the first layer first."""
+    clean: float
+    corrupted: float
+
+
+@torch.no_grad()
+def mean_metric(
+    bridge: Bridge,
+    prompts: PromptSet,
+    variants: Callable[[PromptSet, slice], Iterable[Variants]],
+    *,
+    corrupted_run: bool = False,
+    metric: Metric,
+    batch_size: int = 32,
+    on_progress: OnProgress | None = None,
+) -> MeanMetric:
+    """The behaviour under every intervention and without any.
+
+    Args:
+        variants: gives the interventions on a batch, which holds the prompts of a slice: one group a layer.
+        corrupted_run: intervene on the corrupted prompts rather than the clean ones.
+    """
+    total: Float[Tensor, variants] | None = None
+    n, n_layers = len(prompts), bridge.cfg.n_layers
+    clean = corrupted = 0.0
+    for first in range(0, n, batch_size):
+        rows = slice(first, first + batch_size)
+        batch = prompts[rows]
+        clean += metric(answer_logits(bridge, batch.clean, batch.last), batch).sum().item()
+        corrupted += metric(answer_logits(bridge, batch.corrupted, batch.last), batch).sum().item()
+        run = batch.corrupted if corrupted_run else batch.clean
+        summed = []
+        for done, logits in enumerate(sweep(bridge, run, batch.last, variants(batch, rows)), start=1):
+            summed += [metric(one, batch).double().sum().cpu() for one in logits]
+            if on_progress is not None:
+                on_progress(first * n_layers + len(batch) * done, n * n_layers)
+        total = torch.stack(summed) if total is None else total + torch.stack(summed)
+    assert total is not None, "a prompt set holds at least one prompt"
+    return MeanMetric(total / n, clean / n, corrupted / n)
 
 
 def _repeated(output: Any, copies: int) -> Any:

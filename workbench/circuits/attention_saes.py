@@ -18,6 +18,7 @@ from circuits.dfa import (
     head_shares,
     residual_layer,
 )
+from circuits.nodes import head_name
 from circuits.passes import activations
 from circuits.recursive_dfa import recursive_dfa
 from sae.errors import InputError
@@ -85,13 +86,12 @@ def report_dfa(
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
         found, figure = attribute(model, attention, tokens.tolist(), feature, position)
         texts = _texts(model, tokens.tolist())
-        shares = head_shares(attention, model.info.n_heads)[feature].tolist()
-        by_decoder = {f"a{layer}.h{head}": share for head, share in enumerate(shares)}
-        heads = found.by_head().tolist()
+        shares = head_shares(attention.W_dec, model.info.n_heads)[feature].tolist()
         tables = {
             "by_head": found.table(),
             "heads": pd.DataFrame(
-                {"head": list(by_decoder), "dfa": heads, "decoder_share": list(by_decoder.values())}
+                {"head": [head_name(layer, head) for head in range(model.info.n_heads)],
+                 "dfa": found.by_head().tolist(), "decoder_share": shares}
             ),
             "tokens": pd.DataFrame(
                 {"position": range(len(texts)), "token": texts, "dfa": found.by_source().tolist()}

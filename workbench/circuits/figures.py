@@ -10,7 +10,7 @@ from torch import Tensor
 from circuits.dfa import FeatureAttribution
 from circuits.faithfulness import FaithfulnessCurve
 from circuits.feature_circuits import ERROR, FeatureCircuit
-from circuits.nodes import parse
+from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
 
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
@@ -22,7 +22,7 @@ def head_heatmap(values: Float[Tensor, "layers heads"], title: str, *, diverging
     finite = values[torch.isfinite(values)].abs()
     limit = float(finite.max()) if len(finite) else 1.0
     scale = {"colorscale": DIVERGING, "zmin": -limit, "zmax": limit} if diverging else {"colorscale": "Blues"}
-    names = [[f"a{layer}.h{head}" for head in range(values.shape[1])] for layer in range(values.shape[0])]
+    names = [[head_name(layer, head) for head in range(values.shape[1])] for layer in range(values.shape[0])]
     figure = go.Figure(
         go.Heatmap(z=values.tolist(), text=names, hovertemplate="%{text}: %{z:.4g}<extra></extra>", **scale)
     )
@@ -46,7 +46,7 @@ def selectable_heads(figure: go.Figure, n_layers: int, n_heads: int, chosen: str
     """A head heat map with an invisible point over every cell, whose customdata is the head's name, since cells cannot
     be clicked; a frame around `chosen`."""
     places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    names = [f"a{layer}.h{head}" for layer, head in places]
+    names = head_names(n_layers, n_heads)
     values = figure.data[0].z
     figure.data[0].update(hoverinfo="skip", hovertemplate=None, colorbar={"thickness": 8})
     figure.add_scatter(
@@ -120,7 +120,7 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
     places = {"input": ((graph.n_heads - 1) / 2, -1.0), "logits": ((graph.n_heads - 1) / 2, float(graph.n_layers))}
     for layer in range(graph.n_layers):
         for head in range(graph.n_heads):
-            places[f"a{layer}.h{head}"] = (head, layer)
+            places[head_name(layer, head)] = (head, layer)
         places[f"m{layer}"] = (graph.n_heads, layer + 0.4)
     # Key-value heads are drawn at the first query head that uses them.
     shared = graph.n_heads // graph.n_kv_heads
@@ -132,7 +132,7 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
         name, _, part = reader.partition("<")
         if part in ("k>", "v>"):
             _, block, number = parse(name)
-            name = f"a{block}.h{(number or 0) * shared}"
+            name = head_name(block, (number or 0) * shared)
         used |= {writer, name}
         (x1, y1), (x2, y2), score = places[writer], places[name], float(scores.scores[row, column])
         figure.add_scatter(
@@ -205,7 +205,7 @@ def attribution_map(found: FeatureAttribution, tokens: Sequence[str]) -> go.Figu
         go.Heatmap(
             z=found.values.T.tolist(),
             x=[f"{position} {token!r}" for position, token in enumerate(tokens)],
-            y=[f"a{found.layer}.h{head}" for head in range(found.values.shape[1])],
+            y=[head_name(found.layer, head) for head in range(found.values.shape[1])],
             colorscale=DIVERGING, zmin=-limit, zmax=limit,
             hovertemplate="%{y} from %{x}: %{z:.4g}<extra></extra>",
         )

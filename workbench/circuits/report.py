@@ -27,6 +27,7 @@ from circuits.eap import Variant, attribute_edges
 from circuits.edges import written
 from circuits.faithfulness import FRACTIONS, FaithfulnessCurve, Ranking, circuit_edges, faithfulness_curve
 from circuits.metrics import METRICS, Metric
+from circuits.nodes import head_names
 from circuits.passes import OnProgress
 from circuits.patching import patch_activations
 from circuits.path_patching import patch_edges, patch_paths
@@ -119,7 +120,7 @@ def report_nodes(
             scores = ablate_heads(model.bridge, prompts, **shared, **given)
         _check_difference(scores)
         drawn = {"strongest": figures.strongest_nodes(scores)}
-        if any(node in model_heads(model) for node in scores.nodes):
+        if not set(scores.nodes).isdisjoint(head_names(model.info.n_layers, model.info.n_heads)):
             drawn["heads"] = figures.head_scores_heatmap(scores)
         return {"nodes": scores.table(), "summary": _summary(scores, prompts)}, drawn
 
@@ -274,11 +275,6 @@ def curve_table(curves: Sequence[FaithfulnessCurve]) -> pd.DataFrame:
         table.insert(1, "ranking", curve.ranking)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def model_heads(model: LoadedModel) -> set[str]:
-    """Names of the model's heads."""
-    return {f"a{layer}.h{head}" for layer in range(model.info.n_layers) for head in range(model.info.n_heads)}
 
 
 def _summary(scores: NodeScores | EdgeScores, prompts: PromptSet) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 import torch
 
 from circuits.faithfulness import FaithfulnessCurve, circuit_edges, faithfulness_curve
-from circuits.nodes import Graph
+from circuits.nodes import Graph, head_names
 from circuits.scores import EdgeScores, NodeScores
 from sae.errors import InputError
 from workbench.catalog.results import Result
@@ -76,8 +76,7 @@ def faithfulness_of(model: LoadedModel, result: Result, n_edges: int) -> Faithfu
 def head_values(result: Result, model: ModelInfo, score: str = "score") -> torch.Tensor:
     """Scores of the heads [layers, heads] in any result with a table of nodes or `scores`; NaN where one has none."""
     table = result.table("scores" if result.kind == HEADS else "nodes").set_index("node")[score]
-    names = [f"a{layer}.h{head}" for layer in range(model.n_layers) for head in range(model.n_heads)]
-    values = torch.tensor(table.reindex(names).to_numpy(dtype=float))
+    values = torch.tensor(table.reindex(head_names(model.n_layers, model.n_heads)).to_numpy(dtype=float))
     return values.view(model.n_layers, model.n_heads)
 
 

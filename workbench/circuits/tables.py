@@ -24,6 +24,7 @@ import torch
 from circuits.ablation import ablate_heads
 from circuits.discrete import discover, roc_auc
 from circuits.eap import attribute_edges
+from circuits.nodes import head_name
 from circuits.passes import OnProgress
 from circuits.patching import patch_activations
 from circuits.prompts import PromptSet
@@ -54,7 +55,8 @@ class Published:
 
 
 def _heads(text: str) -> tuple[str, ...]:
-    return tuple("a{}.h{}".format(*place.split(".")) for place in text.split())
+    places = (place.split(".") for place in text.split())
+    return tuple(head_name(int(layer), int(head)) for layer, head in places)
 
 
 PUBLISHED: Mapping[str, Published] = {

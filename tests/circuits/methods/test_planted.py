@@ -9,7 +9,7 @@ from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
 from circuits.eap import attribute_edges
 from circuits.faithfulness import circuit_edges, circuit_metric, faithfulness_curve
-from circuits.metrics import accuracy, logit_difference
+from circuits.metrics import logit_difference
 from circuits.nodes import graph_of
 from circuits.passes import answer_logits
 from circuits.patching import patch_activations
@@ -31,7 +31,8 @@ def heads(scores: NodeScores) -> list[str]:
 
 
 def test_the_planted_model_does_the_task_and_its_corrupted_twin(planted: Any, prompts: PromptSet) -> None:
-    assert accuracy(answer_logits(planted, prompts.clean, prompts.last), prompts) == 1
+    clean = answer_logits(planted, prompts.clean, prompts.last)
+    assert (clean.argmax(dim=1) == prompts.answers[:, 0]).all()
     corrupted = answer_logits(planted, prompts.corrupted, prompts.last)
     assert (corrupted.argmax(dim=1) == prompts.wrong[:, 0]).all()
 

@@ -1,17 +1,23 @@
 """The planted model copies a needle by its induction head: no other head comes near."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from circuits.retrieval import needle_tests, retrieval_scores, rouge_1_recall
+from circuits.retrieval import Needle, retrieval_scores, rouge_1_recall
 from sae.errors import InputError
 
 
+def hidden(haystack: Sequence[int], needle: Sequence[int], question: Sequence[int], depth: float) -> Needle:
+    """A needle at some depth of a haystack, BOS first, the question last."""
+    place = round(depth * len(haystack))
+    return Needle(torch.tensor([0, *haystack[:place], *needle, *haystack[place:], *question]), 1 + place, len(needle))
+
+
 def test_the_copying_head_leads_by_far(planted: Any) -> None:
-    tests = needle_tests(range(1, 17), [[20, 21, 22, 23]], [20], 0, lengths=(8, 16), depths=(0, 0.5, 1))
-    assert len(tests) == 6
+    tests = [hidden(range(1, 1 + length), [20, 21, 22, 23], [20], depth) for length in (8, 16) for depth in (0, 0.5, 1)]
     assert all(test.ids == [20, 21, 22, 23] for test in tests)
     scores = retrieval_scores(planted, tests)
     assert scores.successful == 6
@@ -25,7 +31,8 @@ def test_the_copying_head_leads_by_far(planted: Any) -> None:
 
 
 def test_generations_that_fail_do_not_count(random_model: Any) -> None:
-    scores = retrieval_scores(random_model, needle_tests([1, 2, 3, 4], [[50, 60, 70]], [5], 0, lengths=(4,)))
+    tests = [hidden([1, 2, 3, 4], [50, 60, 70], [5], place / 4) for place in range(5)]
+    scores = retrieval_scores(random_model, tests)
     assert scores.tests == 5
     assert scores.successful == 0
     assert torch.isnan(scores.values).all()
@@ -36,10 +43,6 @@ def test_recall_counts_tokens_with_multiplicity() -> None:
     assert rouge_1_recall([1, 1, 2, 9], [1, 2, 2, 3]) == 0.5
 
 
-def test_bad_tests(planted: Any) -> None:
-    with pytest.raises(InputError, match="the haystack has 2 tokens and 4 were asked for"):
-        needle_tests([1, 2], [[3]], [4], 0, lengths=(4,))
-    with pytest.raises(InputError, match="depths lie between"):
-        needle_tests([1, 2], [[3]], [4], 0, lengths=(2,), depths=(1.5,))
+def test_a_test_longer_than_the_context_is_refused(planted: Any) -> None:
     with pytest.raises(InputError, match="context of 30"):
-        retrieval_scores(planted, needle_tests([1] * 28, [[3, 4]], [4], 0, lengths=(28,)))
+        retrieval_scores(planted, [hidden([1] * 28, [3, 4], [4], 0)])

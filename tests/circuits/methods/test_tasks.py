@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from circuits.metrics import accuracy, logit_difference, preference
+from circuits.metrics import logit_difference
 from circuits.passes import answer_logits
 from circuits.prompts import NO_TOKEN, Prompt, PromptSet, encode
 from circuits.tasks import TASKS, make_task
@@ -96,8 +96,9 @@ def test_the_demo_model_does_the_code_tasks(demo: Any, name: str, least_accuracy
     with torch.no_grad():
         clean = answer_logits(demo.bridge, prompts.clean, prompts.last)
         corrupted = answer_logits(demo.bridge, prompts.corrupted, prompts.last)
-    assert accuracy(clean, prompts) >= least_accuracy
-    assert preference(clean, prompts) >= 0.9
+    answered = (clean.argmax(dim=1, keepdim=True) == prompts.answers).any(dim=1)
+    assert answered.double().mean() >= least_accuracy
+    assert (logit_difference(clean, prompts) > 0).double().mean() >= 0.9
     # The corruption turns the preference round.
     assert logit_difference(corrupted, prompts).mean() < 0 < logit_difference(clean, prompts).mean()
 

@@ -1,13 +1,10 @@
-"""What an SAE's decoder directions look like: neighbours, a map, and heads.
+"""What an SAE's decoder directions look like: neighbours and a map.
 
 - Neighbours: for each feature the `NEIGHBOURS` others whose decoder rows have the largest absolute cosine with its
   own; the sign is kept, since an opposed direction is as telling as a parallel one.
 - Map: UMAP of the decoder rows by cosine (McInnes et al. 2018, arXiv 1802.03426; fixed seed) where umap-learn is
   installed. Else the two leading principal components of the rows, scaled to unit norm and centred; the sign of a
   component is fixed so that its largest entry is positive, to make the same map every time.
-- Heads, for an SAE on attn.hook_z, whose input is all heads' outputs side by side: the share of each head in a
-  decoder row's squared norm (Kissane et al. 2024, arXiv 2406.17759, section 4.1, "weight-based head attribution",
-  with squares so that the shares sum to one: reconstructed).
 """
 
 import importlib.util
@@ -15,7 +12,6 @@ import warnings
 from typing import Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -74,10 +70,3 @@ def principal_map(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae 2"
     if coordinates.shape[1] < 2:
         coordinates = torch.cat([coordinates, torch.zeros_like(coordinates)], dim=1)
     return coordinates
-
-
-@torch.no_grad()
-def head_shares(W_dec: Float[Tensor, "d_sae d_in"], n_heads: int) -> Float[Tensor, "d_sae heads"]:
-    """Share of each head in the squared norm of each decoder row; NaN for a row of zeros."""
-    squares = rearrange(W_dec.double() ** 2, "f (head d) -> f head d", head=n_heads).sum(-1)
-    return squares / squares.sum(1, keepdim=True)

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from circuits.dfa import head_shares
 from sae.model import SAE
 from workbench.features.index.coactivation import Coactivations
 from workbench.features.index.examples import Examples
-from workbench.features.index.geometry import MapMethod, decoder_map, decoder_neighbours, head_shares
+from workbench.features.index.geometry import MapMethod, decoder_map, decoder_neighbours
 from workbench.features.index.logits import LogitEffects
 from workbench.features.index.segments import Entries
 from workbench.features.index.statistics import QUANTILES, Statistics

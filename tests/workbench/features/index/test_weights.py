@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from circuits.dfa import head_shares
 from circuits.effective_weights import effective_unembedding
 from sae import SAE, TopK
 from sae.errors import InputError
-from workbench.features.index.geometry import decoder_map, decoder_neighbours, head_shares, principal_map, unit_rows
+from workbench.features.index.geometry import decoder_map, decoder_neighbours, principal_map, unit_rows
 from workbench.features.index.logits import TOKENS, effects_of, logit_effects, output_directions
 from workbench.features.index.statistics import BINS
 from workbench.models.load import LoadedModel
