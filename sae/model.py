@@ -7,6 +7,8 @@
 Decoder rows have unit norm, so an activation is the length of the feature's contribution in the units of x.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.code import SparseCode
 from sae.errors import InputError
-from sae.rules import GradientTopK, Rule
+from sae.rules import GradientTopK, Rule, to_dict
 
 
 class SAE(nn.Module):
@@ -117,6 +119,18 @@ class SAE(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction of x, in x's shape and precision. No gradients: training has its own path."""
         return self.decode(self.encode(x)).to(x.dtype).reshape(x.shape)
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of what it computes: the rule's description and every tensor of it.
+
+        Of each tensor the name, the shape and the values in float32, row by row: the same on every device, for every
+        layout in memory and after saving and loading, and for names and metadata that say other things about it.
+        """
+        digest = hashlib.sha256(json.dumps(to_dict(self.rule), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(json.dumps([name, list(tensor.shape)]).encode())
+            digest.update(tensor.float().cpu().contiguous().numpy().astype("<f4", copy=False).data)
+        return digest.hexdigest()
 
     def save(self, path: Path | str) -> None:
         """Writes a SAELens directory; see `sae.formats.saelens`."""

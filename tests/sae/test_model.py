@@ -1,13 +1,19 @@
 """The SAE module."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from sae import SAE, InputError, TopK
+from sae.rules import AbsTopK, BatchTopK, GradientTopK, JumpReLU, Rule
+
+TOPK = TopK(5)
 
 
-def random_sae(d_in: int = 12, d_sae: int = 64, k: int = 5, **options: object) -> SAE:
-    sae = SAE(d_in, d_sae, TopK(k), **options)
+def random_sae(d_in: int = 12, d_sae: int = 64, rule: Rule = TOPK, **options: Any) -> SAE:
+    sae = SAE(d_in, d_sae, rule, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -57,3 +63,33 @@ def test_sizes_must_fit() -> None:
         SAE(0, 4, TopK(1))
     with pytest.raises(InputError, match="k = 9 must lie between 1 and the number of features, 8"):
         SAE(4, 8, TopK(9))
+
+
+def test_the_fingerprint_is_of_rule_and_weights_alone(tmp_path: Path) -> None:
+    """Not of the layout in memory, the precision they are stored in, names, or a detour over the disk."""
+    for rule in (TopK(5), GradientTopK(5), BatchTopK(5)):
+        sae = random_sae(rule=rule)
+        sae.save(tmp_path / rule.name)
+        expected = sae.fingerprint()
+        assert SAE.load(tmp_path / rule.name).fingerprint() == expected
+        assert random_sae(rule=rule, hook_name="h", model_name="m", metadata={"a": 1}).fingerprint() == expected
+        assert random_sae(rule=rule).double().fingerprint() == expected
+        sae.W_enc.data = sae.W_enc.data.contiguous()
+        assert sae.fingerprint() == expected
+
+
+def test_the_fingerprint_changes_with_every_weight_and_with_the_rule() -> None:
+    seen = {random_sae(rule=rule).fingerprint() for rule in (TopK(5), TopK(6), AbsTopK(5), BatchTopK(5), JumpReLU())}
+    for name in random_sae(rule=BatchTopK(5)).state_dict():
+        sae = random_sae(rule=BatchTopK(5))
+        last = sae.state_dict()[name][..., -1:]
+        last.copy_(torch.nextafter(last, last + 1))
+        seen.add(sae.fingerprint())
+    assert len(seen) == 5 + 5
+
+
+@pytest.mark.gpu
+def test_the_fingerprint_is_the_same_on_a_gpu() -> None:
+    sae = random_sae()
+    expected = sae.fingerprint()
+    assert sae.to("cuda").fingerprint() == expected
