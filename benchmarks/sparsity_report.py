@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from workbench.models.contexts import batches
+from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.measure import measure
 from workbench.sparsity.report import report_attention, report_curves, report_mlps
@@ -51,7 +51,7 @@ def main() -> None:
 
 def against_bare_pass(model: LoadedModel, corpus: Corpus, tokens: int, rounds: int) -> dict[str, float]:
     """Seconds of the bare passes and of the measurement, and their ratio, medians over rounds."""
-    resident = [batch.tokens for batch in batches(model, corpus, "train", max_tokens=tokens, context_len=256)]
+    resident = [batch.tokens for batch in context_batches(model, corpus, "train", max_tokens=tokens, context_len=256)]
 
     @torch.no_grad()
     def bare() -> None:

@@ -1,6 +1,9 @@
-"""Batches of packed contexts for the sparsity measurements, and losses on them.
+"""Batches of packed contexts from a corpus, and the losses of a pass over them.
 
 A position is counted when its own token and the next are ordinary: BOS and padding predict nothing of interest.
+
+    cross-entropy    sum over counted positions of -log q(next token), in nats
+    KL(clean || q)   likewise, where the clean pass' logits are given
 """
 
 from collections.abc import Iterator
@@ -18,10 +21,11 @@ from workbench.text.packing import FLAG_OK, pack
 
 BATCH_TOKENS = 4096
 BATCH_LOGITS = 1 << 26
+"""Large vocabularies get smaller batches: at this size the logits of one pass take 256 MB in float32."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class ContextBatch:
     """Some contexts on the model's device."""
 
     tokens: Int[Tensor, "batch pos"]
@@ -37,12 +41,14 @@ class Batch:
         """Positions whose prediction counts."""
         return self.ordinary[:, :-1] & self.ordinary[:, 1:]
 
-    def part(self, rows: slice) -> "Batch":
+    def part(self, rows: slice) -> "ContextBatch":
         """Some of the contexts."""
-        return Batch(self.tokens[rows], self.ordinary[rows], self.doc[rows], self.doc_pos[rows])
+        return ContextBatch(self.tokens[rows], self.ordinary[rows], self.doc[rows], self.doc_pos[rows])
 
 
-def batches(model: LoadedModel, corpus: Corpus, split: Split, *, max_tokens: int, context_len: int) -> Iterator[Batch]:
+def context_batches(
+    model: LoadedModel, corpus: Corpus, split: Split, *, max_tokens: int, context_len: int
+) -> Iterator[ContextBatch]:
     """Contexts of one side of a corpus, at most `max_tokens` rows rounded down to whole contexts, streamed.
 
     Raises:
@@ -63,7 +69,7 @@ def batches(model: LoadedModel, corpus: Corpus, split: Split, *, max_tokens: int
             torch.from_numpy(array[:left]).to(model.device)
             for array in (packed.tokens, packed.flags, packed.doc, packed.pos)
         )
-        batch = Batch(tokens.long(), flags == FLAG_OK, doc, pos)
+        batch = ContextBatch(tokens.long(), flags == FLAG_OK, doc, pos)
         any_counted |= bool(batch.counted.any())
         yield batch
         left -= len(tokens)
@@ -74,24 +80,29 @@ def batches(model: LoadedModel, corpus: Corpus, split: Split, *, max_tokens: int
 
 
 @torch.no_grad()
-def logits_of(model: LoadedModel, batch: Batch) -> Float[Tensor, "batch pos vocab"]:
+def logits_of(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch pos vocab"]:
     """The bare model's logits."""
     logits: Tensor = model.hf(batch.tokens, use_cache=False).logits
     return logits
 
 
 def losses(
-    batch: Batch, logits: Float[Tensor, "batch pos vocab"], clean: Float[Tensor, "batch pos vocab"] | None = None
-) -> tuple[float, float]:
-    """(cross-entropy, KL(clean || this)) in nats, summed over the counted positions; KL is 0 without `clean`.
+    batch: ContextBatch,
+    logits: Float[Tensor, "batch pos vocab"],
+    clean: Float[Tensor, "batch pos vocab"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(cross-entropy, KL(clean || this)) in nats, float64 sums over the counted positions; KL is 0 without `clean`.
 
-    One context at a time, so that the float32 log-probabilities of a whole batch never exist.
+    One context at a time: the float32 log-probabilities of a whole batch are the largest tensors of an evaluation,
+    and writing and reading them again took longer than the model.
     """
     cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits.device)
     for row, counted in enumerate(batch.counted):
-        log_q = logits[row, :-1][counted].float().log_softmax(dim=-1)
-        cross_entropy -= log_q.gather(1, batch.tokens[row, 1:][counted][:, None]).double().sum()
+        targets = batch.tokens[row, 1:]
+        log_q = logits[row, :-1].float().log_softmax(dim=-1)
+        cross_entropy -= log_q.gather(1, targets[:, None]).squeeze(1)[counted].double().sum()
         if clean is not None:
-            log_p = clean[row, :-1][counted].float().log_softmax(dim=-1)
-            divergence += F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1).double().sum()
-    return cross_entropy.item(), divergence.item()
+            log_p = clean[row, :-1].float().log_softmax(dim=-1)
+            pointwise = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+            divergence += pointwise.sum(dim=-1)[counted].double().sum()
+    return cross_entropy, divergence

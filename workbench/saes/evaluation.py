@@ -16,14 +16,13 @@ The means come from a first pass over the same tokens, which stops at the hook p
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.resume import recorded_block, resumed_after
@@ -32,14 +31,10 @@ from sae.errors import InputError
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.model import SAE
 from workbench.models.capture import capture
+from workbench.models.contexts import ContextBatch, context_batches, losses
 from workbench.models.hooks import HookSpec, resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.text.corpora import Corpus
-from workbench.text.packing import FLAG_OK, pack
-
-BATCH_TOKENS = 4096
-BATCH_LOGITS = 1 << 26
-"""Large vocabularies get smaller batches: at this size the logits of one pass take 256 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +68,6 @@ class Evaluation:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    tokens: Int[Tensor, "batch pos"]
-    ordinary: Bool[Tensor, "batch pos"]
-
-    @property
-    def counted(self) -> Bool[Tensor, "batch pos-1"]:
-        return self.ordinary[:, :-1] & self.ordinary[:, 1:]
-
-
 def evaluate_sae(
     model: LoadedModel,
     saes: Sequence[SAE],
@@ -104,18 +89,8 @@ def evaluate_sae(
             too few held-out tokens.
     """
     hooks = [_hook_of(model, sae) for sae in saes]
-    if not 2 <= context_len <= model.info.n_ctx:
-        raise InputError(
-            f"context length {context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
-            f"the longest that {model.info.name} takes"
-        )
-    n_contexts = max_tokens // context_len
-    if n_contexts < 1:
-        raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: evaluate on more")
-    batches = list(_batches(model, corpus, n_contexts, context_len))
+    batches = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
     total = sum(batch.tokens.numel() for batch in batches)
-    if not any(batch.counted.any() for batch in batches):
-        raise InputError(f"corpus {corpus.name} has no held-out tokens to measure on: give it more documents")
     saes = [_on_device(sae, batches[0].tokens.device) for sae in saes]
     means = _means(model, batches, hooks)
     metrics = [ReconstructionMetrics(sae.d_in, sae.d_sae, model.device) for sae in saes]
@@ -149,19 +124,8 @@ def _on_device(sae: SAE, device: torch.device) -> SAE:
     return sae if sae.W_dec.device == device else copy.deepcopy(sae).to(device)
 
 
-def _batches(model: LoadedModel, corpus: Corpus, n_contexts: int, context_len: int) -> Iterator[_Batch]:
-    per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.info.d_vocab) // context_len)
-    left = n_contexts
-    for packed in pack(corpus.documents("heldout"), model.tokenizer, model.bos_id, context_len, per_batch):
-        tokens = torch.from_numpy(packed.tokens[:left]).to(model.device, torch.int64)
-        yield _Batch(tokens, torch.from_numpy(packed.flags[:left] == FLAG_OK).to(model.device))
-        left -= len(tokens)
-        if left <= 0:
-            return
-
-
 def _means(
-    model: LoadedModel, batches: Sequence[_Batch], hooks: Sequence[HookSpec]
+    model: LoadedModel, batches: Sequence[ContextBatch], hooks: Sequence[HookSpec]
 ) -> dict[str, Float[Tensor, "width"]]:
     """Mean activation at each hook point over the ordinary tokens."""
     sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in hooks}
@@ -192,7 +156,7 @@ def _last_block_before(hook: HookSpec) -> int:
     return hook.layer if hook.kind == "resid_post" else hook.layer - 1
 
 
-def _clean_pass(model: LoadedModel, batch: _Batch, hooks: Sequence[HookSpec]) -> _CleanPass:
+def _clean_pass(model: LoadedModel, batch: ContextBatch, hooks: Sequence[HookSpec]) -> _CleanPass:
     x: dict[str, Tensor] = {}
     with ExitStack() as stack:
         blocks = {
@@ -213,7 +177,7 @@ def _clean_pass(model: LoadedModel, batch: _Batch, hooks: Sequence[HookSpec]) ->
 
 def _measure(
     model: LoadedModel,
-    batch: _Batch,
+    batch: ContextBatch,
     saes: Sequence[SAE],
     hooks: Sequence[HookSpec],
     means: dict[str, Tensor],
@@ -224,7 +188,7 @@ def _measure(
     distinct = list({hook.name: hook for hook in hooks}.values())
     clean = _clean_pass(model, batch, distinct)
     sums["count"] += batch.counted.sum()
-    sums["clean"] += _losses(batch, clean.logits)[0]
+    sums["clean"] += losses(batch, clean.logits)[0]
 
     def passed_through(hook: HookSpec, function: Callable[[Tensor], Tensor]) -> Tensor:
         with ExitStack() as stack:
@@ -236,14 +200,14 @@ def _measure(
 
     for hook in distinct:
         mean = means[hook.name]
-        sums[f"zero {hook.name}"] += _losses(batch, passed_through(hook, torch.zeros_like))[0]
-        sums[f"mean {hook.name}"] += _losses(batch, passed_through(hook, mean.expand_as))[0]
+        sums[f"zero {hook.name}"] += losses(batch, passed_through(hook, torch.zeros_like))[0]
+        sums[f"mean {hook.name}"] += losses(batch, passed_through(hook, mean.expand_as))[0]
     for number, (sae, hook) in enumerate(zip(saes, hooks, strict=True)):
         x = clean.x[hook.name]
         code = sae.encode(x)
         x_hat = sae.decode(code)
         metrics[number].update(x, code, x_hat)
-        cross_entropy, divergence = _losses(batch, passed_through(hook, _constant(x_hat)), clean.logits)
+        cross_entropy, divergence = losses(batch, passed_through(hook, _constant(x_hat)), clean.logits)
         sums[f"spliced {number}"] += cross_entropy
         sums[f"kl {number}"] += divergence
 
@@ -252,29 +216,9 @@ def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _: value
 
 
-def _logits(model: LoadedModel, batch: _Batch) -> Float[Tensor, "batch pos vocab"]:
+def _logits(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch pos vocab"]:
     logits: Tensor = model.bridge(batch.tokens, return_type="logits")
     return logits
-
-
-def _losses(
-    batch: _Batch, logits: Float[Tensor, "batch pos vocab"], clean: Float[Tensor, "batch pos vocab"] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, and KL(clean || this) where `clean` is given, summed over the counted positions.
-
-    One context at a time: the float32 log-probabilities of a whole batch are the largest tensors of an evaluation,
-    and writing and reading them again took longer than the model.
-    """
-    cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits.device)
-    for row, counted in enumerate(batch.counted):
-        targets = batch.tokens[row, 1:]
-        log_q = logits[row, :-1].float().log_softmax(dim=-1)
-        cross_entropy -= log_q.gather(1, targets[:, None]).squeeze(1)[counted].double().sum()
-        if clean is not None:
-            log_p = clean[row, :-1].float().log_softmax(dim=-1)
-            pointwise = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-            divergence += pointwise.sum(dim=-1)[counted].double().sum()
-    return cross_entropy, divergence
 
 
 def _summary(

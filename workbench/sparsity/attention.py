@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.models.contexts import Batch, losses
+from workbench.models.contexts import ContextBatch, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.attention_patterns import PATTERNS, Pattern
 from workbench.sparsity.sinks import HeadSums
@@ -63,7 +63,7 @@ def restricted(bridge: Any, pattern: Pattern, budget: int) -> Iterator[None]:
 
 def measure_attention(
     model: LoadedModel,
-    batches: Sequence[Batch],
+    batches: Sequence[ContextBatch],
     *,
     budgets: Sequence[int] = BUDGETS,
     on_progress: Callable[[int, int], None] | None = None,
@@ -90,13 +90,13 @@ def measure_attention(
     for batch in batches:
         with torch.no_grad(), coverage.watching(batch):
             clean = model.bridge(batch.tokens, return_type="logits")
-        clean_sum += losses(batch, clean)[0]
+        clean_sum += losses(batch, clean)[0].item()
         count += int(batch.counted.sum())
         done += batch.tokens.numel()
         for number, (name, budget) in enumerate(settings):
             with torch.no_grad(), restricted(model.bridge, PATTERNS[name], budget):
                 logits = model.bridge(batch.tokens, return_type="logits")
-            sums[number] += torch.tensor(losses(batch, logits, clean), dtype=torch.float64)
+            sums[number] += torch.stack(losses(batch, logits, clean)).cpu()
             done += batch.tokens.numel()
             if on_progress is not None:
                 on_progress(done, total)
@@ -125,7 +125,7 @@ class _Coverage:
         self._queries = torch.zeros(len(settings), dtype=torch.float64, device=model.device)
 
     @contextmanager
-    def watching(self, batch: Batch) -> Iterator[None]:
+    def watching(self, batch: ContextBatch) -> Iterator[None]:
         """Adds the passes over `batch` inside the context."""
         position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         queries = [batch.ordinary & (position >= budget) for _, budget in self.settings]

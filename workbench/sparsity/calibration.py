@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from workbench.models.contexts import Batch, batches
+from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
 from workbench.sparsity.layers import MLP, Projection, mlps, projections
 from workbench.text.corpora import Corpus
@@ -74,11 +74,11 @@ def calibrate(model: LoadedModel, corpus: Corpus, *, tokens: int = 1024, context
     Raises:
         InputError: an MLP of an unknown make, or a corpus with too little text.
     """
-    taken = batches(model, corpus, "train", max_tokens=max(tokens, context_len), context_len=context_len)
+    taken = context_batches(model, corpus, "train", max_tokens=max(tokens, context_len), context_len=context_len)
     return calibrate_on(model, list(taken))
 
 
-def calibrate_on(model: LoadedModel, sample: Sequence[Batch]) -> Calibration:
+def calibrate_on(model: LoadedModel, sample: Sequence[ContextBatch]) -> Calibration:
     """As `calibrate`, on given batches, with the same InputErrors."""
     blocks, matrices = mlps(model), projections(model)
     inputs: dict[str, list[Tensor]] = {matrix.name: [] for matrix in matrices}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from workbench.models.contexts import Batch, logits_of, losses
+from workbench.models.contexts import ContextBatch, logits_of, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
 from workbench.sparsity.methods import METHODS, Keep, Method
@@ -147,7 +147,7 @@ class Curves:
 def enforce(
     model: LoadedModel,
     calibration: Calibration,
-    batches: Sequence[Batch],
+    batches: Sequence[ContextBatch],
     *,
     methods: Sequence[Method] = tuple(METHODS.values()),
     on_progress: Callable[[int, int], None] | None = None,
@@ -168,13 +168,13 @@ def enforce(
     total = sum(batch.tokens.numel() for batch in batches) * (len(plan) + 1)
     for batch in batches:
         clean = logits_of(model, batch)
-        clean_sum += losses(batch, clean)[0]
+        clean_sum += losses(batch, clean)[0].item()
         count += int(batch.counted.sum())
         done += batch.tokens.numel()
         for number, (_, _, keeps) in enumerate(plan):
             with enforced(model, calibration, keeps, tallies[number]):
                 logits = logits_of(model, batch)
-            sums[number] += torch.tensor(losses(batch, logits, clean), dtype=torch.float64)
+            sums[number] += torch.stack(losses(batch, logits, clean)).cpu()
             done += batch.tokens.numel()
             if on_progress is not None:
                 on_progress(done, total)

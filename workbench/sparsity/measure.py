@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from workbench.models.contexts import Batch, batches
+from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
 from workbench.sparsity.layers import mlps
 from workbench.sparsity.mlp_stats import MLPStats
@@ -59,12 +59,12 @@ def measure(
         on_progress: called with (rows done, rows asked for).
 
     Raises:
-        InputError: see `layers.mlps` and `tokens.batches`.
+        InputError: see `layers.mlps` and `models.contexts.context_batches`.
     """
     stats = [MLPStats(mlp, context_len) for mlp in mlps(model)]
     residual = [_Residual(layer) for layer in range(model.info.n_layers)]
     done = 0
-    for batch in batches(model, corpus, split, max_tokens=max_tokens, context_len=context_len):
+    for batch in context_batches(model, corpus, split, max_tokens=max_tokens, context_len=context_len):
         _run(model, batch, stats, residual)
         done += batch.tokens.numel()
         if on_progress is not None:
@@ -89,7 +89,7 @@ class _Residual:
         self.at = (0, 0, 0)
         self.medians: list[Tensor] = []
 
-    def update(self, value: Tensor, batch: Batch) -> None:
+    def update(self, value: Tensor, batch: ContextBatch) -> None:
         magnitude = value.float().abs()
         # A median is a sort: a few rows of each batch say what is usual.
         self.medians.append(magnitude[batch.ordinary][:: max(1, int(batch.ordinary.sum()) // 32)].median())
@@ -114,7 +114,7 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def _run(model: LoadedModel, batch: Batch, stats: Iterable[MLPStats], residual: Iterable[_Residual]) -> None:
+def _run(model: LoadedModel, batch: ContextBatch, stats: Iterable[MLPStats], residual: Iterable[_Residual]) -> None:
     last = model.info.n_layers - 1
     with ExitStack() as stack:
         for stat in stats:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.models.contexts import Batch
+from workbench.models.contexts import ContextBatch
 from workbench.sparsity.layers import MLP, has_exact_zeros
 
 FIRING = 0.01
@@ -94,14 +94,14 @@ class MLPStats:
         self._jaccard = torch.zeros((), dtype=torch.float64, device=device)
         self._mass = torch.zeros(len(MASSES), dtype=torch.float64, device=device)
 
-    def update(self, h: Float[Tensor, "batch pos d_mlp"], batch: Batch) -> None:
+    def update(self, h: Float[Tensor, "batch pos d_mlp"], batch: ContextBatch) -> None:
         """Adds the ordinary tokens of a batch."""
         step = len(h) if h.is_cuda else max(1, CACHED // h[0].numel())
         for start in range(0, len(h), step):
             part = slice(start, start + step)
             self._update(h[part], batch.part(part))
 
-    def _update(self, h: Float[Tensor, "batch pos d_mlp"], batch: Batch) -> None:
+    def _update(self, h: Float[Tensor, "batch pos d_mlp"], batch: ContextBatch) -> None:
         rows = h[batch.ordinary].float()
         if not len(rows):
             return
@@ -127,7 +127,7 @@ class MLPStats:
         self._note_sorted(magnitude[-self.tokens % SAMPLE_EVERY :: SAMPLE_EVERY])
         self.tokens += len(rows)
 
-    def _note_largest(self, magnitude: Float[Tensor, "n d_mlp"], batch: Batch) -> None:
+    def _note_largest(self, magnitude: Float[Tensor, "n d_mlp"], batch: ContextBatch) -> None:
         largest = magnitude.amax(dim=0)
         better = (largest > self.max_abs).nonzero().squeeze(1)
         at = magnitude[:, better].argmax(dim=0)
@@ -135,12 +135,12 @@ class MLPStats:
         self.max_at[better] = torch.stack(origin, dim=1)
         self.max_abs = torch.maximum(self.max_abs, largest)
 
-    def _note_positions(self, of_token: Float[Tensor, "n"], batch: Batch) -> None:
+    def _note_positions(self, of_token: Float[Tensor, "n"], batch: ContextBatch) -> None:
         position = batch.ordinary.nonzero()[:, 1]
         self.position_fired.index_add_(0, position, of_token.double())
         self.position_tokens += batch.ordinary.sum(dim=0)
 
-    def _note_pairs(self, fires: Float[Tensor, "n d_mlp"], of_token: Float[Tensor, "n"], batch: Batch) -> None:
+    def _note_pairs(self, fires: Float[Tensor, "n d_mlp"], of_token: Float[Tensor, "n"], batch: ContextBatch) -> None:
         """Neighbouring rows of `fires` are neighbouring tokens unless a BOS lies between; contexts start with one."""
         place = batch.ordinary.flatten().nonzero().squeeze(1)
         neighbours = place[1:] == place[:-1] + 1

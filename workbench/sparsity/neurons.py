@@ -7,16 +7,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae.errors import InputError
 from workbench.features.index.feature import Example
-from workbench.models.contexts import Batch, batches
+from workbench.models.capture import capture
+from workbench.models.contexts import ContextBatch, context_batches
+from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
-from workbench.sparsity.layers import MLP, mlps
+from workbench.sparsity.layers import mlps
 from workbench.text.corpora import Corpus, Split
 
 BINS = 40
@@ -41,10 +42,6 @@ class NeuronView:
     """Largest |h| first."""
 
 
-class _Seen(Exception):
-    """The layer asked for has run."""
-
-
 @torch.no_grad()
 def view_neuron(
     model: LoadedModel,
@@ -65,7 +62,7 @@ def view_neuron(
         on_progress: called with (rows done, rows asked for).
 
     Raises:
-        InputError: a layer or neuron that does not exist; see also `layers.mlps` and `tokens.batches`.
+        InputError: a layer or neuron that does not exist; see also `layers.mlps` and `models.contexts.context_batches`.
     """
     blocks = mlps(model)
     if not 0 <= layer < len(blocks):
@@ -73,11 +70,12 @@ def view_neuron(
     mlp = blocks[layer]
     if not 0 <= neuron < mlp.d_mlp:
         raise InputError(f"neuron {neuron} does not exist: layer {layer} has neurons 0 to {mlp.d_mlp - 1}")
+    hook = resolve_hook(model, f"blocks.{layer}.mlp.hook_post")
     values: list[Tensor] = []
     examples: list[Example] = []
     done = 0
-    for batch in batches(model, corpus, split, max_tokens=max_tokens, context_len=context_len):
-        h = _activations(model, mlp, neuron, batch)
+    for batch in context_batches(model, corpus, split, max_tokens=max_tokens, context_len=context_len):
+        h = capture(model, batch.tokens, [hook]).activations[hook.name][..., neuron].float()
         values.append(h[batch.ordinary].cpu())
         found = [_example(model, batch, h, row) for row in range(len(h)) if batch.ordinary[row].any()]
         examples = sorted(examples + found, key=lambda example: -abs(example.activation))[:top]
@@ -92,25 +90,7 @@ def view_neuron(
     return NeuronView(layer, neuron, len(every), zero, edges, counts, [e for e in examples if e.activation])
 
 
-def _activations(model: LoadedModel, mlp: MLP, neuron: int, batch: Batch) -> Tensor:
-    """h of one neuron on every token of a batch, in float32."""
-    seen: list[Tensor] = []
-
-    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0][..., neuron].float())
-        raise _Seen
-
-    handle = mlp.out.module.register_forward_pre_hook(see)
-    try:
-        model.hf(batch.tokens, use_cache=False)
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
-
-
-def _example(model: LoadedModel, batch: Batch, h: Tensor, row: int) -> Example:
+def _example(model: LoadedModel, batch: ContextBatch, h: Tensor, row: int) -> Example:
     peak = int(torch.where(batch.ordinary[row], h[row].abs(), -1.0).argmax())
     doc = batch.doc[row, peak]
     mine = (batch.ordinary[row] & (batch.doc[row] == doc)).nonzero().squeeze(1).tolist()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sae.errors import InputError
-from workbench.models.contexts import Batch, logits_of, losses
+from workbench.models.contexts import ContextBatch, logits_of, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
 from workbench.sparsity.enforce import Tally, enforced
@@ -38,7 +38,7 @@ class PPLSparsity:
 def ppl_sparsity(
     model: LoadedModel,
     calibration: Calibration,
-    batches: Sequence[Batch],
+    batches: Sequence[ContextBatch],
     ps: Sequence[float] = (0.01, 0.05, 0.1),
     *,
     on_progress: Callable[[int, int], None] | None = None,
@@ -99,9 +99,9 @@ def _search(p: float, at: Callable[[float], tuple[float, float]]) -> PPLSparsity
     return PPLSparsity(p, low, sparsity, added, allowed)
 
 
-def _loss(model: LoadedModel, batches: Sequence[Batch]) -> float:
+def _loss(model: LoadedModel, batches: Sequence[ContextBatch]) -> float:
     total = count = 0.0
     for batch in batches:
-        total += losses(batch, logits_of(model, batch))[0]
+        total += losses(batch, logits_of(model, batch))[0].item()
         count += int(batch.counted.sum())
     return total / count

@@ -19,7 +19,7 @@ import torch
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.catalog.results import Result, check_name
-from workbench.models.contexts import batches
+from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel
 from workbench.sparsity import figures
 from workbench.sparsity.attention import BUDGETS, measure_attention
@@ -90,7 +90,7 @@ def report_curves(
 
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
         calibration = calibrate(model, corpus, context_len=context_len)
-        held = list(batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+        held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
         rows = sum(batch.tokens.numel() for batch in held)
         searched = rows * search_passes(len(ps))
         total = searched + rows * (1 + sum(len(method.levels) for method in chosen))
@@ -128,7 +128,7 @@ def report_attention(
     parameters = {"budgets": list(budgets), "max_tokens": max_tokens, "context_len": context_len}
 
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        held = list(batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+        held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
         found = measure_attention(model, held, budgets=budgets, on_progress=on_progress)
         measured = sorted(found.coverage["budget"].unique())
         middle = int(measured[len(measured) // 2])

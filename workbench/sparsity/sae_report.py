@@ -22,7 +22,7 @@ from sae.errors import InputError
 from sae.metrics import DENSE_ABOVE
 from sae.model import SAE
 from workbench.models.capture import capture
-from workbench.models.contexts import batches
+from workbench.models.contexts import context_batches
 from workbench.models.hooks import HookSpec, resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.sparsity.terms import bases, terms_table
@@ -100,7 +100,7 @@ def measure_saes(
     fired = {name: torch.zeros(sae.d_sae, dtype=torch.int64, device=model.device) for name, sae in saes.items()}
     position: list[Tensor] = []
     done = 0
-    for batch in batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len):
+    for batch in context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len):
         x = capture(model, batch.tokens, [hook]).activations[hook.name][batch.ordinary].flatten(1)
         position.append(batch.ordinary.nonzero()[:, 1])
         for name, sae in saes.items():
@@ -143,7 +143,9 @@ def _activations(
     """Activations of ordinary tokens, from up to TERM_TOKENS rows of one side of the corpus."""
     rows = [
         capture(model, batch.tokens, [hook]).activations[hook.name][batch.ordinary].flatten(1)
-        for batch in batches(model, corpus, split, max_tokens=max(TERM_TOKENS, context_len), context_len=context_len)
+        for batch in context_batches(
+            model, corpus, split, max_tokens=max(TERM_TOKENS, context_len), context_len=context_len
+        )
     ]
     return torch.cat(rows)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from workbench.models.contexts import Batch, batches
+from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.calibration import Calibration, calibrate
 from workbench.text.corpora import Corpus, open_corpus
@@ -52,5 +52,5 @@ def calibration(model: LoadedModel, corpus: Corpus) -> Calibration:
 
 
 @pytest.fixture(scope="session")
-def held_out(model: LoadedModel, corpus: Corpus) -> list[Batch]:
-    return list(batches(model, corpus, "heldout", max_tokens=512, context_len=CONTEXT))
+def held_out(model: LoadedModel, corpus: Corpus) -> list[ContextBatch]:
+    return list(context_batches(model, corpus, "heldout", max_tokens=512, context_len=CONTEXT))

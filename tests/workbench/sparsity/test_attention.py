@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from workbench.models.contexts import Batch
+from workbench.models.contexts import ContextBatch
 from workbench.models.load import LoadedModel
 from workbench.sparsity.attention import AttentionSparsity, measure_attention, restricted
 from workbench.sparsity.attention_patterns import BLOCK, PATTERNS, SINKS, sink_local, top_blocks, top_keys, vertical
@@ -23,7 +23,7 @@ def causal_attention(length: int = 40, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def found(model: LoadedModel, held_out: list[Batch]) -> AttentionSparsity:
+def found(model: LoadedModel, held_out: list[ContextBatch]) -> AttentionSparsity:
     return measure_attention(model, held_out, budgets=BUDGETS)
 
 
@@ -70,7 +70,9 @@ def test_vertical_stripes_are_the_columns_most_looked_at() -> None:
     assert set(mask[1, 1, 39].nonzero().flatten().tolist()) == {*columns, 39}
 
 
-def test_coverage_equals_a_naive_loop(found: AttentionSparsity, model: LoadedModel, held_out: list[Batch]) -> None:
+def test_coverage_equals_a_naive_loop(
+    found: AttentionSparsity, model: LoadedModel, held_out: list[ContextBatch]
+) -> None:
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.info.n_layers)]
     for pattern in ("sink + local", "top-k keys"):
         kept: dict[tuple[int, int], list[float]] = {}
@@ -93,7 +95,7 @@ def test_coverage_equals_a_naive_loop(found: AttentionSparsity, model: LoadedMod
         assert table["uniform"].iloc[0] == pytest.approx(sum(uniform) / len(uniform), abs=1e-6)
 
 
-def test_a_budget_that_holds_every_key_changes_nothing(model: LoadedModel, held_out: list[Batch]) -> None:
+def test_a_budget_that_holds_every_key_changes_nothing(model: LoadedModel, held_out: list[ContextBatch]) -> None:
     tokens = held_out[0].tokens
     clean = model.bridge(tokens)
     for pattern in PATTERNS.values():
@@ -102,7 +104,9 @@ def test_a_budget_that_holds_every_key_changes_nothing(model: LoadedModel, held_
             torch.testing.assert_close(model.bridge(tokens), clean, rtol=1e-4, atol=1e-4)
 
 
-def test_restriction_equals_masking_the_scores_before_the_softmax(model: LoadedModel, held_out: list[Batch]) -> None:
+def test_restriction_equals_masking_the_scores_before_the_softmax(
+    model: LoadedModel, held_out: list[ContextBatch]
+) -> None:
     """The sink + local pattern does not depend on the attention, so it can be set as a mask of the bare model."""
     tokens = held_out[0].tokens[:2]
     length = tokens.shape[1]
@@ -121,7 +125,7 @@ def test_top_keys_cover_at_least_what_any_other_pattern_does(found: AttentionSpa
     assert (found.curves["kl"] > 0).all()
 
 
-def test_budgets_that_reach_the_context_length_are_one_line(model: LoadedModel, held_out: list[Batch]) -> None:
+def test_budgets_that_reach_the_context_length_are_one_line(model: LoadedModel, held_out: list[ContextBatch]) -> None:
     with pytest.raises(InputError, match="every budget reaches the context length 32"):
         measure_attention(model, held_out, budgets=(32, 64))
     with pytest.raises(InputError, match="at least 2 keys, got a budget of 1"):
@@ -129,7 +133,7 @@ def test_budgets_that_reach_the_context_length_are_one_line(model: LoadedModel, 
 
 
 def test_sinks_entropy_and_keys_equal_a_naive_loop(
-    found: AttentionSparsity, model: LoadedModel, held_out: list[Batch]
+    found: AttentionSparsity, model: LoadedModel, held_out: list[ContextBatch]
 ) -> None:
     layer = model.info.n_layers - 1
     hook = f"blocks.{layer}.attn.hook_pattern"

@@ -8,7 +8,7 @@ import torch
 
 from sae.errors import InputError
 from workbench.models.capture import capture
-from workbench.models.contexts import Batch, batches, logits_of, losses
+from workbench.models.contexts import ContextBatch, context_batches, logits_of, losses
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.calibration import Calibration, calibrate
@@ -22,7 +22,7 @@ LEVELS = {"zero": 0.0, "CETT": 0.3}
 
 
 @pytest.fixture(scope="session")
-def curves(model: LoadedModel, calibration: Calibration, held_out: list[Batch]) -> Curves:
+def curves(model: LoadedModel, calibration: Calibration, held_out: list[ContextBatch]) -> Curves:
     return enforce(model, calibration, held_out)
 
 
@@ -32,7 +32,7 @@ def test_zero_threshold_leaves_a_relu_models_loss_exactly_as_it_is(
 ) -> None:
     relu_model: LoadedModel = request.getfixturevalue(f"{name}_model")
     calibration = calibrate(relu_model, corpus, tokens=256, context_len=32)
-    held = list(batches(relu_model, corpus, "heldout", max_tokens=512, context_len=32))
+    held = list(context_batches(relu_model, corpus, "heldout", max_tokens=512, context_len=32))
     found = enforce(relu_model, calibration, held, methods=[METHODS["zero"]])
     (point,) = found.points
     assert point.loss == found.clean_loss
@@ -57,7 +57,7 @@ def test_more_sparsity_is_reached_level_by_level_and_costs_something(curves: Cur
         assert (points["perplexity"] - points["loss"].map(math.exp)).abs().max() < 1e-9
 
 
-def test_the_clean_loss_is_the_models_own(curves: Curves, model: LoadedModel, held_out: list[Batch]) -> None:
+def test_the_clean_loss_is_the_models_own(curves: Curves, model: LoadedModel, held_out: list[ContextBatch]) -> None:
     total = count = 0.0
     for batch in held_out:
         log_p = model.hf(batch.tokens).logits.double().log_softmax(-1)
@@ -72,7 +72,7 @@ def test_the_clean_loss_is_the_models_own(curves: Curves, model: LoadedModel, he
 
 @pytest.mark.parametrize("name", METHODS)
 def test_thinned_activations_are_the_clean_ones_or_zero_and_bos_is_spared(
-    model: LoadedModel, calibration: Calibration, held_out: list[Batch], name: str
+    model: LoadedModel, calibration: Calibration, held_out: list[ContextBatch], name: str
 ) -> None:
     method, batch = METHODS[name], held_out[0]
     # Only the first block's input is the same in both passes, and only MLP methods leave what leads to it alone.
@@ -96,7 +96,7 @@ def test_thinned_activations_are_the_clean_ones_or_zero_and_bos_is_spared(
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error(
-    model: LoadedModel, calibration: Calibration, held_out: list[Batch]
+    model: LoadedModel, calibration: Calibration, held_out: list[ContextBatch]
 ) -> None:
     before = logits_of(model, held_out[0])
     keeps = METHODS["WINA"].keeps(0.9, calibration)
@@ -129,7 +129,7 @@ def test_flops_are_counted_by_matrix(model: LoadedModel, calibration: Calibratio
 
 
 @pytest.fixture(scope="session", params=["demo", "stories260k"])
-def trained(request: pytest.FixtureRequest, corpus: Corpus) -> tuple[LoadedModel, Calibration, list[Batch]]:
+def trained(request: pytest.FixtureRequest, corpus: Corpus) -> tuple[LoadedModel, Calibration, list[ContextBatch]]:
     """A trained ReLU model and a trained gated one: a random model's loss does not mind losing its MLPs."""
     if request.param == "demo":
         model, texts = load_model("demo", device="cpu"), corpus
@@ -137,13 +137,13 @@ def trained(request: pytest.FixtureRequest, corpus: Corpus) -> tuple[LoadedModel
         folder = request.getfixturevalue("shared_data")
         model = load_model(str(folder / "stories260k"), device="cpu")
         texts = open_corpus(str(folder / "corpora" / "tinystories_train_sample.txt"))
-    held = list(batches(model, texts, "heldout", max_tokens=512, context_len=64))
+    held = list(context_batches(model, texts, "heldout", max_tokens=512, context_len=64))
     return model, calibrate(model, texts, tokens=128, context_len=64), held
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1])
 def test_ppl_sparsity_satisfies_its_definition_when_run_again(
-    trained: tuple[LoadedModel, Calibration, list[Batch]], p: float
+    trained: tuple[LoadedModel, Calibration, list[ContextBatch]], p: float
 ) -> None:
     model, calibration, held_out = trained
     (found,) = ppl_sparsity(model, calibration, held_out, [p])
@@ -169,7 +169,7 @@ def test_ppl_sparsity_satisfies_its_definition_when_run_again(
 
 def test_a_p_that_no_threshold_reaches_is_one_line(gpt2_model: LoadedModel, corpus: Corpus) -> None:
     calibration = calibrate(gpt2_model, corpus, tokens=64, context_len=32)
-    held = list(batches(gpt2_model, corpus, "heldout", max_tokens=128, context_len=32))
+    held = list(context_batches(gpt2_model, corpus, "heldout", max_tokens=128, context_len=32))
     with pytest.raises(InputError, match=r"no threshold reaches p = 1e\+09.*ask for a smaller p"):
         ppl_sparsity(gpt2_model, calibration, held, [1e9])
     with pytest.raises(InputError, match="p must be a positive share"):
@@ -195,7 +195,7 @@ def test_generation_at_level_0_is_the_models_own_and_changes_with_sparsity(
 
 def test_progress_counts_to_the_total(gpt2_model: LoadedModel, corpus: Corpus) -> None:
     calibration = calibrate(gpt2_model, corpus, tokens=64, context_len=32)
-    held = list(batches(gpt2_model, corpus, "heldout", max_tokens=64, context_len=32))
+    held = list(context_batches(gpt2_model, corpus, "heldout", max_tokens=64, context_len=32))
     calls: list[tuple[int, int]] = []
     found = enforce(gpt2_model, calibration, held, methods=[METHODS["topk"]], on_progress=lambda *c: calls.append(c))
     assert calls[-1][0] == calls[-1][1] == 64 * (len(METHODS["topk"].levels) + 1)

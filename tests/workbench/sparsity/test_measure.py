@@ -8,7 +8,7 @@ import torch
 
 from sae.errors import InputError
 from workbench.models.capture import capture
-from workbench.models.contexts import batches
+from workbench.models.contexts import context_batches
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.sparsity.layers import has_exact_zeros, mlps
@@ -32,7 +32,7 @@ def activations(model: LoadedModel, corpus: Corpus) -> list[tuple[np.ndarray, np
     origin: list[tuple[int, int, int]] = []
     places: list[tuple[int, int]] = []
     context = 0
-    for batch in batches(model, corpus, "train", max_tokens=TOKENS, context_len=CONTEXT):
+    for batch in context_batches(model, corpus, "train", max_tokens=TOKENS, context_len=CONTEXT):
         found = capture(model, batch.tokens, hooks).activations
         for row in range(len(batch.tokens)):
             for pos in range(CONTEXT):
@@ -109,7 +109,7 @@ def test_the_largest_residual_entry_is_found_with_its_token(
 ) -> None:
     hook = resolve_hook(model, "blocks.1.hook_resid_post")
     found = (-1.0, 0, 0, 0)
-    for batch in batches(model, corpus, "train", max_tokens=TOKENS, context_len=CONTEXT):
+    for batch in context_batches(model, corpus, "train", max_tokens=TOKENS, context_len=CONTEXT):
         value = capture(model, batch.tokens, [hook]).activations[hook.name].abs()
         row, pos, dimension = np.unravel_index(int(value.argmax()), value.shape)
         if value.max() > found[0]:

@@ -7,7 +7,7 @@ import torch
 
 from sae.errors import InputError
 from workbench.models.capture import capture
-from workbench.models.contexts import batches
+from workbench.models.contexts import context_batches
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.neurons import view_neuron
@@ -22,7 +22,7 @@ def test_values_and_examples_equal_what_is_captured(model: LoadedModel, corpus: 
     hook = resolve_hook(model, f"blocks.{LAYER}.mlp.hook_post")
     values: dict[tuple[int, int], float] = {}
     largest: list[float] = []
-    for batch in batches(model, corpus, "train", max_tokens=TOKENS, context_len=CONTEXT):
+    for batch in context_batches(model, corpus, "train", max_tokens=TOKENS, context_len=CONTEXT):
         h = capture(model, batch.tokens, [hook]).activations[hook.name][..., NEURON]
         for row in range(len(h)):
             mine = batch.ordinary[row].nonzero().squeeze(1).tolist()

@@ -10,7 +10,7 @@ from sae.errors import InputError
 from sae.model import SAE
 from sae.rules import TopK
 from workbench.models.capture import capture
-from workbench.models.contexts import batches
+from workbench.models.contexts import context_batches
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.sparsity.sae_report import SAESparsity, fit_zipf, measure_saes
@@ -55,7 +55,7 @@ def test_the_zipf_fit_is_the_weighted_least_squares_line() -> None:
 def test_codes_are_counted_as_a_naive_loop_does(report: SAESparsity, gpt2_model: LoadedModel, corpus: Corpus) -> None:
     hook, sae = resolve_hook(gpt2_model, HOOK), random_sae()
     l0, position, fired = [], [], np.zeros(64)
-    for batch in batches(gpt2_model, corpus, "heldout", max_tokens=512, context_len=32):
+    for batch in context_batches(gpt2_model, corpus, "heldout", max_tokens=512, context_len=32):
         x = capture(gpt2_model, batch.tokens, [hook]).activations[HOOK]
         for row, pos in batch.ordinary.nonzero().tolist():
             code = sae.encode(x[row, pos][None]).to_dense()[0]
