@@ -38,7 +38,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/workbench demo
 
 app: $(VENV)/.runtime
-	$(BIN)/workbench app
+	$(BIN)/workbench app --workspace demo-workspace
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

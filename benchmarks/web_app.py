@@ -79,8 +79,8 @@ def visible_times(workspace: Path, sae: str, numbers: list[int]) -> Timings:
     address = f"http://localhost:{port}"
     start = time.perf_counter()
     server = subprocess.Popen(
-        [sys.executable, "-m", "app.serve", "run", str(FRAME), "--server.port", str(port), "--server.headless", "true",
-         "--server.address", "localhost", "--", str(workspace)],
+        [sys.executable, "-P", str(FRAME.with_name("serve.py")), "run", str(FRAME), "--server.port", str(port),
+         "--server.headless", "true", "--server.address", "localhost", "--", str(workspace)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

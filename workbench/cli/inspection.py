@@ -1,18 +1,14 @@
-"""Commands that look: info, sql, doctor, gc, app."""
+"""Commands that look: info, sql, doctor, gc."""
 
 import dataclasses
-import os
-import socket
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sae.errors import InputError
-from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption
+from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
 from workbench.cli.output import print_json, print_table
 from workbench.show.progress import format_bytes
 
@@ -23,27 +19,24 @@ def register(app: typer.Typer) -> None:
     app.command()(sql)
     app.command()(doctor)
     app.command()(gc)
-    app.command("app")(open_app)
 
 
-def info(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
+def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
     """List what the workspace holds: harvests, training runs and SAEs with their evaluations."""
-    from workbench.workspace import Workspace
-
-    space = Workspace(workspace, create=False)
-    harvests = space.harvest_summaries()
-    runs, saes = space.runs(), space.saes()
+    workspace = open_workspace(folder)
+    harvests = workspace.harvest_summaries()
+    runs, saes = workspace.runs(), workspace.saes()
     if as_json:
         print_json(
             {
-                "workspace": str(space.path),
+                "workspace": str(workspace.path),
                 "harvests": [dataclasses.asdict(item) for item in harvests],
                 "runs": [dataclasses.asdict(item) for item in runs],
                 "saes": [dataclasses.asdict(item) for item in saes],
             }
         )
         return
-    print(f"Workspace {space.path}")
+    print(f"Workspace {workspace.path}")
     print_table(
         "Harvests",
         ["name", "model", "corpus", "hooks", "rows", "size", "state"],
@@ -73,16 +66,14 @@ def info(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = F
 def sql(
     query: Annotated[str, typer.Argument(help="One SELECT statement.")],
     harvest: Annotated[str | None, typer.Option(help="Harvest the table names speak of.")] = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Query tokens, activations, runs and results with read-only SQL (DuckDB).
 
     `activations` joins tokens and vectors; `vec('HOOK', row)` gives a vector.
     """
-    from workbench.workspace import Workspace
-
-    answer = Workspace(workspace, create=False).sql(query, harvest=harvest)
+    answer = open_workspace(folder).sql(query, harvest=harvest)
     if as_json:
         names = distinct(answer.columns)
         print_json([dict(zip(names, row, strict=True)) for row in answer.rows])
@@ -112,7 +103,7 @@ def shorten(cell: Any) -> Any:
 
 
 def doctor(
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Check the installation and, where there is one, the workspace: versions, devices, disk, every block's checksum.
@@ -121,7 +112,7 @@ def doctor(
     """
     from workbench.cli.examine import examine
 
-    checks = examine(workspace)
+    checks = examine(folder)
     if as_json:
         print_json([dataclasses.asdict(check) for check in checks])
     else:
@@ -138,47 +129,14 @@ def gc(
     harvest: Annotated[list[str], typer.Option("--harvest", help="Remove this harvest.")] = [],  # noqa: B006
     run: Annotated[list[str], typer.Option("--run", help="Remove this training run.")] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option(help="Only list what would go.")] = False,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Remove leftovers of killed processes, and the artefacts that are named."""
-    from workbench.workspace import Workspace
-
-    removed = Workspace(workspace, create=False).gc(saes=sae, harvests=harvest, runs=run, dry_run=dry_run)
+    removed = open_workspace(folder).gc(saes=sae, harvests=harvest, runs=run, dry_run=dry_run)
     if as_json:
         print_json([{"path": str(item.path), "bytes": item.bytes} for item in removed])
         return
     for item in removed:
         print(f"{'would remove' if dry_run else 'removed'} {item.path} ({format_bytes(item.bytes)})")
     print(f"{format_bytes(sum(item.bytes for item in removed))} in {len(removed)} items")
-
-
-def open_app(
-    workspace: WorkspaceOption = Path("demo-workspace"),
-    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 8501,
-    browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
-) -> None:
-    """Open the web app on a workspace; it listens on this machine only."""
-    from importlib.util import find_spec
-
-    from workbench.workspace import Workspace
-
-    Workspace(workspace, create=False)
-    with socket.socket() as attempt:
-        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            attempt.bind(("localhost", port))
-        except OSError as error:
-            raise InputError(f"cannot listen on port {port}: {error.strerror}; choose another with --port") from None
-    package = find_spec("app")
-    assert package is not None
-    assert package.origin is not None
-    command = [
-        sys.executable, "-m", "app.serve", "run", str(Path(package.origin).with_name("main.py")),
-        "--server.address", "localhost", "--server.port", str(port),
-        "--server.headless", "false" if browser else "true", "--browser.gatherUsageStats", "false",
-        "--client.toolbarMode", "viewer",
-        "--", str(workspace),
-    ]  # fmt: skip
-    # In this process's place, so that whatever ends the command ends the server.
-    os.execv(sys.executable, command)

@@ -27,6 +27,7 @@ from workbench.cli import (
     live,
     pipeline,
     sparsity,
+    web_app,
 )
 
 # Typer carries click inside since 0.26 and used the real one before: its public BadParameter leads to either.
@@ -51,6 +52,7 @@ circuits.register(app)
 concepts.register(app)
 explain.register(app)
 live.register(app)
+web_app.register(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -9,7 +9,16 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 def demo_model_dir() -> Path:
     """Folder of the demo model. Raises InputError when this installation has none."""
-    for folder in (_PACKAGE / "_bundled" / "demo_model", _PACKAGE.parent / "data" / "demo_model"):
-        if (folder / "config.json").is_file():
+    return _folder("the demo model", "demo_model", "data/demo_model", "config.json")
+
+
+def app_dir() -> Path:
+    """Folder of the web app's package, `app`. Raises InputError when this installation has none."""
+    return _folder("the web app", "app", "app", "main.py")
+
+
+def _folder(what: str, in_wheel: str, in_checkout: str, holds: str) -> Path:
+    for folder in (_PACKAGE / "_bundled" / in_wheel, _PACKAGE.parent / in_checkout):
+        if (folder / holds).is_file():
             return folder
-    raise InputError("the demo model is missing from this installation: reinstall interp-workbench")
+    raise InputError(f"{what} is missing from this installation: reinstall interp-workbench")

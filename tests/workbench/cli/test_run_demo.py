@@ -4,27 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
-
-import pytest
 
 from workbench.workspace import Workspace
 
-REPOSITORY = Path(__file__).parents[2]
 MAIN = "import workbench.cli as cli; print(cli.__file__, file=__import__('sys').stderr); cli.main()"
-pytestmark = pytest.mark.skipif(not (REPOSITORY / "data" / "demo_model").is_dir(), reason="runs in a checkout")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's files."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
-    subprocess.run(build, check=True, capture_output=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(folder / "site")
-    return folder / "site"
 
 
 def demo(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -47,4 +31,3 @@ def test_the_wheel_runs_the_whole_demo_and_a_second_run_repeats_its_report(site:
     again = json.loads(demo(site, "--json").stdout)
     assert {**again, "seconds": None} == {**first, "seconds": None}
     assert again["seconds"]["train"] + again["seconds"]["index"] < first["seconds"]["train"]
-    assert (site / "app" / "main.py").is_file()

@@ -1,0 +1,44 @@
+"""`workbench app`: the web app on a workspace."""
+
+import os
+import socket
+import sys
+from typing import Annotated
+
+import typer
+
+from sae.errors import InputError
+from workbench.cli.options import DEFAULT_WORKSPACE, WorkspaceOption, open_workspace
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's command."""
+    app.command("app")(open_app)
+
+
+def open_app(
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 8501,
+    browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
+) -> None:
+    """Open the web app on a workspace; it listens on this machine only."""
+    from workbench.models.bundled import app_dir
+
+    workspace = open_workspace(folder)
+    with socket.socket() as attempt:
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            attempt.bind(("localhost", port))
+        except OSError as error:
+            raise InputError(f"cannot listen on port {port}: {error.strerror}; choose another with --port") from None
+    app = app_dir()
+    # With -P and by the file's path: the folder that the command is called from may hold a package `app` of its own.
+    command = [
+        sys.executable, "-P", str(app / "serve.py"), "run", str(app / "main.py"),
+        "--server.address", "localhost", "--server.port", str(port),
+        "--server.headless", "false" if browser else "true", "--browser.gatherUsageStats", "false",
+        "--client.toolbarMode", "viewer",
+        "--", str(workspace.path),
+    ]  # fmt: skip
+    # In this process's place, so that whatever ends the command ends the server.
+    os.execv(sys.executable, command)
