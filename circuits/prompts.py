@@ -150,8 +150,8 @@ def from_ids(
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, without special tokens."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    """Token ids of a text, without BOS; the text of a special token, such as a chat marker, is that one token."""
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
 
 
 def one_token(name: str, tokenizer: Any, text: str) -> int:

@@ -15,7 +15,7 @@ from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.on_text import LiveText, activations_on_text
 from workbench.features.index.page import example_html, group_html
 from workbench.features.index.query import FeatureIndex
-from workbench.features.prompts import MAX_CHARACTERS, MAX_TOKENS
+from workbench.models.prompt_text import MAX_CHARACTERS, MAX_TOKENS
 from workbench.show.html import STYLE, visible
 
 BOOKMARKS = "bookmarks"

@@ -8,7 +8,8 @@ from app.shared import open_workspace, page_link, plain
 from workbench.features import prompt_figures as live_figures
 from workbench.features.index import InputError
 from workbench.features.live import LiveSAE
-from workbench.features.prompts import MAX_TOKENS, RANKINGS, PromptReading, Ranking
+from workbench.features.prompts import RANKINGS, PromptReading, Ranking
+from workbench.models.prompt_text import MAX_TOKENS
 from workbench.show.html import STYLE, visible
 
 SHOWN = 200

@@ -75,7 +75,7 @@ def report_dfa(
     """
     label, attention = sae
     layer = attention_layer(attention)
-    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    ids = model.encode(text)
     if not ids or len(ids) + 1 > model.info.n_ctx:
         raise InputError(f"the text has {len(ids)} tokens and should have 1 to {model.info.n_ctx - 1}")
     tokens = torch.tensor([model.bos_id, *ids], device=model.device)

@@ -153,7 +153,7 @@ def head_on_text(model: LoadedModel, head: str, text: str, *, most: int = MAX_PR
     Raises:
         InputError: an empty text or no such head.
     """
-    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    ids = model.encode(text)
     if not ids:
         raise InputError("the text holds no token: type something")
     layer, number = graph_of(model.bridge).head(head)

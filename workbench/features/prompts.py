@@ -1,6 +1,7 @@
 """A prompt read through an SAE: which features fire on which token, and what they do to the next one.
 
-1. The text is tokenized and put after BOS, at most `MAX_CHARACTERS` characters and `MAX_TOKENS` tokens of it.
+1. The text is tokenized and put after BOS, at most `MAX_CHARACTERS` characters and `MAX_TOKENS` tokens of it
+   (`workbench.models.prompt_text`).
 2. One pass of the model gives the value at the SAE's hook point and the last residual stream x, another the logits:
    log p of every next token, and so the loss of every token, -log p(token | what stands before it), in nats.
 3. The SAE encodes every token but BOS; all its activations are kept, with their signs.
@@ -38,16 +39,12 @@ from sae.model import SAE
 from workbench.features.index.logits import output_directions
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
+from workbench.models.prompt_text import encode_prompt, next_log_probabilities, token_pieces
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
 
-MAX_CHARACTERS = 10_000
-MAX_TOKENS = 1024
 PREDICTIONS = 10
-MAX_PIECES = 8
-"""Tokens that share one character at most: four bytes in UTF-8, and room for byte tokens of other tokenizers."""
-LOGIT_ROWS = 128
 
 Ranking = Literal["max", "mean", "rare"]
 RANKINGS: tuple[Ranking, ...] = ("max", "mean", "rare")
@@ -186,7 +183,7 @@ class PromptReading:
 
     def target(self, text: str) -> int:
         """The token id of a text that is exactly one token. Raises InputError where it is not."""
-        ids = self._loaded.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids = self._loaded.encode(text)
         if len(ids) != 1:
             raise InputError(f"{text!r} is {len(ids)} tokens: attribution is to one; mind the space before a word")
         return int(ids[0])
@@ -271,45 +268,6 @@ def read_prompt(
         activation=activation.astype(np.float64), known=known, missing=missing, _directions=directions,
         _active=active, _scale=scale, _loaded=model,
     )  # fmt: skip
-
-
-def encode_prompt(model: "LoadedModel", text: str, room: int = 1) -> tuple[list[int], bool]:
-    """Token ids of a prompt without BOS, and whether only its beginning is in them.
-
-    Args:
-        room: positions of the model's context to leave for others, BOS among them.
-
-    Raises:
-        InputError: a text without tokens.
-    """
-    ids = model.tokenizer.encode(text[:MAX_CHARACTERS], add_special_tokens=False, split_special_tokens=True)
-    kept = ids[: min(MAX_TOKENS, model.info.n_ctx - room)]
-    if not kept:
-        raise InputError("a prompt without tokens activates nothing: type some text")
-    return kept, len(kept) < len(ids) or len(text) > MAX_CHARACTERS
-
-
-def token_pieces(model: "LoadedModel", ids: list[int]) -> list[str]:
-    """Text of each token; where several share a character, the first has it and the others have an empty text."""
-    pieces: list[str] = []
-    while len(pieces) < len(ids):
-        first = len(pieces)
-        # Bytes that make no character yet are decoded to U+FFFD; bytes that never will stand alone.
-        for end in range(first + 1, min(first + MAX_PIECES, len(ids)) + 1):
-            text = model.text(ids[first:end])
-            if "�" not in text:
-                pieces += [text, *[""] * (end - first - 1)]
-                break
-        else:
-            pieces.append(model.text(ids[first : first + 1]))
-    return pieces
-
-
-def next_log_probabilities(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
-    """Log-probabilities in float32 at least, some rows at a time where that takes a copy."""
-    if logits.dtype in (torch.float32, torch.float64):
-        return logits.log_softmax(dim=1)
-    return torch.cat([rows.float().log_softmax(dim=1) for rows in logits.split(LOGIT_ROWS)])
 
 
 def _final_scale(model: "LoadedModel", x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:

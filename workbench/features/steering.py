@@ -34,8 +34,8 @@ from torch import Tensor
 from circuits.splice import splice
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.features.prompts import encode_prompt, next_log_probabilities, token_pieces
 from workbench.models.hooks import resolve_hook
+from workbench.models.prompt_text import encode_prompt, next_log_probabilities, token_pieces
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from circuits.prompts import ids
 from sae.errors import InputError
 from workbench.models.bundled import demo_model_dir
 from workbench.models.devices import choose_device
@@ -100,8 +101,12 @@ class LoadedModel:
     @cached_property
     def _anchor(self) -> tuple[int, str]:
         """A token that texts are decoded after, and its own text."""
-        token = self.tokenizer.encode("a", add_special_tokens=False)[-1]
+        token = self.encode("a")[-1]
         return token, self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, without BOS; the text of a special token, such as a chat marker, is that one token."""
+        return ids(self.tokenizer, text)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Text of some tokens in the middle of a text: SentencePiece tokenizers drop a space at its start."""

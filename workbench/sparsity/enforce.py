@@ -247,7 +247,7 @@ def generate(
     Raises:
         InputError: an empty prompt, or one that leaves no room in the model's context.
     """
-    ids = model.tokenizer.encode(prompt, add_special_tokens=False)
+    ids = model.encode(prompt)
     if not ids:
         raise InputError("the prompt holds no token: write something to continue")
     room = model.info.n_ctx - 1 - len(ids)

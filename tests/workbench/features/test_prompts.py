@@ -13,10 +13,11 @@ from sae import SAE
 from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench.features import prompt_figures as live_figures
-from workbench.features.prompts import MAX_TOKENS, Known, encode_prompt, read_prompt, token_pieces
+from workbench.features.prompts import Known, read_prompt
 from workbench.models.capture import capture
 from workbench.models.hooks import KINDS, resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.prompt_text import MAX_TOKENS, encode_prompt, token_pieces
 
 TEXT = "def f(x):\n    return json.loads(x)  # <script> 😀 e\u0301\n"
 D_SAE = 40

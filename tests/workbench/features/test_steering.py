@@ -12,10 +12,10 @@ from sae import SAE, TopK
 from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench.features import prompt_figures as live_figures
-from workbench.features.prompts import encode_prompt
 from workbench.features.steering import Edit, _generate, _gumbel, apply_edit, edited, steer
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.prompt_text import encode_prompt
 
 TEXT = "def f(x):\n    return json"
 HOOK, UNIT = "blocks.1.hook_resid_post", 2.5

@@ -14,9 +14,9 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.features.index.feature import Example
 from workbench.features.index.loss import loss_effects
-from workbench.features.prompts import encode_prompt, token_pieces
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
+from workbench.models.prompt_text import encode_prompt, token_pieces
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
