@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.config import TrainConfig
 from sae.metrics import ReconstructionMetrics
 from sae.rules import AbsTopK, BatchTopK, JumpReLU, ReLU, Rule, TopK
-from sae.train import TrainConfig, train
+from sae.training import train
 from workbench import Workspace
 
 HOOK = "blocks.2.hook_resid_post"

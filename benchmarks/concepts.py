@@ -21,8 +21,8 @@ from typing import Any
 
 import pandas as pd
 
+from sae.config import TrainConfig
 from sae.rules import AbsTopK, BatchTopK, FeatureChoice, TopK
-from sae.train import TrainConfig
 from workbench import Workspace
 from workbench.features.concepts.random_model import save_random_copy
 from workbench.features.concepts.report import align_sae, match, truth_of

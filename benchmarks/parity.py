@@ -35,10 +35,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.config import TrainConfig
 from sae.model import SAE
 from sae.rules import TopK
 from sae.state import TrainingState
-from sae.train import TrainConfig, train
+from sae.training import train
 
 WARMUP, DECAY = 0.05, 0.2
 PEERS_CLIP = 1.0

@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 
+from sae.config import TrainConfig
 from sae.metrics import ReconstructionMetrics
 from sae.model import SAE
 from sae.planted import PlantedSource, Planting, Rows, Truth
 from sae.recovery import recovery
 from sae.rules import RULES, AbsTopK, AuxKind, CodeRule, FeatureChoice, GradientTopK, Rule, TopK
-from sae.train import TrainConfig, train
+from sae.training import train
 
 K = 3
 BATCH = 512

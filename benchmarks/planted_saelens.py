@@ -25,17 +25,18 @@ from sae_lens.synthetic import (
 from sae_lens.synthetic.training import train_toy_sae
 from torch import Tensor
 
+from sae.config import TrainConfig
 from sae.model import SAE
 from sae.recovery import recovery
 from sae.rules import TopK
-from sae.train import TrainConfig, train
+from sae.training import train
 
 D_IN, N_FEATURES, WIDTH, K, BATCH, LR = 48, 96, 96, 4, 512, 3e-3
 HELD_OUT_ROWS = 16_384
 
 
 class Synthetic:
-    """A synthetic model of SAELens as a `sae.train.BatchSource`; it draws from torch's global generator."""
+    """A synthetic model of SAELens as a `sae.BatchSource`; it draws from torch's global generator."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)

@@ -25,6 +25,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+from sae.config import TrainConfig
 from sae.metrics import ReconstructionMetrics, ReconstructionSummary
 from sae.model import SAE
 from sae.rules import (
@@ -39,7 +40,6 @@ from sae.rules import (
     Rule,
     TopK,
 )
-from sae.train import TrainConfig
 from workbench import Workspace
 from workbench.features.concepts.random_model import save_random_copy
 from workbench.features.concepts.report import KIND, align_sae, truth_of

@@ -8,7 +8,7 @@ rules, and two forms of this project's step that the trainer does not use: witho
 memory. Reported: median, p10 and p90 in ms, tokens a second, the roofline's share, and the peak memory of a step with
 its state.
 
-With --trainer: the rate of `sae.train.train` fed by the real loader from a harvest of random rows on disk, after its
+With --trainer: the rate of `sae.train` fed by the real loader from a harvest of random rows on disk, after its
 first tenth, against the bare step's on batches that lie on the device.
 """
 
@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from synthetic_harvest import HOOK, synthetic_harvest
 from torch import Tensor
 
+from sae.config import TrainConfig
 from sae.rules import AbsTopK, BatchTopK, FeatureChoice, GradientTopK, Rule, TopK
-from sae.train import StepMetrics, TrainConfig, train
+from sae.training import StepMetrics, train
 from workbench.bench.arms import FLOOR, LR, OURS, SIZES, Arm, Size, Step, arms, batches, ours, torch_arms
 from workbench.bench.timing import Measured, measure
 from workbench.harvest.loader import ActivationLoader

@@ -12,15 +12,66 @@ from sae.errors import InputError
 
 if TYPE_CHECKING:
     from sae.code import SparseCode
+    from sae.config import TrainConfig
     from sae.model import SAE
-    from sae.rules import TopK
+    from sae.rules import (
+        RULES,
+        AbsTopK,
+        Batch,
+        BatchAbsTopK,
+        BatchTopK,
+        CodeRule,
+        FeatureChoice,
+        GradientTopK,
+        JumpReLU,
+        MutualChoice,
+        ReLU,
+        Rule,
+        ThresholdRule,
+        TopK,
+    )
+    from sae.source import BatchSource, GradientSource
+    from sae.training import StepMetrics, TrainedSAE, train
 
-_HOMES = {"SAE": "sae.model", "SparseCode": "sae.code", "TopK": "sae.rules"}
-__all__ = ["SAE", "InputError", "SparseCode", "TopK"]
+__all__ = [
+    "RULES",
+    "SAE",
+    "AbsTopK",
+    "Batch",
+    "BatchAbsTopK",
+    "BatchSource",
+    "BatchTopK",
+    "CodeRule",
+    "FeatureChoice",
+    "GradientSource",
+    "GradientTopK",
+    "InputError",
+    "JumpReLU",
+    "MutualChoice",
+    "ReLU",
+    "Rule",
+    "SparseCode",
+    "StepMetrics",
+    "ThresholdRule",
+    "TopK",
+    "TrainConfig",
+    "TrainedSAE",
+    "train",
+]
+_ELSEWHERE = {
+    "BatchSource": "sae.source",
+    "GradientSource": "sae.source",
+    "SAE": "sae.model",
+    "SparseCode": "sae.code",
+    "StepMetrics": "sae.training",
+    "TrainConfig": "sae.config",
+    "TrainedSAE": "sae.training",
+    "train": "sae.training",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: whoever wants InputError alone, such as the command line, does not wait for torch.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return getattr(import_module(_ELSEWHERE.get(name, "sae.rules")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

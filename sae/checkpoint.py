@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,15 +17,13 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.files import write_atomically
+from sae.source import BatchSource
 from sae.state import TrainingState
-
-if TYPE_CHECKING:
-    from sae.train import BatchSource
 
 FILE = "checkpoint.safetensors"
 
 
-def save(folder: Path, states: Sequence[TrainingState], source: "BatchSource", step: int) -> None:
+def save(folder: Path, states: Sequence[TrainingState], source: BatchSource, step: int) -> None:
     """Writes a checkpoint after `step` steps; a kill while it is written leaves the one before.
 
     Raises:
@@ -55,7 +53,7 @@ def save(folder: Path, states: Sequence[TrainingState], source: "BatchSource", s
         ) from None
 
 
-def load(folder: Path, states: Sequence[TrainingState], source: "BatchSource") -> int | None:
+def load(folder: Path, states: Sequence[TrainingState], source: BatchSource) -> int | None:
     """Restores states and stream from the checkpoint in `folder`.
 
     Returns:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sae import kernels, optim
 from sae.code import SparseCode
+from sae.config import TrainConfig
 from sae.rules import (
     AbsTopK,
     BatchAbsTopK,
@@ -40,7 +41,6 @@ from sae.state import REVIVABLE, Totals, TrainingState
 
 if TYPE_CHECKING:
     from sae.kernels.triton import AuxGradients, Centred, Listed, Parameters, StepResult
-    from sae.train import TrainConfig
 
 FUSED_RULES = (TopK, AbsTopK, BatchTopK, MutualChoice, BatchAbsTopK, FeatureChoice, GradientTopK)
 EPS = 1e-8
@@ -56,12 +56,12 @@ MAX_CAPTURED_TOKENS = 2**14
 """Batch above which feature choice takes the plain encoder, which waits for the device."""
 
 
-def new_state(config: "TrainConfig", d_in: int, device: torch.device) -> TrainingState:
+def new_state(config: TrainConfig, d_in: int, device: torch.device) -> TrainingState:
     """The state that trains `config` on `device`: fused where it can be."""
     return FusedState(config, d_in, device) if is_fused(config, device) else TrainingState(config, d_in, device)
 
 
-def is_fused(config: "TrainConfig", device: torch.device) -> bool:
+def is_fused(config: TrainConfig, device: torch.device) -> bool:
     """Whether the fused step trains this; see the module's description for what it does not."""
     rule = config.rule
     # A subclass may choose in another way: only the rules themselves are known.
@@ -115,7 +115,7 @@ class Plan:
 class FusedState(TrainingState):
     """`TrainingState` with the fused step; its arguments."""
 
-    def __init__(self, config: "TrainConfig", d_in: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, d_in: int, device: torch.device) -> None:
         super().__init__(config, d_in, device)
         # Adam's moments are kept where torch's Adam would, under the names that checkpoints know.
         for tensor in self.trained.values():

@@ -177,7 +177,7 @@ class Truth:
 
 
 class PlantedSource:
-    """An endless stream of planted rows; a `sae.train.GradientSource`.
+    """An endless stream of planted rows; a `sae.GradientSource`.
 
     The stream is the same whatever the batch size, and its cursor (chunk, offset) is the whole of its state.
 

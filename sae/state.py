@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,17 +9,13 @@ from torch import Tensor
 
 from sae import kernels, losses, optim
 from sae.code import SparseCode
+from sae.config import TrainConfig
 from sae.model import SAE
 from sae.passes import Pass, code_pass, threshold_pass
 from sae.rules import Batch, CodeRule, ThresholdRule
 
-if TYPE_CHECKING:
-    from sae.train import TrainConfig
-
 MULTI_K = 4
 """Multi-TopK's second k, as a multiple of the first (Gao et al. 2024, section 2.4 and appendix A.6)."""
-ANNEAL_SHARE = 0.7
-"""Share of the steps over which k goes from its start to its final value (CSRv2)."""
 
 # Running sums between two reports, and how many features the last one found that the auxiliary loss would revive.
 LOSS, SQUARED_ERROR, VARIANCE, ACTIVE, AUX, STEPS, REVIVABLE = range(7)
@@ -46,7 +41,7 @@ class TrainingState:
         device: where it lives.
     """
 
-    def __init__(self, config: "TrainConfig", d_in: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, d_in: int, device: torch.device) -> None:
         self.config = config
         self.error: str | None = None
         self.last_lr = 0.0

@@ -37,8 +37,9 @@ from workbench.disk.descriptions import read_description, write_description
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sae.config import TrainConfig
     from sae.model import SAE
-    from sae.train import StepMetrics, TrainConfig, TrainedSAE
+    from sae.training import StepMetrics, TrainedSAE
     from workbench.catalog.gc import Removed
     from workbench.catalog.sql import Answer
     from workbench.features.concepts.report import ConceptReport
@@ -230,7 +231,7 @@ class Workspace:
             InputError: unknown harvest or hook, or names taken.
         """
         from sae import checkpoint
-        from sae.train import check_configs, train
+        from sae.training import check_configs, train
         from workbench.disk.locks import RunLock
         from workbench.models.devices import choose_device
 
@@ -304,7 +305,7 @@ class Workspace:
         return provenance.get("run") == run and provenance.get("training") == json.loads(json.dumps(config.to_dict()))
 
     def _trained(self, config: "TrainConfig", error: str | None) -> "TrainedSAE":
-        from sae.train import TrainedSAE
+        from sae.training import TrainedSAE
 
         return TrainedSAE(config, None if error else self.sae(config.name), error)
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from sae import TopK
-from sae.train import TrainConfig, train
+from sae.config import TrainConfig
+from sae.training import train
 
 STEPS, BATCH, D_SAE, K, LR = 300, 256, 128, 4, 3e-3
 

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sae import SAE, InputError, TopK, checkpoint
-from sae.train import StepMetrics, TrainConfig, train
+from sae.config import TrainConfig
+from sae.training import StepMetrics, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = TrainConfig(
@@ -97,7 +98,8 @@ def test_a_process_killed_with_sigkill_resumes_to_the_same_bits(planted, tmp_pat
         from pathlib import Path
         sys.path.insert(0, "tests/sae")
         from conftest import PlantedSource
-        from sae.train import TrainConfig, train
+        from sae.config import TrainConfig
+        from sae.training import train
         torch.set_num_threads(1)
         config = TrainConfig.from_dict(__import__("json").loads(sys.argv[1]))
         def report(metrics):

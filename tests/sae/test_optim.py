@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae import TopK, optim
+from sae.config import TrainConfig
 from sae.state import TrainingState
-from sae.train import TrainConfig
 
 
 def test_learning_rate_rises_holds_and_falls() -> None:

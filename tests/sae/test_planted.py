@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.planted import MAX_RATE, PlantedSource, Planting, Truth, zipf_rates
 from sae.recovery import recovery
 from sae.rules import GradientTopK, TopK
-from sae.train import GradientSource, TrainConfig, train
+from sae.source import GradientSource
+from sae.training import train
 
 N = 40_960
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.model import SAE
 from sae.planted import PlantedSource, Planting, Truth
 from sae.recovery import assign, recovery
 from sae.rules import AbsTopK, TopK
-from sae.train import TrainConfig, train
+from sae.training import train
 
 
 def test_the_assignment_has_the_largest_sum_by_brute_force() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sae import SAE, InputError, TopK
+from sae.config import TrainConfig
 from sae.state import TrainingState
-from sae.train import StepMetrics, TrainConfig, train
+from sae.training import StepMetrics, train
 
 CONFIG = TrainConfig(name="a", total_tokens=100 * 256, batch_size=256, d_sae=128, rule=TopK(4), lr=3e-3)
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.config import TrainConfig
 from sae.fused_state import new_state
 from sae.rules import Rule, TopK
-from sae.train import TrainConfig
 
 Step = Callable[[Tensor], object]
 Arm = Callable[[], Step]

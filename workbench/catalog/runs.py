@@ -101,7 +101,7 @@ class Run:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> pd.DataFrame:
-        """All reports of all SAEs, live or finished: one row per SAE and report, as `sae.train.StepMetrics`."""
+        """All reports of all SAEs, live or finished: one row per SAE and report, as `sae.StepMetrics`."""
         if self.finished:
             with read_duckdb(self.database) as connection:
                 return connection.execute("SELECT * FROM metrics").df()

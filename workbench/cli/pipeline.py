@@ -253,7 +253,7 @@ def train_with_progress(
     space: Any, name: str, harvest: str, configs: list[Any], hook: str | None, device: str, *, quiet: bool
 ) -> list[Any]:
     """Trains behind a progress bar that shows the first SAE still running."""
-    from sae.train import StepMetrics
+    from sae.training import StepMetrics
 
     total = configs[0].total_tokens
     with ProgressBar("train", total, enabled=not quiet) as bar:

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sae.config import TrainConfig
 from sae.rules import TopK
-from sae.train import StepMetrics, TrainConfig
+from sae.training import StepMetrics
 from workbench.cli.output import print_table
 from workbench.features.index.build import build_index
 from workbench.glimpse import FeatureGlimpse, glimpse

@@ -49,7 +49,7 @@ class _Chunk:
 
 
 class ActivationLoader:
-    """Batches of one hook point's activations; a `sae.train.BatchSource`.
+    """Batches of one hook point's activations; a `sae.BatchSource`.
 
     Args:
         harvest: where the rows lie.

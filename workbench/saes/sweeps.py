@@ -1,6 +1,6 @@
 """Sweeps: rules x settings x widths x seeds, as training configurations for one pass over a harvest.
 
-A sweep is a TOML file. Top-level keys are fields of `sae.train.TrainConfig`; every `[[rule]]` table names a selection
+A sweep is a TOML file. Top-level keys are fields of `sae.TrainConfig`; every `[[rule]]` table names a selection
 rule and holds its fields and, where it should differ, training settings. A list sweeps its key:
 
     tokens = 2_000_000
@@ -30,8 +30,10 @@ import psutil
 import torch
 
 from sae import rules
+from sae.config import TrainConfig
 from sae.errors import InputError
-from sae.train import BatchSource, StepMetrics, TrainConfig, train
+from sae.source import BatchSource
+from sae.training import StepMetrics, train
 from workbench.catalog.results import check_name
 from workbench.saes.settings import check_keys, check_value, field_types, required_fields
 

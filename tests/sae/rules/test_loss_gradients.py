@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae import losses, passes
+from sae.config import TrainConfig
 from sae.kernels import scores as score_chunks
 from sae.passes import Pass
 from sae.rules import (
@@ -25,7 +26,6 @@ from sae.rules import (
 )
 from sae.rules.feature_choice import water_fill
 from sae.state import TrainingState
-from sae.train import TrainConfig
 
 N, D, F, K = 40, 10, 70, 5
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sae import kernels, losses, passes
+from sae.config import TrainConfig
 from sae.rules import AbsTopK, Batch, BatchTopK, JumpReLU, TopK
 from sae.state import TrainingState
-from sae.train import TrainConfig
 
 N, D, F, K = 64, 12, 90, 6
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}

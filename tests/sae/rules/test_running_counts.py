@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from sae import kernels
+from sae.config import TrainConfig
 from sae.rules import FeatureChoice, TopK
 from sae.rules.feature_choice import water_fill
+from sae.source import BatchSource
 from sae.state import TrainingState
-from sae.train import BatchSource, TrainConfig, train
+from sae.training import train
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae import SAE, InputError, checkpoint
+from sae.config import TrainConfig
 from sae.rules import (
     AbsTopK,
     BatchAbsTopK,
@@ -21,7 +22,7 @@ from sae.rules import (
     Rule,
     TopK,
 )
-from sae.train import StepMetrics, TrainConfig, train
+from sae.training import StepMetrics, train
 
 BATCH, STEPS, F, K = 256, 150, 96, 4
 BASE = TrainConfig(name="a", total_tokens=STEPS * BATCH, batch_size=BATCH, d_sae=F, lr=3e-3)

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from sae import fused_state
 from sae.code import SparseCode
+from sae.config import TrainConfig
 from sae.fused_state import FusedState, new_state
 from sae.kernels.triton import batch as batch_kernels
 from sae.rules import (
@@ -29,7 +30,7 @@ from sae.rules import (
     TopK,
 )
 from sae.state import TrainingState
-from sae.train import StepMetrics, TrainConfig, train
+from sae.training import StepMetrics, train
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,9 @@ import torch
 
 from circuits.dfa import head_shares
 from circuits.passes import activations
+from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.rules import TopK
-from sae.train import TrainConfig
 from workbench.circuits.attention_saes import report_dfa
 from workbench.cli.main import run
 from workbench.features.index.query import FeatureIndex

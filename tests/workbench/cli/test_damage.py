@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.rules import TopK
-from sae.train import TrainConfig
 from workbench.catalog.runs import Run
 from workbench.cli.main import run
 from workbench.harvest.run import HarvestConfig

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
+from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.rules import AbsTopK, TopK
-from sae.train import TrainConfig
 from workbench import Workspace
 from workbench.features.concepts import report as stored
 from workbench.features.concepts.random_model import save_random_copy

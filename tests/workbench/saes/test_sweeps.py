@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.rules import RULES, TopK
 from sae.state import TrainingState
-from sae.train import TrainConfig
 from workbench.cli.main import run
 from workbench.harvest.loader import ActivationLoader
 from workbench.saes.settings import required_fields

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae import InputError, fused_state
+from sae.config import TrainConfig
 from sae.fused_state import FusedState, Plan, new_state
 from sae.kernels.triton import batch as batch_kernels
 from sae.kernels.triton import encode, features, update
@@ -26,7 +27,7 @@ from sae.rules import (
     TopK,
 )
 from sae.state import Totals, TrainingState
-from sae.train import StepMetrics, TrainConfig, train
+from sae.training import StepMetrics, train
 
 D, F, N, STEPS = 6, 12, 8, 4
 # Where a feature's gradient nearly cancels, Adam turns its rounding into a step: with uniform budgets, inputs changed
