@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.disk.database import write_database
+from workbench.harvest.finishing import write_database
 from workbench.harvest.reading import DESCRIPTION, SCHEMA, Harvest
 from workbench.harvest.writing import BlockWriter
 from workbench.text.packing import FLAG_BOS, FLAG_OK, PackedBatch

@@ -27,8 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from workbench.disk.database import write_database
 from workbench.harvest.blocks import Block
+from workbench.harvest.finishing import write_database
 from workbench.harvest.reading import DESCRIPTION, GRADIENT, SCHEMA, Harvest
 from workbench.harvest.writing import BlockWriter
 from workbench.models.load import LoadedModel, load_model

@@ -1,50 +1,20 @@
-"""Writes DuckDB files that appear whole or not at all, and a harvest's file in particular.
+"""Writes DuckDB files that appear whole or not at all, and opens them for reading.
 
 Every finished artefact (harvest, training run, result) has one DuckDB file: filled under a temporary name, synced,
 renamed into place, and never opened for writing again.
-
-A harvest's file is made from its journal and token files:
-
-    tokens(row, context, doc, pos, token, flags)
-    documents(doc, name, n_tokens)         n_tokens counts the harvested ones, without BOS
-    vocabulary(token, text)
-    blocks(hook, block, first_row, n_rows, dtype, width, file, bytes, crc32)
-    meta(key, value)                       value is JSON
 """
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import duckdb
-import numpy as np
 import pandas as pd
 import psutil
-import pyarrow as pa
 
 from sae.errors import InputError
 from sae.files import sync_and_rename
-from workbench.harvest.blocks import TOKEN_COLUMNS, Block, map_tensors
-from workbench.harvest.reading import DATABASE
-from workbench.text.packing import FLAG_BOS, FLAG_PADDING
-
-SCHEMA = """
-    CREATE TABLE tokens (row BIGINT, context INTEGER, doc INTEGER, pos INTEGER, token INTEGER, flags UTINYINT);
-    CREATE TABLE names (doc INTEGER, name VARCHAR);
-    CREATE TABLE vocabulary (token INTEGER, text VARCHAR);
-    CREATE TABLE blocks (hook VARCHAR, block INTEGER, first_row BIGINT, n_rows BIGINT, dtype VARCHAR, width INTEGER,
-                         file VARCHAR, bytes BIGINT, crc32 BIGINT);
-    CREATE TABLE meta (key VARCHAR, value VARCHAR);
-"""
-DOCUMENTS = f"""
-    CREATE TABLE documents AS
-    SELECT doc, name, count(token) FILTER (flags & {FLAG_BOS | FLAG_PADDING} = 0) AS n_tokens
-    FROM names JOIN tokens USING (doc) GROUP BY doc, name ORDER BY doc;
-    DROP TABLE names;
-"""
 
 
 def write_duckdb(
@@ -104,68 +74,3 @@ def create_table(connection: duckdb.DuckDBPyConnection, table: str, content: pd.
     connection.register("_content", content)
     connection.execute(f'CREATE TABLE "{table}" AS SELECT * FROM _content')
     connection.unregister("_content")
-
-
-BLOCKS_AT_ONCE = 64
-
-
-def write_database(
-    folder: Path, blocks: Sequence[Block], *, context_len: int, vocabulary: Sequence[str], meta: Mapping[str, Any]
-) -> None:
-    """Makes `harvest.duckdb`, which marks the harvest as finished.
-
-    Args:
-        folder: the harvest's folder.
-        blocks: its blocks, in order.
-        context_len: rows per context.
-        vocabulary: text of every token id.
-        meta: JSON values by key.
-
-    Raises:
-        InputError: the disk is full or not writable.
-    """
-
-    def fill(connection: duckdb.DuckDBPyConnection) -> None:
-        connection.execute(SCHEMA)
-        for table, content in _contents(folder, blocks, context_len, vocabulary, meta):
-            connection.register("content", content)
-            connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM content")
-            connection.unregister("content")
-        connection.execute(DOCUMENTS)
-
-    write_duckdb(folder / DATABASE, fill, remedy="the vectors are kept: make room and repeat the command")
-
-
-def _token_rows(folder: Path, block: Block, context_len: int) -> pa.Table:
-    columns = map_tensors(folder / block.tokens.file)
-    rows = np.arange(block.first_row, block.first_row + block.n_rows)
-    return pa.table(
-        {"row": rows, "context": rows // context_len} | {name: columns[name].numpy() for name in TOKEN_COLUMNS}
-    )
-
-
-def _contents(
-    folder: Path, blocks: Sequence[Block], context_len: int, vocabulary: Sequence[str], meta: Mapping[str, Any]
-) -> Iterator[tuple[str, pa.Table]]:
-    """(table, rows) in pieces of some blocks, which DuckDB inserts on all cores; memory stays bounded."""
-    for first in range(0, len(blocks), BLOCKS_AT_ONCE):
-        some = blocks[first : first + BLOCKS_AT_ONCE]
-        yield "tokens", pa.concat_tables([_token_rows(folder, block, context_len) for block in some])
-    names = {doc: name for block in blocks for doc, name in block.documents.items()}
-    yield "names", pa.table({"doc": list(names), "name": list(names.values())})
-    yield "vocabulary", pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)})
-    yield (
-        "blocks",
-        pa.Table.from_pylist(
-            [
-                {
-                    "hook": hook, "block": block.number, "first_row": block.first_row, "n_rows": block.n_rows,
-                    "dtype": stored.dtype, "width": stored.shape[1], "file": stored.file, "bytes": stored.bytes,
-                    "crc32": stored.crc32,
-                }
-                for block in blocks
-                for hook, stored in block.hooks.items()
-            ]
-        ),
-    )  # fmt: skip
-    yield "meta", pa.table({"key": list(meta), "value": [json.dumps(value) for value in meta.values()]})

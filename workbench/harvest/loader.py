@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from workbench.harvest.reading import GRADIENT, Harvest, Vectors
-from workbench.text.packing import FLAG_NO_GRADIENT
+from workbench.text.packing import FLAG_OK
 
 BLOCK_ROWS = 512
 CHUNK_BLOCKS = 256
@@ -72,14 +72,13 @@ class ActivationLoader:
         with_gradients: bool = False,
     ) -> None:
         self._sources: list[Vectors] = [harvest.vectors(hook)]
-        unwanted = ~np.uint8(FLAG_NO_GRADIENT)
+        self._usable = harvest.ordinary
         if with_gradients:
             if not harvest.has_gradients:
                 raise InputError(f"harvest {harvest.name!r} has no gradients: harvest again with --gradients")
             self._sources.append(harvest.vectors(hook + GRADIENT))
             self._gradient_scale = harvest.gradient_scale(hook)
-            unwanted = np.uint8(0xFF)
-        self._usable = (harvest.flags & unwanted) == 0
+            self._usable = harvest.flags == FLAG_OK
         if not self._usable.any():
             raise InputError(f"harvest {harvest.name!r} holds only BOS and padding: harvest more text")
         self._name, self._n_rows = f"{harvest.name}/{hook}", harvest.n_rows

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
 from workbench.disk.descriptions import read_description
 from workbench.harvest.blocks import Block, map_tensors, read_journal
-from workbench.text.packing import FLAG_NO_GRADIENT
+from workbench.text.packing import is_ordinary
 
 SCHEMA = 1
 DESCRIPTION, DATABASE = "harvest.json", "harvest.duckdb"
@@ -182,9 +182,14 @@ class Harvest:
         return torch.cat(columns).numpy()
 
     @property
+    def ordinary(self) -> Bool[NDArray, "rows"]:
+        """Which rows are neither BOS nor padding."""
+        return is_ordinary(self.flags)
+
+    @property
     def n_trainable_rows(self) -> int:
         """Rows that are neither BOS nor padding."""
-        return int(((self.flags & ~np.uint8(FLAG_NO_GRADIENT)) == 0).sum())
+        return int(self.ordinary.sum())
 
     def vectors(self, hook: str) -> Vectors:
         """Rows of a hook point (or of its gradients, `HOOK.grad`). Raises InputError for one it does not have."""

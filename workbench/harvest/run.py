@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.disk.database import write_database
 from workbench.disk.descriptions import differences, read_description, write_description
 from workbench.disk.locks import RunLock
 from workbench.harvest.blocks import Block, read_journal, recover_journal
+from workbench.harvest.finishing import write_database
 from workbench.harvest.prefetch import prefetch
 from workbench.harvest.reading import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, Harvest
 from workbench.harvest.writing import BlockWriter

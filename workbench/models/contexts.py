@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.errors import InputError
 from workbench.models.load import LoadedModel
 from workbench.text.corpora import Corpus, Split
-from workbench.text.packing import FLAG_OK, pack
+from workbench.text.packing import is_ordinary, pack
 
 BATCH_TOKENS = 4096
 BATCH_LOGITS = 1 << 26
@@ -65,11 +65,11 @@ def context_batches(
     per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.info.d_vocab) // context_len)
     any_counted = False
     for packed in pack(corpus.documents(split), model.tokenizer, model.bos_id, context_len, per_batch):
-        tokens, flags, doc, pos = (
+        tokens, ordinary, doc, pos = (
             torch.from_numpy(array[:left]).to(model.device)
-            for array in (packed.tokens, packed.flags, packed.doc, packed.pos)
+            for array in (packed.tokens, is_ordinary(packed.flags), packed.doc, packed.pos)
         )
-        batch = ContextBatch(tokens.long(), flags == FLAG_OK, doc, pos)
+        batch = ContextBatch(tokens.long(), ordinary, doc, pos)
         any_counted |= bool(batch.counted.any())
         yield batch
         left -= len(tokens)

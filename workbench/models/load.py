@@ -65,6 +65,27 @@ class ModelInfo:
     parallel_attention: bool
     transformer_lens: str
 
+    @classmethod
+    def of(cls, hf: Any, bridge: Any, **recorded: Any) -> "ModelInfo":
+        """The shape of a module and its bridge, with what is `recorded` of where the weights came from."""
+        shape = bridge.cfg
+        return cls(
+            processing="raw",
+            architecture=type(hf).__name__,
+            dtype=str(next(hf.parameters()).dtype).removeprefix("torch."),
+            n_layers=shape.n_layers,
+            d_model=shape.d_model,
+            n_heads=shape.n_heads,
+            d_head=shape.d_head,
+            d_attention=shape.n_heads * shape.d_head,
+            d_mlp=shape.d_mlp,
+            n_ctx=shape.n_ctx,
+            d_vocab=hf.get_input_embeddings().weight.shape[0],
+            parallel_attention=bool(shape.parallel_attn_mlp),
+            transformer_lens=version("transformer-lens"),
+            **recorded,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
         return asdict(self)
@@ -135,11 +156,24 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     run_dtype = DTYPES[dtype] if dtype != "auto" else (stored if place.type == "cuda" else torch.float32)
     tokenizer = _tokenizer(location, spec)
     weights = _weight_files(location, spec)
+    hf = _module(location, spec, run_dtype).to(place).eval().requires_grad_(False)
+    bos_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    _refuse_unusable(hf, tokenizer, bos_id, spec)
+    bridge = _bridge(spec, location, hf, tokenizer, run_dtype)
+    info = ModelInfo.of(
+        hf, bridge, name=spec, source=source, revision=getattr(config, "_commit_hash", None),
+        weights_sha256=weights_sha256(weights), checkpoint_dtype=str(stored).removeprefix("torch."), device=str(place),
+    )  # fmt: skip
+    return LoadedModel(info, hf, bridge, tokenizer, bos_id)
+
+
+def _module(location: str, spec: str, dtype: torch.dtype) -> Any:
+    """The Hugging Face model; a checkpoint that does not fit its configuration is refused."""
     hf, loading = from_pretrained(
         AutoModelForCausalLM,
         location,
         spec,
-        dtype=run_dtype,
+        dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -156,7 +190,11 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         raise InputError(
             f"the weights of {spec} do not fit its config.json: {len(missing)} tensors are missing, first {missing[0]}"
         )
-    hf = hf.to(place).eval().requires_grad_(False)
+    return hf
+
+
+def _refuse_unusable(hf: Any, tokenizer: PreTrainedTokenizerBase, bos_id: int | None, spec: str) -> None:
+    """Raises InputError for a model or tokenizer that nothing here could work with."""
     if not _is_causal(hf):
         raise InputError(
             f"{spec} ({type(hf).__name__}) lets tokens see later ones: it is an encoder, no causal language model"
@@ -167,36 +205,11 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
             f"the tokenizer of {spec} has {tokenizer.vocab_size} tokens, the embedding of the model "
             f"{n_embedded} rows: it belongs to another model"
         )
-    bos_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if bos_id is None:
         raise InputError(
             f"the tokenizer of {spec} has neither a BOS nor an end-of-text token: contexts need one; "
             "set bos_token in its tokenizer_config.json"
         )
-    bridge = _bridge(spec, location, hf, tokenizer, run_dtype)
-    shape = bridge.cfg
-    info = ModelInfo(
-        name=spec,
-        source=source,
-        revision=getattr(config, "_commit_hash", None),
-        weights_sha256=weights_sha256(weights),
-        processing="raw",
-        architecture=type(hf).__name__,
-        checkpoint_dtype=str(stored).removeprefix("torch."),
-        dtype=str(run_dtype).removeprefix("torch."),
-        device=str(place),
-        n_layers=shape.n_layers,
-        d_model=shape.d_model,
-        n_heads=shape.n_heads,
-        d_head=shape.d_head,
-        d_attention=shape.n_heads * shape.d_head,
-        d_mlp=shape.d_mlp,
-        n_ctx=shape.n_ctx,
-        d_vocab=n_embedded,
-        parallel_attention=bool(shape.parallel_attn_mlp),
-        transformer_lens=version("transformer-lens"),
-    )
-    return LoadedModel(info, hf, bridge, tokenizer, bos_id)
 
 
 @torch.inference_mode()

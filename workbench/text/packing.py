@@ -11,6 +11,7 @@ from itertools import islice
 from typing import cast
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,13 @@ FLAG_BOS = 1
 FLAG_PADDING = 2
 FLAG_NO_GRADIENT = 4
 """Last position of a context, whose loss term does not exist; set where gradients are harvested."""
+NO_TEXT = FLAG_BOS | FLAG_PADDING
+"""Bits of rows that are no token of a document."""
+
+
+def is_ordinary(flags: UInt8[NDArray, "*rows"]) -> Bool[NDArray, "*rows"]:
+    """Rows that are a token of a document: neither BOS nor padding."""
+    return (flags & NO_TEXT) == 0
 
 
 @dataclass(frozen=True)

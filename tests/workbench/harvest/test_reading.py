@@ -1,7 +1,9 @@
 """Reading a finished harvest: rows across blocks, flags, the DuckDB file, and clear errors."""
 
 import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.errors import InputError
-from workbench.harvest.blocks import Block
+from workbench.harvest.blocks import Block, write_file
 from workbench.harvest.reading import DATABASE, DESCRIPTION, Harvest, Vectors
 
 MakeHarvest = Callable[..., Harvest]
@@ -47,13 +49,17 @@ def test_a_row_that_does_not_exist_is_named(row: int, make_harvest: MakeHarvest,
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.data())
 def test_rows_equal_indexing_for_any_block_sizes(sizes: list[int], data: st.DataObject) -> None:
     x = torch.arange(sum(sizes) * 2, dtype=torch.float32).view(-1, 2)
-    vectors = Vectors.__new__(Vectors)
-    vectors._ends = np.cumsum(sizes)
-    vectors._starts = vectors._ends - np.array(sizes)
-    vectors._mapped = dict(enumerate(x.split(sizes)))
-    vectors.width, vectors.dtype = 2, torch.float32
     rows = data.draw(st.lists(st.integers(0, len(x) - 1), max_size=20))
-    assert torch.equal(vectors.rows(np.array(rows, dtype=np.int64)), x[rows])
+    with tempfile.TemporaryDirectory() as folder:
+        files = [
+            write_file(Path(folder), f"{number}.safetensors", {"x": part}) for number, part in enumerate(x.split(sizes))
+        ]
+        blocks = [
+            Block(number, sum(sizes[:number]), sizes[number], {HOOK: file}, file, {}, {})
+            for number, file in enumerate(files)
+        ]
+        found = Vectors(Path(folder), blocks, HOOK).rows(np.array(rows, dtype=np.int64))
+    assert torch.equal(found, x[rows])
 
 
 def test_tables_know_every_row(make_harvest: MakeHarvest, x: torch.Tensor) -> None:

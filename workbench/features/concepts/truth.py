@@ -26,7 +26,6 @@ from workbench.features.concepts.text_spans import text_spans
 from workbench.harvest.blocks import map_tensors
 from workbench.harvest.reading import Harvest
 from workbench.text.corpora import Corpus, Document
-from workbench.text.packing import FLAG_NO_GRADIENT
 
 Language = Literal["auto", "python", "text"]
 """auto: Python for documents named *.py, text for the others."""
@@ -220,7 +219,7 @@ def _truth(
 def _ordinary_tokens(harvest: Harvest, by_document: bool = True) -> _Tokens:
     """Sorted by document and position, or by row."""
     columns = [map_tensors(harvest.directory / block.tokens.file) for block in harvest.blocks]
-    row = np.flatnonzero((harvest.flags & ~np.uint8(FLAG_NO_GRADIENT)) == 0)
+    row = np.flatnonzero(harvest.ordinary)
     token, document, position = (
         np.concatenate([column[name].numpy() for column in columns])[row].astype(np.int64)
         for name in ("token", "doc", "pos")

@@ -41,6 +41,7 @@ from workbench.features.index.feature import (
 )
 from workbench.features.index.geometry import MapMethod
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
+from workbench.text.packing import NO_TEXT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -292,7 +293,7 @@ class FeatureIndex:
         rows = self._query("SELECT max(row) + 1 FROM tokens")[0][0]
         drawn = np.random.default_rng(seed).choice(rows, size=min(rows, 4 * n), replace=False).tolist()
         ordinary = {row for (row,) in self._query(
-            "SELECT row FROM tokens WHERE flags & 3 = 0 AND row IN (SELECT unnest(?))", drawn
+            f"SELECT row FROM tokens WHERE flags & {NO_TEXT} = 0 AND row IN (SELECT unnest(?))", drawn
         )}  # fmt: skip
         examples = self._examples(number, [(row, 0.0) for row in drawn if row in ordinary])
         return [example for example in examples if not any(example.activations)][:n]

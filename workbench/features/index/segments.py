@@ -24,7 +24,6 @@ from sae.files import write_atomically
 from sae.model import SAE
 from workbench.harvest.blocks import map_tensors
 from workbench.harvest.reading import Harvest, Vectors
-from workbench.text.packing import FLAG_NO_GRADIENT
 
 SPAN_ROWS = 65_536
 BATCH_ROWS = 4_096
@@ -129,7 +128,7 @@ def write_segments(
     """
     folder.mkdir(parents=True, exist_ok=True)
     vectors = harvest.vectors(hook)
-    usable = (harvest.flags & ~np.uint8(FLAG_NO_GRADIENT)) == 0
+    usable = harvest.ordinary
     for number, start in enumerate(range(0, n_rows, SPAN_ROWS)):
         file = folder / f"{number:06}.safetensors"
         stop = min(start + SPAN_ROWS, n_rows)
