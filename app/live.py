@@ -8,7 +8,6 @@ import streamlit as st
 from app.shared import loaded_model, open_index, pick_sae, plain, sae_names
 from workbench import Workspace
 from workbench.features.index import InputError
-from workbench.features.index.build import index_path
 from workbench.features.index.titles import concepts_path, explanations_path
 from workbench.features.live import LiveSAE, known_features, model_name, model_of
 from workbench.models.load import LoadedModel
@@ -21,7 +20,7 @@ def choose_sae(workspace: Workspace) -> str:
     if not names:
         st.info("No SAE yet. Train one with `workbench train`, or run `workbench demo`.")
         st.stop()
-    indexed = [name for name in names if index_path(workspace, name).is_file()]
+    indexed = [name for name in names if workspace.index_path(name).is_file()]
     return pick_sae(workspace, names, "the SAE", (indexed or names)[0])
 
 
@@ -30,8 +29,8 @@ def open_live(workspace: Workspace, name: str) -> tuple[LiveSAE, int]:
 
     One that cannot be run is said so in one line, and the page ends.
     """
-    weights = workspace.path / "saes" / name / "sae_weights.safetensors"
-    index = index_path(workspace, name)
+    weights = workspace.sae_folder(name) / "sae_weights.safetensors"
+    index = workspace.index_path(name)
     names = [concepts_path(workspace, name), explanations_path(workspace, name), workspace.path / "notes.duckdb"]
     stamp = _stamp([weights, index, *names])
     try:
@@ -50,7 +49,7 @@ def _stamp(files: Sequence[Path]) -> tuple[int, ...]:
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _opened(workspace: str, name: str, stamp: tuple[int, ...], _model: LoadedModel) -> LiveSAE:
     space = Workspace(workspace, create=False)
-    indexed = index_path(space, name).is_file()
+    indexed = space.index_path(name).is_file()
     return LiveSAE(name, space.sae(name), _model, known_features(open_index(space, name)) if indexed else None)
 
 

@@ -10,11 +10,9 @@ from streamlit.errors import StreamlitPageNotFoundError
 
 from workbench import Workspace
 from workbench.features.index import InputError
-from workbench.features.index.build import index_path
-from workbench.features.index.query import FeatureIndex, index_names
+from workbench.features.index.query import FeatureIndex
 from workbench.features.index.titles import concepts_path, explanations_path
 from workbench.models.load import LoadedModel, load_model
-from workbench.saes.comparison import has_frozen_decoder
 
 FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "runs/*/run.duckdb", "results/*/*.duckdb",
             "indexes/*.duckdb")  # fmt: skip
@@ -38,12 +36,12 @@ def version(workspace: Workspace) -> str:
 def sae_names(workspace: Workspace) -> list[str]:
     """The SAEs there are, baselines with a frozen random decoder last."""
     names = [item.name for item in workspace.saes()]
-    return sorted(names, key=lambda name: has_frozen_decoder(workspace.sae_provenance(name)))
+    return sorted(names, key=lambda name: workspace.origin(name).frozen_decoder)
 
 
 def choose_index(workspace: Workspace) -> FeatureIndex:
     """The indexed SAE chosen by `pick_sae`; says what to do and stops where there are none."""
-    names = index_names(workspace)
+    names = workspace.indexes()
     if not names:
         saes = sae_names(workspace)
         if saes:
@@ -93,7 +91,7 @@ def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str
 
 def open_index(workspace: Workspace, name: str) -> FeatureIndex:
     """An index, opened once and again when it or the concepts of its features are made anew."""
-    files = (index_path(workspace, name), concepts_path(workspace, name), explanations_path(workspace, name))
+    files = (workspace.index_path(name), concepts_path(workspace, name), explanations_path(workspace, name))
     return _opened(str(workspace.path), name, tuple(path.stat().st_mtime_ns for path in files if path.is_file()))
 
 

@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from workbench.features.index.query import index_names
-
 if TYPE_CHECKING:
     from workbench.workspace import Workspace
 
@@ -50,7 +48,7 @@ def examples(workspace: "Workspace", harvest: str | None = None) -> dict[str, st
             "WHERE row = 1000"
         )
         found["The longest documents"] = "SELECT name, n_tokens\nFROM documents ORDER BY n_tokens DESC LIMIT 20"
-    for name in index_names(workspace)[:1]:
+    for name in workspace.indexes()[:1]:
         index = f'"index.{name}"'
         found["Features that fire most rarely"] = (
             f"SELECT feature, firings, density, maximum\nFROM {index}.feature_stats\n"

@@ -107,7 +107,7 @@ def main() -> None:
             found = [match(space, f"demo-{arm}-0", f"demo-{arm}-{seed}") for seed in range(1, options.seeds)]
             if found:
                 shares = statistics.fmean(one.stable_share for one in found)
-                cosine = statistics.fmean(one.mean_max_cosine for one in found)
+                cosine = statistics.fmean(one.mean_max_cosine[0] for one in found)
                 print(f"{arm}: mean max cosine between seeds {cosine:.3f}, stable share {shares:.3f}")
 
 

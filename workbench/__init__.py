@@ -1,10 +1,13 @@
-"""The workbench: models, corpora, harvests, training, evaluation and the workspace that holds them.
+"""The workbench: models, corpora, harvests, training, evaluation, features, circuits and sparsity in one workspace.
 
-from workbench import Workspace
+from workbench import Workspace, load_model
 """
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from sae.errors import InputError
 
 # OpenMP's threads spin while they wait, so two processes on the same cores (the app beside a training run, two
 # commands) starve each other and each takes many times as long; threads that sleep share them, and a process alone is
@@ -12,15 +15,51 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from workbench.catalog.catalog import Catalog
+    from workbench.catalog.origin import Origin
+    from workbench.catalog.results import Result
+    from workbench.features.index.query import FeatureIndex
+    from workbench.harvest.run import HarvestConfig
+    from workbench.models.load import LoadedModel, load_model
+    from workbench.saes.sweeps import parse_sweep
+    from workbench.text.corpora import Corpus, open_corpus
     from workbench.workspace import Workspace
 
-__all__ = ["Workspace"]
+_HOMES = {
+    "Catalog": "workbench.catalog.catalog",
+    "Corpus": "workbench.text.corpora",
+    "FeatureIndex": "workbench.features.index.query",
+    "HarvestConfig": "workbench.harvest.run",
+    "LoadedModel": "workbench.models.load",
+    "Origin": "workbench.catalog.origin",
+    "Result": "workbench.catalog.results",
+    "Workspace": "workbench.workspace",
+    "load_model": "workbench.models.load",
+    "open_corpus": "workbench.text.corpora",
+    "parse_sweep": "workbench.saes.sweeps",
+}
+__all__ = [
+    "Catalog",
+    "Corpus",
+    "FeatureIndex",
+    "HarvestConfig",
+    "InputError",
+    "LoadedModel",
+    "Origin",
+    "Result",
+    "Workspace",
+    "load_model",
+    "open_corpus",
+    "parse_sweep",
+]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: the command line answers Ctrl-C with one line from its start, and torch takes a second.
-    if name == "Workspace":
-        from workbench.workspace import Workspace
-
-        return Workspace
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -6,7 +6,6 @@ import streamlit as st
 from app.shared import open_workspace, page_link, plain, version
 from workbench import Workspace
 from workbench.features.index import InputError
-from workbench.features.index.query import index_names
 from workbench.saes import figures
 from workbench.saes.overlap import Overlap, overlap_of
 
@@ -119,7 +118,7 @@ def shared_features(workspace: Workspace, names: list[str]) -> None:
     event = st.dataframe(
         table, hide_index=True, height=320, key=f"overlap {a} {b}", on_select="rerun", selection_mode="single-row"
     )
-    indexed = index_names(workspace)
+    indexed = workspace.indexes()
     for row in event["selection"]["rows"]:
         pair = table.iloc[row]
         for sae, feature in ((a, int(pair["feature"])), (b, int(pair["partner"]))):

@@ -24,8 +24,10 @@ import duckdb
 import psutil
 
 from sae.errors import InputError
+from workbench.catalog.catalog import Catalog
 from workbench.disk.locks import FILE as LOCK
 from workbench.disk.locks import live_owner, remove_stale
+from workbench.disk.names import check_name
 from workbench.harvest.blocks import Block, StoredFile, checksum, map_tensors
 from workbench.harvest.reading import DATABASE, Harvest
 
@@ -104,6 +106,35 @@ def _is_temporary(path: Path) -> bool:
     if path.is_dir():
         return _WRITER.search(path.name) is not None
     return path.name.endswith((".tmp", ".tmp.wal")) or path.name == LOCK
+
+
+def remove(
+    catalog: Catalog,
+    *,
+    saes: Sequence[str] = (),
+    harvests: Sequence[str] = (),
+    runs: Sequence[str] = (),
+    dry_run: bool = False,
+) -> list[Removed]:
+    """Removes leftovers and the artefacts named, and with an SAE all that was measured on it; see `Workspace.gc`.
+
+    Raises:
+        InputError: a name that does not exist, or an artefact a live process is writing.
+    """
+    wanted = [("saes", "SAE", name) for name in saes]
+    wanted += [("harvests", "harvest", name) for name in harvests]
+    wanted += [("runs", "run", name) for name in runs]
+    folders = []
+    for kind, what, name in wanted:
+        folder = catalog.path / kind / check_name(name, f"{what} name")
+        if not folder.is_dir():
+            known = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "none"
+            raise InputError(f"no {what} {name!r} in {catalog.path}: it has {known}")
+        folders.append(folder)
+        # What was measured on an SAE goes with it, so that a later one of the same name does not inherit it.
+        if kind == "saes":
+            folders += catalog.made_from_sae(name)
+    return collect(catalog.path, folders, dry_run=dry_run)
 
 
 def collect(workspace: Path, named: Sequence[Path] = (), *, dry_run: bool = False) -> list[Removed]:

@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 
 from sae.errors import InputError
-from workbench.catalog.results import check_name
+from workbench.disk.names import check_name
 
 FILE = "notes.duckdb"
 MAX_LENGTH = 10_000

@@ -9,32 +9,25 @@ complete, so a reader never sees half a result. Inside:
 """
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pandas as pd
 
 from sae.errors import InputError
+from workbench.catalog.origin import Origin
 from workbench.disk.database import create_table, read_duckdb, write_duckdb
+from workbench.disk.names import check_name
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
-
-def check_name(name: str, what: str) -> str:
-    """Returns `name` if it can be a file name on every system, else raises InputError."""
-    if name.endswith(".tmp"):
-        raise InputError(f"{what} {name!r} ends like a temporary file: choose a name without .tmp")
-    if not NAME_PATTERN.fullmatch(name):
-        raise InputError(
-            f"{what} {name!r} cannot be a file name: use up to 128 letters, digits, '.', '_', '+' or '-', "
-            "starting with a letter or digit"
-        )
-    return name
+Made = tuple[Mapping[str, pd.DataFrame], Mapping[str, "go.Figure"]]
+"""What an analysis produces: tables by name, and Plotly figures by name."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,11 @@ class Result:
     parameters: dict[str, Any]
     provenance: dict[str, Any]
     path: Path
+
+    @property
+    def origin(self) -> Origin:
+        """What it was made from."""
+        return Origin.of_result(self.provenance, self.parameters)
 
     def table(self, name: str) -> pd.DataFrame:
         """A table the analysis stored. Raises InputError naming the tables there are."""
@@ -70,6 +68,10 @@ class ResultStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def path(self, kind: str, name: str) -> Path:
+        """Where a result lies or would lie."""
+        return self.folder / kind / f"{name}.duckdb"
+
     def save(
         self,
         kind: str,
@@ -84,7 +86,7 @@ class ResultStore:
 
         Args:
             parameters: what was asked for (must be JSON).
-            provenance: what it was made from: model, corpus, harvest, SAE, versions (must be JSON).
+            provenance: the record of what it was made from (must be JSON): that of an `Origin`.
             tables: data frames; names starting with an underscore are the store's own.
             figures: Plotly JSON by name.
 
@@ -94,7 +96,7 @@ class ResultStore:
         """
         check_name(kind, "result kind")
         check_name(name, "result name")
-        path = self.folder / kind / f"{name}.duckdb"
+        path = self.path(kind, name)
         reserved = [table for table in tables if table.startswith("_")]
         if reserved:
             raise ValueError(f"table names starting with an underscore are reserved: {reserved[0]!r}")
@@ -117,9 +119,44 @@ class ResultStore:
         write_duckdb(path, fill)
         return self.open(kind, name)
 
+    def stored(self, kind: str, name: str, *, parameters: Mapping[str, Any], origin: Origin) -> Result | None:
+        """The result of that kind and name if it was made with these parameters from the same things, else None.
+
+        Raises:
+            InputError: a name that cannot be a file name.
+        """
+        check_name(name, "result name")
+        if not self.path(kind, name).is_file():
+            return None
+        result = self.open(kind, name)
+        asked, made_from = json.loads(json.dumps([parameters, origin.record]))
+        return result if result.parameters == asked and result.provenance == made_from else None
+
+    def get_or_make(
+        self, kind: str, name: str, *, parameters: Mapping[str, Any], origin: Origin, make: Callable[[], Made]
+    ) -> Result:
+        """The stored result if it was made with these parameters from the same things; else `make` makes it.
+
+        So an interrupted series of analyses goes on where it stopped when it is repeated.
+
+        Args:
+            parameters: what was asked for (must be JSON).
+            origin: what it is made from.
+            make: called where there is none; another result of that kind and name is replaced.
+
+        Raises:
+            InputError: as `save`, before anything is made where the name is at fault.
+        """
+        found = self.stored(kind, name, parameters=parameters, origin=origin)
+        if found is not None:
+            return found
+        tables, figures = make()
+        drawn = {title: figure.to_json() for title, figure in figures.items()}
+        return self.save(kind, name, parameters=parameters, provenance=origin.record, tables=tables, figures=drawn)
+
     def open(self, kind: str, name: str) -> Result:
         """Reads a result's description. Raises InputError when there is none of that kind and name."""
-        path = self.folder / kind / f"{name}.duckdb"
+        path = self.path(kind, name)
         if not path.is_file():
             known = ", ".join(result.name for result in self.find(kind)) or "none"
             raise InputError(f"no {kind} result {name!r} in this workspace: it has {known}")

@@ -33,13 +33,20 @@ class SAESummary:
     """An SAE as `workbench info` and the app list it."""
 
     name: str
-    rule: str
+    architecture: str
+    """SAELens' name of how it encodes; `damaged` for one that cannot be read."""
+    k: int | None
     d_in: int
     d_sae: int
     model: str
     hook: str
     evaluation: dict[str, Any] | None
     """The latest evaluation's headline numbers, or None."""
+
+    @property
+    def rule(self) -> str:
+        """`topk k=32`."""
+        return self.architecture if self.k is None else f"{self.architecture} k={self.k}"
 
 
 def harvest_summaries(workspace: Path) -> list[HarvestSummary]:
@@ -93,7 +100,8 @@ def _sae_summary(folder: Path, results: ResultStore) -> SAESummary:
         metadata = config.get("metadata") or {}
         return SAESummary(
             name=folder.name,
-            rule=f"{config['architecture']} k={config['k']}" if "k" in config else config["architecture"],
+            architecture=config["architecture"],
+            k=config.get("k"),
             d_in=config["d_in"],
             d_sae=config["d_sae"],
             model=metadata.get("model_name", ""),
@@ -101,7 +109,7 @@ def _sae_summary(folder: Path, results: ResultStore) -> SAESummary:
             evaluation=_evaluation(folder.name, results),
         )
     except (InputError, KeyError, AttributeError):
-        return SAESummary(folder.name, DAMAGED, 0, 0, "", "", None)
+        return SAESummary(folder.name, DAMAGED, None, 0, 0, "", "", None)
 
 
 def _evaluation(sae: str, results: ResultStore) -> dict[str, Any] | None:

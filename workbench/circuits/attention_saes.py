@@ -23,12 +23,13 @@ from circuits.passes import activations
 from circuits.recursive_dfa import recursive_dfa
 from sae.errors import InputError
 from sae.model import SAE
+from workbench.catalog.origin import versions
 from workbench.catalog.results import Result
 from workbench.circuits import figures
 from workbench.circuits.feature_report import sae_fingerprint
 from workbench.circuits.report import DFA, stored_or_made
 from workbench.models.load import LoadedModel
-from workbench.workspace import Workspace, versions
+from workbench.workspace import Workspace
 
 
 def attribute(

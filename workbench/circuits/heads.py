@@ -26,11 +26,12 @@ from circuits.ov import ov_effects
 from circuits.passes import OnProgress, activations
 from circuits.retrieval import Needle, retrieval_scores
 from sae.errors import InputError
+from workbench.catalog.origin import versions
 from workbench.catalog.results import Result
 from workbench.circuits import figures
 from workbench.circuits.report import HEADS, stored_or_made
 from workbench.models.load import LoadedModel
-from workbench.workspace import Workspace, versions
+from workbench.workspace import Workspace
 
 SCORES = (*COLUMNS, "retrieval")
 DIVERGING = ("copying", "sink_excess")

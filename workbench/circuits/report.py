@@ -35,10 +35,11 @@ from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores, NodeScores
 from circuits.tasks import TASKS, make_task
 from sae.errors import InputError
+from workbench.catalog.origin import versions
 from workbench.catalog.results import Result
 from workbench.circuits import figures
 from workbench.models.load import LoadedModel
-from workbench.workspace import Workspace, versions
+from workbench.workspace import Workspace
 
 HEADS, NODES, EDGES, FEATURES = "circuit-heads", "circuit-nodes", "circuit-edges", "circuit-features"
 DISCRETE, AGREEMENT, DFA = "circuit-discrete", "circuit-agreement", "circuit-dfa"

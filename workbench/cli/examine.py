@@ -162,7 +162,7 @@ def _workspace(path: Path) -> list[Check]:
     from workbench.catalog.gc import leftovers, verify
     from workbench.catalog.runs import Run
     from workbench.catalog.summaries import sae_folders
-    from workbench.features.index.query import FeatureIndex, index_names
+    from workbench.features.index.query import FeatureIndex
     from workbench.workspace import Workspace
 
     if not path.exists():
@@ -192,7 +192,7 @@ def _workspace(path: Path) -> list[Check]:
         kind, name = file.parent.name, file.stem
         read = partial(workspace.results.open, kind, name)
         checks.append(_readable(f"{kind} {name}", read, f"remove {file} and make it again"))
-    for name in index_names(workspace):
+    for name in workspace.indexes():
         remedy = f"make it again with `workbench index {name}`"
         checks.append(_readable(f"index {name}", partial(FeatureIndex.open, workspace, name), remedy))
     if left := leftovers(path):

@@ -5,20 +5,16 @@ along where there is one: labels, densities, and the feature's maximum as the un
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.features.index.build import index_path
+from workbench.catalog.catalog import Catalog
 from workbench.features.index.query import FeatureIndex
 from workbench.features.prompts import Known, PromptReading, read_prompt
 from workbench.features.steering import Edit, Steering, steer
 from workbench.models.load import LoadedModel, load_model
-
-if TYPE_CHECKING:
-    from workbench.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -55,28 +51,22 @@ class LiveSAE:
         return self.known.labels[feature] if self.known else ""
 
 
-def model_name(space: "Workspace", sae: str) -> str:
+def model_name(catalog: Catalog, sae: str) -> str:
     """The model an SAE reads, as `load_model` takes it. Raises InputError where nothing says it."""
-    provenance = space.sae_provenance(sae)
-    name = provenance["harvest"]["config"]["model"] if "harvest" in provenance else space.sae(sae).model_name
+    name = catalog.origin(sae).model
     if not name:
         raise InputError(f"SAE {sae!r} does not say which model it reads: import it again with --model")
-    return str(name)
+    return name
 
 
-def model_of(space: "Workspace", sae: str, model: LoadedModel | None = None, device: str = "auto") -> LoadedModel:
+def model_of(catalog: Catalog, sae: str, model: LoadedModel | None = None, device: str = "auto") -> LoadedModel:
     """The model an SAE reads, or `model` once it is known to have the weights the SAE was trained on.
 
     Raises:
         InputError: a model that cannot be loaded, or one with other weights.
     """
-    loaded = model or load_model(model_name(space, sae), device=device)
-    wanted = space.sae_provenance(sae).get("harvest", {}).get("model", {}).get("weights_sha256")
-    if wanted not in (None, loaded.info.weights_sha256):
-        raise InputError(
-            f"the model at {loaded.info.name} has other weights than the one SAE {sae!r} was trained on: "
-            "give the same checkpoint"
-        )
+    loaded = model or load_model(model_name(catalog, sae), device=device)
+    catalog.origin(sae).check_model(loaded, f"SAE {sae!r}")
     return loaded
 
 
@@ -88,13 +78,13 @@ def known_features(index: FeatureIndex) -> Known:
     )
 
 
-def open_live(space: "Workspace", sae: str, *, model: LoadedModel | None = None, device: str = "auto") -> LiveSAE:
+def open_live(catalog: Catalog, sae: str, *, model: LoadedModel | None = None, device: str = "auto") -> LiveSAE:
     """Opens an SAE with its model and what its index knows. Raises InputError as `model_of` does."""
     known = None
-    if index_path(space, sae).is_file():
-        index = FeatureIndex.open(space, sae)
+    if catalog.index_path(sae).is_file():
+        index = FeatureIndex.open(catalog, sae)
         try:
             known = known_features(index)
         finally:
             index.close()
-    return LiveSAE(sae, space.sae(sae), model_of(space, sae, model, device), known)
+    return LiveSAE(sae, catalog.sae(sae), model_of(catalog, sae, model, device), known)

@@ -33,9 +33,6 @@ SCHEMA = 1
 DESCRIPTION, DATABASE = "harvest.json", "harvest.duckdb"
 GRADIENT = ".grad"
 """Suffix of the hook name under which gradients are stored."""
-SPECIAL_TOKENS = "special_tokens"
-"""Recorded as `tokens` where the text of a special token is that token. Harvests without it were begun when it was its
-characters, and go on and are read as they began."""
 
 
 class Vectors:
@@ -128,7 +125,6 @@ class Harvest:
             self.model: dict[str, Any] = description["model"]
             self.corpus: dict[str, Any] = description["corpus"]
             self.hooks: list[str] = description["hooks"]
-            self.split_special_tokens: bool = SPECIAL_TOKENS not in description
             self.blocks = read_journal(directory)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +32,7 @@ from workbench.disk.locks import RunLock
 from workbench.harvest.blocks import Block, read_journal, recover_journal
 from workbench.harvest.finishing import write_database
 from workbench.harvest.prefetch import prefetch
-from workbench.harvest.reading import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, SPECIAL_TOKENS, Harvest
+from workbench.harvest.reading import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, Harvest
 from workbench.harvest.writing import BlockWriter
 from workbench.models.capture import capture
 from workbench.models.hooks import HookSpec, resolve_hook
@@ -71,6 +71,15 @@ class HarvestConfig:
     """Precision the model runs in; `auto` is its own on a GPU and float32 on a CPU."""
     gradients: bool = False
     """Also store the gradient of the summed next-token loss at every hook point."""
+
+    def absolute(self) -> "HarvestConfig":
+        """The same with paths that mean the same wherever the workspace is opened from."""
+
+        def resolved(spec: str, own: str) -> str:
+            path = Path(spec).expanduser()
+            return str(path.resolve()) if spec and spec != own and path.exists() else spec
+
+        return replace(self, model=resolved(self.model, "demo"), corpus=resolved(self.corpus, "python-stdlib"))
 
 
 @dataclass(frozen=True)
@@ -267,7 +276,6 @@ def _description(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan
         "hooks": [hook.name for hook in plan.hooks],
         "dtype": str(plan.dtype).removeprefix("torch."),
         "contexts": {"batch": plan.batch_contexts, "block": plan.block_contexts},
-        SPECIAL_TOKENS: "tokens",
         "made_with": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
     normalised: dict[str, Any] = json.loads(json.dumps(description))
@@ -278,10 +286,7 @@ def _begin(folder: Path, description: dict[str, Any]) -> None:
     """Records what the harvest is, or checks that an earlier attempt was the same."""
     file = folder / DESCRIPTION
     if file.is_file():
-        recorded = read_description(file)
-        if SPECIAL_TOKENS not in recorded:
-            description = {key: value for key, value in description.items() if key != SPECIAL_TOKENS}
-        differing = [d for d in differences(recorded, description) if not d.startswith("made_with")]
+        differing = [d for d in differences(read_description(file), description) if not d.startswith("made_with")]
         if differing:
             raise InputError(
                 f"harvest {folder.name!r} exists with other settings ({'; '.join(differing)}): "
@@ -311,10 +316,7 @@ def _fill(
             writer.names[document.index] = document.name
             yield document
 
-    packed = pack(
-        documents(), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts,
-        split_special_tokens=SPECIAL_TOKENS not in read_description(writer.folder / DESCRIPTION),
-    )  # fmt: skip
+    packed = pack(documents(), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts)
     report()
     wanted = _part(packed, seen, plan.n_contexts)
     # A thread beside a forward pass on the CPU takes a core from under it, and the pass waits for its slowest thread.

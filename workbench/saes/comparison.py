@@ -6,18 +6,17 @@ measured on. Numbers are comparable between SAEs of one model and hook point on 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from sae.errors import InputError
 from sae.formats.saelens import ARCHITECTURES
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Result
+from workbench.catalog.summaries import SAESummary
 from workbench.saes.evaluate import KIND
-
-if TYPE_CHECKING:
-    from workbench.catalog.results import Result
-    from workbench.catalog.summaries import SAESummary
-    from workbench.workspace import Workspace
 
 MEASURED = {
     "l0": "l0",
@@ -30,7 +29,7 @@ MEASURED = {
 """Column of the comparison, and the number of `workbench.saes.evaluation.Evaluation` in it."""
 
 
-def compare(space: "Workspace", names: Sequence[str] = ()) -> pd.DataFrame:
+def compare(catalog: Catalog, names: Sequence[str] = ()) -> pd.DataFrame:
     """The SAEs named, or all of them, by model, hook point, rule, width and L0.
 
     Returns:
@@ -40,34 +39,34 @@ def compare(space: "Workspace", names: Sequence[str] = ()) -> pd.DataFrame:
     Raises:
         InputError: a name that does not exist, or a workspace without SAEs.
     """
-    summaries = {summary.name: summary for summary in space.saes()}
+    summaries = {summary.name: summary for summary in catalog.saes()}
     for name in names:
         if name not in summaries:
-            raise InputError(f"no SAE {name!r} in {space.path}: it has {', '.join(summaries) or 'none'}")
+            raise InputError(f"no SAE {name!r} in {catalog.path}: it has {', '.join(summaries) or 'none'}")
     if not summaries:
-        raise InputError(f"{space.path} has no SAEs to compare: make one with `workbench train` or `workbench import`")
-    evaluations = {result.name: result for result in space.results.find(KIND)}
+        raise InputError(
+            f"{catalog.path} has no SAEs to compare: make one with `workbench train` or `workbench import`"
+        )
+    evaluations = {result.name: result for result in catalog.results.find(KIND)}
     chosen = list(dict.fromkeys(names)) or list(summaries)
-    rows = [_row(summaries[name], space.sae_provenance(name), evaluations.get(name)) for name in chosen]
+    rows = [_row(summaries[name], catalog.origin(name), evaluations.get(name)) for name in chosen]
     order = ["model", "hook", "rule", "d_sae", "l0", "sae"]
     return pd.DataFrame(rows).sort_values(order, na_position="last", ignore_index=True)
 
 
-def _row(summary: "SAESummary", provenance: dict[str, Any], evaluation: "Result | None") -> dict[str, Any]:
-    training = provenance.get("training", {})
-    architecture, _, k = summary.rule.partition(" k=")
+def _row(summary: SAESummary, origin: Origin, evaluation: Result | None) -> dict[str, Any]:
     # The rule it was trained with: a batch rule is stored as the thresholds that it comes to.
-    made_by = training.get("rule") or provenance.get("imported", {}).get("rule", {})
-    stored = ARCHITECTURES.get(architecture)
+    made_by = origin.rule
+    stored = ARCHITECTURES.get(summary.architecture)
     measured = summary.evaluation or {}
     return {
         "sae": summary.name,
-        "rule": made_by.get("name", stored.name if stored else architecture)
-        + " (random decoder)" * has_frozen_decoder(provenance),
-        "k": made_by.get("k", int(k) if k else None),
+        "rule": made_by.get("name", stored.name if stored else summary.architecture)
+        + " (random decoder)" * origin.frozen_decoder,
+        "k": made_by.get("k", summary.k),
         "d_sae": summary.d_sae,
-        "seed": training.get("seed"),
-        "tokens": training.get("total_tokens"),
+        "seed": origin.training.get("seed"),
+        "tokens": origin.training.get("total_tokens"),
         "hook": summary.hook,
         "model": summary.model,
         **{column: measured.get(key) for column, key in MEASURED.items()},
@@ -75,12 +74,7 @@ def _row(summary: "SAESummary", provenance: dict[str, Any], evaluation: "Result 
     }
 
 
-def has_frozen_decoder(provenance: dict[str, Any]) -> bool:
-    """Whether an SAE of this provenance is a baseline whose decoder stayed at its random initialisation."""
-    return bool(provenance.get("training", {}).get("frozen_decoder"))
-
-
-def _text(evaluation: "Result | None") -> str | None:
+def _text(evaluation: Result | None) -> str | None:
     if evaluation is None:
         return None
     return f"{evaluation.parameters['corpus']}, {evaluation.parameters['max_tokens']:,} tokens"

@@ -4,67 +4,52 @@ An imported SAE is stored in the native format. Its provenance says where it cam
 its weights as they are stored, in place of a run and a harvest.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sae import rules
 from sae.errors import InputError
 from sae.formats.foreign import export, load_foreign, recognise
 from sae.model import SAE
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import versions
 from workbench.saes.pretrained import load_pretrained
 
-if TYPE_CHECKING:
-    from workbench.workspace import Workspace
 
-
-def import_folder(
-    space: "Workspace", name: str, folder: Path, *, hook: str | None, model: str | None, versions: Mapping[str, str]
-) -> SAE:
-    """Imports the SAE in `folder`; see `Workspace.import_sae`."""
-    space.check_new_sae(name)
+def import_folder(catalog: Catalog, name: str, folder: Path, *, hook: str | None, model: str | None) -> SAE:
+    """Imports the SAE in `folder`; see `Workcatalog.import_sae`."""
+    catalog.check_new_sae(name)
     sae = load_foreign(folder, hook_name=hook, model_name=model)
     origin = {"format": recognise(folder), "path": str(folder.resolve())}
-    return _store(space, name, sae, origin, versions)
+    return _store(catalog, name, sae, origin)
 
 
 def import_pretrained(
-    space: "Workspace",
-    name: str,
-    release: str,
-    sae_id: str,
-    *,
-    hook: str | None,
-    model: str | None,
-    versions: Mapping[str, str],
+    catalog: Catalog, name: str, release: str, sae_id: str, *, hook: str | None, model: str | None
 ) -> SAE:
-    """Imports a published SAE; see `Workspace.import_pretrained`."""
-    space.check_new_sae(name)
+    """Imports a published SAE; see `Workcatalog.import_pretrained`."""
+    catalog.check_new_sae(name)
     sae = load_pretrained(release, sae_id, hook_name=hook, model_name=model)
-    return _store(space, name, sae, {"release": release, "id": sae_id}, versions)
+    return _store(catalog, name, sae, {"release": release, "id": sae_id})
 
 
-def _store(space: "Workspace", name: str, sae: SAE, origin: Mapping[str, Any], versions: Mapping[str, str]) -> SAE:
+def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any]) -> SAE:
     if not sae.hook_name:
         raise InputError("the SAE does not say which hook point it reads: give one, as --hook blocks.5.hook_mlp_out")
     if not sae.model_name:
         raise InputError("the SAE does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
-    digest = hashlib.sha256()
-    for key, tensor in sorted(sae.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-    identity = {"rule": rules.to_dict(sae.rule), "weights_sha256": digest.hexdigest()}
+    identity = {"rule": rules.to_dict(sae.rule), "fingerprint": sae.fingerprint()}
     provenance = {"imported": {**origin, **identity}, "hook": sae.hook_name}
-    space.add_sae(name, sae, {**provenance, "versions": dict(versions)})
+    catalog.add_sae(name, sae, {**provenance, "versions": versions()})
     return sae
 
 
-def export_sae(space: "Workspace", name: str, folder: Path, form: str) -> None:
-    """Writes an SAE of the workspace to a new folder; see `Workspace.export_sae`, also for the InputErrors."""
+def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> None:
+    """Writes an SAE of the workspace to a new folder; see `Workcatalog.export_sae`, also for the InputErrors."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists: name a new or an empty folder")
-    sae = space.sae(name)
+    sae = catalog.sae(name)
     try:
         export(sae, folder, form)
     except OSError as error:

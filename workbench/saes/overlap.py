@@ -3,31 +3,33 @@
 For feature i of A and j of B, both decoder rows scaled to unit norm, c_ij is their cosine, or its absolute value when
 either SAE's activations are signed, since a direction and its opposite are then one feature. For each feature the best
 partner in the other SAE and its cosine are kept, in both directions; the mean of these maxima is the mean max cosine
-similarity (MMCS) of Sharkey et al. 2022 ("Taking features out of superposition with sparse autoencoders"). Unlike the
-one-to-one matching of workbench/features/concepts/stability.py, the two may differ in width.
+similarity (MMCS) of Sharkey et al. 2022 ("Taking features out of superposition with sparse autoencoders"). The two may
+differ in width. Between seeds of one configuration, the share of features with a mutual partner of cosine above 0.9
+is how much of a dictionary does not depend on the start (Paulo and Belrose 2025, arXiv 2501.16615, who match one to
+one).
 
 Memory: d_sae of B times `FEATURES_AT_ONCE` cosines at a time.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.features.index.geometry import FEATURES_AT_ONCE, unit_rows
+from sae.recovery import RECOVERED_ABOVE
+from workbench.catalog.catalog import Catalog
 from workbench.show.colours import series_colour
 
-if TYPE_CHECKING:
-    from workbench.workspace import Workspace
-
 BINS = 50
+FEATURES_AT_ONCE = 1024
+"""Rows of a [d_sae, d_sae] matrix of cosines that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,21 @@ class Overlap:
         """Of A's features in B, and of B's in A."""
         return float(self.cosine_a.mean()), float(self.cosine_b.mean())
 
+    @property
+    def mutual(self) -> Bool[NDArray, "d_sae_a"]:
+        """Whether the best partner of a feature of A has this feature as its own best."""
+        return self.partner_in_a[self.partner_in_b] == np.arange(len(self.partner_in_b))
+
+    @property
+    def stable_share(self) -> float:
+        """Share of A's features with a mutual partner of cosine above 0.9."""
+        return float((self.mutual & (self.cosine_a > RECOVERED_ABOVE)).mean())
+
     def table(self) -> pd.DataFrame:
         """One line a feature of A: feature, partner, cosine, mutual (whether the partner's best is this feature)."""
         feature = np.arange(len(self.cosine_a))
         return pd.DataFrame(
-            {
-                "feature": feature,
-                "partner": self.partner_in_b,
-                "cosine": self.cosine_a,
-                "mutual": self.partner_in_a[self.partner_in_b] == feature,
-            }
+            {"feature": feature, "partner": self.partner_in_b, "cosine": self.cosine_a, "mutual": self.mutual}
         )
 
     def figure(self) -> go.Figure:
@@ -74,6 +81,12 @@ class Overlap:
             xaxis_title="cosine with the nearest decoder direction of the other SAE", yaxis_title="share of features",
             height=320, margin={"l": 50, "r": 10, "t": 20, "b": 40}, legend={"orientation": "h", "y": -0.25},
         )  # fmt: skip
+
+
+def unit_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+    """Decoder rows scaled to unit norm; a row of zeros stays one."""
+    norm = W_dec.norm(dim=1, keepdim=True)
+    return W_dec / torch.where(norm > 0, norm, 1)
 
 
 @torch.no_grad()
@@ -114,6 +127,6 @@ def overlap(a: SAE, b: SAE, names: tuple[str, str] = ("A", "B")) -> Overlap:
     )
 
 
-def overlap_of(space: "Workspace", a: str, b: str) -> Overlap:
+def overlap_of(catalog: Catalog, a: str, b: str) -> Overlap:
     """The overlap of two SAEs of a workspace. Raises InputError as `overlap`, and for names that do not exist."""
-    return overlap(space.sae(a), space.sae(b), (a, b))
+    return overlap(catalog.sae(a), catalog.sae(b), (a, b))

@@ -34,7 +34,7 @@ from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.source import BatchSource
 from sae.training import StepMetrics, train
-from workbench.catalog.results import check_name
+from workbench.disk.names import check_name
 from workbench.saes.settings import check_keys, check_value, field_types, required_fields
 
 BYTES_PER_PARAMETER = 16

@@ -17,35 +17,35 @@ from typing import Any
 import pandas as pd
 
 from sae.errors import InputError
+from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
 from workbench.sparsity.report import ATTENTION, CURVES, MLP, SAES
-from workbench.workspace import Workspace
 
 KINDS = (MLP, CURVES, ATTENTION, SAES)
 COST = 0.1
 """Added nats at which methods are compared."""
 
 
-def report_names(space: Workspace) -> list[str]:
+def report_names(catalog: Catalog) -> list[str]:
     """Names under which anything about sparsity is stored, oldest first."""
-    found = [result for kind in KINDS for result in space.results.find(kind)]
+    found = [result for kind in KINDS for result in catalog.results.find(kind)]
     return list(dict.fromkeys(result.name for result in sorted(found, key=lambda result: result.created)))
 
 
-def report_parts(space: Workspace, name: str) -> dict[str, Result]:
+def report_parts(catalog: Catalog, name: str) -> dict[str, Result]:
     """The results of one report by kind.
 
     Raises:
         InputError: nothing of that name.
     """
-    parts = {kind: result for kind in KINDS for result in space.results.find(kind) if result.name == name}
+    parts = {kind: result for kind in KINDS for result in catalog.results.find(kind) if result.name == name}
     if not parts:
-        known = ", ".join(report_names(space)) or "none"
+        known = ", ".join(report_names(catalog)) or "none"
         raise InputError(f"no sparsity report {name!r} in this workspace: it has {known}")
     return parts
 
 
-def compare(space: Workspace, names: Sequence[str] | None = None) -> pd.DataFrame:
+def compare(catalog: Catalog, names: Sequence[str] | None = None) -> pd.DataFrame:
     """One row per report; NaN where a report lacks a part.
 
     Args:
@@ -54,7 +54,7 @@ def compare(space: Workspace, names: Sequence[str] | None = None) -> pd.DataFram
     Raises:
         InputError: a name without a report.
     """
-    return pd.DataFrame([_row(name, report_parts(space, name)) for name in names or report_names(space)])
+    return pd.DataFrame([_row(name, report_parts(catalog, name)) for name in names or report_names(catalog)])
 
 
 def at_cost(points: pd.DataFrame, column: str, cost: float = COST) -> dict[str, float]:
@@ -73,11 +73,11 @@ def at_cost(points: pd.DataFrame, column: str, cost: float = COST) -> dict[str, 
 
 
 def _row(name: str, parts: Mapping[str, Result]) -> dict[str, Any]:
-    any_part = next(iter(parts.values()))
+    origin = next(iter(parts.values())).origin
     row: dict[str, Any] = {
         "name": name,
-        "model": any_part.provenance["model"]["name"],
-        "corpus": any_part.provenance["corpus"]["name"],
+        "model": origin.model,
+        "corpus": origin.corpus,
     }
     if MLP in parts:
         layers = parts[MLP].table("layers")

@@ -9,16 +9,16 @@ A measurement that is already stored under its name, made from the same model, c
 made again: repeating an interrupted series of commands goes on where it stopped.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-import torch
 
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.catalog.results import Result, check_name
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Made, Result
 from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel
 from workbench.sparsity import figures
@@ -30,7 +30,6 @@ from workbench.sparsity.methods import METHODS, cett, method_named
 from workbench.sparsity.ppl import ppl_sparsity, search_passes
 from workbench.sparsity.sae_report import measure_saes
 from workbench.text.corpora import Corpus
-from workbench.workspace import Workspace, versions
 
 MLP, CURVES, ATTENTION, SAES = "sparsity-mlp", "sparsity-curves", "sparsity-attention", "sparsity-sae"
 CETT_TARGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -39,7 +38,7 @@ OnProgress = Callable[[int, int], None]
 
 
 def report_mlps(
-    space: Workspace,
+    catalog: Catalog,
     name: str,
     model: LoadedModel,
     corpus: Corpus,
@@ -51,7 +50,7 @@ def report_mlps(
     """Measures and stores how sparsely the MLPs are used; see `measure`."""
     parameters = {"max_tokens": max_tokens, "context_len": context_len}
 
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    def make() -> Made:
         found = measure(model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress)
         tables = {
             "layers": found.layers, "neurons": found.neurons, "positions": found.positions, "residual": found.residual
@@ -61,11 +60,13 @@ def report_mlps(
             "neurons": figures.neuron_densities(found.neurons),
         }
 
-    return _stored(space, MLP, name, model, corpus, parameters, make)
+    return catalog.results.get_or_make(
+        MLP, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
+    )
 
 
 def report_curves(
-    space: Workspace,
+    catalog: Catalog,
     name: str,
     model: LoadedModel,
     corpus: Corpus,
@@ -88,7 +89,7 @@ def report_curves(
         "context_len": context_len,
     }  # fmt: skip
 
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    def make() -> Made:
         calibration = calibrate(model, corpus, context_len=context_len)
         held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
         rows = sum(batch.tokens.numel() for batch in held)
@@ -110,11 +111,13 @@ def report_curves(
             tables["ppl"] = pd.DataFrame([vars(item) for item in ppl])
         return tables, {"cost": figures.cost_curves(found.table())}
 
-    return _stored(space, CURVES, name, model, corpus, parameters, make)
+    return catalog.results.get_or_make(
+        CURVES, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
+    )
 
 
 def report_attention(
-    space: Workspace,
+    catalog: Catalog,
     name: str,
     model: LoadedModel,
     corpus: Corpus,
@@ -127,7 +130,7 @@ def report_attention(
     """Measures and stores how much attention simple patterns keep; see `attention`."""
     parameters = {"budgets": list(budgets), "max_tokens": max_tokens, "context_len": context_len}
 
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    def make() -> Made:
         held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
         found = measure_attention(model, held, budgets=budgets, on_progress=on_progress)
         measured = sorted(found.coverage["budget"].unique())
@@ -138,11 +141,13 @@ def report_attention(
             "sinks": figures.sinks(found.heads),
         }
 
-    return _stored(space, ATTENTION, name, model, corpus, parameters, make)
+    return catalog.results.get_or_make(
+        ATTENTION, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
+    )
 
 
 def report_saes(
-    space: Workspace,
+    catalog: Catalog,
     name: str,
     model: LoadedModel,
     saes: Mapping[str, SAE],
@@ -159,13 +164,9 @@ def report_saes(
     """
     if not saes:
         raise InputError("name at least one SAE to measure")
-    parameters = {
-        "saes": {name: _digest(sae) for name, sae in saes.items()},
-        "max_tokens": max_tokens,
-        "context_len": context_len,
-    }
+    parameters = {"max_tokens": max_tokens, "context_len": context_len}
 
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    def make() -> Made:
         found = measure_saes(
             model, saes, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress
         )
@@ -177,11 +178,13 @@ def report_saes(
             "terms": figures.terms_needed(found.terms),
         }
 
-    return _stored(space, SAES, name, model, corpus, parameters, make)
+    return catalog.results.get_or_make(
+        SAES, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus, saes=saes), make=make
+    )
 
 
 def report_all(
-    space: Workspace,
+    catalog: Catalog,
     name: str,
     model: LoadedModel,
     corpus: Corpus,
@@ -213,49 +216,11 @@ def report_all(
     budgets = [budget for budget in BUDGETS if budget < context_len]
     results = [
         report_mlps(
-            space, name, model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=of("measure")
+            catalog, name, model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=of("measure")
         ),
-        report_curves(space, name, model, corpus, ps=ps, **held, on_progress=of("enforce")),
-        report_attention(space, name, model, corpus, budgets=budgets, **held, on_progress=of("attention")),
+        report_curves(catalog, name, model, corpus, ps=ps, **held, on_progress=of("enforce")),
+        report_attention(catalog, name, model, corpus, budgets=budgets, **held, on_progress=of("attention")),
     ]
     if saes:
-        results.append(report_saes(space, name, model, saes, corpus, **held, on_progress=of("sae")))
+        results.append(report_saes(catalog, name, model, saes, corpus, **held, on_progress=of("sae")))
     return results
-
-
-def _digest(sae: SAE) -> str:
-    """SHA-256 of the weights, which tells an SAE from a later one of the same name."""
-    digest = hashlib.sha256()
-    for _, weight in sorted(sae.state_dict().items()):
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _stored(
-    space: Workspace,
-    kind: str,
-    name: str,
-    model: LoadedModel,
-    corpus: Corpus,
-    parameters: dict[str, Any],
-    make: Callable[[], tuple[dict[str, pd.DataFrame], dict[str, Any]]],
-) -> Result:
-    """The result of that name if it was made from the same things, else made and saved."""
-    check_name(name, "result name")
-    provenance = {
-        "model": model.info.to_dict(),
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
-        "versions": versions(),
-    }
-    for result in space.results.find(kind):
-        if result.name == name and result.parameters == parameters and result.provenance == provenance:
-            return result
-    tables, drawn = make()
-    return space.results.save(
-        kind,
-        name,
-        parameters=parameters,
-        provenance=provenance,
-        tables=tables,
-        figures={figure: plot.to_json() for figure, plot in drawn.items()},
-    )

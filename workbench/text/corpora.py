@@ -61,15 +61,21 @@ class Corpus:
         entries: starts a new pass over all documents, always in the same order.
         split: the side of the split a document's name falls on.
         fingerprint: identity of the contents, recorded with everything made from them.
+        text_field: field that held the text, where there are fields.
 
     Raises:
         InputError: no documents.
     """
 
     def __init__(
-        self, name: str, entries: Callable[[], Iterator[Entry]], split: Callable[[str], Split], fingerprint: str
+        self,
+        name: str,
+        entries: Callable[[], Iterator[Entry]],
+        split: Callable[[str], Split],
+        fingerprint: str,
+        text_field: str = "text",
     ) -> None:
-        self.name, self.fingerprint = name, fingerprint
+        self.name, self.fingerprint, self.text_field = name, fingerprint, text_field
         self._entries, self._split = entries, split
         first = list(islice(entries(), 2))
         if not first:
@@ -158,7 +164,7 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
                 yield from _text_entries(file, name)
 
     contents = [f"{name}:{_file_digest(file)}" for name, file in named]
-    return Corpus(spec, entries, hash_split, _digest([text_field, *contents]))
+    return Corpus(spec, entries, hash_split, _digest([text_field, *contents]), text_field)
 
 
 def _file_digest(file: Path) -> str:
@@ -265,7 +271,7 @@ def streamed(name: str, rows: Any, text_field: str, revision: str) -> Corpus:
             if text := _field(row, text_field, f"{name}, row {number}"):
                 yield _entry(f"{name}#{number}", text)
 
-    return Corpus(name, entries, hash_split, _digest([name, revision, text_field]))
+    return Corpus(name, entries, hash_split, _digest([name, revision, text_field]), text_field)
 
 
 def _entry(name: str, text: str) -> Entry:

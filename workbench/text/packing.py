@@ -3,9 +3,6 @@
 The token stream is `BOS document BOS document ...`. It is cut into contexts of `context_len` tokens, each of which
 starts with BOS: where the cut falls inside a document, a BOS is put in front of the rest. The last context is
 padded with BOS, flagged as padding. Every row knows its document and its position in it, so boundaries are kept.
-
-The text of a special token, such as a chat marker, is that one token, in documents as in prompts. So a document that
-writes the BOS token's text holds that token: it is flagged as BOS wherever it stands, and not put in front twice.
 """
 
 from collections.abc import Iterable, Iterator
@@ -57,13 +54,8 @@ def pack(
     bos_id: int,
     context_len: int,
     batch_contexts: int,
-    *,
-    split_special_tokens: bool = False,
 ) -> Iterator[PackedBatch]:
     """Yields batches of `batch_contexts` contexts (the last may be smaller); the same for the same input.
-
-    Args:
-        split_special_tokens: the text of a special token is its characters, as in harvests begun before it was one.
 
     Raises:
         InputError: contexts too short to hold BOS and a token.
@@ -71,7 +63,7 @@ def pack(
     if context_len < 2:
         raise InputError(f"a context must hold BOS and at least one token, got context length {context_len}")
     contexts: list[NDArray[np.int32]] = []
-    for context in _contexts(_encoded(documents, tokenizer, split_special_tokens), bos_id, context_len):
+    for context in _contexts(documents, tokenizer, bos_id, context_len):
         contexts.append(context)
         if len(contexts) == batch_contexts:
             yield _batch(contexts)
@@ -81,13 +73,13 @@ def pack(
 
 
 def _contexts(
-    documents: Iterable[tuple[Document, NDArray[np.int32]]], bos_id: int, context_len: int
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, bos_id: int, context_len: int
 ) -> Iterator[NDArray[np.int32]]:
     """Contexts as [4, context_len] arrays: tokens, doc, pos, flags."""
     context = np.empty((4, context_len), dtype=np.int32)
     filled = 0
-    for document, ids in documents:
-        start = int(len(ids) > 0 and ids[0] == bos_id)
+    for document, ids in _encoded(documents, tokenizer):
+        start = 0
         while start < len(ids):
             if filled >= context_len - 1:
                 # No room for BOS and a token: the place left, if any, is padding.
@@ -101,7 +93,7 @@ def _contexts(
             context[0, filled:end] = piece
             context[1, filled:end] = document.index
             context[2, filled:end] = np.arange(start, start + len(piece))
-            context[3, filled:end] = np.where(piece == bos_id, FLAG_BOS, FLAG_OK)
+            context[3, filled:end] = FLAG_OK
             filled, start = end, start + len(piece)
             if filled == context_len:
                 yield context.copy()
@@ -112,28 +104,25 @@ def _contexts(
 
 
 def _encoded(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Document, NDArray[np.int32]]]:
     """Documents with their token ids, encoded some at a time: the tokenizer spreads a list over the cores."""
     source = iter(documents)
     while some := list(islice(source, DOCUMENTS_AT_ONCE)):
-        texts = [document.text for document in some]
-        for document, ids in zip(some, _token_ids(tokenizer, texts, split_special_tokens), strict=True):
+        for document, ids in zip(some, _token_ids(tokenizer, [document.text for document in some]), strict=True):
             yield document, np.asarray(ids, dtype=np.int32)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
-    """Token ids without BOS."""
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids without BOS. A text that writes "<|endoftext|>" means those characters, not a boundary."""
     if not tokenizer.is_fast:
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False)[
-            "input_ids"
-        ]
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         return cast(list[list[int]], encoded)
     # The same ids as from the tokenizer's own call, without character offsets: two thirds of the time.
     backend = cast(Tokenizer, tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = split_special_tokens
+    backend.encode_special_tokens = True
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 

@@ -11,9 +11,9 @@ from sae.rules import AbsTopK, TopK
 from workbench.features.concepts import alignment, logistic
 from workbench.features.concepts.alignment import LEVELS, align, held_out_half
 from workbench.features.concepts.probes import probe
-from workbench.features.concepts.stability import stability
 from workbench.features.concepts.truth import ConceptTruth, from_table
 from workbench.harvest.reading import Harvest
+from workbench.saes.overlap import overlap
 
 D, F, CONTEXT, N_CONTEXTS = 12, 20, 16, 60
 
@@ -218,21 +218,21 @@ def test_stability_is_one_for_a_shuffled_copy_and_small_for_strangers() -> None:
     order = torch.randperm(F, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         copy.W_dec.copy_(-2 * sae.W_dec[order])
-    same = stability(sae, copy)
-    assert (order[same.partner] == torch.arange(F)).all()
+    same = overlap(sae, copy)
+    assert (order[same.partner_in_b] == torch.arange(F)).all()
     assert same.stable_share == 1.0
-    assert same.mean_max_cosine == pytest.approx(1.0)
+    assert same.mean_max_cosine[0] == pytest.approx(1.0)
     unsigned, turned = make_sae(TopK(4)), make_sae(TopK(4))
     with torch.no_grad():
         turned.W_dec.neg_()
     cosines = torch.nn.functional.normalize(unsigned.W_dec.double(), dim=1) @ turned.W_dec.double().T
-    found = stability(unsigned, turned)
-    torch.testing.assert_close(torch.from_numpy(found.cosine).double(), cosines.amax(dim=1).detach())
-    assert found.mutual.tolist() == [cosines[:, p].argmax() == i for i, p in enumerate(found.partner)]
+    found = overlap(unsigned, turned)
+    torch.testing.assert_close(torch.from_numpy(found.cosine_a).double(), cosines.amax(dim=1).detach())
+    assert found.mutual.tolist() == [cosines[:, p].argmax() == i for i, p in enumerate(found.partner_in_b)]
     assert found.stable_share < 0.2
     assert list(found.table().columns) == ["feature", "partner", "cosine", "mutual"]
-    with pytest.raises(InputError, match="cannot be matched"):
-        stability(sae, SAE(D + 1, F, TopK(4)))
+    with pytest.raises(InputError, match="nothing in common"):
+        overlap(sae, SAE(D + 1, F, TopK(4)))
 
 
 @pytest.mark.parametrize(

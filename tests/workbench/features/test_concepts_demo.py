@@ -145,7 +145,7 @@ def test_a_users_own_table_is_taken(space: Workspace, truth: ConceptTruth) -> No
 def test_seeds_are_matched_and_stored(space: Workspace) -> None:
     found = match(space, "a", "b")
     summary = space.results.open(stored.STABILITY_KIND, "a+b").table("summary")
-    assert summary.mean_max_cosine.item() == pytest.approx(found.mean_max_cosine)
+    assert summary.mean_max_cosine.item() == pytest.approx(found.mean_max_cosine[0])
     assert 0 <= found.stable_share < 1
 
 

@@ -27,7 +27,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(64, 32), dim=1))
         sae.W_enc.copy_(sae.W_dec.T)
-    Workspace(path)._save_sae(sae, "s", {})
+    Workspace(path).add_sae("s", sae, {})
     return path
 
 

@@ -12,20 +12,17 @@ and one of kind `stability` per pair of SAEs, with the tables `features` and `su
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from sae.errors import InputError
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import versions
 from workbench.features.concepts.alignment import Alignment, align
 from workbench.features.concepts.probes import ProbeScores, probe
-from workbench.features.concepts.stability import Stability, stability
 from workbench.features.concepts.truth import ConceptTruth, Language, from_corpus, from_table
 from workbench.models.load import LoadedModel, load_model
-from workbench.workspace import versions
-
-if TYPE_CHECKING:
-    from workbench.workspace import Workspace
+from workbench.saes.overlap import Overlap, overlap_of
 
 KIND, STABILITY_KIND = "concepts", "stability"
 
@@ -53,7 +50,7 @@ class ConceptReport:
 
 
 def truth_of(
-    space: "Workspace",
+    catalog: Catalog,
     harvest: str,
     *,
     language: Language = "auto",
@@ -70,13 +67,13 @@ def truth_of(
     Raises:
         InputError: no such harvest, or a corpus or tokenizer that changed.
     """
-    source = space.open_harvest(harvest)
+    source = catalog.open_harvest(harvest)
     loaded = model or load_model(source.config["model"], device="cpu")
-    return from_corpus(source, space.corpus_of(source), loaded.tokenizer, language, on_progress)
+    return from_corpus(source, catalog.corpus_of(source), loaded.tokenizer, language, on_progress)
 
 
 def align_sae(
-    space: "Workspace",
+    catalog: Catalog,
     name: str,
     *,
     harvest: str | None = None,
@@ -89,7 +86,7 @@ def align_sae(
     """Scores an SAE's features and the baselines, and stores the result under the SAE's name.
 
     Args:
-        name: an SAE of the workspace.
+        name: an SAE of the workcatalog.
         harvest: whose tokens are used; the one it was trained on when left out. One of held-out documents
             (`--split heldout`) shows the SAE text it has never seen.
         concepts: the user's own table (row, concept), or a truth already made for this harvest; from the harvest's
@@ -99,17 +96,17 @@ def align_sae(
     Raises:
         InputError: no such SAE, harvest or hook point, or concepts that do not belong to the harvest.
     """
-    sae = space.sae(name, device)
-    wanted = harvest or space.sae_provenance(name).get("harvest", {}).get("name")
+    sae, origin = catalog.sae(name, device), catalog.origin(name)
+    wanted = harvest or origin.harvest
     if wanted is None:
         raise InputError(f"SAE {name!r} was not trained here: name a harvest of its model")
-    source = space.open_harvest(wanted)
+    source = catalog.open_harvest(wanted)
     if isinstance(concepts, ConceptTruth):
         truth = concepts
     elif concepts is not None:
         truth = from_table(source, concepts)
     else:
-        truth = truth_of(space, wanted, language=language, model=model)
+        truth = truth_of(catalog, wanted, language=language, model=model)
     vectors = source.vectors(sae.hook_name)
     report = ConceptReport(
         alignment=align(sae, vectors, truth, on_progress),
@@ -117,25 +114,24 @@ def align_sae(
         n_documents=truth.n_documents,
         n_unparsed=truth.n_unparsed,
     )
-    space.results.save(
+    catalog.results.save(
         KIND,
         name,
         parameters={"sae": name, "harvest": wanted, "language": "table" if concepts is not None else language},
-        provenance={
-            **space.sae_provenance(name), "aligned_on": source.provenance(), "documents": truth.n_documents,
-            "unparsed": truth.n_unparsed, "versions": versions(),
-        },
+        provenance=origin.measured_with(
+            aligned_on=source.provenance(), documents=truth.n_documents, unparsed=truth.n_unparsed
+        ).record,
         tables={
             "features": report.alignment.best_concepts(),
             "concepts": report.alignment.best_features(),
             "pairs": report.alignment.table(),
             "probes": report.probes.table(),
         },
-    )  # fmt: skip
+    )
     return report
 
 
-def compare(space: "Workspace", names: Sequence[str]) -> pd.DataFrame:
+def compare(catalog: Catalog, names: Sequence[str]) -> pd.DataFrame:
     """Held-out F1 of the best feature for every concept, one column an SAE, and its probes' for the first of them.
 
     The way to read controls: SAEs of a random copy of the model, of other seeds, with a frozen decoder.
@@ -147,25 +143,25 @@ def compare(space: "Workspace", names: Sequence[str]) -> pd.DataFrame:
         raise InputError("no SAEs to compare: name at least one")
     columns = {}
     for name in names:
-        table = space.results.open(KIND, name).table("concepts")
+        table = catalog.results.open(KIND, name).table("concepts")
         columns[name] = table.set_index("concept")["f1"]
-    probes = space.results.open(KIND, names[0]).table("probes").pivot(index="concept", columns="method", values="f1")
+    probes = catalog.results.open(KIND, names[0]).table("probes").pivot(index="concept", columns="method", values="f1")
     return pd.DataFrame(columns).join(probes).sort_index().reset_index()
 
 
-def match(space: "Workspace", a: str, b: str) -> Stability:
+def match(catalog: Catalog, a: str, b: str) -> Overlap:
     """Matches the features of two SAEs, say of two seeds, and stores the result as `A+B`.
 
     Raises:
-        InputError: no such SAEs, or SAEs of different widths.
+        InputError: as `overlap_of`.
     """
-    found = stability(space.sae(a), space.sae(b))
-    summary = {"mean_max_cosine": found.mean_max_cosine, "stable_share": found.stable_share}
-    space.results.save(
+    found = overlap_of(catalog, a, b)
+    summary = {"mean_max_cosine": found.mean_max_cosine[0], "stable_share": found.stable_share}
+    catalog.results.save(
         STABILITY_KIND,
         f"{a}+{b}",
         parameters={"a": a, "b": b},
-        provenance={"a": space.sae_provenance(a), "b": space.sae_provenance(b), "versions": versions()},
+        provenance={"a": catalog.sae_provenance(a), "b": catalog.sae_provenance(b), "versions": versions()},
         tables={"features": found.table(), "summary": pd.DataFrame([summary])},
     )
     return found

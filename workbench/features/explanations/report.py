@@ -14,20 +14,18 @@ One result of kind `explanations` per SAE, with the table
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from sae.errors import InputError
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import versions
 from workbench.catalog.results import Result
 from workbench.features.explanations.language_models import LanguageModel, PromptTooLongError
 from workbench.features.index.feature import Example, Feature
 from workbench.features.index.query import FeatureIndex
 from workbench.features.index.titles import EXPLANATIONS, explanations_path
-from workbench.workspace import versions
-
-if TYPE_CHECKING:
-    from workbench.workspace import Workspace
 
 MAX_CHARACTERS = 200
 EXPLANATION_TOKENS, ANSWER_TOKENS = 60, 4
@@ -50,7 +48,7 @@ Answer:"""
 
 
 def explain_features(
-    space: "Workspace",
+    catalog: Catalog,
     sae: str,
     features: Sequence[int],
     model: LanguageModel,
@@ -76,9 +74,9 @@ def explain_features(
     """
     if examples < 1 or texts < 0:
         raise InputError(f"explaining takes at least one example and no fewer than 0 texts: {examples}, {texts}")
-    index = FeatureIndex.open(space, sae)
+    index = FeatureIndex.open(catalog, sae)
     wanted = list(dict.fromkeys(features))
-    rows = _stored(space, sae)
+    rows = _stored(catalog, sae)
     try:
         index.check(wanted)
         for done, number in enumerate(wanted, start=1):
@@ -88,14 +86,14 @@ def explain_features(
                 if not feature.dead:
                     silent = index.silent_examples(number, texts, seed=number) if texts else []
                     rows[number] = _explained(feature, silent, model, examples, texts)
-                    _save(space, sae, rows)
+                    _save(catalog, sae, rows)
             if on_progress is not None:
                 on_progress(done, len(wanted))
     finally:
         index.close()
     if not rows:
         raise InputError(f"nothing to explain: none of these features of {sae} fires on the indexed tokens")
-    return space.results.open(EXPLANATIONS, sae)
+    return catalog.results.open(EXPLANATIONS, sae)
 
 
 def marked(example: Example, sign: int) -> str:
@@ -159,20 +157,20 @@ def _explained(
     }  # fmt: skip
 
 
-def _stored(space: "Workspace", sae: str) -> dict[int, dict[str, Any]]:
+def _stored(catalog: Catalog, sae: str) -> dict[int, dict[str, Any]]:
     """The rows there are, by feature."""
-    if not explanations_path(space, sae).is_file():
+    if not explanations_path(catalog, sae).is_file():
         return {}
-    table = space.results.open(EXPLANATIONS, sae).table("features")
+    table = catalog.results.open(EXPLANATIONS, sae).table("features")
     return {int(row["feature"]): row for row in table.to_dict(orient="records")}
 
 
-def _save(space: "Workspace", sae: str, rows: dict[int, dict[str, Any]]) -> None:
+def _save(catalog: Catalog, sae: str, rows: dict[int, dict[str, Any]]) -> None:
     columns = {
         "feature": int, "sign": int, "explanation": str, "score": float, "fires_right": float, "silent_right": float,
         "unclear": int, "texts": int, "model": str,
     }  # fmt: skip
     table = pd.DataFrame([rows[number] for number in sorted(rows)], columns=list(columns)).astype(columns)
-    space.results.save(
+    catalog.results.save(
         EXPLANATIONS, sae, parameters={}, provenance={"sae": sae, "versions": versions()}, tables={"features": table}
     )

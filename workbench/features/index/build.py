@@ -10,7 +10,6 @@ A reader sees a whole index or none. A build that was killed goes on with the fi
 the SAE, the harvest or the number of rows starts it anew. The tables are listed in docs/methods/index.md.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
-import torch
 
 from sae import rules
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.catalog.results import check_name
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import versions
 from workbench.disk.database import write_duckdb
 from workbench.disk.locks import RunLock
 from workbench.features.index import segments as segments_module
@@ -37,12 +36,11 @@ from workbench.features.index.logits import effects_of, output_directions
 from workbench.features.index.segments import Segments, write_segments
 from workbench.features.index.statistics import BINS, QUANTILES, feature_statistics, value_order
 from workbench.harvest.reading import Harvest
+from workbench.models.devices import choose_device
 from workbench.models.load import load_model
-from workbench.workspace import versions
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
-    from workbench.workspace import Workspace
 
 SCHEMA = 1
 ENTRIES_AT_ONCE = 1 << 22
@@ -63,13 +61,8 @@ class IndexSummary:
     """By step; empty when the index was there already."""
 
 
-def index_path(workspace: "Workspace", sae_name: str) -> Path:
-    """Where the index of an SAE lies or would lie."""
-    return workspace.path / "indexes" / f"{check_name(sae_name, 'SAE name')}.duckdb"
-
-
 def build_index(
-    workspace: "Workspace",
+    catalog: Catalog,
     sae_name: str,
     *,
     harvest: str | None = None,
@@ -93,16 +86,15 @@ def build_index(
 
     A model that cannot be loaded costs the logit effects only; the summary and the index say so.
     """
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    sae = workspace.sae(sae_name, device=chosen)
-    source = workspace.open_harvest(harvest or _harvest_of(workspace, sae_name))
+    sae = catalog.sae(sae_name, device=str(choose_device(device)))
+    source = catalog.open_harvest(harvest or _harvest_of(catalog, sae_name))
     _check(sae, sae_name, source)
     n_rows = min(max_rows or source.n_rows, source.n_rows)
     if n_rows > MAX_ROWS:
         raise InputError(f"an index holds at most {MAX_ROWS:,} rows, this harvest has {n_rows:,}: give --rows")
-    path = index_path(workspace, sae_name)
+    path = catalog.index_path(sae_name)
     settings = {
-        "schema": SCHEMA, "sae": sae_name, "weights": _fingerprint(workspace.path / "saes" / sae_name),
+        "schema": SCHEMA, "sae": sae_name, "weights": sae.fingerprint(),
         "harvest": source.name, "corpus": source.corpus, "model": source.model, "hook": sae.hook_name, "rows": n_rows,
     }  # fmt: skip
     same = path.exists() and read_meta(path)["settings"] == settings
@@ -194,11 +186,11 @@ def _fill(
     connection.executemany("INSERT INTO meta VALUES (?, ?)", [[key, json.dumps(meta[key])] for key in meta])
 
 
-def _harvest_of(workspace: "Workspace", sae_name: str) -> str:
-    name = workspace.sae_provenance(sae_name).get("harvest", {}).get("name")
+def _harvest_of(catalog: Catalog, sae_name: str) -> str:
+    name = catalog.origin(sae_name).harvest
     if name is None:
         raise InputError(f"SAE {sae_name!r} does not say which harvest it was trained on: name one with --harvest")
-    return str(name)
+    return name
 
 
 def _check(sae: SAE, name: str, harvest: Harvest) -> None:
@@ -213,13 +205,6 @@ def _check(sae: SAE, name: str, harvest: Harvest) -> None:
             f"SAE {name!r} reads activations of width {sae.d_in}, harvest {harvest.name!r} has {width}: "
             "it was trained on another model; name another --harvest"
         )
-
-
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in (folder / "cfg.json", folder / "sae_weights.safetensors"):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _why_missing(source: Harvest, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:

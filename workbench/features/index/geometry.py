@@ -15,17 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.saes.overlap import FEATURES_AT_ONCE, unit_rows
+
 NEIGHBOURS = 10
-FEATURES_AT_ONCE = 1024
 FEWEST_FOR_UMAP = 64
 """Below it UMAP's neighbourhoods of 15 are most of the features."""
 MapMethod = Literal["UMAP", "PCA"]
-
-
-def unit_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
-    """Decoder rows scaled to unit norm; a row of zeros stays one."""
-    norm = W_dec.norm(dim=1, keepdim=True)
-    return W_dec / torch.where(norm > 0, norm, 1)
 
 
 @torch.no_grad()

@@ -24,8 +24,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae.errors import InputError
+from workbench.catalog.catalog import Catalog
 from workbench.catalog.notes import Notes
-from workbench.features.index.build import SCHEMA, index_path
+from workbench.features.index.build import SCHEMA
 from workbench.features.index.feature import (
     Coactivation,
     Concept,
@@ -46,18 +47,11 @@ from workbench.text.packing import NO_TEXT
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from workbench.workspace import Workspace
-
 TOKENS_BEFORE, TOKENS_AFTER = 24, 12
 MAX_HITS = 200
 
 
-def index_names(workspace: "Workspace") -> list[str]:
-    """Names of the SAEs that have an index."""
-    return sorted(file.stem for file in workspace.path.glob("indexes/*.duckdb"))
-
-
-def listed_features(workspace: "Workspace", name: str) -> list[Feature]:
+def listed_features(catalog: Catalog, name: str) -> list[Feature]:
     """The features of a list of the workspace, in the order they were added, to be exported.
 
     `workbench.features.index.page.document` makes one self-contained page of them.
@@ -65,8 +59,8 @@ def listed_features(workspace: "Workspace", name: str) -> list[Feature]:
     Raises:
         InputError: no such list, or a member whose index or number is gone.
     """
-    members = Notes(workspace.path).members(name)
-    indexes = {sae: FeatureIndex.open(workspace, sae) for sae in dict.fromkeys(sae for sae, _ in members)}
+    members = Notes(catalog.path).members(name)
+    indexes = {sae: FeatureIndex.open(catalog, sae) for sae in dict.fromkeys(sae for sae, _ in members)}
     try:
         return [indexes[sae].feature(number) for sae, number in members]
     finally:
@@ -116,17 +110,17 @@ class FeatureIndex:
         self.map_method: MapMethod = self.meta.get("map", "PCA")
 
     @classmethod
-    def open(cls, workspace: "Workspace", sae: str) -> "FeatureIndex":
+    def open(cls, catalog: Catalog, sae: str) -> "FeatureIndex":
         """Opens the index of an SAE. Raises InputError naming those there are."""
-        path = index_path(workspace, sae)
+        path = catalog.index_path(sae)
         if not path.is_file():
-            known = ", ".join(index_names(workspace)) or "none"
+            known = ", ".join(catalog.indexes()) or "none"
             raise InputError(f"SAE {sae!r} has no index: make one with `workbench index {sae}` (there is {known})")
         return cls(
             path,
-            Notes(workspace.path),
-            read_concepts(concepts_path(workspace, sae)),
-            read_explanations(explanations_path(workspace, sae)),
+            Notes(catalog.path),
+            read_concepts(concepts_path(catalog, sae)),
+            read_explanations(explanations_path(catalog, sae)),
         )
 
     def close(self) -> None:
@@ -312,8 +306,8 @@ class FeatureIndex:
     def table(self) -> pd.DataFrame:
         """All features, one row each: label, best concept, density, firings, moments, extremes, logit skew, map.
 
-        `label` is what people wrote, else the best concept where its held-out F1 is high enough; `concept` and
-        `concept_f1` are there when the SAE was aligned with concepts.
+        `label` is what people wrote, else the explanation where its score is high enough, else the best concept where
+        its held-out F1 is; `concept` and `concept_f1` are there when the SAE was aligned with concepts.
         """
         table = self._run(
             """

@@ -3,25 +3,22 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from workbench.catalog.catalog import Catalog
 from workbench.disk.database import read_duckdb
 from workbench.features.index.feature import Concept, Explanation
-
-if TYPE_CHECKING:
-    from workbench.workspace import Workspace
 
 EXPLANATIONS = "explanations"
 
 
-def concepts_path(workspace: "Workspace", sae: str) -> Path:
-    """Where the concepts of an SAE's features lie or would lie (workbench/features/concepts/report.py)."""
-    return workspace.path / "results" / "concepts" / f"{sae}.duckdb"
+def concepts_path(catalog: Catalog, sae: str) -> Path:
+    """Where the concepts of an SAE's features lie or would lie (`features.concepts.report`)."""
+    return catalog.results.path("concepts", sae)
 
 
-def explanations_path(workspace: "Workspace", sae: str) -> Path:
-    """Where the explanations of an SAE's features lie or would lie (workbench/features/explanations/report.py)."""
-    return workspace.path / "results" / EXPLANATIONS / f"{sae}.duckdb"
+def explanations_path(catalog: Catalog, sae: str) -> Path:
+    """Where the explanations of an SAE's features lie or would lie (`features.explanations.report`)."""
+    return catalog.results.path(EXPLANATIONS, sae)
 
 
 def read_concepts(path: Path) -> dict[int, list[Concept]]:

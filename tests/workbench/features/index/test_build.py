@@ -16,7 +16,7 @@ from sae.errors import InputError
 from sae.rules import BatchAbsTopK
 from workbench import Workspace
 from workbench.features.index import segments as segments_module
-from workbench.features.index.build import build_index, index_path, read_meta
+from workbench.features.index.build import build_index, read_meta
 from workbench.features.index.segments import Segments, write_segments
 from workbench.harvest.run import HarvestConfig
 from workbench.models.load import LoadedModel
@@ -137,7 +137,7 @@ def test_a_killed_build_shows_nothing_and_goes_on_where_it_stopped(
         [sys.executable, "-c", KILLED, str(space.path)], cwd=repository, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     assert killed.returncode == 9
-    path = index_path(space, SAE_NAME)
+    path = space.index_path(SAE_NAME)
     assert not path.exists()
     segments = path.with_suffix(".partial") / "segments"
     kept = {file: file.stat().st_mtime_ns for file in segments.glob("*.safetensors")}
@@ -230,4 +230,4 @@ def test_what_cannot_be_indexed_is_refused_in_one_line(space: Workspace, gpt2_mo
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="are BOS and padding"):
         build_index(space, SAE_NAME, harvest="h", max_rows=1, device="cpu")
-    assert not index_path(space, SAE_NAME).exists()
+    assert not space.index_path(SAE_NAME).exists()

@@ -20,7 +20,7 @@ from workbench.features.index.build import build_index
 from workbench.features.index.feature import Example, ExampleGroup, Feature, FeatureStats
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.page import document, fragment
-from workbench.features.index.query import FeatureIndex, index_names
+from workbench.features.index.query import FeatureIndex
 from workbench.models.load import LoadedModel
 
 from .conftest import DEAD, HOOK
@@ -185,7 +185,7 @@ def test_an_index_stays_readable_by_threads_while_it_is_replaced(space: Workspac
 
 
 def test_what_is_not_there_is_said_in_one_line(space: Workspace, index: FeatureIndex, tmp_path: Path) -> None:
-    assert index_names(space) == ["s"]
+    assert space.indexes() == ["s"]
     with pytest.raises(InputError, match=r"workbench index other.*there is s"):
         FeatureIndex.open(space, "other")
     for number in (-1, 40):

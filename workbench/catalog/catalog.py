@@ -1,0 +1,229 @@
+"""The Catalog: what lies in a workspace's folder, and what each artefact was made from.
+
+    workspace.json      schema version
+    harvests/NAME/      activation blocks and their DuckDB file
+    runs/NAME/          training runs: checkpoints, live metrics, the finished record
+    saes/NAME/          one SAE each, in SAELens' own format, with `provenance.json`
+    indexes/SAE.duckdb  where every feature of an SAE fires
+    results/KIND/       what analyses produced, one DuckDB file each
+    notes.duckdb        labels, notes and lists that people wrote
+
+The folders are the catalog: an artefact exists once its final file is in place (a rename), so listing never waits for
+a writer and no writer waits for a reader. Analyses take a Catalog; `workbench.Workspace` is a Catalog with a verb for
+each of them.
+"""
+
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from sae.errors import InputError
+from workbench.catalog.origin import Origin, Record
+from workbench.catalog.results import ResultStore
+from workbench.catalog.runs import Run, RunSummary
+from workbench.catalog.summaries import (
+    HarvestSummary,
+    SAESummary,
+    harvest_summaries,
+    run_summaries,
+    sae_folders,
+    sae_summaries,
+)
+from workbench.disk.descriptions import read_description, write_description
+from workbench.disk.names import check_name, new_folder
+
+if TYPE_CHECKING:
+    from sae.model import SAE
+    from workbench.harvest.reading import Harvest
+    from workbench.text.corpora import Corpus
+
+SCHEMA = 1
+
+
+class Catalog:
+    """A workspace's folder, made when it does not exist.
+
+    Args:
+        path: the folder.
+        create: when false, a folder that is not a workspace is an error instead.
+
+    Raises:
+        InputError: the folder exists and is not a workspace, or has a newer schema.
+    """
+
+    def __init__(self, path: str | Path = "workspace", *, create: bool = True) -> None:
+        self.path = Path(path).expanduser()
+        self._check_or_create(create)
+        self.results = ResultStore(self.path / "results")
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({str(self.path)!r}): {len(self.harvests())} harvests, "
+            f"{len(self.saes())} SAEs, {len(self.runs())} runs"
+        )
+
+    def _check_or_create(self, create: bool) -> None:
+        marker = self.path / "workspace.json"
+        if marker.is_file():
+            schema = read_description(marker).get("schema")
+            if schema != SCHEMA:
+                raise InputError(
+                    f"workspace {self.path} has schema {schema}, this version of the workbench reads {SCHEMA}: "
+                    "use the version that made it, or start a new workspace"
+                )
+            return
+        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            raise InputError(
+                f"{self.path} exists and is not a workspace: name an empty or new folder, or an existing workspace"
+            )
+        if not create:
+            raise InputError(f"no workspace at {self.path}: make one with `workbench harvest` or `workbench demo`")
+        write_description(marker, {"schema": SCHEMA, "workbench": version("interp-workbench")})
+
+    # Harvests
+
+    def harvest_folder(self, name: str) -> Path:
+        """Where the harvest `name` lies or would lie."""
+        return self.path / "harvests" / check_name(name, "harvest name")
+
+    def open_harvest(self, name: str) -> "Harvest":
+        """Opens a finished harvest. Raises InputError naming those there are."""
+        from workbench.harvest.reading import Harvest
+
+        names = self.harvests()
+        if name not in names:
+            raise InputError(f"no finished harvest {name!r} in {self.path}: it has {', '.join(names) or 'none'}")
+        return Harvest.open(self.harvest_folder(name))
+
+    def harvests(self) -> list[str]:
+        """Names of the finished harvests."""
+        return sorted(file.parent.name for file in self.path.glob("harvests/*/harvest.duckdb"))
+
+    def harvest_summaries(self) -> list[HarvestSummary]:
+        """All harvests, finished or not."""
+        return harvest_summaries(self.path)
+
+    def corpus_of(self, harvest: "Harvest") -> "Corpus":
+        """The corpus a harvest was made from, opened again."""
+        from workbench.text.corpora import open_corpus
+
+        return open_corpus(harvest.config["corpus"], text_field=harvest.config["text_field"])
+
+    # Training runs
+
+    def run_folder(self, name: str) -> Path:
+        """Where the training run `name` lies or would lie."""
+        return self.path / "runs" / check_name(name, "run name")
+
+    def runs(self) -> list[RunSummary]:
+        """All training runs, finished or not."""
+        return run_summaries(self.path)
+
+    def run(self, name: str) -> Run:
+        """One training run: `.metrics()` gives its curves, while it goes on and after. Raises InputError naming those
+        there are."""
+        folder = self.path / "runs" / name
+        if not (folder / "run.json").is_file():
+            known = ", ".join(summary.name for summary in self.runs()) or "none"
+            raise InputError(f"no run {name!r} in {self.path}: it has {known}")
+        return Run(folder)
+
+    # SAEs
+
+    def saes(self) -> list[SAESummary]:
+        """The SAEs of the workspace with the latest evaluation of each."""
+        return sae_summaries(self.path, self.results)
+
+    def sae_folder(self, name: str) -> Path:
+        """Where the SAE `name` lies or would lie."""
+        return self.path / "saes" / check_name(name, "SAE name")
+
+    def sae(self, name: str, device: str = "cpu") -> "SAE":
+        """Loads an SAE. Raises InputError naming those there are."""
+        from sae.model import SAE
+
+        return SAE.load(self._require_sae(name), device=device)
+
+    def sae_provenance(self, name: str) -> Record:
+        """The record of what an SAE was made from: run, harvest, hook, training and versions; empty when that is not
+        known. `origin` reads it."""
+        file = self._require_sae(name) / "provenance.json"
+        return read_description(file) if file.is_file() else {}
+
+    def origin(self, name: str) -> Origin:
+        """What an SAE was made from. Raises InputError naming the SAEs there are."""
+        metadata = read_description(self._require_sae(name) / "cfg.json").get("metadata") or {}
+        return Origin.of_sae(
+            self.sae_provenance(name), model=metadata.get("model_name") or "", hook=metadata.get("hook_name") or ""
+        )
+
+    def check_new_sae(self, name: str) -> None:
+        """Raises InputError when the name is taken or no file name."""
+        if new_folder(self.sae_folder(name)).exists():
+            raise InputError(
+                f"SAE {name!r} exists: choose another --name, or remove it with `workbench gc --sae {name}`"
+            )
+
+    def add_sae(self, name: str, sae: "SAE", provenance: Record) -> None:
+        """Saves an SAE under a new name, with the record of what it was made from.
+
+        Raises:
+            InputError: the name is taken, or the disk is full or not writable.
+        """
+        self.check_new_sae(name)
+        folder = self.sae_folder(name)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f"{name}.{os.getpid()}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            sae.save(partial)
+            write_description(partial / "provenance.json", provenance)
+            os.replace(partial, folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(
+                f"cannot save SAE {name!r} in {folder}: {reason}; mend that and repeat the command"
+            ) from None
+
+    def _require_sae(self, name: str) -> Path:
+        folder = self.sae_folder(name)
+        if not (folder / "cfg.json").is_file():
+            known = ", ".join(path.name for path in sae_folders(self.path)) or "none"
+            raise InputError(f"no SAE {name!r} in {self.path}: it has {known}")
+        return folder
+
+    # Indexes and results
+
+    def index_path(self, sae: str) -> Path:
+        """Where the feature index of an SAE lies or would lie."""
+        return self.path / "indexes" / f"{check_name(sae, 'SAE name')}.duckdb"
+
+    def indexes(self) -> list[str]:
+        """Names of the SAEs that have a feature index."""
+        return sorted(file.stem for file in self.path.glob("indexes/*.duckdb"))
+
+    def databases(self) -> dict[str, Path]:
+        """The DuckDB files of finished runs, indexes and results by the names that SQL knows them by."""
+        files = {f"run.{file.parent.name}": file for file in self.path.glob("runs/*/run.duckdb")}
+        files.update({f"index.{file.stem}": file for file in self.path.glob("indexes/*.duckdb")})
+        files.update({f"{file.parent.name}.{file.stem}": file for file in self.path.glob("results/*/*.duckdb")})
+        return files
+
+    def made_from_sae(self, name: str) -> list[Path]:
+        """What was measured on an SAE, whatever it is called: its index, begun or finished, and results."""
+        index = self.index_path(name)
+        made = [path for path in (index, index.with_suffix(".partial")) if path.exists()]
+        for file in sorted(self.path.glob("results/*/*.duckdb")):
+            try:
+                origin = self.results.open(file.parent.name, file.stem).origin
+            except InputError:
+                # What cannot be read says nothing; `workbench doctor` names it.
+                continue
+            if name in origin.saes:
+                made.append(file)
+        return made

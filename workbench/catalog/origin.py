@@ -1,0 +1,148 @@
+"""What an artefact was made from, read from the record that lies beside it.
+
+An SAE's record is its `provenance.json`, a result's the row `provenance` of its file. Both are JSON objects that only
+grow from version to version; this is the one place that knows their keys.
+
+    an SAE trained here      run, harvest (its description), hook, training (its configuration), versions
+    an imported SAE          imported (format and path, or release and id; rule; weights), hook, versions
+    a result                 model, corpus, saes (fingerprints by name), ... as far as they had a part in it, versions;
+                             or the record of the SAE it was measured on, and what it was measured with
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from sae.errors import InputError
+
+if TYPE_CHECKING:
+    from sae.model import SAE
+    from workbench.models.load import LoadedModel
+    from workbench.text.corpora import Corpus
+
+Record = Mapping[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Versions that an artefact's numbers may depend on."""
+    return {name: version(name) for name in ("interp-workbench", "torch", "transformers", "transformer-lens")}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an artefact was made from; what is not known is None or empty."""
+
+    record: Record
+    """As it is stored; two artefacts have one origin when their records are equal."""
+    model: str = ""
+    """As `load_model` takes it."""
+    weights_sha256: str | None = None
+    """Of the model's checkpoint."""
+    corpus: str | None = None
+    """As `open_corpus` takes it, with `text_field`."""
+    text_field: str = "text"
+    fingerprint: str | None = None
+    """Of the corpus' contents."""
+    harvest: str | None = None
+    hook: str = ""
+    context_len: int | None = None
+    run: str | None = None
+    """The training run that made it."""
+    training: Record = field(default_factory=dict)
+    """The configuration it was trained with, as `sae.TrainConfig.to_dict` gives it."""
+    imported: Record | None = None
+    """Where it came from, for an SAE made elsewhere."""
+    saes: tuple[str, ...] = ()
+    """Names of the SAEs that a result was measured on."""
+
+    @classmethod
+    def of_sae(cls, record: Record, *, model: str = "", hook: str = "") -> "Origin":
+        """Reads the record of an SAE.
+
+        Args:
+            model, hook: what its own configuration says, for SAEs that were not trained here.
+        """
+        harvest = record.get("harvest") or {}
+        config, corpus = harvest.get("config", {}), harvest.get("corpus", {})
+        return cls(
+            record,
+            model=config.get("model", model),
+            weights_sha256=harvest.get("model", {}).get("weights_sha256"),
+            corpus=config.get("corpus"),
+            text_field=config.get("text_field", "text"),
+            fingerprint=corpus.get("fingerprint"),
+            harvest=harvest.get("name"),
+            hook=record.get("hook", hook),
+            context_len=config.get("context_len"),
+            run=record.get("run"),
+            training=record.get("training", {}),
+            imported=record.get("imported"),
+        )
+
+    @classmethod
+    def of_result(cls, record: Record, parameters: Record) -> "Origin":
+        """Reads the record of a result, and from its parameters which SAEs it was measured on."""
+        named = record.get("saes") or parameters.get("saes") or {}
+        one = (record.get("sae"), parameters.get("sae"), parameters.get("a"), parameters.get("b"))
+        saes = tuple(dict.fromkeys([*named, *(name for name in one if isinstance(name, str))]))
+        if "model" not in record:
+            made = cls.of_sae(record)
+            return cls(**{**vars(made), "saes": saes})
+        corpus = record.get("corpus") or {}
+        return cls(
+            record,
+            model=record["model"].get("name", ""),
+            weights_sha256=record["model"].get("weights_sha256"),
+            corpus=corpus.get("name"),
+            text_field=corpus.get("text_field", "text"),
+            fingerprint=corpus.get("fingerprint"),
+            saes=saes,
+        )
+
+    @classmethod
+    def of_measurement(
+        cls,
+        model: "LoadedModel",
+        *,
+        corpus: "Corpus | None" = None,
+        saes: "Mapping[str, SAE] | None" = None,
+        **more: Any,
+    ) -> "Origin":
+        """Of a result that is about to be measured on a model.
+
+        Args:
+            corpus: the text it is measured on.
+            saes: the SAEs it is measured on, by name.
+            more: what else had a part in it (must be JSON).
+        """
+        record: dict[str, Any] = {"model": model.info.to_dict(), **more}
+        if corpus is not None:
+            record["corpus"] = {"name": corpus.name, "fingerprint": corpus.fingerprint}
+            if corpus.text_field != "text":
+                record["corpus"]["text_field"] = corpus.text_field
+        if saes:
+            record["saes"] = {name: sae.fingerprint() for name, sae in saes.items()}
+        return cls.of_result({**record, "versions": versions()}, {})
+
+    def measured_with(self, **more: Any) -> "Origin":
+        """Of a result measured on the artefact of this origin: its record, `more` and the versions."""
+        return Origin.of_result({**self.record, **more, "versions": versions()}, {})
+
+    @property
+    def rule(self) -> Record:
+        """The selection rule an SAE was trained with, name and settings; empty where it is not known."""
+        return self.training.get("rule") or (self.imported or {}).get("rule", {})
+
+    @property
+    def frozen_decoder(self) -> bool:
+        """Whether an SAE is a baseline whose decoder stayed at its random initialisation."""
+        return bool(self.training.get("frozen_decoder"))
+
+    def check_model(self, model: "LoadedModel", what: str) -> None:
+        """Raises InputError when `model` has other weights than the one `what` was made from, where that is known."""
+        if self.weights_sha256 not in (None, model.info.weights_sha256):
+            raise InputError(
+                f"the model at {model.info.name} has other weights than the one {what} was trained on: "
+                "give the same checkpoint"
+            )

@@ -1,0 +1,28 @@
+"""Names of artefacts, which are names of files: what one may be, and when two are one."""
+
+import re
+from pathlib import Path
+
+from sae.errors import InputError
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+
+
+def check_name(name: str, what: str) -> str:
+    """Returns `name` if it can be a file name on every system, else raises InputError."""
+    if name.endswith(".tmp"):
+        raise InputError(f"{what} {name!r} ends like a temporary file: choose a name without .tmp")
+    if not NAME_PATTERN.fullmatch(name):
+        raise InputError(
+            f"{what} {name!r} cannot be a file name: use up to 128 letters, digits, '.', '_', '+' or '-', "
+            "starting with a letter or digit"
+        )
+    return name
+
+
+def new_folder(folder: Path) -> Path:
+    """Raises InputError when a name differs from another only by case: DuckDB and many disks take them for one."""
+    for other in folder.parent.glob("*/"):
+        if other.name != folder.name and other.name.casefold() == folder.name.casefold():
+            raise InputError(f"{folder.name!r} differs from {other.name!r} only by case: choose another name")
+    return folder

@@ -1,0 +1,161 @@
+"""Training runs of a workspace: SAEs side by side on one stream of a harvest's activations.
+
+1. The run's record is written first; a run of the same name and settings is resumed, or answered at once when it is
+   finished.
+2. Under the run's lock the trainer streams batches, reports metrics and leaves checkpoints (`sae.train`).
+3. Every SAE is saved under its configuration's name with what it was made from; the metrics move into the run's
+   DuckDB file, which marks it as finished; the checkpoints go.
+
+A kill between saving the SAEs and finishing the run leaves some that are this run's own: they are kept.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sae import checkpoint
+from sae.config import TrainConfig
+from sae.errors import InputError
+from sae.training import StepMetrics, TrainedSAE, check_configs, train
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import versions
+from workbench.catalog.runs import Run
+from workbench.disk.locks import RunLock
+from workbench.disk.names import new_folder
+from workbench.harvest.loader import ActivationLoader
+from workbench.harvest.reading import Harvest
+from workbench.models.devices import choose_device
+from workbench.saes.sweeps import SweepEstimate, estimate
+
+OnMetrics = Callable[[StepMetrics], None]
+
+
+def train_all(
+    catalog: Catalog,
+    run: str,
+    harvest: str,
+    configs: Sequence[TrainConfig],
+    *,
+    hook: str | None = None,
+    device: str = "auto",
+    on_metrics: OnMetrics | None = None,
+) -> list[TrainedSAE]:
+    """Trains SAEs side by side and saves them; see the module's description, and `Workspace.train_all`.
+
+    Raises:
+        InputError: unknown harvest or hook, names taken, or a finished run whose SAE was removed.
+    """
+    source = catalog.open_harvest(harvest)
+    hook = choose_hook(source, hook)
+    chosen = str(choose_device(device))
+    check_configs(configs)
+    record = Run(new_folder(catalog.run_folder(run)))
+    description = {
+        "harvest": harvest, "hook": hook, "device": chosen, "configs": [config.to_dict() for config in configs],
+    }  # fmt: skip
+    if record.finished:
+        record.start(description)
+        return _finished(catalog, record, configs)
+    done = {config.name for config in configs if _is_of(catalog, run, config)}
+    for config in configs:
+        if config.name not in done:
+            catalog.check_new_sae(config.name)
+    resuming = record.start(description)
+    with RunLock(record.folder):
+        trained = _train(record, source, hook, configs, chosen, resuming, on_metrics)
+        provenance = {"run": run, "harvest": source.provenance(), "hook": hook, "versions": versions()}
+        for result in trained:
+            if result.sae is not None and result.config.name not in done:
+                catalog.add_sae(result.config.name, result.sae, {**provenance, "training": result.config.to_dict()})
+        record.finish(
+            [config.to_dict() for config in configs],
+            errors={result.config.name: result.error for result in trained if result.error},
+        )
+        shutil.rmtree(record.checkpoints, ignore_errors=True)
+    return [_trained(catalog, result.config, result.error) for result in trained]
+
+
+def estimate_training(
+    catalog: Catalog, harvest: str, configs: Sequence[TrainConfig], *, hook: str | None = None, device: str = "auto"
+) -> SweepEstimate:
+    """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
+
+    Raises:
+        InputError: unknown harvest or hook, or too little memory.
+    """
+    source = catalog.open_harvest(harvest)
+    chosen = str(choose_device(device))
+    return estimate(configs, _loader(source, choose_hook(source, hook), configs, chosen), device=chosen)
+
+
+def choose_hook(harvest: Harvest, hook: str | None) -> str:
+    """The hook point asked for, or the only one. Raises InputError naming those there are."""
+    if hook is None and len(harvest.hooks) == 1:
+        return harvest.hooks[0]
+    if hook is None or hook not in harvest.hooks:
+        problem = "has several hook points" if hook is None else f"has no hook point {hook!r}"
+        known = ", ".join(harvest.hooks)
+        raise InputError(f"harvest {harvest.name!r} {problem}: choose one of {known} with --hook")
+    return hook
+
+
+def _train(
+    record: Run,
+    source: Harvest,
+    hook: str,
+    configs: Sequence[TrainConfig],
+    device: str,
+    resuming: bool,
+    on_metrics: OnMetrics | None,
+) -> list[TrainedSAE]:
+    """The trainer on the harvest's stream, its metrics kept in the run's record."""
+    if resuming:
+        record.drop_metrics_after(checkpoint.tokens_done(record.checkpoints))
+
+    def report(metrics: StepMetrics) -> None:
+        record.append_metrics(dataclasses.asdict(metrics))
+        if on_metrics is not None:
+            on_metrics(metrics)
+
+    return train(
+        configs,
+        _loader(source, hook, configs, device),
+        device=device,
+        checkpoint_dir=record.checkpoints,
+        resume=resuming,
+        on_metrics=report,
+        hook_name=hook,
+        model_name=source.model["name"],
+    )
+
+
+def _loader(source: Harvest, hook: str, configs: Sequence[TrainConfig], device: str) -> ActivationLoader:
+    with_gradients = any(config.rule.needs_gradients for config in configs)
+    return ActivationLoader(source, hook, seed=configs[0].seed, device=device, with_gradients=with_gradients)
+
+
+def _finished(catalog: Catalog, record: Run, configs: Sequence[TrainConfig]) -> list[TrainedSAE]:
+    """What a finished run made. Raises InputError when one of its SAEs is gone."""
+    errors = record.errors()
+    gone = [c.name for c in configs if c.name not in errors and not catalog.sae_folder(c.name).exists()]
+    if gone:
+        raise InputError(
+            f"run {record.name!r} is finished and its SAE {gone[0]!r} was removed: remove the run as well with "
+            f"`workbench gc --run {record.name}`, then train again"
+        )
+    return [_trained(catalog, config, errors.get(config.name)) for config in configs]
+
+
+def _is_of(catalog: Catalog, run: str, config: TrainConfig) -> bool:
+    """Whether there is an SAE that `run` made by this configuration."""
+    if not (catalog.sae_folder(config.name) / "provenance.json").is_file():
+        return False
+    origin = catalog.origin(config.name)
+    asked: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return origin.run == run and origin.training == asked
+
+
+def _trained(catalog: Catalog, config: TrainConfig, error: str | None) -> TrainedSAE:
+    return TrainedSAE(config, None if error else catalog.sae(config.name), error)
