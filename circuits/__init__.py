@@ -1,1 +1,91 @@
-"""Analyses over a TransformerLens model: splicing into a forward pass, and weights as LayerNorm lets them be read."""
+"""Circuits of a transformer: which heads, MLPs, edges and SAE features do a behaviour, and how much of it.
+
+from circuits import attribute_edges, faithfulness_curve, make_task
+prompts = make_task("induction", tokenizer, bos_id, n=32)   # clean prompts, corrupted twins, answers
+edges = attribute_edges(bridge, prompts)                    # EAP-IG over every edge of a TransformerBridge
+faithfulness_curve(bridge, prompts, edges).table()          # what the best edges carry alone
+
+One file a method; below them stand passes with hooks (`passes`, `sweeps`, `edges`), passes resumed in the middle
+(`resume`), functions put into a pass (`splice`) and weights as LayerNorm lets them be read (`effective_weights`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sae.errors import InputError
+
+if TYPE_CHECKING:
+    from circuits.ablation import ablate_heads
+    from circuits.attribution import logit_attribution
+    from circuits.composition import composition_scores
+    from circuits.dfa import direct_feature_attribution, head_shares
+    from circuits.discrete import discrete_circuit
+    from circuits.eap import attribute_edges
+    from circuits.faithfulness import circuit_edges, faithfulness_curve
+    from circuits.feature_circuits import feature_circuit
+    from circuits.heads import head_scores, repeated_tokens
+    from circuits.metrics import METRICS
+    from circuits.passes import activations
+    from circuits.patching import patch_activations
+    from circuits.path_patching import patch_edges, patch_paths
+    from circuits.prompts import Prompt, PromptSet, encode
+    from circuits.scores import EdgeScores, NodeScores
+    from circuits.tasks import make_task, register_task, task_names
+
+_HOMES = {
+    "ablate_heads": "circuits.ablation",
+    "logit_attribution": "circuits.attribution",
+    "composition_scores": "circuits.composition",
+    "direct_feature_attribution": "circuits.dfa", "head_shares": "circuits.dfa",
+    "discrete_circuit": "circuits.discrete",
+    "attribute_edges": "circuits.eap",
+    "circuit_edges": "circuits.faithfulness", "faithfulness_curve": "circuits.faithfulness",
+    "feature_circuit": "circuits.feature_circuits",
+    "head_scores": "circuits.heads", "repeated_tokens": "circuits.heads",
+    "METRICS": "circuits.metrics",
+    "activations": "circuits.passes",
+    "patch_activations": "circuits.patching",
+    "patch_edges": "circuits.path_patching", "patch_paths": "circuits.path_patching",
+    "Prompt": "circuits.prompts", "PromptSet": "circuits.prompts", "encode": "circuits.prompts",
+    "EdgeScores": "circuits.scores", "NodeScores": "circuits.scores",
+    "make_task": "circuits.tasks", "register_task": "circuits.tasks", "task_names": "circuits.tasks",
+}  # fmt: skip
+__all__ = [
+    "METRICS",
+    "EdgeScores",
+    "InputError",
+    "NodeScores",
+    "Prompt",
+    "PromptSet",
+    "ablate_heads",
+    "activations",
+    "attribute_edges",
+    "circuit_edges",
+    "composition_scores",
+    "direct_feature_attribution",
+    "discrete_circuit",
+    "encode",
+    "faithfulness_curve",
+    "feature_circuit",
+    "head_scores",
+    "head_shares",
+    "logit_attribution",
+    "make_task",
+    "patch_activations",
+    "patch_edges",
+    "patch_paths",
+    "register_task",
+    "repeated_tokens",
+    "task_names",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: the names of tasks, which the command line lists, do not wait for torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

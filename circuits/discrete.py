@@ -58,7 +58,7 @@ class DiscreteCircuit:
         return table.sort_values("score", ascending=False, ignore_index=True)[:top]
 
 
-def discover(
+def discrete_circuit(
     bridge: Bridge,
     prompts: PromptSet,
     *,

@@ -6,11 +6,12 @@ Every method of this package reads a `PromptSet` and the logits at one position 
    with position p of the other;
 2. prompts of different lengths are padded on the right with the BOS token; attention is causal, so padding changes
    nothing at or before a prompt's last token;
-3. answers and wrong answers are token ids, -1 filling rows that have fewer than others.
+3. answers and wrong answers are token ids, -1 filling rows that have fewer than others;
+4. it names the metric of `circuits.metrics` that measures the behaviour when no other is asked for.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -45,15 +46,15 @@ class PromptSet:
     """Position of each prompt's last token, where the answer is predicted."""
     answers: Int[Tensor, "n answers"]
     wrong: Int[Tensor, "n wrong"]
+    metric: str = "logit_difference"
+    """The usual one: a name in `circuits.metrics.METRICS`."""
 
     def __len__(self) -> int:
         return self.clean.shape[0]
 
     def __getitem__(self, rows: Any) -> "PromptSet":
         """The prompts of a slice or an index tensor."""
-        return PromptSet(
-            self.name, self.clean[rows], self.corrupted[rows], self.last[rows], self.answers[rows], self.wrong[rows]
-        )
+        return self._mapped(lambda tensor: tensor[rows])
 
     def batches(self, size: int) -> Iterator["PromptSet"]:
         """Consecutive pieces of at most `size` prompts."""
@@ -66,8 +67,11 @@ class PromptSet:
 
     def to(self, device: torch.device | str) -> "PromptSet":
         """The same prompts on another device."""
-        tensors = (self.clean, self.corrupted, self.last, self.answers, self.wrong)
-        return PromptSet(self.name, *(tensor.to(device) for tensor in tensors))
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "PromptSet":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
 
     def table(self, tokenizer: Any) -> pd.DataFrame:
         """One row a prompt: clean, corrupted, answers, wrong as text, and the number of tokens with BOS."""
@@ -85,7 +89,9 @@ class PromptSet:
         return pd.DataFrame(rows)
 
 
-def encode(name: str, prompts: Iterable[Prompt], tokenizer: Any, bos_id: int) -> PromptSet:
+def encode(
+    name: str, prompts: Iterable[Prompt], tokenizer: Any, bos_id: int, metric: str = "logit_difference"
+) -> PromptSet:
     """Tokens of text prompts.
 
     Raises:
@@ -111,7 +117,7 @@ def encode(name: str, prompts: Iterable[Prompt], tokenizer: Any, bos_id: int) ->
         corrupted.append([bos_id, *second])
         answers.append([one_token(name, tokenizer, text) for text in prompt.answers])
         wrong.append([one_token(name, tokenizer, text) for text in prompt.wrong])
-    return from_ids(name, clean, corrupted, answers, wrong, bos_id)
+    return from_ids(name, clean, corrupted, answers, wrong, bos_id, metric)
 
 
 def from_ids(
@@ -121,6 +127,7 @@ def from_ids(
     answers: Sequence[Sequence[int]],
     wrong: Sequence[Sequence[int]],
     bos_id: int,
+    metric: str = "logit_difference",
 ) -> PromptSet:
     """A prompt set from token ids; prompts hold their BOS already.
 
@@ -146,6 +153,7 @@ def from_ids(
         torch.tensor([len(row) - 1 for row in clean]),
         _padded(answers, NO_TOKEN),
         _padded(wrong, NO_TOKEN),
+        metric,
     )
 
 

@@ -23,6 +23,27 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def tasks_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Installs a package with three circuit tasks, two of them broken, as entry points; the folder it lies in."""
+    folder = tmp_path / "site"
+    described = folder / "more_tasks-1.0.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: more-tasks\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(
+        "[interp_workbench.tasks]\nthrice = more_tasks:thrice\nnumber = more_tasks:NUMBER\nbroken = gone:task\n"
+    )
+    (folder / "more_tasks.py").write_text(
+        "from circuits.prompts import from_ids\n\nNUMBER = 3\n\n\n"
+        "def thrice(tokenizer, bos_id, n, seed):\n"
+        "    clean, corrupted = [bos_id, 15, 16, 15], [bos_id, 15, 17, 15]\n"
+        "    sets = [clean] * n, [corrupted] * n, [[16]] * n, [[17]] * n\n"
+        "    return from_ids('thrice', *sets, bos_id, 'answer_log_probability')\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

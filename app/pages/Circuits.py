@@ -10,8 +10,9 @@ from workbench.catalog.results import Result
 from workbench.circuits import stored
 from workbench.circuits.attention_saes import report_dfa
 from workbench.circuits.methods import METHODS, run_method
-from workbench.circuits.report import AGREEMENT, DFA, DISCRETE, EDGES, FEATURES, NODES, TASK_NAMES, Task
+from workbench.circuits.report import AGREEMENT, DFA, DISCRETE, EDGES, FEATURES, NODES
 from workbench.circuits.tables import TABLE
+from workbench.circuits.task import Task
 from workbench.features.index import InputError
 from workbench.features.live import model_name, model_of
 
@@ -54,7 +55,7 @@ def run_task(workspace: Workspace) -> None:
     """A form that runs one method on one task, stores the result and opens it."""
     with st.form("run", border=False):
         task, method, prompts, model = st.columns([2, 3, 1, 2])
-        name = task.selectbox("Task", TASK_NAMES, key="task")
+        name = task.selectbox("Task", Task.names(), key="task")
         chosen = method.selectbox("Method", OFFERED, key="method", format_func=METHODS.__getitem__)
         n = prompts.number_input("Prompts", 5, 128, 16, key="prompts")
         spec = model.text_input("Model", "demo", key="model", help="demo, a local Hugging Face folder, or a hub name")

@@ -74,7 +74,7 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
     }
     by = url_choice("by", "Colour by", [*columns, *others], "induction")
     values = head_values(result, model, by) if by in columns else head_values(others[by], model)
-    names = [f"a{layer}.h{head}" for layer in range(model.n_layers) for head in range(model.n_heads)]
+    names = list(result.table("scores")["node"])
     flat = values.nan_to_num(nan=float("-inf")).flatten()
     strongest = names[int(flat.argmax())]
     asked = st.query_params.get("head", strongest)

@@ -1,36 +1,130 @@
-"""Prompt sets of known tasks, made for the tokenizer at hand; one file a task."""
+"""Prompt sets of known tasks, made for the tokenizer at hand; one file a task, and a door for tasks of one's own.
+
+A task is a function of (tokenizer, bos_id, n, seed) that returns a `PromptSet`. `make_task` knows it by name:
+
+1. the tasks of this package, `TASKS`;
+2. what was registered in this process by `register_task`;
+3. entry points of the group `interp_workbench.tasks` of every installed package, in its pyproject.toml
+
+       [project.entry-points."interp_workbench.tasks"]
+       rhyme = "my_package.tasks:rhyme"
+
+The last are there in every process: for the command line and the app too. A task is imported when it is first made.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
-from circuits.prompts import PromptSet
-from circuits.tasks.code import argument, brackets, self_attribute
-from circuits.tasks.docstring import docstring
-from circuits.tasks.greater_than import greater_than
-from circuits.tasks.induction import induction
-from circuits.tasks.ioi import ioi
-from circuits.tasks.user import user_task
 from sae.errors import InputError
 
-TASKS: dict[str, Callable[..., PromptSet]] = {
-    "induction": induction,
-    "ioi": ioi,
-    "greater-than": greater_than,
-    "docstring": docstring,
-    "brackets": brackets,
-    "argument": argument,
-    "self-attribute": self_attribute,
+if TYPE_CHECKING:
+    from circuits.prompts import PromptSet
+
+TaskMaker = Callable[[Any, int, int, int], "PromptSet"]
+"""Of (tokenizer, bos_id, n, seed)."""
+TASKS: dict[str, str] = {
+    "induction": "circuits.tasks.induction:induction",
+    "ioi": "circuits.tasks.ioi:ioi",
+    "greater-than": "circuits.tasks.greater_than:greater_than",
+    "docstring": "circuits.tasks.docstring:docstring",
+    "brackets": "circuits.tasks.code:brackets",
+    "argument": "circuits.tasks.code:argument",
+    "self-attribute": "circuits.tasks.code:self_attribute",
 }
+"""Where each task of this package is defined."""
+GROUP = "interp_workbench.tasks"
+"""Entry points of other packages' tasks."""
+_registered: dict[str, TaskMaker] = {}
 
 
-def make_task(name: str, tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptSet:
+def register_task(name: str, task: TaskMaker) -> None:
+    """Makes a task known by name in this process: to `make_task` and to all that take a task's name.
+
+    The same function under the same name may come again, as when a notebook's cell is run twice.
+
+    Raises:
+        InputError: a name that is taken or that could be a file's, or an object that cannot be called.
+    """
+    if not callable(task):
+        raise InputError(f"task {name!r} is a {type(task).__name__}: register a function (tokenizer, bos_id, n, seed)")
+    if not name or is_file(name):
+        raise InputError(f"a task cannot be called {name!r}: names ending in .jsonl are files")
+    known = _registered.get(name)
+    again = known is not None and _place(known) == _place(task)
+    if not again and (known is not None or name in TASKS or name in _entry_points()):
+        raise InputError(f"there is a task {name!r} already: choose another name")
+    _registered[name] = task
+
+
+def is_file(name: str) -> bool:
+    """Whether a task's name is the path of a JSONL file."""
+    return name.endswith(".jsonl")
+
+
+def task_names() -> list[str]:
+    """Names that `make_task` takes: this package's tasks, then other packages' and those registered here."""
+    return list(dict.fromkeys([*TASKS, *sorted(_entry_points()), *_registered]))
+
+
+def check_task(name: str) -> None:
+    """Raises InputError for a name that is neither a task's nor a file's, before anything is imported."""
+    if not is_file(name) and name not in task_names():
+        raise InputError(f"unknown task {name!r}: choose {', '.join(task_names())}, or give a .jsonl file")
+
+
+def make_task(name: str, tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> "PromptSet":
     """A task by name, or a user's task from the path of a JSONL file (all of its prompts).
 
     Raises:
-        InputError: an unknown name, or a task that the tokenizer cannot express.
+        InputError: an unknown name; a registered task that two packages define, that cannot be imported or that gives
+            something else than prompts; or a task that the tokenizer cannot express.
     """
-    if name.endswith(".jsonl"):
+    from circuits.prompts import PromptSet
+    from circuits.tasks.user import user_task
+
+    if is_file(name):
         return user_task(name, tokenizer, bos_id)
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}: choose {', '.join(TASKS)}, or give a .jsonl file")
-    return TASKS[name](tokenizer, bos_id, n, seed)
+    made = _maker(name)(tokenizer, bos_id, n, seed)
+    if not isinstance(made, PromptSet):
+        raise InputError(f"task {name!r} gives a {type(made).__name__}: it has to return a circuits.prompts.PromptSet")
+    return made
+
+
+def _maker(name: str) -> TaskMaker:
+    check_task(name)
+    found = _entry_points().get(name, [])
+    packages = [entry.dist.name if entry.dist is not None else entry.value for entry in found]
+    if (name in TASKS or name in _registered) and packages:
+        raise InputError(f"the task {name!r} of {packages[0]} has the name of another one: rename it or uninstall it")
+    if len(packages) > 1:
+        raise InputError(f"the task {name!r} is defined by {' and by '.join(packages)}: uninstall all but one")
+    if name in _registered:
+        return _registered[name]
+    if not found:
+        maker: TaskMaker = resolve_name(TASKS[name])
+        return maker
+    try:
+        task = found[0].load()
+    except Exception as error:
+        # Whatever another package raises on being imported.
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the task {name!r} of {packages[0]} cannot be imported: {said}") from error
+    if not callable(task):
+        raise InputError(
+            f"the task {name!r} of {packages[0]} is a {type(task).__name__} and should be a function "
+            "(tokenizer, bos_id, n, seed)"
+        )
+    return task
+
+
+def _entry_points() -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def _place(task: TaskMaker) -> tuple[str, str]:
+    return getattr(task, "__module__", ""), getattr(task, "__qualname__", repr(task))

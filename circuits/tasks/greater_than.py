@@ -1,7 +1,7 @@
 """Greater-than: "The war lasted from the year 1732 to the year 17" -> any of 33 ... 99.
 
 Answers are all two-digit tokens above the start year, wrong answers all others; the corrupted prompt starts in year
-01, where nearly every answer is right. Measure it by `probability_difference`. (Hanna et al. 2023, arXiv 2305.00586.)
+01, where nearly every answer is right. Its metric is `probability_difference`. (Hanna et al. 2023, arXiv 2305.00586.)
 """
 
 import random
@@ -45,4 +45,4 @@ def greater_than(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> Pro
 
         above = tuple(e for e in split if e > start)
         prompts.append(Prompt(text(start), text("01"), above, tuple(e for e in split if e <= start)))
-    return encode("greater-than", prompts, tokenizer, bos_id)
+    return encode("greater-than", prompts, tokenizer, bos_id, "probability_difference")

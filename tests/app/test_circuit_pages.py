@@ -10,7 +10,8 @@ from streamlit.testing.v1 import AppTest
 from sae import SAE, TopK
 from workbench import Workspace
 from workbench.circuits.heads import report_heads
-from workbench.circuits.report import Task, report_discrete, report_edges, report_nodes
+from workbench.circuits.report import report_discrete, report_edges, report_nodes
+from workbench.circuits.task import Task
 from workbench.models.load import load_model
 
 PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
@@ -122,6 +123,18 @@ def test_a_task_is_run_and_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     page.selectbox(key="task").set_value("greater-than")
     next(button for button in page.button if button.label == "Run").click().run()
     assert "does not split years" in page.error[0].value.replace("\\", "")
+
+
+def test_another_packages_task_is_offered_and_run(
+    tmp_path: Path, tasks_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page("Circuits", Workspace(tmp_path / "own"), monkeypatch)
+    assert "thrice" in page.selectbox(key="task").options
+    page.selectbox(key="task").set_value("thrice")
+    page.selectbox(key="method").set_value("patching")
+    next(button for button in page.button if button.label == "Run").click().run()
+    assert not page.exception
+    assert page.query_params["result"] == "circuit-nodes/thrice-patching"
 
 
 @pytest.fixture(scope="module")

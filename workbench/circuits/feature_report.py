@@ -12,7 +12,8 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.catalog.results import Result
 from workbench.circuits import figures
-from workbench.circuits.report import FEATURES, Task, stored_on_task
+from workbench.circuits.report import FEATURES, stored_on_task
+from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
@@ -35,7 +36,8 @@ def report_features(
     Raises:
         InputError: as `circuits.feature_circuits.feature_circuit`, or an SAE of a hook point the model has not.
     """
-    prompts, metric = task.prompts(model), task.measure()
+    prompts = task.prompts(model)
+    metric = task.measure(prompts)
     for label, sae in saes.items():
         if sae.hook_name not in model.bridge.hook_dict:
             raise InputError(f"SAE {label!r} reads {sae.hook_name!r}, which {model.info.name} does not have")

@@ -12,9 +12,12 @@ from circuits.faithfulness import FaithfulnessCurve
 from circuits.feature_circuits import ERROR, FeatureCircuit
 from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
+from workbench.show.colours import MARK, PALETTE, series_colour
 
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 DIVERGING = "RdBu"
+SERVES, OPPOSES = PALETTE[:2]
+"""Blue and red, as at the ends of DIVERGING."""
 
 
 def head_heatmap(values: Float[Tensor, "layers heads"], title: str, *, diverging: bool = True) -> go.Figure:
@@ -62,7 +65,7 @@ def selectable_heads(figure: go.Figure, n_layers: int, n_heads: int, chosen: str
         layer, head = places[names.index(chosen)]
         figure.add_shape(
             type="rect", x0=head - 0.5, x1=head + 0.5, y0=layer - 0.5, y1=layer + 0.5,
-            line={"color": "#efb118", "width": 3},
+            line={"color": MARK, "width": 3},
         )  # fmt: skip
     return figure
 
@@ -96,9 +99,8 @@ def attention_pattern(pattern: Float[Tensor, "q k"], tokens: Sequence[str], titl
 def faithfulness_figure(curves: Sequence[FaithfulnessCurve]) -> go.Figure:
     """Faithfulness (lines) and completeness (dashed) against the share of edges, one colour a method."""
     figure = go.Figure()
-    colours = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e")
     for number, curve in enumerate(curves):
-        colour = colours[number % len(colours)]
+        colour = series_colour(number)
         name = f"{curve.method} ({curve.ranking})"
         for values, kind, dash in (
             (curve.faithfulness, "faithfulness", "solid"),
@@ -195,7 +197,7 @@ def feature_graph(circuit: FeatureCircuit) -> go.Figure:
 
 def _sign_colour(score: float) -> str:
     """Blue for what serves the behaviour, red for what works against it."""
-    return "#4269d0" if score > 0 else "#ff725c"
+    return SERVES if score > 0 else OPPOSES
 
 
 def attribution_map(found: FeatureAttribution, tokens: Sequence[str]) -> go.Figure:

@@ -1,14 +1,14 @@
 """Every method that runs on a task, by the name that the command line and the app know it under."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from circuits.passes import OnProgress
 from sae.errors import InputError
 from workbench.catalog.results import Result
 from workbench.circuits.feature_report import report_features
-from workbench.circuits.report import EdgeMethod, NodeMethod, Task, report_discrete, report_edges, report_nodes
+from workbench.circuits.report import EdgeMethod, NodeMethod, report_discrete, report_edges, report_nodes
+from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
@@ -27,9 +27,9 @@ METHODS = {
 """What each is called in the app."""
 
 
-def result_name(task: str, method: str) -> str:
+def result_name(task: Task, method: str) -> str:
     """The name of a result that was given none: `induction-eap`."""
-    return f"{Path(task).stem if task.endswith('.jsonl') else task}-{method}"
+    return f"{task.title}-{method}"
 
 
 def run_method(
@@ -58,7 +58,7 @@ def run_method(
         raise InputError(f"unknown method {method!r}: choose {', '.join(METHODS)}")
     if (method == "features") != bool(saes):
         raise InputError("the method features and SAEs (--sae) go together: name one SAE for each hook point")
-    called, given = name or result_name(task.name, method), dict(options or {})
+    called, given = name or result_name(task, method), dict(options or {})
     if method == "features":
         loaded = {item: space.sae(item, device=str(model.device)) for item in saes}
         return report_features(space, called, model, task, loaded, on_progress=on_progress, **given)

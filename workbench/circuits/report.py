@@ -12,9 +12,8 @@ An analysis that is already stored under its name, made from the same model, pro
 made again.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -22,22 +21,21 @@ import torch
 
 from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
-from circuits.discrete import discover
+from circuits.discrete import discrete_circuit
 from circuits.eap import Variant, attribute_edges
 from circuits.edges import written
 from circuits.faithfulness import FRACTIONS, FaithfulnessCurve, Ranking, circuit_edges, faithfulness_curve
-from circuits.metrics import METRICS, Metric
 from circuits.nodes import head_names
 from circuits.passes import OnProgress
 from circuits.patching import patch_activations
 from circuits.path_patching import patch_edges, patch_paths
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores, NodeScores
-from circuits.tasks import TASKS, make_task
 from sae.errors import InputError
 from workbench.catalog.origin import versions
 from workbench.catalog.results import Result
 from workbench.circuits import figures
+from workbench.circuits.task import Task, fingerprint
 from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
@@ -45,42 +43,8 @@ HEADS, NODES, EDGES, FEATURES = "circuit-heads", "circuit-nodes", "circuit-edges
 DISCRETE, AGREEMENT, DFA = "circuit-discrete", "circuit-agreement", "circuit-dfa"
 NodeMethod = Literal["attribution", "patching", "path-patching", "ablation"]
 EdgeMethod = Literal["eap", "ig-inputs", "ig-activations", "exact"]
-TASK_NAMES = tuple(TASKS)
 RANKINGS: tuple[Ranking, ...] = ("absolute", "signed")
 VARIANTS: tuple[Variant, ...] = ("eap", "ig-inputs", "ig-activations")
-
-
-@dataclass(frozen=True)
-class Task:
-    """Which prompts a method runs on and what it measures there."""
-
-    name: str
-    """A task's name or the path of a JSONL file."""
-    n: int = 32
-    """Prompts to generate; a file is taken whole."""
-    seed: int = 0
-    metric: str | None = None
-    """A name in `circuits.metrics.METRICS`; the task's usual one when None."""
-
-    def prompts(self, model: LoadedModel) -> PromptSet:
-        """The prompts, on the model's device. Raises InputError as `circuits.tasks.make_task`."""
-        if self.n < 1:
-            raise InputError(f"a task needs at least one prompt, got {self.n}")
-        prompts = make_task(self.name, model.tokenizer, model.bos_id, self.n, self.seed)
-        longest = prompts.clean.shape[1]
-        if longest > model.info.n_ctx:
-            raise InputError(
-                f"task {prompts.name}: the longest prompt has {longest} tokens and the model's context is "
-                f"{model.info.n_ctx}: shorten the prompts"
-            )
-        return prompts.to(model.device)
-
-    def measure(self) -> Metric:
-        """The metric. Raises InputError for an unknown one."""
-        name = self.metric or ("probability_difference" if self.name == "greater-than" else "logit_difference")
-        if name not in METRICS:
-            raise InputError(f"unknown metric {name!r}: choose {', '.join(METRICS)}")
-        return METRICS[name]
 
 
 def report_nodes(
@@ -105,7 +69,8 @@ def report_nodes(
     """
     if method not in get_args(NodeMethod):
         raise InputError(f"unknown method {method!r}: choose {', '.join(get_args(NodeMethod))}")
-    prompts, metric, given = task.prompts(model), task.measure(), dict(options or {})
+    prompts, given = task.prompts(model), dict(options or {})
+    metric = task.measure(prompts)
 
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
         shared: dict[str, Any] = {"metric": metric, "batch_size": batch_size, "on_progress": on_progress}
@@ -151,7 +116,8 @@ def report_edges(
     """
     if method not in get_args(EdgeMethod):
         raise InputError(f"unknown method {method!r}: choose {', '.join(get_args(EdgeMethod))}")
-    prompts, metric = task.prompts(model), task.measure()
+    prompts = task.prompts(model)
+    metric = task.measure(prompts)
 
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
         stages = _Stages(on_progress, 3)
@@ -203,7 +169,7 @@ def report_discrete(
     prompts = task.prompts(model)
 
     def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        found = discover(
+        found = discrete_circuit(
             model.bridge, prompts, n_train=n_train, normalised=normalised, seed=task.seed, on_progress=on_progress
         )
         grid = found.nodes.view(model.info.n_layers, model.info.n_heads)
@@ -234,7 +200,8 @@ def report_agreement(
     Raises:
         InputError: fewer prompts than are to be patched exactly, or none.
     """
-    prompts, metric = task.prompts(model), task.measure()
+    prompts = task.prompts(model)
+    metric = task.measure(prompts)
     if not 1 <= exact_prompts <= len(prompts):
         raise InputError(f"exact patching on {exact_prompts} prompts was asked for, the task has {len(prompts)}")
 
@@ -317,13 +284,6 @@ class _Stages:
         return report
 
 
-def _fingerprint(prompts: PromptSet) -> str:
-    digest = hashlib.sha256()
-    for tensor in (prompts.clean, prompts.corrupted, prompts.last, prompts.answers, prompts.wrong):
-        digest.update(repr(tensor.tolist()).encode())
-    return digest.hexdigest()
-
-
 def stored_on_task(
     space: Workspace,
     kind: str,
@@ -335,10 +295,10 @@ def stored_on_task(
     make: Callable[[], tuple[dict[str, pd.DataFrame], dict[str, Any]]],
 ) -> Result:
     """The result of that name if it was made from the same things, else made and saved."""
-    asked = {**parameters, "task": task.name, "n": task.n, "seed": task.seed, "metric": task.measure().__name__}
+    asked = {**parameters, "task": task.name, "n": task.n, "seed": task.seed, "metric": task.measure(prompts).__name__}
     provenance = {
         "model": model.info.to_dict(),
-        "task": {"name": prompts.name, "prompts": len(prompts), "fingerprint": _fingerprint(prompts)},
+        "task": {"name": prompts.name, "prompts": len(prompts), "fingerprint": fingerprint(prompts)},
         "versions": versions(),
     }
     return stored_or_made(

@@ -10,7 +10,8 @@ from circuits.scores import EdgeScores, NodeScores
 from sae.errors import InputError
 from workbench.catalog.results import Result
 from workbench.circuits import figures
-from workbench.circuits.report import EDGES, HEADS, NODES, Task
+from workbench.circuits.report import EDGES, HEADS, NODES
+from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel, ModelInfo
 
 
@@ -70,7 +71,8 @@ def faithfulness_of(model: LoadedModel, result: Result, n_edges: int) -> Faithfu
     scores, asked = edge_scores(result), result.parameters
     task = Task(asked["task"], asked["n"], asked["seed"], asked["metric"])
     fraction = min(1.0, (n_edges + 0.5) / int(scores.graph.exists.sum()))
-    return faithfulness_curve(model.bridge, task.prompts(model), scores, fractions=(fraction,), metric=task.measure())
+    prompts = task.prompts(model)
+    return faithfulness_curve(model.bridge, prompts, scores, fractions=(fraction,), metric=task.measure(prompts))
 
 
 def head_values(result: Result, model: ModelInfo, score: str = "score") -> torch.Tensor:

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from circuits.ablation import ablate_heads
-from circuits.discrete import discover, roc_auc
+from circuits.discrete import discrete_circuit, roc_auc
 from circuits.eap import attribute_edges
 from circuits.nodes import head_name
 from circuits.passes import OnProgress
@@ -31,7 +31,8 @@ from circuits.prompts import PromptSet
 from circuits.tasks.ioi import ioi
 from sae.errors import InputError
 from workbench.catalog.results import Result
-from workbench.circuits.report import Task, stored_on_task
+from workbench.circuits.report import stored_on_task
+from workbench.circuits.task import Task
 from workbench.models import attn_only
 from workbench.models.load import LoadedModel, load_model
 from workbench.workspace import Workspace
@@ -122,7 +123,7 @@ def report_table(
 
         runs = []
         for seed in range(seeds):
-            runs.append(discover(model.bridge, prompts, seed=seed, batch_size=batch_size))
+            runs.append(discrete_circuit(model.bridge, prompts, seed=seed, batch_size=batch_size))
             report(seed + 1)
         heads = runs[0].heads
         truth = torch.tensor([head in known.heads for head in heads])
@@ -138,7 +139,7 @@ def report_table(
             {"method": "ACDC", "published_nodes": known.acdc},
         ]  # fmt: skip
         found = {"discrete": torch.stack([run.nodes for run in runs]).mean(dim=0)}
-        metric = task.measure()
+        metric = task.measure(prompts)
         for number, (label, scores) in enumerate(_others(model, prompts, metric, batch_size), start=1):
             found[label] = torch.tensor([abs(scores[head]) for head in heads], dtype=torch.float64)
             rows.append({"method": label, "ours_nodes": roc_auc(found[label], truth)})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.catalog.results import Result
-    from workbench.circuits.report import Task
+    from workbench.circuits.task import Task
     from workbench.models.load import LoadedModel
 
 TaskArgument = Annotated[
@@ -268,7 +268,7 @@ def evaluate(
     asked = _task(task, prompts, seed, metric)
     with bar_of("evaluate", "steps", as_json) as on_progress:
         result = report_agreement(
-            Workspace(workspace), name or result_name(task, "agreement"), _load(model, device), asked,
+            Workspace(workspace), name or result_name(asked, "agreement"), _load(model, device), asked,
             exact_prompts=exact_prompts, steps=steps, on_progress=on_progress,
         )  # fmt: skip
     _show(result, {"methods": result.table("methods")}, as_json, top, plot)
@@ -335,10 +335,10 @@ def _show_nodes(result: "Result", as_json: bool, top: int, plot: Path | None) ->
 
 
 def _task(name: str, prompts: int, seed: int, metric: str | None) -> "Task":
-    from workbench.circuits.report import Task
+    from workbench.circuits.task import Task
 
     task = Task(str(Path(name).resolve()) if name.endswith(".jsonl") else name, prompts, seed, metric)
-    task.measure()
+    task.check()
     return task
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from circuits.discrete import discover, edge_scores, mean_head_outputs, node_scores, roc_auc
+from circuits.discrete import discrete_circuit, edge_scores, mean_head_outputs, node_scores, roc_auc
 from circuits.prompts import PromptSet, from_ids
 from circuits.tasks.induction import induction
 from sae.errors import InputError
@@ -23,7 +23,7 @@ def repeats(n: int, seed: int) -> PromptSet:
 def test_planted_heads_are_discovered(planted: Any) -> None:
     nodes, edges = [], []
     for seed in range(5):
-        found = discover(planted, repeats(50, seed), seed=seed, n_train=4)
+        found = discrete_circuit(planted, repeats(50, seed), seed=seed, n_train=4)
         truth = torch.tensor([head in ("a0.h3", "a2.h5") for head in found.heads])
         nodes.append(roc_auc(found.nodes, truth))
         pairs = torch.zeros_like(found.edges, dtype=torch.bool)
@@ -65,11 +65,13 @@ def test_roc_auc_is_the_share_of_pairs_in_order() -> None:
 
 def test_progress_counts_the_epochs(planted: Any) -> None:
     seen: list[tuple[int, int]] = []
-    discover(planted, repeats(4, 0), n_train=4, epochs=3, on_progress=lambda done, total: seen.append((done, total)))
+    discrete_circuit(
+        planted, repeats(4, 0), n_train=4, epochs=3, on_progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_too_few_prompts(planted: Any) -> None:
     prompts = induction(None, 0, n=3, length=8, vocabulary=range(30))
     with pytest.raises(InputError, match="needs 5 of either kind, got 3"):
-        discover(planted, prompts)
+        discrete_circuit(planted, prompts)

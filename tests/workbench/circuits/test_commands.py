@@ -55,6 +55,22 @@ def test_a_task_of_ones_own_is_patched_and_ablated(folder: Path, tmp_path: Path)
     assert Workspace(folder).results.open("circuit-nodes", "z").parameters["kind"] == "zero"
 
 
+def test_another_packages_task_is_known_to_the_commands(
+    folder: Path, tasks_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--workspace", str(folder), "--device", "cpu"]
+    assert run(["circuits", "patch", "thrice", "-n", "2", *common]) == 0
+    summary = Workspace(folder).results.open("circuit-nodes", "thrice-patching").table("summary")
+    assert summary.metric[0] == "answer_log_probability"
+    for task, message in (
+        ("broken", "the task 'broken' of more-tasks cannot be imported"),
+        ("nothing", "self-attribute, broken, number, thrice, or give a .jsonl file"),
+    ):
+        capsys.readouterr()
+        assert run(["circuits", "patch", task, *common]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -23,13 +23,13 @@ from workbench.catalog.results import Result
 from workbench.circuits.feature_report import report_features
 from workbench.circuits.heads import head_on_text, report_heads
 from workbench.circuits.report import (
-    Task,
     report_agreement,
     report_discrete,
     report_edges,
     report_nodes,
 )
 from workbench.circuits.stored import circuit_of, curves, edge_scores, faithfulness_of, head_values, node_scores
+from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
