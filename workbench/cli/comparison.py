@@ -1,12 +1,15 @@
 """`workbench compare`: SAEs side by side."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption
-from workbench.cli.output import print_json, print_table
+from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
+from workbench.cli.output import print_frame, write_page
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = {
     "sae": "SAE",
@@ -29,41 +32,30 @@ def register(app: typer.Typer) -> None:
 def compare(
     saes: Annotated[list[str] | None, typer.Argument(help="Names of SAEs; all of the workspace when left out.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the figure (L0 against FVU and added nats) here.")] = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Compare SAEs: sparsity, reconstruction and cost to the model, from their stored evaluations.
 
     SAEs that have not been evaluated show dashes: run `workbench evaluate` on them first.
     """
-    from workbench.workspace import Workspace
-
-    table = Workspace(workspace, create=False).compare(saes or [])
-    if html is not None:
-        write_figure(table, html)
     # Whole-number columns with missing entries are floats in pandas.
-    records = [
-        {key: plain(value, whole=key in ("k", "seed", "tokens")) for key, value in row.items()}
-        for row in table.to_dict("records")
-    ]
+    table = open_workspace(folder).compare(saes or []).astype(dict.fromkeys(("k", "seed", "tokens"), "Int64"))
+    if html is not None:
+        from workbench.saes.figures import sae_comparison
+
+        # A page of its own that needs no network.
+        write_page(html, sae_comparison(table).to_html(include_plotlyjs=True))
+    print_frame("SAEs", table, as_json, titles=COLUMNS)
     if as_json:
-        print_json(records)
         return
-    print_table("SAEs", list(COLUMNS.values()), [[record[key] for key in COLUMNS] for record in records])
     for note in notes(table):
         print(note)
     if html is not None:
         print(f"Figure: {html}")
 
 
-def plain(value: Any, *, whole: bool) -> Any:
-    """A cell of a frame as JSON has it: None for a missing value, int for a whole number."""
-    if value is None or value != value:
-        return None
-    return int(value) if whole else value
-
-
-def notes(table: Any) -> list[str]:
+def notes(table: "pd.DataFrame") -> list[str]:
     """What to bear in mind when reading the table."""
     found = []
     texts = table["evaluated_on"].dropna().unique()
@@ -75,14 +67,3 @@ def notes(table: Any) -> list[str]:
     if missing:
         found.append(f"Not evaluated: {', '.join(missing)}. Next: workbench evaluate {' '.join(missing)}")
     return found
-
-
-def write_figure(table: Any, html: Path) -> None:
-    """Writes the comparison figure as a page of its own that needs no network."""
-    from sae.errors import InputError
-    from workbench.saes.figures import sae_comparison
-
-    try:
-        sae_comparison(table).write_html(html, include_plotlyjs=True)
-    except OSError as error:
-        raise InputError(f"cannot write {html}: {error.strerror}; choose another file") from None

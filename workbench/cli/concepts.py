@@ -1,18 +1,27 @@
 """Command over concepts: which features fire on what is known about tokens."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sae.errors import InputError
-from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
-from workbench.cli.output import print_json, print_table
+from workbench.cli.options import (
+    DEFAULT_WORKSPACE,
+    DeviceOption,
+    JsonOption,
+    SAEArgument,
+    WorkspaceOption,
+    open_workspace,
+)
+from workbench.cli.output import print_frame, print_json, records
 from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# As in workbench.features.concepts.truth, which loads torch.
+Language = Literal["auto", "python", "text"]
 CONCEPT_TITLES = {
     "concept": "concept",
     "positives": "tokens",
@@ -43,16 +52,16 @@ def register(app: typer.Typer) -> None:
 
 
 def concepts(
-    sae: Annotated[str, typer.Argument(help="Name of an SAE.")],
+    sae: SAEArgument,
     harvest: Annotated[
         str | None, typer.Option(help="Harvest whose tokens are used; the SAE's own when left out.")
     ] = None,
     table: Annotated[
         Path | None, typer.Option(help="Your own concepts: CSV or Parquet with the columns row and concept.")
     ] = None,
-    language: Annotated[str, typer.Option(help="How documents are read: auto, python or text.")] = "auto",
+    language: Annotated[Language, typer.Option(help="How documents are read.")] = "auto",
     top: Annotated[int, typer.Option(help="Features to list, best first.", min=1)] = 20,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -61,23 +70,11 @@ def concepts(
     Half of the documents choose thresholds and fit probes; every score is F1 on the other half. The result is stored
     and can be queried as "concepts.SAE".
     """
-    from workbench.workspace import Workspace
-
-    space = Workspace(workspace, create=False)
+    workspace = open_workspace(folder)
     given = None if table is None else read_table(table)
     with ProgressBar("concepts", 1, enabled=not as_json) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done)
-
-        report = space.concepts(
-            sae,
-            harvest=harvest,
-            table=given,
-            language=language,  # type: ignore[arg-type]
-            device=device,
-            on_progress=on_progress,
+        report = workspace.concepts(
+            sae, harvest=harvest, table=given, language=language, device=device, on_progress=bar.report
         )
     by_concept = report.table()
     by_feature = report.alignment.best_concepts().sort_values(["f1", "feature"], ascending=[False, True])
@@ -87,8 +84,8 @@ def concepts(
                 "sae": sae,
                 "documents": report.n_documents,
                 "unparsed": report.n_unparsed,
-                "concepts": by_concept.to_dict(orient="records"),
-                "features": by_feature.to_dict(orient="records"),
+                "concepts": records(by_concept),
+                "features": records(by_feature),
             }
         )
         return
@@ -103,16 +100,13 @@ def concepts(
         by_concept,
         CONCEPT_TITLES,
     )
-    print(f"Next: workbench sql 'SELECT * FROM \"concepts.{sae}\".pairs LIMIT 10' --workspace {workspace}")
+    print(f"Next: workbench sql 'SELECT * FROM \"concepts.{sae}\".pairs LIMIT 10' --workspace {folder}")
 
 
 def show(title: str, found: "pd.DataFrame", titles: dict[str, str]) -> None:
     """Prints the columns in `titles`; the sign only where activations have two."""
-    import pandas as pd
-
-    keys = [key for key in titles if key != "sign" or (found["sign"] < 0).any()]
-    cells = [[None if pd.isna(cell) else cell for cell in row] for row in found[keys].itertuples(index=False)]
-    print_table(title, [titles[key] for key in keys], cells)
+    shown = {key: heading for key, heading in titles.items() if key != "sign" or (found["sign"] < 0).any()}
+    print_frame(title, found, as_json=False, titles=shown)
 
 
 def read_table(path: Path) -> "pd.DataFrame":

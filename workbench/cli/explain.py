@@ -1,13 +1,13 @@
 """Command over explanations: a language model says what features respond to, and is tested on it."""
 
-import json
+from contextlib import closing
 from typing import Annotated
 
 import typer
 
 from sae.errors import InputError
-from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
-from workbench.cli.output import print_json, print_table
+from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption, open_workspace
+from workbench.cli.output import print_frame
 from workbench.show.progress import ProgressBar
 
 TITLES = {
@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
 def explain(
     sae: Annotated[str, typer.Argument(help="Name of an indexed SAE.")],
     model: Annotated[str, typer.Option(help="A Hugging Face folder or hub name; with --endpoint, the name there.")],
-    feature: Annotated[list[int] | None, typer.Option(help="Feature to explain; repeat for several.")] = None,
+    feature: Annotated[
+        list[int] | None, typer.Option(metavar="NUMBER", help="Feature to explain; repeat for several.")
+    ] = None,
     member_of: Annotated[str | None, typer.Option("--list", help="Explain the features of a list.")] = None,
     whole: Annotated[bool, typer.Option("--all", help="Explain every feature.")] = False,
     endpoint: Annotated[
@@ -34,7 +36,7 @@ def explain(
     texts: Annotated[
         int, typer.Option(help="Unseen texts in which it fires, and as many in which not, for the score.", min=0)
     ] = 10,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -46,29 +48,25 @@ def explain(
     from workbench.catalog.notes import Notes
     from workbench.features.explanations.language_models import Endpoint, LanguageModel, LocalModel
     from workbench.features.explanations.report import explain_features
-    from workbench.workspace import Workspace
 
-    space = Workspace(workspace, create=False)
+    workspace = open_workspace(folder)
     chosen = list(feature or [])
     if member_of is not None:
-        chosen += [number for name, number in Notes(space.path).members(member_of) if name == sae]
+        chosen += [number for name, number in Notes(workspace.path).members(member_of) if name == sae]
     if whole and chosen:
         raise InputError("--all explains every feature: leave --feature and --list out")
-    if whole:
-        chosen = list(range(space.index(sae).d_sae))
+    with closing(workspace.index(sae)) as index:
+        if whole:
+            chosen = list(range(index.d_sae))
     if not chosen:
         raise InputError(f"name features of {sae} with --feature or --list, or ask for --all")
-    space.index(sae)
     asked: LanguageModel = Endpoint(endpoint, model) if endpoint is not None else LocalModel(model, device)
     with ProgressBar("explain", len(chosen), enabled=not as_json, unit="features") as bar:
         result = explain_features(
-            space, sae, chosen, asked, examples=examples, texts=texts, on_progress=lambda done, _: bar.update(done)
+            workspace, sae, chosen, asked, examples=examples, texts=texts, on_progress=lambda done, _: bar.update(done)
         )
     table = result.table("features")
     table = table[table["feature"].isin(chosen)]
-    if as_json:
-        print_json(json.loads(table.to_json(orient="records")))
-        return
-    rows = json.loads(table[list(TITLES)].to_json(orient="values", double_precision=15))
-    print_table(f"Features of {sae} in the words of {asked.name}", list(TITLES.values()), rows)
-    print(f"Next: workbench feature {sae} {chosen[0]} --workspace {workspace}")
+    print_frame(f"Features of {sae} in the words of {asked.name}", table, as_json, titles=TITLES)
+    if not as_json:
+        print(f"Next: workbench feature {sae} {chosen[0]} --workspace {folder}")

@@ -1,6 +1,6 @@
 """Commands over the feature index: index, feature."""
 
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.errors import InputError
-from workbench.cli.inspection import shorten
-from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
-from workbench.cli.output import print_json, print_table
+from workbench.cli.options import (
+    DEFAULT_WORKSPACE,
+    DeviceOption,
+    JsonOption,
+    SAEArgument,
+    WorkspaceOption,
+    open_workspace,
+)
+from workbench.cli.output import print_frame, print_json, shorten, write_page, writing
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from workbench.features.index.feature import Feature
+    from workbench.features.index.query import FeatureIndex
+    from workbench.workspace import Workspace
 
 
 def register(app: typer.Typer) -> None:
@@ -24,10 +32,10 @@ def register(app: typer.Typer) -> None:
 
 
 def make_index(
-    sae: Annotated[str, typer.Argument(help="Name of an SAE.")],
+    sae: SAEArgument,
     harvest: Annotated[str | None, typer.Option(help="Harvest to index; the SAE's own when left out.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of the harvest at most; all when left out.", min=1)] = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -35,17 +43,9 @@ def make_index(
 
     Interrupted, it goes on where it stopped when the same command is repeated.
     """
-    from workbench.features.index.build import build_index
-    from workbench.workspace import Workspace
-
-    space = Workspace(workspace, create=False)
+    workspace = open_workspace(folder)
     with ProgressBar("index", 1, enabled=not as_json) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done)
-
-        made = build_index(space, sae, harvest=harvest, max_rows=rows, device=device, on_progress=on_progress)
+        made = workspace.build_index(sae, harvest=harvest, max_rows=rows, device=device, on_progress=bar.report)
     if as_json:
         print_json(asdict(made))
         return
@@ -53,7 +53,7 @@ def make_index(
     print(f"{made.activations:,} activations on {made.tokens:,} tokens, {format_bytes(made.bytes)}{took}")
     if made.missing:
         print(f"Without logit effects: {made.missing}")
-    print(f"Next: workbench feature {sae} --search return, or workbench app --workspace {workspace}")
+    print(f"Next: workbench feature {sae} --search return, or workbench app --workspace {folder}")
 
 
 def feature(
@@ -64,43 +64,31 @@ def feature(
     label: Annotated[str | None, typer.Option(help="Label the feature; an empty text removes its label.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
     table: Annotated[Path | None, typer.Option(help="Write the table of all features here, as Parquet.")] = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Show a feature, search for features, label them, and export them as HTML, JSON or Parquet."""
     from workbench.catalog.notes import Notes
     from workbench.features.index.page import document
-    from workbench.features.index.query import FeatureIndex
-    from workbench.workspace import Workspace
 
-    space = Workspace(workspace, create=False)
-    notes = Notes(space.path)
-    index = FeatureIndex.open(space, sae)
-    if label is not None:
-        if number is None:
-            raise InputError("--label needs the number of the feature to label")
-        index.feature(number)
-        notes.set_label(sae, number, label)
-    if table is not None:
-        _write(table, lambda: index.write_table(table))
-    if search is not None:
-        found = index.search(search)
-        if as_json:
-            print_json(found.to_dict(orient="records"))
-        else:
-            print_table(f"Features with {search!r}", list(found.columns), found.to_numpy().tolist())
-        return
-    if member_of is not None:
-        opened = {name: FeatureIndex.open(space, name) for name in {name for name, _ in notes.members(member_of)}}
-        chosen = [opened[name].feature(member) for name, member in notes.members(member_of)]
-    elif number is not None:
-        chosen = [index.feature(number)]
-    elif table is None:
+    if label is not None and number is None:
+        raise InputError("--label needs the number of the feature to label")
+    if number is None and search is None and member_of is None and table is None:
         raise InputError("name a feature's number, or use --search, --list or --table")
-    else:
-        chosen = []
+    workspace = open_workspace(folder)
+    with closing(workspace.index(sae)) as index:
+        if label is not None and number is not None:
+            index.feature(number)
+            Notes(workspace.path).set_label(sae, number, label)
+        if table is not None:
+            with writing(table):
+                index.write_table(table)
+        if search is not None:
+            print_frame(f"Features with {search!r}", index.search(search), as_json)
+            return
+        chosen = _chosen(workspace, index, number, member_of)
     if html is not None:
-        _write(html, lambda: html.write_text(document(chosen, member_of), encoding="utf-8"))
+        write_page(html, document(chosen, member_of))
     if as_json:
         described = [item.to_dict() for item in chosen]
         print_json(described if member_of is not None else described[0] if described else None)
@@ -113,11 +101,15 @@ def feature(
             _print(item)
 
 
-def _write(path: Path, write: Callable[[], object]) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+def _chosen(
+    workspace: "Workspace", index: "FeatureIndex", number: int | None, member_of: str | None
+) -> "list[Feature]":
+    """The features of a list, else the one of a number, else none."""
+    from workbench.features.index.query import listed_features
+
+    if member_of is not None:
+        return listed_features(workspace, member_of)
+    return [] if number is None else [index.feature(number)]
 
 
 def _print(item: "Feature") -> None:

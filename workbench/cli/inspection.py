@@ -4,12 +4,12 @@ import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
-from workbench.cli.output import print_json, print_table
+from workbench.cli.output import print_json, print_table, shorten
 from workbench.show.progress import format_bytes
 
 
@@ -93,15 +93,6 @@ def distinct(columns: Sequence[str]) -> list[str]:
     return names
 
 
-def shorten(cell: Any) -> Any:
-    """A vector as its first entries and its length; text with its line breaks and other marks spelled out."""
-    if isinstance(cell, str):
-        return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in cell)
-    if isinstance(cell, list | tuple) and len(cell) > 4:
-        return f"[{', '.join(f'{value:.3g}' for value in cell[:4])}, ... {len(cell)} in all]"
-    return cell
-
-
 def doctor(
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
@@ -125,9 +116,9 @@ def doctor(
 
 
 def gc(
-    sae: Annotated[list[str], typer.Option("--sae", help="Remove this SAE.")] = [],  # noqa: B006
-    harvest: Annotated[list[str], typer.Option("--harvest", help="Remove this harvest.")] = [],  # noqa: B006
-    run: Annotated[list[str], typer.Option("--run", help="Remove this training run.")] = [],  # noqa: B006
+    sae: Annotated[list[str], typer.Option("--sae", metavar="NAME", help="Remove this SAE.")] = [],  # noqa: B006
+    harvest: Annotated[list[str], typer.Option("--harvest", metavar="NAME", help="Remove this harvest.")] = [],  # noqa: B006
+    run: Annotated[list[str], typer.Option("--run", metavar="NAME", help="Remove this training run.")] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option(help="Only list what would go.")] = False,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,

@@ -1,22 +1,32 @@
 """Commands that run a model on text of one's own: prompt, steer."""
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sae.errors import InputError
-from workbench.cli.inspection import shorten
-from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
-from workbench.cli.output import print_json, print_table
+from workbench.cli.options import (
+    DEFAULT_WORKSPACE,
+    DeviceOption,
+    JsonOption,
+    SAEArgument,
+    WorkspaceOption,
+    open_workspace,
+)
+from workbench.cli.output import print_frame, print_json, records, shorten
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.features.prompts import PromptReading, Ranking
-    from workbench.features.steering import Kind, Steering, Where
+    from workbench.features.prompts import PromptReading
+    from workbench.features.steering import Steering
 
 SHOWN = 15
+# As in workbench.features.prompts and .steering, which load torch.
+Ranking = Literal["max", "mean", "rare"]
+Kind = Literal["add", "clamp", "ablate"]
+Where = Literal["everywhere", "generated"]
 
 
 def register(app: typer.Typer) -> None:
@@ -26,27 +36,25 @@ def register(app: typer.Typer) -> None:
 
 
 def prompt(
-    sae: Annotated[str, typer.Argument(help="Name of an SAE.")],
+    sae: SAEArgument,
     text: Annotated[str, typer.Argument(help="The prompt.")],
-    by: Annotated[str, typer.Option(help="Rank by max, mean or rare (strong and seldom).")] = "max",
+    by: Annotated[Ranking, typer.Option(help="Rank by this; rare is strong and seldom.")] = "max",
     token: Annotated[int | None, typer.Option(help="Features of this token alone, counted from 0.", min=0)] = None,
     target: Annotated[str | None, typer.Option(help="Next token to attribute; the likeliest when left out.")] = None,
     max_density: Annotated[float, typer.Option(help="Leave out features that fire on a larger share.")] = 1.0,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Show which features fire on a prompt, and at a token what they do to the next one."""
-    from workbench.workspace import Workspace
-
     if target is not None and token is None:
         raise InputError("--target needs --token: which token's features are attributed")
-    reading = Workspace(workspace, create=False).prompt(sae, text, device=device)
+    reading = open_workspace(folder).prompt(sae, text, device=device)
     if token is not None:
         wanted = None if target is None else reading.target(target)
         table = reading.at(token, target=wanted, max_density=max_density)
     else:
-        table = reading.features(cast("Ranking", by), max_density=max_density)
+        table = reading.features(by, max_density=max_density)
     if as_json:
         print_json(_reading_dict(reading, table))
         return
@@ -63,29 +71,27 @@ def prompt(
         if reading.missing:
             print(f"No attribution: {reading.missing}")
             table = table.drop(columns="attribution")
-    print_table(title, list(table.columns), [[_cell(value) for value in row] for row in table.head(SHOWN).to_numpy()])
+    print_frame(title, table.head(SHOWN), as_json=False)
 
 
 def steer(
-    sae: Annotated[str, typer.Argument(help="Name of an SAE.")],
+    sae: SAEArgument,
     feature: Annotated[int, typer.Argument(help="Number of the feature.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    kind: Annotated[str, typer.Option(help="add, clamp or ablate.")] = "add",
+    kind: Annotated[Kind, typer.Option(help="What to do to the feature.")] = "add",
     strength: Annotated[float, typer.Option(help="In units of the feature's maximum activation.")] = 1.0,
-    where: Annotated[str, typer.Option(help="everywhere, or generated positions only.")] = "everywhere",
+    where: Annotated[Where, typer.Option(help="At which positions.")] = "everywhere",
     keep_error: Annotated[bool, typer.Option(help="Keep what the SAE fails to reconstruct.")] = True,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, the same for both texts.")] = 0,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with and without a feature added, clamped or ablated, from the same seed."""
-    from workbench.workspace import Workspace
-
-    found = Workspace(workspace, create=False).steer(
-        sae, feature, prompt, kind=cast("Kind", kind), strength=strength, where=cast("Where", where),
+    found = open_workspace(folder).steer(
+        sae, feature, prompt, kind=kind, strength=strength, where=where,
         keep_error=keep_error, device=device, new_tokens=tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     if as_json:
@@ -102,21 +108,14 @@ def steer(
         f"{found.steered_loss.mean():.3f}"
     )
     columns = ["text", "clean", "steered", "difference"]
-    rows = [[_cell(value) for value in row] for row in found.next_tokens[columns].to_numpy()]
-    print_table("Next token after the prompt", columns, rows)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return shorten(value)
-    return "" if math.isnan(value) else f"{value:.4g}"
+    print_frame("Next token after the prompt", found.next_tokens[columns], as_json=False)
 
 
 def _reading_dict(reading: "PromptReading", table: "pd.DataFrame") -> dict[str, Any]:
     return {
         "sae": reading.sae, "model": reading.model, "hook": reading.hook, "truncated": reading.truncated,
         "missing": reading.missing, "tokens": reading.texts, "losses": reading.losses.tolist(),
-        "features": table.to_dict(orient="records"),
+        "features": records(table),
     }  # fmt: skip
 
 
@@ -126,5 +125,5 @@ def _steering_dict(found: "Steering") -> dict[str, Any]:
         "prompt": found.prompt, "truncated": found.truncated, "clean": found.clean, "steered": found.steered,
         "clean_nats": found.clean_nats, "steered_nats": found.steered_nats, "kl": found.kl.tolist(),
         "clean_loss": found.clean_loss.tolist(), "steered_loss": found.steered_loss.tolist(),
-        "next_tokens": found.next_tokens.to_dict(orient="records"),
+        "next_tokens": records(found.next_tokens),
     }  # fmt: skip

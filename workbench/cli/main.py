@@ -27,6 +27,7 @@ from workbench.cli import (
     live,
     pipeline,
     sparsity,
+    training,
     web_app,
 )
 
@@ -42,6 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 pipeline.register(app)
+training.register(app)
 comparison.register(app)
 exchange.register(app)
 inspection.register(app)

@@ -1,7 +1,7 @@
-"""Options that several commands share."""
+"""Arguments and options that several commands share. What can be checked without loading anything is checked here."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,12 +10,36 @@ from sae.errors import InputError
 if TYPE_CHECKING:
     from workbench.workspace import Workspace
 
+
+def _check_device(device: str) -> str:
+    """Before anything else is loaded; torch is asked only about what is not on every machine."""
+    if device not in ("auto", "cpu"):
+        from workbench.models.devices import choose_device
+
+        choose_device(device)
+    return device
+
+
 WorkspaceOption = Annotated[
     Path,
     typer.Option("--workspace", "-w", envvar="WORKBENCH_WORKSPACE", help="Folder that holds everything made."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead of text.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DeviceOption = Annotated[
+    str, typer.Option(callback=_check_device, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+]
+SAEArgument = Annotated[str, typer.Argument(help="Name of an SAE.")]
+ResultArgument = Annotated[
+    str, typer.Argument(help="Name of the result; asked for again alike, it is shown as stored, else replaced.")
+]
+ModelOption = Annotated[str, typer.Option(help="demo, a local Hugging Face folder, or a hub name.")]
+CorpusOption = Annotated[
+    str, typer.Option(help="python-stdlib, a text/JSONL/Parquet file or folder, or a hub dataset.")
+]
+TextFieldOption = Annotated[str, typer.Option(help="Field holding the text in JSONL, Parquet and hub datasets.")]
+TokensOption = Annotated[int, typer.Option(help="Tokens to run on.", min=2)]
+ContextOption = Annotated[int, typer.Option(help="Tokens per context, BOS included.", min=2)]
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
 DEFAULT_WORKSPACE = Path("workspace")
 DEMO_WORKSPACE = Path("demo-workspace")
 

@@ -10,7 +10,8 @@ Every step is resumable and skipped when it is done: a second run prints the sam
 """
 
 import time
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from sae.rules import TopK
 from sae.training import StepMetrics
 from workbench.cli.output import print_table
 from workbench.features.index.build import build_index
-from workbench.glimpse import FeatureGlimpse, glimpse
+from workbench.features.index.feature import Feature
+from workbench.features.index.query import FeatureIndex
 from workbench.harvest.run import HarvestConfig, HarvestProgress
 from workbench.models.load import load_model
 from workbench.show.progress import ProgressBar, format_seconds
@@ -29,6 +31,10 @@ HOOK = "blocks.2.hook_resid_post"
 D_SAE, K, BATCH_SIZE = 4096, 32, 2048
 HARVEST, SAE_NAME, BASELINE = "demo", "demo-topk", "demo-random-decoder"
 HELD_OUT_TOKENS = 32_768
+SHOWN, EXAMPLES, PROMOTED = 8, 3, 6
+MIN_FIRINGS, MAX_DENSITY = 20, 0.02
+"""Of the features that are shown: strong, rare features read best."""
+TOKENS_BEFORE, TOKENS_AFTER = 12, 4
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,12 @@ class DemoReport:
     workspace: str
     rows: int
     evaluations: dict[str, Any]
-    features: list[FeatureGlimpse]
+    features: list[Feature]
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"features": [feature.to_dict() for feature in self.features]}
 
     def print(self) -> None:
         """Prints the evaluation, some features and what to do next."""
@@ -52,59 +58,62 @@ class DemoReport:
 
 def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = False) -> DemoReport:
     """Runs the demo in the workspace at `path`; see the module's description."""
-    space = Workspace(path)
+    workspace = Workspace(path)
     seconds: dict[str, float] = {}
     model = load_model("demo", device=device)
 
     start = time.monotonic()
     config = HarvestConfig(model="demo", corpus="python-stdlib", hooks=(HOOK,), max_tokens=tokens)
-    with ProgressBar("harvest ", tokens, enabled=not quiet) as bar:
+    with ProgressBar("harvest", tokens, enabled=not quiet) as bar:
 
         def on_harvest(progress: HarvestProgress) -> None:
             bar.update(progress.tokens)
 
-        harvest = space.harvest(HARVEST, config, model=model, on_progress=on_harvest)
+        harvest = workspace.harvest(HARVEST, config, model=model, on_progress=on_harvest)
     seconds["harvest"] = time.monotonic() - start
 
     start = time.monotonic()
-    configs = [
-        TrainConfig(name=SAE_NAME, d_sae=D_SAE, rule=TopK(K), total_tokens=tokens, batch_size=BATCH_SIZE),
-        TrainConfig(
-            name=BASELINE, d_sae=D_SAE, rule=TopK(K), total_tokens=tokens, batch_size=BATCH_SIZE, frozen_decoder=True
-        ),
-    ]
-    with ProgressBar("train   ", tokens, enabled=not quiet) as bar:
+    sae = TrainConfig(name=SAE_NAME, d_sae=D_SAE, rule=TopK(K), total_tokens=tokens, batch_size=BATCH_SIZE)
+    with ProgressBar("train", tokens, enabled=not quiet) as bar:
 
         def on_metrics(metrics: StepMetrics) -> None:
             if metrics.name == SAE_NAME:
                 bar.update(metrics.tokens, f"FVU {metrics.fvu:.3f}, L0 {metrics.l0:.1f}")
 
-        space.train(SAE_NAME, HARVEST, configs, device=device, on_metrics=on_metrics)
+        configs = [sae, replace(sae, name=BASELINE, frozen_decoder=True)]
+        workspace.train(SAE_NAME, HARVEST, configs, device=device, on_metrics=on_metrics)
     seconds["train"] = time.monotonic() - start
 
     start = time.monotonic()
     with ProgressBar("evaluate", HELD_OUT_TOKENS, enabled=not quiet) as bar:
-        evaluations = space.evaluate(
-            [SAE_NAME, BASELINE], model=model, max_tokens=HELD_OUT_TOKENS, reuse=True,
-            on_progress=lambda done, total: bar.update(done * HELD_OUT_TOKENS // max(total, 1)),
-        )  # fmt: skip
+        evaluations = workspace.evaluate(
+            [SAE_NAME, BASELINE], model=model, max_tokens=HELD_OUT_TOKENS, reuse=True, on_progress=bar.report_share
+        )
     seconds["evaluate"] = time.monotonic() - start
 
     start = time.monotonic()
-    with ProgressBar("index   ", harvest.n_rows, enabled=not quiet) as bar:
-        build_index(space, SAE_NAME, model=model, device=device, on_progress=lambda done, _: bar.update(done))
+    with ProgressBar("index", harvest.n_rows, enabled=not quiet) as bar:
+        build_index(workspace, SAE_NAME, model=model, device=device, on_progress=lambda done, _: bar.update(done))
     seconds["index"] = time.monotonic() - start
 
     start = time.monotonic()
-    features = glimpse(model, space.sae(SAE_NAME, device=str(model.device)), space.corpus_of(harvest))
+    with closing(workspace.index(SAE_NAME)) as index:
+        features = clearest_features(index)
     seconds["features"] = time.monotonic() - start
     return DemoReport(
-        workspace=str(space.path),
+        workspace=str(workspace.path),
         rows=harvest.n_rows,
         evaluations={name: item.to_dict() for name, item in zip([SAE_NAME, BASELINE], evaluations, strict=True)},
         features=features,
         seconds=seconds,
     )
+
+
+def clearest_features(index: FeatureIndex) -> list[Feature]:
+    """The strongest of the features that fire on some tokens and not on many."""
+    table = index.table()
+    eligible = table[(table["firings"] >= MIN_FIRINGS) & (table["density"] <= MAX_DENSITY)]
+    return [index.feature(number) for number in eligible.nlargest(SHOWN, "strongest")["feature"]]
 
 
 def print_report(report: DemoReport) -> None:
@@ -128,14 +137,24 @@ def print_report(report: DemoReport) -> None:
     )
     print("Some of its features, the token they fire on in [[ ]]:\n")
     for feature in report.features:
-        print(f"feature {feature.feature}  fires on {feature.density:.2%} of tokens", end="")
-        print(f"  promotes {' '.join(repr(token) for token in feature.promotes)}" if feature.promotes else "")
-        for example in feature.examples:
-            line = f"{example.before}[[{example.token}]]{example.after}"
-            print(f"    {example.activation:6.2f}  {one_line(line)}")
+        _print_feature(feature)
     took = ", ".join(f"{name} {format_seconds(value)}" for name, value in report.seconds.items())
     print(f"\nTook {took}.")
     print(f"Next: workbench app --workspace {report.workspace}")
+
+
+def _print_feature(feature: Feature) -> None:
+    print(f"feature {feature.feature}  fires on {feature.stats.density:.2%} of tokens", end="")
+    promoted = " ".join(repr(effect.text) for effect in feature.promotes[:PROMOTED])
+    print(f"  promotes {promoted}" if promoted else "")
+    seen: set[str] = set()
+    for example in next(group.examples for group in feature.groups if group.title == "strongest"):
+        if example.document not in seen and len(seen) < EXAMPLES:
+            seen.add(example.document)
+            at = example.peak
+            before = "".join(example.tokens[max(0, at - TOKENS_BEFORE) : at])
+            after = "".join(example.tokens[at + 1 : at + 1 + TOKENS_AFTER])
+            print(f"    {example.activation:6.2f}  {one_line(f'{before}[[{example.tokens[at]}]]{after}')}")
 
 
 def one_line(text: str) -> str:

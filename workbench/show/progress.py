@@ -97,5 +97,14 @@ class ProgressBar:
             self._last_line = now
             self._print_line(done, text)
 
+    def report(self, done: int, total: int) -> None:
+        """As `update`, where only the work itself knows how much there is."""
+        self.total = max(total, 1)
+        self.update(done)
+
+    def report_share(self, done: int, total: int) -> None:
+        """Shows `done` of `total` as that share of the bar's own total, for work that counts in other units."""
+        self.update(done * self.total // max(total, 1))
+
     def _print_line(self, done: int, text: str) -> None:
         print(f"{self.label}: {100 * done / self.total:3.0f}%  {text}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import pytest
 
 from sae import rules
 from workbench.cli.main import run
-from workbench.cli.pipeline import RULE_NAMES
+from workbench.cli.training import RULE_NAMES
 from workbench.workspace import Workspace
 
 HOOK = "blocks.1.hook_resid_post"

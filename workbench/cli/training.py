@@ -1,0 +1,224 @@
+"""`workbench train`: SAEs on a harvest, by options or by a sweep file.
+
+The options say what a sweep file says and go the same way (`workbench.saes.sweeps`).
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae.errors import InputError
+from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption, open_workspace
+from workbench.cli.output import print_json
+from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes
+from workbench.show.progress import ProgressBar, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from sae.config import TrainConfig
+    from sae.training import StepMetrics, TrainedSAE
+    from workbench.saes.sweeps import SweepEstimate
+    from workbench.workspace import Workspace
+
+RULE_NAMES = (
+    "topk, abstopk, batchtopk, mutual_choice, batch_abstopk, feature_choice, gradient_topk (needs a harvest with "
+    "--gradients), jumprelu or relu"
+)
+"""Written out: asking the registry would load torch for --help."""
+
+
+RuleOption = Annotated[
+    list[str],
+    typer.Option("--rule", metavar="RULE", help=f"Selection rule: {RULE_NAMES}; repeat for several SAEs."),
+]
+KOption = Annotated[
+    list[int], typer.Option("--k", metavar="K", help="Active features per token; repeat for several SAEs.")
+]
+SparsityOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--sparsity",
+        metavar="COEFFICIENT",
+        help="Penalty of relu and jumprelu, which have no k; repeat for several SAEs.",
+    ),
+]
+SeedOption = Annotated[list[int], typer.Option("--seed", metavar="SEED", help="Seed; repeat for several SAEs.")]
+SweepOption = Annotated[
+    Path | None, typer.Option(help="TOML file of rules, settings, widths and seeds to train side by side.")
+]
+TrainedTokensOption = Annotated[int | None, typer.Option(help="Tokens to train on; one epoch when left out.", min=1)]
+RateOption = Annotated[float | None, typer.Option(help="Peak learning rate; a default by width when left out.")]
+BaselineOption = Annotated[bool, typer.Option(help="Also train the frozen-random-decoder baseline on the same stream.")]
+EvaluateOption = Annotated[
+    bool, typer.Option("--evaluate", help="Evaluate the SAEs on held-out documents when they are trained.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's command."""
+    app.command()(train)
+
+
+def train(
+    context: typer.Context,
+    harvest: Annotated[str, typer.Argument(help="Name of a finished harvest.")],
+    name: Annotated[str, typer.Option(help="Name of the SAE and of the run.")],
+    hook: Annotated[str | None, typer.Option(help="Hook point; needed when the harvest has several.")] = None,
+    sweep: SweepOption = None,
+    rule: RuleOption = ["topk"],  # noqa: B006
+    k: KOption = [32],  # noqa: B006
+    sparsity: SparsityOption = None,
+    d_sae: Annotated[int, typer.Option(help="Number of features.", min=1)] = 4096,
+    seed: SeedOption = [0],  # noqa: B006
+    tokens: TrainedTokensOption = None,
+    lr: RateOption = None,
+    batch_size: Annotated[int, typer.Option(help="Tokens per step.", min=1)] = 4096,
+    baseline: BaselineOption = False,
+    estimate_only: Annotated[bool, typer.Option(help="Print memory and time, and stop.")] = False,
+    evaluate_after: EvaluateOption = False,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train SAEs on a harvest, several side by side on one stream of batches.
+
+    Without --sweep, one SAE per --rule, --k (or --sparsity) and --seed. A sweep file holds training settings and, in
+    [[rule]] tables, selection rules with theirs; a list of values makes an SAE for each. An SAE that fails leaves the
+    others running.
+
+    Interrupted, it goes on from the last checkpoint when the same command is repeated.
+    """
+    from workbench.saes.sweeps import parse_sweep, read_sweep
+
+    workspace = open_workspace(folder)
+    if sweep is not None:
+        refuse_with_sweep(context)
+        asked = read_sweep(sweep)
+    else:
+        shared = {"d_sae": d_sae, "batch_size": batch_size} | ({} if lr is None else {"lr": lr})
+        tables = rule_tables(context, rule, k, sparsity)
+        asked = parse_sweep({**shared, "seed": seed, "rule": tables}, where="the command")
+    if tokens is not None and asked.tokens is not None:
+        raise InputError(f"{sweep} says how many tokens: leave --tokens out")
+    configs = asked.configs(name, tokens or asked.tokens or workspace.open_harvest(harvest).n_trainable_rows)
+    if baseline:
+        configs.append(replace(configs[0], name=f"{name}-random-decoder", frozen_decoder=True))
+    if sweep is not None or estimate_only:
+        estimate = workspace.estimate_training(harvest, configs, hook=hook, device=device)
+        if estimate_only:
+            print_json(asdict(estimate)) if as_json else print(describe_training(estimate))
+            return
+        if not as_json:
+            print(describe_training(estimate))
+    trained = train_with_progress(workspace, name, harvest, configs, hook, device, quiet=as_json)
+    made = [result.config.name for result in trained if not result.error]
+    found = {}
+    if evaluate_after and made:
+        found = evaluate_saes(workspace, made, max_tokens=EVALUATION_TOKENS, device=device, reuse=True, quiet=as_json)
+    conclude(workspace, name, trained, {sae: item.to_dict() for sae, item in found.items()}, as_json)
+
+
+def conclude(
+    workspace: "Workspace",
+    run: str,
+    trained: "list[TrainedSAE]",
+    evaluations: dict[str, dict[str, Any]],
+    as_json: bool,
+) -> None:
+    """Says what was made, where, and what to do next. Raises InputError naming the SAEs that failed."""
+    made = [result.config.name for result in trained if not result.error]
+    failed = {result.config.name: result.error for result in trained if result.error}
+    if as_json:
+        saes = [{"name": sae, "path": str(workspace.path / "saes" / sae)} for sae in made]
+        print_json({"run": run, "saes": saes, "failed": failed} | ({"evaluations": evaluations} if evaluations else {}))
+    elif made:
+        print(f"Trained {len(made)} SAE{'s' * (len(made) > 1)}: {', '.join(made)}")
+        step = "compare" if evaluations else "evaluate"
+        print(f"Next: workbench {step} {' '.join(made)} --workspace {workspace.path}")
+    if failed:
+        problems = "; ".join(f"{sae}: {error}" for sae, error in failed.items())
+        raise InputError(f"{len(failed)} of {len(trained)} SAEs failed ({problems}); the others are finished")
+
+
+def rule_tables(
+    context: typer.Context, names: list[str], k: list[int], sparsity: list[float] | None
+) -> list[dict[str, Any]]:
+    """What a sweep file would hold in its [[rule]] tables. Raises InputError for a setting that no rule named has."""
+    from sae.rules import RULES, CodeRule, ThresholdRule
+    from workbench.saes.settings import check_keys
+
+    check_keys(dict.fromkeys(names), list(RULES), "--rule", what="selection rule")
+    with_k = [name for name in names if issubclass(RULES[name], CodeRule)]
+    penalised = [name for name in names if issubclass(RULES[name], ThresholdRule)]
+    if not with_k and penalised and given(context, "k"):
+        raise InputError(f"{penalised[0]} has no k: set its penalty with --sparsity")
+    if not penalised and sparsity is not None:
+        raise InputError("--sparsity is for relu and jumprelu: set --k to make the other rules sparser")
+    tables: list[dict[str, Any]] = []
+    for name in names:
+        table: dict[str, Any] = {"name": name}
+        if name in with_k:
+            table["k"] = k
+        elif sparsity is not None:
+            table["sparsity_coefficient"] = sparsity
+        tables.append(table)
+    return tables
+
+
+SINGLE_OPTIONS = {
+    "rule": "--rule", "k": "--k", "sparsity": "--sparsity", "d_sae": "--d-sae", "seed": "--seed", "lr": "--lr",
+    "batch_size": "--batch-size",
+}  # fmt: skip
+FILE_KEYS = {"rule": '[[rule]] with name = "..."', "sparsity": "sparsity_coefficient = ..."}
+
+
+def given(context: typer.Context, parameter: str) -> bool:
+    """Whether an option was named on the command line."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_with_sweep(context: typer.Context) -> None:
+    """Raises InputError for an option that a sweep file has a key for."""
+    for parameter, option in SINGLE_OPTIONS.items():
+        if given(context, parameter):
+            key = FILE_KEYS.get(parameter, f"{parameter} = ...")
+            raise InputError(f"{option} does not go with --sweep: write {key} into the file")
+
+
+def train_with_progress(
+    workspace: "Workspace",
+    name: str,
+    harvest: str,
+    configs: "list[TrainConfig]",
+    hook: str | None,
+    device: str,
+    *,
+    quiet: bool,
+) -> "list[TrainedSAE]":
+    """Trains behind a progress bar that shows the first SAE still running."""
+    with ProgressBar("train", configs[0].total_tokens, enabled=not quiet) as bar:
+        furthest = 0
+
+        def on_metrics(metrics: "StepMetrics") -> None:
+            nonlocal furthest
+            # The first report at a step is that of the first SAE that still runs.
+            if metrics.tokens > furthest:
+                furthest = metrics.tokens
+                bar.update(metrics.tokens, describe_metrics(metrics))
+
+        return workspace.train_all(name, harvest, configs, hook=hook, device=device, on_metrics=on_metrics)
+
+
+def describe_training(estimate: "SweepEstimate") -> str:
+    """One line: number of SAEs, memory, time."""
+    return (
+        f"Estimate: {estimate.saes} SAE{'s' * (estimate.saes > 1)}, {format_bytes(estimate.bytes)} of memory "
+        f"({format_bytes(estimate.free_bytes)} free), about {format_seconds(estimate.seconds)}"
+    )
+
+
+def describe_metrics(metrics: "StepMetrics") -> str:
+    """What the progress bar shows of an SAE in training."""
+    return f"loss {metrics.loss:.3g}, FVU {metrics.fvu:.3f}, L0 {metrics.l0:.1f}, dead {metrics.dead_share:.1%}"
