@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workbench.harvest.blocks import Block
+from workbench.harvest.journal import Block
 from workbench.harvest.writing import BlockWriter
 from workbench.text.packing import PackedBatch
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from workbench.harvest.finishing import write_database
-from workbench.harvest.reading import DESCRIPTION, SCHEMA, Harvest
+from workbench.harvest.reading import Harvest
+from workbench.harvest.record import DESCRIPTION, SCHEMA
 from workbench.harvest.writing import BlockWriter
 from workbench.text.packing import FLAG_BOS, FLAG_OK, PackedBatch
 

@@ -27,9 +27,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from workbench.harvest.blocks import Block
 from workbench.harvest.finishing import write_database
-from workbench.harvest.reading import DESCRIPTION, GRADIENT, SCHEMA, Harvest
+from workbench.harvest.journal import Block
+from workbench.harvest.reading import Harvest
+from workbench.harvest.record import DESCRIPTION, GRADIENT, SCHEMA
 from workbench.harvest.writing import BlockWriter
 from workbench.models.load import LoadedModel, load_model
 from workbench.text.packing import FLAG_BOS, FLAG_PADDING, PackedBatch

@@ -28,8 +28,10 @@ from workbench.catalog.catalog import Catalog
 from workbench.disk.locks import FILE as LOCK
 from workbench.disk.locks import live_owner, remove_stale
 from workbench.disk.names import check_name
-from workbench.harvest.blocks import Block, StoredFile, checksum, map_tensors
-from workbench.harvest.reading import DATABASE, Harvest
+from workbench.harvest.blocks import checksum, map_tensors
+from workbench.harvest.journal import Block, StoredFile
+from workbench.harvest.reading import Harvest
+from workbench.harvest.record import DATABASE
 
 TRASH = "trash"
 _WRITER = re.compile(r"\.(\d+)\.tmp(\.wal)?$")

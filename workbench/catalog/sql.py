@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 from duckdb.func import PythonUDFType
 
 from sae.errors import InputError
-from workbench.harvest.reading import GRADIENT, Harvest, Vectors
+from workbench.harvest.reading import Harvest, Vectors
+from workbench.harvest.record import GRADIENT
 
 if TYPE_CHECKING:
     import pandas as pd

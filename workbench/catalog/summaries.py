@@ -8,7 +8,7 @@ from sae.errors import InputError
 from workbench.catalog.results import ResultStore
 from workbench.catalog.runs import Run, RunSummary
 from workbench.disk.descriptions import read_description
-from workbench.harvest.reading import DATABASE, DESCRIPTION, Harvest
+from workbench.harvest.record import DESCRIPTION, HarvestRecord
 
 DAMAGED = "damaged"
 """State of what cannot be read; `workbench doctor` says why."""
@@ -54,7 +54,7 @@ def harvest_summaries(workspace: Path) -> list[HarvestSummary]:
     summaries = []
     for file in sorted(workspace.glob(f"harvests/*/{DESCRIPTION}")):
         try:
-            harvest = Harvest(file.parent)
+            harvest = HarvestRecord(file.parent)
         except InputError:
             summaries.append(HarvestSummary(file.parent.name, "", "", [], 0, 0, DAMAGED))
             continue
@@ -66,7 +66,7 @@ def harvest_summaries(workspace: Path) -> list[HarvestSummary]:
                 hooks=list(harvest.hooks),
                 rows=harvest.n_rows,
                 bytes=harvest.n_bytes,
-                state="finished" if (harvest.directory / DATABASE).is_file() else "unfinished",
+                state="finished" if harvest.finished else "unfinished",
             )
         )
     return summaries

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from workbench.disk.database import write_duckdb
-from workbench.harvest.blocks import TOKEN_COLUMNS, Block, map_tensors
-from workbench.harvest.reading import DATABASE
+from workbench.harvest.blocks import TOKEN_COLUMNS, map_tensors
+from workbench.harvest.journal import Block
+from workbench.harvest.record import DATABASE
 from workbench.text.packing import NO_TEXT
 
 SCHEMA = """

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.harvest.reading import GRADIENT, Harvest, Vectors
+from workbench.harvest.reading import Harvest, Vectors
+from workbench.harvest.record import GRADIENT
 from workbench.text.packing import FLAG_OK
 
 BLOCK_ROWS = 512

@@ -1,7 +1,7 @@
 """A finished harvest on disk: memory-mapped blocks of vectors and one DuckDB file that knows every row.
 
     harvest.json                     what is harvested: configuration, model, corpus; written first
-    journal.jsonl                    one line per block: rows, files, checksums (workbench/harvest/blocks.py)
+    journal.jsonl                    one line per block: rows, files, checksums (workbench/harvest/journal.py)
     blocks/HOOK/00000.safetensors    `x` [rows, width]
     tokens/00000.safetensors         `token`, `doc`, `pos` int32 and `flags` uint8, each [rows]
     harvest.duckdb                   tables tokens, documents, vocabulary, blocks, meta; written last
@@ -16,7 +16,6 @@ Row numbers: row = context * context_len + position in context. Flagged rows (BO
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.disk.descriptions import read_description
-from workbench.harvest.blocks import Block, map_tensors, read_journal
+from workbench.harvest.blocks import map_tensors
+from workbench.harvest.journal import Block
+from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, HarvestRecord
 from workbench.text.packing import is_ordinary
-
-SCHEMA = 1
-DESCRIPTION, DATABASE = "harvest.json", "harvest.duckdb"
-GRADIENT = ".grad"
-"""Suffix of the hook name under which gradients are stored."""
 
 
 class Vectors:
@@ -99,37 +94,8 @@ class Vectors:
         return out[torch.from_numpy(np.argsort(order))]
 
 
-class Harvest:
-    """A harvest, for reading.
-
-    Attributes:
-        directory: its folder.
-        name: the folder's name.
-        config: the `HarvestConfig` as a dictionary.
-        model: the `ModelInfo` as a dictionary.
-        corpus: name and fingerprint of the corpus.
-        hooks: names of the hook points.
-        blocks: the recorded blocks.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.name = directory, directory.name
-        description = read_description(directory / DESCRIPTION)
-        if description.get("schema") != SCHEMA:
-            raise InputError(
-                f"harvest {self.name!r} has schema {description.get('schema')}, this version of the workbench reads "
-                f"{SCHEMA}: use the version that made it"
-            )
-        try:
-            self.config: dict[str, Any] = description["config"]
-            self.model: dict[str, Any] = description["model"]
-            self.corpus: dict[str, Any] = description["corpus"]
-            self.hooks: list[str] = description["hooks"]
-            self.blocks = read_journal(directory)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"harvest {self.name!r} is damaged ({error}): restore it or remove it with `workbench gc --harvest`"
-            ) from None
+class Harvest(HarvestRecord):
+    """A finished harvest with its rows."""
 
     @classmethod
     def open(cls, directory: Path | str) -> "Harvest":
@@ -144,36 +110,6 @@ class Harvest:
         if not (directory / DATABASE).is_file():
             raise InputError(f"harvest {directory.name!r} is not finished: repeat the command that started it")
         return cls(directory)
-
-    @property
-    def finished(self) -> bool:
-        """Whether all blocks and the database are in place."""
-        return self.database.is_file()
-
-    @property
-    def database(self) -> Path:
-        """Path of its DuckDB file."""
-        return self.directory / DATABASE
-
-    @property
-    def n_rows(self) -> int:
-        """Rows stored so far."""
-        return sum(block.n_rows for block in self.blocks)
-
-    @property
-    def context_len(self) -> int:
-        """Tokens a context, BOS included."""
-        return self.config["context_len"]
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether it holds the loss' gradients too."""
-        return self.config["gradients"]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all block files."""
-        return sum(stored.bytes for block in self.blocks for stored in block.files())
 
     @cached_property
     def flags(self) -> UInt8[NDArray, "rows"]:
@@ -202,7 +138,3 @@ class Harvest:
     def gradient_scale(self, hook: str) -> float:
         """Stored gradients of a hook point are the true ones (nats per unit of activation) times this power of two."""
         return self.blocks[0].gradient_scale[hook + GRADIENT]
-
-    def provenance(self) -> dict[str, Any]:
-        """What its rows were made from; recorded with everything made from them."""
-        return {"name": self.name, "config": self.config, "model": self.model, "corpus": self.corpus}

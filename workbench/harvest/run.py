@@ -5,7 +5,7 @@
 2. Values are cast to the stored precision into a block's buffer in host memory (pinned for a GPU, on a stream of its
    own). NaN and infinities stop the harvest; the blocks before are kept.
 3. When a block is full, a writer thread stores its files, synced and checksummed, and records it in the journal
-   (`workbench.harvest.blocks`) while the model goes on into a second buffer.
+   (`workbench.harvest.journal`) while the model goes on into a second buffer.
 4. When the corpus or the budget is exhausted, the DuckDB file is made and the harvest is finished.
 
 A batch never straddles two blocks and everything before a block is deterministic, so a harvest that was killed goes
@@ -29,10 +29,11 @@ from torch import Tensor
 from sae.errors import InputError
 from workbench.disk.descriptions import differences, read_description, write_description
 from workbench.disk.locks import RunLock
-from workbench.harvest.blocks import Block, read_journal, recover_journal
 from workbench.harvest.finishing import write_database
+from workbench.harvest.journal import Block, read_journal, recover_journal
 from workbench.harvest.prefetch import prefetch
-from workbench.harvest.reading import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, Harvest
+from workbench.harvest.reading import Harvest
+from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, SCHEMA
 from workbench.harvest.writing import BlockWriter
 from workbench.models.capture import capture
 from workbench.models.hooks import HookSpec, resolve_hook

@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.harvest.blocks import TOKEN_COLUMNS, Block, StoredFile, append_block, write_file
-from workbench.harvest.reading import GRADIENT
+from workbench.harvest.blocks import TOKEN_COLUMNS, write_file
+from workbench.harvest.journal import Block, StoredFile, append_block
+from workbench.harvest.record import GRADIENT
 from workbench.text.packing import FLAG_NO_GRADIENT, FLAG_PADDING, PackedBatch
 
 BUFFERS = {"cpu": 3, "cuda": 8}

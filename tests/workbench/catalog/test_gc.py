@@ -14,7 +14,7 @@ from sae.errors import InputError
 from workbench.catalog.gc import TRASH, collect, leftovers, verify
 from workbench.disk.locks import FILE as LOCK
 from workbench.disk.locks import RunLock
-from workbench.harvest.blocks import JOURNAL
+from workbench.harvest.journal import JOURNAL
 from workbench.harvest.reading import Harvest
 
 MakeHarvest = Callable[..., Harvest]

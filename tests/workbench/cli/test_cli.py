@@ -81,6 +81,17 @@ def test_info_reads_well(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
         assert word in text
 
 
+def test_info_loads_neither_torch_nor_the_model_library(workspace: Path) -> None:
+    code = (
+        "import sys\n"
+        "from workbench.cli.main import run\n"
+        f"assert run(['info', '--workspace', {str(workspace)!r}]) == 0\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'sae_lens', 'streamlit', 'plotly'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
 def test_the_trained_sae_beats_the_random_decoder(workspace: Path) -> None:
     space = Workspace(workspace, create=False)
     fvu = {item.name: item.evaluation["fvu"] for item in space.saes() if item.evaluation}
@@ -312,7 +323,7 @@ def test_a_ctrl_c_while_packages_load_is_one_line() -> None:
         "sys.meta_path.insert(0, Stop())\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from workbench.cli import main\n"
-        "sys.argv = ['workbench', 'info']\n"
+        "sys.argv = ['workbench', 'demo']\n"
         "main()\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sae.errors import InputError
-from workbench.harvest.blocks import (
-    ALIGNMENT,
-    JOURNAL,
-    Block,
-    append_block,
-    checksum,
-    map_tensors,
-    read_journal,
-    recover_journal,
-    write_file,
-)  # fmt: skip
+from workbench.harvest.blocks import ALIGNMENT, checksum, map_tensors, write_file
+from workbench.harvest.journal import JOURNAL, Block, append_block, read_journal, recover_journal  # fmt: skip
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8]
 

@@ -21,7 +21,8 @@ import workbench.harvest.run
 from sae.errors import InputError
 from workbench.disk.locks import FILE as LOCK
 from workbench.harvest.blocks import map_tensors
-from workbench.harvest.reading import DATABASE, Harvest
+from workbench.harvest.reading import Harvest
+from workbench.harvest.record import DATABASE
 from workbench.harvest.run import DATABASE_BYTES, HarvestConfig, HarvestProgress, estimate, run_harvest
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.errors import InputError
-from workbench.harvest.blocks import Block, write_file
-from workbench.harvest.reading import DATABASE, DESCRIPTION, Harvest, Vectors
+from workbench.harvest.blocks import write_file
+from workbench.harvest.journal import Block
+from workbench.harvest.reading import Harvest, Vectors
+from workbench.harvest.record import DATABASE, DESCRIPTION
 
 MakeHarvest = Callable[..., Harvest]
 HOOK = "blocks.0.hook_resid_post"

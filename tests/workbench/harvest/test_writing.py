@@ -11,7 +11,8 @@ import torch
 
 import workbench.harvest.writing
 from sae.errors import InputError
-from workbench.harvest.blocks import Block, StoredFile, read_journal, write_file
+from workbench.harvest.blocks import write_file
+from workbench.harvest.journal import Block, StoredFile, read_journal
 from workbench.harvest.writing import BlockWriter
 from workbench.text.packing import PackedBatch
 
