@@ -23,6 +23,19 @@ OnProgress = Callable[[int, int], None]
 """Called with (units of work done, units in all)."""
 
 
+def stages(on_progress: OnProgress | None, n: int) -> list[OnProgress]:
+    """A callback for each of `n` stages of about the same length, which together count from 0 to the end once."""
+
+    def stage(number: int) -> OnProgress:
+        def report(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(number * 1000 + 1000 * done // total, 1000 * n)
+
+        return report
+
+    return [stage(number) for number in range(n)]
+
+
 def answer_logits(
     bridge: Bridge, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"], hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "n vocab"]:

@@ -5,23 +5,22 @@ import streamlit as st
 from plotly import io
 
 from app.shared import loaded_model, open_workspace, page_link, plain
-from workbench import Workspace
+from workbench import InputError, Workspace
 from workbench.catalog.results import Result
 from workbench.circuits import stored
-from workbench.circuits.attention_saes import report_dfa
-from workbench.circuits.methods import METHODS, run_method
-from workbench.circuits.report import AGREEMENT, DFA, DISCRETE, EDGES, FEATURES, NODES
+from workbench.circuits.agreement import AGREEMENT
+from workbench.circuits.attention_saes import DFA, report_dfa
+from workbench.circuits.methods import DISCRETE, EDGES, FEATURES, METHODS, NODES, method_named
+from workbench.circuits.report import run_method
 from workbench.circuits.tables import TABLE
 from workbench.circuits.task import Task
-from workbench.features.index import InputError
 from workbench.features.live import model_name, model_of
 
 KINDS = {
     EDGES: "edges", NODES: "nodes", FEATURES: "SAE features", DISCRETE: "discrete codes", DFA: "attention feature",
     AGREEMENT: "agreement of methods", TABLE: "published table",
 }  # fmt: skip
-# Path patching asks for receivers, and patching every edge takes a forward pass each: these are for the command line.
-OFFERED = [method for method in METHODS if method not in ("path-patching", "exact")]
+OFFERED = [method for method in METHODS if method.on_page]
 EDGES_AT_FIRST, MOST_EDGES, MOST_ROWS = 40, 400, 500
 
 
@@ -56,7 +55,11 @@ def run_task(workspace: Workspace) -> None:
     with st.form("run", border=False):
         task, method, prompts, model = st.columns([2, 3, 1, 2])
         name = task.selectbox("Task", Task.names(), key="task")
-        chosen = method.selectbox("Method", OFFERED, key="method", format_func=METHODS.__getitem__)
+        chosen = method_named(
+            method.selectbox(
+                "Method", [one.name for one in OFFERED], key="method", format_func=lambda one: method_named(one).title
+            )
+        )
         n = prompts.number_input("Prompts", 5, 128, 16, key="prompts")
         spec = model.text_input("Model", "demo", key="model", help="demo, a local Hugging Face folder, or a hub name")
         saes = st.multiselect(
@@ -65,7 +68,7 @@ def run_task(workspace: Workspace) -> None:
         )  # fmt: skip
         if not st.form_submit_button("Run"):
             return
-    title = f"{METHODS[chosen]} on {name} ..."
+    title = f"{chosen.title} on {name} ..."
     bar = st.progress(0.0, title)
 
     def advance(done: int, total: int) -> None:
@@ -73,7 +76,7 @@ def run_task(workspace: Workspace) -> None:
 
     try:
         made = run_method(
-            workspace, loaded_model(spec), Task(name, int(n)), chosen, saes=saes if chosen == "features" else (),
+            workspace, loaded_model(spec), Task(name, int(n)), chosen.name, saes=saes if chosen.needs_saes else (),
             on_progress=advance,
         )  # fmt: skip
     except InputError as error:
@@ -135,7 +138,7 @@ def choose(workspace: Workspace) -> Result | None:
         st.query_params["result"] = st.session_state["result"]
 
     def read(key: str) -> str:
-        return f"{found[key].name} · {KINDS[found[key].kind]} · {found[key].provenance['model']['name']}"
+        return f"{found[key].name} · {KINDS[found[key].kind]} · {found[key].origin.model}"
 
     return found[st.selectbox("Result", list(found)[::-1], key="result", on_change=follow, format_func=read)]
 
@@ -171,7 +174,7 @@ def edges(result: Result) -> None:
         if st.button("Run this circuit alone"):
             try:
                 with st.spinner("Running ..."):
-                    model = loaded_model(result.provenance["model"]["name"])
+                    model = loaded_model(result.origin.model)
                     point = stored.faithfulness_of(model, result, n_edges)
                 st.metric("faithfulness", f"{point.faithfulness[0]:.3f}")
                 st.metric("left without it (completeness)", f"{point.completeness[0]:.3f}")

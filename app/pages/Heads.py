@@ -4,13 +4,12 @@ import pandas as pd
 import streamlit as st
 
 from app.shared import loaded_model, open_workspace, plain
-from workbench import Workspace
+from workbench import InputError, Workspace
 from workbench.catalog.results import Result
 from workbench.circuits import heads as views
-from workbench.circuits.heads import DIVERGING, SCORES, HeadOnText, report_heads
-from workbench.circuits.report import DISCRETE, HEADS, NODES
+from workbench.circuits.heads import DIVERGING, HEADS, SCORES, HeadOnText, report_heads
+from workbench.circuits.methods import DISCRETE, NODES
 from workbench.circuits.stored import head_grid, head_values
-from workbench.features.index import InputError
 from workbench.models.load import ModelInfo
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
@@ -69,8 +68,7 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
     others = {
         f"{item.name} ({item.parameters.get('method', 'discrete codes')})": item
         for item in [*workspace.results.find(NODES), *workspace.results.find(DISCRETE)]
-        if item.provenance["model"]["weights_sha256"] == model.weights_sha256
-        and head_values(item, model).isfinite().any()
+        if item.origin.weights_sha256 == model.weights_sha256 and head_values(item, model).isfinite().any()
     }
     by = url_choice("by", "Colour by", [*columns, *others], "induction")
     values = head_values(result, model, by) if by in columns else head_values(others[by], model)

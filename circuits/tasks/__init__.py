@@ -13,13 +13,14 @@ The last are there in every process: for the command line and the app too. A tas
 """
 
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from sae.errors import InputError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from circuits.prompts import PromptSet
 
 TaskMaker = Callable[[Any, int, int, int], "PromptSet"]
@@ -119,7 +120,9 @@ def _maker(name: str) -> TaskMaker:
     return task
 
 
-def _entry_points() -> dict[str, list[EntryPoint]]:
+def _entry_points() -> "dict[str, list[EntryPoint]]":
+    from importlib.metadata import entry_points
+
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         found.setdefault(entry.name, []).append(entry)

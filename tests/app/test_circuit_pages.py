@@ -10,7 +10,7 @@ from streamlit.testing.v1 import AppTest
 from sae import SAE, TopK
 from workbench import Workspace
 from workbench.circuits.heads import report_heads
-from workbench.circuits.report import report_discrete, report_edges, report_nodes
+from workbench.circuits.report import run_method
 from workbench.circuits.task import Task
 from workbench.models.load import load_model
 
@@ -22,9 +22,9 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     space = Workspace(tmp_path_factory.mktemp("circuit pages") / "w")
     model, task = load_model("demo", device="cpu"), Task("induction", n=5)
     report_heads(space, "heads", model, n=2, needles=0)
-    report_nodes(space, "attributed", model, task, "attribution")
-    report_discrete(space, "coded", model, task)
-    report_edges(space, "found", model, Task("induction", n=2), "eap", fractions=(0.1,))
+    run_method(space, model, task, "attribution", name="attributed")
+    run_method(space, model, task, "discrete", name="coded")
+    run_method(space, model, Task("induction", n=2), "eap", name="found", options={"fractions": (0.1,)})
     return space
 
 

@@ -5,7 +5,6 @@ Tables: `by_head` (source, head, value: the terms add up, with `summary.constant
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -23,13 +22,13 @@ from circuits.passes import activations
 from circuits.recursive_dfa import recursive_dfa
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.catalog.origin import versions
-from workbench.catalog.results import Result
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.circuits.feature_report import sae_fingerprint
-from workbench.circuits.report import DFA, stored_or_made
 from workbench.models.load import LoadedModel
-from workbench.workspace import Workspace
+
+DFA = "circuit-dfa"
 
 
 def attribute(
@@ -53,7 +52,7 @@ def _texts(model: LoadedModel, ids: Sequence[int]) -> list[str]:
 
 
 def report_dfa(
-    space: Workspace,
+    catalog: Catalog,
     name: str,
     model: LoadedModel,
     sae: tuple[str, SAE],
@@ -84,7 +83,7 @@ def report_dfa(
         feature = strongest_feature(model, attention, tokens, position)
     below = {residual_layer(residual): residual for residual in (residuals or {}).values()}
 
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    def make() -> Made:
         found, figure = attribute(model, attention, tokens.tolist(), feature, position)
         texts = _texts(model, tokens.tolist())
         shares = head_shares(attention.W_dec, model.info.n_heads)[feature].tolist()
@@ -112,12 +111,8 @@ def report_dfa(
         "sae": label, "feature": feature, "position": position % len(tokens), "text": text,
         "residuals": list(residuals or {}),
     }  # fmt: skip
-    provenance = {
-        "model": model.info.to_dict(),
-        "saes": {key: sae_fingerprint(value) for key, value in {label: attention, **(residuals or {})}.items()},
-        "versions": versions(),
-    }
-    return stored_or_made(space, DFA, name, parameters, provenance, make, {})
+    origin = Origin.of_measurement(model, saes={label: attention, **(residuals or {})})
+    return catalog.results.get_or_make(DFA, name, parameters=parameters, origin=origin, make=make)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Every head of a model scored and stored, and one head seen from near.
 
-`report_heads` stores scores on repeated random tokens (previous and duplicate token, induction), which say what a head
-looks for, and the retrieval score; induction by prefix length; and the composition of every pair of heads. The sink,
-entropy and key counts of random tokens are those of random tokens: `workbench sparsity attention` measures them on
-text.
+`report_heads` stores a `circuit-heads` result: scores on repeated random tokens (previous and duplicate token,
+induction), which say what a head looks for, and the retrieval score (table scores); induction by prefix length
+(prefixes); and the composition of every pair of heads (composition). The sink, entropy and key counts of random tokens
+are those of random tokens: `workbench sparsity attention` measures them on text.
 
 Retrieval scores here come from a needle test without language: a haystack of random tokens, a needle of four random
 tokens behind an eight-token key, and the key again as the question (reconstructed; the paper's needles are
@@ -11,7 +11,6 @@ sentences, Wu et al. 2024, arXiv 2404.15574). A model that never repeats the nee
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -23,16 +22,16 @@ from circuits.composition import composition_scores
 from circuits.heads import COLUMNS, head_scores, prefix_induction, repeated_tokens
 from circuits.nodes import graph_of
 from circuits.ov import ov_effects
-from circuits.passes import OnProgress, activations
+from circuits.passes import OnProgress, activations, stages
 from circuits.retrieval import Needle, retrieval_scores
 from sae.errors import InputError
-from workbench.catalog.origin import versions
-from workbench.catalog.results import Result
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.circuits.report import HEADS, stored_or_made
 from workbench.models.load import LoadedModel
-from workbench.workspace import Workspace
 
+HEADS = "circuit-heads"
 SCORES = (*COLUMNS, "retrieval")
 DIVERGING = ("copying", "sink_excess")
 MAX_PROMPT = 256
@@ -40,7 +39,7 @@ NEEDLE_KEY, NEEDLE_LENGTH = 8, 4
 
 
 def report_heads(
-    space: Workspace,
+    catalog: Catalog,
     name: str,
     model: LoadedModel,
     *,
@@ -69,15 +68,12 @@ def report_heads(
             f"{length} tokens twice and BOS do not fit into the model's context of {model.info.n_ctx}: shorten them"
         )
 
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        def report(done: int) -> None:
-            if on_progress is not None:
-                on_progress(done, 4)
-
+    def make() -> Made:
+        steps = stages(on_progress, 4)
         vocabulary = usable_tokens(model)
         rows = repeated_tokens(vocabulary, model.bos_id, n, length, seed).to(model.device)
         scores = head_scores(model.bridge, rows)
-        report(1)
+        steps[0](1, 1)
         table = scores.table()
         drawn = {score: figures.head_heatmap(scores[score], score, diverging=score in DIVERGING) for score in COLUMNS}
         if needles:
@@ -85,19 +81,19 @@ def report_heads(
             table["retrieval"] = found.values.flatten().tolist()
             table["needles_found"] = found.successful
             drawn["retrieval"] = figures.head_heatmap(found.values, "retrieval", diverging=False)
-        report(2)
+        steps[1](1, 1)
         tables = {"scores": table}
         if len(vocabulary) >= 36 and model.info.n_ctx >= 36:
             tables["prefixes"] = prefix_induction(model.bridge, vocabulary, model.bos_id, n=n, seed=seed).table()
-        report(3)
+        steps[2](1, 1)
         composed = [composition_scores(model.bridge, kind).table().assign(kind=kind) for kind in ("q", "k", "v")]
         tables["composition"] = pd.concat(composed, ignore_index=True)
-        report(4)
+        steps[3](1, 1)
         return tables, drawn
 
     parameters = {"n": n, "length": length, "needles": needles, "seed": seed}
-    provenance = {"model": model.info.to_dict(), "versions": versions()}
-    return stored_or_made(space, HEADS, name, parameters, provenance, make, {})
+    origin = Origin.of_measurement(model)
+    return catalog.results.get_or_make(HEADS, name, parameters=parameters, origin=origin, make=make)
 
 
 def usable_tokens(model: LoadedModel) -> list[int]:

@@ -1,73 +1,86 @@
-"""Every method that runs on a task, by the name that the command line and the app know it under."""
+"""The circuit methods that run on a task, as data: the one list that runs, stores, names and offers them.
 
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+A method gives what it finds as one kind of result:
 
-from circuits.passes import OnProgress
+    circuit-nodes      a number for every node            tables nodes, summary, prompts
+    circuit-edges      a number for every edge            tables edges, nodes, curves, summary, prompts
+    circuit-features   a circuit of SAE features          tables nodes, edges, summary, prompts
+    circuit-discrete   heads by discrete codes            tables nodes, edges, prompts
+
+A new method is a function in `report` and a line here. Nothing heavy is imported before a method is run.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
 from sae.errors import InputError
-from workbench.catalog.results import Result
-from workbench.circuits.feature_report import report_features
-from workbench.circuits.report import EdgeMethod, NodeMethod, report_discrete, report_edges, report_nodes
-from workbench.circuits.task import Task
-from workbench.models.load import LoadedModel
-from workbench.workspace import Workspace
 
-METHODS = {
-    "ig-inputs": "EAP-IG (edges)",
-    "eap": "EAP (edges)",
-    "ig-activations": "EAP-IG at activations (edges)",
-    "exact": "every edge patched (edges)",
-    "patching": "patching (heads)",
-    "path-patching": "path patching (heads)",
-    "ablation": "ablation (heads)",
-    "attribution": "direct logit attribution",
-    "discrete": "discrete codes (heads)",
-    "features": "SAE features",
-}
-"""What each is called in the app."""
+NODES, EDGES, FEATURES, DISCRETE = "circuit-nodes", "circuit-edges", "circuit-features", "circuit-discrete"
 
 
-def result_name(task: Task, method: str) -> str:
-    """The name of a result that was given none: `induction-eap`."""
-    return f"{task.title}-{method}"
+@dataclass(frozen=True)
+class Method:
+    """One method."""
+
+    name: str
+    """As the command line and the names of results have it."""
+    title: str
+    """As the app has it."""
+    kind: str
+    """Of its results."""
+    function: str
+    """In `workbench.circuits.report`: takes a `Run` and the method's own options, gives tables and figures."""
+    needs_saes: bool = False
+    """SAEs, one a hook point, are what it works on; the others take none."""
+    metric: str | None = None
+    """The only metric that it can tell apart; any when None."""
+    on_page: bool = True
+    """Whether the app offers it: what takes one pass an edge, or needs more than a task, is for the command line."""
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """The function; loads torch and the method."""
+        found: Callable[..., Any] = resolve_name(f"workbench.circuits.report:{self.function}")
+        return found
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All of the method's own options: those given, and the usual values of the others.
+
+        Raises:
+            InputError: an option that it does not have.
+        """
+        usual = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.run).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        for name in given:
+            if name not in usual:
+                raise InputError(f"the method {self.name} has no option {name!r}: {', '.join(usual) or 'it has none'}")
+        return usual | dict(given)
 
 
-def run_method(
-    space: Workspace,
-    model: LoadedModel,
-    task: Task,
-    method: str,
-    *,
-    name: str | None = None,
-    saes: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-    on_progress: OnProgress | None = None,
-) -> Result:
-    """Runs a method on a task and stores the result, or opens the one that is stored.
+METHODS = (
+    Method("ig-inputs", "EAP-IG (edges)", EDGES, "eap_ig"),
+    Method("eap", "EAP (edges)", EDGES, "eap"),
+    Method("ig-activations", "EAP-IG at activations (edges)", EDGES, "eap_ig"),
+    Method("exact", "every edge patched (edges)", EDGES, "exact", on_page=False),
+    Method("patching", "patching (heads)", NODES, "patching"),
+    Method("path-patching", "path patching (heads)", NODES, "path_patching", on_page=False),
+    Method("ablation", "ablation (heads)", NODES, "ablation"),
+    Method("attribution", "direct logit attribution", NODES, "attribution", metric="logit_difference"),
+    Method("discrete", "discrete codes (heads)", DISCRETE, "discrete"),
+    Method("features", "SAE features", FEATURES, "features", needs_saes=True),
+)
+"""In the order in which the app offers them."""
 
-    Args:
-        method: a name in `METHODS`.
-        name: of the result; the task's and the method's when None.
-        saes: names of SAEs in the workspace, one a hook point, for `features` and nothing else.
-        options: the method's own; see `report_nodes`, `report_edges`, `report_features` and `report_discrete`.
 
-    Raises:
-        InputError: an unknown method, SAEs where there should be none or the other way round, or as the method.
-    """
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}: choose {', '.join(METHODS)}")
-    if (method == "features") != bool(saes):
-        raise InputError("the method features and SAEs (--sae) go together: name one SAE for each hook point")
-    called, given = name or result_name(task, method), dict(options or {})
-    if method == "features":
-        loaded = {item: space.sae(item, device=str(model.device)) for item in saes}
-        return report_features(space, called, model, task, loaded, on_progress=on_progress, **given)
-    if method == "discrete":
-        return report_discrete(space, called, model, task, on_progress=on_progress, **given)
-    if method in get_args(NodeMethod):
-        shared = {key: given.pop(key) for key in ("batch_size",) if key in given}
-        return report_nodes(
-            space, called, model, task, method, options=given, on_progress=on_progress, **shared  # type: ignore[arg-type]
-        )  # fmt: skip
-    assert method in get_args(EdgeMethod)
-    return report_edges(space, called, model, task, method, on_progress=on_progress, **given)  # type: ignore[arg-type]
+def method_named(name: str) -> Method:
+    """A method by name. Raises InputError naming those there are."""
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise InputError(f"unknown method {name!r}: choose {', '.join(method.name for method in METHODS)}")

@@ -1,20 +1,13 @@
-"""Circuit analyses run on a task and stored, one kind each.
+"""Runs a circuit method on a task and stores what it finds; `methods` lists the methods and the kinds of results.
 
-    circuit-heads      tables scores, prefixes, composition
-    circuit-nodes      tables nodes, summary, prompts        (attribution, patching, path patching, ablation)
-    circuit-edges      tables edges, nodes, curves, summary, prompts     (EAP and its variants, exact edge patching)
-    circuit-features   tables nodes, edges, summary, prompts                    (`feature_report`)
-    circuit-discrete   tables nodes, edges, prompts
-    circuit-agreement  tables methods, prompts
-    circuit-dfa        tables by_head, steps, tokens                            (`attention_saes`)
-
-An analysis that is already stored under its name, made from the same model, prompts and settings, is opened and not
-made again.
+A result that is already stored under its name, made from the same model, prompts and settings, is opened and not made
+again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,216 +15,237 @@ import torch
 from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
 from circuits.discrete import discrete_circuit
-from circuits.eap import Variant, attribute_edges
+from circuits.eap import attribute_edges
 from circuits.edges import written
 from circuits.faithfulness import FRACTIONS, FaithfulnessCurve, Ranking, circuit_edges, faithfulness_curve
+from circuits.feature_circuits import feature_circuit
+from circuits.metrics import Metric
 from circuits.nodes import head_names
-from circuits.passes import OnProgress
+from circuits.passes import OnProgress, stages
 from circuits.patching import patch_activations
 from circuits.path_patching import patch_edges, patch_paths
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores, NodeScores
 from sae.errors import InputError
-from workbench.catalog.origin import versions
-from workbench.catalog.results import Result
+from sae.model import SAE
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
+from workbench.circuits.methods import METHODS, Method, method_named
 from workbench.circuits.task import Task, fingerprint
 from workbench.models.load import LoadedModel
-from workbench.workspace import Workspace
 
-HEADS, NODES, EDGES, FEATURES = "circuit-heads", "circuit-nodes", "circuit-edges", "circuit-features"
-DISCRETE, AGREEMENT, DFA = "circuit-discrete", "circuit-agreement", "circuit-dfa"
-NodeMethod = Literal["attribution", "patching", "path-patching", "ablation"]
-EdgeMethod = Literal["eap", "ig-inputs", "ig-activations", "exact"]
 RANKINGS: tuple[Ranking, ...] = ("absolute", "signed")
-VARIANTS: tuple[Variant, ...] = ("eap", "ig-inputs", "ig-activations")
 
 
-def report_nodes(
-    space: Workspace,
-    name: str,
+def run_method(
+    catalog: Catalog,
     model: LoadedModel,
-    task: Task,
-    method: NodeMethod,
+    task: Task | str,
+    method: str,
     *,
+    name: str | None = None,
+    saes: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     batch_size: int = 32,
     on_progress: OnProgress | None = None,
 ) -> Result:
-    """Runs and stores a method that gives every node a number.
+    """Runs a method on a task and stores the result, or opens the one that is stored.
 
     Args:
-        options: the method's own: `site`, `direction`, `by_position` of patching, `receivers` of path patching,
-            `kind` of ablation; see `circuits.patching`, `circuits.path_patching` and `circuits.ablation`.
+        task: one with its settings, or just its name.
+        method: a name in `workbench.circuits.methods.METHODS`.
+        name: of the result; the task's and the method's when None.
+        saes: names of SAEs, one a hook point, for methods that need them and no others.
+        options: the method's own, keyword arguments of its function below.
+        batch_size: prompts a forward pass.
 
     Raises:
-        InputError: an unknown method or metric, a task the tokenizer cannot express, or as the method.
+        InputError: an unknown method or option, SAEs where there should be none or the other way round, a metric that
+            the method cannot take, or as the task and the method.
     """
-    if method not in get_args(NodeMethod):
-        raise InputError(f"unknown method {method!r}: choose {', '.join(get_args(NodeMethod))}")
-    prompts, given = task.prompts(model), dict(options or {})
-    metric = task.measure(prompts)
-
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        shared: dict[str, Any] = {"metric": metric, "batch_size": batch_size, "on_progress": on_progress}
-        if method == "attribution":
-            if metric.__name__ != "logit_difference":
-                raise InputError("direct logit attribution splits the logit difference: leave the metric out")
-            scores = logit_attribution(model.bridge, prompts, batch_size=batch_size).nodes()
-        elif method == "patching":
-            scores = patch_activations(model.bridge, prompts, **shared, **given)
-        elif method == "path-patching":
-            scores = patch_paths(model.bridge, prompts, **shared, **given)
-        else:
-            scores = ablate_heads(model.bridge, prompts, **shared, **given)
-        _check_difference(scores)
-        drawn = {"strongest": figures.strongest_nodes(scores)}
-        if not set(scores.nodes).isdisjoint(head_names(model.info.n_layers, model.info.n_heads)):
-            drawn["heads"] = figures.head_scores_heatmap(scores)
-        return {"nodes": scores.table(), "summary": _summary(scores, prompts)}, drawn
-
-    return stored_on_task(space, NODES, name, model, task, prompts, {"method": method, **given}, make)
-
-
-def report_edges(
-    space: Workspace,
-    name: str,
-    model: LoadedModel,
-    task: Task,
-    method: EdgeMethod = "ig-inputs",
-    *,
-    steps: int = 5,
-    fractions: Sequence[float] = FRACTIONS,
-    batch_size: int = 32,
-    on_progress: OnProgress | None = None,
-) -> Result:
-    """Scores every edge, and stores the scores with the faithfulness curves of their circuits.
-
-    The curves are those of the absolute ranking (CMD) and the signed one (CPR). The table `nodes` gives for every
-    writer its total effect (all edges that leave it), its direct effect (its edge to the logits) and the norm of what
-    it writes at the last position, mean over the clean prompts.
-
-    Raises:
-        InputError: as `circuits.eap.attribute_edges` and `circuits.faithfulness.faithfulness_curve`.
-    """
-    if method not in get_args(EdgeMethod):
-        raise InputError(f"unknown method {method!r}: choose {', '.join(get_args(EdgeMethod))}")
+    task = Task(task) if isinstance(task, str) else task
+    known = method_named(method)
+    asked = known.options(options or {})
+    if known.needs_saes != bool(saes):
+        needing = ", ".join(other.name for other in METHODS if other.needs_saes)
+        raise InputError(f"the method {needing} and SAEs (--sae) go together: name one SAE for each hook point")
+    if known.metric not in (None, task.metric or known.metric):
+        raise InputError(f"{known.title} splits the {known.metric}: leave the metric out")
     prompts = task.prompts(model)
-    metric = task.measure(prompts)
-
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        stages = _Stages(on_progress, 3)
-        if method == "exact":
-            scores = patch_edges(model.bridge, prompts, metric=metric, on_progress=stages.stage(0))
-        else:
-            scores = attribute_edges(
-                model.bridge, prompts, variant=method, steps=steps, metric=metric, batch_size=batch_size,
-                on_progress=stages.stage(0),
-            )  # fmt: skip
-        _check_difference(scores)
-        curves = [
-            faithfulness_curve(
-                model.bridge, prompts, scores, ranking=ranking, fractions=fractions, metric=metric,
-                batch_size=batch_size, on_progress=stages.stage(number),
-            )
-            for number, ranking in enumerate(RANKINGS, start=1)
-        ]  # fmt: skip
-        nodes = scores.nodes()
-        table = nodes.table().rename(columns={"score": "total"})
-        direct = scores.scores[:, -1]
-        norms = _norms(model, prompts, batch_size)
-        table.insert(4, "direct", [float(direct[scores.graph.writers.index(node)]) for node in table.node])
-        table["norm"] = [norms[scores.graph.writers.index(node)] for node in table.node]
-        summary = _summary(scores, prompts).assign(**asdict(scores.graph), cmd=curves[0].cmd, cpr=curves[1].cpr)
-        tables = {"edges": scores.table(), "nodes": table, "curves": curve_table(curves), "summary": summary}
-        kept = circuit_edges(scores, min(50, int(scores.graph.exists.sum())))
-        return tables, {
-            "graph": figures.circuit_graph(scores, kept),
-            "faithfulness": figures.faithfulness_figure(curves),
-            "nodes": figures.strongest_nodes(nodes),
-        }
-
-    parameters = {"method": method, "fractions": list(fractions)} | ({"steps": steps} if "ig" in method else {})
-    return stored_on_task(space, EDGES, name, model, task, prompts, parameters, make)
-
-
-def report_discrete(
-    space: Workspace,
-    name: str,
-    model: LoadedModel,
-    task: Task,
-    *,
-    n_train: int = 10,
-    normalised: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Result:
-    """Finds and stores heads by discrete codes; see `circuits.discrete`."""
-    prompts = task.prompts(model)
-
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        found = discrete_circuit(
-            model.bridge, prompts, n_train=n_train, normalised=normalised, seed=task.seed, on_progress=on_progress
-        )
-        grid = found.nodes.view(model.info.n_layers, model.info.n_heads)
-        drawn = {"heads": figures.head_heatmap(grid, f"{prompts.name}: discrete codes", diverging=False)}
-        return {"nodes": found.table(), "edges": found.edge_table()}, drawn
-
+    metric = task.measure(prompts, known.metric)
+    loaded = {item: catalog.sae(item, device=str(model.device)) for item in saes}
+    run = Run(known, model, prompts, metric, task.seed, loaded, batch_size, on_progress)
+    # Where a kind has one method only, it says already which.
+    several = sum(other.kind == known.kind for other in METHODS) > 1
+    parameters = asked | ({"method": method} if several else {}) | ({"saes": list(saes)} if saes else {})
     return stored_on_task(
-        space, DISCRETE, name, model, task, prompts, {"n_train": n_train, "normalised": normalised}, make
+        catalog, known.kind, name or result_name(task, method), model, task, prompts, metric, parameters,
+        lambda: known.run(run, **asked), saes=loaded,
     )  # fmt: skip
 
 
-def report_agreement(
-    space: Workspace,
+def result_name(task: Task, method: str) -> str:
+    """The name of a result that was given none: `induction-eap`."""
+    return f"{task.title}-{method}"
+
+
+def stored_on_task(
+    catalog: Catalog,
+    kind: str,
     name: str,
     model: LoadedModel,
     task: Task,
+    prompts: PromptSet,
+    metric: Metric,
+    parameters: Mapping[str, Any],
+    make: Callable[[], Made],
     *,
-    exact_prompts: int = 2,
-    steps: int = 5,
-    fractions: Sequence[float] = FRACTIONS,
-    on_progress: OnProgress | None = None,
+    saes: Mapping[str, SAE] | None = None,
 ) -> Result:
-    """How well every EAP variant agrees with patching each edge exactly, and how faithful its circuits are.
+    """The result of that name if it was made from the same things, else made and saved with its prompts."""
 
-    Correlations are over all edges on the first `exact_prompts` prompts, one forward pass an edge; CPR and CMD are
-    over all prompts.
+    def with_prompts() -> Made:
+        tables, drawn = make()
+        return {**tables, "prompts": prompts.table(model.tokenizer)}, drawn
+
+    settings = {"task": task.name, "n": task.n, "seed": task.seed, "metric": metric.__name__}
+    described = {"name": prompts.name, "prompts": len(prompts), "fingerprint": fingerprint(prompts)}
+    origin = Origin.of_measurement(model, saes=saes, task=described)
+    return catalog.results.get_or_make(
+        kind, name, parameters={**parameters, **settings}, origin=origin, make=with_prompts
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method is run on."""
+
+    method: Method
+    model: LoadedModel
+    prompts: PromptSet
+    metric: Metric
+    seed: int
+    saes: Mapping[str, SAE]
+    """By name, for methods that need them."""
+    batch_size: int
+    on_progress: OnProgress | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What most methods take."""
+        return {"metric": self.metric, "batch_size": self.batch_size, "on_progress": self.on_progress}
+
+
+def attribution(run: Run) -> Made:
+    """Direct logit attribution, the mean over the prompts."""
+    return _of_nodes(run, logit_attribution(run.model.bridge, run.prompts, batch_size=run.batch_size).nodes())
+
+
+def patching(run: Run, *, site: str = "head", direction: str = "denoise", by_position: bool = False) -> Made:
+    """Activation patching; see `circuits.patching`."""
+    chosen: dict[str, Any] = {"site": site, "direction": direction, "by_position": by_position}
+    return _of_nodes(run, patch_activations(run.model.bridge, run.prompts, **chosen, **run.settings))
+
+
+def path_patching(run: Run, *, receivers: Sequence[str] = ("logits",)) -> Made:
+    """Every head's path to chosen receivers; see `circuits.path_patching`."""
+    return _of_nodes(run, patch_paths(run.model.bridge, run.prompts, receivers=receivers, **run.settings))
+
+
+def ablation(run: Run, *, kind: str = "mean") -> Made:
+    """Every head ablated alone; see `circuits.ablation`."""
+    chosen: dict[str, Any] = {"kind": kind}
+    return _of_nodes(run, ablate_heads(run.model.bridge, run.prompts, **chosen, **run.settings))
+
+
+def eap(run: Run, *, fractions: Sequence[float] = FRACTIONS) -> Made:
+    """Edge attribution patching, with the faithfulness curves of its circuits; see `circuits.eap`."""
+    return _of_edges(run, fractions, partial(attribute_edges, variant="eap", batch_size=run.batch_size))
+
+
+def eap_ig(run: Run, *, steps: int = 5, fractions: Sequence[float] = FRACTIONS) -> Made:
+    """The same with integrated gradients, at the place that the method's name says."""
+    variant: Any = run.method.name
+    return _of_edges(
+        run, fractions, partial(attribute_edges, variant=variant, steps=steps, batch_size=run.batch_size)
+    )  # fmt: skip
+
+
+def exact(run: Run, *, fractions: Sequence[float] = FRACTIONS) -> Made:
+    """Every edge patched by itself; see `circuits.path_patching`."""
+    return _of_edges(run, fractions, patch_edges)
+
+
+def discrete(run: Run, *, n_train: int = 10, normalised: bool = False) -> Made:
+    """Heads by discrete codes; see `circuits.discrete`."""
+    found = discrete_circuit(
+        run.model.bridge, run.prompts, n_train=n_train, normalised=normalised, seed=run.seed,
+        batch_size=run.batch_size, on_progress=run.on_progress,
+    )  # fmt: skip
+    grid = found.nodes.view(run.model.info.n_layers, run.model.info.n_heads)
+    drawn = {"heads": figures.head_heatmap(grid, f"{run.prompts.name}: discrete codes", diverging=False)}
+    return {"nodes": found.table(), "edges": found.edge_table()}, drawn
+
+
+def features(run: Run, *, keep: float = 0.8) -> Made:
+    """A circuit of SAE features; see `circuits.feature_circuits`.
 
     Raises:
-        InputError: fewer prompts than are to be patched exactly, or none.
+        InputError: an SAE of a hook point that the model does not have.
     """
-    prompts = task.prompts(model)
-    metric = task.measure(prompts)
-    if not 1 <= exact_prompts <= len(prompts):
-        raise InputError(f"exact patching on {exact_prompts} prompts was asked for, the task has {len(prompts)}")
+    for label, sae in run.saes.items():
+        if sae.hook_name not in run.model.bridge.hook_dict:
+            raise InputError(f"SAE {label!r} reads {sae.hook_name!r}, which {run.model.info.name} does not have")
+    found = feature_circuit(
+        run.model.bridge, run.prompts, list(run.saes.values()), keep=keep, metric=run.metric,
+        on_progress=run.on_progress,
+    )  # fmt: skip
+    summary = pd.DataFrame(
+        [{"task": run.prompts.name, "metric": run.metric.__name__, "prompts": len(run.prompts),
+          "nodes": len(found.nodes), "share": found.share, "faithfulness_with_errors": found.with_errors,
+          "faithfulness_without_errors": found.without_errors, "clean": found.clean, "corrupted": found.corrupted}]
+    )  # fmt: skip
+    return {"nodes": found.nodes, "edges": found.edges, "summary": summary}, {"graph": figures.feature_graph(found)}
 
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        stages = _Stages(on_progress, 1 + 2 * len(VARIANTS))
-        few = prompts[:exact_prompts]
-        exact = patch_edges(model.bridge, few, metric=metric, on_progress=stages.stage(0))
-        there = exact.graph.exists
-        rows, curves = [], []
-        for number, variant in enumerate(VARIANTS):
-            close = attribute_edges(model.bridge, few, variant=variant, steps=steps, metric=metric)
-            one, two = pd.Series(close.scores[there].numpy()), pd.Series(exact.scores[there].numpy())
-            scores = attribute_edges(model.bridge, prompts, variant=variant, steps=steps, metric=metric)
-            _check_difference(scores)
-            pair = [
-                faithfulness_curve(model.bridge, prompts, scores, ranking=ranking, fractions=fractions, metric=metric,
-                                   on_progress=stages.stage(1 + 2 * number + place))
-                for place, ranking in enumerate(RANKINGS)
-            ]  # fmt: skip
-            curves += pair
-            rows.append(
-                {"method": scores.method, "edges": len(one), "pearson": one.corr(two),
-                 "spearman": one.rank().corr(two.rank()), "cpr": pair[1].cpr, "cmd": pair[0].cmd}
-            )  # fmt: skip
-        return {"methods": pd.DataFrame(rows), "curves": curve_table(curves)}, {
-            "faithfulness": figures.faithfulness_figure([curve for curve in curves if curve.ranking == "absolute"])
-        }
 
-    parameters = {"exact_prompts": exact_prompts, "steps": steps, "fractions": list(fractions)}
-    return stored_on_task(space, AGREEMENT, name, model, task, prompts, parameters, make)
+def _of_nodes(run: Run, scores: NodeScores) -> Made:
+    check_difference(scores)
+    drawn = {"strongest": figures.strongest_nodes(scores)}
+    if not set(scores.nodes).isdisjoint(head_names(run.model.info.n_layers, run.model.info.n_heads)):
+        drawn["heads"] = figures.head_scores_heatmap(scores)
+    return {"nodes": scores.table(), "summary": _summary(scores, run.prompts)}, drawn
+
+
+def _of_edges(run: Run, fractions: Sequence[float], score: Callable[..., EdgeScores]) -> Made:
+    """Scores of every edge, and the faithfulness of their circuits by the absolute ranking (CMD) and the signed (CPR).
+
+    The table `nodes` gives for every writer its total effect (all edges that leave it), its direct effect (its edge to
+    the logits) and the norm of what it writes at the last position, mean over the clean prompts.
+    """
+    bridge, prompts, steps = run.model.bridge, run.prompts, stages(run.on_progress, 1 + len(RANKINGS))
+    scores = score(bridge, prompts, metric=run.metric, on_progress=steps[0])
+    check_difference(scores)
+    curves = [
+        faithfulness_curve(
+            bridge, prompts, scores, ranking=ranking, fractions=fractions, metric=run.metric,
+            batch_size=run.batch_size, on_progress=step,
+        )
+        for ranking, step in zip(RANKINGS, steps[1:], strict=True)
+    ]  # fmt: skip
+    nodes, writers = scores.nodes(), scores.graph.writers
+    table = nodes.table().rename(columns={"score": "total"})
+    direct, norms = scores.scores[:, -1], _norms(run)
+    table.insert(4, "direct", [float(direct[writers.index(node)]) for node in table.node])
+    table["norm"] = [norms[writers.index(node)] for node in table.node]
+    summary = _summary(scores, prompts).assign(**asdict(scores.graph), cmd=curves[0].cmd, cpr=curves[1].cpr)
+    kept = circuit_edges(scores, min(50, int(scores.graph.exists.sum())))
+    return {"edges": scores.table(), "nodes": table, "curves": curve_table(curves), "summary": summary}, {
+        "graph": figures.circuit_graph(scores, kept),
+        "faithfulness": figures.faithfulness_figure(curves),
+        "nodes": figures.strongest_nodes(nodes),
+    }
 
 
 def curve_table(curves: Sequence[FaithfulnessCurve]) -> pd.DataFrame:
@@ -245,6 +259,12 @@ def curve_table(curves: Sequence[FaithfulnessCurve]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def check_difference(scores: NodeScores | EdgeScores) -> None:
+    """Raises InputError where clean and corrupted prompts measure the same, so that no effect has a share."""
+    if scores.clean == scores.corrupted:
+        raise InputError(f"task {scores.task}: {scores.metric} is the same on clean and corrupted prompts")
+
+
 def _summary(scores: NodeScores | EdgeScores, prompts: PromptSet) -> pd.DataFrame:
     return pd.DataFrame(
         [{"method": scores.method, "task": scores.task, "metric": scores.metric, "prompts": len(prompts),
@@ -252,79 +272,12 @@ def _summary(scores: NodeScores | EdgeScores, prompts: PromptSet) -> pd.DataFram
     )  # fmt: skip
 
 
-def _check_difference(scores: NodeScores | EdgeScores) -> None:
-    if scores.clean == scores.corrupted:
-        raise InputError(f"task {scores.task}: {scores.metric} is the same on clean and corrupted prompts")
-
-
 @torch.no_grad()
-def _norms(model: LoadedModel, prompts: PromptSet, batch_size: int) -> list[float]:
+def _norms(run: Run) -> list[float]:
     total: Any = 0
-    for batch in prompts.batches(batch_size):
-        outputs = written(model.bridge, batch.clean)
+    for batch in run.prompts.batches(run.batch_size):
+        outputs = written(run.model.bridge, batch.clean)
         rows = torch.arange(len(batch), device=outputs.device)
         total = total + outputs[:, rows, batch.last].double().norm(dim=-1).sum(dim=1)
-    found: list[float] = (total / len(prompts)).tolist()
+    found: list[float] = (total / len(run.prompts)).tolist()
     return found
-
-
-class _Stages:
-    """One count of progress over several stages of about the same length."""
-
-    def __init__(self, on_progress: OnProgress | None, stages: int) -> None:
-        self._report, self._stages = on_progress, stages
-
-    def stage(self, number: int) -> OnProgress:
-        """The callback of one stage."""
-
-        def report(done: int, total: int) -> None:
-            if self._report is not None:
-                self._report(number * 1000 + 1000 * done // total, 1000 * self._stages)
-
-        return report
-
-
-def stored_on_task(
-    space: Workspace,
-    kind: str,
-    name: str,
-    model: LoadedModel,
-    task: Task,
-    prompts: PromptSet,
-    parameters: dict[str, Any],
-    make: Callable[[], tuple[dict[str, pd.DataFrame], dict[str, Any]]],
-) -> Result:
-    """The result of that name if it was made from the same things, else made and saved."""
-    asked = {**parameters, "task": task.name, "n": task.n, "seed": task.seed, "metric": task.measure(prompts).__name__}
-    provenance = {
-        "model": model.info.to_dict(),
-        "task": {"name": prompts.name, "prompts": len(prompts), "fingerprint": fingerprint(prompts)},
-        "versions": versions(),
-    }
-    return stored_or_made(
-        space, kind, name, asked, provenance, make, {"prompts": prompts.table(model.tokenizer)}
-    )  # fmt: skip
-
-
-def stored_or_made(
-    space: Workspace,
-    kind: str,
-    name: str,
-    parameters: dict[str, Any],
-    provenance: dict[str, Any],
-    make: Callable[[], tuple[dict[str, pd.DataFrame], dict[str, Any]]],
-    extra: Mapping[str, pd.DataFrame],
-) -> Result:
-    """Opens the result of that name made from the same things, else makes and saves it with the tables `extra`."""
-    for result in space.results.find(kind):
-        if result.name == name and result.parameters == parameters and result.provenance == provenance:
-            return result
-    tables, drawn = make()
-    return space.results.save(
-        kind,
-        name,
-        parameters=parameters,
-        provenance=provenance,
-        tables={**tables, **extra},
-        figures={figure: plot.to_json() for figure, plot in drawn.items()},
-    )

@@ -10,7 +10,8 @@ from circuits.scores import EdgeScores, NodeScores
 from sae.errors import InputError
 from workbench.catalog.results import Result
 from workbench.circuits import figures
-from workbench.circuits.report import EDGES, HEADS, NODES
+from workbench.circuits.heads import HEADS
+from workbench.circuits.methods import EDGES, NODES
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel, ModelInfo
 

@@ -13,29 +13,33 @@ Prompts are 250 clean and 250 corrupted ones, as in the paper, of which ten trai
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from circuits.ablation import ablate_heads
-from circuits.discrete import discrete_circuit, roc_auc
+from circuits.discrete import DiscreteCircuit, discrete_circuit, roc_auc
 from circuits.eap import attribute_edges
+from circuits.metrics import Metric
 from circuits.nodes import head_name
-from circuits.passes import OnProgress
+from circuits.passes import OnProgress, stages
 from circuits.patching import patch_activations
 from circuits.prompts import PromptSet
+from circuits.scores import NodeScores
 from circuits.tasks.ioi import ioi
 from sae.errors import InputError
-from workbench.catalog.results import Result
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.results import Made, Result
 from workbench.circuits.report import stored_on_task
 from workbench.circuits.task import Task
 from workbench.models import attn_only
 from workbench.models.load import LoadedModel, load_model
-from workbench.workspace import Workspace
 
 TABLE = "circuit-table"
 IOI_LISTS = ("names", "places", "objects", "templates")
@@ -82,7 +86,7 @@ def load_published_model(spec: str, device: str) -> LoadedModel:
 
 
 def report_table(
-    space: Workspace,
+    catalog: Catalog,
     name: str,
     model: LoadedModel,
     which: str,
@@ -113,53 +117,66 @@ def report_table(
         )
     task = Task(which, n)
     prompts = task.prompts(model) if data is None else _ioi_from(data, which, model, n)
+    metric = task.measure(prompts)
 
-    def make() -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        total = seeds + 4
-
-        def report(done: int) -> None:
-            if on_progress is not None:
-                on_progress(done, total)
-
-        runs = []
-        for seed in range(seeds):
-            runs.append(discrete_circuit(model.bridge, prompts, seed=seed, batch_size=batch_size))
-            report(seed + 1)
-        heads = runs[0].heads
-        truth = torch.tensor([head in known.heads for head in heads])
-        layers = torch.arange(len(heads)) // known.n_heads
-        earlier = layers[:, None] < layers[None]
-        both = truth[:, None] & truth[None]
-        node_aucs = torch.tensor([roc_auc(run.nodes, truth) for run in runs])
-        edge_aucs = torch.tensor([roc_auc(run.edges[earlier], both[earlier]) for run in runs])
-        rows: list[dict[str, Any]] = [
-            {"method": f"discrete codes, {seeds} seeds", "published_nodes": known.discrete[0],
-             "ours_nodes": float(node_aucs.mean()), "published_edges": known.discrete[1],
-             "ours_edges": float(edge_aucs.mean())},
-            {"method": "ACDC", "published_nodes": known.acdc},
-        ]  # fmt: skip
+    def make() -> Made:
+        others = _others(model, prompts, metric, batch_size)
+        steps = stages(on_progress, seeds + len(others))
+        runs = [
+            discrete_circuit(model.bridge, prompts, seed=seed, batch_size=batch_size, on_progress=steps[seed])
+            for seed in range(seeds)
+        ]
         found = {"discrete": torch.stack([run.nodes for run in runs]).mean(dim=0)}
-        metric = task.measure(prompts)
-        for number, (label, scores) in enumerate(_others(model, prompts, metric, batch_size), start=1):
-            found[label] = torch.tensor([abs(scores[head]) for head in heads], dtype=torch.float64)
-            rows.append({"method": label, "ours_nodes": roc_auc(found[label], truth)})
-            report(seeds + number)
-        table = pd.DataFrame({"node": heads, "published": truth.tolist()})
-        for label, values in found.items():
-            table[f"rank {label}"] = pd.Series(values.numpy()).rank(ascending=False, method="min").astype(int)
-        table = table.sort_values(["published", "rank discrete"], ascending=[False, True], ignore_index=True)
-        columns = ["method", "published_nodes", "ours_nodes", "published_edges", "ours_edges"]
-        return {"published": pd.DataFrame(rows, columns=columns), "heads": table}, {}
+        for (label, score), step in zip(others.items(), steps[seeds:], strict=True):
+            scores = score()
+            found[label] = torch.tensor([abs(scores[head]) for head in runs[0].heads], dtype=torch.float64)
+            step(1, 1)
+        return {"published": _areas(known, runs, found), "heads": _ranks(known, runs[0].heads, found)}, {}
 
-    return stored_on_task(space, TABLE, name, model, task, prompts, {"table": which, "seeds": seeds}, make)
+    parameters = {"table": which, "seeds": seeds}
+    return stored_on_task(catalog, TABLE, name, model, task, prompts, metric, parameters, make)
 
 
-def _others(model: LoadedModel, prompts: PromptSet, metric: Any, batch_size: int) -> Any:
-    bridge, shared = model.bridge, {"metric": metric, "batch_size": batch_size}
-    yield "EAP-IG", attribute_edges(bridge, prompts, variant="ig-inputs", **shared).nodes()
-    yield "EAP", attribute_edges(bridge, prompts, variant="eap", **shared).nodes()
-    yield "mean ablation", ablate_heads(bridge, prompts, kind="mean", **shared)
-    yield "patching", patch_activations(bridge, prompts, **shared)
+def _others(
+    model: LoadedModel, prompts: PromptSet, metric: Metric, batch_size: int
+) -> dict[str, Callable[[], NodeScores]]:
+    """The methods beside discrete codes, each run when it is called."""
+    bridge = model.bridge
+    shared: dict[str, Any] = {"metric": metric, "batch_size": batch_size}
+    return {
+        "EAP-IG": lambda: attribute_edges(bridge, prompts, variant="ig-inputs", **shared).nodes(),
+        "EAP": lambda: attribute_edges(bridge, prompts, variant="eap", **shared).nodes(),
+        "mean ablation": lambda: ablate_heads(bridge, prompts, kind="mean", **shared),
+        "patching": lambda: patch_activations(bridge, prompts, **shared),
+    }
+
+
+def _areas(
+    known: Published, runs: Sequence[DiscreteCircuit], found: Mapping[str, Float[Tensor, "heads"]]
+) -> pd.DataFrame:
+    """A method's area under the ROC curve against the published heads, and for discrete codes against their edges."""
+    heads = runs[0].heads
+    truth = torch.tensor([head in known.heads for head in heads])
+    layers = torch.arange(len(heads)) // known.n_heads
+    earlier, both = layers[:, None] < layers[None], truth[:, None] & truth[None]
+    nodes = torch.tensor([roc_auc(run.nodes, truth) for run in runs])
+    edges = torch.tensor([roc_auc(run.edges[earlier], both[earlier]) for run in runs])
+    rows: list[dict[str, Any]] = [
+        {"method": f"discrete codes, {len(runs)} seeds", "published_nodes": known.discrete[0],
+         "ours_nodes": float(nodes.mean()), "published_edges": known.discrete[1], "ours_edges": float(edges.mean())},
+        {"method": "ACDC", "published_nodes": known.acdc},
+        *({"method": label, "ours_nodes": roc_auc(scores, truth)}
+          for label, scores in found.items() if label != "discrete"),
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["method", "published_nodes", "ours_nodes", "published_edges", "ours_edges"])
+
+
+def _ranks(known: Published, heads: Sequence[str], found: Mapping[str, Float[Tensor, "heads"]]) -> pd.DataFrame:
+    """Every head's rank by every method, the published ones first."""
+    table = pd.DataFrame({"node": heads, "published": [head in known.heads for head in heads]})
+    for label, scores in found.items():
+        table[f"rank {label}"] = pd.Series(scores.numpy()).rank(ascending=False, method="min").astype(int)
+    return table.sort_values(["published", "rank discrete"], ascending=[False, True], ignore_index=True)
 
 
 def _ioi_from(folder: Path, which: str, model: LoadedModel, n: int) -> PromptSet:

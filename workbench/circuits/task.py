@@ -57,9 +57,9 @@ class Task:
             )
         return prompts.to(model.device)
 
-    def measure(self, prompts: PromptSet) -> Metric:
-        """The metric: that asked for, or the usual one of the prompts. Raises InputError for an unknown one."""
-        return _metric(self.metric or prompts.metric)
+    def measure(self, prompts: PromptSet, usual: str | None = None) -> Metric:
+        """The metric: that asked for, else `usual`, else that of the prompts. Raises InputError for an unknown one."""
+        return _metric(self.metric or usual or prompts.metric)
 
 
 def fingerprint(prompts: PromptSet) -> str:

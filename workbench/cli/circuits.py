@@ -1,33 +1,49 @@
-"""Commands over head circuits: heads, and circuits heads, attribute, patch, ablate, discover, dfa, evaluate, table."""
+"""`workbench circuits`: heads, attribute, patch, ablate, discover, dfa, evaluate, table, list."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from circuits.tasks import TASKS
 from sae.errors import InputError
-from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
-from workbench.cli.output import print_json, print_table
+from workbench.circuits.methods import DISCRETE, EDGES, FEATURES, METHODS, NODES
+from workbench.cli.options import (
+    DEFAULT_WORKSPACE,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    open_workspace,
+)
+from workbench.cli.output import print_json, print_result, print_table, write_page
+from workbench.cli.shared import sharing
 from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from circuits.passes import OnProgress
     from workbench.catalog.results import Result
     from workbench.circuits.task import Task
     from workbench.models.load import LoadedModel
+    from workbench.workspace import Workspace
 
-TaskArgument = Annotated[
-    str,
-    typer.Argument(
-        help="induction, ioi, greater-than, docstring, brackets, argument, self-attribute, or a .jsonl file."
-    ),
-]
-NameOption = Annotated[str | None, typer.Option("--name", help="Name of the result; task and method when left out.")]
-ModelOption = Annotated[str, typer.Option(help="demo, a local Hugging Face folder, or a hub name.")]
+DISCOVERED = tuple(method.name for method in METHODS if method.kind != NODES)
+"""Methods that find a circuit; those that score nodes have commands of their own."""
+SHOWN = {
+    NODES: ("summary", "nodes"),
+    EDGES: ("summary", "nodes", "edges", "curves"),
+    FEATURES: ("summary", "nodes", "edges"),
+    DISCRETE: ("nodes", "edges"),
+}
+"""Tables of each kind of result that are printed."""
+
+TaskArgument = Annotated[str, typer.Argument(help=f"{', '.join(TASKS)}, a task of another package, or a .jsonl file.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the result; a fitting one when left out.")]
 PromptsOption = Annotated[
     int, typer.Option("--prompts", "-n", help="Prompts to generate; a file is taken whole.", min=1)
 ]
@@ -39,8 +55,7 @@ MetricOption = Annotated[
 BatchOption = Annotated[int, typer.Option(help="Prompts a forward pass.", min=1)]
 TopOption = Annotated[int, typer.Option(help="Rows of each table to print.", min=1)]
 PlotOption = Annotated[Path | None, typer.Option(help="Write the figures to this HTML file.")]
-
-DISCOVERED = ("ig-inputs", "ig-activations", "eap", "exact", "features", "discrete")
+StepsOption = Annotated[int | None, typer.Option(help="Steps of integrated gradients; 5 when left out.", min=1)]
 
 commands = typer.Typer(
     name="circuits",
@@ -55,35 +70,97 @@ def register(app: typer.Typer) -> None:
     app.add_typer(commands)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What every analysis of a model takes, and how its result is shown."""
+
+    name: NameOption = None
+    model: ModelOption = "demo"
+    top: TopOption = 20
+    plot: PlotOption = None
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE
+    device: DeviceOption = "auto"
+    as_json: JsonOption = False
+
+    def load(self) -> "LoadedModel":
+        """The model."""
+        from workbench.models.load import load_model
+
+        return load_model(self.model, device=self.device)
+
+    def space(self) -> "Workspace":
+        """The workspace, made where there is none."""
+        from workbench.workspace import Workspace
+
+        return Workspace(self.workspace)
+
+    @contextmanager
+    def bar(self, label: str) -> "Iterator[OnProgress]":
+        """A progress bar whose total the work itself names."""
+        with ProgressBar(label, 1, enabled=not self.as_json, unit="steps") as bar:
+            yield bar.report
+
+    def show(self, result: "Result", tables: "Mapping[str, pd.DataFrame]") -> None:
+        """Prints tables of a result, at most `top` rows of each; JSON holds all rows. Writes its figures."""
+        if self.plot is not None:
+            write_page(self.plot, figures_page(result))
+        print_result(result, tables, self.as_json, top=self.top)
+        if self.plot is not None and not self.as_json:
+            print(f"Figures in {self.plot}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnTask(Analysis):
+    """What every method that runs on a task takes."""
+
+    task: TaskArgument
+    prompts: PromptsOption = 32
+    seed: SeedOption = 0
+    metric: MetricOption = None
+    batch_size: BatchOption = 32
+
+    def asked(self) -> "Task":
+        """The task with its settings. Raises InputError for an unknown task or metric, before anything is loaded."""
+        from workbench.circuits.task import Task
+
+        place = str(Path(self.task).resolve()) if self.task.endswith(".jsonl") else self.task
+        task = Task(place, self.prompts, self.seed, self.metric)
+        task.check()
+        return task
+
+    def run(self, method: str, options: dict[str, Any], saes: list[str] | None = None) -> None:
+        """Runs a method, or opens its stored result, and shows it."""
+        from workbench.circuits.report import run_method
+
+        asked = self.asked()
+        with self.bar(method) as on_progress:
+            result = run_method(
+                self.space(), self.load(), asked, method, name=self.name, saes=saes or [], options=options,
+                batch_size=self.batch_size, on_progress=on_progress,
+            )  # fmt: skip
+        self.show(result, {table: result.table(table) for table in SHOWN[result.kind]})
+
+
 @commands.command()
+@sharing(Analysis)
 def heads(
-    name: NameOption = None,
-    model: ModelOption = "demo",
+    run: Analysis,
     rows: Annotated[int, typer.Option(help="Rows of repeated random tokens.", min=1)] = 16,
     length: Annotated[int, typer.Option(help="Tokens before a row repeats.", min=2)] = 32,
     needles: Annotated[int, typer.Option(help="Needle tests for retrieval heads; 0 leaves them out.", min=0)] = 32,
-    top: TopOption = 20,
-    plot: PlotOption = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Score every head: previous token, duplicate, induction, copying, retrieval, sink, entropy; composition."""
     from workbench.circuits.heads import report_heads
-    from workbench.workspace import Workspace
 
-    with bar_of("heads", "steps", as_json) as on_progress:
-        loaded = _load(model, device)
+    with run.bar("heads") as on_progress:
         result = report_heads(
-            Workspace(workspace), name or f"heads-{Path(model).name}", loaded, n=rows, length=length, needles=needles,
-            on_progress=on_progress,
+            run.space(), run.name or f"heads-{Path(run.model).name}", run.load(), n=rows, length=length,
+            needles=needles, on_progress=on_progress,
         )  # fmt: skip
     scores = result.table("scores").drop(columns=["layer", "head"])
     composition = result.table("composition").sort_values("score", ascending=False)
     tables = {"scores": scores, "composition": composition[["writer", "reader", "kind", "score"]]}
-    if not as_json:
-        tables = {"best heads": best_heads(scores)} | tables
-    _show(result, tables, as_json, top, plot)
+    run.show(result, tables if run.as_json else {"best heads": best_heads(scores), **tables})
 
 
 def best_heads(scores: "pd.DataFrame", n: int = 4) -> "pd.DataFrame":
@@ -101,28 +178,16 @@ def best_heads(scores: "pd.DataFrame", n: int = 4) -> "pd.DataFrame":
 
 
 @commands.command()
-def attribute(
-    task: TaskArgument,
-    name: NameOption = None,
-    model: ModelOption = "demo",
-    prompts: PromptsOption = 32,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = 32,
-    top: TopOption = 20,
-    plot: PlotOption = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
+@sharing(OnTask, omit=["metric"])
+def attribute(run: OnTask) -> None:
     """Split the logit difference into what every head and MLP writes to the logits directly."""
-    options = {"batch_size": batch_size}
-    result = _run(task, "attribution", options, name, model, prompts, seed, None, workspace, device, as_json)
-    _show_nodes(result, as_json, top, plot)
+    run.run("attribution", {})
 
 
 @commands.command()
+@sharing(OnTask)
 def patch(
-    task: TaskArgument,
+    run: OnTask,
     site: Annotated[str, typer.Option(help="head, attn_out, mlp_out or resid_pre.")] = "head",
     direction: Annotated[str, typer.Option(help="denoise (clean into corrupted) or noise.")] = "denoise",
     by_position: Annotated[bool, typer.Option("--by-position", help="One number a position; not for heads.")] = False,
@@ -132,88 +197,47 @@ def patch(
             "--to", help="Path patching to these receivers alone, such as a3.h5<k> or logits; repeat for several."
         ),
     ] = None,
-    name: NameOption = None,
-    model: ModelOption = "demo",
-    prompts: PromptsOption = 32,
-    seed: SeedOption = 0,
-    metric: MetricOption = None,
-    batch_size: BatchOption = 32,
-    top: TopOption = 20,
-    plot: PlotOption = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Patch every node between clean and corrupted prompts; with --to, every head's path to chosen receivers."""
-    method, options = "patching", {"site": site, "direction": direction, "by_position": by_position}
     if to:
-        method, options = "path-patching", {"receivers": to}
-    options["batch_size"] = batch_size
-    result = _run(task, method, options, name, model, prompts, seed, metric, workspace, device, as_json)
-    _show_nodes(result, as_json, top, plot)
+        run.run("path-patching", {"receivers": to})
+    else:
+        run.run("patching", {"site": site, "direction": direction, "by_position": by_position})
 
 
 @commands.command()
-def ablate(
-    task: TaskArgument,
-    kind: Annotated[str, typer.Option(help="zero, mean or resample.")] = "mean",
-    name: NameOption = None,
-    model: ModelOption = "demo",
-    prompts: PromptsOption = 32,
-    seed: SeedOption = 0,
-    metric: MetricOption = None,
-    batch_size: BatchOption = 32,
-    top: TopOption = 20,
-    plot: PlotOption = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
+@sharing(OnTask)
+def ablate(run: OnTask, kind: Annotated[str, typer.Option(help="zero, mean or resample.")] = "mean") -> None:
     """Ablate every head alone and measure what the behaviour loses."""
-    options = {"kind": kind, "batch_size": batch_size}
-    result = _run(task, "ablation", options, name, model, prompts, seed, metric, workspace, device, as_json)
-    _show_nodes(result, as_json, top, plot)
+    run.run("ablation", {"kind": kind})
 
 
 @commands.command()
+@sharing(OnTask)
 def discover(
-    task: TaskArgument,
+    run: OnTask,
     method: Annotated[
-        str, typer.Option(help="ig-inputs, ig-activations, eap, exact (every edge patched), features or discrete.")
-    ] = "ig-inputs",
+        str, typer.Option(metavar="|".join(DISCOVERED), help="How; exact patches every edge by itself.")
+    ] = DISCOVERED[0],
     sae: Annotated[
         list[str] | None, typer.Option("--sae", help="SAE for --method features; repeat for several hook points.")
     ] = None,
-    keep: Annotated[float, typer.Option(help="Share of all attribution a feature circuit holds.")] = 0.8,
-    steps: Annotated[int, typer.Option(help="Steps of integrated gradients.", min=1)] = 5,
-    name: NameOption = None,
-    model: ModelOption = "demo",
-    prompts: PromptsOption = 32,
-    seed: SeedOption = 0,
-    metric: MetricOption = None,
-    batch_size: BatchOption = 32,
-    top: TopOption = 20,
-    plot: PlotOption = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of all attribution a feature circuit holds; 0.8 when left out.")
+    ] = None,
+    steps: StepsOption = None,
 ) -> None:
     """Find a circuit: edges with their faithfulness curves, SAE features, or heads by discrete codes."""
     if method not in DISCOVERED:
         raise InputError(f"unknown method {method!r}: choose {', '.join(DISCOVERED)}")
-    options: dict[str, Any] = {"features": {"keep": keep}, "discrete": {}}.get(
-        method, {"steps": steps, "batch_size": batch_size}
-    )
-    result = _run(task, method, options, name, model, prompts, seed, metric, workspace, device, as_json, sae or [])
-    tables = ["nodes", "edges"] if method == "discrete" else ["summary", "nodes", "edges"]
-    shown = {table: result.table(table) for table in tables}
-    if method not in ("features", "discrete"):
-        shown["curves"] = result.table("curves")
-    _show(result, shown, as_json, top, plot)
+    given = {name: value for name, value in (("keep", keep), ("steps", steps)) if value is not None}
+    run.run(method, given, sae)
 
 
 @commands.command()
+@sharing(Analysis)
 def dfa(
+    run: Analysis,
     sae: Annotated[str, typer.Argument(help="Name of an SAE on attn.hook_z.")],
     text: Annotated[str, typer.Option(help="The text on which the feature is taken apart.")],
     feature: Annotated[int | None, typer.Option(help="Its number; the strongest there when left out.")] = None,
@@ -221,61 +245,44 @@ def dfa(
     residual: Annotated[
         list[str] | None, typer.Option("--residual", help="Residual SAE to go on through; repeat, one a layer.")
     ] = None,
-    name: NameOption = None,
-    model: ModelOption = "demo",
-    top: TopOption = 20,
-    plot: PlotOption = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Split an attention-output feature's activation by source token and head, and go on through residual SAEs."""
     from workbench.circuits.attention_saes import report_dfa
-    from workbench.workspace import Workspace
 
-    space = Workspace(workspace, create=False)
-    loaded = _load(model, device)
-    place = str(loaded.device)
+    space, model = open_workspace(run.workspace), run.load()
+    place = str(model.device)
     result = report_dfa(
-        space, name or f"dfa-{sae}", loaded, (sae, space.sae(sae, device=place)), text, feature=feature,
+        space, run.name or f"dfa-{sae}", model, (sae, space.sae(sae, device=place)), text, feature=feature,
         position=position, residuals={item: space.sae(item, device=place) for item in residual or []},
     )  # fmt: skip
     tables = ["summary", "heads", "by_head", *(["steps"] if residual else [])]
-    _show(result, {table: result.table(table) for table in tables}, as_json, top, plot)
+    run.show(result, {table: result.table(table) for table in tables})
 
 
 @commands.command()
+@sharing(OnTask, prompts=8)
 def evaluate(
-    task: TaskArgument,
+    run: OnTask,
     exact_prompts: Annotated[int, typer.Option(help="Prompts on which each edge is patched exactly.", min=1)] = 2,
-    steps: Annotated[int, typer.Option(help="Steps of integrated gradients.", min=1)] = 5,
-    name: NameOption = None,
-    model: ModelOption = "demo",
-    prompts: PromptsOption = 8,
-    seed: SeedOption = 0,
-    metric: MetricOption = None,
-    top: TopOption = 20,
-    plot: PlotOption = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    steps: StepsOption = None,
 ) -> None:
     """Compare EAP and EAP-IG with patching every edge exactly: correlations, CPR and CMD."""
-    from workbench.circuits.methods import result_name
-    from workbench.circuits.report import report_agreement
-    from workbench.workspace import Workspace
+    from workbench.circuits.agreement import report_agreement
+    from workbench.circuits.report import result_name
 
-    asked = _task(task, prompts, seed, metric)
-    with bar_of("evaluate", "steps", as_json) as on_progress:
+    asked = run.asked()
+    with run.bar("evaluate") as on_progress:
         result = report_agreement(
-            Workspace(workspace), name or result_name(asked, "agreement"), _load(model, device), asked,
-            exact_prompts=exact_prompts, steps=steps, on_progress=on_progress,
+            run.space(), run.name or result_name(asked, "agreement"), run.load(), asked, exact_prompts=exact_prompts,
+            steps=steps or 5, batch_size=run.batch_size, on_progress=on_progress,
         )  # fmt: skip
-    _show(result, {"methods": result.table("methods")}, as_json, top, plot)
+    run.show(result, {"methods": result.table("methods")})
 
 
 @commands.command()
+@sharing(Analysis, omit=["model", "plot"], top=30)
 def table(
+    run: Analysis,
     which: Annotated[str, typer.Argument(help="ioi, greater-than or docstring.")],
     model: Annotated[
         str, typer.Option(help="gpt2 (ioi, greater-than), attn-only-4l (docstring), or a local folder of that shape.")
@@ -285,109 +292,35 @@ def table(
     data: Annotated[
         Path | None, typer.Option(help="Folder with names.json, places.json, objects.json, templates.json for ioi.")
     ] = None,
-    name: NameOption = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Print a published circuit beside what the methods find here: ROC AUC against its heads."""
     from workbench.circuits.tables import load_published_model, report_table
-    from workbench.workspace import Workspace
 
-    with bar_of("table", "steps", as_json) as on_progress:
+    with run.bar("table") as on_progress:
         result = report_table(
-            Workspace(workspace), name or f"table-{which}", load_published_model(model, device), which, n=prompts,
+            run.space(), run.name or f"table-{which}", load_published_model(model, run.device), which, n=prompts,
             seeds=seeds, data=data, on_progress=on_progress,
         )  # fmt: skip
-    _show(result, {"published": result.table("published"), "heads": result.table("heads")}, as_json, 30, None)
+    run.show(result, {"published": result.table("published"), "heads": result.table("heads")})
 
 
 @commands.command(name="list")
 def list_results(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
     """List the stored circuit results."""
-    from workbench.workspace import Workspace
-
-    found = [item for item in Workspace(workspace, create=False).results.find() if item.kind.startswith("circuit-")]
+    found = [item for item in open_workspace(workspace).results.find() if item.kind.startswith("circuit-")]
     if as_json:
         print_json([{"kind": r.kind, "name": r.name, "created": r.created, **r.parameters} for r in found])
         return
-    rows = [(r.name, r.kind, r.created, r.parameters.get("task"), r.provenance["model"]["name"]) for r in found]
+    rows = [(r.name, r.kind, r.created, r.parameters.get("task"), r.origin.model) for r in found]
     print_table("Circuit results", ["name", "kind", "created", "task", "model"], rows)
 
 
-def _run(
-    task: str, method: str, options: dict[str, Any], name: str | None, model: str, prompts: int, seed: int,
-    metric: str | None, workspace: Path, device: str, as_json: bool, saes: Sequence[str] = (),
-) -> "Result":  # fmt: skip
-    from workbench.circuits.methods import run_method
-    from workbench.workspace import Workspace
-
-    asked = _task(task, prompts, seed, metric)
-    with bar_of(method, "steps", as_json) as on_progress:
-        return run_method(
-            Workspace(workspace), _load(model, device), asked, method, name=name, saes=saes, options=options,
-            on_progress=on_progress,
-        )  # fmt: skip
-
-
-def _show_nodes(result: "Result", as_json: bool, top: int, plot: Path | None) -> None:
-    _show(result, {"summary": result.table("summary"), "nodes": result.table("nodes")}, as_json, top, plot)
-
-
-def _task(name: str, prompts: int, seed: int, metric: str | None) -> "Task":
-    from workbench.circuits.task import Task
-
-    task = Task(str(Path(name).resolve()) if name.endswith(".jsonl") else name, prompts, seed, metric)
-    task.check()
-    return task
-
-
-def _load(model: str, device: str) -> "LoadedModel":
-    from workbench.models.load import load_model
-
-    return load_model(model, device=device)
-
-
-@contextmanager
-def bar_of(label: str, unit: str, as_json: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar whose total the work itself names."""
-    with ProgressBar(label, 1, enabled=not as_json, unit=unit) as bar:
-
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done)
-
-        yield on_progress
-
-
-def _show(result: "Result", tables: "dict[str, pd.DataFrame]", as_json: bool, top: int, plot: Path | None) -> None:
-    """The tables of a result, at most `top` rows of each; JSON holds all rows."""
-    if plot is not None:
-        write_figures(result, plot)
-    if as_json:
-        document = {table: json.loads(frame.to_json(orient="records")) for table, frame in tables.items()}
-        print_json({"kind": result.kind, "name": result.name, "path": str(result.path), **document})
-        return
-    for title, whole in tables.items():
-        frame = whole.head(top)
-        rows: Sequence[Sequence[Any]] = json.loads(frame.to_json(orient="values", double_precision=15))
-        more = f" (first {top} of {len(whole)})" if len(whole) > top else ""
-        print_table(title + more, list(frame.columns), rows)
-    print(f"Stored as {result.kind} result {result.name!r} in {result.path}")
-    if plot is not None:
-        print(f"Figures in {plot}")
-
-
-def write_figures(result: "Result", file: Path) -> None:
-    """All figures of a result on one HTML page that needs no network. Raises InputError when it cannot be written."""
+def figures_page(result: "Result") -> str:
+    """All figures of a result on one HTML page that needs no network."""
     from plotly import io
 
     pieces = [
         io.to_html(io.from_json(plotly), full_html=False, include_plotlyjs=number == 0)
         for number, plotly in enumerate(result.figures().values())
     ]
-    page = f'<!doctype html><meta charset="utf-8"><title>{result.name}</title>{"".join(pieces)}'
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write the figures to {file}: {error.strerror}; name another file") from None
+    return f'<!doctype html><meta charset="utf-8"><title>{result.name}</title>{"".join(pieces)}'

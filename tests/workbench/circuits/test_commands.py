@@ -27,7 +27,7 @@ def test_discover_stores_a_circuit_which_is_listed_drawn_and_queried(
     assert "plotly" in page.read_text(encoding="utf-8").lower()
     assert run(found) == 0
     captured = capsys.readouterr()
-    assert "edges (first 20 of 1519)" in captured.out
+    assert "edges (first 20 of 1,519)" in captured.out
     assert "eap: 100%" in captured.err
     assert run(["circuits", "list", "--workspace", str(folder)]) == 0
     assert "argument-eap" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Circuit results: what is stored is what the methods return, and stored results open again as the same objects."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -20,14 +21,10 @@ from sae.errors import InputError
 from sae.model import SAE
 from sae.rules import TopK
 from workbench.catalog.results import Result
-from workbench.circuits.feature_report import report_features
+from workbench.circuits.agreement import report_agreement
 from workbench.circuits.heads import head_on_text, report_heads
-from workbench.circuits.report import (
-    report_agreement,
-    report_discrete,
-    report_edges,
-    report_nodes,
-)
+from workbench.circuits.methods import METHODS, method_named
+from workbench.circuits.report import run_method
 from workbench.circuits.stored import circuit_of, curves, edge_scores, faithfulness_of, head_values, node_scores
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
@@ -39,7 +36,8 @@ FRACTIONS = (0.01, 0.1)
 
 @pytest.fixture(scope="module")
 def edges(space: Workspace, demo: LoadedModel) -> Result:
-    return report_edges(space, "edges", demo, INDUCTION, "ig-inputs", steps=2, fractions=FRACTIONS)
+    options = {"steps": 2, "fractions": FRACTIONS}
+    return run_method(space, demo, INDUCTION, "ig-inputs", name="edges", options=options)
 
 
 def test_stored_edges_are_the_methods_own(edges: Result, demo: LoadedModel) -> None:
@@ -84,18 +82,18 @@ def test_a_chosen_circuit_is_drawn_listed_and_run(edges: Result, demo: LoadedMod
 
 
 def test_asked_again_a_result_is_opened_and_with_other_settings_made_anew(space: Workspace, demo: LoadedModel) -> None:
-    first = report_nodes(space, "again", demo, INDUCTION, "attribution")
+    first = run_method(space, demo, INDUCTION, "attribution", name="again")
     file = first.path.stat().st_mtime_ns
-    assert report_nodes(space, "again", demo, INDUCTION, "attribution").path.stat().st_mtime_ns == file
-    other = report_nodes(space, "again", demo, Task("induction", n=3), "attribution")
+    assert run_method(space, demo, INDUCTION, "attribution", name="again").path.stat().st_mtime_ns == file
+    other = run_method(space, demo, Task("induction", n=3), "attribution", name="again")
     assert other.table("summary").prompts[0] == 3
     assert other.path.stat().st_mtime_ns != file
 
 
 def test_node_methods_report_what_they_return_and_how_far_they_are(space: Workspace, demo: LoadedModel) -> None:
     seen: list[tuple[int, int]] = []
-    result = report_nodes(
-        space, "patched", demo, INDUCTION, "patching", batch_size=3,
+    result = run_method(
+        space, demo, INDUCTION, "patching", name="patched", batch_size=3,
         on_progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     prompts = INDUCTION.prompts(demo)
@@ -107,24 +105,28 @@ def test_node_methods_report_what_they_return_and_how_far_they_are(space: Worksp
     assert {total for _, total in seen} == {16}
     values = head_values(result, demo.info)
     assert float(values[2, 0]) == pytest.approx(expected["a2.h0"], abs=1e-4)
-    terms = report_nodes(space, "dla", demo, INDUCTION, "attribution").table("nodes").set_index("node").score
+    terms = run_method(space, demo, INDUCTION, "attribution", name="dla").table("nodes").set_index("node").score
     attribution = logit_attribution(demo.bridge, prompts)
     assert terms.sum() == pytest.approx(float(attribution.difference.mean()), abs=1e-3)
-    to_keys = report_nodes(space, "path", demo, INDUCTION, "path-patching", options={"receivers": ["a3.h0<k>"]})
+    to_keys = run_method(
+        space, demo, INDUCTION, "path-patching", name="path", options={"receivers": ["a3.h0<k>"]}
+    )  # fmt: skip
     assert to_keys.table("nodes").node[0] == "a2.h0"
 
 
 def test_feature_and_discrete_circuits_are_stored(space: Workspace, demo: LoadedModel) -> None:
     sae = SAE(demo.info.d_model, 64, TopK(8), hook_name="blocks.2.hook_resid_post", model_name="demo")
-    result = report_features(space, "features", demo, INDUCTION, {"mine": sae}, keep=0.5)
+    space.add_sae("mine", sae, {})
+    result = run_method(space, demo, INDUCTION, "features", name="features", saes=["mine"], options={"keep": 0.5})
     row = result.table("summary").iloc[0]
     assert row["nodes"] == len(result.table("nodes"))
     assert row.share >= 0.5
     assert "nodes" in json.loads(result.figures()["graph"])["layout"]["title"]["text"]
     # With every node and the errors kept, the circuit is the model.
-    whole = report_features(space, "whole", demo, INDUCTION, {"mine": sae}, keep=1.0).table("summary").iloc[0]
+    result = run_method(space, demo, INDUCTION, "features", name="whole", saes=["mine"], options={"keep": 1.0})
+    whole = result.table("summary").iloc[0]
     assert whole.faithfulness_with_errors == pytest.approx(1, abs=1e-3)
-    heads = report_discrete(space, "discrete", demo, Task("induction", n=6)).table("nodes")
+    heads = run_method(space, demo, Task("induction", n=6), "discrete", name="discrete").table("nodes")
     assert heads.score.sum() == pytest.approx(1)
 
 
@@ -213,7 +215,7 @@ def test_ov_effects_are_the_logits_of_attending_to_one_token(demo: LoadedModel) 
 )
 def test_mistakes_are_one_line(task: Task, method: str, message: str, space: Workspace, demo: LoadedModel) -> None:
     with pytest.raises(InputError, match=message) as error:
-        report_nodes(space, "bad", demo, task, method)  # type: ignore[arg-type]
+        run_method(space, demo, task, method, name="bad")
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="no circuit-nodes result 'bad'"):
         space.results.open("circuit-nodes", "bad")
@@ -224,6 +226,32 @@ def test_results_of_another_kind_and_saes_of_another_place_are_refused(
 ) -> None:
     with pytest.raises(InputError, match="give one of kind circuit-nodes"):
         node_scores(edges)
-    sae = SAE(8, 16, TopK(2), hook_name="blocks.9.hook_resid_post")
+    space.add_sae("far", SAE(8, 16, TopK(2), hook_name="blocks.9.hook_resid_post"), {})
     with pytest.raises(InputError, match="which demo does not have"):
-        report_features(space, "bad", demo, INDUCTION, {"far": sae})
+        run_method(space, demo, INDUCTION, "features", name="bad", saes=["far"])
+
+
+def test_every_method_is_there_and_takes_its_own_options_only() -> None:
+    for method in METHODS:
+        assert callable(method.run)
+        assert method_named(method.name) is method
+    assert method_named("ablation").options({}) == {"kind": "mean"}
+    with pytest.raises(InputError, match="the method ablation has no option 'steps': kind"):
+        method_named("ablation").options({"steps": 3})
+    with pytest.raises(InputError, match="the method attribution has no option 'steps': it has none"):
+        method_named("attribution").options({"steps": 3})
+
+
+def test_a_method_with_a_metric_of_its_own_takes_no_other(space: Workspace, demo: LoadedModel) -> None:
+    with pytest.raises(InputError, match="direct logit attribution splits the logit_difference: leave the metric out"):
+        run_method(space, demo, Task("induction", metric="answer_log_probability"), "attribution", name="bad")
+    # A task whose usual metric is another is measured by the method's.
+    prompts = replace(INDUCTION.prompts(demo), metric="probability_difference")
+    assert INDUCTION.measure(prompts).__name__ == "probability_difference"
+    assert INDUCTION.measure(prompts, method_named("attribution").metric).__name__ == "logit_difference"
+
+
+def test_a_task_may_be_given_by_its_name_alone(space: Workspace, demo: LoadedModel) -> None:
+    result = run_method(space, demo, "induction", "attribution")
+    assert result.name == "induction-attribution"
+    assert result.parameters["n"] == Task("induction").n

@@ -1,0 +1,58 @@
+"""Options that several commands have in common, written once as the fields of a dataclass.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Run:
+        model: ModelOption = "demo"
+        device: DeviceOption = "auto"
+
+    @app.command()
+    @sharing(Run, device="cpu")
+    def patch(run: Run, site: SiteOption = "head") -> None: ...
+
+The command has the options --site, --model and --device, the last with another default than the rest.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, get_type_hints
+
+Command = Callable[..., None]
+
+
+def sharing(kind: type, *, omit: Collection[str] = (), **defaults: Any) -> Callable[[Command], Command]:
+    """Gives a command the fields of a dataclass as options after its own, and their values as its first argument.
+
+    Args:
+        omit: fields that the command does not offer; they keep their defaults.
+        defaults: other defaults for this command.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    shared = [field for field in dataclasses.fields(kind) if field.name not in omit]
+    # What the class adds to those it is made from is nearer to the command: it comes first.
+    shared.sort(key=lambda field: field.name not in kind.__annotations__)
+
+    def decorate(command: Command) -> Command:
+        _, *own = inspect.signature(command).parameters.values()
+
+        def with_shared(**given: Any) -> None:
+            together = {field.name: given.pop(field.name) for field in shared}
+            command(kind(**together), **given)
+
+        offered = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[field.name],
+                default=defaults.get(field.name, inspect.Parameter.empty if field.default is dataclasses.MISSING
+                                     else field.default),
+            )
+            for field in shared
+        ]  # fmt: skip
+        parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *offered]
+        # Arguments, which have no default, come first in the help as on the command line.
+        parameters.sort(key=lambda one: one.default is not inspect.Parameter.empty)
+        with_shared.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_shared.__annotations__ = {one.name: one.annotation for one in parameters}
+        with_shared.__name__, with_shared.__doc__ = command.__name__, command.__doc__
+        return with_shared
+
+    return decorate
