@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from workbench.catalog.gc import Removed
     from workbench.catalog.results import Result
     from workbench.catalog.sql import Answer
+    from workbench.circuits.task import Task
     from workbench.features.concepts.report import ConceptReport
     from workbench.features.concepts.truth import Language
     from workbench.features.explanations.language_models import LanguageModel
@@ -378,6 +379,20 @@ class Workspace(Catalog):
         edit = Edit(feature, kind, strength, where, keep_error)
         live = open_live(self, sae, model=model, device=device)
         return live.steer(edit, text, new_tokens=new_tokens, temperature=temperature, seed=seed)
+
+    # Circuits
+
+    def circuit(self, model: "LoadedModel", task: "Task | str", method: str = "ig-inputs", **settings: Any) -> "Result":
+        """Which heads, edges or SAE features do a task, by one method; opened again where it was found before.
+
+        Args:
+            task: a task's name, the path of a JSONL file, or either with its settings.
+            method: a name in `workbench.circuits.methods.METHODS`.
+            settings: as `workbench.circuits.report.run_method`, also for the InputErrors.
+        """
+        from workbench.circuits.report import run_method
+
+        return run_method(self, model, task, method, **settings)
 
     # Activation sparsity
 
