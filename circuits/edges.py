@@ -93,71 +93,79 @@ def edge_hooks(
     patched: Float[Tensor, "writers readers"] | Float[Tensor, "n writers readers"],
 ) -> list[Hook]:
     """The hooks that patch edges; for one forward pass, in which they keep what writers have written."""
-    mask = patched.to(alternative.dtype)
-    mask = mask.expand(alternative.shape[1], *mask.shape[-2:])
-    differences: list[Tensor] = []
-    stream: list[Tensor] = []
+    work = _PatchedPass(bridge, graph, alternative, patched)
+    hooks: list[Hook] = []
+    for layer in range(graph.n_layers):
+        hooks.append(work.block_input(layer))
+        hooks += [work.attention_input(layer, part) for part in "qkv"]
+        hooks += [work.attention_output(layer), work.mlp_input(layer), work.mlp_output(layer)]
+    return [*hooks, ("ln_final.hook_in", work.final)]
 
-    def write(*outputs: Tensor) -> None:
+
+class _PatchedPass:
+    """One forward pass with patched edges: what writers have written so far, and the hooks that read it."""
+
+    def __init__(self, bridge: Bridge, graph: Graph, alternative: Tensor, patched: Tensor) -> None:
+        self.bridge, self.graph, self.alternative = bridge, graph, alternative
+        mask = patched.to(alternative.dtype)
+        self.mask: Float[Tensor, "n writers readers"] = mask.expand(alternative.shape[1], *mask.shape[-2:])
+        self.differences: list[Float[Tensor, "n pos d_model"]] = []
+        self.stream: Tensor | None = None
+
+    def write(self, *outputs: Float[Tensor, "n pos d_model"]) -> None:
         for output in outputs:
-            differences.append(alternative[len(differences)] - output)
+            self.differences.append(self.alternative[len(self.differences)] - output)
 
-    def change(columns: slice) -> Float[Tensor, "n pos readers d_model"] | None:
-        rows = mask[:, : len(differences), columns]
-        if not rows.any():
-            return None
-        return torch.einsum("snpd,nsr->nprd", torch.stack(differences), rows)
+    def change(self, columns: slice, n_seen: int | None = None) -> Float[Tensor, "n pos readers d_model"] | None:
+        """What the first `n_seen` writers, or all so far, change for some readers; None where nothing is patched."""
+        seen = self.differences[:n_seen]
+        rows = self.mask[:, : len(seen), columns]
+        return torch.einsum("snpd,nsr->nprd", torch.stack(seen), rows) if rows.any() else None
 
-    def block_input(layer: int) -> Hook:
+    def block_input(self, layer: int) -> Hook:
         def start(value: Tensor, hook: Any) -> None:
-            stream[:] = [value]
+            self.stream = value
             if layer == 0:
-                write(value)
+                self.write(value)
 
         return f"blocks.{layer}.hook_resid_pre", start
 
-    def attention_input(layer: int, part: str) -> Hook:
+    def attention_input(self, layer: int, part: str) -> Hook:
         def read(value: Tensor, hook: Any) -> Tensor | None:
-            delta = change(graph.reader_columns(layer, part))
-            return None if delta is None else read_through(bridge, layer, part, stream[0][:, :, None] + delta)
+            delta = self.change(self.graph.reader_columns(layer, part))
+            assert self.stream is not None
+            return None if delta is None else read_through(self.bridge, layer, part, self.stream[:, :, None] + delta)
 
         return f"blocks.{layer}.attn.{part}.hook_out", read
 
-    def mlp_input(layer: int) -> Hook:
-        shared_norm = not hasattr(bridge.blocks[layer], "ln2")
+    def mlp_input(self, layer: int) -> Hook:
+        block = self.bridge.blocks[layer]
+        shared_norm = not hasattr(block, "ln2")
 
         def read(value: Tensor, hook: Any) -> Tensor | None:
-            n_seen = graph.n_upstream(f"m{layer}")
-            columns = graph.reader_columns(layer, "m")
-            rows = mask[:, :n_seen, columns]
-            if not rows.any():
+            delta = self.change(self.graph.reader_columns(layer, "m"), self.graph.n_upstream(f"m{layer}"))
+            if delta is None:
                 return None
-            delta = torch.einsum("snpd,nsr->nprd", torch.stack(differences[:n_seen]), rows)[:, :, 0]
             if shared_norm:
-                return bridge.blocks[layer].ln1.original_component(stream[0] + delta)
-            return value + delta
+                assert self.stream is not None
+                normed: Tensor = block.ln1.original_component(self.stream + delta[:, :, 0])
+                return normed
+            return value + delta[:, :, 0]
 
         return f"blocks.{layer}.mlp.hook_in" if shared_norm else f"blocks.{layer}.ln2.hook_in", read
 
-    def attention_output(layer: int) -> Hook:
+    def attention_output(self, layer: int) -> Hook:
         def wrote(value: Tensor, hook: Any) -> None:
-            write(*head_outputs(bridge, layer, value))
+            self.write(*head_outputs(self.bridge, layer, value))
 
         return f"blocks.{layer}.attn.hook_z", wrote
 
-    def mlp_output(layer: int) -> Hook:
+    def mlp_output(self, layer: int) -> Hook:
         def wrote(value: Tensor, hook: Any) -> None:
-            write(value)
+            self.write(value)
 
         return f"blocks.{layer}.hook_mlp_out", wrote
 
-    def final(value: Tensor, hook: Any) -> Tensor | None:
-        delta = change(slice(len(graph.readers) - 1, None))
+    def final(self, value: Tensor, hook: Any) -> Tensor | None:
+        delta = self.change(slice(len(self.graph.readers) - 1, None))
         return None if delta is None else value + delta[:, :, 0]
-
-    hooks: list[Hook] = []
-    for layer in range(graph.n_layers):
-        hooks.append(block_input(layer))
-        hooks += [attention_input(layer, part) for part in "qkv"]
-        hooks += [attention_output(layer), mlp_input(layer), mlp_output(layer)]
-    return [*hooks, ("ln_final.hook_in", final)]

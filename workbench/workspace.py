@@ -39,15 +39,7 @@ if TYPE_CHECKING:
 
 
 class Workspace(Catalog):
-    """A workspace folder, made when it does not exist; see `workbench.catalog.catalog` for what lies in it.
-
-    Args:
-        path: the folder.
-        create: when false, a folder that is not a workspace is an error instead.
-
-    Raises:
-        InputError: the folder exists and is not a workspace, or has a newer schema.
-    """
+    """A workspace folder, made when it does not exist; opened as a `Catalog`, which says what lies in it."""
 
     # Harvests
 
@@ -380,21 +372,19 @@ class Workspace(Catalog):
         live = open_live(self, sae, model=model, device=device)
         return live.steer(edit, text, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
-    # Circuits
+    # Circuits and sparsity
 
-    def circuit(self, model: "LoadedModel", task: "Task | str", method: str = "ig-inputs", **settings: Any) -> "Result":
-        """Which heads, edges or SAE features do a task, by one method; opened again where it was found before.
+    def heads(self, name: str, model: "LoadedModel", **settings: Any) -> "Result":
+        """Scores every attention head; settings and InputErrors as `workbench.circuits.heads.report_heads`."""
+        from workbench.circuits.heads import report_heads
 
-        Args:
-            task: a task's name, the path of a JSONL file, or either with its settings.
-            method: a name in `workbench.circuits.methods.METHODS`.
-            settings: as `workbench.circuits.report.run_method`, also for the InputErrors.
-        """
+        return report_heads(self, name, model, **settings)
+
+    def circuit(self, model: "LoadedModel", task: "Task | str", method: str = "eap-ig", **settings: Any) -> "Result":
+        """The circuit of a task by a method; settings and InputErrors as `workbench.circuits.report.run_method`."""
         from workbench.circuits.report import run_method
 
         return run_method(self, model, task, method, **settings)
-
-    # Activation sparsity
 
     def sparsity(self, name: str, model: "LoadedModel", corpus: "Corpus", **settings: Any) -> "list[Result]":
         """How little of a model is used, and what using less costs; one result for each part, all under `name`.

@@ -80,6 +80,48 @@ def bound(keys, k, limit):
 
 
 @triton.jit
+def _select_again(
+    z_row, u_row, bias, candidates, n_columns, k, beta,
+    N_GROUPS: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Writes the k best of a row whose groups hold too many, ties to the earlier column; returns their number.
+
+    The k-th largest key is found bit by bit, with one pass over the row each.
+    """
+    lane = tl.arange(0, N_GROUPS)
+    tau = 0
+    for step in range(31):
+        candidate = tau | (1 << (30 - step))
+        reached = tl.zeros([N_GROUPS], tl.int32)
+        for first in range(0, n_columns, N_GROUPS):
+            columns = first + lane
+            keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+            reached += (keys >= candidate).to(tl.int32)
+        tau = tl.where(tl.sum(reached) >= k, candidate, tau)
+    tau = tl.maximum(tau, 1)
+    above = tl.zeros([N_GROUPS], tl.int32)
+    for first in range(0, n_columns, N_GROUPS):
+        columns = first + lane
+        keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+        above += (keys > tau).to(tl.int32)
+    n_equal_wanted = k - tl.sum(above)
+    n_candidates = 0
+    n_equal = 0
+    for first in range(0, n_columns, N_GROUPS):
+        columns = first + lane
+        keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+        equal = (keys == tau).to(tl.int32)
+        rank = n_equal + tl.cumsum(equal, 0)
+        kept = (keys > tau) | ((keys == tau) & (rank <= n_equal_wanted))
+        kept_position = n_candidates + tl.cumsum(kept.to(tl.int32), 0) - 1
+        packed = (keys.to(tl.int64) << 32) | (columns ^ NAN_KEY).to(tl.int64)
+        tl.store(candidates + kept_position, packed, mask=kept)
+        n_candidates += tl.sum(kept.to(tl.int32))
+        n_equal += tl.sum(equal)
+    return n_candidates
+
+
+@triton.jit
 def _select_kernel(
     Z, U, bias, values, indices, ranks, groups, candidates, stride, n_columns, k, beta,
     N_GROUPS: tl.constexpr, UNROLL: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
@@ -122,35 +164,7 @@ def _select_kernel(
             n_candidates += tl.sum(kept.to(tl.int32))
 
     if (n_chosen > CAPACITY) | (n_candidates > CAPACITY):
-        tau = 0
-        for step in range(31):
-            candidate = tau | (1 << (30 - step))
-            reached = tl.zeros([N_GROUPS], tl.int32)
-            for first in range(0, n_columns, N_GROUPS):
-                columns = first + lane
-                keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
-                reached += (keys >= candidate).to(tl.int32)
-            tau = tl.where(tl.sum(reached) >= k, candidate, tau)
-        tau = tl.maximum(tau, 1)
-        above = tl.zeros([N_GROUPS], tl.int32)
-        for first in range(0, n_columns, N_GROUPS):
-            columns = first + lane
-            keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
-            above += (keys > tau).to(tl.int32)
-        n_equal_wanted = k - tl.sum(above)
-        n_candidates = 0
-        n_equal = 0
-        for first in range(0, n_columns, N_GROUPS):
-            columns = first + lane
-            keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
-            equal = (keys == tau).to(tl.int32)
-            rank = n_equal + tl.cumsum(equal, 0)
-            kept = (keys > tau) | ((keys == tau) & (rank <= n_equal_wanted))
-            kept_position = n_candidates + tl.cumsum(kept.to(tl.int32), 0) - 1
-            packed = (keys.to(tl.int64) << 32) | (columns ^ NAN_KEY).to(tl.int64)
-            tl.store(candidates + kept_position, packed, mask=kept)
-            n_candidates += tl.sum(kept.to(tl.int32))
-            n_equal += tl.sum(equal)
+        n_candidates = _select_again(z_row, u_row, bias, candidates, n_columns, k, beta, N_GROUPS, ABSOLUTE, GRADIENT)
 
     tl.debug_barrier()
     slot = tl.arange(0, CAPACITY)

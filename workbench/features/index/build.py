@@ -28,8 +28,8 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import versions
 from workbench.disk.database import write_duckdb
 from workbench.disk.locks import RunLock
+from workbench.features.index import schema as tables
 from workbench.features.index import segments as segments_module
-from workbench.features.index import tables
 from workbench.features.index.coactivation import TokenFeatures, coactivations
 from workbench.features.index.examples import CUTS, TOP, find_examples
 from workbench.features.index.logits import effects_of, output_directions

@@ -1,0 +1,37 @@
+"""The Workspace has a verb for every analysis, and each gives what the analysis itself gives."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from workbench import Catalog, Workspace
+from workbench.circuits.heads import report_heads
+from workbench.circuits.report import run_method
+from workbench.models.load import LoadedModel
+
+
+def test_circuit_verbs_store_what_the_analyses_store(tmp_path: Path, demo: LoadedModel) -> None:
+    space, below = Workspace(tmp_path / "a"), Catalog(tmp_path / "b")
+    made = space.heads("h", demo, n=2, length=8, needles=0)
+    same = report_heads(below, "h", demo, n=2, length=8, needles=0)
+    pd.testing.assert_frame_equal(made.table("scores"), same.table("scores"))
+    found = space.circuit(demo, "induction", "attribution", name="c")
+    again = run_method(below, demo, "induction", "attribution", name="c")
+    pd.testing.assert_frame_equal(found.table("nodes"), again.table("nodes"))
+    # What is stored is opened, not made again.
+    assert space.circuit(demo, "induction", "attribution", name="c").created == found.created
+
+
+def test_a_catalog_and_a_workspace_open_the_same_folder(tmp_path: Path) -> None:
+    Workspace(tmp_path / "w")
+    assert Catalog(tmp_path / "w", create=False).saes() == []
+    assert repr(Catalog(tmp_path / "w")).startswith("Catalog(")
+    assert repr(Workspace(tmp_path / "w")).startswith("Workspace(")
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoadedModel:
+    from workbench import load_model
+
+    return load_model("demo", device="cpu")
