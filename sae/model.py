@@ -97,7 +97,7 @@ class SAE(nn.Module):
                 f"this SAE reads activations of width {self.d_in}, got {x.shape[-1]}: "
                 f"use those of its hook point {self.hook_name!r}"
             )
-        flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype) - self.b_dec
+        flat = x.reshape(-1, self.d_in).to(self._precision(x)) - self.b_dec
         if gradients is None:
             return self.rule.encode(flat, self.W_enc, self.b_enc, self.state)
         if not isinstance(self.rule, GradientTopK):
@@ -110,6 +110,11 @@ class SAE(nn.Module):
         return self.rule.encode_with_gradients(
             flat, self.W_enc, self.b_enc, self.W_dec, gradients.reshape(-1, self.d_in), self.state
         )
+
+    def _precision(self, x: Tensor) -> torch.dtype:
+        """Of the pre-activations' factors: the weights', but half precision only where a GPU multiplies in it."""
+        half = self.W_enc.element_size() == 2
+        return torch.float32 if half and not (x.is_cuda and x.element_size() == 2) else self.W_enc.dtype
 
     @torch.no_grad()
     def decode(self, code: SparseCode) -> Float[Tensor, "n d_in"]:

@@ -11,8 +11,12 @@ the selection rule, and its threshold for every feature where it has them. `buil
 Folding keeps a threshold's selection but not TopK's, which compares features: where the norms of a TopK SAE's rows
 differ, they are kept as they are, and `metadata["decoder_norms"]` says so. Rows whose norm is 1 up to the rounding of
 their number format are left alone, so that a round trip gives the same bits.
+
+3. Whatever is computed is kept in float32 at least: rounded to half precision, a folded encoder fires elsewhere. A
+   half-precision SAE in which nothing is computed stays in half precision, bit for bit.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,14 +63,17 @@ class Weights:
 
 def subtracting(weights: Weights) -> Weights:
     """`weights` of an encoder that reads x itself, for one that reads x - b_dec."""
-    shift = weights.b_dec.double() @ weights.W_enc.double()
-    return replace(weights, b_enc=(weights.b_enc.double() + shift).to(weights.b_enc.dtype))
+    return _shifted(weights, 1)
 
 
 def not_subtracting(weights: Weights) -> Weights:
     """The inverse of `subtracting`, up to rounding."""
+    return _shifted(weights, -1)
+
+
+def _shifted(weights: Weights, sign: int) -> Weights:
     shift = weights.b_dec.double() @ weights.W_enc.double()
-    return replace(weights, b_enc=(weights.b_enc.double() - shift).to(weights.b_enc.dtype))
+    return replace(weights, b_enc=(weights.b_enc.double() + sign * shift).to(_precision(weights.b_enc)))
 
 
 def gated(
@@ -86,7 +93,7 @@ def gated(
     """
     factor = scale.double().exp()
     threshold = (magnitude.double() - factor * gate.double()).clamp_min(0)
-    return Weights(_times(W_enc, factor), magnitude, W_dec, b_dec, rules.JumpReLU(), threshold.to(W_enc.dtype))
+    return Weights(_times(W_enc, factor), magnitude, W_dec, b_dec, rules.JumpReLU(), threshold.to(_precision(W_enc)))
 
 
 def build(weights: Weights, *, hook_name: str, model_name: str, metadata: dict[str, Any]) -> SAE:
@@ -101,7 +108,10 @@ def build(weights: Weights, *, hook_name: str, model_name: str, metadata: dict[s
             metadata = {**metadata, "decoder_norms": f"kept, {norms.min():.4g} to {norms.max():.4g}"}
     d_in, d_sae = weights.W_enc.shape
     options: dict[str, Any] = {"hook_name": hook_name, "model_name": model_name, "metadata": metadata}
-    sae = SAE(d_in, d_sae, weights.rule, dtype=weights.W_dec.dtype, **options)
+    tensors = [weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec]
+    tensors += [] if weights.threshold is None else [weights.threshold]
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    sae = SAE(d_in, d_sae, weights.rule, dtype=dtype, **options)
     with torch.no_grad():
         sae.W_enc.copy_(weights.W_enc)
         sae.b_enc.copy_(weights.b_enc)
@@ -140,7 +150,11 @@ def _norms(weights: Weights) -> Float[Tensor, "d_sae"]:
 
 
 def _times(tensor: Tensor, factor: Tensor) -> Tensor:
-    return (tensor.double() * factor).to(tensor.dtype)
+    return (tensor.double() * factor).to(_precision(tensor))
+
+
+def _precision(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def weights_of(sae: SAE) -> Weights:

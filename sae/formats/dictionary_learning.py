@@ -126,7 +126,7 @@ READERS: dict[str, Callable[[State, str], Weights]] = {
 def _linear(state: State, b_dec: Tensor, rule: rules.Rule, threshold: Tensor | None = None) -> Weights:
     """Weights of the classes that are made of torch's Linear; one threshold serves all features."""
     b_enc = state["encoder.bias"]
-    each = None if threshold is None else threshold.to(b_enc.dtype).expand(b_enc.shape)
+    each = None if threshold is None else threshold.expand(b_enc.shape)
     return Weights(state["encoder.weight"].T, b_enc, state["decoder.weight"].T, b_dec, rule, each)
 
 

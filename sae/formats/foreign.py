@@ -10,7 +10,7 @@
 from pathlib import Path
 
 from sae.errors import InputError
-from sae.formats import conversion, dictionary_learning, saelens, saelens_import, sparsify
+from sae.formats import dictionary_learning, saelens, saelens_import, sparsify
 from sae.formats.reading import read_json, read_safetensors
 from sae.model import SAE
 
@@ -62,19 +62,14 @@ def load_foreign(path: Path | str, *, hook_name: str | None = None, model_name: 
 
 def _load_saelens(path: Path, hook_name: str | None, model_name: str | None) -> SAE:
     config = read_json(path / saelens.CONFIG)
-    # What this project writes names its rule or has no option to convert; SAELens' own folders may have both.
-    plain = config.get("apply_b_dec_to_input", True) and not config.get("rescale_acts_by_decoder_norm", False)
-    if "rule" not in config and (not plain or config.get("architecture") == "gated"):
+    if "rule" not in config:
         state = read_safetensors(path / saelens.WEIGHTS)
         return saelens_import.from_parts(config, state, str(path), hook_name=hook_name, model_name=model_name)
+    # Written by this project.
     sae = saelens.load(path)
     sae.hook_name = sae.hook_name if hook_name is None else hook_name
     sae.model_name = sae.model_name if model_name is None else model_name
-    if "rule" in config or conversion.has_unit_rows(conversion.weights_of(sae)):
-        return sae
-    return conversion.build(
-        conversion.weights_of(sae), hook_name=sae.hook_name, model_name=sae.model_name, metadata=sae.metadata
-    )
+    return sae
 
 
 def export(sae: SAE, path: Path | str, form: str) -> None:

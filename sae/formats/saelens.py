@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from sae import rules
 from sae.errors import InputError
 from sae.files import write_atomically
+from sae.formats.saelens_old import is_old
 from sae.model import SAE
 from sae.rules import CodeRule
 
@@ -151,6 +152,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     missing = [key for key in ("architecture", "d_in", "d_sae", "dtype") if key not in config]
     if missing:
         raise InputError(f"{path / CONFIG} lacks {', '.join(missing)}: it is not a SAELens 6 configuration")
+    if "rule" not in config and is_old(config):
+        raise InputError(
+            f"{path / CONFIG} was written by a SAELens before 6.0: convert it with `workbench import {path}`, or with "
+            "sae.formats.foreign.load_foreign"
+        )
     for key in ("d_in", "d_sae", "k"):
         if key in config and not isinstance(config[key], int):
             raise InputError(f"{path / CONFIG} has {key} = {config[key]!r}: expected a whole number")

@@ -6,7 +6,9 @@ The native format (`sae.formats.saelens`) is the part of SAELens' that needs no 
 - decoder rows of any norm, which are folded; with `rescale_acts_by_decoder_norm`, TopK compares z ||W_dec[f]||, and
   folding is exact for it too;
 - `gated`: y = (x - b) W fires where y + b_gate > 0, at relu(e^r y + b_mag): thresholds, as in dictionary_learning;
-- `normalize_activations` that scales every token by its own norm: no SAE here can do that.
+- configurations from before 6.0 (`sae.formats.saelens_old`);
+- `normalize_activations` that scales every token by its own norm, an SAE of one head, a finetuning's scaling factor:
+  no SAE here has these, and they are refused by name.
 """
 
 from collections.abc import Mapping
@@ -16,10 +18,20 @@ from torch import Tensor
 
 from sae import rules
 from sae.errors import InputError
+from sae.formats import saelens_old
 from sae.formats.conversion import Weights, build, fold, gated, subtracting
+from sae.formats.saelens import DTYPES
 from sae.model import SAE
 
-ARCHITECTURES = ("standard", "topk", "abstopk", "jumprelu", "gated")
+_LINEAR = ("W_enc", "b_enc", "W_dec", "b_dec")
+TENSORS: dict[str, tuple[str, ...]] = {
+    "standard": _LINEAR,
+    "topk": _LINEAR,
+    "abstopk": _LINEAR,
+    "jumprelu": (*_LINEAR, "threshold"),
+    "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+}
+"""SAELens' architectures that can be expressed here, and the tensors of each."""
 
 
 def from_parts(
@@ -30,7 +42,7 @@ def from_parts(
     hook_name: str | None = None,
     model_name: str | None = None,
 ) -> SAE:
-    """The SAE of a SAELens configuration and state dict.
+    """The SAE of a SAELens configuration, of any version, and a state dict.
 
     Args:
         config: `SAE.cfg.to_dict()`, or the contents of cfg.json.
@@ -41,49 +53,93 @@ def from_parts(
     Raises:
         InputError: an architecture or an option that cannot be expressed here, or tensors that do not fit.
     """
-    try:
-        weights = _weights(config, state, where)
-    except KeyError as error:
-        what = config.get("architecture", "")
-        raise InputError(f"{where} lacks {error.args[0]}: it is not a SAELens {what} SAE") from None
-    metadata = dict(config.get("metadata") or {})
-    hook, model = metadata.get("hook_name") or "", metadata.get("model_name") or ""
+    config = saelens_old.modern(config, where)
+    metadata = {key: value for key, value in saelens_old.nested(config).items() if value is not None}
+    _refuse(config, metadata, where)
+    weights = _weights(config, _tensors(config, state, where), where)
+    hook, model = metadata.pop("hook_name", ""), metadata.pop("model_name", "")
+    for key in ("sae_lens_version", "sae_lens_training_version"):
+        metadata.pop(key, None)
     return build(
         weights,
         hook_name=hook if hook_name is None else hook_name,
         model_name=model if model_name is None else model_name,
-        metadata={"imported_from": f"SAELens {config['architecture']}"},
+        metadata={**metadata, "imported_from": f"SAELens {config['architecture']}"},
     )
+
+
+def _refuse(config: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for what no SAE here can be."""
+    architecture = str(config.get("architecture"))
+    if architecture not in TENSORS:
+        raise InputError(
+            f"{where} holds a {architecture!r} SAE, which is not supported: supported are {', '.join(TENSORS)}"
+        )
+    allowed = {"normalize_activations": ("none",), "reshape_activations": ("none", "hook_z")}
+    for key, values in allowed.items():
+        if config.get(key, "none") not in values:
+            expected = " or ".join(repr(value) for value in values)
+            raise InputError(f"{where} has {key} = {config[key]!r}, which is not supported: expected {expected}")
+    if "hook_head_index" in metadata:
+        raise InputError(
+            f"{where} reads head {metadata['hook_head_index']} of {metadata.get('hook_name', 'its hook point')} alone "
+            "(hook_head_index), which is not supported: SAEs here read all heads"
+        )
+    written = metadata.get("hook_name_out") or metadata.get("hook_name")
+    if config.get("is_transcoder") or written != metadata.get("hook_name"):
+        raise InputError(f"{where} is a transcoder, which predicts another activation than it reads: only SAEs load")
+
+
+def _tensors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of the architecture and no other, in the configuration's precision.
+
+    Raises InputError where one is missing or unknown, or where the widths are not those of the configuration.
+    """
+    architecture = config["architecture"]
+    wanted, found = TENSORS[architecture], dict(state)
+    if (scale := found.get("scaling_factor")) is not None and bool((scale == 1).all()):
+        # Written for a while by SAELens 3 whether or not it was finetuned.
+        del found["scaling_factor"]
+    for name in wanted:
+        if name not in found:
+            raise InputError(f"{where} lacks {name}: it is not a SAELens {architecture} SAE")
+    if unknown := sorted(found.keys() - wanted):
+        raise InputError(
+            f"{where} holds {', '.join(unknown)}, which no SAELens {architecture} SAE here has: expected "
+            f"{', '.join(wanted)}"
+        )
+    for key, size in zip(("d_in", "d_sae"), found["W_enc"].shape, strict=False):
+        if config.get(key, size) != size:
+            raise InputError(f"{where} has {key} = {config[key]!r} and an encoder of {list(found['W_enc'].shape)}")
+    if "dtype" not in config:
+        return found
+    dtype = DTYPES.get(str(config["dtype"]).removeprefix("torch."))
+    if dtype is None:
+        raise InputError(f"{where} has dtype {config['dtype']!r}: expected one of {', '.join(DTYPES)}")
+    return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
 def _weights(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> Weights:
     architecture = config["architecture"]
-    if architecture not in ARCHITECTURES:
-        raise InputError(
-            f"{where} holds a {architecture!r} SAE, which is not supported: supported are {', '.join(ARCHITECTURES)}"
-        )
-    normalisation = config.get("normalize_activations", "none")
-    if normalisation != "none":
-        raise InputError(
-            f"{where} has normalize_activations = {normalisation!r}, which is not supported: expected 'none'"
-        )
     W_enc, W_dec, b_dec = state["W_enc"], state["W_dec"], state["b_dec"]
     if architecture == "gated":
         weights = gated(W_enc, W_dec, b_dec, gate=state["b_gate"], magnitude=state["b_mag"], scale=state["r_mag"])
     else:
         threshold = state["threshold"].clamp_min(0) if architecture == "jumprelu" else None
-        weights = Weights(W_enc, state["b_enc"], W_dec, b_dec, _rule(architecture, config), threshold)
+        weights = Weights(W_enc, state["b_enc"], W_dec, b_dec, _rule(architecture, config, where), threshold)
     weights.check(where)
     if not config.get("apply_b_dec_to_input", True):
         weights = subtracting(weights)
     return fold(weights) if config.get("rescale_acts_by_decoder_norm", False) else weights
 
 
-def _rule(architecture: str, config: Mapping[str, Any]) -> rules.Rule:
+def _rule(architecture: str, config: Mapping[str, Any], where: str) -> rules.Rule:
     if architecture == "standard":
         return rules.ReLU()
     if architecture == "jumprelu":
         return rules.JumpReLU()
+    k = config.get("k")
     # The pretrained registry stores k as a float here and there.
-    k = int(config["k"])
-    return rules.AbsTopK(k) if architecture == "abstopk" else rules.TopK(k)
+    if isinstance(k, bool) or not isinstance(k, int | float) or not float(k).is_integer():
+        raise InputError(f"{where} has k = {k!r}: expected the number of active features of a {architecture} SAE")
+    return rules.AbsTopK(int(k)) if architecture == "abstopk" else rules.TopK(int(k))
