@@ -39,7 +39,7 @@ def encoding_seconds(harvest: Harvest, sae: SAE) -> float:
     sae.encode(batches[0].to(sae.W_dec.device, torch.float32))  # the first call finds no memory to reuse
     for batch in batches:
         begin = time.perf_counter()
-        sae.encode(batch.to(sae.W_dec.device, torch.float32)).rows()
+        sae.encode(batch.to(sae.W_dec.device, torch.float32)).entries()
         took.append(time.perf_counter() - begin)
     return sum(took) / SAMPLE_BATCHES * harvest.n_trainable_rows / BATCH_ROWS
 

@@ -203,7 +203,7 @@ def _value_terms(
     # What one unit in the residual stream at each source does to the target.
     readout = torch.einsum("kh,dhz,hz->kd", attention / scale.to(W_V.dtype), W_V, encoder.to(W_V.dtype))
     code = residual.encode(x)
-    position, feature, activation = code.rows()
+    position, feature, activation = code.entries()
     directions = residual.W_dec.detach()[feature].to(W_V.dtype)
     terms = activation * (directions * readout[position]).sum(dim=1)
     error = x - residual.decode(code).to(x.dtype)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Rule,
         ThresholdRule,
         TopK,
+        register_rule,
     )
     from sae.source import BatchSource, GradientSource
     from sae.training import StepMetrics, TrainedSAE, train
@@ -56,6 +57,7 @@ __all__ = [
     "TopK",
     "TrainConfig",
     "TrainedSAE",
+    "register_rule",
     "train",
 ]
 _ELSEWHERE = {

@@ -33,7 +33,7 @@ def save(folder: Path, states: Sequence[TrainingState], source: BatchSource, ste
     tensors = {
         f"{number}.{name}": tensor.detach().cpu().contiguous()
         for number, state in enumerate(states)
-        for name, tensor in _tensors(state).items()
+        for name, tensor in state.tensors().items()
     }
     metadata = {
         "step": step,
@@ -79,7 +79,8 @@ def load(folder: Path, states: Sequence[TrainingState], source: BatchSource) -> 
     with torch.no_grad():
         for number, state in enumerate(states):
             state.error = metadata["errors"][number]
-            for name, tensor in _tensors(state).items():
+            state.n_revivable = None
+            for name, tensor in state.tensors().items():
                 saved = tensors[f"{number}.{name}"]
                 if saved.shape != tensor.shape:
                     raise InputError(
@@ -107,26 +108,8 @@ def _read(file: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
         raise InputError(f"checkpoint {file} is damaged ({error}): remove it to start over") from None
 
 
-def _tensors(state: TrainingState) -> dict[str, Tensor]:
-    """Every tensor that training changes, by name; Adam's are made if no step has made them yet."""
-    named = {name: parameter.data for name, parameter in state.sae.named_parameters()}
-    named["input_scale"] = state.input_scale
-    named["tokens_since_fired"] = state.tokens_since_fired
-    named["density"] = state.density
-    named["totals"] = state.totals
-    named.update({f"own.{name}": tensor for name, tensor in state.own.items()})
-    for name, tensor in state.trained.items():
-        moments = state.adam.state[tensor]
-        if not moments:
-            moments["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-            moments["exp_avg"] = torch.zeros_like(tensor)
-            moments["exp_avg_sq"] = torch.zeros_like(tensor)
-        named.update({f"adam.{name}.{key}": value for key, value in moments.items()})
-    return named
-
-
 def _environment(states: Sequence[TrainingState]) -> dict[str, Any]:
-    device = states[0].sae.W_dec.device
+    device = states[0].device
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

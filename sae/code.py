@@ -42,7 +42,7 @@ class SparseCode:
             torch.arange(self.n_tokens, device=device), counts, output_size=self.values.shape[0]
         )
 
-    def rows(self) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Float[Tensor, "nnz"]]:
+    def entries(self) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Float[Tensor, "nnz"]]:
         """(token, feature, value) of the entries that are not zero, token by token."""
         values = self.values.reshape(-1)
         active = torch.nonzero(values).squeeze(1)
@@ -58,7 +58,7 @@ class SparseCode:
     def to_dense(self) -> Float[Tensor, "n_tokens d_sae"]:
         """The full matrix; for small batches and tests."""
         dense = self.values.new_zeros(self.n_tokens, self.d_sae)
-        token, feature, value = self.rows()
+        token, feature, value = self.entries()
         dense[token, feature] = value
         return dense
 

@@ -1,4 +1,4 @@
-"""Losses and their gradients with respect to the reconstruction; everything else follows in `sae.kernels.gradients`.
+"""Losses and their gradients with respect to the reconstruction; the others follow in `sae.kernels.backward`.
 
 Reconstruction (Gao et al. 2024, arXiv 2406.04093, section 2.1: normalised MSE). For a batch x of n tokens with
 mean m over tokens:

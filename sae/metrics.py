@@ -71,7 +71,7 @@ class ReconstructionMetrics:
         tiny = torch.finfo(torch.float64).tiny
         self._cosine += ((x * x_hat).sum(dim=1) / (norm * norm_hat).clamp_min(tiny)).sum()
         self._norm += (norm_hat / norm.clamp_min(tiny)).sum()
-        _, feature, _ = code.rows()
+        _, feature, _ = code.entries()
         self._fired += torch.bincount(feature, minlength=code.d_sae)
         self._tokens += x.shape[0]
 

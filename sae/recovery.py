@@ -87,7 +87,7 @@ def recovery(
         g = None if gradients is None else gradients[part].to(sae.W_dec)
         code = sae.encode(x[part].to(sae.W_dec), g)
         counts += _firings(code, activations[part].to(matched.device), match, turned)
-        fired += torch.bincount(code.rows()[1], minlength=sae.d_sae)
+        fired += torch.bincount(code.entries()[1], minlength=sae.d_sae)
     hits, predicted, true = counts.double()
     feature_f1 = torch.where(true > 0, 2 * hits / (predicted + true), torch.nan)
     return Recovery(
@@ -164,7 +164,7 @@ def _firings(
     partner = torch.full((code.d_sae,), -1, device=match.device)
     paired = torch.nonzero(match >= 0).squeeze(1)
     partner[match[paired]] = paired
-    row, feature, value = code.rows()
+    row, feature, value = code.entries()
     kept = partner[feature] >= 0
     row, true_feature, value = row[kept], partner[feature[kept]], value[kept]
     agrees = (value * turned[true_feature]).sign() == activations[row, true_feature].sign()

@@ -1,21 +1,20 @@
-"""One SAE in training: parameters, Adam's moments, counters of firings, and the training step."""
+"""One SAE in training: parameters, Adam's moments, counters and running sums; how it starts and how it is finished.
+
+How a step is made is `sae.plain_step`'s and `sae.fused_step`'s business: both work on a `TrainingState`, which is all
+that a checkpoint holds.
+"""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae import kernels, losses, optim
-from sae.code import SparseCode
+from sae import losses, optim
 from sae.config import TrainConfig
 from sae.model import SAE
-from sae.passes import Pass, code_pass, threshold_pass
-from sae.rules import Batch, CodeRule, ThresholdRule
-
-MULTI_K = 4
-"""Multi-TopK's second k, as a multiple of the first (Gao et al. 2024, section 2.4 and appendix A.6)."""
+from sae.rules import Batch, ThresholdRule
 
 # Running sums between two reports, and how many features the last one found that the auxiliary loss would revive.
 LOSS, SQUARED_ERROR, VARIANCE, ACTIVE, AUX, STEPS, REVIVABLE = range(7)
@@ -39,6 +38,15 @@ class TrainingState:
         config: what to train.
         d_in: width of the activations.
         device: where it lives.
+
+    Attributes:
+        sae: the SAE as it trains: for activations multiplied by `input_scale`.
+        tokens_since_fired: [d_sae], tokens since each feature was last active.
+        density: [d_sae], running share of tokens on which each feature is active.
+        trained: what Adam moves, by name: parameters and the rule's own tensors, W_enc as [d_sae, d_in].
+        adam: torch's Adam with the moments of all these.
+        n_revivable: features that the last report found for the auxiliary loss; None where no report is known.
+        error: why it trains no longer; None while it does.
     """
 
     def __init__(self, config: TrainConfig, d_in: int, device: torch.device) -> None:
@@ -60,7 +68,29 @@ class TrainingState:
             if not (config.frozen_decoder and name == "W_dec")
         } | self.own
         self.adam = torch.optim.Adam(list(self.trained.values()), lr=0.0, betas=config.betas, fused=True)
-        self.gradients: kernels.Gradients | None = None
+        # Adam would make its moments at the first step; checkpoints and the fused step want them before.
+        for tensor in self.trained.values():
+            self.adam.state[tensor] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+        self.n_revivable: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        return self.sae.W_dec.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, of any shape, by the name it has in checkpoints."""
+        named = {name: parameter.data for name, parameter in self.sae.named_parameters()}
+        for name in ("input_scale", "tokens_since_fired", "density", "totals"):
+            named[name] = getattr(self, name)
+        named.update({f"own.{name}": tensor for name, tensor in self.own.items()})
+        for name, tensor in self.trained.items():
+            named.update({f"adam.{name}.{key}": value for key, value in self.adam.state[tensor].items()})
+        return named
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "m d_in"]) -> None:
@@ -83,111 +113,45 @@ class TrainingState:
         elif config.b_dec_init == "mean":
             sae.b_dec.copy_(scaled.mean(dim=0))
 
-    @torch.no_grad()
-    def step(self, batch: Float[Tensor, "n d_in"], step: int, gradients: Float[Tensor, "n d_in"] | None = None) -> None:
-        """One training step on a batch of raw activations; `step` counts from 0.
+    def count(self, firings: Int[Tensor, "d_sae"], n_tokens: int) -> None:
+        """Counts the tokens since each feature's last firing, given on how many of a batch it has fired."""
+        self.tokens_since_fired += n_tokens
+        self.tokens_since_fired.masked_fill_(firings > 0, 0)
+
+    def record(
+        self,
+        loss: Float[Tensor, ""],
+        squared_error: Float[Tensor, ""],
+        variance: Float[Tensor, ""],
+        firings: Int[Tensor, "d_sae"],
+        n_tokens: int,
+        density_rate: float | Float[Tensor, ""],
+        aux_loss: Float[Tensor, ""] | None,
+    ) -> None:
+        """Adds a step to the running densities and to the sums of the next report.
 
         Args:
-            gradients: of the model's loss at the activations, for rules that need them.
+            variance: what the squared error is a share of.
+            firings: tokens of the batch on which each feature is active.
+            density_rate: weight of this batch in the densities.
+            aux_loss: None where the step had no auxiliary loss.
         """
-        x = batch * self.input_scale
-        x_centred = x - self.sae.b_dec
-        # On a GPU the encoder's product runs in bf16 and accumulates in fp32; the weights stay fp32.
-        encoded = x_centred.to(torch.bfloat16) if x.is_cuda else x_centred
-        if isinstance(self.config.rule, ThresholdRule):
-            done = self._threshold_step(self.config.rule, x, x_centred, encoded, step)
-        else:
-            done = self._code_step(x, x_centred, encoded, gradients, step)
-        aux = self._add_aux(done, x_centred, step)
-        self._update(done, step)
-        self._count(done, x.shape[0], aux, step)
-
-    def _code_step(self, x: Tensor, x_centred: Tensor, encoded: Tensor, gradients: Tensor | None, step: int) -> Pass:
-        config, sae = self.config, self.sae
-        assert isinstance(config.rule, CodeRule)
-        rule = config.rule.at_k(config.k_at(step))
-        batch = Batch(encoded, sae.W_enc, sae.b_enc, sae.W_dec, self.density, step / config.n_steps, gradients)
-
-        def run(code: SparseCode, out: kernels.Gradients | None) -> Pass:
-            return code_pass(sae, code, x, x_centred, widths=config.widths, decoder=not config.frozen_decoder, out=out)
-
-        done = run(rule.select(batch), self.gradients)
-        if not x.is_cuda:
-            self.gradients = done.gradients
-        if config.multi_k:
-            wider = run(rule.at_k(min(MULTI_K * rule.k, config.d_sae)).select(batch), None)
-            done.gradients.add_(wider.gradients, config.multi_k)
-            done = replace(done, loss=done.loss + config.multi_k * wider.loss)
-        return done
-
-    def _threshold_step(self, rule: ThresholdRule, x: Tensor, x_centred: Tensor, encoded: Tensor, step: int) -> Pass:
-        config, d_in = self.config, self.sae.d_in
-        coefficient = config.sparsity_at(step)
-        threshold = rule.threshold(self.own, self.sae.W_enc)
-        done = threshold_pass(
-            self.sae, x, x_centred, encoded, threshold, bandwidth=rule.bandwidth_at(d_in),
-            shrinkage=rule.shrinkage(coefficient, d_in), decoder=not config.frozen_decoder,
-        )  # fmt: skip
-        return Pass(
-            loss=done.fit.loss + rule.penalty(done.support, coefficient, d_in),
-            fit=done.fit,
-            gradients=done.gradients,
-            firings=done.firings,
-            own=rule.own_gradients(self.own, done.support, coefficient, d_in),
-        )
-
-    def _add_aux(self, done: Pass, x_centred: Tensor, step: int) -> Tensor | None:
-        config = self.config
-        if not config.has_aux(step):
-            return None
-        chosen = torch.nonzero(self.revivable()).squeeze(1)
-        if chosen.numel() == 0:
-            return None
-        sae = self.sae
-        return losses.add_aux_k(
-            done.gradients, chosen, done.fit.residual, x_centred, sae.W_enc, sae.b_enc, sae.W_dec,
-            config.aux_coefficient, signed=config.rule.signed,
-        )  # fmt: skip
-
-    def _update(self, done: Pass, step: int) -> None:
-        config, sae, gradients = self.config, self.sae, done.gradients
-        if gradients.W_dec is not None:
-            optim.remove_parallel_(gradients.W_dec, sae.W_dec)
-        for name, tensor in self.trained.items():
-            if name in self.own:
-                tensor.grad = done.own[name]
-            else:
-                tensor.grad = gradients.W_enc.T if name == "W_enc" else getattr(gradients, name)
-        if config.clip_grad_norm is not None:
-            # The loss is a share of the batch's variance; the limit is for squared error a token.
-            limit = config.clip_grad_norm * done.fit.residual.shape[0] / done.fit.total_variance
-            optim.clip_norm_([tensor.grad for tensor in self.trained.values() if tensor.grad is not None], limit)
-        self.last_lr = optim.learning_rate(step, config.n_steps, config.peak_lr, config.warmup, config.decay)
-        for group in self.adam.param_groups:
-            group["lr"] = self.last_lr
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        if gradients.W_dec is not None:
-            optim.normalise_rows_(sae.W_dec)
-
-    def _count(self, done: Pass, n_tokens: int, aux: Tensor | None, step: int) -> None:
-        self.tokens_since_fired += n_tokens
-        self.tokens_since_fired.masked_fill_(done.firings > 0, 0)
-        self.density.lerp_(done.firings.to(self.density.dtype) / n_tokens, self.config.density_rate(step))
-        l0 = done.firings.sum().double() / n_tokens
-        self._add_totals(done.loss, done.fit.squared_error, done.fit.total_variance, l0, aux)
-
-    def _add_totals(
-        self, loss: Tensor, squared_error: Tensor, variance: Tensor, l0: Tensor, aux: Tensor | None
-    ) -> None:
+        self.density.lerp_(firings.to(self.density.dtype) / n_tokens, density_rate)
         zero = torch.zeros((), dtype=torch.float64, device=self.totals.device)
-        sums = [loss.double(), squared_error.double(), variance.double(), l0.double()]
-        self.totals += torch.stack([*sums, zero if aux is None else aux.double(), zero + 1, zero])
+        l0 = firings.sum().double() / n_tokens
+        sums = [loss.double(), squared_error.double(), variance.double(), l0]
+        self.totals += torch.stack([*sums, zero if aux_loss is None else aux_loss.double(), zero + 1, zero])
 
     def revivable(self) -> Bool[Tensor, "d_sae"]:
         """The features that the auxiliary loss works on: dead ones, or with aux-zipf those that have become rare."""
         dead = self.tokens_since_fired >= self.config.dead_after
         return losses.rare_features(self.density, dead) if self.config.aux_kind == "aux_zipf" else dead
+
+    def last_revivable(self) -> int:
+        """How many features the last report found to revive; waits for the device once after resuming."""
+        if self.n_revivable is None:
+            self.n_revivable = int(self.totals[REVIVABLE])
+        return self.n_revivable
 
     def read_totals(self) -> Totals:
         """Means since the last call; waits for the device."""
@@ -195,6 +159,7 @@ class TrainingState:
         self.totals[REVIVABLE] = self.revivable().sum()
         values = [*self.totals.tolist(), dead.item()]
         self.totals[:REVIVABLE] = 0
+        self.n_revivable = int(values[REVIVABLE])
         steps = max(values[STEPS], 1.0)
         return Totals(
             loss=values[LOSS] / steps,

@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae import checkpoint
 from sae.config import TrainConfig
 from sae.errors import InputError
-from sae.fused_state import new_state
+from sae.fused_step import Step, new_step
 from sae.interrupts import deferred_interrupt
 from sae.model import SAE
 from sae.source import BatchSource, GradientSource
@@ -81,6 +82,7 @@ def train(
     on_metrics: Callable[[StepMetrics], None] | None = None,
     hook_name: str = "",
     model_name: str = "",
+    make_step: Callable[[TrainingState], Step] = new_step,
 ) -> list[TrainedSAE]:
     """Trains SAEs on one stream of batches.
 
@@ -94,6 +96,7 @@ def train(
         resume: continue from the checkpoint in `checkpoint_dir`, if there is one.
         on_metrics: called with every SAE's metrics about 200 times a run.
         hook_name, model_name: recorded in the SAEs.
+        make_step: how an SAE's steps are made; the fastest way that its device and configuration allow.
 
     Returns:
         One entry per configuration. A configuration whose loss stops being finite has an error and no SAE; the
@@ -106,7 +109,8 @@ def train(
     """
     check_configs(configs)
     next_rows = _stream(configs, source, torch.device(device))
-    states = [new_state(config, source.d_in, torch.device(device)) for config in configs]
+    states = [TrainingState(config, source.d_in, torch.device(device)) for config in configs]
+    steps = [make_step(state) for state in states]
     step = 0
     restored = checkpoint.load(checkpoint_dir, states, source) if resume and checkpoint_dir is not None else None
     if restored is None:
@@ -121,9 +125,9 @@ def train(
     with deferred_interrupt() as interrupt:
         while step < n_steps and any(state.error is None for state in states):
             batch, gradients = next_rows(batch_size)
-            for state in states:
+            for state, make in zip(states, steps, strict=True):
                 if state.error is None:
-                    _step(state, batch, step, gradients, alone=len(states) == 1)
+                    _step(state, make, batch, step, gradients, alone=len(states) == 1)
             step += 1
             if step % report_every == 0 or step == n_steps:
                 for state in states:
@@ -174,10 +178,18 @@ def _finish(
     return results
 
 
-def _step(state: TrainingState, batch: Tensor, step: int, gradients: Tensor | None, *, alone: bool) -> None:
+def _step(
+    state: TrainingState,
+    make: Step,
+    batch: Float[Tensor, "n d_in"],
+    step: int,
+    gradients: Float[Tensor, "n d_in"] | None,
+    *,
+    alone: bool,
+) -> None:
     """A step; beside others, one that fails - by running out of memory, say - takes only itself out."""
     try:
-        state.step(batch, step, gradients)
+        make(batch, step, gradients)
     except RuntimeError as error:
         if alone:
             raise

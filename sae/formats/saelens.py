@@ -9,6 +9,9 @@ as jumprelu, the gradient rule as topk. What the architecture leaves open stands
 ignores: `rule`, its name and settings, and `rule_state`, numbers it encodes by. A rule without such an architecture
 (thresholds on magnitudes) is written under its own name, which SAELens refuses to load.
 
+A rule from outside the package is written in the same two ways, by its `saelens`; its state must then be what the
+architecture has (`threshold` for jumprelu). It is read back where its package is installed or has registered it.
+
 `reshape_activations` is hook_z for attention outputs: SAELens then takes [..., heads, d_head] only, and this project
 the concatenation. `metadata` holds the hook point, the model and whatever the SAE carries. Decoder rows are unit-norm,
 so `rescale_acts_by_decoder_norm` changes nothing and is off.
@@ -164,17 +167,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
-    architecture = config["architecture"]
-    if architecture not in ARCHITECTURES and not ("rule" in config and architecture in rules.RULES):
+    architecture, rule = config["architecture"], config.get("rule", {})
+    if not isinstance(rule, dict):
+        raise InputError(f"{path / CONFIG} has rule = {rule!r}: expected an object with its name and settings")
+    if architecture not in ARCHITECTURES and rule.get("name") != architecture:
         raise InputError(
             f"{path} holds a {architecture!r} SAE, which is not supported: supported are {', '.join(ARCHITECTURES)}"
         )
     if architecture in K_ARCHITECTURES and "k" not in config:
         raise InputError(f"{path / CONFIG} lacks k, the number of active features of a {architecture} SAE")
-    if not isinstance(config.get("rule", {}), dict):
-        raise InputError(
-            f"{path / CONFIG} has rule = {config['rule']!r}: expected an object with its name and settings"
-        )
     if config["dtype"] not in DTYPES:
         raise InputError(f"{path / CONFIG} has dtype {config['dtype']!r}: expected one of {', '.join(DTYPES)}")
     wanted = {"apply_b_dec_to_input": True, "normalize_activations": "none", "rescale_acts_by_decoder_norm": False}

@@ -4,6 +4,7 @@ The caller does not choose a device's implementation: `dispatch` does. The modul
 reference and the CPU path; `triton` holds the GPU's kernels behind the same signatures.
 """
 
+from sae.kernels.backward import Gradients, entry_gradients, sum_entries
 from sae.kernels.dispatch import (
     MAX_K,
     batch_topk_encode,
@@ -15,7 +16,6 @@ from sae.kernels.dispatch import (
     topk_encode,
 )
 from sae.kernels.gradient_topk import mean_influence
-from sae.kernels.gradients import Gradients, entry_gradients, sum_entries
 from sae.kernels.scores import Encoder
 from sae.kernels.sparse import by_feature, feature_block, ragged_code
 from sae.kernels.threshold import count_positive, is_above, threshold_encode

@@ -13,9 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels import batch_topk, feature_topk, gradient_topk, sparse, topk
-from sae.kernels import gradients as plain_gradients
-from sae.kernels.gradients import Gradients
+from sae.kernels import backward, batch_topk, feature_topk, gradient_topk, sparse, topk
+from sae.kernels.backward import Gradients
 
 MAX_K = 512
 
@@ -132,10 +131,10 @@ def gradients(
     decoder: bool = True,
     out: Gradients | None = None,
 ) -> Gradients:
-    """See `sae.kernels.gradients.gradients`."""
+    """See `sae.kernels.backward.gradients`."""
     kernels = _kernels_for(W_dec)
     if kernels is None:
-        return plain_gradients.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder, out=out)
+        return backward.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder, out=out)
     with torch.cuda.device_of(W_dec):
         made: Gradients = kernels.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder)
     return made

@@ -80,6 +80,6 @@ def ragged_code(
 
 def feature_block(code: SparseCode, first: int, last: int) -> SparseCode:
     """The entries of features first ... last - 1, renumbered from 0, as a code over these features alone."""
-    token, feature, values = code.rows()
+    token, feature, values = code.entries()
     inside = (feature >= first) & (feature < last)
     return ragged_code(token[inside], feature[inside] - first, values[inside], code.n_tokens, last - first)

@@ -9,12 +9,15 @@ A rule is a frozen dataclass. Its tensors live outside it, under names it choose
 Training differs in two ways. A `CodeRule` chooses a code from the whole batch, and gradients go through what it
 chose. A `ThresholdRule` compares every pre-activation with a threshold, and a token at a time is all it needs;
 `sae.passes` runs both.
+
+On a GPU the fused step (`sae.fused_step`) trains the code rules that say how, by `fused_encoder`; all others take the
+plain one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -23,10 +26,15 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.errors import InputError
 
+if TYPE_CHECKING:
+    from sae.kernels.triton import KernelSizes
+
 Tensors = Mapping[str, Tensor]
 AuxKind = Literal["none", "aux_k", "aux_zipf"]
 """Which features an auxiliary loss revives: none, dead ones, or those rarer than their rank lets expect."""
 NO_TENSORS: Tensors = {}
+SAELENS_ARCHITECTURES = ("topk", "abstopk", "jumprelu", "standard")
+"""Architectures of SAELens as whose inference a rule can be written (`Rule.saelens`)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,35 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class FusedInputs:
+    """What a fused encoder may read beside its arguments; tensors stay where they are for as long as it is used."""
+
+    n_tokens: int
+    """Of every batch."""
+    d_sae: int
+    shadows: Float[Tensor, "2 padded d_in"]
+    """W_enc^T and W_dec in the precision of products, with rows of zeros up to a multiple of 64."""
+    density: Float[Tensor, "d_sae"]
+    gradients: Float[Tensor, "n d_in"] | None
+    """Of the model's loss, where the batches have them."""
+    sizes: "KernelSizes"
+
+
+@dataclass(frozen=True)
+class FusedEncoder:
+    """How the fused step gets a rule's code of a batch."""
+
+    encode: Callable[[Tensor, Tensor, Tensor], SparseCode]
+    """(x [n, d_in], W_enc [d_in, padded], b_enc [d_sae]) -> code; W_enc's columns beyond b_enc's are zero. Every call
+    does the same work on the same shapes."""
+    settle: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """Called after `encode` with its arguments, (x [n, d_in], W_enc [d_in, padded], b_enc [d_sae]), where the code may
+    have to be put right in its memory after asking the device; None where it never has to."""
+    captured: bool = True
+    """Whether `encode` can be captured as a CUDA graph: it must not ask the device."""
+
+
+@dataclass(frozen=True)
 class Rule(ABC):
     """Settings of a selection rule."""
 
@@ -61,7 +98,7 @@ class Rule(ABC):
     """Whether its state is measured on activations when training has finished."""
     default_aux: ClassVar[AuxKind] = "aux_k"
     saelens: ClassVar[str | None] = None
-    """SAELens' architecture of the same inference; None where it has none."""
+    """SAELens' architecture of the same inference, one of `SAELENS_ARCHITECTURES`; None where it has none."""
 
     @abstractmethod
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
@@ -99,6 +136,24 @@ class CodeRule(Rule):
     def at_k(self, k: int) -> Self:
         """The same rule with another k."""
         return replace(self, k=k)
+
+    def stage(self, progress: float) -> "CodeRule":
+        """The rule that chooses when that share of the training steps is done: this one, for most."""
+        return self
+
+    def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
+        """How this rule, as a stage of training, chooses on a GPU with triton; needed for the fused step.
+
+        A class that overrides `select` and not this is trained by the plain step: see `has_fused_encoder`.
+        """
+        raise NotImplementedError(f"the rule {self.name} has no fused encoder")
+
+    @classmethod
+    def has_fused_encoder(cls) -> bool:
+        """Whether `fused_encoder` is defined, by the class that defines `select` or one derived from that."""
+        return _definer(cls, "fused_encoder") is not CodeRule and issubclass(
+            _definer(cls, "fused_encoder"), _definer(cls, "select")
+        )
 
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
         """Raises InputError unless 1 <= k <= d_sae."""
@@ -162,6 +217,10 @@ class ThresholdRule(Rule):
     def finished_state(self, trained: Tensors, input_scale: Float[Tensor, ""]) -> dict[str, Tensor]:
         """The state for raw activations, which were multiplied by `input_scale` in training."""
         return {}
+
+
+def _definer(cls: type, method: str) -> type:
+    return next(base for base in cls.__mro__ if method in vars(base))
 
 
 def just_below(value: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

@@ -8,6 +8,7 @@ threshold is the (k N)-th largest of N held-out tokens, which gives L0 = k on th
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels import batch_topk_encode, threshold_encode
-from sae.rules.base import NO_TENSORS, AuxKind, Batch, CodeRule, Tensors, just_below
+from sae.rules.base import NO_TENSORS, AuxKind, Batch, CodeRule, FusedEncoder, FusedInputs, Tensors, just_below
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ class BatchTopK(CodeRule):
     ) -> SparseCode:
         """Entries above the stored threshold."""
         return threshold_encode(x, W_enc, b_enc, state["threshold"], absolute=self.signed)
+
+    def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
+        """A list of candidates, which is captured, and a look at whether it holds the answer, which is not."""
+        from sae.kernels import triton as fast
+
+        n_entries = min(self.k, inputs.d_sae) * inputs.n_tokens
+        if self.k > fast.MAX_MEAN:
+            waiting = partial(fast.batch_topk_encode, n_entries=n_entries, absolute=self.signed, sizes=inputs.sizes)
+            return FusedEncoder(waiting, captured=False)
+        listing = fast.Listing(n_entries, absolute=self.signed, sizes=inputs.sizes)
+        return FusedEncoder(listing.encode, listing.settle)
 
     def new_state(self, d_sae: int) -> dict[str, Tensor]:
         """A threshold, the same for every feature."""

@@ -15,7 +15,7 @@ feature i's share of N held-out tokens exceed ("reconstructed"). A feature with 
 leaves the rest to the others, so that L0 is k on these tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.errors import InputError
-from sae.kernels import batch_topk_encode, count_positive, feature_topk_encode, threshold_encode
-from sae.rules.base import NO_TENSORS, AuxKind, Batch, CodeRule, Tensors, just_below
+from sae.kernels import count_positive, feature_topk_encode, threshold_encode
+from sae.rules.base import NO_TENSORS, AuxKind, Batch, CodeRule, FusedEncoder, FusedInputs, Tensors, just_below
+from sae.rules.batchtopk import MutualChoice
 
 Budgets = Literal["uniform", "zipf"]
 
@@ -64,11 +65,30 @@ class FeatureChoice(CodeRule):
 
     def select(self, batch: Batch) -> SparseCode:
         """Mutual choice at first, then feature choice."""
-        n = batch.x.shape[0]
         if batch.progress < self.mutual_share:
-            return batch_topk_encode(batch.x, batch.W_enc, batch.b_enc, self.k * n)
-        budgets = self.assign(self.shares(len(batch.density), n).to(batch.x.device), batch.density)
+            return self.stage(batch.progress).select(batch)
+        budgets = self.assign(self.shares(len(batch.density), batch.x.shape[0]).to(batch.x.device), batch.density)
         return feature_topk_encode(batch.x, batch.W_enc, batch.b_enc, budgets)
+
+    def stage(self, progress: float) -> CodeRule:
+        """Mutual choice at first, then feature choice without it."""
+        return MutualChoice(self.k) if progress < self.mutual_share else replace(self, mutual_share=0.0)
+
+    def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
+        """The kernel that selects feature by feature; without mutual choice, which is a stage of its own."""
+        from sae.kernels import triton as fast
+
+        shares = self.shares(inputs.d_sae, inputs.n_tokens)
+        n_entries, on_device = int(shares.sum()), shares.to(inputs.density.device)
+
+        def encode(
+            x: Float[Tensor, "n d_in"], W_enc: Float[Tensor, "d_in padded"], b_enc: Float[Tensor, "d_sae"]
+        ) -> SparseCode:
+            budgets = self.assign(on_device, inputs.density)
+            return fast.feature_topk_encode(x, W_enc, b_enc, budgets, n_entries=n_entries, sizes=inputs.sizes)
+
+        # Of more tokens the plain encoder takes care, which waits for the device.
+        return FusedEncoder(encode, captured=inputs.n_tokens <= fast.MAX_TOKENS)
 
     def shares(self, d_sae: int, n: int) -> Int[Tensor, "d_sae"]:
         """Tokens of a batch of n that the commonest feature chooses, the second, ...: the same at every step."""

@@ -22,10 +22,12 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.errors import InputError
 from sae.kernels import gradient_topk_encode, mean_influence, topk_encode
-from sae.rules.base import NO_TENSORS, Batch, CodeRule, Tensors
+from sae.rules.base import NO_TENSORS, Batch, CodeRule, FusedEncoder, FusedInputs, Tensors
 
 SCALE_ROWS = 512
 """Tokens of a training batch by which its gradients are scaled: the product with all of them is as dear as encoding."""
+
+NO_GRADIENTS = "the rule gradient_topk needs gradients: harvest with --gradients and train on that harvest"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,28 @@ class GradientTopK(CodeRule):
         values, indices = gradient_topk_encode(x, W_enc, b_enc, W_dec, g, self.k, self.beta)
         return SparseCode(values, indices, W_enc.shape[1])
 
+    def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
+        """The kernel that selects row by row from two products, scaled by the batch's own gradients.
+
+        Raises:
+            InputError: batches without gradients.
+        """
+        from sae.kernels.triton import paired_topk_encode
+
+        gradients, shadows = inputs.gradients, inputs.shadows
+        if gradients is None:
+            raise InputError(NO_GRADIENTS)
+
+        def encode(
+            x: Float[Tensor, "n d_in"], W_enc: Float[Tensor, "d_in padded"], b_enc: Float[Tensor, "d_sae"]
+        ) -> SparseCode:
+            scale = self.scale(shadows[1, : inputs.d_sae], gradients[:SCALE_ROWS])
+            pair = torch.stack((x, (gradients * scale).to(x.dtype)))
+            values, indices = paired_topk_encode(pair, shadows, b_enc, self.k, self.beta, sizes=inputs.sizes)
+            return SparseCode(values, indices, inputs.d_sae)
+
+        return FusedEncoder(encode)
+
     def new_state(self, d_sae: int) -> dict[str, Tensor]:
         """What gradients are multiplied with."""
         return {"gradient_scale": torch.ones(())}
@@ -94,5 +118,5 @@ class GradientTopK(CodeRule):
 
 def _given(batch: Batch) -> Float[Tensor, "n d_in"]:
     if batch.gradients is None:
-        raise InputError("the rule gradient_topk needs gradients: harvest with --gradients and train on that harvest")
+        raise InputError(NO_GRADIENTS)
     return batch.gradients

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels import topk_encode
-from sae.rules.base import NO_TENSORS, Batch, CodeRule, Tensors
+from sae.rules.base import NO_TENSORS, Batch, CodeRule, FusedEncoder, FusedInputs, Tensors
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,9 @@ class TopK(CodeRule):
         """Codes of inputs from which b_dec has been subtracted; no gradients."""
         values, indices = topk_encode(x, W_enc, b_enc, self.k)
         return SparseCode(values, indices, W_enc.shape[1])
+
+    def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
+        """The kernel that selects row by row."""
+        from sae.kernels.triton import topk_rule
+
+        return FusedEncoder(topk_rule(self.k, sizes=inputs.sizes))

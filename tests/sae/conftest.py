@@ -9,28 +9,44 @@ from torch import Tensor
 
 
 class PlantedSource:
-    """Sparse combinations of known unit directions plus an offset; batch i depends on the seed and i alone."""
+    """Sparse combinations of known unit directions plus an offset; batch i depends on the seed and i alone.
 
-    def __init__(self, d_in: int = 32, n_directions: int = 64, rate: float = 0.05, scale: float = 3.0) -> None:
-        generator = torch.Generator().manual_seed(7)
-        directions = torch.randn(n_directions, d_in, generator=generator)
+    Rows are drawn on `device`.
+    """
+
+    def __init__(
+        self,
+        d_in: int = 32,
+        n_directions: int = 64,
+        rate: float = 0.05,
+        scale: float = 3.0,
+        noise: float = 0.0,
+        n_sampled: int = 2048,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(7)
+        directions = torch.randn(n_directions, d_in, generator=generator, device=device)
         self.directions = directions / directions.norm(dim=1, keepdim=True)
-        self.d_in, self.rate, self.scale = d_in, rate, scale
+        self.d_in, self.rate, self.scale, self.noise, self.n_sampled = d_in, rate, scale, noise, n_sampled
         self.position = 0
 
     def _rows(self, n: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        device = self.directions.device
+        generator = torch.Generator(device).manual_seed(seed)
         shape = (n, self.directions.shape[0])
-        firing = torch.rand(shape, generator=generator) < self.rate
-        strength = firing * (0.5 + torch.rand(shape, generator=generator))
-        return self.scale * strength @ self.directions + 1.0
+        firing = torch.rand(shape, generator=generator, device=device) < self.rate
+        strength = firing * (0.5 + torch.rand(shape, generator=generator, device=device))
+        rows = self.scale * strength @ self.directions + 1.0
+        if self.noise:
+            rows += self.noise * torch.randn(n, self.d_in, generator=generator, device=device)
+        return rows
 
     def next_batch(self, n: int) -> Tensor:
         self.position += 1
         return self._rows(n, 1000 + self.position)
 
     def sample(self, n: int) -> Tensor:
-        return self._rows(min(n, 2048), 0)
+        return self._rows(min(n, self.n_sampled), 0)
 
     def held_out(self, n: int) -> Tensor:
         return self._rows(n, 1)
@@ -40,6 +56,22 @@ class PlantedSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = json.loads(json.dumps(state))["position"]
+
+
+class PlantedPairs(PlantedSource):
+    """The same with gradients: of noise and a part along the activations, whatever their scale."""
+
+    def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
+        activations = self.next_batch(n)
+        generator = torch.Generator(activations.device).manual_seed(self.position)
+        noise = torch.randn(activations.shape, generator=generator, device=activations.device)
+        return activations, 1e-3 * (noise + activations / activations.std())
+
+
+@pytest.fixture
+def planted_pairs() -> type[PlantedPairs]:
+    """The class; call it for a stream with gradients that starts at its beginning."""
+    return PlantedPairs
 
 
 @pytest.fixture

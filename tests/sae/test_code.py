@@ -31,7 +31,7 @@ def test_an_unused_slot_does_not_hide_feature_zero() -> None:
 
 def test_rows_lists_the_entries_that_are_not_zero_token_by_token() -> None:
     for code in (FIXED, RAGGED):
-        token, feature, value = code.rows()
+        token, feature, value = code.entries()
         assert token.tolist() == [0, 0, 2, 2]
         assert feature.tolist() == [2, 1, 3, 0]
         assert value.tolist() == [7.0, 5.0, -2.0, 1.0]

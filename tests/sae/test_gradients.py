@@ -49,7 +49,7 @@ def test_gradients_of_a_ragged_code_equal_those_of_the_same_fixed_code() -> None
     # A bias this low leaves tokens with fewer than k active features.
     fixed = TopK(K).encode(x_centred, p["W_enc"], p["b_enc"] - 8)
     assert fixed.l0().min() < K
-    _, feature, value = fixed.rows()
+    _, feature, value = fixed.entries()
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), fixed.l0().cumsum(0)])
     ragged = SparseCode(value, feature, F, offsets)
     torch.testing.assert_close(kernels.decode(ragged, p["W_dec"]), fixed.to_dense() @ p["W_dec"], **TIGHT)
@@ -63,7 +63,7 @@ def test_gradients_of_a_ragged_code_equal_those_of_the_same_fixed_code() -> None
 def test_a_feature_that_did_not_fire_gets_no_gradient() -> None:
     p = {name: tensor.detach() for name, tensor in parameters().items()}
     code = TopK(K).encode(p["x"] - p["b_dec"], p["W_enc"], p["b_enc"])
-    silent = torch.ones(F, dtype=torch.bool).index_fill_(0, code.rows()[1], False)
+    silent = torch.ones(F, dtype=torch.bool).index_fill_(0, code.entries()[1], False)
     assert silent.any()
     _, ours = sparse_gradients(p)
     assert not ours.W_dec[silent].any()

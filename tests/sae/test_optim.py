@@ -5,6 +5,7 @@ import torch
 
 from sae import TopK, optim
 from sae.config import TrainConfig
+from sae.plain_step import PlainStep
 from sae.state import TrainingState
 
 
@@ -93,12 +94,13 @@ def test_a_step_is_adam_with_projection_and_renormalisation() -> None:
     x = torch.randn(128, 16, generator=generator) + 0.5
     state = TrainingState(config, 16, torch.device("cpu"))
     state.initialise(x)
+    make_step = PlainStep(state)
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
     p = {name: getattr(state.sae, name).detach().double().clone() for name in names}
     first, second = ({name: torch.zeros_like(p[name]) for name in names} for _ in range(2))
     target = (x * state.input_scale).double()
     for step in range(3):
-        state.step(x, step)
+        make_step(x, step)
         leaves = {name: p[name].clone().requires_grad_() for name in names}
         z = (target - leaves["b_dec"]) @ leaves["W_enc"] + leaves["b_enc"]
         kept = z.topk(4, dim=1)

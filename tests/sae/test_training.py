@@ -8,6 +8,7 @@ import torch
 
 from sae import SAE, InputError, TopK
 from sae.config import TrainConfig
+from sae.plain_step import PlainStep
 from sae.state import TrainingState
 from sae.training import StepMetrics, train
 
@@ -88,8 +89,9 @@ def test_aux_k_revives_features_that_rarely_win(planted) -> None:
         state.initialise(source.sample(2048))
         with torch.no_grad():
             state.sae.b_enc[::2] = -2.0
+        make_step = PlainStep(state)
         for step in range(300):
-            state.step(source.next_batch(256), step)
+            make_step(source.next_batch(256), step)
         left_dead[coefficient] = state.read_totals().dead_share
         error[coefficient] = fvu(state.finish(hook_name="", model_name=""), source.held_out(1000))
     assert left_dead[0.0] > 0.3

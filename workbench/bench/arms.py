@@ -1,6 +1,6 @@
 """What is timed: whole training steps - forward, backward, optimiser - of a TopK SAE on the same batches.
 
-- this project: the trainer's own state, `sae.fused_state.new_state`, as `workbench train` runs it; without the
+- this project: the trainer's own step, `sae.fused_step.new_step`, as `workbench train` runs it; without the
   auxiliary loss, which no batch here needs.
 - dense: matrix products, torch.topk, a dense code, autograd and fused Adam; eager and compiled by torch.compile.
 - topk + embedding_bag: the encoder's product, torch.topk, embedding_bag, autograd, fused Adam.
@@ -22,8 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.config import TrainConfig
-from sae.fused_state import new_state
+from sae.fused_step import new_step
 from sae.rules import Rule, TopK
+from sae.state import TrainingState
 
 Step = Callable[[Tensor], object]
 Arm = Callable[[], Step]
@@ -86,11 +87,11 @@ def ours(size: Size, example: Float[Tensor, "batch d_in"], rule: Rule | None = N
         name="bench", d_sae=size.d_sae, rule=rule or TopK(size.k), batch_size=size.batch, total_tokens=10**9,
         aux="none", b_dec_init="mean", lr=LR,
     )  # fmt: skip
-    state = new_state(config, size.d_in, example.device)
+    state = TrainingState(config, size.d_in, example.device)
     state.initialise(example)
-    numbers = iter(range(config.n_steps))
+    step, numbers = new_step(state), iter(range(config.n_steps))
     hungry = config.rule.needs_gradients
-    return lambda batch: state.step(batch, next(numbers), batch if hungry else None)
+    return lambda batch: step(batch, next(numbers), batch if hungry else None)
 
 
 def encoder_product(size: Size, device: torch.device) -> Step:

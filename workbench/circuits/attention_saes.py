@@ -121,7 +121,7 @@ def strongest_feature(model: LoadedModel, sae: SAE, tokens: torch.Tensor, positi
     if not -len(tokens) <= position < len(tokens):
         raise InputError(f"position {position} does not exist: the text has {len(tokens)} tokens with BOS")
     z = activations(model.bridge, tokens[None], [sae.hook_name])[sae.hook_name][0, position].flatten()
-    _, features, values = sae.encode(z[None]).rows()
+    _, features, values = sae.encode(z[None]).entries()
     if not len(features):
         raise InputError(f"no feature fires at position {position % len(tokens)}: give the number of one")
     return int(features[values.abs().argmax()])

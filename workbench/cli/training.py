@@ -145,12 +145,12 @@ def rule_tables(
     context: typer.Context, names: list[str], k: list[int], sparsity: list[float] | None
 ) -> list[dict[str, Any]]:
     """What a sweep file would hold in its [[rule]] tables. Raises InputError for a setting that no rule named has."""
-    from sae.rules import RULES, CodeRule, ThresholdRule
+    from sae.rules import CodeRule, ThresholdRule, rule_class, rule_names
     from workbench.saes.settings import check_keys
 
-    check_keys(dict.fromkeys(names), list(RULES), "--rule", what="selection rule")
-    with_k = [name for name in names if issubclass(RULES[name], CodeRule)]
-    penalised = [name for name in names if issubclass(RULES[name], ThresholdRule)]
+    check_keys(dict.fromkeys(names), rule_names(), "--rule", what="selection rule")
+    with_k = [name for name in names if issubclass(rule_class(name), CodeRule)]
+    penalised = [name for name in names if issubclass(rule_class(name), ThresholdRule)]
     if not with_k and penalised and given(context, "k"):
         raise InputError(f"{penalised[0]} has no k: set its penalty with --sparsity")
     if not penalised and sparsity is not None:

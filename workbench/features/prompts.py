@@ -247,7 +247,7 @@ def read_prompt(
     values = capture(model, tokens, [hook, last]).activations
     x = values[hook.name][0, 1:]
     position, feature, activation = (
-        part.cpu().numpy() for part in sae.encode(x.to(sae.W_dec.device, torch.float32)).rows()
+        part.cpu().numpy() for part in sae.encode(x.to(sae.W_dec.device, torch.float32)).entries()
     )
     active = np.unique(feature)
     directions, scale, missing = None, None, None

@@ -207,7 +207,7 @@ def apply_edit(
     new = x.clone()
     rows = x[from_row:].to(sae.W_dec.device, torch.float32)
     code = sae.encode(rows)
-    token, feature, value = code.rows()
+    token, feature, value = code.entries()
     mine = feature == edit.feature
     a = rows.new_zeros(len(rows)).index_put((token[mine],), value[mine].float())
     change = {

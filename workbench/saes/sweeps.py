@@ -113,10 +113,8 @@ def _table_variants(
     table: Mapping[str, Any], common: Mapping[str, Any], training: Mapping[str, Any], where: str
 ) -> Iterator[dict[str, Any]]:
     name = table.get("name")
-    rule_class = rules.RULES.get(name) if isinstance(name, str) else None
-    if rule_class is None:
-        check_keys({str(name): None}, list(rules.RULES), f"{where}: name", what="selection rule")
-    fields = field_types(rule_class)
+    check_keys({str(name): None}, rules.rule_names(), f"{where}: name", what="selection rule")
+    fields = field_types(rules.rule_class(str(name)))
     own = {key: hint for key, hint in training.items() if key not in SHARED}
     check_keys(table, ["name", *fields, *own], where)
     settings = {**common, **{key: value for key, value in table.items() if key != "name"}}
@@ -142,7 +140,7 @@ def _values(value: Any, hint: Any, where: str) -> list[Any]:
 
 
 def _make_rule(name: Any, fields: dict[str, Any], where: str) -> rules.Rule:
-    missing = [key for key in required_fields(rules.RULES[name]) if key not in fields]
+    missing = [key for key in required_fields(rules.rule_class(name)) if key not in fields]
     if missing:
         raise InputError(f"{where}: {name} needs {' and '.join(missing)}: give it a value")
     return rules.from_dict({"name": name, **fields})

@@ -106,7 +106,7 @@ def measure_saes(
         for name, sae in saes.items():
             code = sae.encode(x)
             l0[name].append(code.l0())
-            fired[name] += torch.bincount(code.rows()[1], minlength=sae.d_sae)
+            fired[name] += torch.bincount(code.entries()[1], minlength=sae.d_sae)
         done += batch.tokens.numel()
         if on_progress is not None:
             on_progress(done, max_tokens)

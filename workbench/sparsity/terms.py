@@ -78,7 +78,7 @@ def errors_in_sae(x: Float[Tensor, "n d"], sae: SAE, mean: Float[Tensor, "d"]) -
 
 def _by_size(code: SparseCode, sae: SAE) -> tuple[Float[Tensor, "n terms"], Int[Tensor, "n terms"]]:
     """Values and features of each token, the largest contributions first, zeros where it has fewer."""
-    token, feature, value = code.rows()
+    token, feature, value = code.entries()
     size = value.double().abs() * sae.W_dec[feature].double().norm(dim=1)
     order = size.argsort(descending=True, stable=True)
     order = order[token[order].argsort(stable=True)]

@@ -1,12 +1,26 @@
-"""Triton kernels for a training step on NVIDIA GPUs, behind the signatures of the plain-torch functions.
+"""Triton kernels for a training step on NVIDIA GPUs: the operations of `sae.kernels`, and whole steps made of them.
+
+Operations that have a plain-torch counterpart take the same arguments, with three differences that
+`sae.kernels.dispatch` takes care of: encoders over the batch and by feature return codes whose last slots may be
+empty, so that nothing waits for the device; W_enc may have columns of zeros beyond b_enc's; `gradients` makes new
+tensors each time. Beside them stand the parts of a step that only the fused step uses.
 
 Importing this package imports triton; nothing in `sae` does so before a CUDA tensor asks for it.
 """
 
 from sae.kernels.triton.aux import aux_gradients
-from sae.kernels.triton.batch import MAX_MEAN, Listed, batch_topk_encode, feature_topk_encode, list_batch_topk
+from sae.kernels.triton.backward import gradients
+from sae.kernels.triton.batch import (
+    MAX_MEAN,
+    MAX_TOKENS,
+    Listed,
+    Listing,
+    batch_topk_encode,
+    feature_topk_encode,
+    list_batch_topk,
+)
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
-from sae.kernels.triton.gradients import gradients
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, decode, residual
 from sae.kernels.triton.step import GraphedStep, StepResult, learn, topk_rule, training_step
 from sae.kernels.triton.update import (
@@ -21,11 +35,15 @@ from sae.kernels.triton.update import (
 
 __all__ = [
     "MAX_MEAN",
+    "MAX_TOKENS",
+    "SIZES",
     "AdamStep",
     "AuxGradients",
     "Centred",
     "GraphedStep",
+    "KernelSizes",
     "Listed",
+    "Listing",
     "Moments",
     "Parameters",
     "StepResult",

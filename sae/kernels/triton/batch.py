@@ -35,11 +35,10 @@ from sae.kernels import feature_topk as plain_feature
 from sae.kernels.triton.encode import chunk_rows, padded_product, product, score_buffer
 from sae.kernels.triton.features import narrowest
 from sae.kernels.triton.select import bound, keys_of, select_rows
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 
 # Entries aimed at and slots, as multiples of the entries wanted: the first rows stand for the batch that well.
 MARGIN, CAPACITY = 1.4, 2
-# Candidates of a row of the first chunk, as a multiple of the mean number of entries.
-CANDIDATES = 4
 # Mean entries a row from which on candidates no longer fit a sorting network.
 MAX_MEAN = 256
 # Columns whose candidates one program appends.
@@ -55,6 +54,7 @@ def batch_topk_encode(
     n_entries: int,
     *,
     absolute: bool = False,
+    sizes: KernelSizes = SIZES,
 ) -> SparseCode:
     """The `n_entries` largest of relu(x W_enc + b_enc), or of its magnitudes, over all rows together.
 
@@ -64,7 +64,7 @@ def batch_topk_encode(
     n_entries = min(n_entries, x.shape[0] * b_enc.shape[0])
     if x.shape[0] == 0 or n_entries // x.shape[0] > MAX_MEAN:
         return plain_batch.batch_topk_encode(x, W_enc[:, : b_enc.shape[0]], b_enc, n_entries, absolute=absolute)
-    listed = list_batch_topk(x, W_enc, b_enc, n_entries, absolute=absolute)
+    listed = list_batch_topk(x, W_enc, b_enc, n_entries, absolute=absolute, sizes=sizes)
     return listed.code_or_again(x, W_enc, b_enc, absolute=absolute)
 
 
@@ -96,6 +96,33 @@ class Listed:
         return code
 
 
+class Listing:
+    """`batch_topk_encode` in two parts, of which the first can be captured as a CUDA graph.
+
+    Args:
+        n_entries: as for `list_batch_topk`.
+        absolute: rank by magnitude, and keep the sign.
+    """
+
+    def __init__(self, n_entries: int, *, absolute: bool = False, sizes: KernelSizes = SIZES) -> None:
+        self.n_entries, self.absolute, self.sizes = n_entries, absolute, sizes
+        self.listed: Listed | None = None
+
+    def encode(
+        self, x: Float[Tensor, "n d_in"], W_enc: Float[Tensor, "d_in padded"], b_enc: Float[Tensor, "d_sae"]
+    ) -> SparseCode:
+        """The code that a list of candidates gives."""
+        self.listed = list_batch_topk(x, W_enc, b_enc, self.n_entries, absolute=self.absolute, sizes=self.sizes)
+        return self.listed.code
+
+    def settle(
+        self, x: Float[Tensor, "n d_in"], W_enc: Float[Tensor, "d_in padded"], b_enc: Float[Tensor, "d_sae"]
+    ) -> None:
+        """Makes that code the batch's, where the list did not hold it; waits for the device."""
+        assert self.listed is not None
+        self.listed.code_or_again(x, W_enc, b_enc, absolute=self.absolute)
+
+
 def list_batch_topk(
     x: Float[Tensor, "n d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
@@ -103,6 +130,7 @@ def list_batch_topk(
     n_entries: int,
     *,
     absolute: bool = False,
+    sizes: KernelSizes = SIZES,
 ) -> Listed:
     """What `batch_topk_encode` does before it asks the device, and so can be captured.
 
@@ -112,7 +140,7 @@ def list_batch_topk(
     n, d_sae = x.shape[0], b_enc.shape[0]
     mean = max(1, n_entries // n)
     weights = W_enc.to(x.dtype)
-    step = chunk_rows(n)
+    step = chunk_rows(n, sizes)
     buffer, bias = score_buffer(step, b_enc.float())
     slots = CAPACITY * n_entries
     counter = torch.zeros((), dtype=torch.int32, device=x.device)
@@ -124,7 +152,7 @@ def list_batch_topk(
         padded_product(x[first:last], weights, scores, d_sae)
         if first == 0:
             aim = math.ceil(MARGIN * n_entries * last / n)
-            threshold = _threshold(scores, bias, min(d_sae, CANDIDATES * mean), aim, absolute)
+            threshold = _threshold(scores, bias, min(d_sae, sizes.candidates * mean), aim, absolute)
         block = min(COLLECTED, triton.next_power_of_2(scores.shape[1]))
         _collect_kernel[(last - first, triton.cdiv(scores.shape[1], block))](
             scores, bias, threshold, counter, values, places, first, scores.shape[1], d_sae, slots,
@@ -251,6 +279,7 @@ def feature_topk_encode(
     budgets: Int[Tensor, "d_sae"],
     *,
     n_entries: int | None = None,
+    sizes: KernelSizes = SIZES,
 ) -> SparseCode:
     """Every feature's `budgets[i]` largest positive pre-activations; fewer where fewer are positive.
 
@@ -269,7 +298,7 @@ def feature_topk_encode(
     width = -(-n // 64) * 64
     values = torch.zeros(n_entries, dtype=torch.float32, device=x.device)
     places = _no_places(n_entries, n, d_sae, x.device)
-    step = chunk_rows(d_sae)
+    step = chunk_rows(d_sae, sizes)
     # Whole vectors to the end of every row.
     buffer = torch.empty(step, width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(n)

@@ -9,14 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.triton.select import merge_rows, select_rows
-
-# Rows below which the matrix product no longer fills the device.
-MIN_ROWS = 128
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 
 
-def chunk_rows(n: int) -> int:
+def chunk_rows(n: int, sizes: KernelSizes = SIZES) -> int:
     """Rows of fp32 scores that take an eighth of the bytes of n rows in bf16."""
-    return min(n, max(MIN_ROWS, n // 16))
+    return min(n, max(sizes.min_rows, n // 16))
 
 
 def score_buffer(
@@ -83,6 +81,7 @@ def topk_encode(
     k: int,
     *,
     absolute: bool = False,
+    sizes: KernelSizes = SIZES,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Top k of relu(x W_enc + b_enc) of every row, or the k largest |x W_enc + b_enc| with their signs.
 
@@ -97,7 +96,7 @@ def topk_encode(
     n, d_sae = x.shape[0], b_enc.shape[0]
     weights = W_enc.to(x.dtype)
     values, indices = _empty_code(n, k, x.device)
-    rows = chunk_rows(n)
+    rows = chunk_rows(n, sizes)
     buffer, bias = score_buffer(rows, b_enc.float())
     for first in range(0, n, rows):
         chunk = slice(first, first + rows)
@@ -115,13 +114,16 @@ def gradient_topk_encode(
     g: Float[Tensor, "n d_in"],
     k: int,
     beta: float,
+    *,
+    sizes: KernelSizes = SIZES,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Values z = x W_enc + b_enc at the top k of relu(z + beta z |W_dec g|) of every row, in the order of that score.
 
     Args:
         g: gradient of the model's loss at x, scaled as the rule wants it.
     """
-    return paired_topk_encode(torch.stack((x, g.to(x.dtype))), padded_pair(W_enc.T, W_dec, x.dtype), b_enc, k, beta)
+    pair = torch.stack((x, g.to(x.dtype)))
+    return paired_topk_encode(pair, padded_pair(W_enc.T, W_dec, x.dtype), b_enc, k, beta, sizes=sizes)
 
 
 def paired_topk_encode(
@@ -130,6 +132,8 @@ def paired_topk_encode(
     b_enc: Float[Tensor, "d_sae"],
     k: int,
     beta: float,
+    *,
+    sizes: KernelSizes = SIZES,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """`gradient_topk_encode` of stacked factors: both products are one launch, over half of the columns at a time.
 
@@ -143,7 +147,7 @@ def paired_topk_encode(
     n, d_sae, device = x_and_g.shape[1], b_enc.shape[0], x_and_g.device
     weights, bias = shadows.transpose(1, 2), _padded(b_enc.float())
     values, indices = _empty_code(n, k, device)
-    rows, columns = chunk_rows(n), bias.shape[0]
+    rows, columns = chunk_rows(n, sizes), bias.shape[0]
     width = -(-columns // 128) * 64
     buffer = torch.empty(2, rows, width, dtype=torch.float32, device=device)
     starts = range(0, columns, width)

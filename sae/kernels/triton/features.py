@@ -14,8 +14,9 @@
 
    Nothing of size [n, k, d] is written.
 3. A feature that fires on most tokens would keep one program busy long after the others are done. So windows of
-   WINDOW entries that lie inside one segment are summed by programs of their own before, into a partial row each,
-   and the feature's program adds up its first entries, its windows, and its last entries, in that order.
+   `KernelSizes.window` entries that lie inside one segment are summed by programs of their own before, into a
+   partial row each, and the feature's program adds up its first entries, its windows, and its last entries, in that
+   order.
 
 The order of every sum depends on the code alone: the same bits on every repeat.
 """
@@ -32,9 +33,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import alignment
 
-WINDOW = 32
 # Entries whose rows are loaded at once.
 ENTRIES = 4
 
@@ -59,7 +60,7 @@ class Products:
     along: Float[Tensor, "d_sae"]
     """dW_dec[f] . W_dec[f]."""
     window_dec: Float[Tensor, "windows d"]
-    """Sums over the windows of WINDOW entries that lie inside one segment; other rows are not written."""
+    """Sums over the windows of entries that lie inside one segment; other rows are not written."""
     window_enc: Float[Tensor, "windows d"]
 
 
@@ -225,6 +226,8 @@ def products(
     x_centred: Float[Tensor, "n d"],
     scale: Float[Tensor, ""],
     W_dec: Float[Tensor, "d_sae d"],
+    *,
+    sizes: KernelSizes = SIZES,
 ) -> Products:
     """Products of every entry, their sums of every feature, and the sums over full windows.
 
@@ -234,7 +237,7 @@ def products(
     """
     d_sae, d = W_dec.shape
     n_entries = order.token.shape[0]
-    n_windows = n_entries // WINDOW
+    n_windows = n_entries // sizes.window
     da = torch.empty(n_entries, dtype=torch.float32, device=W_dec.device)
     sums = torch.empty(2, d_sae, dtype=torch.float32, device=W_dec.device)
     windows = torch.empty(2, n_windows, d, dtype=torch.float32, device=W_dec.device)
@@ -242,11 +245,11 @@ def products(
         _window_kernel[(n_windows,)](
             order.token, order.value, order.feature, residual, x_centred, scale, W_dec, da, windows[0], windows[1],
             d_sae, d // alignment(d),
-            ALIGN=alignment(d), WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+            ALIGN=alignment(d), WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
         )  # fmt: skip
     _product_kernel[(d_sae,)](
         order.offsets, order.token, order.value, residual, scale, W_dec, da, sums[0], sums[1], d // alignment(d),
-        ALIGN=alignment(d), WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        ALIGN=alignment(d), WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
     return Products(da, sums[0], sums[1], windows[0], windows[1])
 
@@ -259,15 +262,16 @@ def feature_gradients(
     W_dec: Float[Tensor, "d_sae d"],
     *,
     decoder: bool = True,
+    sizes: KernelSizes = SIZES,
 ) -> tuple[Float[Tensor, "d_sae d"] | None, Float[Tensor, "d_sae d"], Float[Tensor, "d_sae"]]:
     """Gradients of W_dec (None unless wanted), of W_enc as [d_sae, d], and of b_enc, in fp32."""
     d_sae, d = W_dec.shape
-    made = products(order, residual, x_centred, scale, W_dec)
+    made = products(order, residual, x_centred, scale, W_dec, sizes=sizes)
     grad_enc = torch.empty(d_sae, d, dtype=torch.float32, device=W_dec.device)
     grad_dec = torch.empty_like(grad_enc) if decoder else None
     _gradient_kernel[(d_sae, triton.cdiv(d, row_slice(d)))](
         order.offsets, order.token, order.value, made.da, residual, x_centred, scale, made.window_dec,
         made.window_enc, grad_enc if grad_dec is None else grad_dec, grad_enc, d // alignment(d),
-        ALIGN=alignment(d), DECODER=decoder, WINDOW=WINDOW, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        ALIGN=alignment(d), DECODER=decoder, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
     return grad_dec, grad_enc, made.b_enc

@@ -17,6 +17,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.kernels.triton.encode import topk_encode
 from sae.kernels.triton.features import by_feature, feature_gradients
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
 from sae.kernels.triton.update import (
     AdamStep,
@@ -44,11 +45,11 @@ class StepResult:
     """Tokens on which each feature is active."""
 
 
-def topk_rule(k: int, *, absolute: bool = False) -> Encoder:
+def topk_rule(k: int, *, absolute: bool = False, sizes: KernelSizes = SIZES) -> Encoder:
     """The encoder (x, W_enc, b_enc) -> code of the TopK or AbsTopK rule."""
 
-    def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseCode:
-        values, indices = topk_encode(x, W_enc, b_enc, k, absolute=absolute)
+    def encode(x: Float[Tensor, "n d"], W_enc: Float[Tensor, "d padded"], b_enc: Float[Tensor, "d_sae"]) -> SparseCode:
+        values, indices = topk_encode(x, W_enc, b_enc, k, absolute=absolute, sizes=sizes)
         return SparseCode(values, indices, b_enc.shape[0])
 
     return encode
@@ -79,6 +80,7 @@ def learn(
     decoder: bool = True,
     materialise: bool = False,
     aux: Callable[[StepResult], AuxGradients] | None = None,
+    sizes: KernelSizes = SIZES,
 ) -> StepResult:
     """What follows the encoder in a step: decoding, backward and update.
 
@@ -95,7 +97,7 @@ def learn(
     scale = (-2 / centred.total_variance).float()
     if materialise:
         grad_dec, grad_enc, grad_bias = feature_gradients(
-            order, fit.residual, centred.x, scale, p.shadow_dec, decoder=decoder
+            order, fit.residual, centred.x, scale, p.shadow_dec, decoder=decoder, sizes=sizes
         )
         grad_b_dec = fit.residual.sum(0, dtype=torch.float32) * scale - through_encoder(grad_bias, p.shadow_enc)
         tokens_since_fired.add_(code.n_tokens).masked_fill_(firings > 0, 0)
@@ -103,7 +105,7 @@ def learn(
     else:
         update_from_code(
             p, order, fit.residual, centred.x, scale, tokens_since_fired, adam,
-            decoder=decoder, aux=None if aux is None else aux(result),
+            decoder=decoder, aux=None if aux is None else aux(result), sizes=sizes,
         )  # fmt: skip
     return result
 

@@ -27,7 +27,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.triton.encode import padded_pair
-from sae.kernels.triton.features import ENTRIES, WINDOW, FeatureOrder, gradient_slice, products, row_slice
+from sae.kernels.triton.features import ENTRIES, FeatureOrder, gradient_slice, products, row_slice
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import alignment
 
 
@@ -338,6 +339,7 @@ def update_from_code(
     *,
     decoder: bool = True,
     aux: AuxGradients | None = None,
+    sizes: KernelSizes = SIZES,
 ) -> None:
     """One step of every parameter from the sparse code, without gradients in memory.
 
@@ -347,7 +349,7 @@ def update_from_code(
     """
     p = parameters
     d_sae, d = p.W_dec.shape
-    made = products(order, residual, x_centred, scale, p.shadow_dec)
+    made = products(order, residual, x_centred, scale, p.shadow_dec, sizes=sizes)
     through_x = through_encoder(made.b_enc, p.shadow_enc)
     extra = (p.W_dec,) * 4 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc)
     _fused_kernel[(d_sae,)](
@@ -355,8 +357,8 @@ def update_from_code(
         made.window_dec, made.window_enc, *extra, p.W_dec, p.W_enc, p.b_enc,
         p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.m_b_enc.mean, p.m_b_enc.square,
         p.shadow_dec, p.shadow_enc, tokens_since_fired, adam.scalars, residual.shape[0],
-        d // alignment(d), *adam.constants, ALIGN=alignment(d), DECODER=decoder, AUX=aux is not None, WINDOW=WINDOW,
-        ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        d // alignment(d), *adam.constants, ALIGN=alignment(d), DECODER=decoder, AUX=aux is not None,
+        WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
     grad_b_dec = residual.sum(0, dtype=torch.float32) * scale - through_x
     if aux is not None:

@@ -42,7 +42,7 @@ def identity(d: int) -> tuple[Tensor, Tensor]:
 
 def assert_same(code: SparseCode, expected: Tensor) -> None:
     assert torch.equal(code.to_dense(), expected)
-    token, feature, values = code.rows()
+    token, feature, values = code.entries()
     assert len(values) == int((expected != 0).sum())
     assert torch.equal(token * code.d_sae + feature, torch.sort(token * code.d_sae + feature).values)
     assert code.offsets is not None
@@ -157,6 +157,6 @@ def test_no_tokens() -> None:
 def test_float64_inputs_are_selected_in_float64() -> None:
     x = 1 + torch.arange(6, dtype=torch.float64).reshape(2, 3) * 1e-12
     W, b = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    assert kernels.batch_topk_encode(x, W, b, 2).rows()[1].tolist() == [1, 2]
+    assert kernels.batch_topk_encode(x, W, b, 2).entries()[1].tolist() == [1, 2]
     assert kernels.batch_topk_encode(x, W, b, 2).values.dtype == torch.float64
-    assert kernels.feature_topk_encode(x, W, b, torch.ones(3, dtype=torch.int64)).rows()[0].tolist() == [1, 1, 1]
+    assert kernels.feature_topk_encode(x, W, b, torch.ones(3, dtype=torch.int64)).entries()[0].tolist() == [1, 1, 1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from sae import losses, passes
 from sae.config import TrainConfig
 from sae.kernels import scores as score_chunks
-from sae.passes import Pass
+from sae.plain_step import PlainStep
 from sae.rules import (
     AbsTopK,
     BatchAbsTopK,
@@ -77,9 +77,9 @@ class Step:
         self.dead = torch.arange(0, F, 3)
         self.parameters = {name: p.detach().clone().requires_grad_() for name, p in state.sae.named_parameters()}
         self.own = {name: tensor.clone().requires_grad_() for name, tensor in state.own.items()}
-        self.done: list[Pass] = []
-        state._update = lambda done, step: self.done.append(done)  # type: ignore[method-assign]
-        state.step(self.x, STEP, self.g)
+        step = PlainStep(state)
+        self.done, aux_loss = step.differentiate(self.x, STEP, self.g)
+        step.count(self.done, aux_loss, STEP)
         self.totals = state.totals
 
     def reference(self) -> Tensor:
@@ -171,7 +171,7 @@ def assert_step_equals_autograd(config: TrainConfig) -> Step:
     step = Step(config)
     objective = step.reference()
     objective.backward()
-    (done,) = step.done
+    done = step.done
     for name, parameter in step.parameters.items():
         ours = getattr(done.gradients, name)
         if name == "W_dec" and config.frozen_decoder:

@@ -1,6 +1,5 @@
 """Every rule through the trainer: what it learns, its finished SAE, its files, and stopping and resuming it."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,26 +47,12 @@ def fvu(x: Tensor, x_hat: Tensor) -> float:
     return ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
-@pytest.fixture
-def stream(planted) -> Callable[[], Any]:
-    """Planted activations with a gradient of noise and a part along the activations, whatever their scale."""
-
-    class WithGradients(planted):
-        def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
-            activations = self.next_batch(n)
-            generator = torch.Generator().manual_seed(self.position)
-            noise = torch.randn(activations.shape, generator=generator)
-            return activations, 1e-3 * (noise + activations / activations.std())
-
-    return WithGradients
-
-
 def weights(sae: SAE) -> dict[str, bytes]:
     return {name: tensor.contiguous().numpy().tobytes() for name, tensor in sae.state_dict().items()}
 
 
-def test_all_rules_share_a_stream_learn_and_keep_their_l0(stream) -> None:
-    source = stream()
+def test_all_rules_share_a_stream_learn_and_keep_their_l0(planted_pairs) -> None:
+    source = planted_pairs()
     metrics: dict[str, StepMetrics] = {}
     results = train(CONFIGS, source, on_metrics=lambda m: metrics.update({m.name: m}))
     assert source.position == STEPS  # measuring thresholds has not moved the stream
@@ -85,11 +70,11 @@ def test_all_rules_share_a_stream_learn_and_keep_their_l0(stream) -> None:
         torch.testing.assert_close(result.sae.W_dec.norm(dim=1), torch.ones(F), rtol=0, atol=1e-6)
 
 
-def test_scaling_the_activations_scales_thresholds(stream) -> None:
+def test_scaling_the_activations_scales_thresholds(planted_pairs) -> None:
     """1000 times larger activations: the same codes, 1000 times as large."""
     configs = [c for c in CONFIGS if c.name in ("jumprelu", "batchtopk", "zipf", "batch_abstopk", "relu", "gradient")]
     configs = [replace(config, total_tokens=30 * BATCH, b_dec_init="mean") for config in configs]
-    source, larger = stream(), stream()
+    source, larger = planted_pairs(), planted_pairs()
     for name in ("next_batch", "sample"):
         original = getattr(larger, name)
         setattr(larger, name, lambda n, original=original: 1024 * original(n))
@@ -103,14 +88,14 @@ def test_scaling_the_activations_scales_thresholds(stream) -> None:
             )
 
 
-def test_one_failing_leaves_the_others_as_they_are(stream) -> None:
+def test_one_failing_leaves_the_others_as_they_are(planted_pairs) -> None:
     few = [replace(config, total_tokens=20 * BATCH) for config in CONFIGS]
     wild = [replace(config, name=config.name + "-wild", lr=1e30) for config in few]
-    together = train([*few, *wild], stream())
+    together = train([*few, *wild], planted_pairs())
     # Every one of them alone would be slow; those with state of their own, or other batches, are the ones to differ.
     for config, result in zip(few, together[: len(few)], strict=True):
         if config.name in ("jumprelu", "zipf", "gradient", "batchtopk"):
-            alone = train([config], stream())[0]
+            alone = train([config], planted_pairs())[0]
             assert weights(alone.sae) == weights(result.sae), config.name
     for result in together[len(few) :]:
         assert result.sae is None
@@ -122,31 +107,31 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("step", [3, 9, 12])
-def test_every_rule_resumes_to_the_same_bits(stream, tmp_path: Path, step: int) -> None:
+def test_every_rule_resumes_to_the_same_bits(planted_pairs, tmp_path: Path, step: int) -> None:
     configs = [
         replace(config, total_tokens=12 * 128, batch_size=128, dead_after_tokens=2 * 128, sparsity_warmup=0.5)
         for config in CONFIGS
     ]
-    whole = train(configs, stream())
+    whole = train(configs, planted_pairs())
 
     def kill(metrics: StepMetrics) -> None:
         if metrics.step == step and metrics.name == configs[-1].name:
             raise Killed
 
     with pytest.raises(Killed):
-        train(configs, stream(), checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=kill)
+        train(configs, planted_pairs(), checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=kill)
     assert checkpoint.tokens_done(tmp_path) == (step - 1) * 128
-    resumed = train(configs, stream(), checkpoint_dir=tmp_path, resume=True)
+    resumed = train(configs, planted_pairs(), checkpoint_dir=tmp_path, resume=True)
     for one, other in zip(whole, resumed, strict=True):
         assert weights(one.sae) == weights(other.sae), one.config.name
 
 
-def test_a_rule_without_the_gradients_it_needs_is_refused(planted, stream) -> None:
+def test_a_rule_without_the_gradients_it_needs_is_refused(planted, planted_pairs) -> None:
     config = replace(BASE, rule=GradientTopK(K))
     with pytest.raises(InputError, match="gradient_topk needs gradients: harvest with --gradients"):
         train([config], planted())
-    sae = train([replace(config, total_tokens=5 * BATCH)], stream())[0].sae
-    x, g = stream().next_pair(100)
+    sae = train([replace(config, total_tokens=5 * BATCH)], planted_pairs())[0].sae
+    x, g = planted_pairs().next_pair(100)
     with_gradients, without = sae.encode(x, g), sae.encode(x)
     assert not torch.equal(with_gradients.indices, without.indices)
     assert torch.equal(sae.encode(x[:7], g[:7]).values, with_gradients.values[:7])  # by the stored scale

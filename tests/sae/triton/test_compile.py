@@ -77,9 +77,10 @@ def columns(d: int) -> dict[str, Any]:
 
 def by_feature(d: int) -> dict[str, Any]:
     """Constants of the kernels that go through the entries of a feature."""
-    from sae.kernels.triton.features import ENTRIES, WINDOW, row_slice
+    from sae.kernels.triton.features import ENTRIES, row_slice
+    from sae.kernels.triton.sizes import SIZES
 
-    return {"WINDOW": WINDOW, "ENTRIES": ENTRIES, "SLICE": row_slice(d), **columns(d)}
+    return {"WINDOW": SIZES.window, "ENTRIES": ENTRIES, "SLICE": row_slice(d), **columns(d)}
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """The trainer on a GPU: graphs, bitwise repeats and resumption, loss curves beside the plain path, no waiting."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
-from sae import fused_state
+from sae import StepMetrics, TrainConfig, train
 from sae.code import SparseCode
-from sae.config import TrainConfig
-from sae.fused_state import FusedState, new_state
+from sae.fused_step import FusedStep, Step, new_step
 from sae.kernels.triton import batch as batch_kernels
+from sae.plain_step import PlainStep
 from sae.rules import (
     AbsTopK,
     BatchAbsTopK,
@@ -29,8 +30,8 @@ from sae.rules import (
     Rule,
     TopK,
 )
+from sae.source import GradientSource
 from sae.state import TrainingState
-from sae.training import StepMetrics, train
 
 pytestmark = pytest.mark.gpu
 
@@ -43,44 +44,21 @@ FUSED = [*WAITING_FOR_NOTHING, BatchTopK(8), MutualChoice(8), BatchAbsTopK(8), F
 EVERY = [*FUSED, ReLU(), JumpReLU()]
 
 
-class Source:
-    """Planted activations with gradients, drawn on the GPU; batch i depends on i alone."""
+Stream = Callable[[], GradientSource]
 
-    d_in = D
 
-    def __init__(self) -> None:
-        generator = torch.Generator("cuda").manual_seed(7)
-        self.directions = torch.randn(512, D, device="cuda", generator=generator)
-        self.position = 0
-
-    def _rows(self, n: int, seed: int) -> Tensor:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        strength, chance = torch.rand(2, n, 512, device="cuda", generator=generator)
-        return (strength * (chance < 0.02)) @ self.directions + 1
-
-    def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
-        self.position += 1
-        return self._rows(n, self.position), self._rows(n, 10**6 + self.position) - 1
-
-    def next_batch(self, n: int) -> Tensor:
-        return self.next_pair(n)[0]
-
-    def sample(self, n: int) -> Tensor:
-        return self._rows(min(n, 4096), 0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+@pytest.fixture
+def stream(planted_pairs: Callable[..., GradientSource]) -> Stream:
+    """Makes the stream of all these tests, at its beginning; drawn on the GPU."""
+    return partial(planted_pairs, d_in=D, n_directions=512, rate=0.02, scale=8.0, n_sampled=4096, device="cuda")
 
 
 def name_of(rule: Rule) -> str:
     return f"{rule.name}-{getattr(rule, 'mutual_share', '')}"
 
 
-def trained(config: TrainConfig, **options: Any) -> dict[str, Tensor]:
-    (result,) = train([config], Source(), device="cuda", **options)
+def trained(config: TrainConfig, source: GradientSource, **options: Any) -> dict[str, Tensor]:
+    (result,) = train([config], source, device="cuda", **options)
     assert result.error is None
     assert result.sae is not None
     return result.sae.state_dict()
@@ -90,55 +68,53 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def losses_of(config: TrainConfig) -> tuple[TrainingState, Tensor]:
-    """A state after all its steps, and the loss of each."""
-    source, device = Source(), torch.device("cuda")
-    state = new_state(config, D, device)
+def losses_of(
+    config: TrainConfig, source: GradientSource, step_of: Callable[[TrainingState], Step] = new_step
+) -> tuple[TrainingState, Step, Tensor]:
+    """A state after all its steps, what made them, and the loss of each."""
+    state = TrainingState(config, D, torch.device("cuda"))
     state.initialise(source.sample(4096))
-    losses = []
+    make_step, losses = step_of(state), []
     for step in range(config.n_steps):
         batch, gradients = source.next_pair(N)
-        state.step(batch, step, gradients if config.rule.needs_gradients else None)
+        make_step(batch, step, gradients if config.rule.needs_gradients else None)
         losses.append(state.read_totals().loss)
-    return state, torch.tensor(losses)
+    return state, make_step, torch.tensor(losses)
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=name_of)
-def test_a_thousand_steps_follow_the_plain_path(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thousand_steps_follow_the_plain_path(rule: Rule, stream: Stream) -> None:
     """Beside one another until rounding to bf16 has grown, and equally good at the end."""
     config = replace(CONFIG, rule=rule, total_tokens=1000 * N)
-    state, ours = losses_of(config)
-    assert isinstance(state, FusedState) == (rule in FUSED)
-    monkeypatch.setattr(fused_state, "_runs_triton", lambda device: False)
-    plain, reference = losses_of(config)
-    assert type(plain) is TrainingState
+    _, made_by, ours = losses_of(config, stream())
+    assert isinstance(made_by, FusedStep) == (rule in FUSED)
+    _, _, reference = losses_of(config, stream(), PlainStep)
     assert torch.allclose(ours[:10], reference[:10], rtol=0.02)
     assert torch.allclose(ours[-100:].mean(), reference[-100:].mean(), rtol=0.02)
     assert ours[-100:].mean() < 0.7 * ours[:10].mean()
 
 
 @pytest.mark.parametrize("rule", FUSED, ids=name_of)
-def test_ten_runs_end_in_the_same_bits(rule: Rule) -> None:
+def test_ten_runs_end_in_the_same_bits(rule: Rule, stream: Stream) -> None:
     config = replace(CONFIG, rule=rule, aux="aux_k", total_tokens=25 * N)
-    first = trained(config)
-    assert all(same(first, trained(config)) for _ in range(9))
+    first = trained(config, stream())
+    assert all(same(first, trained(config, stream())) for _ in range(9))
 
 
 @pytest.mark.parametrize("rule", FUSED, ids=name_of)
-def test_captured_steps_train_as_steps_that_are_not(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_train_as_steps_that_are_not(rule: Rule, stream: Stream) -> None:
     config = replace(CONFIG, rule=rule, aux="aux_k")
-    state, _ = losses_of(config)
-    assert isinstance(state, FusedState)
-    assert state._graph is not None
-    monkeypatch.setattr(FusedState, "_can_be_captured", lambda self, plan: False)
-    other, _ = losses_of(config)
-    assert isinstance(other, FusedState)
-    assert other._graph is None
+    state, made_by, _ = losses_of(config, stream())
+    assert isinstance(made_by, FusedStep)
+    assert made_by.is_captured
+    other, made_by, _ = losses_of(config, stream(), partial(FusedStep, capture=False))
+    assert isinstance(made_by, FusedStep)
+    assert not made_by.is_captured
     for name, tensor in state.sae.named_parameters():
         assert torch.equal(tensor, other.sae.get_parameter(name)), name
 
 
-def test_a_list_that_fails_is_made_again_between_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_that_fails_is_made_again_between_two_graphs(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches whose first rows, fifty times the others, stand for none of them."""
     failures = []
     encode = batch_kernels.plain_batch.batch_topk_encode
@@ -150,14 +126,14 @@ def test_a_list_that_fails_is_made_again_between_two_graphs(monkeypatch: pytest.
     monkeypatch.setattr(batch_kernels.plain_batch, "batch_topk_encode", encode_again)
 
     def trained_on_sorted_rows(captured: bool) -> dict[str, Tensor]:
-        monkeypatch.setattr(FusedState, "_can_be_captured", lambda self, plan: captured)
-        source, state = Source(), FusedState(replace(CONFIG, rule=BatchTopK(8)), D, torch.device("cuda"))
+        source, state = stream(), TrainingState(replace(CONFIG, rule=BatchTopK(8)), D, torch.device("cuda"))
         state.initialise(source.sample(4096))
+        make_step = FusedStep(state, capture=captured)
         for step in range(8):
             rows = source.next_batch(N)
             rows[:128] *= 50 if step >= 5 else 1
-            state.step(rows, step)
-        assert (state._graph is not None) == captured
+            make_step(rows, step)
+        assert make_step.is_captured == captured
         return state.sae.state_dict()
 
     first = trained_on_sorted_rows(captured=True)
@@ -166,25 +142,25 @@ def test_a_list_that_fails_is_made_again_between_two_graphs(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("rule", [TopK(8), BatchTopK(8), GradientTopK(8)], ids=name_of)
-def test_a_resumed_run_ends_in_the_same_bits(rule: Rule, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_in_the_same_bits(rule: Rule, stream: Stream, tmp_path: Path) -> None:
     config = replace(CONFIG, rule=rule, aux="aux_k")
-    whole = trained(config)
+    whole = trained(config, stream())
 
     def stop(metrics: StepMetrics) -> None:
         if metrics.step == 33:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train([config], Source(), device="cuda", checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=stop)
-    assert same(whole, trained(config, checkpoint_dir=tmp_path, resume=True))
+        train([config], stream(), device="cuda", checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=stop)
+    assert same(whole, trained(config, stream(), checkpoint_dir=tmp_path, resume=True))
 
 
-def test_saes_of_a_sweep_are_those_trained_alone() -> None:
+def test_saes_of_a_sweep_are_those_trained_alone(stream: Stream) -> None:
     configs = [CONFIG, replace(CONFIG, name="b", rule=AbsTopK(4)), replace(CONFIG, name="c", frozen_decoder=True)]
-    together = train(configs, Source(), device="cuda")
+    together = train(configs, stream(), device="cuda")
     for config, result in zip(configs, together, strict=True):
         assert result.sae is not None
-        assert same(trained(config), result.sae.state_dict())
+        assert same(trained(config, stream()), result.sae.state_dict())
 
 
 @pytest.fixture
@@ -195,17 +171,18 @@ def synchronisation_is_an_error() -> Iterator[None]:
 
 @pytest.mark.parametrize("rule", WAITING_FOR_NOTHING, ids=name_of)
 @pytest.mark.usefixtures("synchronisation_is_an_error")
-def test_no_step_waits_for_the_device(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_waits_for_the_device(rule: Rule, stream: Stream) -> None:
     """Neither the first steps of a plan, nor, once captured, the others."""
-    source = Source()
+    source = stream()
     config = replace(CONFIG, rule=rule, aux="aux_k", dead_after_tokens=1)
-    state = new_state(config, D, torch.device("cuda"))
+    state = TrainingState(config, D, torch.device("cuda"))
     state.initialise(source.sample(4096))
+    make_step = FusedStep(state)
     pairs = [source.next_pair(N) for _ in range(8)]
 
     def step(number: int) -> None:
         batch, gradients = pairs[number]
-        state.step(batch, number, gradients if rule.needs_gradients else None)
+        make_step(batch, number, gradients if rule.needs_gradients else None)
 
     step(0)
     state.read_totals()
@@ -216,14 +193,13 @@ def test_no_step_waits_for_the_device(rule: Rule, monkeypatch: pytest.MonkeyPatc
     torch.cuda.set_sync_debug_mode("default")
     step(4)
     step(5)
-    assert isinstance(state, FusedState)
-    assert state._graph is not None
+    assert make_step.is_captured
     torch.cuda.set_sync_debug_mode("error")
     step(6)
     step(7)
 
 
-def test_a_step_is_captured_while_another_thread_copies_to_the_device() -> None:
+def test_a_step_is_captured_while_another_thread_copies_to_the_device(stream: Stream) -> None:
     """As the loader does, which reads ahead."""
     done = threading.Event()
     failures: list[BaseException] = []
@@ -243,9 +219,9 @@ def test_a_step_is_captured_while_another_thread_copies_to_the_device() -> None:
     thread = threading.Thread(target=copy)
     thread.start()
     try:
-        disturbed = trained(CONFIG)
+        disturbed = trained(CONFIG, stream())
     finally:
         done.set()
         thread.join()
     assert not failures
-    assert same(disturbed, trained(CONFIG))
+    assert same(disturbed, trained(CONFIG, stream()))

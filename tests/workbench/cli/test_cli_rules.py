@@ -57,6 +57,29 @@ def test_every_rule_trains_without_a_sweep_file(path: Path) -> None:
             assert sorted(training["rule"]["k"] for training in mine) == [4, 8]
 
 
+def test_a_rule_of_an_installed_package_trains_by_its_name_and_in_a_sweep_file(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = tmp_path / "twin_rule-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: twin-rule\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[interp_workbench.rules]\ntwin = twin_rule:Twin\n")
+    (tmp_path / "twin_rule.py").write_text(
+        "from dataclasses import dataclass\nfrom sae import TopK\n\n\n"
+        "@dataclass(frozen=True)\nclass Twin(TopK):\n    name = 'twin'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(training(path, "named", "--rule", "twin", "--k", "4")) == 0
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text("d_sae = 64\nbatch_size = 512\ntokens = 4096\n[[rule]]\nname = 'twin'\nk = [2, 4]\n")
+    command = ["train", "h", "--name", "swept", "--sweep", str(sweep), "--device", "cpu", "-w", str(path)]
+    assert run(command) == 0
+    space = Workspace(path)
+    for name, k in (("named", 4), ("swept-k2", 2), ("swept-k4", 4)):
+        assert space.sae_provenance(name)["training"]["rule"] == {"name": "twin", "k": k}
+        assert space.sae(name).rule.k == k
+
+
 def test_the_help_names_every_rule() -> None:
     assert all(name in RULE_NAMES for name in rules.RULES)
 

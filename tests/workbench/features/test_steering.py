@@ -95,7 +95,7 @@ def test_ablating_what_does_not_fire_changes_nothing(tiny_model: LoadedModel) ->
 def test_clamping_to_the_activation_of_one_token_changes_nothing_there(gpt2_model: LoadedModel) -> None:
     sae = make_sae(gpt2_model)
     x = torch.randn(1, sae.d_in, generator=torch.Generator().manual_seed(1))
-    _, feature, value = sae.encode(x).rows()
+    _, feature, value = sae.encode(x).entries()
     edit = Edit(int(feature[0]), "clamp", float(value[0]))
     assert torch.equal(apply_edit(sae, edit, 1.0, x), x)
 

@@ -8,6 +8,7 @@ import torch
 
 from sae.config import TrainConfig
 from sae.errors import InputError
+from sae.plain_step import PlainStep
 from sae.rules import RULES, TopK
 from sae.state import TrainingState
 from workbench.cli.main import run
@@ -149,14 +150,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_memory_estimate_counts_what_training_holds() -> None:
     config = TrainConfig(name="a", total_tokens=1000, d_sae=512, rule=TopK(4), batch_size=64)
     state = TrainingState(config, 32, torch.device("cpu"))
-    state.step(torch.randn(64, 32), 0)
+    step = PlainStep(state)
+    step(torch.randn(64, 32), 0)
     held = list(state.trained.values()) + [
         tensor
         for moments in state.adam.state.values()
         for tensor in moments.values()
         if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
     ]
-    held += [value for value in vars(state.gradients).values() if isinstance(value, torch.Tensor)]
+    held += [value for value in vars(step.gradients).values() if isinstance(value, torch.Tensor)]
     bytes_held = sum(tensor.nbytes for tensor in held)
     assert bytes_held <= memory([config], 32) <= 1.2 * bytes_held
 

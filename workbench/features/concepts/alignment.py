@@ -178,7 +178,7 @@ class _Counts:
         thresholds: Float[Tensor, "units levels"],
     ) -> None:
         """Adds the tokens of a batch that are `mine`."""
-        token, feature, value = code.rows()
+        token, feature, value = code.entries()
         kept = mine[token]
         token, feature, value = token[kept], feature[kept], value[kept]
         self.n_tokens += int(mine.sum())
@@ -221,7 +221,7 @@ def _levels(sae: SAE, vectors: Vectors, rows: Int[NDArray, "n"]) -> Float[Tensor
     """Octiles of each unit's strengths, the lowest replaced by 0; infinite for units that do not fire here."""
     units, strengths = [], []
     for batch in _batches(rows):
-        _, feature, value = sae.encode(_inputs(sae, vectors, batch)).rows()
+        _, feature, value = sae.encode(_inputs(sae, vectors, batch)).entries()
         unit, strength = units_of(feature, value, sae.d_sae)
         units.append(unit)
         strengths.append(strength)

@@ -122,7 +122,7 @@ def _by_mean_difference(
     with_it = torch.zeros(sae.d_sae, labels.shape[1], dtype=torch.float64, device=x.device)
     total = torch.zeros(sae.d_sae, dtype=torch.float64, device=x.device)
     for start in range(0, len(x), BATCH_ROWS):
-        token, feature, value = sae.encode(x[start : start + BATCH_ROWS]).rows()
+        token, feature, value = sae.encode(x[start : start + BATCH_ROWS]).entries()
         value = value.double()
         total.index_add_(0, feature, value)
         with_it.index_add_(0, feature, value[:, None] * labels[start + token])
@@ -137,7 +137,7 @@ def _columns(sae: SAE, x: Float[Tensor, "n d_in"], wanted: Int[Tensor, "m"]) -> 
     column[wanted] = torch.arange(len(wanted), device=x.device)
     out = torch.zeros(len(x), len(wanted), device=x.device)
     for start in range(0, len(x), BATCH_ROWS):
-        token, feature, value = sae.encode(x[start : start + BATCH_ROWS]).rows()
+        token, feature, value = sae.encode(x[start : start + BATCH_ROWS]).entries()
         kept = column[feature] >= 0
         out[start + token[kept], column[feature[kept]]] = value[kept].float()
     return out

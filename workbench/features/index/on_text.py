@@ -53,7 +53,7 @@ def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str)
     tokens = torch.tensor([[model.bos_id, *kept]], device=model.device)
     x = capture(model, tokens, [hook]).activations[hook.name].flatten(0, 1)[1:]
     code = sae.encode(x.to(sae.W_dec.device, torch.float32))
-    token, index, value = code.rows()
+    token, index, value = code.entries()
     activations = torch.zeros(len(kept), device=value.device)
     mine = index == feature
     activations[token[mine]] = value[mine].float()

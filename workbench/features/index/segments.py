@@ -148,7 +148,7 @@ def _encode(vectors: Vectors, sae: SAE, rows: Int[NDArray, "tokens"], start: int
     done = 0
     span = torch.cat(list(vectors.pieces(start, stop)))
     for batch in wanted.split(BATCH_ROWS):
-        token, feature, value = sae.encode(span[batch].to(device, torch.float32)).rows()
+        token, feature, value = sae.encode(span[batch].to(device, torch.float32)).entries()
         tokens.append((token + done).cpu())
         features.append(feature.cpu())
         values.append(value.float().cpu())

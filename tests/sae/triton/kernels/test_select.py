@@ -7,7 +7,6 @@ from torch import Tensor
 from sae import kernels
 from sae.code import SparseCode
 from sae.kernels import triton as fast
-from sae.kernels.triton import encode
 from sae.kernels.triton.select import select_rows
 
 
@@ -59,30 +58,27 @@ def integers(*shape: int, device: torch.device) -> Tensor:
     return torch.randint(-3, 4, shape, device=device).float()
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "MIN_ROWS", 7)
+SMALL = fast.KernelSizes(min_rows=7)
+"""Several chunks of a tiny batch."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.usefixtures("small_chunks")
 def test_topk_equals_the_plain_encoder(absolute: bool, dtype: torch.dtype, device: torch.device) -> None:
     x, W, b = integers(19, 6, device=device), integers(53, 6, device=device).T, integers(53, device=device)
-    values, indices = fast.topk_encode(x.to(dtype), W, b, 5, absolute=absolute)
+    values, indices = fast.topk_encode(x.to(dtype), W, b, 5, absolute=absolute, sizes=SMALL)
     expected_values, expected_indices = by_sorting(x.cpu().double() @ W.cpu().double() + b.cpu().double(), 5, absolute)
     assert torch.equal(indices.cpu(), expected_indices)
     assert torch.equal(values.cpu(), expected_values.float())
 
 
 @pytest.mark.parametrize(("d_sae", "k"), [(40, 4), (64, 64), (130, 4), (300, 70)])
-@pytest.mark.usefixtures("small_chunks")
 def test_gradient_rule_equals_its_definition(d_sae: int, k: int, device: torch.device) -> None:
     """In one part of the columns and in two, of which the second is narrower, with ties across them."""
     x, W, b = integers(12, 6, device=device), integers(d_sae, 6, device=device).T, integers(d_sae, device=device)
     W_dec, g = integers(d_sae, 6, device=device), integers(12, 6, device=device)
     x[2], b[d_sae // 2 + 1] = 0, torch.nan
-    values, indices = fast.gradient_topk_encode(x, W, b, W_dec, g, k, 0.5)
+    values, indices = fast.gradient_topk_encode(x, W, b, W_dec, g, k, 0.5, sizes=SMALL)
     z = (x @ W + b).cpu()
     expected_scores, expected = by_sorting(z + 0.5 * z * (g @ W_dec.T).abs().cpu(), k, False)
     assert torch.equal(indices.cpu(), expected)
@@ -101,18 +97,16 @@ def check_ragged(ours: SparseCode, reference: SparseCode) -> None:
 
 @pytest.mark.parametrize("n_entries", [1, 40, 900])
 @pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.usefixtures("small_chunks")
 def test_batch_topk_equals_the_plain_encoder(n_entries: int, absolute: bool, device: torch.device) -> None:
     """One token is thirty times as large, and is among the rows that the threshold is guessed from."""
     x, W, b = integers(20, 6, device=device), integers(41, 6, device=device).T, integers(41, device=device)
     x[4] *= 30
-    ours = fast.batch_topk_encode(x, W, b, n_entries, absolute=absolute)
+    ours = fast.batch_topk_encode(x, W, b, n_entries, absolute=absolute, sizes=SMALL)
     check_ragged(ours, kernels.batch_topk_encode(x.cpu(), W.cpu(), b.cpu(), n_entries, absolute=absolute))
 
 
-@pytest.mark.usefixtures("small_chunks")
 def test_feature_choice_equals_the_plain_encoder(device: torch.device) -> None:
     x, W, b = integers(20, 6, device=device), integers(50, 6, device=device).T, integers(50, device=device)
     budgets = torch.randint(1, 21, (50,))
-    ours = fast.feature_topk_encode(x, W, b, budgets.to(device))
+    ours = fast.feature_topk_encode(x, W, b, budgets.to(device), sizes=SMALL)
     check_ragged(ours, kernels.feature_topk_encode(x.cpu(), W.cpu(), b.cpu(), budgets))

@@ -7,17 +7,13 @@ from torch import Tensor
 from sae import kernels, losses, optim
 from sae.code import SparseCode
 from sae.kernels import triton as fast
-from sae.kernels.triton import features, update
 
 N, D, F, K = 37, 20, 30, 4
 LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8
 
 
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows that a tiny batch fills."""
-    for module in (features, update):
-        monkeypatch.setattr(module, "WINDOW", 8)
+SMALL = fast.KernelSizes(window=8)
+"""Windows that a tiny batch fills."""
 
 
 def relative(ours: Tensor, reference: Tensor) -> float:
@@ -44,7 +40,7 @@ class Problem:
 
     def step(self, **options: object) -> fast.StepResult:
         return fast.training_step(
-            self.batch, self.one, fast.topk_rule(K), self.parameters, self.since, self.adam, **options
+            self.batch, self.one, fast.topk_rule(K), self.parameters, self.since, self.adam, sizes=SMALL, **options
         )
 
     def reference(self) -> tuple[Tensor, list[Tensor]]:
@@ -133,7 +129,7 @@ def test_decode_and_gradients_equal_the_plain_path_in_float64(make: object, devi
     exact = SparseCode(code.values.double(), code.indices, F, code.offsets).to("cpu")
     exact_W = [t.double().cpu() for t in (W_enc.T, W_dec)]
     assert relative(fast.decode(code, W_dec, b_dec), kernels.decode(exact, exact_W[1], b_dec.double().cpu())) < 1e-6
-    ours = fast.gradients(code, x, g, W_enc.T, W_dec)
+    ours = fast.gradients(code, x, g, W_enc.T, W_dec, sizes=SMALL)
     reference = kernels.gradients(exact, x.double().cpu(), g.double().cpu(), *exact_W)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert relative(getattr(ours, name), getattr(reference, name)) < 1e-5

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae import InputError, fused_state
-from sae.config import TrainConfig
-from sae.fused_state import FusedState, Plan, new_state
-from sae.kernels.triton import batch as batch_kernels
-from sae.kernels.triton import encode, features, update
+from sae import InputError, StepMetrics, TrainConfig, train
+from sae.code import SparseCode
+from sae.fused_step import FusedStep, Plan, Step, can_be_fused
+from sae.kernels import triton as fast
+from sae.kernels.triton.encode import padded_pair
+from sae.plain_step import PlainStep
 from sae.rules import (
     AbsTopK,
+    Batch,
     BatchAbsTopK,
     BatchTopK,
     FeatureChoice,
+    FusedEncoder,
+    FusedInputs,
     GradientTopK,
     JumpReLU,
     MutualChoice,
@@ -26,8 +31,8 @@ from sae.rules import (
     Rule,
     TopK,
 )
+from sae.source import GradientSource
 from sae.state import Totals, TrainingState
-from sae.training import StepMetrics, train
 
 D, F, N, STEPS = 6, 12, 8, 4
 # Where a feature's gradient nearly cancels, Adam turns its rounding into a step: with uniform budgets, inputs changed
@@ -41,53 +46,22 @@ RULES = [
 ]  # fmt: skip
 
 
-class Source:
-    """Planted activations with gradients; batch i depends on i alone."""
-
-    d_in = D
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(7)
-        self.directions = torch.randn(24, D, generator=generator)
-        self.position = 0
-
-    def _rows(self, n: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        strength = torch.rand(n, 24, generator=generator) * (torch.rand(n, 24, generator=generator) < 0.15)
-        return strength @ self.directions + 0.05 * torch.randn(n, D, generator=generator) + 0.5
-
-    def next_pair(self, n: int) -> tuple[Tensor, Tensor]:
-        self.position += 1
-        return self._rows(n, self.position), self._rows(n, 10_000 + self.position) - 0.5
-
-    def next_batch(self, n: int) -> Tensor:
-        return self.next_pair(n)[0]
-
-    def sample(self, n: int) -> Tensor:
-        return self._rows(min(n, 200), 0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+SMALL = fast.KernelSizes(window=8, min_rows=7, candidates=8)
+"""Windows and chunks that a tiny batch fills."""
 
 
-@pytest.fixture(autouse=True)
-def small_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 products, windows and chunks that a tiny batch fills, little room for the dead."""
-    for module in (features, update):
-        monkeypatch.setattr(module, "WINDOW", 8)
-    monkeypatch.setattr(encode, "MIN_ROWS", 7)
-    monkeypatch.setattr(batch_kernels, "CANDIDATES", 8)
-    monkeypatch.setattr(fused_state, "SHADOW", torch.float32)
-    monkeypatch.setattr(fused_state, "MIN_BUCKET", 4)
+def exact(state: TrainingState) -> FusedStep:
+    """The fused step with fp32 products and little room for the dead, whatever the device."""
+    return FusedStep(state, precision=torch.float32, min_bucket=4, sizes=SMALL)
+
+
+Stream = Callable[[], GradientSource]
 
 
 @pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Whether states are fused, whatever the device."""
-    return lambda fused: monkeypatch.setattr(fused_state, "_runs_triton", lambda device: fused)
+def stream(planted_pairs: Callable[..., GradientSource]) -> Stream:
+    """Makes the stream of all these tests, at its beginning."""
+    return partial(planted_pairs, d_in=D, n_directions=24, rate=0.15, scale=2.5, noise=0.05, n_sampled=200)
 
 
 @dataclass(frozen=True)
@@ -103,11 +77,12 @@ def relative(ours: Tensor, reference: Tensor) -> float:
     return float((ours - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
-def trajectory(config: TrainConfig, device: torch.device, kind: type[TrainingState]) -> Trajectory:
+def trajectory(
+    config: TrainConfig, source: GradientSource, device: torch.device, step_of: Callable[[TrainingState], Step]
+) -> Trajectory:
     """All steps of a state of which some features never fire."""
-    source = Source()
-    state = new_state(config, D, device)
-    assert type(state) is kind
+    state = TrainingState(config, D, device)
+    make_step = step_of(state)
     state.initialise(source.sample(200).to(device))
     with torch.no_grad():
         state.sae.b_enc[::5] = -20 * (0 if config.rule.signed else 1)
@@ -116,7 +91,7 @@ def trajectory(config: TrainConfig, device: torch.device, kind: type[TrainingSta
     reports = []
     for step in range(STEPS):
         batch, gradients = source.next_pair(N)
-        state.step(batch.to(device), step, gradients.to(device) if config.rule.needs_gradients else None)
+        make_step(batch.to(device), step, gradients.to(device) if config.rule.needs_gradients else None)
         reports.append(state.read_totals())
     return Trajectory(state, start, reports)
 
@@ -127,15 +102,11 @@ CASES = [(rule, "aux-k") for rule in RULES] + [
 
 
 @pytest.mark.parametrize(("rule", "change"), CASES, ids=lambda value: getattr(value, "name", value or "no aux"))
-def test_fused_steps_follow_plain_ones(
-    rule: Rule, change: str, choose: Callable[[bool], None], device: torch.device
-) -> None:
+def test_fused_steps_follow_plain_ones(rule: Rule, change: str, stream: Stream, device: torch.device) -> None:
     config = replace(CONFIG, rule=rule, aux={"aux-k": "aux_k", "aux-zipf": "aux_zipf"}.get(change, "none"))
     config = replace(config, frozen_decoder=change == "frozen", aux_coefficient=0.5)
-    choose(False)
-    expected = trajectory(config, torch.device("cpu"), TrainingState)
-    choose(True)
-    made = trajectory(config, device, FusedState)
+    expected = trajectory(config, stream(), torch.device("cpu"), PlainStep)
+    made = trajectory(config, stream(), device, exact)
     plain, fused = expected.state, made.state
     for name, start in expected.start.items():
         ours, reference = (getattr(state.sae, name).detach().cpu() for state in (fused, plain))
@@ -159,60 +130,55 @@ def test_fused_steps_follow_plain_ones(
         assert made.reports[-1].aux_loss > 0
 
 
-def run(config: TrainConfig, device: torch.device, **options: Any) -> dict[str, Tensor]:
-    (result,) = train([config], Source(), device=device, **options)
+def run(config: TrainConfig, source: GradientSource, device: torch.device, **options: Any) -> dict[str, Tensor]:
+    (result,) = train([config], source, device=device, **{"make_step": exact, **options})
     assert result.error is None
     assert result.sae is not None
     return result.sae.state_dict()
 
 
 @pytest.mark.parametrize("rule", [TopK(4), FeatureChoice(3, mutual_share=0.4)], ids=lambda rule: rule.name)
-def test_a_fused_run_resumes_to_the_same_bits(
-    rule: Rule, choose: Callable[[bool], None], device: torch.device, tmp_path: Path
-) -> None:
-    choose(True)
+def test_a_fused_run_resumes_to_the_same_bits(rule: Rule, stream: Stream, device: torch.device, tmp_path: Path) -> None:
     config = replace(CONFIG, rule=rule, aux="aux_k")
-    whole = run(config, device)
+    whole = run(config, stream(), device)
 
     def stop(metrics: StepMetrics) -> None:
         if metrics.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train([config], Source(), device=device, checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=stop)
-    resumed = run(config, device, checkpoint_dir=tmp_path, resume=True)
+        run(config, stream(), device, checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=stop)
+    resumed = run(config, stream(), device, checkpoint_dir=tmp_path, resume=True)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_plain_checkpoint_goes_on_fused(choose: Callable[[bool], None], device: torch.device, tmp_path: Path) -> None:
+def test_a_plain_checkpoint_goes_on_fused(stream: Stream, device: torch.device, tmp_path: Path) -> None:
     """Both keep Adam's moments and steps under the same names."""
-    choose(False)
-    whole = run(CONFIG, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    whole = run(CONFIG, stream(), cpu, make_step=PlainStep)
 
     def stop(metrics: StepMetrics) -> None:
         if metrics.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train([CONFIG], Source(), checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=stop)
-    choose(True)
-    resumed = run(CONFIG, device, checkpoint_dir=tmp_path, resume=True)
+        run(
+            CONFIG, stream(), cpu, make_step=PlainStep, checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=stop
+        )  # fmt: skip
+    resumed = run(CONFIG, stream(), device, checkpoint_dir=tmp_path, resume=True)
     assert all((whole[name] - resumed[name].cpu()).abs().max() < 0.02 * CONFIG.peak_lr for name in whole)
 
 
-def test_the_plan_changes_with_k_with_the_choosing_side_and_with_the_number_of_the_dead(
-    choose: Callable[[bool], None], device: torch.device
-) -> None:
-    choose(True)
+def test_the_plan_changes_with_k_with_the_choosing_side_and_with_the_number_of_the_dead(device: torch.device) -> None:
     config = replace(CONFIG, rule=FeatureChoice(3, mutual_share=0.5), anneal_from_k=5, aux="aux_k")
-    state = trajectory(config, device, FusedState).state
-    assert isinstance(state, FusedState)
-    plans = []
-    for step, n_dead in ((0, 0), (1, 1), (2, 5), (3, 9)):
-        state._n_revivable = n_dead
-        plans.append(state._plan_of(step))
-    assert plans == [Plan(5, False, 0), Plan(4, False, 4), Plan(4, True, 8), Plan(3, True, 12)]
+    state = TrainingState(config, D, device)
+    step, plans = exact(state), []
+    for number, n_dead in ((0, 0), (1, 1), (2, 5), (3, 9)):
+        state.n_revivable = n_dead
+        plans.append(step.plan_of(number))
+    mutual, by_feature = MutualChoice, partial(FeatureChoice, mutual_share=0.0)
+    assert plans == [Plan(mutual(5), 0), Plan(mutual(4), 4), Plan(by_feature(4), 8), Plan(by_feature(3), 12)]
 
 
 @pytest.mark.parametrize(
@@ -222,36 +188,50 @@ def test_the_plan_changes_with_k_with_the_choosing_side_and_with_the_number_of_t
         {"rule": TopK(513), "d_sae": 600}, {"rule": TopK(4), "anneal_from_k": 513, "d_sae": 600},
     ],
 )  # fmt: skip
-def test_what_is_not_fused_takes_the_plain_path(change: dict[str, Any], choose: Callable[[bool], None]) -> None:
-    choose(True)
-    assert type(new_state(replace(CONFIG, **change), D, torch.device("cpu"))) is TrainingState
+def test_what_is_not_fused_takes_the_plain_path(change: dict[str, Any]) -> None:
+    assert can_be_fused(CONFIG)
+    assert not can_be_fused(replace(CONFIG, **change))
 
 
-def test_an_sae_that_fails_takes_only_itself_out(choose: Callable[[bool], None], device: torch.device) -> None:
-    choose(True)
-    good, wild = train([CONFIG, replace(CONFIG, name="wild", lr=1e30)], Source(), device=device)
+def test_a_rule_that_chooses_in_another_way_needs_an_encoder_of_its_own() -> None:
+    class Same(TopK):
+        pass
+
+    class Other(TopK):
+        def select(self, batch: Batch) -> SparseCode:
+            raise NotImplementedError
+
+    class OtherFused(Other):
+        def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
+            raise NotImplementedError
+
+    fused = {kind: can_be_fused(replace(CONFIG, rule=kind(4))) for kind in (Same, Other, OtherFused)}
+    assert fused == {Same: True, Other: False, OtherFused: True}
+
+
+def test_an_sae_that_fails_takes_only_itself_out(stream: Stream, device: torch.device) -> None:
+    good, wild = train([CONFIG, replace(CONFIG, name="wild", lr=1e30)], stream(), device=device, make_step=exact)
     assert wild.sae is None
     assert "stopped being finite" in str(wild.error)
     assert good.sae is not None
-    alone = run(CONFIG, device)
+    alone = run(CONFIG, stream(), device)
     assert all(torch.equal(alone[name], tensor) for name, tensor in good.sae.state_dict().items())
 
 
 def test_infinite_activations_select_no_padded_feature(device: torch.device) -> None:
     x = torch.randn(9, D, device=device)
     x[2, 3], x[4] = torch.inf, torch.nan
-    weights = encode.padded_pair(*torch.randn(2, F, D, device=device), torch.float32)[0]
+    weights = padded_pair(*torch.randn(2, F, D, device=device), torch.float32)[0]
     assert weights.shape == (64, D)
     for absolute in (False, True):
-        _, indices = encode.topk_encode(x, weights.T, torch.zeros(F, device=device), 4, absolute=absolute)
+        _, indices = fast.topk_encode(x, weights.T, torch.zeros(F, device=device), 4, absolute=absolute, sizes=SMALL)
         assert int(indices.max()) < F
-    code = batch_kernels.batch_topk_encode(x, weights.T, torch.zeros(F, device=device), 30)
+    code = fast.batch_topk_encode(x, weights.T, torch.zeros(F, device=device), 30, sizes=SMALL)
     assert int(code.indices.max()) < F
 
 
-def test_a_rule_that_needs_gradients_says_so(choose: Callable[[bool], None], device: torch.device) -> None:
-    choose(True)
-    source = Source()
+def test_a_rule_that_needs_gradients_says_so(stream: Stream, device: torch.device) -> None:
+    source = stream()
     pairless = type("Pairless", (), {n: getattr(source, n) for n in ("d_in", "next_batch", "sample", "state_dict")})
     with pytest.raises(InputError, match="harvest with --gradients"):
-        train([replace(CONFIG, rule=GradientTopK(4))], pairless(), device=device)  # type: ignore[arg-type]
+        run(replace(CONFIG, rule=GradientTopK(4)), pairless(), device)

@@ -1,12 +1,13 @@
-"""`sae.kernels.gradients` on the GPU: the same gradients, summed in the order of the features."""
+"""`sae.kernels.backward` on the GPU: the same gradients, summed in the order of the features."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels.gradients import Gradients
+from sae.kernels.backward import Gradients
 from sae.kernels.triton.features import by_feature, feature_gradients
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 
 
 def gradients(
@@ -17,6 +18,7 @@ def gradients(
     W_dec: Float[Tensor, "d_sae d_in"],
     *,
     decoder: bool = True,
+    sizes: KernelSizes = SIZES,
 ) -> Gradients:
     """Gradients of a loss with dL/dx_hat = `grad_x_hat`, in fp32; bitwise the same on every repeat.
 
@@ -26,7 +28,7 @@ def gradients(
     """
     one = torch.ones((), device=W_dec.device)
     dec, enc, bias = feature_gradients(
-        by_feature(code), grad_x_hat.contiguous(), x_centred.contiguous(), one, W_dec, decoder=decoder
+        by_feature(code), grad_x_hat.contiguous(), x_centred.contiguous(), one, W_dec, decoder=decoder, sizes=sizes
     )
     through_x = torch.mv(W_enc, bias.to(W_enc.dtype))
     return Gradients(

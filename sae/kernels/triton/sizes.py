@@ -1,0 +1,18 @@
+"""Sizes in which the kernels cut their work, where a test on tiny batches wants them small."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KernelSizes:
+    """Sums differ in their rounding with `window`; results do not depend on the others."""
+
+    window: int = 32
+    """Entries of a feature that are summed by a program of their own; a power of two."""
+    min_rows: int = 128
+    """Rows below which the encoder's product no longer fills the device."""
+    candidates: int = 4
+    """Candidates of a row of the first chunk, as a multiple of the mean number of entries (BatchTopK)."""
+
+
+SIZES = KernelSizes()
