@@ -6,11 +6,9 @@ from pathlib import Path
 import streamlit as st
 
 from app.shared import loaded_model, open_index, pick_sae, plain, sae_names
-from workbench import Workspace
-from workbench.features.index import InputError
+from workbench import InputError, LoadedModel, Workspace
 from workbench.features.index.titles import concepts_path, explanations_path
 from workbench.features.live import LiveSAE, known_features, model_name, model_of
-from workbench.models.load import LoadedModel
 from workbench.show.colours import background
 
 

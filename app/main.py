@@ -9,7 +9,7 @@ from pathlib import Path
 import streamlit as st
 
 from app.shared import plain
-from workbench.features.index import InputError
+from workbench import InputError
 
 PAGES = Path(__file__).with_name("pages")
 # The icons are symbols of the font that Streamlit brings along.

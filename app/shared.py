@@ -8,11 +8,8 @@ from typing import Any
 import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
-from workbench import Workspace
-from workbench.features.index import InputError
-from workbench.features.index.query import FeatureIndex
+from workbench import FeatureIndex, InputError, LoadedModel, Workspace, load_model
 from workbench.features.index.titles import concepts_path, explanations_path
-from workbench.models.load import LoadedModel, load_model
 
 FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "runs/*/run.duckdb", "results/*/*.duckdb",
             "indexes/*.duckdb")  # fmt: skip

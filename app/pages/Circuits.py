@@ -5,8 +5,7 @@ import streamlit as st
 from plotly import io
 
 from app.shared import loaded_model, open_workspace, page_link, plain
-from workbench import InputError, Workspace
-from workbench.catalog.results import Result
+from workbench import InputError, Result, Workspace
 from workbench.circuits import stored
 from workbench.circuits.agreement import AGREEMENT
 from workbench.circuits.attention_saes import DFA, report_dfa

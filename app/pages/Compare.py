@@ -4,8 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from app.shared import open_workspace, page_link, plain, version
-from workbench import Workspace
-from workbench.features.index import InputError
+from workbench import InputError, Workspace
 from workbench.saes import figures
 from workbench.saes.overlap import Overlap, overlap_of
 

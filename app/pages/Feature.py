@@ -6,15 +6,14 @@ from collections.abc import Sequence
 import streamlit as st
 
 from app.shared import choose_index, loaded_model, open_workspace, page_link, plain
-from workbench import Workspace
+from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits.attention_saes import attribute
-from workbench.features.index import InputError, figures
+from workbench.features.index import figures
 from workbench.features.index.feature import Feature, TokenEffect
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.on_text import LiveText, activations_on_text
 from workbench.features.index.page import example_html, group_html
-from workbench.features.index.query import FeatureIndex
 from workbench.models.prompt_text import MAX_CHARACTERS, MAX_TOKENS
 from workbench.show.html import STYLE, visible
 

@@ -7,11 +7,11 @@ import pandas as pd
 import streamlit as st
 
 from app.shared import choose_index, open_feature, open_workspace, plain
-from workbench import Workspace
+from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
-from workbench.features.index import InputError, figures
+from workbench.features.index import figures
 from workbench.features.index.page import document
-from workbench.features.index.query import FeatureIndex, listed_features
+from workbench.features.index.query import listed_features
 
 DENSE = 0.1
 # What tells features apart at a glance comes first: a narrow window shows only the first columns.

@@ -1,15 +1,13 @@
 """Heads page: every head coloured by a score, and one head from near: its attention, composition and OV circuit."""
 
-import pandas as pd
 import streamlit as st
 
 from app.shared import loaded_model, open_workspace, plain
-from workbench import InputError, Workspace
-from workbench.catalog.results import Result
+from workbench import InputError, Result, Workspace
 from workbench.circuits import heads as views
 from workbench.circuits.heads import DIVERGING, HEADS, SCORES, HeadOnText, report_heads
 from workbench.circuits.methods import DISCRETE, NODES
-from workbench.circuits.stored import head_grid, head_values
+from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
@@ -99,13 +97,7 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
 
 def scores(result: Result, head: str) -> None:
     """The head's scores, with its rank among all heads, and induction by prefix length."""
-    table = result.table("scores").set_index("node")
-    columns = [score for score in SCORES if score in table and table[score].notna().any()]
-    ranks = table[columns].rank(ascending=False, method="min")
-    shown = pd.DataFrame(
-        {"score": columns, "value": table.loc[head, columns].to_numpy(dtype=float),
-         "rank": ranks.loc[head].astype("Int64").to_numpy(), "mean of all heads": table[columns].mean().to_numpy()}
-    )  # fmt: skip
+    shown = scores_of_head(result, head)
     st.dataframe(shown.round(4), hide_index=True, width="stretch")
     try:
         prefixes = result.table("prefixes")
@@ -143,16 +135,14 @@ def head_on_text(model: str, head: str, text: str) -> HeadOnText:
 def composition(result: Result, head: str) -> None:
     """The heads it reads from and those that read from it, by effective weights."""
     st.subheader("Composition")
-    table = result.table("composition")
-    table = table.assign(kind=table["kind"].str.upper())
-    baseline = table.groupby("kind")["score"].transform("mean")
-    table = table.assign(**{"over the mean": table["score"] / baseline})
-    reads, writes = st.columns(2)
-    for column, title, own, other in (
-        (reads, "reads from", "reader", "writer"),
-        (writes, "is read by", "writer", "reader"),
+    for column, title, other, rows in zip(
+        st.columns(2),
+        ("reads from", "is read by"),
+        ("writer", "reader"),
+        composition_of_head(result, head),
+        strict=True,
     ):
-        rows = table[table[own] == head].sort_values("score", ascending=False)[:12]
+        rows = rows.head(12)
         column.markdown(f"**{head} {title}**")
         if rows.empty:
             column.caption("No head there.")

@@ -5,8 +5,8 @@ import streamlit as st
 
 from app.live import choose_sae, open_live, token_row
 from app.shared import open_workspace, page_link, plain
+from workbench import InputError
 from workbench.features import prompt_figures as live_figures
-from workbench.features.index import InputError
 from workbench.features.live import LiveSAE
 from workbench.features.prompts import RANKINGS, PromptReading, Ranking
 from workbench.models.prompt_text import MAX_TOKENS

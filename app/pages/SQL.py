@@ -8,10 +8,8 @@ import streamlit as st
 
 from app.shared import open_workspace, plain, version
 from app.sql_examples import examples, tables
-from workbench import Workspace
+from workbench import InputError, Workspace
 from workbench.catalog.sql import Answer
-from workbench.cli.inspection import distinct
-from workbench.features.index import InputError
 
 SHOWN_ROWS = 1000
 LONGEST_LIST = 8
@@ -91,7 +89,7 @@ def answer(workspace: Workspace, query: str, harvest: str | None) -> None:
         st.error(plain(str(error)))
         return
     table = found.df()
-    table.columns = pd.Index(distinct(found.columns))
+    table.columns = pd.Index(found.names)
     cut = f"only the first {len(table):,} rows were fetched, there are more; " if found.truncated else ""
     st.caption(f"{len(table):,} rows, {cut}{seconds:.2f} s")
     st.dataframe(table.head(SHOWN_ROWS).map(brief), hide_index=True, width="stretch", height="auto")

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
 from app.shared import loaded_model, open_workspace, plain, version
-from workbench import Workspace
-from workbench.catalog.results import Result
-from workbench.features.index import InputError
+from workbench import Corpus, InputError, Result, Workspace, open_corpus
 from workbench.features.index.page import example_html
 from workbench.show.html import STYLE
 from workbench.sparsity import figures
@@ -20,7 +19,6 @@ from workbench.sparsity.enforce import generate
 from workbench.sparsity.methods import method_named
 from workbench.sparsity.neurons import NeuronView, view_neuron
 from workbench.sparsity.report import ATTENTION, CURVES, MLP, SAES
-from workbench.text.corpora import Corpus, open_corpus
 
 PARTS = ("MLPs", "Cost", "Attention", "SAEs")
 COMMANDS = {MLP: "measure", CURVES: "enforce", ATTENTION: "attention", SAES: "sae"}
@@ -31,6 +29,17 @@ SAE_COLUMNS = {
 }  # fmt: skip
 PROMPT = "def read_lines(path):\n    with open("
 NEURON_TOKENS = 8192
+
+
+class Source(NamedTuple):
+    """What a report was measured on, small enough to be part of a cache's key."""
+
+    model: str
+    corpus: str
+    text_field: str
+    fingerprint: str | None
+
+
 Parts = dict[str, Result]
 
 
@@ -126,7 +135,7 @@ def neurons_of(result: Result) -> None:
 def show_neuron(result: Result, layer: int, neuron: int) -> None:
     """A neuron's values and the text around its largest ones."""
     try:
-        view = neuron_view(*source(result), layer, neuron, result.parameters["context_len"])
+        view = neuron_view(source(result), layer, neuron, result.parameters["context_len"])
     except InputError as error:
         st.error(plain(str(error)))
         return
@@ -142,12 +151,12 @@ def show_neuron(result: Result, layer: int, neuron: int) -> None:
 
 
 @st.cache_data(max_entries=64, show_spinner="Running the model ...")
-def neuron_view(model: str, corpus: str, fingerprint: str, layer: int, neuron: int, context_len: int) -> NeuronView:
+def neuron_view(made_of: Source, layer: int, neuron: int, context_len: int) -> NeuronView:
     """A neuron seen from near."""
-    texts = opened(corpus, fingerprint)
     return view_neuron(
-        loaded_model(model), texts, layer, neuron, max_tokens=max(NEURON_TOKENS, context_len), context_len=context_len
-    )
+        loaded_model(made_of.model), opened(made_of), layer, neuron, max_tokens=max(NEURON_TOKENS, context_len),
+        context_len=context_len,
+    )  # fmt: skip
 
 
 def cost(workspace: Workspace, reports: dict[str, Parts]) -> None:
@@ -200,25 +209,23 @@ def text_at(result: Result) -> None:
     try:
         for column, title, at in ((clean, "As it is", 0.0), (thinned, "At this sparsity", float(level))):
             column.caption(title)
-            text = continuation(*source(result), prompt, name, at, result.parameters["context_len"])
+            text = continuation(source(result), prompt, name, at, result.parameters["context_len"])
             column.code(prompt + text, language=None, wrap_lines=True)
     except InputError as error:
         st.error(plain(str(error)))
 
 
 @st.cache_data(max_entries=256, show_spinner="Generating ...")
-def continuation(
-    model: str, corpus: str, fingerprint: str, prompt: str, method: str, level: float, context_len: int
-) -> str:
+def continuation(made_of: Source, prompt: str, method: str, level: float, context_len: int) -> str:
     """The model's greedy text with a method at a level."""
-    calibration = calibrated(model, corpus, fingerprint, context_len)
-    return generate(loaded_model(model), calibration, prompt, method_named(method), level)
+    calibration = calibrated(made_of, context_len)
+    return generate(loaded_model(made_of.model), calibration, prompt, method_named(method), level)
 
 
 @st.cache_resource(max_entries=2, show_spinner="Finding thresholds ...")
-def calibrated(model: str, corpus: str, fingerprint: str, context_len: int) -> Calibration:
+def calibrated(made_of: Source, context_len: int) -> Calibration:
     """The thresholds' sample, as the report's own."""
-    return calibrate(loaded_model(model), opened(corpus, fingerprint), context_len=context_len)
+    return calibrate(loaded_model(made_of.model), opened(made_of), context_len=context_len)
 
 
 def attention(workspace: Workspace, reports: dict[str, Parts]) -> None:
@@ -260,11 +267,11 @@ def having(workspace: Workspace, reports: dict[str, Parts], kind: str) -> Parts:
     """The results of a kind; says which command makes the missing ones."""
     for name, parts in reports.items():
         if kind not in parts:
-            made_of = next(iter(parts.values())).provenance
+            made_of = next(iter(parts.values())).origin
             extra = " SAE" if kind == SAES else ""
             st.info(
                 f"Not measured yet for {plain(name)}. Next: `workbench sparsity {COMMANDS[kind]} {name}{extra} "
-                f"--model {made_of['model']['name']} --corpus {made_of['corpus']['name']} "
+                f"--model {made_of.model} --corpus {made_of.corpus} "
                 f"--workspace {workspace.path}`"
             )
     return {name: parts[kind] for name, parts in reports.items() if kind in parts}
@@ -283,17 +290,19 @@ def one_of(names: list[str], label: str) -> str:
     return names[0] if len(names) == 1 else str(st.selectbox(label, names, key="report", bind="query-params"))
 
 
-def source(result: Result) -> tuple[str, str, str]:
-    """Names of the model and the corpus of a result, and the corpus' fingerprint."""
-    corpus = result.provenance["corpus"]
-    return result.provenance["model"]["name"], corpus["name"], corpus["fingerprint"]
+def source(result: Result) -> Source:
+    """What a result was measured on. Raises InputError for one that does not say its corpus."""
+    origin = result.origin
+    if origin.corpus is None:
+        raise InputError(f"{result.name} does not say on which corpus it was measured: run the command again")
+    return Source(origin.model, origin.corpus, origin.text_field, origin.fingerprint)
 
 
-def opened(corpus: str, fingerprint: str) -> Corpus:
+def opened(made_of: Source) -> Corpus:
     """The corpus of a result. Raises InputError where it is not the same any more."""
-    found = open_corpus(corpus)
-    if found.fingerprint != fingerprint:
-        raise InputError(f"corpus {corpus} has changed since this was measured: run the command again")
+    found = open_corpus(made_of.corpus, text_field=made_of.text_field)
+    if found.fingerprint != made_of.fingerprint:
+        raise InputError(f"corpus {made_of.corpus} has changed since this was measured: run the command again")
     return found
 
 

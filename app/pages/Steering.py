@@ -6,8 +6,8 @@ import streamlit as st
 
 from app.live import choose_sae, open_live
 from app.shared import open_workspace, page_link, plain
+from workbench import InputError
 from workbench.features import prompt_figures as live_figures
-from workbench.features.index import InputError
 from workbench.features.live import LiveSAE
 from workbench.features.steering import KINDS, PLACES, Edit, Steering
 from workbench.show.html import STYLE

@@ -1,6 +1,6 @@
 """The Heads and Circuits pages in their states, run by Streamlit's own test harness on the demo model."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from workbench.circuits.report import run_method
 from workbench.circuits.task import Task
 from workbench.models.load import load_model
 
-PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
+OpenPage = Callable[..., AppTest]
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +28,18 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return space
 
 
-def open_page(page: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, **query: str) -> AppTest:
-    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
-    app = AppTest.from_file(str(PAGES / f"{page}.py"), default_timeout=120)
-    for name, value in query.items():
-        app.query_params[name] = value
-    return app.run()
-
-
-def test_empty_pages_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_pages_say_what_to_do(tmp_path: Path, open_page: OpenPage) -> None:
     empty = Workspace(tmp_path / "empty")
-    heads = open_page("Heads", empty, monkeypatch)
+    heads = open_page("Heads", empty)
     assert "`workbench circuits heads" in heads.info[0].value
-    circuits = open_page("Circuits", empty, monkeypatch)
+    circuits = open_page("Circuits", empty)
     assert "`workbench circuits discover" in circuits.info[0].value
     assert not heads.exception
     assert not circuits.exception
 
 
-def test_the_strongest_head_is_shown_and_a_click_shows_another(
-    space: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = open_page("Heads", space, monkeypatch)
+def test_the_strongest_head_is_shown_and_a_click_shows_another(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Heads", space)
     assert not page.exception
     assert page.subheader[0].value == "a3.h0"
     assert page.query_params["head"] == "a3.h0"
@@ -68,8 +58,8 @@ def test_the_strongest_head_is_shown_and_a_click_shows_another(
     assert page.query_params["by"] == "previous_token"
 
 
-def test_heads_can_be_coloured_by_stored_results(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Heads", space, monkeypatch, by="attributed (attribution)", head="a0.h1", text="a = b\na =")
+def test_heads_can_be_coloured_by_stored_results(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Heads", space, by="attributed (attribution)", head="a0.h1", text="a = b\na =")
     assert not page.exception
     assert page.subheader[0].value == "a0.h1"
     assert page.text_area(key="text").value == "a = b\na ="
@@ -80,14 +70,14 @@ def test_heads_can_be_coloured_by_stored_results(space: Workspace, monkeypatch: 
     assert "type something" in page.error[0].value
 
 
-def test_a_link_to_a_head_that_is_not_there_says_so(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Heads", space, monkeypatch, head="a9.h0")
+def test_a_link_to_a_head_that_is_not_there_says_so(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Heads", space, head="a9.h0")
     assert not page.exception
     assert "a0.h0 to a3.h7" in page.warning[0].value
 
 
-def test_a_stored_circuit_opens_with_its_graph_and_is_run(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Circuits", space, monkeypatch, result="circuit-edges/found", edges="25")
+def test_a_stored_circuit_opens_with_its_graph_and_is_run(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Circuits", space, result="circuit-edges/found", edges="25")
     assert not page.exception
     assert page.slider(key="edges").value == 25
     assert len(page.get("plotly_chart")) == 2
@@ -101,19 +91,17 @@ def test_a_stored_circuit_opens_with_its_graph_and_is_run(space: Workspace, monk
 
 
 @pytest.mark.parametrize("result", ["circuit-nodes/attributed", "circuit-discrete/coded"])
-def test_other_results_show_their_figures_and_tables(
-    result: str, space: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = open_page("Circuits", space, monkeypatch, result=result)
+def test_other_results_show_their_figures_and_tables(result: str, space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Circuits", space, result=result)
     assert not page.exception
     assert len(page.get("plotly_chart")) >= 1
     assert "node" in page.dataframe[0].value
     assert len(page.dataframe[-1].value) == 5
 
 
-def test_a_task_is_run_and_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_is_run_and_opened(tmp_path: Path, open_page: OpenPage) -> None:
     own = Workspace(tmp_path / "own")
-    page = open_page("Circuits", own, monkeypatch)
+    page = open_page("Circuits", own)
     page.selectbox(key="method").set_value("attribution")
     page.number_input(key="prompts").set_value(5)
     next(button for button in page.button if button.label == "Run").click().run()
@@ -125,10 +113,8 @@ def test_a_task_is_run_and_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "does not split years" in page.error[0].value.replace("\\", "")
 
 
-def test_another_packages_task_is_offered_and_run(
-    tmp_path: Path, tasks_package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = open_page("Circuits", Workspace(tmp_path / "own"), monkeypatch)
+def test_another_packages_task_is_offered_and_run(tmp_path: Path, tasks_package: Path, open_page: OpenPage) -> None:
+    page = open_page("Circuits", Workspace(tmp_path / "own"))
     assert "thrice" in page.selectbox(key="task").options
     page.selectbox(key="task").set_value("thrice")
     page.selectbox(key="method").set_value("patching")
@@ -149,8 +135,8 @@ def with_saes(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return own
 
 
-def test_a_circuit_of_features_is_run_and_drawn(with_saes: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Circuits", with_saes, monkeypatch)
+def test_a_circuit_of_features_is_run_and_drawn(with_saes: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Circuits", with_saes)
     page.selectbox(key="method").set_value("features")
     page.number_input(key="prompts").set_value(5)
     next(button for button in page.button if button.label == "Run").click().run()
@@ -163,8 +149,8 @@ def test_a_circuit_of_features_is_run_and_drawn(with_saes: Workspace, monkeypatc
     assert "faithfulness with errors" in {metric.label for metric in page.metric}
 
 
-def test_an_attention_feature_is_attributed_on_a_text(with_saes: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Circuits", with_saes, monkeypatch)
+def test_an_attention_feature_is_attributed_on_a_text(with_saes: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Circuits", with_saes)
     assert page.selectbox(key="attention sae").options == ["heads"]
     page.text_area(key="dfa text").set_value("def f(a):\n    return a")
     page.multiselect(key="below").set_value(["stream"])
@@ -180,6 +166,6 @@ def test_an_attention_feature_is_attributed_on_a_text(with_saes: Workspace, monk
     assert "the text has 0 tokens" in page.error[0].value.replace("\\", "")
 
 
-def test_a_link_to_a_result_that_is_gone_says_so(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Circuits", space, monkeypatch, result="circuit-nodes/gone")
+def test_a_link_to_a_result_that_is_gone_says_so(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Circuits", space, result="circuit-nodes/gone")
     assert "does not have" in page.warning[0].value

@@ -1,6 +1,6 @@
 """The Compare page, run by Streamlit's own test harness."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 from sae import SAE, TopK
 from workbench import Workspace
 
-MAIN = Path(__file__).resolve().parents[2] / "app" / "main.py"
+OpenPage = Callable[..., AppTest]
 
 
 def add_sae(space: Workspace, name: str, seed: int, *, evaluated: bool = True, d_in: int = 8) -> None:
@@ -30,38 +30,29 @@ def add_sae(space: Workspace, name: str, seed: int, *, evaluated: bool = True, d
         )  # fmt: skip
 
 
-def open_page(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, **query: str | list[str]) -> AppTest:
-    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    app.run()
-    for name, value in query.items():
-        app.query_params[name] = value
-    return app.switch_page("pages/Compare.py").run()
-
-
 @pytest.fixture
 def space(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "w")
 
 
-def test_without_saes_the_page_says_what_to_do(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(space, monkeypatch)
+def test_without_saes_the_page_says_what_to_do(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Compare", space)
     assert not page.exception
     assert "Train one with `workbench train`" in page.info[0].value
 
 
-def test_one_sae_that_is_not_evaluated(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sae_that_is_not_evaluated(space: Workspace, open_page: OpenPage) -> None:
     add_sae(space, "only", 0, evaluated=False)
-    page = open_page(space, monkeypatch)
+    page = open_page("Compare", space)
     assert not page.exception
     assert [info.value.split(".")[0] for info in page.info] == ["1 not evaluated yet", "There is one SAE only"]
     assert not page.get("plotly_chart")
 
 
-def test_saes_are_compared(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saes_are_compared(space: Workspace, open_page: OpenPage) -> None:
     for seed, name in enumerate(("one", "two", "three")):
         add_sae(space, name, seed)
-    page = open_page(space, monkeypatch, saes=["one", "three"], a="one", b="two")
+    page = open_page("Compare", space, saes=["one", "three"], a="one", b="two")
     assert not page.exception
     table = page.dataframe[0].value
     assert sorted(table["SAE"]) == ["one", "three"]
@@ -75,9 +66,9 @@ def test_saes_are_compared(space: Workspace, monkeypatch: pytest.MonkeyPatch) ->
     assert "two different" in page.info[0].value
 
 
-def test_saes_without_a_common_basis_are_refused_in_one_line(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saes_without_a_common_basis_are_refused_in_one_line(space: Workspace, open_page: OpenPage) -> None:
     add_sae(space, "one", 0)
     add_sae(space, "two", 1, d_in=4)
-    page = open_page(space, monkeypatch)
+    page = open_page("Compare", space)
     assert not page.exception
     assert "choose SAEs of one model and width" in page.error[0].value

@@ -1,7 +1,7 @@
 """The Features and Feature pages in their states, run by Streamlit's own test harness."""
 
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -17,28 +17,20 @@ from workbench.features.index.query import FeatureIndex, listed_features
 from workbench.harvest.run import HarvestConfig
 from workbench.models.load import load_model
 
-PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
+OpenPage = Callable[..., AppTest]
 HOOK, DEAD = "blocks.2.hook_resid_post", 3
 
 
 @pytest.fixture(scope="module")
-def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("app")
-    (root / "texts").mkdir()
-    for number in range(20):
-        (root / "texts" / f"{number}.txt").write_text(f"def f{number}(x):\n    return '<script>x</script>'\n" * 3)
-    space = Workspace(root / "w")
-    model = load_model("demo", device="cpu")
-    config = HarvestConfig("demo", str(root / "texts"), (HOOK,), context_len=32, max_tokens=1200)
-    space.harvest("h", config, model=model)
-    sae = SAE(model.info.d_model, 48, TopK(6), hook_name=HOOK, model_name="demo")
+def indexed(
+    tmp_path_factory: pytest.TempPathFactory,
+    demo_sae: Callable[..., SAE],
+    indexed_workspace: Callable[..., Workspace],
+) -> Path:
+    sae = demo_sae(TopK(6))
     with torch.no_grad():
-        sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0)))
-        sae.W_enc.copy_(sae.W_dec.T)
         sae.b_enc[DEAD] = -1e6
-    sae.save(space.path / "saes" / "s")
-    build_index(space, "s", harvest="h", model=model, device="cpu")
-    return space.path
+    return indexed_workspace(tmp_path_factory.mktemp("app"), sae, documents=20, tokens=1200).path
 
 
 @pytest.fixture
@@ -47,33 +39,23 @@ def space(indexed: Path, tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "w")
 
 
-def open_page(page: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, **query: str) -> AppTest:
-    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
-    # Streamlit knows the pages of an app by its main script.
-    app = AppTest.from_file(str(PAGES.parent / "main.py"), default_timeout=60)
-    app.run()
-    for name, value in query.items():
-        app.query_params[name] = value
-    return app.switch_page(f"pages/{page}.py").run()
-
-
 @pytest.fixture
 def busiest(space: Workspace) -> int:
     return int(FeatureIndex.open(space, "s").table().sort_values("firings")["feature"].iloc[-1])
 
 
 @pytest.mark.parametrize("page", ["Features", "Feature"])
-def test_without_an_index_the_page_says_what_to_do(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_index_the_page_says_what_to_do(page: str, tmp_path: Path, open_page: OpenPage) -> None:
     empty = Workspace(tmp_path / "empty")
-    shown = open_page(page, empty, monkeypatch)
+    shown = open_page(page, empty)
     assert not shown.exception
     assert "Train one with `workbench train`" in shown.info[0].value
     SAE(8, 16, TopK(2), hook_name=HOOK, model_name="m").save(empty.path / "saes" / "mine")
-    assert "`workbench index mine" in open_page(page, empty, monkeypatch).info[0].value
+    assert "`workbench index mine" in open_page(page, empty).info[0].value
 
 
-def test_the_table_lists_what_fires_and_the_filters_work(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Features", space, monkeypatch)
+def test_the_table_lists_what_fires_and_the_filters_work(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Features", space)
     assert not page.exception
     table = FeatureIndex.open(space, "s").table()
     assert page.dataframe[0].value["feature"].tolist() == table[table["firings"] > 0]["feature"].tolist()
@@ -84,9 +66,9 @@ def test_the_table_lists_what_fires_and_the_filters_work(space: Workspace, monke
     assert page.dataframe[0].value["density"].max() <= 0.1
 
 
-def test_search_shows_where_it_found_the_text(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
+def test_search_shows_where_it_found_the_text(space: Workspace, open_page: OpenPage, busiest: int) -> None:
     Notes(space.path).set_label("s", busiest, "my own label")
-    page = open_page("Features", space, monkeypatch, search="own label")
+    page = open_page("Features", space, search="own label")
     assert not page.exception
     assert page.text_input(key="search").value == "own label"
     assert page.dataframe[0].value[["feature", "found in", "label"]].to_numpy().tolist() == [
@@ -96,8 +78,8 @@ def test_search_shows_where_it_found_the_text(space: Workspace, monkeypatch: pyt
     assert "No feature matches" in page.info[0].value
 
 
-def test_a_feature_is_shown_from_its_link(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
-    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+def test_a_feature_is_shown_from_its_link(space: Workspace, open_page: OpenPage, busiest: int) -> None:
+    page = open_page("Feature", space, sae="s", feature=str(busiest))
     assert not page.exception
     assert page.header[0].value == f"s / {busiest}"
     html = "".join(element.proto.body for element in page.get("html"))
@@ -111,8 +93,8 @@ def test_a_feature_is_shown_from_its_link(space: Workspace, monkeypatch: pytest.
     assert page.header[0].value == f"s / {busiest}"
 
 
-def test_a_dead_feature_says_so(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(DEAD))
+def test_a_dead_feature_says_so(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Feature", space, sae="s", feature=str(DEAD))
     assert not page.exception
     assert "fires on none" in page.warning[0].value
 
@@ -123,9 +105,9 @@ def test_a_dead_feature_says_so(space: Workspace, monkeypatch: pytest.MonkeyPatc
      ({"sae": "s", "feature": "-1"}, "features 0 to 47"), ({"sae": "s", "feature": "x"}, "features 0 to 47")],
 )  # fmt: skip
 def test_a_link_to_what_is_not_there_says_so(
-    query: dict[str, str], message: str, space: Workspace, monkeypatch: pytest.MonkeyPatch
+    query: dict[str, str], message: str, space: Workspace, open_page: OpenPage
 ) -> None:
-    page = open_page("Feature", space, monkeypatch, **query)
+    page = open_page("Feature", space, **query)
     assert not page.exception
     assert message in page.warning[0].value
     assert page.header[0].value == "s / 0"
@@ -139,17 +121,15 @@ def score_concepts(space: Workspace, feature: int, f1: float) -> None:
     space.results.save("concepts", "s", parameters={}, provenance={}, tables={"features": pd.DataFrame([lesser, row])})
 
 
-def test_a_concept_labels_a_feature_that_nobody_labelled(
-    space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int
-) -> None:
+def test_a_concept_labels_a_feature_that_nobody_labelled(space: Workspace, open_page: OpenPage, busiest: int) -> None:
     score_concepts(space, busiest, 0.8)
-    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+    page = open_page("Feature", space, sae="s", feature=str(busiest))
     assert not page.exception
     assert page.text[0].value == "string_literal"
     evidence = page.caption[0].value
     assert "F1 **0.80** on held-out documents" in evidence
     assert "precision 0.75, recall 0.50" in evidence
-    table = open_page("Features", space, monkeypatch, sae="s", search="STRING_lit").dataframe[0].value
+    table = open_page("Features", space, sae="s", search="STRING_lit").dataframe[0].value
     assert table[["feature", "found in", "label", "F1"]].to_numpy().tolist() == [
         [busiest, "label", "string_literal", 0.8]
     ]
@@ -168,14 +148,12 @@ def test_a_concept_told_badly_is_no_label(space: Workspace, busiest: int) -> Non
     assert index.feature(busiest).concepts[0].f1 == 0.3
 
 
-def test_a_bookmark_is_a_list_that_can_be_shown_and_saved(
-    space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int
-) -> None:
-    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+def test_a_bookmark_is_a_list_that_can_be_shown_and_saved(space: Workspace, open_page: OpenPage, busiest: int) -> None:
+    page = open_page("Feature", space, sae="s", feature=str(busiest))
     page.button(key="bookmark").click().run()
     assert not page.exception
     assert Notes(space.path).lists_of("s", busiest) == ["bookmarks"]
-    listed = open_page("Features", space, monkeypatch, sae="s", list="bookmarks")
+    listed = open_page("Features", space, sae="s", list="bookmarks")
     assert listed.dataframe[0].value["feature"].tolist() == [busiest]
     labels = [button.label for button in listed.get("download_button")]
     assert labels == ["Table as Parquet", "Table as CSV", "List as HTML", "List as JSON"]
@@ -184,11 +162,11 @@ def test_a_bookmark_is_a_list_that_can_be_shown_and_saved(
     assert Notes(space.path).lists_of("s", busiest) == []
 
 
-def test_the_filters_bound_the_table(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
+def test_the_filters_bound_the_table(space: Workspace, open_page: OpenPage, busiest: int) -> None:
     score_concepts(space, busiest, 0.8)
-    page = open_page("Features", space, monkeypatch, sae="s", f1="0.5")
+    page = open_page("Features", space, sae="s", f1="0.5")
     assert page.dataframe[0].value["feature"].tolist() == [busiest]
-    page = open_page("Features", space, monkeypatch, sae="s")
+    page = open_page("Features", space, sae="s")
     middle = float(page.dataframe[0].value["strongest"].median())
     page.number_input(key="strongest").set_value(middle).run()
     assert page.dataframe[0].value["strongest"].min() >= middle
@@ -196,22 +174,22 @@ def test_the_filters_bound_the_table(space: Workspace, monkeypatch: pytest.Monke
     assert not page.exception
 
 
-def test_labels_notes_and_lists_are_kept(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
-    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+def test_labels_notes_and_lists_are_kept(space: Workspace, open_page: OpenPage, busiest: int) -> None:
+    page = open_page("Feature", space, sae="s", feature=str(busiest))
     page.text_input(key=f"label s {busiest}").set_value("<b>quotes</b>").run()
     page.text_area(key=f"note s {busiest}").set_value("fires in [strings](x)").run()
     assert not page.exception
     assert {"<b>quotes</b>", "fires in [strings](x)"} <= {element.value for element in page.text}
     notes = Notes(space.path)
     assert notes.label("s", busiest) == "<b>quotes</b>"
-    again = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+    again = open_page("Feature", space, sae="s", feature=str(busiest))
     assert again.text_input(key=f"label s {busiest}").value == "<b>quotes</b>"
     assert [note.text for note in notes.notes("s", busiest)] == ["fires in [strings](x)"]
 
 
-def test_my_text_is_run_through_model_and_sae(space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int) -> None:
+def test_my_text_is_run_through_model_and_sae(space: Workspace, open_page: OpenPage, busiest: int) -> None:
     text = "def f1(x):\n    return '<script>x</script>'\n"
-    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest), text=text)
+    page = open_page("Feature", space, sae="s", feature=str(busiest), text=text)
     assert not page.exception
     html = "".join(element.proto.body for element in page.get("html"))
     assert "your text" in html
@@ -220,9 +198,7 @@ def test_my_text_is_run_through_model_and_sae(space: Workspace, monkeypatch: pyt
     assert "Only the beginning was read" in page.info[0].value
 
 
-def test_without_the_model_the_statistics_still_browse(
-    space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int
-) -> None:
+def test_without_the_model_the_statistics_still_browse(space: Workspace, open_page: OpenPage, busiest: int) -> None:
     import duckdb
 
     path = space.path / "indexes" / "s.duckdb"
@@ -231,17 +207,15 @@ def test_without_the_model_the_statistics_still_browse(
             'UPDATE meta SET value = replace(value::VARCHAR, \'"name": "demo"\', \'"name": "/no/model"\') '
             "WHERE key = 'settings'"
         )
-    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest), text="x = 1")
+    page = open_page("Feature", space, sae="s", feature=str(busiest), text="x = 1")
     assert not page.exception
     assert "cannot be run on text here: no model folder at /no/model" in page.error[0].value
     assert len(page.get("plotly_chart")) == 2
 
 
-def test_a_point_clicked_in_the_map_leads_to_its_feature(
-    space: Workspace, monkeypatch: pytest.MonkeyPatch, busiest: int
-) -> None:
+def test_a_point_clicked_in_the_map_leads_to_its_feature(space: Workspace, open_page: OpenPage, busiest: int) -> None:
     """The selection as Streamlit's front end sends it; the harness itself cannot click a plot."""
-    page = open_page("Features", space, monkeypatch, sae="s")
+    page = open_page("Features", space, sae="s")
     points = [{"curve_number": 1, "point_index": 0, "customdata": {"0": number, "1": 0.1}} for number in (busiest, 5)]
     page.session_state["map s"] = {"selection": {"points": points, "point_indices": [0, 1], "box": [], "lasso": []}}
     page.run()
@@ -252,7 +226,7 @@ def test_a_point_clicked_in_the_map_leads_to_its_feature(
     assert page.header[0].value == f"s / {busiest}"
 
 
-def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, open_page: OpenPage) -> None:
     hook = "blocks.2.attn.hook_z"
     (tmp_path / "texts").mkdir()
     for number in range(8):
@@ -267,7 +241,7 @@ def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, monkeypat
     sae.save(space.path / "saes" / "z")
     build_index(space, "z", harvest="h", model=model, device="cpu")
     feature = int(FeatureIndex.open(space, "z").table().sort_values("firings")["feature"].iloc[-1])
-    page = open_page("Feature", space, monkeypatch, sae="z", feature=str(feature))
+    page = open_page("Feature", space, sae="z", feature=str(feature))
     assert not page.exception
     without = len(page.get("plotly_chart"))
     page.text_area(key="text").set_value("def f(x):\n    return x").run()
@@ -276,10 +250,8 @@ def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, monkeypat
     assert any("**Where it reads from**" in shown.value for shown in page.markdown)
 
 
-def test_hovering_a_token_tells_its_effect_on_the_loss(
-    space: Workspace, busiest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = open_page("Feature", space, monkeypatch, sae="s", feature=str(busiest))
+def test_hovering_a_token_tells_its_effect_on_the_loss(space: Workspace, busiest: int, open_page: OpenPage) -> None:
+    page = open_page("Feature", space, sae="s", feature=str(busiest))
     assert not any("nats of loss" in shown.value for shown in page.get("html"))
     page.toggle(key="loss").set_value(True).run()
     assert not page.exception

@@ -1,63 +1,41 @@
 """The Prompt and Steering pages in their states, run by Streamlit's own test harness."""
 
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from streamlit.testing.v1 import AppTest
 
 from sae import SAE
 from sae.rules import AbsTopK
 from workbench import Workspace
 from workbench.catalog.notes import Notes
-from workbench.features.index.build import build_index
-from workbench.harvest.run import HarvestConfig
 from workbench.models.load import load_model
 
-PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
+OpenPage = Callable[..., AppTest]
 HOOK, TEXT = "blocks.2.hook_resid_post", "def f1(x):\n    return '<script>x</script>' # 😀 e\u0301\n"
 LIVE = pytest.mark.parametrize("page", ["Prompt", "Steering"])
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+    demo_sae: Callable[..., SAE],
+    indexed_workspace: Callable[..., Workspace],
+) -> Path:
     """A workspace with an SAE of signed features, once indexed (`s`) and once not (`bare`)."""
-    root = tmp_path_factory.mktemp("live")
-    (root / "texts").mkdir()
-    for number in range(10):
-        (root / "texts" / f"{number}.txt").write_text(f"def f{number}(x):\n    return '<script>x</script>'\n" * 3)
-    space = Workspace(root / "w")
-    model = load_model("demo", device="cpu")
-    config = HarvestConfig("demo", str(root / "texts"), (HOOK,), context_len=32, max_tokens=500)
-    space.harvest("h", config, model=model)
-    sae = SAE(model.info.d_model, 48, AbsTopK(6), hook_name=HOOK, model_name="demo")
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0)))
-        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-        sae.W_enc.copy_(sae.W_dec.T)
-    for name in ("s", "bare"):
-        sae.save(space.path / "saes" / name)
-    build_index(space, "s", harvest="h", model=model, device="cpu")
-    return space.path
+    sae = demo_sae(AbsTopK(6), unit=True)
+    workspace = indexed_workspace(tmp_path_factory.mktemp("live"), sae, documents=10, tokens=500)
+    sae.save(workspace.sae_folder("bare"))
+    return workspace.path
 
 
 @pytest.fixture
 def space(made: Path, tmp_path: Path) -> Workspace:
     shutil.copytree(made, tmp_path / "w")
     return Workspace(tmp_path / "w")
-
-
-def open_page(page: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, **query: str) -> AppTest:
-    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
-    # Streamlit knows the pages of an app by its main script.
-    app = AppTest.from_file(str(PAGES.parent / "main.py"), default_timeout=60)
-    app.run()
-    for name, value in query.items():
-        app.query_params[name] = value
-    return app.switch_page(f"pages/{page}.py").run()
 
 
 def asked(page: AppTest, name: str) -> str:
@@ -71,42 +49,40 @@ def html(page: AppTest) -> str:
 
 
 @LIVE
-def test_without_an_sae_the_page_says_what_to_do(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = open_page(page, Workspace(tmp_path / "empty"), monkeypatch)
+def test_without_an_sae_the_page_says_what_to_do(page: str, tmp_path: Path, open_page: OpenPage) -> None:
+    shown = open_page(page, Workspace(tmp_path / "empty"))
     assert not shown.exception
     assert "Train one with `workbench train`" in shown.info[0].value
 
 
 @LIVE
-def test_without_a_prompt_the_page_asks_for_one(page: str, space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = open_page(page, space, monkeypatch)
+def test_without_a_prompt_the_page_asks_for_one(page: str, space: Workspace, open_page: OpenPage) -> None:
+    shown = open_page(page, space)
     assert not shown.exception
     assert "Type a prompt" in shown.info[0].value
     assert not shown.get("plotly_chart")
 
 
 @LIVE
-def test_an_sae_whose_model_is_missing_says_so_in_one_line(
-    page: str, space: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_sae_whose_model_is_missing_says_so_in_one_line(page: str, space: Workspace, open_page: OpenPage) -> None:
     SAE(8, 16, AbsTopK(2), hook_name=HOOK, model_name="/no/model").save(space.path / "saes" / "lost")
-    shown = open_page(page, space, monkeypatch, sae="lost", prompt=TEXT)
+    shown = open_page(page, space, sae="lost", prompt=TEXT)
     assert not shown.exception
     assert len(shown.error) == 1
     assert "no model folder at /no/model" in shown.error[0].value.replace("\\", "")
 
 
 @LIVE
-def test_a_link_to_what_is_not_there_says_so(page: str, space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = open_page(page, space, monkeypatch, sae="gone", feature="48", prompt="x")
+def test_a_link_to_what_is_not_there_says_so(page: str, space: Workspace, open_page: OpenPage) -> None:
+    shown = open_page(page, space, sae="gone", feature="48", prompt="x")
     assert not shown.exception
     said = " ".join(warning.value for warning in shown.warning).replace("\\", "")
     assert "SAE 'gone'" in said
     assert "0 to 47" in said
 
 
-def test_a_prompt_from_a_link_shows_its_features(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Prompt", space, monkeypatch, sae="s", prompt=TEXT)
+def test_a_prompt_from_a_link_shows_its_features(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Prompt", space, sae="s", prompt=TEXT)
     assert not page.exception
     reading = space.prompt("s", TEXT, model=load_model("demo", device="cpu"))
     table = page.dataframe[0].value
@@ -121,10 +97,8 @@ def test_a_prompt_from_a_link_shows_its_features(space: Workspace, monkeypatch: 
         assert [int(link.split("=")[-1]) for link in links] == reading.features(by)["feature"].tolist()
 
 
-def test_a_token_shows_its_features_and_what_they_do_to_the_next(
-    space: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = open_page("Prompt", space, monkeypatch, sae="s", prompt=TEXT, token="4")
+def test_a_token_shows_its_features_and_what_they_do_to_the_next(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Prompt", space, sae="s", prompt=TEXT, token="4")
     assert not page.exception
     reading = space.prompt("s", TEXT, model=load_model("demo", device="cpu"))
     table, expected = page.dataframe[0].value, reading.at(4)
@@ -141,8 +115,8 @@ def test_a_token_shows_its_features_and_what_they_do_to_the_next(
     assert "score" not in page.dataframe[0].value
 
 
-def test_a_selected_row_colours_the_prompt_by_its_feature(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Prompt", space, monkeypatch, sae="s", prompt=TEXT)
+def test_a_selected_row_colours_the_prompt_by_its_feature(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Prompt", space, sae="s", prompt=TEXT)
     first = int(page.dataframe[0].value["feature"].iloc[0].split("=")[-1])
     page.number_input(key="feature").set_value(first).run()
     assert not page.exception
@@ -157,33 +131,31 @@ def test_a_selected_row_colours_the_prompt_by_its_feature(space: Workspace, monk
 
 @pytest.mark.parametrize(("query", "message"), [({"token": "999"}, "token '999'"), ({"feature": "x"}, "feature 'x'")])
 def test_a_token_or_feature_that_does_not_exist_is_dropped(
-    query: dict[str, str], message: str, space: Workspace, monkeypatch: pytest.MonkeyPatch
+    query: dict[str, str], message: str, space: Workspace, open_page: OpenPage
 ) -> None:
-    page = open_page("Prompt", space, monkeypatch, sae="s", prompt=TEXT, **query)
+    page = open_page("Prompt", space, sae="s", prompt=TEXT, **query)
     assert not page.exception
     assert message in page.warning[0].value.replace("\\", "")
     assert not set(query) & set(page.query_params)
 
 
-def test_a_long_prompt_is_cut_with_a_notice(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Prompt", space, monkeypatch, sae="s", prompt="x = 1\n" * 4000)
+def test_a_long_prompt_is_cut_with_a_notice(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Prompt", space, sae="s", prompt="x = 1\n" * 4000)
     assert not page.exception
     assert "Only the beginning was read" in page.info[0].value
 
 
-def test_without_an_index_the_prompt_is_read_all_the_same(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page("Prompt", space, monkeypatch, sae="bare", prompt=TEXT)
+def test_without_an_index_the_prompt_is_read_all_the_same(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Prompt", space, sae="bare", prompt=TEXT)
     assert not page.exception
     assert list(page.segmented_control(key="by").options) == ["max", "mean"]
     assert "density" not in page.dataframe[0].value
     assert any("`workbench index bare`" in caption.value for caption in page.caption)
 
 
-def test_steering_from_a_link_shows_both_texts_and_side_effects(
-    space: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steering_from_a_link_shows_both_texts_and_side_effects(space: Workspace, open_page: OpenPage) -> None:
     settings = {"sae": "s", "feature": "7", "prompt": TEXT, "strength": "4.0", "n": "6", "kind": "add"}
-    page = open_page("Steering", space, monkeypatch, **settings)
+    page = open_page("Steering", space, **settings)
     assert not page.exception
     found = space.steer("s", 7, TEXT, strength=4.0, new_tokens=6, model=load_model("demo", device="cpu"))
     assert page.metric[0].value == f"{found.kl.mean():.4f}"
@@ -201,19 +173,19 @@ def test_steering_from_a_link_shows_both_texts_and_side_effects(
     assert page.metric[0].value != "0.0000"
 
 
-def test_the_label_of_the_steered_feature_is_shown_as_text(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_label_of_the_steered_feature_is_shown_as_text(space: Workspace, open_page: OpenPage) -> None:
     Notes(space.path).set_label("s", 7, "*strings*")
-    page = open_page("Steering", space, monkeypatch, sae="s", feature="7")
+    page = open_page("Steering", space, sae="s", feature="7")
     assert any("\\*strings\\*" in caption.value for caption in page.caption)
-    bare = open_page("Steering", space, monkeypatch, sae="bare", feature="7")
+    bare = open_page("Steering", space, sae="bare", feature="7")
     assert any("activation units" in caption.value for caption in bare.caption)
 
 
-def test_an_sae_is_chosen_by_model_and_hook_point(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sae_is_chosen_by_model_and_hook_point(space: Workspace, open_page: OpenPage) -> None:
     other = "blocks.1.hook_resid_post"
     for name, hook, model in (("below", other, "demo"), ("lost", HOOK, "/no/model")):
         SAE(256, 16, AbsTopK(2), hook_name=hook, model_name=model).save(space.path / "saes" / name)
-    page = open_page("Prompt", space, monkeypatch, sae="s", prompt=TEXT)
+    page = open_page("Prompt", space, sae="s", prompt=TEXT)
     assert page.selectbox(key="model of sae").options == ["/no/model", "demo"]
     assert page.selectbox(key="hook of sae").options == [other, HOOK]
     assert page.selectbox(key="sae").options == ["bare", "s"]

@@ -1,6 +1,6 @@
 """The overview page in each of its states, run by Streamlit's own test harness."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -10,18 +10,12 @@ from streamlit.testing.v1 import AppTest
 from sae import SAE, TopK
 from workbench import Workspace
 
-PAGE = Path(__file__).resolve().parents[2] / "app" / "main.py"
+OpenPage = Callable[..., AppTest]
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "w")
-
-
-def open_page(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> AppTest:
-    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
-    # The frame opens the overview first.
-    return AppTest.from_file(str(PAGE), default_timeout=60).run()
 
 
 def start_run(workspace: Workspace, reports: int) -> None:
@@ -36,30 +30,30 @@ def start_run(workspace: Workspace, reports: int) -> None:
         )  # fmt: skip
 
 
-def test_an_empty_workspace_says_what_to_do(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(workspace, monkeypatch)
+def test_an_empty_workspace_says_what_to_do(workspace: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Overview", workspace)
     assert not page.exception
     assert [info.value.split(".")[0] for info in page.info] == [
         "No harvest yet", "No SAE yet", "No training run yet",
     ]  # fmt: skip
 
 
-def test_a_run_under_way_shows_its_curves(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_under_way_shows_its_curves(workspace: Workspace, open_page: OpenPage) -> None:
     start_run(workspace, 3)
-    page = open_page(workspace, monkeypatch)
+    page = open_page("Overview", workspace)
     assert not page.exception
     assert page.selectbox[0].options == ["r (30% trained)"]
     assert len(page.get("plotly_chart")) == 1
 
 
-def test_a_run_without_reports_says_so(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_reports_says_so(workspace: Workspace, open_page: OpenPage) -> None:
     start_run(workspace, 0)
-    page = open_page(workspace, monkeypatch)
+    page = open_page("Overview", workspace)
     assert not page.exception
     assert "has not reported yet" in page.info[-1].value
 
 
-def test_saes_are_listed_with_their_evaluation(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saes_are_listed_with_their_evaluation(workspace: Workspace, open_page: OpenPage) -> None:
     SAE(8, 16, TopK(2), hook_name="blocks.0.hook_resid_post", model_name="m").save(workspace.path / "saes" / "s")
     workspace.results.save(
         "evaluation", "s", parameters={}, provenance={},
@@ -69,7 +63,7 @@ def test_saes_are_listed_with_their_evaluation(workspace: Workspace, monkeypatch
             "density_histogram": pd.DataFrame([{"sae": "s", "log10_density": -1.0, "features": 16}]),
         },
     )  # fmt: skip
-    page = open_page(workspace, monkeypatch)
+    page = open_page("Overview", workspace)
     assert not page.exception
     table = page.dataframe[0].value
     assert table["name"].tolist() == ["s"]

@@ -1,7 +1,7 @@
 """The Sparsity page in its states, run by Streamlit's own test harness on the demo model."""
 
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from workbench.models.load import load_model
 from workbench.sparsity.report import report_attention, report_curves, report_mlps, report_saes
 from workbench.text.corpora import open_corpus
 
-PAGES = Path(__file__).resolve().parents[2] / "app" / "pages"
+OpenPage = Callable[..., AppTest]
 HOOK = "blocks.2.hook_resid_post"
 
 
@@ -40,29 +40,18 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return space.path
 
 
-def open_page(workspace: Path, monkeypatch: pytest.MonkeyPatch, **query: str | list[str]) -> AppTest:
-    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace)])
-    app = AppTest.from_file(str(PAGES.parent / "main.py"), default_timeout=120)
-    app.run()
-    for name, value in query.items():
-        app.query_params[name] = value
-    page = app.switch_page("pages/Sparsity.py").run()
-    assert not page.exception
-    return page
-
-
 def headings(page: AppTest) -> list[str]:
     return [item.value for item in page.subheader]
 
 
-def test_an_empty_workspace_says_which_command_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_workspace_says_which_command_to_run(tmp_path: Path, open_page: OpenPage) -> None:
     Workspace(tmp_path / "w")
-    page = open_page(tmp_path / "w", monkeypatch)
+    page = open_page("Sparsity", tmp_path / "w")
     assert "workbench sparsity report NAME" in page.info[0].value
 
 
-def test_layers_and_neurons_are_shown(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(measured, monkeypatch, reports="a", layer="2")
+def test_layers_and_neurons_are_shown(measured: Path, open_page: OpenPage) -> None:
+    page = open_page("Sparsity", measured, reports="a", layer="2")
     assert headings(page)[0] == "How much of each MLP is used"
     assert len(page.get("plotly_chart")) == 4
     neurons = Workspace(measured).results.open("sparsity-mlp", "a").table("neurons")
@@ -72,10 +61,10 @@ def test_layers_and_neurons_are_shown(measured: Path, monkeypatch: pytest.Monkey
     assert shown["density"].is_monotonic_decreasing
 
 
-def test_a_neurons_values_and_examples_come_on_demand(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_neurons_values_and_examples_come_on_demand(measured: Path, open_page: OpenPage) -> None:
     neurons = Workspace(measured).results.open("sparsity-mlp", "a").table("neurons")
     busiest = neurons[neurons["layer"] == 0].sort_values("density").iloc[-1]
-    page = open_page(measured, monkeypatch, reports="a", neuron=str(int(busiest["neuron"])))
+    page = open_page("Sparsity", measured, reports="a", neuron=str(int(busiest["neuron"])))
     page.button[0].click().run()
     assert not page.exception
     assert len(page.get("plotly_chart")) == 5
@@ -84,8 +73,8 @@ def test_a_neurons_values_and_examples_come_on_demand(measured: Path, monkeypatc
     assert "<script>" not in rows
 
 
-def test_the_slider_shows_text_at_a_sparsity(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(measured, monkeypatch, reports="a", part="Cost", method="CETT")
+def test_the_slider_shows_text_at_a_sparsity(measured: Path, open_page: OpenPage) -> None:
+    page = open_page("Sparsity", measured, reports="a", part="Cost", method="CETT")
     assert len(page.get("plotly_chart")) == 1
     assert "PPL-p% sparsity" in page.markdown[0].value
     page.select_slider[0].set_value(0.0).run()
@@ -100,48 +89,59 @@ def test_the_slider_shows_text_at_a_sparsity(measured: Path, monkeypatch: pytest
     assert page.code[1].value != clean.value
 
 
-def test_an_empty_prompt_is_one_line(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(measured, monkeypatch, reports="a", part="Cost")
+def test_an_empty_prompt_is_one_line(measured: Path, open_page: OpenPage) -> None:
+    page = open_page("Sparsity", measured, reports="a", part="Cost")
     page.text_area[0].set_value("").run()
     assert not page.exception
     assert "the prompt holds no token" in page.error[0].value
 
 
-def test_heads_are_shown_with_their_sinks(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(measured, monkeypatch, reports="a", part="Attention")
+def test_heads_are_shown_with_their_sinks(measured: Path, open_page: OpenPage) -> None:
+    page = open_page("Sparsity", measured, reports="a", part="Attention")
     assert len(page.get("plotly_chart")) == 3
     assert "sink" in page.dataframe[0].value.columns
     page.select_slider[0].set_value(4).run()
     assert not page.exception
 
 
-def test_sae_codes_are_shown(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(measured, monkeypatch, reports="a", part="SAEs")
+def test_sae_codes_are_shown(measured: Path, open_page: OpenPage) -> None:
+    page = open_page("Sparsity", measured, reports="a", part="SAEs")
     assert page.dataframe[0].value["SAE"].tolist() == ["s"]
     assert len(page.get("plotly_chart")) == 3
 
 
-def test_reports_stand_side_by_side_and_what_is_missing_names_its_command(
-    measured: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = open_page(measured, monkeypatch, reports=["a", "b"])
+def test_reports_stand_side_by_side_and_what_is_missing_names_its_command(measured: Path, open_page: OpenPage) -> None:
+    page = open_page("Sparsity", measured, reports=["a", "b"])
     summary = page.dataframe[0].value
     assert summary.columns.tolist() == ["a", "b"]
     ppl = Workspace(measured).results.open("sparsity-curves", "a").table("ppl")
     assert summary.loc["ppl_5%"].tolist() == [f"{ppl['sparsity'].iloc[0]:.4g}", "-"]
     assert page.selectbox(key="report").options == ["a", "b"]
-    page = open_page(measured, monkeypatch, reports=["a", "b"], part="Attention")
+    page = open_page("Sparsity", measured, reports=["a", "b"], part="Attention")
     assert "workbench sparsity attention b --model demo" in page.info[0].value
     assert len(page.get("plotly_chart")) == 3
 
 
-def test_a_corpus_that_has_gone_is_one_line(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_that_has_gone_is_one_line(measured: Path, tmp_path: Path, open_page: OpenPage) -> None:
     texts = measured.parent / "texts"
     shutil.move(texts, tmp_path / "elsewhere")
     try:
-        page = open_page(measured, monkeypatch, reports="b", neuron="7")
+        page = open_page("Sparsity", measured, reports="b", neuron="7")
         page.button[0].click().run()
         assert not page.exception
         assert str(texts.name) in page.error[0].value
     finally:
         shutil.move(tmp_path / "elsewhere", texts)
+
+
+def test_a_neuron_of_a_jsonl_corpus_with_a_field_of_its_own_is_shown(tmp_path: Path, open_page: OpenPage) -> None:
+    """The field is part of where a report came from."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"body": "def f{number}(x):\\n    return x\\n"}}\n' for number in range(30)))
+    workspace, model = Workspace(tmp_path / "w"), load_model("demo", device="cpu")
+    report_mlps(workspace, "a", model, open_corpus(str(texts), text_field="body"), max_tokens=64, context_len=32)
+    page = open_page("Sparsity", workspace, layer="2")
+    page.button[0].click().run()
+    assert not page.exception
+    assert not page.error
+    assert any("tokens of training documents" in caption.value for caption in page.caption)

@@ -1,6 +1,6 @@
 """The SQL page, run by Streamlit's own test harness."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 
 from workbench import Workspace
 
-MAIN = Path(__file__).resolve().parents[2] / "app" / "main.py"
+OpenPage = Callable[..., AppTest]
 
 
 @pytest.fixture
@@ -24,23 +24,14 @@ def workspace(tmp_path: Path) -> Workspace:
     return space
 
 
-def open_page(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, **query: str) -> AppTest:
-    monkeypatch.setattr(sys, "argv", ["main.py", str(workspace.path)])
-    app = AppTest.from_file(str(MAIN), default_timeout=60)
-    app.run()
-    for name, value in query.items():
-        app.query_params[name] = value
-    return app.switch_page("pages/SQL.py").run()
-
-
-def test_an_empty_workspace_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(Workspace(tmp_path / "empty"), monkeypatch)
+def test_an_empty_workspace_says_what_to_do(tmp_path: Path, open_page: OpenPage) -> None:
+    page = open_page("SQL", Workspace(tmp_path / "empty"))
     assert not page.exception
     assert "Nothing to query yet" in page.info[0].value
 
 
-def test_a_query_of_a_link_is_run(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(workspace, monkeypatch, query='SELECT letter, letter FROM "evaluation.s".letters ORDER BY 1')
+def test_a_query_of_a_link_is_run(workspace: Workspace, open_page: OpenPage) -> None:
+    page = open_page("SQL", workspace, query='SELECT letter, letter FROM "evaluation.s".letters ORDER BY 1')
     assert not page.exception
     table = page.dataframe[0].value
     assert table.columns.tolist() == ["letter", "letter_2"]
@@ -49,15 +40,15 @@ def test_a_query_of_a_link_is_run(workspace: Workspace, monkeypatch: pytest.Monk
     assert [button.label for button in page.get("download_button")] == ["Save as CSV", "Save as Parquet"]
 
 
-def test_long_lists_are_shown_short(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(workspace, monkeypatch, query='SELECT vector FROM "evaluation.s".letters ORDER BY letter')
+def test_long_lists_are_shown_short(workspace: Workspace, open_page: OpenPage) -> None:
+    page = open_page("SQL", workspace, query='SELECT vector FROM "evaluation.s".letters ORDER BY letter')
     assert page.dataframe[0].value["vector"].astype(str).tolist() == [
         "[0.5, 0.5, 0.5, 0.5, ... 20 in all]", "[1.0, 2.0]",
     ]  # fmt: skip
 
 
-def test_an_example_fills_the_box_and_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = open_page(workspace, monkeypatch)
+def test_an_example_fills_the_box_and_runs(workspace: Workspace, open_page: OpenPage) -> None:
+    page = open_page("SQL", workspace)
     page.selectbox(key="example").select("SAEs side by side").run()
     assert not page.exception
     assert page.dataframe[0].value["fvu"].tolist() == [0.25]
@@ -78,11 +69,11 @@ def test_an_example_fills_the_box_and_runs(workspace: Workspace, monkeypatch: py
     ],
 )
 def test_what_writes_or_leaves_the_workspace_is_refused_in_one_line(
-    query: str, message: str, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    query: str, message: str, workspace: Workspace, tmp_path: Path, open_page: OpenPage
 ) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    page = open_page(workspace, monkeypatch, query=query.format(folder=tmp_path))
+    page = open_page("SQL", workspace, query=query.format(folder=tmp_path))
     assert not page.exception
     assert len(page.error) == 1
     said = page.error[0].value.replace("\\", "")

@@ -15,6 +15,7 @@ A vector under ORDER BY ... LIMIT is computed for every row: fetch vectors last,
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,16 @@ class Answer:
     rows: list[tuple[Any, ...]]
     truncated: bool
     """Whether there were more rows than asked for."""
+
+    @property
+    def names(self) -> list[str]:
+        """The columns, with _2, _3, ... after those that came before: a JSON object or a table holds each once."""
+        seen: Counter[str] = Counter()
+        found = []
+        for column in self.columns:
+            seen[column] += 1
+            found.append(column if seen[column] == 1 else f"{column}_{seen[column]}")
+        return found
 
     def df(self) -> "pd.DataFrame":
         """The rows as a pandas frame; vectors are lists in a column of objects."""
@@ -213,5 +224,7 @@ def _one_line(error: duckdb.Error) -> str:
     """DuckDB's message and what it proposes, without its picture of the query and, for an error inside `vec`, without
     Python's traceback."""
     text = str(error).strip()
+    if "pytz" in text:
+        return "a time with a time zone cannot be shown: write CAST(... AS TIMESTAMP)"
     _, inside, cause = text.partition("InputError: ")
     return cause.splitlines()[0] if inside else " ".join(text.partition("\n\n")[0].split())

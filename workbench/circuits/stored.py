@@ -10,7 +10,7 @@ from circuits.scores import EdgeScores, NodeScores
 from sae.errors import InputError
 from workbench.catalog.results import Result
 from workbench.circuits import figures
-from workbench.circuits.heads import HEADS
+from workbench.circuits.heads import HEADS, SCORES
 from workbench.circuits.methods import EDGES, NODES
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel, ModelInfo
@@ -81,6 +81,33 @@ def head_values(result: Result, model: ModelInfo, score: str = "score") -> torch
     table = result.table("scores" if result.kind == HEADS else "nodes").set_index("node")[score]
     values = torch.tensor(table.reindex(head_names(model.n_layers, model.n_heads)).to_numpy(dtype=float))
     return values.view(model.n_layers, model.n_heads)
+
+
+def scores_of_head(result: Result, head: str) -> pd.DataFrame:
+    """One head's scores in a `circuit-heads` result: columns score, value, rank (1 is the largest of all heads) and
+    mean of all heads; scores that were not taken are left out."""
+    table = result.table("scores").set_index("node")
+    columns = [score for score in table.columns if score in SCORES and table[score].notna().any()]
+    ranks = table[columns].rank(ascending=False, method="min")
+    return pd.DataFrame(
+        {
+            "score": columns, "value": table.loc[head, columns].to_numpy(dtype=float),
+            "rank": ranks.loc[head].astype("Int64").to_numpy(), "mean of all heads": table[columns].mean().to_numpy(),
+        }
+    )  # fmt: skip
+
+
+def composition_of_head(result: Result, head: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The heads that one head of a `circuit-heads` result reads from, and those that read from it, closest first.
+
+    Columns writer, reader, kind (Q, K or V), score and `over the mean`: the score over the mean of all pairs of its
+    kind, since composition scores of random matrices of these shapes are far from zero.
+    """
+    table = result.table("composition")
+    table = table.assign(kind=table["kind"].str.upper())
+    baseline = table.groupby("kind")["score"].transform("mean")
+    table = table.assign(**{"over the mean": table["score"] / baseline}).sort_values("score", ascending=False)
+    return table[table["reader"] == head], table[table["writer"] == head]
 
 
 def _row(result: Result) -> "pd.Series[object]":

@@ -2,8 +2,6 @@
 
 import dataclasses
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -75,22 +73,11 @@ def sql(
     """
     answer = open_workspace(folder).sql(query, harvest=harvest)
     if as_json:
-        names = distinct(answer.columns)
-        print_json([dict(zip(names, row, strict=True)) for row in answer.rows])
+        print_json([dict(zip(answer.names, row, strict=True)) for row in answer.rows])
     else:
         print_table("", answer.columns, [[shorten(cell) for cell in row] for row in answer.rows])
     if answer.truncated:
         print(f"workbench: only the first {len(answer.rows):,} rows are shown, there are more", file=sys.stderr)
-
-
-def distinct(columns: Sequence[str]) -> list[str]:
-    """Column names with _2, _3, ... after those that came before: a JSON object holds each once."""
-    seen: Counter[str] = Counter()
-    names = []
-    for column in columns:
-        seen[column] += 1
-        names.append(column if seen[column] == 1 else f"{column}_{seen[column]}")
-    return names
 
 
 def doctor(

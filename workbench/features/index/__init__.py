@@ -3,9 +3,5 @@
 build.py      makes it, by way of segments, statistics, examples, coactivation, geometry, logits, tables
 query.py      reads it: FeatureIndex
 feature.py    what a reading gives: Feature; page.py draws it as HTML, figures.py as Plotly figures
-live.py       a feature on a text of one's own
+on_text.py    a feature on a text of one's own
 """
-
-from sae.errors import InputError
-
-__all__ = ["InputError"]
