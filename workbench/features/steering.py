@@ -20,7 +20,7 @@ At the SAE's hook point, with a the feature's activation on a token, s the stren
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -227,21 +227,25 @@ def _generate(
     noise: Float[Tensor, "n vocab"] | None,
     change: tuple[SAE, Edit, float] | None = None,
 ) -> list[int]:
-    """`n` tokens that follow, fewer where the model ends the text; keys and values of what was read are kept."""
+    """`n` tokens that follow, fewer where the model ends the text; keys and values of what was read are kept.
+
+    Models whose cache does not give what the whole pass gives read the whole text for every token.
+    """
     found: list[int] = []
     cache: Any = None
     read = tokens
     while len(found) < n:
-        if change is None:
-            logits, cache = model.bridge(read, return_type="logits_and_cache", use_cache=True, past_key_values=cache)
-        else:
-            sae, edit, unit = change
-            # The pass over the prompt edits from its last token on, each later one its single token.
-            first = tokens.shape[1] - 1 if cache is None and edit.where == "generated" else None
-            with edited(model, sae, edit, unit, first=first):
-                logits, cache = model.bridge(
-                    read, return_type="logits_and_cache", use_cache=True, past_key_values=cache
-                )
+        with ExitStack() as stack:
+            if change is not None:
+                sae, edit, unit = change
+                # A pass over the prompt edits from its last token on, one with a cache its single token.
+                first = tokens.shape[1] - 1 if cache is None and edit.where == "generated" else None
+                stack.enter_context(edited(model, sae, edit, unit, first=first))
+            if model.checks.cached:
+                options = {"return_type": "logits_and_cache", "use_cache": True}
+                logits, cache = model.bridge(read, past_key_values=cache, **options)
+            else:
+                logits = model.bridge(read)
         scores = logits[0, -1].float()
         if noise is not None:
             scores = scores / temperature + noise[len(found)].to(scores)
@@ -249,7 +253,8 @@ def _generate(
         if token == model.tokenizer.eos_token_id:
             break
         found.append(token)
-        read = torch.tensor([[token]], device=tokens.device)
+        new = torch.tensor([[token]], device=tokens.device)
+        read = new if model.checks.cached else torch.cat([read, new], dim=1)
     return found
 
 

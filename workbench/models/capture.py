@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sae.errors import InputError
 from workbench.models.hooks import HookSpec
-from workbench.models.load import LoadedModel
+
+if TYPE_CHECKING:
+    from workbench.models.load import LoadedModel
 
 FP16_LOSS_SCALE = 256.0
 """The backward pass of a float16 model runs on loss x this, so that small gradients do not underflow."""
@@ -44,7 +46,7 @@ class _Stop(Exception):
 
 
 def capture(
-    model: LoadedModel,
+    model: "LoadedModel",
     tokens: Int[Tensor, "batch pos"],
     hooks: Sequence[HookSpec],
     *,
@@ -61,29 +63,64 @@ def capture(
     Raises:
         InputError: gradients that float16 cannot hold.
     """
+    if not gradients:
+        with torch.no_grad():
+            return Captured(values_at(model, tokens, hooks), {})
     values: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def keep(hook: HookSpec, value: Tensor) -> None:
         values[hook.name] = value
-        if not gradients and len(values) == len({hook.name for hook in hooks}):
-            raise _Stop
+        seen[hook.name] = as_added(hook, value.detach(), tokens)
 
-    with _hooked(model, hooks, keep):
-        if not gradients:
-            with torch.no_grad(), contextlib.suppress(_Stop):
-                model.hf(tokens, use_cache=False)
-            return Captured(values, {})
-        with torch.enable_grad(), _embeddings_need_gradients(model.hf):
-            logits = model.hf(tokens, use_cache=False).logits
-            loss = _summed_loss(logits, tokens, counted)
-            scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
-            found = torch.autograd.grad(loss * scale, list(values.values()))
+    with hooked(model, hooks, keep), torch.enable_grad(), _embeddings_need_gradients(model.hf):
+        logits = model.hf(tokens, use_cache=False).logits
+        loss = _summed_loss(logits, tokens, counted)
+        scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
+        found = torch.autograd.grad(loss * scale, list(values.values()))
     if model.dtype == torch.float16:
         if not all(torch.isfinite(gradient).all() for gradient in found):
             raise InputError("gradients overflow float16: run the model with --dtype bfloat16 or float32")
         found = tuple(gradient.float() / scale for gradient in found)
-    detached = {name: value.detach() for name, value in values.items()}
-    return Captured(detached, dict(zip(values, found, strict=True)))
+    by_name = {hook.name: hook for hook in hooks}
+    # A contribution is the module's value times the scale, so its gradient is divided by it.
+    slopes = {
+        name: _shaped(gradient, tokens) / by_name[name].scale for name, gradient in zip(values, found, strict=True)
+    }
+    return Captured(seen, slopes)
+
+
+def values_at(
+    model: "LoadedModel", tokens: Int[Tensor, "batch pos"], hooks: Sequence[HookSpec]
+) -> dict[str, Float[Tensor, "batch pos width"]]:
+    """Values at hook points by name; those that no module of this model sees are missing. Stops after the last one."""
+    values: dict[str, Tensor] = {}
+    wanted = {hook.name for hook in hooks}
+
+    def keep(hook: HookSpec, value: Tensor) -> None:
+        values[hook.name] = as_added(hook, value, tokens)
+        if len(values) == len(wanted):
+            raise _Stop
+
+    with hooked(model, hooks, keep), contextlib.suppress(_Stop):
+        model.hf(tokens, use_cache=False)
+    return values
+
+
+def as_added(
+    hook: HookSpec, value: Float[Tensor, "*place width"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos width"]:
+    """What a module's value is at the hook point: one vector a token, in the scale in which it is added."""
+    value = _shaped(value, tokens)
+    if hook.scale != 1:
+        return value * hook.scale
+    return value.clone() if hook.overwritten else value
+
+
+def _shaped(value: Tensor, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos width"]:
+    """Some modules see all contexts' tokens as one list."""
+    flat = isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == tokens.numel()
+    return value.unflatten(0, tokens.shape) if flat else value
 
 
 def _summed_loss(
@@ -101,27 +138,32 @@ def _summed_loss(
     return F.cross_entropy(predictions, targets.flatten(), ignore_index=-100, reduction="sum")
 
 
+Keep = Callable[[HookSpec, Tensor], None]
+"""Called with the value that a module sees, before `as_added`."""
+
+
 @contextmanager
-def _hooked(model: LoadedModel, hooks: Sequence[HookSpec], keep: Callable[[HookSpec, Tensor], None]) -> Iterator[None]:
+def hooked(model: "LoadedModel", hooks: Sequence[HookSpec], keep: Keep) -> Iterator[None]:
     """Hands the value at each hook point to `keep` while the bare model runs."""
     handles = []
     try:
         for hook in hooks:
-            module = model.bridge.adapter.get_component(model.hf, hook.component)
-            handles.append(_register(module, hook, keep))
+            module = model.component(hook.component)
+            if module is not None:
+                handles.append(_register(module, hook, keep))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _register(module: nn.Module, hook: HookSpec, keep: Callable[[HookSpec, Tensor], None]) -> RemovableHandle:
+def _register(module: nn.Module, hook: HookSpec, keep: Keep) -> RemovableHandle:
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Blocks and attention modules get the hidden states first or by name, depending on the architecture.
         keep(hook, args[0] if args else kwargs["hidden_states"])
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        keep(hook, output[0] if isinstance(output, tuple) else output)
+        keep(hook, output[0] if isinstance(output, tuple | list) else output)
 
     if hook.side == "input":
         return module.register_forward_pre_hook(on_input, with_kwargs=True)

@@ -1,43 +1,42 @@
 """Hook points: TransformerLens' names for places in a model, and the bare module that sees each value.
 
-| name                      | value                                     | seen by (TransformerLens path)  |
+| name                      | value                                     | usually                         |
 |---------------------------|-------------------------------------------|---------------------------------|
 | blocks.i.hook_resid_pre   | residual stream entering block i          | input of blocks.i               |
 | blocks.i.hook_resid_mid   | ... between attention and MLP             | input of blocks.i.ln2           |
 | blocks.i.hook_resid_post  | ... leaving block i                       | output of blocks.i              |
 | blocks.i.attn.hook_z      | heads' outputs before W_O, concatenated   | input of blocks.i.attn.o        |
-| blocks.i.hook_attn_out    | attention's contribution                  | output of blocks.i.attn         |
+| blocks.i.hook_attn_out    | what attention adds to the stream         | output of blocks.i.attn         |
 | blocks.i.mlp.hook_in      | what the MLP reads, after LayerNorm       | input of blocks.i.mlp           |
 | blocks.i.mlp.hook_post    | MLP activations                           | input of blocks.i.mlp.out       |
-| blocks.i.hook_mlp_out     | MLP's contribution                        | output of blocks.i.mlp          |
+| blocks.i.hook_mlp_out     | what the MLP adds to the stream           | output of blocks.i.mlp          |
 
-Where a model normalises the contributions before it adds them (Gemma 2), they are read after that.
+Where else a family has a value (after a norm, in Gemma 2 and OLMo 2; before the residual stream is added, in BLOOM)
+the TransformerBridge knows: the bare module is the one that its hook point of that name sits on. Whether the two agree,
+and whether a contribution is what is added, is measured when a model is loaded (`workbench.models.guards`).
 """
 
 import difflib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae.errors import InputError
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
 
-# kind: (name within the block, component within the block, its input or output, width)
-KINDS: dict[str, tuple[str, str, Literal["input", "output"], str]] = {
-    "resid_pre": ("hook_resid_pre", "", "input", "d_model"),
-    "resid_mid": ("hook_resid_mid", ".ln2", "input", "d_model"),
-    "resid_post": ("hook_resid_post", "", "output", "d_model"),
-    "z": ("attn.hook_z", ".attn.o", "input", "d_attention"),
-    "attn_out": ("hook_attn_out", ".attn", "output", "d_model"),
-    "mlp_in": ("mlp.hook_in", ".mlp", "input", "d_model"),
-    "mlp_post": ("mlp.hook_post", ".mlp.out", "input", "d_mlp"),
-    "mlp_out": ("hook_mlp_out", ".mlp", "output", "d_model"),
+KINDS: dict[str, str] = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "mlp_in": "mlp.hook_in",
+    "mlp_post": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
 }
-
-# Gemma 2 and 3 normalise what attention and MLP hand to the residual stream; the contribution is what is added.
-_POST_NORMS = {"attn_out": "ln1_post", "mlp_out": "ln2_post"}
+"""Name within the block, by kind."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +50,75 @@ class HookSpec:
     """TransformerLens path of the module that sees the value."""
     side: Literal["input", "output"]
     width: int
+    scale: float = 1.0
+    """What the module's value is multiplied by before it is added to the residual stream."""
+    overwritten: bool = False
+    """Whether the model goes on to write into the value's tensor (Falcon adds attention's output to the MLP's)."""
 
 
 def resolve_hook(model: "LoadedModel", name: str) -> HookSpec:
     """The hook point `name` of a model.
 
     Raises:
-        InputError: unknown name (with the nearest ones), a layer the model does not have, or a point that an
-            architecture with parallel attention and MLP does not have.
+        InputError: unknown name (with the nearest ones), a layer the model does not have, or a point that this layer
+            does not have or whose value is not what its name says.
     """
     info = model.info
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    kinds = {inner: kind for kind, (inner, *_) in KINDS.items()}
-    if match is None or match[2] not in kinds:
+    if match is None or match[2] not in KINDS.values():
         layer = min(int(match[1]), info.n_layers - 1) if match else 0
-        known = [f"blocks.{layer}.{inner}" for inner in kinds]
+        known = [f"blocks.{layer}.{inner}" for inner in KINDS.values()]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
         raise InputError(f"unknown hook point {name!r}: the nearest are {', '.join(near)}")
-    layer, kind = int(match[1]), kinds[match[2]]
+    layer = int(match[1])
     if layer >= info.n_layers:
         raise InputError(
             f"{name}: layer {layer} does not exist, {info.name} has {info.n_layers} layers (0 to {info.n_layers - 1})"
         )
-    if kind == "resid_mid" and info.parallel_attention:
-        raise InputError(
-            f"{name}: {info.architecture} runs attention and MLP side by side, so there is no residual stream between "
-            f"them; use blocks.{layer}.hook_resid_pre or blocks.{layer}.hook_resid_post"
-        )
-    _, component, side, width = KINDS[kind]
-    if kind in _POST_NORMS and hasattr(model.bridge.blocks[layer], _POST_NORMS[kind]):
-        component = f".{_POST_NORMS[kind]}"
-    return HookSpec(name, layer, kind, f"blocks.{layer}{component}", side, getattr(info, width))
+    if name in model.checks.refused:
+        usable = [
+            f"blocks.{layer}.{inner}" for inner in KINDS.values() if f"blocks.{layer}.{inner}" in model.checks.hooks
+        ]
+        raise InputError(f"{name}: {model.checks.refused[name]}; use {', '.join(usable)}")
+    return model.checks.hooks[name]
+
+
+def bridge_hooks(bridge: Any, n_layers: int) -> tuple[dict[str, HookSpec], dict[str, str]]:
+    """The hook points that a TransformerBridge has, their widths still 0, and why it lacks the others, by name."""
+    points = bridge.hook_dict
+    found: dict[str, HookSpec] = {}
+    lacking: dict[str, str] = {}
+    for layer in range(n_layers):
+        for kind, inner in KINDS.items():
+            name = f"blocks.{layer}.{inner}"
+            place = _place(bridge, points[name].name) if name in points else None
+            if place is None or (kind == "mlp_post" and not place[0].endswith(".out")):
+                lacking[name] = _lacking(bridge, layer, kind)
+            else:
+                component, side, scale = place
+                found[name] = HookSpec(name, layer, kind, component, side, 0, scale)
+    return found, lacking
+
+
+def _place(bridge: Any, point: str) -> tuple[str, Literal["input", "output"], float] | None:
+    """(component, its side, scale) of a TransformerBridge's own name for a hook point."""
+    component, _, local = point.rpartition(".")
+    if local == "hook_in":
+        return component, "input", 1.0
+    if local == "hook_out":
+        return component, "output", 1.0
+    block = bridge.blocks[int(component.split(".")[1])]
+    part = {"hook_attn_out": "scaled_attn_submodule", "hook_mlp_out": "scaled_mlp_submodule"}.get(local)
+    if part is None or not hasattr(block, "residual_contribution_scale"):
+        return None
+    return f"{component}.{getattr(block, part)}", "output", float(block.residual_contribution_scale)
+
+
+def _lacking(bridge: Any, layer: int, kind: str) -> str:
+    if kind == "resid_mid" and bridge.cfg.parallel_attn_mlp:
+        return "attention and MLP run side by side, so there is no residual stream between them"
+    if kind in ("z", "attn_out") and not hasattr(bridge.blocks[layer], "attn"):
+        return f"layer {layer} has no attention heads"
+    if kind == "mlp_post":
+        return f"layer {layer} has no MLP with a single matrix out (a mixture of experts has several)"
+    return f"layer {layer} has no such place"

@@ -29,6 +29,7 @@ from circuits.prompts import ids
 from sae.errors import InputError
 from workbench.models.bundled import demo_model_dir
 from workbench.models.devices import choose_device
+from workbench.models.guards import Checks, check
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -98,11 +99,31 @@ class LoadedModel:
     info: ModelInfo
     hf: nn.Module
     """The bare Hugging Face model."""
-    bridge: Any
-    """TransformerBridge over the same weights."""
+    structure: Any
+    """TransformerBridge over the same weights, for its names and shapes; `bridge` is the one to run."""
     tokenizer: PreTrainedTokenizerBase
     bos_id: int
     """Token put before every document and context; the end-of-text token where the tokenizer has no BOS."""
+
+    @cached_property
+    def checks(self) -> Checks:
+        """What a few random tokens show of it."""
+        return check(self)
+
+    @property
+    def bridge(self) -> Any:
+        """The TransformerBridge. Raises InputError where it computes another model than the module."""
+        if self.checks.wrong_bridge is not None:
+            raise InputError(self.checks.wrong_bridge)
+        return self.structure
+
+    def component(self, path: str) -> nn.Module | None:
+        """The bare module at a TransformerLens path such as `blocks.0.attn.o`, None where this model has none."""
+        try:
+            found: nn.Module | None = self.structure.adapter.get_component(self.hf, path)
+        except (ValueError, AttributeError, KeyError, IndexError):
+            return None
+        return found if isinstance(found, nn.Module) else None
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +185,10 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         hf, bridge, name=spec, source=source, revision=getattr(config, "_commit_hash", None),
         weights_sha256=weights_sha256(weights), checkpoint_dtype=str(stored).removeprefix("torch."), device=str(place),
     )  # fmt: skip
-    return LoadedModel(info, hf, bridge, tokenizer, bos_id)
+    loaded = LoadedModel(info, hf, bridge, tokenizer, bos_id)
+    # Measured now, so that a model that does not fit is one line and no surprise later.
+    _ = loaded.checks
+    return loaded
 
 
 def _module(location: str, spec: str, dtype: torch.dtype) -> Any:

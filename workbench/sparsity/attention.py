@@ -75,8 +75,13 @@ def measure_attention(
         on_progress: called with (tokens passed, tokens to pass in all).
 
     Raises:
-        InputError: no budget smaller than the contexts, or one below 2.
+        InputError: no budget smaller than the contexts, one below 2, or a model whose attention cannot be edited.
     """
+    if not model.checks.editable_patterns:
+        raise InputError(
+            f"in {model.info.architecture} a changed attention pattern changes nothing that TransformerLens computes: "
+            "restricting its heads cannot be measured"
+        )
     length = batches[0].tokens.shape[1]
     if min(budgets) < 2:
         raise InputError(f"a query needs at least 2 keys, got a budget of {min(budgets)}")

@@ -80,7 +80,9 @@ def projections(model: LoadedModel) -> list[Projection]:
     """Every weight matrix inside the blocks, in the order the modules are registered."""
     found = []
     for layer in range(model.info.n_layers):
-        block = model.bridge.adapter.get_component(model.hf, f"blocks.{layer}")
+        block = model.component(f"blocks.{layer}")
+        if block is None:
+            continue
         for path, module in block.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
                 found.append(Projection(f"blocks.{layer}.{path}", layer, module))
@@ -97,7 +99,7 @@ def mlps(model: LoadedModel) -> list[MLP]:
     activation = _activation(model)
     found = []
     for layer in range(model.info.n_layers):
-        parts = {name: _component(model, layer, name) for name in ("in", "gate", "out")}
+        parts = {name: model.component(f"blocks.{layer}.mlp.{name}") for name in ("in", "gate", "out")}
         entry, gate, out = (by_module.get(id(parts[name])) for name in ("in", "gate", "out"))
         drive = gate or entry
         if drive is None or entry is None or out is None or drive.weight.shape[0] != out.d_in:
@@ -112,13 +114,6 @@ def mlps(model: LoadedModel) -> list[MLP]:
 def has_exact_zeros(mlp: MLP) -> bool:
     """Whether the activation function gives exact zeros (ReLU and its powers) and not only small values."""
     return bool(mlp.act(torch.tensor([-1.0])).item() == 0.0)
-
-
-def _component(model: LoadedModel, layer: int, name: str) -> Any:
-    try:
-        return model.bridge.adapter.get_component(model.hf, f"blocks.{layer}.mlp.{name}")
-    except (ValueError, AttributeError):
-        return None
 
 
 def _activation(model: LoadedModel) -> str:

@@ -124,7 +124,8 @@ def _run(model: LoadedModel, batch: ContextBatch, stats: Iterable[MLPStats], res
 
             stack.callback(stat.mlp.out.module.register_forward_pre_hook(see_h).remove)
         for found in residual:
-            block = model.bridge.adapter.get_component(model.hf, f"blocks.{found.layer}")
+            block = model.component(f"blocks.{found.layer}")
+            assert block is not None
 
             def see_output(_: nn.Module, __: tuple[Any, ...], output: Any, found: _Residual = found) -> None:
                 found.update(output[0] if isinstance(output, tuple) else output, batch)

@@ -40,7 +40,7 @@ def known(seed: int = 0) -> Known:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_activations_are_the_saes_on_what_a_harvest_captures(gpt2_model: LoadedModel, kind: str) -> None:
-    sae = make_sae(gpt2_model, f"blocks.1.{KINDS[kind][0]}")
+    sae = make_sae(gpt2_model, f"blocks.1.{KINDS[kind]}")
     reading = read_prompt(gpt2_model, sae, TEXT)
     tokens = torch.tensor([[gpt2_model.bos_id, *reading.tokens]])
     hook = resolve_hook(gpt2_model, sae.hook_name)

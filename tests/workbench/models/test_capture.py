@@ -24,7 +24,7 @@ def random_tokens(model: LoadedModel, batch: int = 2, pos: int = 12) -> Tensor:
 
 def all_hooks(model: LoadedModel, layers: tuple[int, ...] = (0, 2)) -> list[HookSpec]:
     kinds = [kind for kind in KINDS if kind != "resid_mid" or not model.info.parallel_attention]
-    return [resolve_hook(model, f"blocks.{layer}.{KINDS[kind][0]}") for layer in layers for kind in kinds]
+    return [resolve_hook(model, f"blocks.{layer}.{KINDS[kind]}") for layer in layers for kind in kinds]
 
 
 def assert_equals_bridge(model: LoadedModel, tokens: Tensor) -> None:
@@ -146,7 +146,7 @@ def test_gradients_equal_finite_differences_in_float64(gpt2_model: LoadedModel, 
     """
     model = replace(gpt2_model, hf=copy.deepcopy(gpt2_model.hf).double())
     tokens = random_tokens(model)
-    hook = resolve_hook(model, f"blocks.0.{KINDS[kind][0]}")
+    hook = resolve_hook(model, f"blocks.0.{KINDS[kind]}")
     gradient = capture(model, tokens, [hook], gradients=True).gradients[hook.name]
     assert gradient.dtype == torch.float64
     assert torch.equal(gradient[:, -1], torch.zeros_like(gradient[:, -1]))
