@@ -380,7 +380,7 @@ class Workspace(Catalog):
 
         return report_heads(self, name, model, **settings)
 
-    def circuit(self, model: "LoadedModel", task: "Task | str", method: str = "eap-ig", **settings: Any) -> "Result":
+    def circuit(self, model: "LoadedModel", task: "Task | str", method: str = "ig-inputs", **settings: Any) -> "Result":
         """The circuit of a task by a method; settings and InputErrors as `workbench.circuits.report.run_method`."""
         from workbench.circuits.report import run_method
 

@@ -8,6 +8,7 @@ import pytest
 from workbench import Catalog, Workspace
 from workbench.circuits.heads import report_heads
 from workbench.circuits.report import run_method
+from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
 
 
@@ -19,6 +20,8 @@ def test_circuit_verbs_store_what_the_analyses_store(tmp_path: Path, demo: Loade
     found = space.circuit(demo, "induction", "attribution", name="c")
     again = run_method(below, demo, "induction", "attribution", name="c")
     pd.testing.assert_frame_equal(found.table("nodes"), again.table("nodes"))
+    small = Task("induction", n=2)
+    assert space.circuit(demo, small, name="e", options={"steps": 1, "fractions": [0.5]}).kind == "circuit-edges"
     # What is stored is opened, not made again.
     assert space.circuit(demo, "induction", "attribution", name="c").created == found.created
 
