@@ -221,9 +221,14 @@ def test_sql_answers_and_refuses(address: str, page: Any, folder: Path) -> None:
     assert not (folder / "stolen.csv").exists()
 
 
-def test_two_saes_are_compared(address: str, page: Any) -> None:
+def test_two_saes_are_compared(address: str, page: Any, folder: Path) -> None:
+    directions = [
+        torch.nn.functional.normalize(Workspace(folder).sae(name).W_dec.detach().double(), dim=1) for name in "st"
+    ]
+    cosines = directions[0] @ directions[1].T
+    there, back = (float(cosines.max(dim=dim).values.mean()) for dim in (1, 0))
     page.goto(link(address, "Compare", a="s", b="t"))
-    page.get_by_text("Mean max cosine").wait_for()
+    page.get_by_text(f"Mean max cosine: {there:.3f} from s to t, {back:.3f} back").wait_for()
     page.locator(".js-plotly-plot").nth(2).wait_for()
 
 
@@ -235,11 +240,16 @@ def test_a_token_of_a_prompt_is_clicked(address: str, page: Any) -> None:
     assert page.evaluate("window.attacked") is None
 
 
-def test_the_model_is_steered(address: str, page: Any, busiest: int) -> None:
+def test_the_model_is_steered(address: str, page: Any, folder: Path, busiest: int) -> None:
+    expected = Workspace(folder).steer("s", busiest, "def f(x):", strength=4, new_tokens=5, device="cpu")
     page.goto(link(address, "Steering", sae="s", feature=busiest, prompt="def f(x):", n=5, strength=4))
     page.get_by_text("Clean", exact=True).wait_for()
-    page.get_by_text("KL (nats)").first.wait_for()
-    page.get_by_text("under the unedited model").first.wait_for()
+    metrics = page.get_by_test_id("stMetric")
+    metrics.filter(has_text="KL (nats)").filter(has_text=f"{expected.kl.mean():.4f}").wait_for()
+    metrics.filter(has_text="Loss (nats)").filter(has_text=f"{expected.steered_loss.mean():.3f}").wait_for()
+    for text, nats in ((expected.clean, expected.clean_nats), (expected.steered, expected.steered_nats)):
+        page.locator("strong").filter(has_text=text.strip().splitlines()[0]).first.wait_for()
+        page.get_by_text(f"{nats:.2f} nats a token under the unedited model").first.wait_for()
 
 
 def test_the_app_stays_usable_while_another_process_writes(address: str, page: Any, folder: Path, busiest: int) -> None:

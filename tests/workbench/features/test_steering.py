@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sae import SAE, TopK
 from sae.errors import InputError
@@ -165,11 +166,38 @@ def test_the_same_seed_gives_the_same_text_and_strength_zero_the_clean_one(gpt2_
     assert steer(gpt2_model, sae, Edit(5), TEXT, new_tokens=12, temperature=1.0, seed=2).clean != one.clean
 
 
+def at_place(model: LoadedModel, hook: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """A PyTorch hook on the Hugging Face module itself that changes the values which `hook` names."""
+    block = model.hf.transformer.h[1]
+    if hook.endswith("hook_resid_mid"):
+        # What attention adds to the residual stream is not read elsewhere before it.
+        return block.attn.register_forward_hook(lambda _, __, output: (change(output[0]), *output[1:]))
+    module = block.attn.c_proj if hook.endswith("hook_z") else block.mlp
+    return module.register_forward_pre_hook(lambda _, values: (change(values[0]), *values[1:]))
+
+
 @pytest.mark.parametrize("hook", ["blocks.1.hook_resid_mid", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_in"])
-def test_every_kind_of_hook_point_can_be_steered(gpt2_model: LoadedModel, hook: str) -> None:
-    sae = make_sae(gpt2_model, hook)
-    found = steer(gpt2_model, sae, Edit(2, "add", 5.0), TEXT, new_tokens=2)
-    assert found.kl.mean() > 0
+@torch.no_grad()
+def test_every_kind_of_hook_point_is_steered_at_its_place_and_in_its_direction(
+    gpt2_model: LoadedModel, hook: str
+) -> None:
+    sae, tokens = make_sae(gpt2_model, hook), prompt_tokens(gpt2_model)
+    found = steer(gpt2_model, sae, Edit(2, "add", 2.0), TEXT, unit=UNIT, new_tokens=2)
+
+    def change(values: Tensor) -> Tensor:
+        new = values.clone()
+        new[:, 1:] += 2.0 * UNIT * sae.W_dec[2]
+        return new
+
+    before = gpt2_model.hf(tokens).logits[0].double().log_softmax(-1)
+    handle = at_place(gpt2_model, hook, change)
+    after = gpt2_model.hf(tokens).logits[0].double().log_softmax(-1)
+    handle.remove()
+    kl = (before.exp() * (before - after)).sum(-1)[1:]
+    assert kl.mean() > 0.01
+    assert np.allclose(found.kl, kl, rtol=1e-3, atol=1e-5)
+    losses = [-after[position, token].item() for position, token in enumerate(tokens[0, 1:])]
+    assert np.allclose(found.steered_loss, losses, atol=1e-4)
 
 
 CALLS: list[tuple[str, Callable[[LoadedModel], object]]] = [

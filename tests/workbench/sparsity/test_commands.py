@@ -1,9 +1,11 @@
 """`workbench sparsity` end to end on a tiny model: stored results, JSON, and every mistake in one line."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.io
 import pytest
@@ -44,6 +46,18 @@ COMMANDS = {
     "attention": ("sparsity-attention", ["--budget", "8"], ["curves"]),
     "sae": ("sparsity-sae", ["s"], ["summary", "terms"]),
 }
+DRAWN = {
+    "measure": {"layers": ("layers", "layer", "active")},
+    "enforce": {"cost": ("points", "sparsity", "added_nats")},
+    "attention": {"cost": ("curves", "budget", "added_nats")},
+    "sae": {"terms": ("terms", "error", "terms_mean")},
+}
+"""Figures, each with the table it shows and the columns of its first trace."""
+
+
+def numbers(values: Any) -> list[float]:
+    """The numbers of an axis, which Plotly's JSON holds as bytes."""
+    return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).tolist()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -59,8 +73,14 @@ def test_a_command_stores_its_result_with_figures_and_opens_it_when_repeated(
     result = Workspace(workspace).results.open(kind, "r")
     assert result.provenance["model"]["name"] == str(tiny_gpt2)
     assert result.parameters["max_tokens"] == 256
-    for drawn in result.figures().values():
-        assert len(plotly.io.from_json(drawn).data) > 0
+    drawn = {name: plotly.io.from_json(figure) for name, figure in result.figures().items()}
+    for name, (table, x, y) in DRAWN[command].items():
+        whole = result.table(table)
+        shown = whole[whole["added_nats"] <= figures.COSTLY_NATS] if name == "cost" else whole
+        for trace in drawn[name].data[:1]:
+            points = set(zip(numbers(trace.x), numbers(trace.y), strict=True))
+            assert points
+            assert points <= set(zip(shown[x], shown[y], strict=True))
     written = result.path.stat().st_mtime_ns
     capsys.readouterr()
     assert run([*call, "--json"]) == 0
