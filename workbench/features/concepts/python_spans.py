@@ -46,7 +46,7 @@ def python_spans(text: str) -> list[Span] | None:
         tokens = list(tokenize.generate_tokens(io.StringIO(text, newline="\n").readline))
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
         return None
-    return [*_lexical(tokens, places), *_syntactic(tree, places)]
+    return [*_Lexer(places).spans(tokens), *_syntactic(tree, places)]
 
 
 class _Places:
@@ -76,45 +76,63 @@ class _Places:
         return start, self.at_bytes(node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
 
 
-def _lexical(tokens: list[tokenize.TokenInfo], places: _Places) -> Iterator[Span]:
-    indent = depth = pieces = 0
-    inside_since = string_start = 0
-    line_start: int | None = None
-    previous = ""
-    for token in tokens:
-        start, stop = places.at(token.start), places.at(token.end)
+class _Lexer:
+    """What tokens alone say: a state machine over tokenize's tokens, one at a time."""
+
+    def __init__(self, places: _Places) -> None:
+        self.places = places
+        self.indent = self.depth = 0
+        self.pieces = 0
+        """f-strings that are open, one inside the other."""
+        self.string_start = self.inside_since = 0
+        self.line_start: int | None = None
+        """Where the logical line began; None before its first token."""
+        self.previous = ""
+        """The token before, if it was a name."""
+
+    def spans(self, tokens: list[tokenize.TokenInfo]) -> Iterator[Span]:
+        for token in tokens:
+            start, stop = self.places.at(token.start), self.places.at(token.end)
+            yield from self._string_piece(token, start, stop)
+            if self.line_start is None and token.type not in _WITHOUT_TEXT and token.type != tokenize.NL:
+                self.line_start = start
+                yield Span("indentation", start - token.start[1], start)
+            if token.type in (tokenize.INDENT, tokenize.DEDENT):
+                self.indent += 1 if token.type == tokenize.INDENT else -1
+            elif self.pieces:
+                continue
+            elif token.type in (tokenize.NEWLINE, tokenize.NL):
+                yield from self._line_end(token, start)
+            else:
+                yield from _lexeme(token, start, stop, self.previous)
+                yield from self._bracket(token, start, stop)
+            self.previous = token.string if token.type == tokenize.NAME else ""
+
+    def _string_piece(self, token: tokenize.TokenInfo, start: int, stop: int) -> Iterator[Span]:
         if token.type in _PIECES_START:
-            string_start = string_start if pieces else start
-            pieces += 1
+            self.string_start = self.string_start if self.pieces else start
+            self.pieces += 1
         elif token.type in _PIECES_END:
-            pieces -= 1
-            if not pieces:
-                yield Span("string", string_start, stop)
-        if line_start is None and token.type not in _WITHOUT_TEXT and token.type != tokenize.NL:
-            line_start = start
-            yield Span("indentation", start - token.start[1], start)
-        if token.type == tokenize.INDENT:
-            indent += 1
-        elif token.type == tokenize.DEDENT:
-            indent -= 1
-        elif pieces:
-            continue
-        elif token.type in (tokenize.NEWLINE, tokenize.NL):
-            yield Span("line_end", start, start + 1)
-            if not depth:
-                if token.type == tokenize.NEWLINE and line_start is not None:
-                    yield Span(f"indent_depth_{min(indent, DEEPEST_INDENT)}", line_start, start)
-                line_start = None
-        else:
-            yield from _lexeme(token, start, stop, previous)
-            if token.type == tokenize.OP and token.string in OPENING | CLOSING:
-                # Brackets themselves stand at the depth outside them.
-                edge = stop if token.string in OPENING else start
-                if depth:
-                    yield Span(f"bracket_depth_{min(depth, DEEPEST_BRACKET)}", inside_since, edge)
-                depth += 1 if token.string in OPENING else -1
-                inside_since = edge
-        previous = token.string if token.type == tokenize.NAME else ""
+            self.pieces -= 1
+            if not self.pieces:
+                yield Span("string", self.string_start, stop)
+
+    def _line_end(self, token: tokenize.TokenInfo, start: int) -> Iterator[Span]:
+        yield Span("line_end", start, start + 1)
+        if not self.depth:
+            if token.type == tokenize.NEWLINE and self.line_start is not None:
+                yield Span(f"indent_depth_{min(self.indent, DEEPEST_INDENT)}", self.line_start, start)
+            self.line_start = None
+
+    def _bracket(self, token: tokenize.TokenInfo, start: int, stop: int) -> Iterator[Span]:
+        if token.type != tokenize.OP or token.string not in OPENING | CLOSING:
+            return
+        # Brackets themselves stand at the depth outside them.
+        edge = stop if token.string in OPENING else start
+        if self.depth:
+            yield Span(f"bracket_depth_{min(self.depth, DEEPEST_BRACKET)}", self.inside_since, edge)
+        self.depth += 1 if token.string in OPENING else -1
+        self.inside_since = edge
 
 
 def _lexeme(token: tokenize.TokenInfo, start: int, stop: int, previous: str) -> Iterator[Span]:

@@ -136,22 +136,36 @@ def _explained(
     """One row of the table."""
     # One phrase cannot speak of both signs: the one that most firings have.
     sign = 1 if 2 * feature.stats.positive >= feature.stats.firings else -1
+    strongest, firing = _shown_and_unseen(feature, sign, examples, texts)
+    explanation = _explanation(strongest, sign, model)
+    row: dict[str, Any] = {"feature": feature.feature, "sign": sign, "explanation": explanation, "model": model.name}
+    return row | _detection(explanation, firing, silent, model)
+
+
+def _shown_and_unseen(
+    feature: Feature, sign: int, examples: int, texts: int
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The strongest examples of a sign, and up to `texts` others, spread evenly over the strength quantiles."""
     groups = [group for group in feature.groups if group.sign == sign]
     strongest = groups[0].examples[:examples]
     shown = {example.row for example in strongest}
     others = [example for group in groups[1:] for example in group.examples if example.row not in shown]
-    firing = [others[position * len(others) // texts] for position in range(min(texts, len(others)))] if texts else []
-    explanation = _explanation(strongest, sign, model)
-    row: dict[str, Any] = {"feature": feature.feature, "sign": sign, "explanation": explanation, "model": model.name}
+    return strongest, [others[place * len(others) // texts] for place in range(min(texts, len(others)))]
+
+
+def _detection(
+    explanation: str, firing: Sequence[Example], silent: Sequence[Example], model: LanguageModel
+) -> dict[str, Any]:
+    """The score of an explanation; None where there is nothing to score."""
     if not (explanation and firing and silent):
-        return row | {"score": None, "fires_right": None, "silent_right": None, "unclear": 0, "texts": 0}
+        return {"score": None, "fires_right": None, "silent_right": None, "unclear": 0, "texts": 0}
     answers = [
         decided(model.complete(_DETECT.format(explanation=explanation, text="".join(one.tokens)), ANSWER_TOKENS))
         for one in (*firing, *silent)
     ]
     right = sum(answer is True for answer in answers[: len(firing)]) / len(firing)
     rejected = sum(answer is False for answer in answers[len(firing) :]) / len(silent)
-    return row | {
+    return {
         "score": (right + rejected) / 2, "fires_right": right, "silent_right": rejected,
         "unclear": sum(answer is None for answer in answers), "texts": len(answers),
     }  # fmt: skip

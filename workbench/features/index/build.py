@@ -28,10 +28,11 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import versions
 from workbench.disk.database import write_duckdb
 from workbench.disk.locks import RunLock
-from workbench.features.index import schema as tables
+from workbench.features.index import schema
 from workbench.features.index import segments as segments_module
 from workbench.features.index.coactivation import TokenFeatures, coactivations
 from workbench.features.index.examples import CUTS, TOP, find_examples
+from workbench.features.index.geometry import MapMethod
 from workbench.features.index.logits import effects_of, output_directions
 from workbench.features.index.segments import Segments, write_segments
 from workbench.features.index.statistics import BINS, QUANTILES, feature_statistics, value_order
@@ -103,87 +104,111 @@ def build_index(
         return _summary(path, {})
     partial = path.with_suffix(".partial")
     with RunLock(partial):
-        description = partial / "settings.json"
-        begun = {**settings, "span": segments_module.SPAN_ROWS}
-        if not description.exists() or json.loads(description.read_text()) != begun:
-            shutil.rmtree(partial / "segments", ignore_errors=True)
-            description.write_text(json.dumps(begun))
-        start = time.monotonic()
-        seconds: dict[str, float] = {}
-        try:
-            write_segments(source, sae.hook_name, sae, partial / "segments", n_rows, on_progress)
-        except OSError as error:
-            raise InputError(f"cannot write to {partial}: {error.strerror}; make room and repeat the command") from None
-        seconds["encode"] = time.monotonic() - start
-        segments = Segments(partial / "segments", sae.d_sae)
-        if not segments.n_tokens:
-            raise InputError(f"the first {n_rows:,} rows of {source.name!r} are BOS and padding: index more")
-        write_duckdb(
-            path,
-            lambda connection: _fill(connection, source, sae, segments, settings, partial, model, device, seconds),
-            remedy="what is encoded is kept: make room and repeat the command",
-        )
+        build = _Build(source, sae, settings, partial, model, device)
+        build.encode(on_progress)
+        write_duckdb(path, build.fill, remedy="what is encoded is kept: make room and repeat the command")
     shutil.rmtree(partial)
-    return _summary(path, seconds)
+    return _summary(path, build.laps.seconds)
 
 
-def _fill(
-    connection: duckdb.DuckDBPyConnection,
-    source: Harvest,
-    sae: SAE,
-    segments: Segments,
-    settings: dict[str, Any],
-    scratch: Path,
-    model: "LoadedModel | None",
-    device: str,
-    seconds: dict[str, float],
-) -> None:
-    """Fills a new DuckDB file; `seconds` receives the time each step took."""
-    start = time.monotonic()
+class _Laps:
+    """Seconds by step: each lap adds the time since the one before to its step."""
 
-    def lap(step: str) -> None:
-        nonlocal start
-        seconds[step] = seconds.get(step, 0.0) + time.monotonic() - start
-        start = time.monotonic()
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.monotonic()
 
-    # Parallel insertion would keep no order, and order is what makes a feature one contiguous range.
-    connection.execute("SET preserve_insertion_order = true")
-    tables.create(connection)
-    by_token = TokenFeatures.of(*segments.by_token(scratch / "active.bin"))
-    for first, last in segments.groups(ENTRIES_AT_ONCE):
-        entries = segments.features(first, last)
-        tables.insert_activations(connection, entries)
-        lap("activations")
-        order = value_order(entries)
-        tables.insert_statistics(connection, first, feature_statistics(entries, order, segments.n_tokens))
-        lap("statistics")
-        tables.insert_examples(connection, find_examples(entries, order, source.context_len))
-        lap("examples")
-        tables.insert_coactivations(connection, coactivations(entries, by_token, segments.firings))
-        lap("coactivations")
-    missing = None
-    n_heads = None
-    try:
-        model = model or load_model(source.config["model"], device=device)
-        n_heads = model.info.n_heads
-        for effects in effects_of(model, sae):
-            tables.insert_logit_effects(connection, effects)
-    except InputError as error:
-        missing = str(error)
-    lap("logit effects")
-    method = tables.insert_geometry(connection, sae, n_heads if sae.hook_name.endswith("hook_z") else None)
-    lap("geometry")
-    tables.copy_tokens(connection, source, settings["rows"])
-    tables.insert_texts(connection)
-    lap("texts")
-    meta = {
-        "settings": settings, "d_in": sae.d_in, "d_sae": sae.d_sae, "rule": rules.to_dict(sae.rule),
-        "tokens": segments.n_tokens, "activations": int(segments.firings.sum()),
-        "context_len": source.context_len, "missing": missing, "versions": versions(), "map": method,
-        "quantiles": QUANTILES, "bins": BINS, "cuts": CUTS, "top": TOP,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-    connection.executemany("INSERT INTO meta VALUES (?, ?)", [[key, json.dumps(meta[key])] for key in meta])
+    def lap(self, step: str) -> None:
+        now = time.monotonic()
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._start
+        self._start = now
+
+
+class _Build:
+    """One build, in the folder `scratch` that it has locked: encoding into segments, then filling the DuckDB file."""
+
+    def __init__(
+        self,
+        source: Harvest,
+        sae: SAE,
+        settings: dict[str, Any],
+        scratch: Path,
+        model: "LoadedModel | None",
+        device: str,
+    ) -> None:
+        self.source, self.sae, self.settings, self.scratch = source, sae, settings, scratch
+        self.model, self.device = model, device
+        self.laps = _Laps()
+
+    def encode(self, on_progress: Callable[[int, int], None] | None) -> None:
+        """Writes the segments that are missing; those of another SAE, harvest or number of rows go."""
+        description, folder, n_rows = self.scratch / "settings.json", self.scratch / "segments", self.settings["rows"]
+        begun = {**self.settings, "span": segments_module.SPAN_ROWS}
+        if not description.exists() or json.loads(description.read_text()) != begun:
+            shutil.rmtree(folder, ignore_errors=True)
+            description.write_text(json.dumps(begun))
+        try:
+            write_segments(self.source, self.sae.hook_name, self.sae, folder, n_rows, on_progress)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.scratch}: {error.strerror}; make room and repeat the command"
+            ) from None
+        self.segments = Segments(folder, self.sae.d_sae)
+        if not self.segments.n_tokens:
+            raise InputError(f"the first {n_rows:,} rows of {self.source.name!r} are BOS and padding: index more")
+        self.laps.lap("encode")
+
+    def fill(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Fills a new DuckDB file."""
+        # Parallel insertion would keep no order, and order is what makes a feature one contiguous range.
+        connection.execute("SET preserve_insertion_order = true")
+        schema.create(connection)
+        self._features(connection)
+        missing, method = self._weights(connection)
+        schema.copy_tokens(connection, self.source, self.settings["rows"])
+        schema.insert_texts(connection)
+        self.laps.lap("texts")
+        meta = {
+            "settings": self.settings, "d_in": self.sae.d_in, "d_sae": self.sae.d_sae,
+            "rule": rules.to_dict(self.sae.rule), "tokens": self.segments.n_tokens,
+            "activations": int(self.segments.firings.sum()), "context_len": self.source.context_len,
+            "missing": missing, "versions": versions(), "map": method, "quantiles": QUANTILES, "bins": BINS,
+            "cuts": CUTS, "top": TOP, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }  # fmt: skip
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", [[key, json.dumps(meta[key])] for key in meta])
+
+    def _features(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """What is measured on the tokens, feature range by feature range."""
+        segments, lap = self.segments, self.laps.lap
+        by_token = TokenFeatures.of(*segments.by_token(self.scratch / "active.bin"))
+        for first, last in segments.groups(ENTRIES_AT_ONCE):
+            entries = segments.features(first, last)
+            schema.insert_activations(connection, entries)
+            lap("activations")
+            order = value_order(entries)
+            schema.insert_statistics(connection, first, feature_statistics(entries, order, segments.n_tokens))
+            lap("statistics")
+            schema.insert_examples(connection, find_examples(entries, order, self.source.context_len))
+            lap("examples")
+            schema.insert_coactivations(connection, coactivations(entries, by_token, segments.firings))
+            lap("coactivations")
+
+    def _weights(self, connection: duckdb.DuckDBPyConnection) -> tuple[str | None, MapMethod]:
+        """What the weights say; returns why there are no logit effects, and how the map was made."""
+        missing = n_heads = None
+        try:
+            model = self.model or load_model(self.source.config["model"], device=self.device)
+            n_heads = model.info.n_heads
+            for effects in effects_of(model, self.sae):
+                schema.insert_logit_effects(connection, effects)
+        except InputError as error:
+            missing = str(error)
+        self.laps.lap("logit effects")
+        method = schema.insert_geometry(
+            connection, self.sae, n_heads if self.sae.hook_name.endswith("hook_z") else None
+        )
+        self.laps.lap("geometry")
+        return missing, method
 
 
 def _harvest_of(catalog: Catalog, sae_name: str) -> str:
