@@ -12,17 +12,21 @@ approximates to first order.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from circuits.edges import patched_logits, written
+from circuits.edges import stacked, writer_names, written
 from circuits.metrics import Metric, logit_difference
-from circuits.nodes import Bridge, graph_of, head_names
-from circuits.passes import Hook, OnProgress, activations, answer_logits
+from circuits.nodes import Bridge, graph_of, head_names, parse
+from circuits.passes import Hook, OnProgress, activations, answer_logits, taking
 from circuits.prompts import PromptSet
+from circuits.resume import recorded_block, resumed_after
 from circuits.scores import EdgeScores, NodeScores
+from circuits.sweeps import repeated
 from sae.errors import InputError
 
 
@@ -68,7 +72,7 @@ def patch_paths(
                 logits = answer_logits(bridge, batch.clean, batch.last, freezing)
             else:
                 read = activations(bridge, batch.clean, sorted({name for _, name, _ in parts}), freezing)
-                setting = [(name, _setting(read[name], chosen)) for _, name, chosen in parts]
+                setting = [(name, _setting(read[name][:, :, chosen], chosen)) for _, name, chosen in parts]
                 logits = answer_logits(bridge, batch.clean, batch.last, setting)
             total[index] += before - metric(logits, batch).double().sum().cpu()
             if on_progress is not None:
@@ -91,37 +95,79 @@ def patch_edges(
 ) -> EdgeScores:
     """Exact effect of patching each edge alone: metric(clean) - metric(patched). Edges not asked for stay zero.
 
+    Nothing changes before the reader of an edge, so each pass starts at its block.
+
     Args:
-        edges: names; every edge unless given, at one forward pass each.
+        edges: names; every edge unless given, at one forward pass from its reader on each.
     """
     graph = graph_of(bridge)
     if edges is None:
         chosen = [(int(row), int(column)) for row, column in torch.nonzero(graph.exists)]
     else:
         chosen = [graph.edge(name) for name in edges]
-    n = len(prompts)
-    alternative = written(bridge, prompts.corrupted)
-    clean = metric(answer_logits(bridge, prompts.clean, prompts.last), prompts)
+    streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(graph.n_layers)]
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        recorded = [stack.enter_context(recorded_block(bridge, layer)) for layer in range(graph.n_layers)]
+        stack.enter_context(taking(bridge, [*streams, *writer_names(graph.n_layers)], found))
+        logits = answer_logits(bridge, prompts.clean, prompts.last)
+    clean = metric(logits, prompts)
     corrupted = metric(answer_logits(bridge, prompts.corrupted, prompts.last), prompts)
+    change = written(bridge, prompts.corrupted) - stacked(bridge, found)
     scores = torch.zeros(len(graph.writers), len(graph.readers), dtype=torch.float64)
-    at_once = max(1, rows_at_once // n)
-    for first in range(0, len(chosen), at_once):
-        group = chosen[first : first + at_once]
-        mask = torch.zeros(len(group), len(graph.writers), len(graph.readers), device=clean.device)
-        for copy, (row, column) in enumerate(group):
-            mask[copy, row, column] = 1
-        stacked = prompts.repeated(len(group))
-        logits = patched_logits(
-            bridge, stacked.clean, stacked.last, alternative.repeat(1, len(group), 1, 1), mask.repeat_interleave(n, 0)
-        )
-        effects = clean.double().mean() - metric(logits, stacked).double().view(len(group), n).mean(dim=1)
-        for (row, column), effect in zip(group, effects.tolist(), strict=True):
-            scores[row, column] = effect
-        if on_progress is not None:
-            on_progress(first + len(group), len(chosen))
+    readers: dict[int, list[int]] = {}
+    for row, column in chosen:
+        readers.setdefault(column, []).append(row)
+    n, done = len(prompts), 0
+    for column, rows in readers.items():
+        layer = graph.n_layers if column == len(graph.readers) - 1 else parse(graph.readers[column].split("<")[0])[1]
+        stream = found[streams[layer]] if layer < graph.n_layers else None
+        for writers in torch.tensor(rows).split(max(1, rows_at_once // n)):
+            many = prompts.repeated(len(writers))
+            hook = _reading(bridge, graph.readers[column], change[writers].flatten(0, 1), stream)
+            with ExitStack() as stack:
+                if layer > 0:
+                    output = repeated(recorded[layer - 1][0], len(writers))
+                    stack.enter_context(resumed_after(bridge, layer - 1, output))
+                effects = metric(answer_logits(bridge, many.clean, many.last, [hook]), many)
+            mean = effects.double().view(len(writers), n).mean(dim=1)
+            scores[writers, column] = (clean.double().mean() - mean).cpu()
+            done += len(writers)
+            if on_progress is not None:
+                on_progress(done, len(chosen))
     return EdgeScores(
         "edge patching", prompts.name, metric.__name__, graph, scores, clean.mean().item(), corrupted.mean().item()
     )
+
+
+def _reading(
+    bridge: Bridge,
+    reader: str,
+    change: Float[Tensor, "rows pos d_model"],
+    stream: Float[Tensor, "n pos d_model"] | None,
+) -> Hook:
+    """The hook by which one reader reads the stream with a change of its own in every row.
+
+    Args:
+        stream: the input of the reader's block, which several consecutive rows repeat.
+    """
+
+    def added(value: Tensor, hook: Any) -> Tensor:
+        return value + change
+
+    if stream is None:
+        return "ln_final.hook_in", added
+    node, _, part = reader.partition("<")
+    _, layer, head = parse(node)
+    block = bridge.blocks[layer]
+    if head is None and hasattr(block, "ln2"):
+        return f"blocks.{layer}.ln2.hook_in", added
+    normed = block.ln1.original_component(stream.repeat(len(change) // len(stream), 1, 1) + change)
+    if head is None:
+        return f"blocks.{layer}.mlp.hook_in", lambda value, hook: normed
+    weights, bias = (getattr(block.attn, f"{kind}_{part[0].upper()}") for kind in "Wb")
+    read = normed @ weights[head] + (0 if bias is None else bias[head])
+    return f"blocks.{layer}.attn.{part[0]}.hook_out", _setting(read, head)
 
 
 def _receivers(bridge: Bridge, receivers: Sequence[str]) -> list[tuple[int, str, int]]:
@@ -149,7 +195,7 @@ def _setting(replacement: Tensor, head: int | None = None) -> Any:
         if head is None:
             return replacement
         changed = value.clone()
-        changed[:, :, head] = replacement[:, :, head]
+        changed[:, :, head] = replacement
         return changed
 
     return set_value

@@ -66,7 +66,7 @@ def sweep(
 
             with ExitStack() as stack:
                 if group.layer > 0:
-                    output = _repeated(recorded[group.layer - 1][0], copies)
+                    output = repeated(recorded[group.layer - 1][0], copies)
                     stack.enter_context(resumed_after(bridge, group.layer - 1, output))
                 hooks = [(group.hook_name, replace)]
                 pieces.append(answer_logits(bridge, tokens.repeat(copies, 1), last.repeat(copies), hooks))
@@ -119,7 +119,7 @@ def mean_metric(
     return MeanMetric(total / n, clean / n, corrupted / n)
 
 
-def _repeated(output: Any, copies: int) -> Any:
+def repeated(output: Any, copies: int) -> Any:
     """A block's output, a tensor or a tuple of which the first is the residual stream, for stacked prompts."""
     if isinstance(output, tuple):
         return output[0].repeat(copies, 1, 1), *output[1:]

@@ -191,9 +191,10 @@ def figures(result: Result) -> None:
 
 def tables(result: Result) -> None:
     """The stored tables, one a tab, the nodes first."""
+    over_draws = ["draws", "edges"] if "draws" in result.parameters else []
     order = {
         EDGES: ["nodes", "curves", "prompts"], NODES: ["nodes", "prompts"], FEATURES: ["nodes", "edges", "prompts"],
-        DISCRETE: ["nodes", "edges", "prompts"], AGREEMENT: ["methods", "curves", "prompts"],
+        DISCRETE: ["nodes", "edges", "prompts"], AGREEMENT: ["methods", *over_draws, "curves", "prompts"],
         DFA: ["heads", "tokens", "by_head", *(["steps"] if result.parameters.get("residuals") else [])],
         TABLE: ["published", "heads", "prompts"],
     }[result.kind]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
@@ -97,23 +98,59 @@ def attention_pattern(pattern: Float[Tensor, "q k"], tokens: Sequence[str], titl
 
 
 def faithfulness_figure(curves: Sequence[FaithfulnessCurve]) -> go.Figure:
-    """Faithfulness (lines) and completeness (dashed) against the share of edges, one colour a method."""
+    """Faithfulness (lines) and completeness (dashed) against the share of edges, one colour a method and ranking.
+
+    Several curves of one method and ranking, from several draws of the prompts, are one entry of the legend.
+    """
     figure = go.Figure()
-    for number, curve in enumerate(curves):
-        colour = series_colour(number)
+    names = list(dict.fromkeys(f"{curve.method} ({curve.ranking})" for curve in curves))
+    seen: set[str] = set()
+    for curve in curves:
         name = f"{curve.method} ({curve.ranking})"
+        colour = series_colour(names.index(name))
         for values, kind, dash in (
             (curve.faithfulness, "faithfulness", "solid"),
             (curve.completeness, "completeness", "dash"),
         ):
             figure.add_scatter(
                 x=curve.fractions, y=values, name=f"{name}: {kind}", mode="lines+markers", customdata=curve.edges,
-                line={"color": colour, "dash": dash},
+                line={"color": colour, "dash": dash}, legendgroup=f"{name}: {kind}", showlegend=name not in seen,
                 hovertemplate="%{customdata} edges: %{y:.3f}<extra>" + kind + "</extra>",
             )  # fmt: skip
+        seen.add(name)
     figure.update_xaxes(title_text="share of edges", type="log")
     figure.update_yaxes(title_text="share of the behaviour")
     return figure.update_layout(height=420, margin=MARGIN, legend={"orientation": "h", "y": -0.25})
+
+
+def agreement_figure(draws: pd.DataFrame, measures: Sequence[str]) -> go.Figure:
+    """What every method reached on every draw, a group of points a measure and in it a colour a method; a line at each
+    mean.
+
+    Args:
+        draws: columns method, seed and the measures.
+    """
+    figure = go.Figure()
+    methods = list(draws["method"].unique())
+    for number, method in enumerate(methods):
+        rows = draws[draws["method"] == method]
+        places = {measure: place + 0.22 * (number - (len(methods) - 1) / 2) for place, measure in enumerate(measures)}
+        figure.add_scatter(
+            x=[places[measure] for measure in measures for _ in rows.index],
+            y=[value for measure in measures for value in rows[measure]],
+            text=[f"{method}, seed {seed}: {measure}" for measure in measures for seed in rows["seed"]],
+            mode="markers", name=method, marker={"color": series_colour(number), "size": 7, "opacity": 0.7},
+            hovertemplate="%{text} %{y:.3f}<extra></extra>",
+        )  # fmt: skip
+        for measure, place in places.items():
+            mean = float(rows[measure].mean())
+            figure.add_shape(
+                type="line", x0=place - 0.09, x1=place + 0.09, y0=mean, y1=mean,
+                line={"color": series_colour(number), "width": 2},
+            )  # fmt: skip
+    titles = [measure.upper() if len(measure) == 3 else measure.replace("_", ", ") for measure in measures]
+    figure.update_xaxes(tickvals=list(range(len(measures))), ticktext=titles)
+    return figure.update_layout(height=420, margin=MARGIN, legend={"orientation": "h", "y": -0.15})
 
 
 def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> go.Figure:

@@ -81,7 +81,7 @@ def run_method(
     several = sum(other.kind == known.kind for other in METHODS) > 1
     parameters = asked | ({"method": method} if several else {}) | ({"saes": list(saes)} if saes else {})
     return stored_on_task(
-        catalog, known.kind, name or result_name(task, method), model, task, prompts, metric, parameters,
+        catalog, known.kind, name or result_name(task, method), model, task, {task.seed: prompts}, metric, parameters,
         lambda: known.run(run, **asked), saes=loaded,
     )  # fmt: skip
 
@@ -97,21 +97,32 @@ def stored_on_task(
     name: str,
     model: LoadedModel,
     task: Task,
-    prompts: PromptSet,
+    draws: Mapping[int, PromptSet],
     metric: Metric,
     parameters: Mapping[str, Any],
     make: Callable[[], Made],
     *,
     saes: Mapping[str, SAE] | None = None,
 ) -> Result:
-    """The result of that name if it was made from the same things, else made and saved with its prompts."""
+    """The result of that name if it was made from the same things, else made and saved with its prompts.
+
+    Args:
+        draws: the prompts it is made from, by their seeds.
+    """
 
     def with_prompts() -> Made:
         tables, drawn = make()
-        return {**tables, "prompts": prompts.table(model.tokenizer)}, drawn
+        prompts = [one.table(model.tokenizer).assign(seed=seed) for seed, one in draws.items()]
+        together = pd.concat(prompts, ignore_index=True)
+        return {**tables, "prompts": together if len(draws) > 1 else together.drop(columns="seed")}, drawn
 
     settings = {"task": task.name, "n": task.n, "seed": task.seed, "metric": metric.__name__}
-    described = {"name": prompts.name, "prompts": len(prompts), "fingerprint": fingerprint(prompts)}
+    fingerprints = [fingerprint(prompts) for prompts in draws.values()]
+    described = {
+        "name": draws[task.seed].name,
+        "prompts": sum(map(len, draws.values())),
+        "fingerprint": fingerprints[0] if len(draws) == 1 else fingerprints,
+    }
     origin = Origin.of_measurement(model, saes=saes, task=described)
     return catalog.results.get_or_make(
         kind, name, parameters={**parameters, **settings}, origin=origin, make=with_prompts

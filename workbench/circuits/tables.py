@@ -134,7 +134,7 @@ def report_table(
         return {"published": _areas(known, runs, found), "heads": _ranks(known, runs[0].heads, found)}, {}
 
     parameters = {"table": which, "seeds": seeds}
-    return stored_on_task(catalog, TABLE, name, model, task, prompts, metric, parameters, make)
+    return stored_on_task(catalog, TABLE, name, model, task, {task.seed: prompts}, metric, parameters, make)
 
 
 def _others(

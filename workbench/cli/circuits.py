@@ -263,20 +263,27 @@ def dfa(
 @sharing(OnTask, prompts=8)
 def evaluate(
     run: OnTask,
+    draws: Annotated[
+        int | None, typer.Option(help="Draws of the prompts, one seed after the other; 5, or 1 of a file.", min=1)
+    ] = None,
     exact_prompts: Annotated[int, typer.Option(help="Prompts on which each edge is patched exactly.", min=1)] = 2,
     steps: StepsOption = None,
 ) -> None:
-    """Compare EAP and EAP-IG with patching every edge exactly: correlations, CPR and CMD."""
+    """Compare EAP and EAP-IG with patching every edge exactly, over several draws of the prompts.
+
+    Correlations with the exact effects of all edges, and without the edge of largest effect (pearson_rest); CPR and
+    CMD. What one draw says is not what the next says: read the spread.
+    """
     from workbench.circuits.agreement import report_agreement
     from workbench.circuits.report import result_name
 
     asked = run.asked()
     with run.bar("evaluate") as on_progress:
         result = report_agreement(
-            run.space(), run.name or result_name(asked, "agreement"), run.load(), asked, exact_prompts=exact_prompts,
-            steps=steps or 5, batch_size=run.batch_size, on_progress=on_progress,
+            run.space(), run.name or result_name(asked, "agreement"), run.load(), asked, draws=draws,
+            exact_prompts=exact_prompts, steps=steps or 5, batch_size=run.batch_size, on_progress=on_progress,
         )  # fmt: skip
-    run.show(result, {"methods": result.table("methods")})
+    run.show(result, {"methods": result.table("methods"), "draws": result.table("draws")})
 
 
 @commands.command()

@@ -194,6 +194,29 @@ def test_an_edge_is_patched_as_by_hand(random_model: Any, prompts: PromptSet) ->
     assert scores["input->logits"] == pytest.approx((before - after).item(), abs=2e-6)
 
 
+def test_edges_patched_from_their_reader_on_are_those_of_whole_passes(bridge: Any, tokens: torch.Tensor) -> None:
+    """A reader of every kind, on every architecture, against `patched_logits`, which runs the whole model."""
+    if hasattr(bridge.blocks[0], "ln1_post"):
+        return
+    graph, last, others = graph_of(bridge), torch.tensor([11, 10, 11]), tokens.flip(0)
+    answers = torch.tensor([[3]] * len(tokens))
+    prompts = PromptSet("any", tokens, others, last, answers, answers + 1)
+    edges = [
+        *("input->a0.h0<q>", "a0.h1->a1.h0<k>", "m0->a2.h1<v>", "a1.h2->m2", "input->m0", "m1->logits"),
+        *([] if graph.parallel else ["a1.h0->m1"]),
+    ]
+    scores = patch_edges(bridge, prompts, edges, rows_at_once=5)
+    alternative, asked = written(bridge, others), torch.zeros_like(graph.exists)
+    clean = logit_difference(answer_logits(bridge, tokens, last), prompts).mean()
+    for edge in edges:
+        mask = torch.zeros(graph.exists.shape)
+        mask[graph.edge(edge)] = 1
+        patched = logit_difference(patched_logits(bridge, tokens, last, alternative, mask), prompts).mean()
+        assert scores[edge] == pytest.approx(float(clean - patched), abs=5e-6)
+        asked[graph.edge(edge)] = True
+    assert not scores.scores[~asked].any()
+
+
 def test_a_path_of_the_last_layers_heads_to_the_logits_is_the_edge_and_the_path_through_its_mlp(
     random_model: Any, prompts: PromptSet
 ) -> None:

@@ -130,21 +130,47 @@ def test_feature_and_discrete_circuits_are_stored(space: Workspace, demo: Loaded
     assert heads.score.sum() == pytest.approx(1)
 
 
-def test_agreement_measures_every_variant_against_exact_patching(space: Workspace, small: LoadedModel) -> None:
+def test_agreement_measures_every_variant_against_exact_patching_on_every_draw(
+    space: Workspace, small: LoadedModel
+) -> None:
     """On two layers of two heads; docs/methods/circuits.md gives the demo model's numbers."""
-    task = Task("induction", n=2)
-    result = report_agreement(space, "agreement", small, task, exact_prompts=2, steps=2, fractions=(0.1,))
-    table = result.table("methods").set_index("method")
-    assert list(table.index) == ["EAP", "EAP-IG (inputs)", "EAP-IG (activations)"]
-    prompts = task.prompts(small)
-    exact = patch_edges(small.bridge, prompts)
-    for variant, name in (("eap", "EAP"), ("ig-inputs", "EAP-IG (inputs)")):
-        found = attribute_edges(small.bridge, prompts, variant=variant, steps=2)  # type: ignore[arg-type]
-        pair = torch.stack([scores.scores[exact.graph.exists] for scores in (found, exact)])
-        assert table.pearson[name] == pytest.approx(float(torch.corrcoef(pair)[0, 1]), abs=1e-4)
-        ranks = pair.argsort(dim=1).argsort(dim=1).double()
-        assert table.spearman[name] == pytest.approx(float(torch.corrcoef(ranks)[0, 1]), abs=1e-3)
-        assert table.edges[name] == pair.shape[1]
+    task = Task("induction", n=2, seed=3)
+    result = report_agreement(space, "agreement", small, task, draws=2, exact_prompts=2, steps=2, fractions=(0.1,))
+    draws, edges = result.table("draws").set_index(["seed", "method"]), result.table("edges").set_index("edge")
+    assert list(draws.loc[3].index) == ["EAP", "EAP-IG (inputs)", "EAP-IG (activations)"]
+    assert result.table("prompts").seed.tolist() == [3, 3, 4, 4]
+    for seed in (3, 4):
+        prompts = replace(task, seed=seed).prompts(small)
+        exact = patch_edges(small.bridge, prompts)
+        there = exact.graph.exists
+        own = edges[edges.seed == seed]
+        assert own.exact[exact.graph.edge_name(0, 0)] == pytest.approx(float(exact.scores[0, 0]), abs=1e-6)
+        for variant, name in (("eap", "EAP"), ("ig-inputs", "EAP-IG (inputs)")):
+            found = attribute_edges(small.bridge, prompts, variant=variant, steps=2)  # type: ignore[arg-type]
+            pair = torch.stack([scores.scores[there] for scores in (found, exact)])
+            row = draws.loc[(seed, name)]
+            assert row.pearson == pytest.approx(float(torch.corrcoef(pair)[0, 1]), abs=1e-4)
+            rest = pair[:, torch.arange(pair.shape[1]) != pair[1].abs().argmax()]
+            assert row.pearson_rest == pytest.approx(float(torch.corrcoef(rest)[0, 1]), abs=1e-4)
+            ranks = pair.argsort(dim=1).argsort(dim=1).double()
+            assert row.spearman == pytest.approx(float(torch.corrcoef(ranks)[0, 1]), abs=1e-3)
+            assert row.edges == pair.shape[1]
+    methods = result.table("methods").set_index(["method", "measure"])
+    values = draws.xs("EAP", level="method").cmd
+    row = methods.loc[("EAP", "cmd")]
+    assert [row["mean"], row["std"], row["min"], row["max"], row["draws"]] == pytest.approx(
+        [values.mean(), abs(values.iloc[0] - values.iloc[1]) / 2**0.5, values.min(), values.max(), 2]
+    )
+    # One curve a draw, method and kind; the legend names each method and kind once.
+    lines = json.loads(result.figures()["faithfulness"])["data"]
+    assert len(lines) == 2 * 3 * 2
+    assert sum(line.get("showlegend", True) for line in lines) == 3 * 2
+
+
+def test_draws_of_a_file_and_no_draws_are_refused(space: Workspace, small: LoadedModel) -> None:
+    for task, draws in ((Task("mine.jsonl"), 2), (Task("induction"), 0)):
+        with pytest.raises(InputError, match=f"{draws} draws of {task.title} were asked for"):
+            report_agreement(space, "bad", small, task, draws=draws)
 
 
 def test_heads_are_scored_with_retrieval_prefixes_and_composition(space: Workspace, demo: LoadedModel) -> None:
