@@ -85,7 +85,9 @@ def _parameters(command: Any) -> list[str]:
         names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
         if parameter.param_type_name == "argument":
             names = f"`{parameter.name.rstrip('_').upper()}`"
-        rows.append(f"| {names} | {_cell(getattr(parameter, 'help', None) or '')} | {_default(parameter)} |\n")
+        choices = ", ".join(f"`{choice}`" for choice in getattr(parameter.type, "choices", ()))
+        help_text = f"{_cell(getattr(parameter, 'help', None) or '')} {choices}".strip()
+        rows.append(f"| {names} | {help_text} | {_default(parameter)} |\n")
     return ["\n| | | default |\n|---|---|---|\n", *rows] if rows else []
 
 

@@ -20,7 +20,8 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     sizes: Annotated[
-        list[str] | None, typer.Argument(help="demo, laptop, S, M, L or odd; what suits the device when left out.")
+        list[str] | None,
+        typer.Argument(metavar="SIZE...", help="demo, laptop, S, M, L or odd; what suits the device when left out."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Times each arm's step is timed.")] = 9,
     device: DeviceOption = "auto",

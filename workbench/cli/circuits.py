@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +42,11 @@ SHOWN = {
 }
 """Tables of each kind of result that are printed."""
 
+# As in circuits.patching, circuits.ablation and workbench.circuits.tables, which load torch.
+Site = Literal["head", "attn_out", "mlp_out", "resid_pre"]
+Direction = Literal["denoise", "noise"]
+Ablation = Literal["zero", "mean", "resample"]
+Published = Literal["ioi", "greater-than", "docstring"]
 TaskArgument = Annotated[str, typer.Argument(help=f"{', '.join(TASKS)}, a task of another package, or a .jsonl file.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the result; a fitting one when left out.")]
 PromptsOption = Annotated[
@@ -78,7 +83,7 @@ class Analysis:
     model: ModelOption = "demo"
     top: TopOption = 20
     plot: PlotOption = None
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE
+    folder: WorkspaceOption = DEFAULT_WORKSPACE
     device: DeviceOption = "auto"
     as_json: JsonOption = False
 
@@ -88,11 +93,11 @@ class Analysis:
 
         return load_model(self.model, device=self.device)
 
-    def space(self) -> "Workspace":
+    def workspace(self) -> "Workspace":
         """The workspace, made where there is none."""
         from workbench.workspace import Workspace
 
-        return Workspace(self.workspace)
+        return Workspace(self.folder)
 
     @contextmanager
     def bar(self, label: str) -> "Iterator[OnProgress]":
@@ -135,7 +140,7 @@ class OnTask(Analysis):
         asked = self.asked()
         with self.bar(method) as on_progress:
             result = run_method(
-                self.space(), self.load(), asked, method, name=self.name, saes=saes or [], options=options,
+                self.workspace(), self.load(), asked, method, name=self.name, saes=saes or [], options=options,
                 batch_size=self.batch_size, on_progress=on_progress,
             )  # fmt: skip
         self.show(result, {table: result.table(table) for table in SHOWN[result.kind]})
@@ -154,7 +159,7 @@ def heads(
 
     with run.bar("heads") as on_progress:
         result = report_heads(
-            run.space(), run.name or f"heads-{Path(run.model).name}", run.load(), n=rows, length=length,
+            run.workspace(), run.name or f"heads-{Path(run.model).name}", run.load(), n=rows, length=length,
             needles=needles, on_progress=on_progress,
         )  # fmt: skip
     scores = result.table("scores").drop(columns=["layer", "head"])
@@ -188,13 +193,17 @@ def attribute(run: OnTask) -> None:
 @sharing(OnTask)
 def patch(
     run: OnTask,
-    site: Annotated[str, typer.Option(help="head, attn_out, mlp_out or resid_pre.")] = "head",
-    direction: Annotated[str, typer.Option(help="denoise (clean into corrupted) or noise.")] = "denoise",
+    site: Annotated[Site, typer.Option(help="What is patched.")] = "head",
+    direction: Annotated[
+        Direction, typer.Option(help="denoise: clean into corrupted; noise: the other way.")
+    ] = "denoise",
     by_position: Annotated[bool, typer.Option("--by-position", help="One number a position; not for heads.")] = False,
     to: Annotated[
         list[str] | None,
         typer.Option(
-            "--to", help="Path patching to these receivers alone, such as a3.h5<k> or logits; repeat for several."
+            "--to",
+            metavar="NODE",
+            help="Path patching to these receivers alone, such as a3.h5<k> or logits; repeat for several.",
         ),
     ] = None,
 ) -> None:
@@ -207,7 +216,7 @@ def patch(
 
 @commands.command()
 @sharing(OnTask)
-def ablate(run: OnTask, kind: Annotated[str, typer.Option(help="zero, mean or resample.")] = "mean") -> None:
+def ablate(run: OnTask, kind: Annotated[Ablation, typer.Option(help="What a head gives instead.")] = "mean") -> None:
     """Ablate every head alone and measure what the behaviour loses."""
     run.run("ablation", {"kind": kind})
 
@@ -220,7 +229,8 @@ def discover(
         str, typer.Option(metavar="|".join(DISCOVERED), help="How; exact patches every edge by itself.")
     ] = DISCOVERED[0],
     sae: Annotated[
-        list[str] | None, typer.Option("--sae", help="SAE for --method features; repeat for several hook points.")
+        list[str] | None,
+        typer.Option("--sae", metavar="NAME", help="SAE for --method features; repeat for several hook points."),
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Share of all attribution a feature circuit holds; 0.8 when left out.")
@@ -243,17 +253,18 @@ def dfa(
     feature: Annotated[int | None, typer.Option(help="Its number; the strongest there when left out.")] = None,
     position: Annotated[int, typer.Option(help="Token read, BOS being 0; -1 is the last.")] = -1,
     residual: Annotated[
-        list[str] | None, typer.Option("--residual", help="Residual SAE to go on through; repeat, one a layer.")
+        list[str] | None,
+        typer.Option("--residual", metavar="NAME", help="Residual SAE to go on through; repeat, one a layer."),
     ] = None,
 ) -> None:
     """Split an attention-output feature's activation by source token and head, and go on through residual SAEs."""
     from workbench.circuits.attention_saes import report_dfa
 
-    space, model = open_workspace(run.workspace), run.load()
+    workspace, model = open_workspace(run.folder), run.load()
     place = str(model.device)
     result = report_dfa(
-        space, run.name or f"dfa-{sae}", model, (sae, space.sae(sae, device=place)), text, feature=feature,
-        position=position, residuals={item: space.sae(item, device=place) for item in residual or []},
+        workspace, run.name or f"dfa-{sae}", model, (sae, workspace.sae(sae, device=place)), text, feature=feature,
+        position=position, residuals={item: workspace.sae(item, device=place) for item in residual or []},
     )  # fmt: skip
     tables = ["summary", "heads", "by_head", *(["steps"] if residual else [])]
     run.show(result, {table: result.table(table) for table in tables})
@@ -280,7 +291,7 @@ def evaluate(
     asked = run.asked()
     with run.bar("evaluate") as on_progress:
         result = report_agreement(
-            run.space(), run.name or result_name(asked, "agreement"), run.load(), asked, draws=draws,
+            run.workspace(), run.name or result_name(asked, "agreement"), run.load(), asked, draws=draws,
             exact_prompts=exact_prompts, steps=steps or 5, batch_size=run.batch_size, on_progress=on_progress,
         )  # fmt: skip
     run.show(result, {"methods": result.table("methods"), "draws": result.table("draws")})
@@ -290,7 +301,7 @@ def evaluate(
 @sharing(Analysis, omit=["model", "plot"], top=30)
 def table(
     run: Analysis,
-    which: Annotated[str, typer.Argument(help="ioi, greater-than or docstring.")],
+    which: Annotated[Published, typer.Argument(help="The task whose circuit was published.")],
     model: Annotated[
         str, typer.Option(help="gpt2 (ioi, greater-than), attn-only-4l (docstring), or a local folder of that shape.")
     ],
@@ -305,16 +316,16 @@ def table(
 
     with run.bar("table") as on_progress:
         result = report_table(
-            run.space(), run.name or f"table-{which}", load_published_model(model, run.device), which, n=prompts,
+            run.workspace(), run.name or f"table-{which}", load_published_model(model, run.device), which, n=prompts,
             seeds=seeds, data=data, on_progress=on_progress,
         )  # fmt: skip
     run.show(result, {"published": result.table("published"), "heads": result.table("heads")})
 
 
 @commands.command(name="list")
-def list_results(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
+def list_results(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
     """List the stored circuit results."""
-    found = [item for item in open_workspace(workspace).results.find() if item.kind.startswith("circuit-")]
+    found = [item for item in open_workspace(folder).results.find() if item.kind.startswith("circuit-")]
     if as_json:
         print_json([{"kind": r.kind, "name": r.name, "created": r.created, **r.parameters} for r in found])
         return

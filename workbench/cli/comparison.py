@@ -30,7 +30,9 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    saes: Annotated[list[str] | None, typer.Argument(help="Names of SAEs; all of the workspace when left out.")] = None,
+    saes: Annotated[
+        list[str] | None, typer.Argument(metavar="SAE...", help="Names of SAEs; all of the workspace when left out.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the figure (L0 against FVU and added nats) here.")] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,

@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
     except ClickException as error:
         context = getattr(error, "ctx", None)
         usage = context.command_path if context else "workbench"
-        message = str(error.format_message()).splitlines()[0].rstrip(".")
+        message = str(error.format_message()).splitlines()[0].rstrip(".").replace("Value error, ", "")
         print(f"workbench: error: {message} (see `{usage} --help`)", file=sys.stderr)
         return 2
     except (OSError, MemoryError) as error:

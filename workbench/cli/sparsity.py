@@ -134,7 +134,9 @@ def attention(
 @commands.command()
 def sae(
     name: ResultArgument,
-    saes: Annotated[list[str], typer.Argument(help="Names of SAEs that read one hook point of the model.")],
+    saes: Annotated[
+        list[str], typer.Argument(metavar="SAE...", help="Names of SAEs that read one hook point of the model.")
+    ],
     model: ModelOption = "demo",
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
@@ -207,7 +209,9 @@ def report(
 
 @commands.command()
 def compare(
-    names: Annotated[list[str] | None, typer.Argument(help="Names of reports, all when left out.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Names of reports, all when left out.")
+    ] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:

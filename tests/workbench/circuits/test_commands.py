@@ -76,7 +76,7 @@ def test_another_packages_task_is_known_to_the_commands(
     [
         (["patch", "nothing"], "unknown task 'nothing'"),
         (["patch", "gone.jsonl"], "no task file"),
-        (["patch", "induction", "--site", "x"], "unknown site 'x'"),
+        (["patch", "induction", "--site", "x"], "'x' is not one of 'head', 'attn_out'"),
         (["patch", "induction", "--to", "a9.h0<q>"], "no receiver 'a9.h0<q>'"),
         (["ablate", "induction", "--metric", "x"], "unknown metric 'x'"),
         (["discover", "induction", "--method", "x"], "unknown method 'x'"),

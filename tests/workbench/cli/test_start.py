@@ -6,10 +6,19 @@ Timings depend on the machine, so what is held is which modules are in memory wh
 import json
 import subprocess
 import sys
+from typing import Any, get_args
 
+import pytest
 from typer.main import get_command
 
+from circuits import ablation, patching
+from sae.formats import foreign
+from workbench.circuits import tables
+from workbench.cli import circuits, concepts, exchange, live, options
 from workbench.cli.main import app
+from workbench.features import prompts, steering
+from workbench.features.concepts import truth
+from workbench.models import load
 
 HEAVY = {
     "torch", "transformers", "transformer_lens", "sae_lens", "streamlit", "plotly", "pandas", "numpy", "duckdb",
@@ -33,3 +42,25 @@ def test_no_help_text_loads_what_is_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(json.loads(found.stderr.splitlines()[-1])) & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("offered", "known"),
+    [
+        (live.Ranking, prompts.RANKINGS), (live.Kind, steering.KINDS), (live.Where, steering.PLACES),
+        (concepts.Language, get_args(truth.Language)), (exchange.Form, foreign.FILES),
+        (options.Precision, ("auto", *load.DTYPES)), (circuits.Site, get_args(patching.Site)),
+        (circuits.Direction, patching.DIRECTIONS), (circuits.Ablation, get_args(ablation.Ablation)),
+        (circuits.Published, tables.PUBLISHED),
+    ],
+)  # fmt: skip
+def test_choices_in_help_texts_are_the_librarys(offered: Any, known: Any) -> None:
+    """They are written out: asking the library would load torch for --help."""
+    assert sorted(get_args(offered)) == sorted(known)
+
+
+def test_no_help_text_shows_a_list_type_for_what_is_typed() -> None:
+    for command in get_command(app).commands.values():  # type: ignore[attr-defined]
+        for one in getattr(command, "commands", {"": command}).values():
+            several = [p for p in one.params if p.multiple or p.nargs == -1]
+            assert all(parameter.metavar for parameter in several), one.name
