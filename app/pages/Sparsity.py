@@ -18,10 +18,10 @@ from workbench.sparsity.compare import compare, report_names, report_parts
 from workbench.sparsity.enforce import generate
 from workbench.sparsity.methods import method_named
 from workbench.sparsity.neurons import NeuronView, view_neuron
-from workbench.sparsity.report import ATTENTION, CURVES, MLP, SAES
+from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP, SAES
 
-PARTS = ("MLPs", "Cost", "Attention", "SAEs")
-COMMANDS = {MLP: "measure", CURVES: "enforce", ATTENTION: "attention", SAES: "sae"}
+PARTS = ("MLPs", "Cost", "Attention", "Heads", "SAEs")
+COMMANDS = {MLP: "measure", CURVES: "enforce", ATTENTION: "attention", HEADS: "heads", SAES: "sae"}
 NEURON_COLUMNS = {"neuron": "neuron", "density": "share of tokens", "mean_abs": "mean |h|", "max_abs": "largest |h|"}
 SAE_COLUMNS = {
     "sae": "SAE", "l0": "L0", "l0_p10": "L0, 10%", "l0_p50": "median", "l0_p90": "90%", "dead_share": "dead share",
@@ -67,7 +67,7 @@ def main() -> None:
         "Part", PARTS, default=PARTS[0], key="part", bind="query-params", label_visibility="collapsed", required=True
     )
     # `required` keeps a second click on the part from taking it away, but types do not know that.
-    draws = dict(zip(PARTS, (mlps, cost, attention, saes), strict=True))
+    draws = dict(zip(PARTS, (mlps, cost, attention, heads, saes), strict=True))
     draws[part or PARTS[0]](workspace, reports)
 
 
@@ -233,7 +233,24 @@ def attention(workspace: Workspace, reports: dict[str, Parts]) -> None:
     found = having(workspace, reports, ATTENTION)
     if not found:
         return
+    old = [name for name, result in found.items() if "rest" not in result.table("curves")]
+    for name in old:
+        st.info(
+            f"{plain(name)} was measured before patterns that adapt: run `workbench sparsity attention {name}` again "
+            f"with `--workspace {workspace.path}`."
+        )
+    found = {name: result for name, result in found.items() if name not in old}
+    if not found:
+        return
     draw(found, "curves", figures.attention_curves, "What restricting every head costs", "attention-curves")
+    st.caption(
+        "Dashed: the keys that are not kept are read at their mean instead of dropped. Adaptive patterns keep as many "
+        "keys in the mean as the fixed budgets."
+    )
+    for name, result in found.items():
+        if result.parameters["tasks"]:
+            st.subheader(f"What is left of tasks: {plain(name)}")
+            st.plotly_chart(figures.task_curves(result.table("tasks")), key=f"tasks {name}")
     budgets = sorted(set.intersection(*(set(result.table("coverage")["budget"]) for result in found.values())))
     if budgets:
         budget = budgets[0]
@@ -241,13 +258,33 @@ def attention(workspace: Workspace, reports: dict[str, Parts]) -> None:
             budget = st.select_slider("Keys per query", budgets, value=budgets[len(budgets) // 2], key="budget")
         for name, result in found.items():
             st.subheader(f"Attention that patterns keep: {plain(name)}")
-            st.plotly_chart(figures.attention_coverage(result.table("coverage"), int(budget)), key=f"coverage {name}")
+            coverage = result.table("coverage")
+            st.plotly_chart(figures.best_patterns(coverage, int(budget)), key=f"best {name}")
+            st.plotly_chart(figures.attention_coverage(coverage, int(budget)), key=f"coverage {name}")
     for name, result in found.items():
         st.subheader(f"Attention sinks: {plain(name)}")
         heads = result.table("heads")
         st.plotly_chart(figures.sinks(heads), key=f"sinks {name}")
         with st.expander("Entropy and keys with 95% of the attention, by head"):
             st.dataframe(heads, hide_index=True, width="stretch")
+
+
+def heads(workspace: Workspace, reports: dict[str, Parts]) -> None:
+    """One head at a time, and heads left whole."""
+    found = having(workspace, reports, HEADS)
+    if not found:
+        return
+    draw(found, "curve", figures.heads_left_whole, "All heads restricted but some", "whole")
+    titles = {title: column for column, title in figures.HEAD_COSTS.items()}
+    column = titles[str(st.selectbox("Colour by", list(titles), key="head-cost"))]
+    for name, result in found.items():
+        asked = result.parameters
+        st.subheader(f"One head at a time: {plain(name)}")
+        st.caption(f"{asked['pattern']}, {asked['budget']} keys per query, the rest {asked['rest']}")
+        st.plotly_chart(figures.head_costs(result.table("heads"), column), key=f"costs {name}")
+        with st.expander("All numbers, and by layer"):
+            st.dataframe(result.table("heads"), hide_index=True, width="stretch")
+            st.dataframe(result.table("layers"), hide_index=True, width="stretch")
 
 
 def saes(workspace: Workspace, reports: dict[str, Parts]) -> None:

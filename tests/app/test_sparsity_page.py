@@ -11,8 +11,9 @@ from streamlit.testing.v1 import AppTest
 
 from sae import SAE, TopK
 from workbench import Workspace
+from workbench.circuits.task import Task
 from workbench.models.load import load_model
-from workbench.sparsity.report import report_attention, report_curves, report_mlps, report_saes
+from workbench.sparsity.report import report_attention, report_curves, report_heads, report_mlps, report_saes
 from workbench.text.corpora import open_corpus
 
 OpenPage = Callable[..., AppTest]
@@ -30,7 +31,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small: dict[str, Any] = {"max_tokens": 128, "context_len": 32}
     report_mlps(space, "a", model, corpus, **small)
     report_curves(space, "a", model, corpus, methods=["zero", "CETT"], ps=[0.05], **small)
-    report_attention(space, "a", model, corpus, budgets=[4, 8, 16], **small)
+    report_attention(space, "a", model, corpus, budgets=[4, 8, 16], tasks=[Task("induction", n=2)], **small)
+    report_heads(space, "a", model, corpus, budget=8, draws=1, **small)
     sae = SAE(model.info.d_model, 48, TopK(6), hook_name=HOOK, model_name="demo")
     with torch.no_grad():
         sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0)))
@@ -98,10 +100,34 @@ def test_an_empty_prompt_is_one_line(measured: Path, open_page: OpenPage) -> Non
 
 def test_heads_are_shown_with_their_sinks(measured: Path, open_page: OpenPage) -> None:
     page = open_page("Sparsity", measured, reports="a", part="Attention")
-    assert len(page.get("plotly_chart")) == 3
+    assert len(page.get("plotly_chart")) == 5
+    assert "What is left of tasks: a" in headings(page)
     assert "sink" in page.dataframe[0].value.columns
     page.select_slider[0].set_value(4).run()
     assert not page.exception
+
+
+def test_each_head_is_coloured_by_what_restricting_it_costs(measured: Path, open_page: OpenPage) -> None:
+    page = open_page("Sparsity", measured, reports="a", part="Heads")
+    assert headings(page) == ["All heads restricted but some", "One head at a time: a"]
+    assert len(page.get("plotly_chart")) == 2
+    page.selectbox(key="head-cost").set_value(page.selectbox(key="head-cost").options[-1]).run()
+    assert not page.exception
+    assert {"restricted_kl", "removed_kl", "dims_95"} <= set(page.dataframe[0].value.columns)
+
+
+def test_a_report_from_before_adaptive_patterns_names_its_command(
+    measured: Path, tmp_path: Path, open_page: OpenPage
+) -> None:
+    space = Workspace(tmp_path / "w")
+    made = Workspace(measured).results.open("sparsity-attention", "a")
+    curves = made.table("curves").drop(columns=["rest", "keys", "level"])
+    space.results.save(
+        made.kind, "old", parameters=made.parameters, provenance=made.provenance,
+        tables={"curves": curves, "coverage": made.table("coverage"), "heads": made.table("heads")},
+    )  # fmt: skip
+    page = open_page("Sparsity", tmp_path / "w", reports="old", part="Attention")
+    assert "`workbench sparsity attention old` again" in page.info[0].value
 
 
 def test_sae_codes_are_shown(measured: Path, open_page: OpenPage) -> None:
@@ -119,7 +145,7 @@ def test_reports_stand_side_by_side_and_what_is_missing_names_its_command(measur
     assert page.selectbox(key="report").options == ["a", "b"]
     page = open_page("Sparsity", measured, reports=["a", "b"], part="Attention")
     assert "workbench sparsity attention b --model demo" in page.info[0].value
-    assert len(page.get("plotly_chart")) == 3
+    assert len(page.get("plotly_chart")) == 5
 
 
 def test_a_corpus_that_has_gone_is_one_line(measured: Path, tmp_path: Path, open_page: OpenPage) -> None:

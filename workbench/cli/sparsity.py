@@ -1,7 +1,7 @@
-"""Commands on activation sparsity: sparsity measure, enforce, attention, sae, report, compare."""
+"""Commands on activation sparsity: sparsity measure, enforce, attention, heads, sae, report, compare."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,6 +22,8 @@ from workbench.cli.output import print_frame, print_result
 from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from workbench.catalog.results import Result
 
 POINT_COLUMNS = ["method", "level", "sparsity", "added_nats", "kl", "flops_saved"]
@@ -108,6 +110,10 @@ def attention(
     budget: Annotated[
         list[int], typer.Option("--budget", metavar="KEYS", help="Keys that a query may look at; repeat for several.")
     ] = [8, 16, 32, 64, 128],  # noqa: B006
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="TASK", help="Task of `circuits tasks` to restrict too; repeat for several."),
+    ] = None,
     model: ModelOption = "demo",
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
@@ -117,7 +123,8 @@ def attention(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how much attention simple patterns keep, and the loss when every head is restricted to them."""
+    """Measure how much attention patterns of keys keep, and the loss when every head is restricted to them."""
+    from workbench.circuits.task import Task
     from workbench.models.load import load_model
     from workbench.sparsity.report import report_attention
     from workbench.text.corpora import open_corpus
@@ -126,9 +133,54 @@ def attention(
     with ProgressBar("sparsity attention", tokens, enabled=not as_json) as bar:
         result = report_attention(
             Workspace(folder), name, load_model(model, device=device), open_corpus(corpus, text_field=text_field),
-            budgets=budget, max_tokens=tokens, context_len=context, on_progress=bar.report,
+            budgets=budget, tasks=[Task(item) for item in task or []], max_tokens=tokens, context_len=context,
+            on_progress=bar.report,
         )  # fmt: skip
-    _show(result, ["curves"], as_json)
+    if as_json:
+        print_result(result, {table: result.table(table) for table in ("curves", *(("tasks",) if task else ()))}, True)
+        return
+    print_result(result, _attention_tables(result), False)
+
+
+@commands.command()
+def heads(
+    name: ResultArgument,
+    pattern: Annotated[str, typer.Option(metavar="PATTERN", help="Pattern of keys; see `sparsity attention`.")] = (
+        "sink + local"
+    ),
+    budget: Annotated[int, typer.Option(metavar="KEYS", help="Keys that a query may look at.")] = 16,
+    rest: Annotated[
+        Literal["dropped", "at its mean"], typer.Option(help="What becomes of the other keys.")
+    ] = "dropped",
+    draws: Annotated[int, typer.Option(help="Draws of random heads that are left whole.", min=1)] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of these draws.")] = 0,
+    model: ModelOption = "demo",
+    corpus: CorpusOption = "python-stdlib",
+    text_field: TextFieldOption = "text",
+    tokens: TokensOption = 2048,
+    context: ContextOption = 256,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Restrict and remove one head at a time, one layer at a time, and all heads but the most sensitive."""
+    from workbench.models.load import load_model
+    from workbench.sparsity.report import report_heads
+    from workbench.text.corpora import open_corpus
+    from workbench.workspace import Workspace
+
+    with ProgressBar("sparsity heads", tokens, enabled=not as_json) as bar:
+        result = report_heads(
+            Workspace(folder), name, load_model(model, device=device), open_corpus(corpus, text_field=text_field),
+            pattern=pattern, budget=budget, rest=rest, draws=draws, seed=seed, max_tokens=tokens, context_len=context,
+            on_progress=bar.report,
+        )  # fmt: skip
+    if as_json:
+        print_result(result, {table: result.table(table) for table in ("heads", "layers", "curve")}, True)
+        return
+    curve = result.table("curve").groupby(["order", "whole"], sort=False)["added_nats"]
+    shown = curve.agg(["count", "mean", "min", "max"]).reset_index().rename(columns={"count": "draws"})
+    print_result(result, {"heads": result.table("heads"), "layers": result.table("layers"), "left whole": shown}, False)
 
 
 @commands.command()
@@ -180,7 +232,7 @@ def report(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Run measure, enforce, attention and, with --sae, sae under one name; parts already stored are not run again."""
+    """Run measure, enforce, attention, heads and, with --sae, sae under one name; parts stored already are kept."""
     from workbench.models.load import load_model
     from workbench.sparsity.compare import compare as compared
     from workbench.sparsity.report import report_all
@@ -223,6 +275,31 @@ def compare(
     if found.empty:
         raise InputError("no sparsity report in this workspace: make one with `workbench sparsity report NAME`")
     print_frame("sparsity", found, as_json, turned=True)
+
+
+def _attention_tables(result: "Result") -> "dict[str, pd.DataFrame]":
+    """Added nats, and what is kept of a task, by pattern and budget; how many heads each pattern suits best."""
+    import pandas as pd
+
+    from workbench.sparsity.attention import best_of_heads
+
+    curves = result.table("curves")
+    budgets = sorted(curves["budget"].unique())
+    found = {"added nats by keys per query": _by_budget(curves, ["pattern", "rest"], "added_nats")}
+    if result.parameters["tasks"]:
+        found["kept of a task's metric"] = _by_budget(result.table("tasks"), ["task", "pattern", "rest"], "kept")
+    best = {budget: best_of_heads(result.table("coverage"), budget)["best"].value_counts() for budget in budgets}
+    found["heads of which a pattern keeps most"] = (
+        pd.DataFrame(best).fillna(0).astype(int).rename_axis("pattern").rename(columns=str).reset_index()
+    )
+    return found
+
+
+def _by_budget(table: "pd.DataFrame", index: list[str], values: str) -> "pd.DataFrame":
+    """A row per setting in the order measured, a column per budget."""
+    turned = table.pivot(index=index, columns="budget", values=values)
+    order = table[index].drop_duplicates().set_index(index).index
+    return turned.loc[order].rename(columns=str).reset_index()
 
 
 def _show(result: "Result", tables: list[str], as_json: bool) -> None:

@@ -1,14 +1,19 @@
-"""Attention sparsity: how much attention simple patterns keep, and what restricting every head to them costs.
+"""Attention sparsity: how much attention patterns of keys keep, and what restricting heads to them costs.
 
-For every pattern of `attention_patterns` and budget B of keys per query, on held-out contexts:
-
-1. coverage: per head, the share of the clean pass' attention that lies on the kept keys, mean over ordinary queries
-   that have more than B keys to choose from. Uniform attention would keep B / (q + 1): the baseline column.
-2. cost: every head of every layer attends to the kept keys only,
-       A'[q, k] = A[q, k] kept[q, k] / sum over kept k of A[q, k]
-   (what masking the scores before the softmax gives), the pattern following the A of that pass; loss, perplexity
-   and KL(clean || restricted) per counted position in nats.
-3. sinks, entropy and keys with 95% of the attention of every head in the clean pass (`sinks`).
+1. A clean pass over the held-out contexts: sinks, entropy and keys with 95% of the attention of every head (`sinks`),
+   and the thresholds at which the adaptive patterns keep as many keys, in the mean over heads and queries, as a budget
+   of B keys per query (`attention_levels`).
+2. coverage, in the clean pass: per head, pattern and budget, the share of its attention on the kept keys and their
+   number, means over ordinary queries that have more than B keys to choose from. Uniform attention would keep
+   B / (q + 1): the baseline column.
+3. cost: every head of every layer attends to the kept keys K only. The rest of the keys is
+       dropped      A'[q, k] = A[q, k] / sum over K of A[q, .] for k in K, else 0
+                    (what masking the scores before the softmax gives)
+       at its mean  A'[q, k] = A[q, k] for k in K, else (1 - sum over K of A[q, .]) / number of keys not in K:
+                    the head reads the mean value of the rest with the rest's mass
+   the pattern following the A of that pass; loss, perplexity and KL(clean || restricted) per counted position in nats.
+   Rows from which nothing is taken stay as they are to the last bit. Keys of no attention at all, such as those
+   outside a window, are not part of the rest.
 
 Runs on the TransformerBridge, whose attention is explicit.
 """
@@ -17,19 +22,48 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, losses
 from workbench.models.load import LoadedModel
-from workbench.sparsity.attention_patterns import PATTERNS, Pattern
+from workbench.sparsity.attention_levels import LevelSearch
+from workbench.sparsity.attention_patterns import ADAPTIVE, PATTERNS, Pattern, reaching
 from workbench.sparsity.sinks import HeadSums
 
 BUDGETS = (8, 16, 32, 64, 128)
+Rest = Literal["dropped", "at its mean"]
+RESTS: tuple[Rest, ...] = get_args(Rest)
+STRUCTURED = ("sink + local", "vertical-slash", "top-k blocks")
+"""The three patterns of which MInference gives each head one; all but the first are chosen from the attention."""
+Seen = Callable[[int, Bool[Tensor, "batch head query key"]], None]
+"""Called with (layer, the kept keys) in every restricted pass."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pattern at a budget of keys."""
+
+    pattern: str
+    budget: int
+    value: float
+    """What `keep` takes: the budget, or an adaptive pattern's threshold."""
+
+    @property
+    def keep(self) -> Pattern:
+        """The pattern itself."""
+        return PATTERNS[self.pattern] if self.pattern in PATTERNS else reaching(ADAPTIVE[self.pattern])
+
+    @property
+    def level(self) -> float:
+        """The budget, p of top-p, or the share of the row's largest."""
+        return 1 - self.value if self.pattern == "top-p" else self.value
 
 
 @dataclass(frozen=True)
@@ -40,25 +74,66 @@ class AttentionSparsity:
     tokens: int
     """Positions counted."""
     coverage: pd.DataFrame
-    """layer, head, pattern, budget, kept (share of attention), uniform (the baseline)."""
+    """layer, head, pattern, budget, keys (kept per query), kept (share of attention), uniform (the baseline)."""
     curves: pd.DataFrame
-    """pattern, budget, loss, added_nats, perplexity, kl."""
+    """pattern, rest, budget, level (budget, p or threshold), keys (kept per query, mean over heads and ordinary
+    queries of the restricted pass), loss, added_nats, perplexity, kl."""
     heads: pd.DataFrame
     """layer, head and `sinks.COLUMNS`."""
+    settings: list[Setting]
+    """Every pattern at every budget."""
 
 
 @contextmanager
-def restricted(bridge: Any, pattern: Pattern, budget: int) -> Iterator[None]:
-    """Restricts every head to a pattern in every pass of `bridge` inside the context."""
+def restricted(
+    bridge: Any,
+    pattern: Pattern,
+    value: float,
+    *,
+    rest: Rest = "dropped",
+    heads: Bool[Tensor, "layers heads"] | None = None,
+    seen: Seen | None = None,
+) -> Iterator[None]:
+    """Restricts heads to a pattern in every pass of `bridge` inside the context.
 
-    def restrict(attention: Tensor, hook: Any) -> Tensor:
-        kept = attention * pattern(attention, budget)
-        total = kept.sum(dim=-1, keepdim=True)
-        # Where the kept keys' attention underflows to nothing, the query sees nothing instead of NaN.
-        return torch.where(total > 0, kept / total, 0.0).to(attention.dtype)
+    Args:
+        value: the pattern's budget or threshold.
+        rest: what becomes of the keys that are not kept.
+        heads: the heads that are restricted; all when left out.
+        seen: told which keys each layer keeps.
+    """
 
-    with bridge.hooks(fwd_hooks=[(name, restrict) for name in _hook_names(bridge)]):
+    def restrict(attention: Tensor, hook: Any, layer: int) -> Tensor:
+        kept = pattern(attention, value)
+        if seen is not None:
+            seen(layer, kept)
+        cut = only(attention, kept, rest)
+        return cut if heads is None else torch.where(heads[layer][:, None, None], cut, attention)
+
+    hooks = [
+        (name, partial(restrict, layer=layer))
+        for layer, name in enumerate(hook_names(bridge))
+        if heads is None or bool(heads[layer].any())
+    ]
+    with bridge.hooks(fwd_hooks=hooks):
         yield
+
+
+def only(
+    attention: Float[Tensor, "batch head query key"], kept: Bool[Tensor, "batch head query key"], rest: Rest
+) -> Float[Tensor, "batch head query key"]:
+    """Attention to the kept keys, the rest dropped or at its mean; see step 3 of the module's description."""
+    others = ~kept & (attention > 0)
+    untouched = ~others.any(dim=-1, keepdim=True)
+    wide = attention.float()
+    if rest == "dropped":
+        total = (wide * kept).sum(dim=-1, keepdim=True)
+        # Where the kept keys' attention underflows to nothing, the query sees nothing instead of NaN.
+        cut = torch.where(kept & (total > 0), wide / total, 0.0)
+    else:
+        number = others.sum(dim=-1, keepdim=True).clamp(min=1)
+        cut = torch.where(others, (wide * others).sum(dim=-1, keepdim=True) / number, wide)
+    return torch.where(untouched, attention, cut.to(attention.dtype))
 
 
 def measure_attention(
@@ -68,7 +143,7 @@ def measure_attention(
     budgets: Sequence[int] = BUDGETS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AttentionSparsity:
-    """Measures coverage and cost of every pattern and budget.
+    """Measures coverage and cost of every pattern, budget and use of the rest.
 
     Args:
         budgets: keys per query; those that the contexts do not exceed are left out.
@@ -76,6 +151,70 @@ def measure_attention(
 
     Raises:
         InputError: no budget smaller than the contexts, one below 2, or a model whose attention cannot be edited.
+    """
+    reached = usable_budgets(model, budgets, batches)
+    tokens = sum(batch.tokens.numel() for batch in batches)
+    done, passes = 0, 2 + (len(PATTERNS) + len(ADAPTIVE)) * len(reached) * len(RESTS)
+
+    def report(batch: ContextBatch) -> None:
+        nonlocal done
+        done += batch.tokens.numel()
+        if on_progress is not None:
+            on_progress(done, passes * tokens)
+
+    heads, settings = _clean_pass(model, batches, reached, report)
+    coverage = _Coverage(model, settings)
+    plan = [(setting, rest) for setting in settings for rest in RESTS]
+    sums = torch.zeros(len(plan), 2, dtype=torch.float64)
+    counts = [KeyCount(model.device) for _ in plan]
+    clean_sum, count = 0.0, 0
+    for batch in batches:
+        with torch.no_grad(), coverage.watching(batch):
+            clean = model.bridge(batch.tokens, return_type="logits")
+        report(batch)
+        clean_sum += losses(batch, clean)[0].item()
+        count += int(batch.counted.sum())
+        for number, (setting, rest) in enumerate(plan):
+            seen = counts[number].of(batch)
+            with torch.no_grad(), restricted(model.bridge, setting.keep, setting.value, rest=rest, seen=seen):
+                logits = model.bridge(batch.tokens, return_type="logits")
+            sums[number] += torch.stack(losses(batch, logits, clean)).cpu()
+            report(batch)
+    clean_loss = clean_sum / counted(count)
+    rows = [
+        {
+            "pattern": setting.pattern, "rest": rest, "budget": setting.budget, "level": setting.level,
+            "keys": keys.mean(), "loss": loss, "added_nats": loss - clean_loss,
+            "perplexity": math.exp(min(loss, 700.0)), "kl": kl,
+        }
+        for (setting, rest), keys, (loss, kl) in zip(plan, counts, (sums / count).tolist(), strict=True)
+    ]  # fmt: skip
+    return AttentionSparsity(clean_loss, count, coverage.table(), pd.DataFrame(rows), heads.table(), settings)
+
+
+def best_of_heads(coverage: pd.DataFrame, budget: int) -> pd.DataFrame:
+    """Which of STRUCTURED keeps most of each head's attention: layer, head, best, kept, next, next_kept.
+
+    Of patterns that keep the same the first is the best.
+
+    Args:
+        coverage: the table of that name.
+        budget: one of its budgets.
+    """
+    rows = coverage[(coverage["budget"] == budget) & coverage["pattern"].isin(STRUCTURED)]
+    table = rows.pivot(index=["layer", "head"], columns="pattern", values="kept")[list(STRUCTURED)]
+    found = []
+    for (layer, head), kept in table.iterrows():
+        best, second = kept.sort_values(ascending=False, kind="stable").index[:2]
+        found.append((layer, head, best, kept[best], second, kept[second]))
+    return pd.DataFrame(found, columns=["layer", "head", "best", "kept", "next", "next_kept"])
+
+
+def usable_budgets(model: LoadedModel, budgets: Sequence[int], batches: Sequence[ContextBatch]) -> list[int]:
+    """The budgets that the contexts exceed.
+
+    Raises:
+        InputError: there is none, one is below 2, or a model whose attention cannot be edited.
     """
     if not model.checks.editable_patterns:
         raise InputError(
@@ -85,47 +224,79 @@ def measure_attention(
     length = batches[0].tokens.shape[1]
     if min(budgets) < 2:
         raise InputError(f"a query needs at least 2 keys, got a budget of {min(budgets)}")
-    settings = [(name, budget) for name in PATTERNS for budget in budgets if budget < length]
-    if not settings:
+    if length <= min(budgets):
         raise InputError(f"every budget reaches the context length {length}: give smaller budgets or longer contexts")
-    coverage = _Coverage(model, settings)
-    sums = torch.zeros(len(settings), 2, dtype=torch.float64)
-    clean_sum, count, done = 0.0, 0, 0
-    total = sum(batch.tokens.numel() for batch in batches) * (len(settings) + 1)
-    for batch in batches:
-        with torch.no_grad(), coverage.watching(batch):
-            clean = model.bridge(batch.tokens, return_type="logits")
-        clean_sum += losses(batch, clean)[0].item()
-        count += int(batch.counted.sum())
-        done += batch.tokens.numel()
-        for number, (name, budget) in enumerate(settings):
-            with torch.no_grad(), restricted(model.bridge, PATTERNS[name], budget):
-                logits = model.bridge(batch.tokens, return_type="logits")
-            sums[number] += torch.stack(losses(batch, logits, clean)).cpu()
-            done += batch.tokens.numel()
-            if on_progress is not None:
-                on_progress(done, total)
+    return [budget for budget in budgets if budget < length]
+
+
+def counted(count: int) -> int:
+    """The number of counted positions. Raises InputError when it is 0."""
     if not count:
         raise InputError("no held-out position to measure on: every context is BOS and padding")
-    clean_loss = clean_sum / count
-    rows = [
-        {
-            "pattern": name, "budget": budget, "loss": loss, "added_nats": loss - clean_loss,
-            "perplexity": math.exp(min(loss, 700.0)), "kl": kl,
-        }
-        for (name, budget), (loss, kl) in zip(settings, (sums / count).tolist(), strict=True)
-    ]  # fmt: skip
-    return AttentionSparsity(clean_loss, count, coverage.table(), pd.DataFrame(rows), coverage.heads.table())
+    return count
+
+
+def hook_names(bridge: Any) -> list[str]:
+    """The hook points of the attention patterns, layers upwards."""
+    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]
+
+
+def _clean_pass(
+    model: LoadedModel, batches: Sequence[ContextBatch], budgets: Sequence[int], report: Callable[[ContextBatch], None]
+) -> tuple[HeadSums, list[Setting]]:
+    """What every head looks at, and all settings with the adaptive patterns' thresholds."""
+    heads = HeadSums(model.info.n_layers, model.info.n_heads, model.device)
+    searches = {name: LevelSearch(weight, model.device) for name, weight in ADAPTIVE.items()}
+    for batch in batches:
+
+        def see(attention: Tensor, hook: Any, layer: int, batch: ContextBatch = batch) -> None:
+            heads.add(layer, attention, batch.ordinary)
+            for search in searches.values():
+                search.add(attention, batch.ordinary)
+
+        hooks = [(name, partial(see, layer=layer)) for layer, name in enumerate(hook_names(model.bridge))]
+        with torch.no_grad(), model.bridge.hooks(fwd_hooks=hooks):
+            model.bridge(batch.tokens, return_type=None)
+        report(batch)
+    settings = [Setting(name, budget, budget) for name in PATTERNS for budget in budgets]
+    for name, search in searches.items():
+        found = zip(budgets, search.thresholds(budgets), strict=True)
+        settings += [Setting(name, budget, threshold) for budget, threshold in found]
+    return heads, settings
+
+
+class KeyCount:
+    """Counts the keys that ordinary queries see in restricted passes."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Left on the device: reading it at every layer would stop the GPU.
+        self._keys = torch.zeros((), dtype=torch.int64, device=device)
+        self._rows = torch.zeros((), dtype=torch.int64, device=device)
+
+    def of(self, batch: ContextBatch) -> Seen:
+        """What to hand to `restricted` as `seen` for a pass over `batch`."""
+
+        def seen(layer: int, kept: Tensor) -> None:
+            rows = kept.transpose(1, 2)[batch.ordinary]
+            self._keys += rows.sum()
+            self._rows += rows.shape[0] * rows.shape[1]
+
+        return seen
+
+    def mean(self) -> float:
+        """Keys per query and head."""
+        return self._keys.item() / max(1, int(self._rows))
 
 
 class _Coverage:
-    """Sums of kept attention by layer, setting and head, and what `sinks` counts."""
+    """Sums of kept attention and kept keys by layer, setting and head."""
 
-    def __init__(self, model: LoadedModel, settings: Sequence[tuple[str, int]]) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: LoadedModel, settings: Sequence[Setting]) -> None:
+        self.bridge, self.settings = model.bridge, settings
         info = model.info
-        self.heads = HeadSums(info.n_layers, info.n_heads, model.device)
-        self._kept = torch.zeros(info.n_layers, len(settings), info.n_heads, dtype=torch.float64, device=model.device)
+        self._sums = torch.zeros(
+            2, info.n_layers, len(settings), info.n_heads, dtype=torch.float64, device=model.device
+        )
         self._uniform = torch.zeros(len(settings), dtype=torch.float64, device=model.device)
         self._queries = torch.zeros(len(settings), dtype=torch.float64, device=model.device)
 
@@ -133,41 +304,34 @@ class _Coverage:
     def watching(self, batch: ContextBatch) -> Iterator[None]:
         """Adds the passes over `batch` inside the context."""
         position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        queries = [batch.ordinary & (position >= budget) for _, budget in self.settings]
-        for number, (_, budget) in enumerate(self.settings):
+        queries = [batch.ordinary & (position >= setting.budget) for setting in self.settings]
+        for number, setting in enumerate(self.settings):
             self._queries[number] += queries[number].sum()
-            self._uniform[number] += (queries[number] * (budget / (position + 1.0))).sum()
+            self._uniform[number] += (queries[number] * (setting.budget / (position + 1.0))).sum()
 
-        def see(layer: int) -> Callable[[Tensor, Any], None]:
-            def hook(attention: Tensor, hook: Any) -> None:
-                self.heads.add(layer, attention, batch.ordinary)
-                for number, (name, budget) in enumerate(self.settings):
-                    kept = (attention * PATTERNS[name](attention, budget)).sum(dim=-1)
-                    self._kept[layer, number] += torch.einsum("bhq,bq->h", kept.double(), queries[number].double())
+        def see(attention: Tensor, hook: Any, layer: int) -> None:
+            for number, setting in enumerate(self.settings):
+                kept = setting.keep(attention, setting.value)
+                chosen = queries[number].double()
+                for place, part in enumerate(((attention * kept).sum(dim=-1), kept.sum(dim=-1))):
+                    self._sums[place, layer, number] += torch.einsum("bhq,bq->h", part.double(), chosen)
 
-            return hook
-
-        with self.model.bridge.hooks(
-            fwd_hooks=[(name, see(layer)) for layer, name in enumerate(_hook_names(self.model.bridge))]
-        ):
+        hooks = [(name, partial(see, layer=layer)) for layer, name in enumerate(hook_names(self.bridge))]
+        with self.bridge.hooks(fwd_hooks=hooks):
             yield
 
     def table(self) -> pd.DataFrame:
         """One row per layer, head and setting."""
-        kept = (self._kept / self._queries[:, None]).tolist()
+        kept, keys = (self._sums / self._queries[:, None]).tolist()
         uniform = (self._uniform / self._queries).tolist()
         return pd.DataFrame(
             [
                 {
-                    "layer": layer, "head": head, "pattern": name, "budget": budget,
-                    "kept": kept[layer][number][head], "uniform": uniform[number],
+                    "layer": layer, "head": head, "pattern": setting.pattern, "budget": setting.budget,
+                    "keys": keys[layer][number][head], "kept": kept[layer][number][head], "uniform": uniform[number],
                 }
                 for layer in range(len(kept))
-                for number, (name, budget) in enumerate(self.settings)
+                for number, setting in enumerate(self.settings)
                 for head in range(len(kept[layer][number]))
             ]
         )  # fmt: skip
-
-
-def _hook_names(bridge: Any) -> list[str]:
-    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.show.colours import series_colour
+from workbench.sparsity.attention import STRUCTURED, best_of_heads
 from workbench.sparsity.neurons import NeuronView
 
 LAYER_METRICS = {
@@ -19,10 +20,20 @@ LAYER_METRICS = {
     "jaccard": "overlap with the next token",
     "jaccard_chance": "... expected by chance",
 }
+HEAD_COSTS = {
+    "restricted_kl": "KL with this head alone restricted, nats per token",
+    "restricted_nats": "added nats with this head alone restricted",
+    "removed_kl": "KL with this head's output at its mean, nats per token",
+    "removed_nats": "added nats with this head's output at its mean",
+    "uncovered": "share of its attention that the pattern leaves out",
+    "dims_95": "directions of the query-key form for 95% of the attention on 16 keys",
+}
 AXIS_KEYS = ("type", "range", "tickformat", "dtick", "rangemode", "autorange")
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 COSTLY_NATS = 2.0
 """Curves are drawn up to this cost: beyond it a model is of no use, and the scale would hide what matters."""
+
+CHEAP_NATS = 1e-3
 
 
 def layer_overview(layers: pd.DataFrame) -> go.Figure:
@@ -76,14 +87,23 @@ def cost_curves(points: pd.DataFrame) -> go.Figure:
 
 
 def attention_curves(curves: pd.DataFrame) -> go.Figure:
-    """Added nats against the keys a query may look at, one line per pattern. Args: the table `curves`."""
+    """Added nats against the mean number of keys a query sees, a line per pattern, dashed with the rest at its mean.
+
+    Both axes are logarithmic; costs below CHEAP_NATS are drawn there. Args: the table `curves`.
+    """
     figure = go.Figure()
-    for number, (pattern, rows) in enumerate(curves.groupby("pattern", sort=False)):
+    colours = {pattern: series_colour(number) for number, pattern in enumerate(curves["pattern"].unique())}
+    for (pattern, rest), rows in curves.groupby(["pattern", "rest"], sort=False):
         figure.add_scatter(
-            x=rows["budget"], y=rows["added_nats"], name=str(pattern), mode="lines+markers",
-            line={"color": series_colour(number), "width": 1.5},
+            x=rows["keys"], y=rows["added_nats"].clip(lower=CHEAP_NATS), mode="lines+markers",
+            name=str(pattern) if rest == "dropped" else f"{pattern}, the rest {rest}",
+            customdata=rows[["budget", "level", "added_nats"]],
+            line={"color": colours[pattern], "width": 1.5, "dash": "solid" if rest == "dropped" else "dash"},
+            hovertemplate="%{x:.1f} keys (budget %{customdata[0]}, level %{customdata[1]:.3g}): "
+            "%{customdata[2]:.4f} nats",
         )  # fmt: skip
-    return _laid_out(figure, "keys per query", "added nats per token").update_xaxes(type="log", dtick=0.30103)
+    _laid_out(figure, "keys per query", "added nats per token").update_xaxes(type="log", dtick=0.30103)
+    return figure.update_yaxes(type="log").update_layout(height=460)
 
 
 def attention_coverage(coverage: pd.DataFrame, budget: int) -> go.Figure:
@@ -102,6 +122,92 @@ def attention_coverage(coverage: pd.DataFrame, budget: int) -> go.Figure:
     )
     height = 120 + 14 * len(table)
     return figure.update_layout(height=height, margin=MARGIN, title=f"attention kept with {budget} keys per query")
+
+
+def task_curves(tasks: pd.DataFrame) -> go.Figure:
+    """Share of each task's metric that is left against the budget, a panel per task. Args: the table `tasks`."""
+    names = list(tasks["task"].unique())
+    figure = make_subplots(rows=1, cols=len(names), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=names)
+    colours = {pattern: series_colour(number) for number, pattern in enumerate(tasks["pattern"].unique())}
+    for (task, pattern, rest), rows in tasks.groupby(["task", "pattern", "rest"], sort=False):
+        figure.add_scatter(
+            x=rows["budget"], y=rows["kept"], mode="lines+markers", legendgroup=f"{pattern} {rest}",
+            name=str(pattern) if rest == "dropped" else f"{pattern}, the rest {rest}", showlegend=task == names[0],
+            line={"color": colours[pattern], "width": 1.5, "dash": "solid" if rest == "dropped" else "dash"},
+            row=1, col=names.index(task) + 1,
+        )  # fmt: skip
+    figure.update_xaxes(type="log", dtick=0.30103, title_text="keys per query")
+    figure.update_yaxes(title_text="share of the metric left", row=1, col=1)
+    return figure.update_layout(height=460, margin=MARGIN, legend={"orientation": "h", "y": -0.25})
+
+
+def best_patterns(coverage: pd.DataFrame, budget: int) -> go.Figure:
+    """Every head coloured by the pattern that keeps most of its attention, with the share kept, layers upwards.
+
+    Args:
+        coverage: the table `coverage` of an attention measurement.
+        budget: one of its budgets.
+    """
+    table = best_of_heads(coverage, budget)
+    numbers = {pattern: number for number, pattern in enumerate(STRUCTURED)}
+    table["number"] = table["best"].map(numbers)
+    table["said"] = [f"{row.best} keeps {row.kept:.1%}, {row.next} {row.next_kept:.1%}" for row in table.itertuples()]
+    cells, kept, said = (table.pivot(index="layer", columns="head", values=name) for name in ("number", "kept", "said"))
+    # Each number has a stretch of the scale in one colour.
+    scale = [
+        (end, series_colour(number))
+        for number in range(len(STRUCTURED))
+        for end in (number / len(STRUCTURED), (number + 1) / len(STRUCTURED))
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=cells, x=list(cells.columns), y=list(cells.index), text=kept, customdata=said, texttemplate="%{text:.0%}",
+            zmin=-0.5, zmax=len(STRUCTURED) - 0.5, colorscale=scale, opacity=0.75, xgap=2, ygap=2,
+            hovertemplate="layer %{y}, head %{x}: %{customdata}<extra></extra>",
+            colorbar={"tickvals": list(numbers.values()), "ticktext": list(numbers)},
+        )
+    )  # fmt: skip
+    _laid_out(figure, "head", "layer").update_xaxes(dtick=1).update_yaxes(dtick=1)
+    title = f"the pattern that keeps most with {budget} keys per query"
+    return figure.update_layout(title=title, height=140 + 36 * len(cells))
+
+
+def head_costs(heads: pd.DataFrame, column: str = "restricted_kl") -> go.Figure:
+    """What restricting or removing each head alone costs, layers upwards.
+
+    Args:
+        heads: the table `heads` of a measurement of heads.
+        column: one of HEAD_COSTS.
+    """
+    cells = heads.pivot(index="layer", columns="head", values=column).astype(float)
+    figure = go.Figure(
+        go.Heatmap(
+            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, colorscale="Blues", texttemplate="%{z:.2g}",
+            hovertemplate="layer %{y}, head %{x}: %{z:.4f}<extra></extra>", colorbar={"thickness": 8},
+        )
+    )  # fmt: skip
+    _laid_out(figure, "head", "layer").update_xaxes(dtick=1).update_yaxes(dtick=1)
+    return figure.update_layout(title=HEAD_COSTS[column], height=140 + 36 * len(cells))
+
+
+def heads_left_whole(curve: pd.DataFrame) -> go.Figure:
+    """Added nats with all heads restricted but some, by how those are chosen; random ones as mean and spread.
+
+    Args:
+        curve: the table `curve` of a measurement of heads.
+    """
+    none = curve[curve["whole"] == 0]
+    figure = go.Figure()
+    for number, order in enumerate(curve["order"].unique()):
+        rows = pd.concat([none, curve[(curve["order"] == order) & (curve["whole"] > 0)]])
+        spread = rows.groupby("whole")["added_nats"].agg(["mean", "min", "max"])
+        figure.add_scatter(
+            x=spread.index, y=spread["mean"], name=str(order),
+            mode="lines+markers", line={"color": series_colour(number), "width": 1.5},
+            error_y={"array": spread["max"] - spread["mean"], "arrayminus": spread["mean"] - spread["min"],
+                     "thickness": 1} if order == "random" else None,
+        )  # fmt: skip
+    return _laid_out(figure, "heads left whole", "added nats per token").update_yaxes(rangemode="tozero")
 
 
 def density_spectrum(spectrum: pd.DataFrame) -> go.Figure:

@@ -2,7 +2,8 @@
 
     sparsity-mlp         tables layers, neurons, positions, residual
     sparsity-curves      tables points, shares (by matrix), cett (thresholds by layer), ppl
-    sparsity-attention   tables curves, coverage, heads
+    sparsity-attention   tables curves, coverage, heads, with tasks also tasks
+    sparsity-heads       tables heads, layers, curve
     sparsity-sae         tables summary, positions, spectrum, terms
 
 A measurement that is already stored under its name, made from the same model, corpus and settings, is opened and not
@@ -10,6 +11,7 @@ made again: repeating an interrupted series of commands goes on where it stopped
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -19,10 +21,15 @@ from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
+from workbench.circuits.task import Task
 from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel
 from workbench.sparsity import figures
-from workbench.sparsity.attention import BUDGETS, measure_attention
+from workbench.sparsity.attention import BUDGETS, Rest, measure_attention
+from workbench.sparsity.attention_heads import DRAWS, measure_heads
+from workbench.sparsity.attention_patterns import pattern_named
+from workbench.sparsity.attention_rank import looking_ranks
+from workbench.sparsity.attention_tasks import task_costs
 from workbench.sparsity.calibration import calibrate
 from workbench.sparsity.enforce import enforce
 from workbench.sparsity.measure import measure
@@ -31,7 +38,8 @@ from workbench.sparsity.ppl import ppl_sparsity, search_passes
 from workbench.sparsity.sae_report import measure_saes
 from workbench.text.corpora import Corpus
 
-MLP, CURVES, ATTENTION, SAES = "sparsity-mlp", "sparsity-curves", "sparsity-attention", "sparsity-sae"
+MLP, CURVES, ATTENTION = "sparsity-mlp", "sparsity-curves", "sparsity-attention"
+HEADS, SAES = "sparsity-heads", "sparsity-sae"
 CETT_TARGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
 """Of the table of thresholds."""
 OnProgress = Callable[[int, int], None]
@@ -123,26 +131,82 @@ def report_attention(
     corpus: Corpus,
     *,
     budgets: Sequence[int] = BUDGETS,
+    tasks: Sequence[Task] = (),
     max_tokens: int = 8192,
     context_len: int = 256,
     on_progress: OnProgress | None = None,
 ) -> Result:
-    """Measures and stores how much attention simple patterns keep; see `attention`."""
-    parameters = {"budgets": list(budgets), "max_tokens": max_tokens, "context_len": context_len}
+    """Measures and stores how much attention patterns keep and what restricting every head costs; see `attention`.
+
+    Args:
+        tasks: restricted likewise; see `attention_tasks`.
+    """
+    for task in tasks:
+        task.check()
+    parameters = {
+        "budgets": list(budgets), "tasks": [asdict(task) for task in tasks], "max_tokens": max_tokens,
+        "context_len": context_len,
+    }  # fmt: skip
 
     def make() -> Made:
         held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
         found = measure_attention(model, held, budgets=budgets, on_progress=on_progress)
         measured = sorted(found.coverage["budget"].unique())
         middle = int(measured[len(measured) // 2])
-        return {"curves": found.curves, "coverage": found.coverage, "heads": found.heads}, {
+        tables = {"curves": found.curves, "coverage": found.coverage, "heads": found.heads}
+        if tasks:
+            tables["tasks"] = task_costs(model, found.settings, tasks)
+        return tables, {
             "cost": figures.attention_curves(found.curves),
             "coverage": figures.attention_coverage(found.coverage, middle),
+            "best": figures.best_patterns(found.coverage, middle),
             "sinks": figures.sinks(found.heads),
         }
 
     return catalog.results.get_or_make(
         ATTENTION, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
+    )
+
+
+def report_heads(
+    catalog: Catalog,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    pattern: str = "sink + local",
+    budget: int = 16,
+    rest: Rest = "dropped",
+    draws: int = DRAWS,
+    seed: int = 0,
+    max_tokens: int = 2048,
+    context_len: int = 256,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Measures and stores what each head needs; see `attention_heads` and `attention_rank`.
+
+    Raises:
+        InputError: an unknown pattern, or as `measure_heads`.
+    """
+    keep = pattern_named(pattern)
+    parameters = {
+        "pattern": pattern, "budget": budget, "rest": rest, "draws": draws, "seed": seed, "max_tokens": max_tokens,
+        "context_len": context_len,
+    }  # fmt: skip
+
+    def make() -> Made:
+        held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+        found = measure_heads(
+            model, held, keep, budget, rest=rest, draws=draws, seed=seed, on_progress=on_progress
+        )  # fmt: skip
+        heads = found.heads.merge(looking_ranks(model, held), on=["layer", "head"])
+        return {"heads": heads, "layers": found.layers, "curve": found.curve}, {
+            "heads": figures.head_costs(heads),
+            "whole": figures.heads_left_whole(found.curve),
+        }
+
+    return catalog.results.get_or_make(
+        HEADS, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
     )
 
 
@@ -220,6 +284,16 @@ def report_all(
         ),
         report_curves(catalog, name, model, corpus, ps=ps, **held, on_progress=of("enforce")),
         report_attention(catalog, name, model, corpus, budgets=budgets, **held, on_progress=of("attention")),
+        report_heads(
+            catalog,
+            name,
+            model,
+            corpus,
+            budget=min(16, context_len // 2),
+            context_len=context_len,
+            max_tokens=min(2048, heldout_tokens),
+            on_progress=of("heads"),
+        ),
     ]
     if saes:
         results.append(report_saes(catalog, name, model, saes, corpus, **held, on_progress=of("sae")))

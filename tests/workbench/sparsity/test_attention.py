@@ -7,10 +7,35 @@ import pytest
 import torch
 
 from sae.errors import InputError
+from workbench.circuits.task import Task
 from workbench.models.contexts import ContextBatch
 from workbench.models.load import LoadedModel
-from workbench.sparsity.attention import AttentionSparsity, measure_attention, restricted
-from workbench.sparsity.attention_patterns import BLOCK, PATTERNS, SINKS, sink_local, top_blocks, top_keys, vertical
+from workbench.sparsity.attention import (
+    RESTS,
+    STRUCTURED,
+    AttentionSparsity,
+    KeyCount,
+    Rest,
+    best_of_heads,
+    measure_attention,
+    only,
+    restricted,
+)
+from workbench.sparsity.attention_levels import LevelSearch
+from workbench.sparsity.attention_patterns import (
+    ADAPTIVE,
+    BLOCK,
+    PATTERNS,
+    SINKS,
+    mass_from_here,
+    reaching,
+    sink_local,
+    top_blocks,
+    top_keys,
+    vertical,
+    vertical_slash,
+)
+from workbench.sparsity.attention_tasks import task_costs
 from workbench.sparsity.sinks import COLUMNS, HeadSums
 
 BUDGETS = (8, 16)
@@ -95,13 +120,141 @@ def test_coverage_equals_a_naive_loop(
         assert table["uniform"].iloc[0] == pytest.approx(sum(uniform) / len(uniform), abs=1e-6)
 
 
-def test_a_budget_that_holds_every_key_changes_nothing(model: LoadedModel, held_out: list[ContextBatch]) -> None:
+def test_vertical_slash_keeps_at_least_what_sinks_and_local_keys_keep() -> None:
+    for seed in range(3):
+        attention = causal_attention(seed=seed)
+        for budget in (2, 5, 8, 16):
+            long = torch.arange(40) >= budget
+            kept, comparator = (
+                (attention * pattern(attention, budget))[:, :, long].sum(dim=(-1, -2))
+                for pattern in (vertical_slash, sink_local)
+            )
+            assert (kept >= comparator).all()
+            # And more than these somewhere: random attention has columns.
+            assert (kept > comparator).any()
+
+
+def test_vertical_slash_finds_a_planted_column_and_a_planted_diagonal() -> None:
+    attention = torch.full((1, 1, 40, 40), 1e-3).tril()
+    attention[0, 0, 11:, 11] = 1.0
+    attention[0, 0].diagonal(-7)[:] = 1.0
+    attention /= attention.sum(dim=-1, keepdim=True)
+    mask = vertical_slash(attention, 4)[0, 0]
+    assert mask[11:, 11].all()
+    assert mask.diagonal(-7).all()
+    assert mask.diagonal(0).all()
+
+
+def test_diagonals_are_those_of_a_naive_sum() -> None:
+    attention = causal_attention()
+    columns_left_out = attention.float() * (torch.arange(40) >= 8)[:, None]
+    summed = torch.tensor([columns_left_out[1, 2].diagonal(-distance).sum() for distance in range(40)])
+    expected = {0, *summed[1:].topk(7).indices.add(1).tolist()}
+    from workbench.sparsity.attention_patterns import _diagonals
+
+    mask = _diagonals(columns_left_out, 8)[1, 2]
+    assert {39 - key for key in mask[39].nonzero().flatten().tolist()} == expected
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+def test_top_p_keeps_the_fewest_keys_that_hold_p(share: float) -> None:
+    attention = causal_attention(length=12)
+    mask = reaching(mass_from_here)(attention, 1 - share)
+    for query in range(12):
+        row = attention[1, 1, query, : query + 1].double()
+        order = row.argsort(descending=True).tolist()
+        held, expected = 0.0, set()
+        for key in order:
+            if expected and held > share:
+                break
+            expected.add(key)
+            held += row[key].item()
+        assert set(mask[1, 1, query].nonzero().flatten().tolist()) == expected
+
+
+def test_relative_thresholds_keep_a_share_of_the_rows_largest() -> None:
+    attention = causal_attention()
+    mask = reaching(ADAPTIVE["relative threshold"])(attention, 0.1)
+    expected = attention >= 0.1 * attention.amax(dim=-1, keepdim=True)
+    assert torch.equal(mask, expected & torch.ones(40, 40).tril().bool())
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_thresholds_give_as_many_keys_in_the_mean_as_the_budget(name: str) -> None:
+    attention, ordinary = causal_attention(), torch.ones(2, 40, dtype=torch.bool)
+    ordinary[:, 0] = False
+    search = LevelSearch(ADAPTIVE[name], torch.device("cpu"))
+    for half in (slice(0, 1), slice(1, 2)):
+        search.add(attention[half], ordinary[half])
+    for budget, threshold in zip((4, 16, 40), search.thresholds([4, 16, 40]), strict=True):
+        keys = reaching(ADAPTIVE[name])(attention, threshold)[:, :, 1:].sum(dim=-1).double().mean()
+        wanted = sum(min(budget, query + 1) for query in range(1, 40)) / 39
+        # A bin holds a share of a thousandth of the weight's size.
+        assert keys.item() == pytest.approx(wanted, rel=0.01)
+        assert budget < 40 or threshold == 0.0
+
+
+def test_the_rest_at_its_mean_is_the_mean_value_with_the_rests_mass() -> None:
+    attention = causal_attention(length=10).double()
+    value = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).double()
+    kept = top_keys(attention, 3)
+    read = only(attention, kept, "at its mean") @ value
+    for query in range(10):
+        row, keys = attention[1, 2, query], kept[1, 2, query]
+        others = [key for key in range(query + 1) if not keys[key]]
+        expected = (row[keys, None] * value[keys]).sum(dim=0)
+        if others:
+            expected = expected + row[others].sum() * value[others].mean(dim=0)
+        torch.testing.assert_close(read[1, 2, query], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_keys_outside_a_window_are_not_part_of_the_rest() -> None:
+    attention = causal_attention(length=10)
+    attention[..., 0] = 0.0
+    attention[..., 0, 0] = 1.0
+    cut = only(attention, top_keys(attention, 3), "at its mean")
+    assert (cut[..., 1:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_a_budget_that_holds_every_key_changes_nothing_to_the_last_bit(
+    rest: Rest, model: LoadedModel, held_out: list[ContextBatch]
+) -> None:
     tokens = held_out[0].tokens
     clean = model.bridge(tokens)
-    for pattern in PATTERNS.values():
-        # A stripe pattern spends one key on the query itself.
-        with restricted(model.bridge, pattern, tokens.shape[1] + 1):
-            torch.testing.assert_close(model.bridge(tokens), clean, rtol=1e-4, atol=1e-4)
+    # A stripe pattern spends one key on the query itself; an adaptive pattern keeps all at threshold 0.
+    settings = [(pattern, tokens.shape[1] + 1) for pattern in PATTERNS.values()]
+    settings += [(reaching(weight), 0) for weight in ADAPTIVE.values()]
+    for pattern, value in settings:
+        with restricted(model.bridge, pattern, value, rest=rest):
+            assert torch.equal(model.bridge(tokens), clean)
+
+
+def test_keys_are_counted_over_ordinary_queries(model: LoadedModel, held_out: list[ContextBatch]) -> None:
+    keys = KeyCount(model.device)
+    for batch in held_out:
+        with restricted(model.bridge, top_keys, 8, seen=keys.of(batch)):
+            model.bridge(batch.tokens)
+    queries = [query for batch in held_out for _, query in batch.ordinary.nonzero().tolist()]
+    assert keys.mean() == pytest.approx(sum(min(8, query + 1) for query in queries) / len(queries))
+
+
+def test_the_best_pattern_of_a_head_is_the_one_that_keeps_most(found: AttentionSparsity) -> None:
+    best = best_of_heads(found.coverage, 8)
+    for row in best.itertuples():
+        own = found.coverage.query("layer == @row.layer and head == @row.head and budget == 8").set_index("pattern")
+        kept = own.loc[list(STRUCTURED), "kept"]
+        assert row.kept == kept.max() == kept[row.best]
+        assert row.next_kept == kept.drop(row.best).max()
+
+
+def test_a_task_that_nothing_is_taken_from_keeps_its_metric(found: AttentionSparsity, gpt2_model: LoadedModel) -> None:
+    settings = [setting for setting in found.settings if setting.pattern == "top-k keys"][:1]
+    whole = [type(settings[0])("top-k keys", 64, 64)]
+    rows = task_costs(gpt2_model, [*settings, *whole], [Task("induction", n=4)]).set_index(["budget", "rest"])
+    for rest in RESTS:
+        assert rows.loc[(64, rest), "kept"] == 1.0
+        assert rows.loc[(settings[0].budget, rest), "kept"] != 1.0
 
 
 def test_restriction_equals_masking_the_scores_before_the_softmax(
@@ -121,7 +274,7 @@ def test_top_keys_cover_at_least_what_any_other_pattern_does(found: AttentionSpa
     table = found.coverage.pivot(index=["layer", "head", "budget"], columns="pattern", values="kept")
     for name in PATTERNS:
         assert (table[name] <= table["top-k keys"] + 1e-6).all()
-    assert set(found.curves["pattern"]) == set(PATTERNS)
+    assert set(found.curves["pattern"]) == {*PATTERNS, *ADAPTIVE}
     assert (found.curves["kl"] > 0).all()
 
 

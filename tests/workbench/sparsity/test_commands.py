@@ -43,13 +43,15 @@ def arguments(command: str, workspace: Path, model: Path, corpus: Path, *extra: 
 COMMANDS = {
     "measure": ("sparsity-mlp", [], ["layers", "residual"]),
     "enforce": ("sparsity-curves", ["--method", "zero", "--method", "wina", "--p", "0.01"], ["points", "ppl"]),
-    "attention": ("sparsity-attention", ["--budget", "8"], ["curves"]),
+    "attention": ("sparsity-attention", ["--budget", "8", "--task", "induction"], ["curves", "tasks"]),
+    "heads": ("sparsity-heads", ["--budget", "8", "--draws", "1"], ["heads", "layers", "curve"]),
     "sae": ("sparsity-sae", ["s"], ["summary", "terms"]),
 }
 DRAWN = {
     "measure": {"layers": ("layers", "layer", "active")},
     "enforce": {"cost": ("points", "sparsity", "added_nats")},
-    "attention": {"cost": ("curves", "budget", "added_nats")},
+    "attention": {"cost": ("curves", "keys", "added_nats")},
+    "heads": {"whole": ("curve", "whole", "added_nats")},
     "sae": {"terms": ("terms", "error", "terms_mean")},
 }
 """Figures, each with the table it shows and the columns of its first trace."""
@@ -76,7 +78,10 @@ def test_a_command_stores_its_result_with_figures_and_opens_it_when_repeated(
     drawn = {name: plotly.io.from_json(figure) for name, figure in result.figures().items()}
     for name, (table, x, y) in DRAWN[command].items():
         whole = result.table(table)
-        shown = whole[whole["added_nats"] <= figures.COSTLY_NATS] if name == "cost" else whole
+        if command == "attention":
+            # Its axis is logarithmic: what costs nothing is drawn at its lower end.
+            whole["added_nats"] = whole["added_nats"].clip(lower=figures.CHEAP_NATS)
+        shown = whole[whole["added_nats"] <= figures.COSTLY_NATS] if command == "enforce" else whole
         for trace in drawn[name].data[:1]:
             points = set(zip(numbers(trace.x), numbers(trace.y), strict=True))
             assert points
@@ -111,7 +116,7 @@ def test_a_report_makes_every_part_once_and_stands_beside_another(
         ]  # fmt: skip
 
     assert run(call("relu", tiny_gpt2)) == 0
-    assert capsys.readouterr().err.count("done in") == 3
+    assert capsys.readouterr().err.count("done in") == 4
     space = Workspace(tmp_path / "w")
     # As after an interruption: one part is missing, the others stay as they are.
     space.results.open("sparsity-curves", "relu").path.unlink()
@@ -146,6 +151,7 @@ def test_sparsity_at_a_cost_is_read_off_between_levels() -> None:
         ("enforce", ["--method", "tael"], "unknown sparsity method 'tael': choose from zero"),
         ("enforce", ["--p", "1e9"], "no threshold reaches p = 1e+09"),
         ("attention", ["--budget", "99"], "every budget reaches the context length 32"),
+        ("heads", ["--pattern", "slash"], "unknown attention pattern 'slash': choose from sink + local"),
         ("sae", ["missing"], "no SAE 'missing'"),
     ],
 )
