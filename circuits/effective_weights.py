@@ -12,6 +12,9 @@ and scale(x) is a number per token. So LN(x) W + b = (x / scale(x)) W_eff + b_ef
 W_eff is what a direction in the residual stream should be compared with: the gain weighs its coordinates and the
 centring removes their mean, which the raw W does not show. (Elhage et al. 2021, "A Mathematical Framework for
 Transformer Circuits", "handling layer normalization".)
+
+The norm is measured (`circuits.norms`). Where a block puts its norm after the reader (OLMo 2), W_eff = W. The
+unembedding is multiplied by what the model multiplies its logits by (Granite, Cohere).
 """
 
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.nodes import Bridge
+from circuits.norms import measured_norm
 from sae.errors import InputError
 
 Reader = Literal["q", "k", "v", "mlp_in", "mlp_gate", "unembed"]
@@ -50,13 +54,15 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         InputError: a layer the model does not have, or the gate of an MLP that has none.
     """
     if reader == "unembed":
-        return _through_norm(bridge, bridge.ln_final, *_linear(bridge.unembed))
+        W, b = _linear(bridge.unembed)
+        scale = logit_scale(bridge)
+        return _through_norm(bridge, bridge.ln_final, scale * W, scale * b)
     if layer is None or not 0 <= layer < bridge.cfg.n_layers:
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {bridge.cfg.n_layers - 1}")
     block = bridge.blocks[layer]
     if reader in ("q", "k", "v"):
         W, b = _linear(getattr(block.attn, reader))
-        found = _through_norm(bridge, block.ln1, W, b)
+        found = _through_norm(bridge, _norm_before(block, "ln1", "hook_attn_out"), W, b)
         d_head = bridge.cfg.d_head
         return EffectiveWeights(
             rearrange(found.W, "d (head h) -> d head h", h=d_head), rearrange(found.b, "(head h) -> head h", h=d_head)
@@ -65,7 +71,7 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
     if not hasattr(block.mlp, name):
         raise InputError(f"the MLP of layer {layer} has no {name} matrix: its readers are q, k, v and mlp_in")
     # Parallel MLPs read the block's input through a LayerNorm of their own (GPT-NeoX) or attention's (GPT-J).
-    norm = block.ln2 if hasattr(block, "ln2") else block.ln1
+    norm = _norm_before(block, "ln2", "hook_mlp_out") if hasattr(block, "ln2") else block.ln1
     return _through_norm(bridge, norm, *_linear(getattr(block.mlp, name)))
 
 
@@ -87,12 +93,26 @@ def _linear(component: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, 
 def _through_norm(
     bridge: Bridge, norm: Any, W: Float[Tensor, "d_model d_out"], b: Float[Tensor, "d_out"]
 ) -> EffectiveWeights:
-    module = norm.original_component
-    gain = module.weight.to(W.dtype)
-    if bridge.cfg.uses_rms_norm:
-        # Gemma stores the gain minus one.
-        gain = gain + 1 if bridge.cfg.rmsnorm_uses_offset else gain
-        return EffectiveWeights(gain[:, None] * W, b)
-    scaled = gain[:, None] * W
-    shift = torch.zeros_like(gain) if module.bias is None else module.bias.to(W.dtype)
-    return EffectiveWeights(scaled - scaled.mean(dim=0), b + shift @ W)
+    """W and b as they read the residual stream; `norm` is None where they read it as it is."""
+    if norm is None:
+        return EffectiveWeights(W, b)
+    found = measured_norm(norm, stream_vector(bridge))
+    return EffectiveWeights(found.into(W), b + found.shift.to(W.dtype) @ W)
+
+
+def stream_vector(bridge: Bridge) -> Float[Tensor, "d_model"]:
+    """A vector of zeros as the residual stream has them: width, precision, device."""
+    weight = bridge.unembed.original_component.weight
+    return torch.zeros(bridge.cfg.d_model, dtype=weight.dtype, device=weight.device)
+
+
+def logit_scale(bridge: Bridge) -> float:
+    """What the unembedding's outputs are multiplied by (Granite, Cohere); a soft cap is close to 1 at small logits."""
+    small = torch.tensor(1e-4, dtype=torch.float64)
+    return float(bridge.adapter.apply_output_logits_transform(small) / small)
+
+
+def _norm_before(block: Any, norm: str, contribution: str) -> Any:
+    """The block's norm of that name, None where it stands after what it is named for (OLMo 2)."""
+    after = str(block.hook_aliases.get(contribution, "")).startswith(f"{norm}.")
+    return None if after else getattr(block, norm)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from circuits.nodes import Bridge
 from circuits.prompts import PromptSet
+from sae.errors import InputError
 
 Hook = tuple[str, Callable[..., Any]]
 OnProgress = Callable[[int, int], None]
@@ -63,7 +64,7 @@ def activations(
 
 @contextmanager
 def taking(bridge: Bridge, names: Iterable[str], found: dict[str, Tensor]) -> Iterator[None]:
-    """Passes inside the context write the values at hook points into `found`."""
+    """Passes inside the context write the values at hook points into `found`. Raises InputError where one has none."""
 
     def taker(name: str) -> Callable[..., None]:
         def take(value: Tensor, hook: Any) -> None:
@@ -71,8 +72,14 @@ def taking(bridge: Bridge, names: Iterable[str], found: dict[str, Tensor]) -> It
 
         return take
 
-    with bridge.hooks(fwd_hooks=[(name, taker(name)) for name in names]):
+    wanted = list(names)
+    with bridge.hooks(fwd_hooks=[(name, taker(name)) for name in wanted]):
         yield
+    if missing := [name for name in wanted if name not in found]:
+        raise InputError(
+            f"this model has nothing at {missing[0]}: TransformerLens runs its attention or MLP in one piece, or the "
+            "layer has none"
+        )
 
 
 def last_values(value: Float[Tensor, "n pos d"], prompts: PromptSet) -> Float[Tensor, "n d"]:

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.effective_weights import effective_unembedding
+from circuits.norms import measured_norm
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.features.index.logits import output_directions
@@ -272,6 +273,4 @@ def read_prompt(
 
 def _final_scale(model: "LoadedModel", x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
     """What the final LayerNorm divides by."""
-    x = x.float()
-    centred = x if model.bridge.cfg.uses_rms_norm else x - x.mean(dim=1, keepdim=True)
-    return (centred.square().mean(dim=1) + float(model.bridge.cfg.eps)).sqrt()
+    return measured_norm(model.structure.ln_final, x[0]).scale(x.float())

@@ -36,8 +36,9 @@ from workbench.harvest.reading import Harvest
 from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, SCHEMA
 from workbench.harvest.writing import BlockWriter
 from workbench.models.capture import capture
-from workbench.models.hooks import HookSpec, resolve_hook
+from workbench.models.hooks import resolve_hook
 from workbench.models.load import DTYPES, LoadedModel
+from workbench.models.places import HookSpec
 from workbench.show.progress import format_bytes
 from workbench.text.corpora import Corpus, Document, Split
 from workbench.text.packing import FLAG_PADDING, PackedBatch, pack
@@ -346,6 +347,7 @@ def _part(batches: Iterator[PackedBatch], start: int, stop: int) -> Iterator[Pac
 
 def run_batch(model: LoadedModel, plan: Plan, batch: PackedBatch) -> dict[str, Tensor]:
     """Values by hook (gradients by `HOOK.grad`), [rows, width], as the model computed them, on its device."""
+    model.check_tokens(int(batch.tokens.max()))
     tokens = torch.from_numpy(batch.tokens).to(model.device, torch.int64, non_blocking=True)
     counted = None
     if plan.gradients:

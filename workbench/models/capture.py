@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sae.errors import InputError
-from workbench.models.hooks import HookSpec
-
-if TYPE_CHECKING:
-    from workbench.models.load import LoadedModel
+from workbench.models.model import LoadedModel
+from workbench.models.places import HookSpec
 
 FP16_LOSS_SCALE = 256.0
 """The backward pass of a float16 model runs on loss x this, so that small gradients do not underflow."""
@@ -46,7 +44,7 @@ class _Stop(Exception):
 
 
 def capture(
-    model: "LoadedModel",
+    model: LoadedModel,
     tokens: Int[Tensor, "batch pos"],
     hooks: Sequence[HookSpec],
     *,
@@ -91,7 +89,7 @@ def capture(
 
 
 def values_at(
-    model: "LoadedModel", tokens: Int[Tensor, "batch pos"], hooks: Sequence[HookSpec]
+    model: LoadedModel, tokens: Int[Tensor, "batch pos"], hooks: Sequence[HookSpec]
 ) -> dict[str, Float[Tensor, "batch pos width"]]:
     """Values at hook points by name; those that no module of this model sees are missing. Stops after the last one."""
     values: dict[str, Tensor] = {}
@@ -143,7 +141,7 @@ Keep = Callable[[HookSpec, Tensor], None]
 
 
 @contextmanager
-def hooked(model: "LoadedModel", hooks: Sequence[HookSpec], keep: Keep) -> Iterator[None]:
+def hooked(model: LoadedModel, hooks: Sequence[HookSpec], keep: Keep) -> Iterator[None]:
     """Hands the value at each hook point to `keep` while the bare model runs."""
     handles = []
     try:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.models.load import LoadedModel
+from workbench.models.model import LoadedModel
 from workbench.text.corpora import Corpus, Split
 from workbench.text.packing import is_ordinary, pack
 
@@ -65,6 +65,7 @@ def context_batches(
     per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.info.d_vocab) // context_len)
     any_counted = False
     for packed in pack(corpus.documents(split), model.tokenizer, model.bos_id, context_len, per_batch):
+        model.check_tokens(int(packed.tokens.max()))
         tokens, ordinary, doc, pos = (
             torch.from_numpy(array[:left]).to(model.device)
             for array in (packed.tokens, is_ordinary(packed.flags), packed.doc, packed.pos)

@@ -18,9 +18,9 @@ explicit attention, and a token that a router sends elsewhere because of it, are
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,34 +28,14 @@ from torch import Tensor
 
 from sae.errors import InputError
 from workbench.models.capture import as_added, hooked
-from workbench.models.hooks import KINDS, HookSpec, bridge_hooks
-
-if TYPE_CHECKING:
-    from workbench.models.load import LoadedModel
+from workbench.models.model import Checks, LoadedModel
+from workbench.models.places import KINDS, HookSpec, bridge_hooks
 
 TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Checks:
-    """What was found of one model."""
-
-    hooks: Mapping[str, HookSpec]
-    """Hook points that hold what their names say, by name."""
-    refused: Mapping[str, str]
-    """Why the others are not used, by name."""
-    wrong_bridge: str | None
-    """Why nothing may run on the TransformerBridge, if so."""
-    delegated: bool
-    """Whether the bridge's attention is the module's own."""
-    cached: bool
-    """Whether a step with the cache of those before it gives what the whole pass gives."""
-    editable_patterns: bool
-    """Whether a changed attention pattern changes the pass."""
-
-
 @torch.no_grad()
-def check(model: "LoadedModel") -> Checks:
+def check(model: LoadedModel) -> Checks:
     """Measures a model; see the module's description. Mends its bridge where that is possible.
 
     Raises:
@@ -67,6 +47,8 @@ def check(model: "LoadedModel") -> Checks:
             f"TransformerLens' {model.info.architecture} has no list of blocks to read from: not supported"
         )
     _place_loose_mlps(bridge)
+    # Only explicit attention hands its pattern on.
+    bridge.original_model.set_attn_implementation("eager")
     tokens = random_tokens(model)
     logits = model.hf(tokens, use_cache=False).logits
     delegated, wrong = _mended(bridge, tokens, logits, model.info.architecture)
@@ -98,7 +80,7 @@ def _place_loose_mlps(bridge: Any) -> None:
             mlp.hook_aliases = {**mlp.hook_aliases, "hook_in": "in.hook_in"}
 
 
-def random_tokens(model: "LoadedModel") -> Int[Tensor, "1 pos"]:
+def random_tokens(model: LoadedModel) -> Int[Tensor, "1 pos"]:
     """BOS and random tokens of the vocabulary, always the same for a model."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.info.d_vocab, (1, min(TOKENS, model.info.n_ctx)), generator=generator)
@@ -130,9 +112,6 @@ def delegate_attention(bridge: Any) -> None:
     """Has every block's attention run the module's own forward, hooks at its projections, pattern and output kept."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-    # Only explicit attention hands its pattern on.
-    if hasattr(bridge.original_model, "set_attn_implementation"):
-        bridge.original_model.set_attn_implementation("eager")
     for block in bridge.blocks:
         attention = getattr(block, "attn", None)
         if isinstance(attention, AttentionBridge):
@@ -163,7 +142,7 @@ def _bridge_agrees(bridge: Any, tokens: Int[Tensor, "1 pos"], logits: Float[Tens
 
 
 def _native_values(
-    model: "LoadedModel", tokens: Int[Tensor, "1 pos"], hooks: Mapping[str, HookSpec]
+    model: LoadedModel, tokens: Int[Tensor, "1 pos"], hooks: Mapping[str, HookSpec]
 ) -> tuple[dict[str, Tensor], set[str]]:
     """Values of the bare module by name, and the names of those that it writes over later in the pass."""
     values: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import InputError
-from workbench.models.load import LoadedModel
+from workbench.models.model import LoadedModel
 
 MAX_CHARACTERS = 10_000
 MAX_TOKENS = 1024

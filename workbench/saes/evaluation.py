@@ -32,8 +32,9 @@ from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_hi
 from sae.model import SAE
 from workbench.models.capture import capture
 from workbench.models.contexts import ContextBatch, context_batches, losses
-from workbench.models.hooks import HookSpec, resolve_hook
+from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.places import HookSpec
 from workbench.text.corpora import Corpus
 
 

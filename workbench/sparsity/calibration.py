@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
-from workbench.sparsity.layers import MLP, Projection, mlps, projections
+from workbench.sparsity.layers import MLP, Projection, flat_like, mlps, projections
 from workbench.text.corpora import Corpus
 
 QUANTILES = 10_000
@@ -88,13 +88,13 @@ def calibrate_on(model: LoadedModel, sample: Sequence[ContextBatch]) -> Calibrat
     for batch in sample:
 
         def see_input(matrix: Projection, value: Tensor, ordinary: Tensor = batch.ordinary) -> None:
-            rows = value[ordinary]
+            rows = value[flat_like(ordinary, value)]
             inputs[matrix.name].append(spread_sample(rows.abs(), SAMPLE_PER_BATCH))
             if matrix.name in out_layer:
                 activations[out_layer[matrix.name]].append(rows)
 
         def see_drive(mlp: MLP, value: Tensor, ordinary: Tensor = batch.ordinary) -> None:
-            gates[mlp.layer].append(spread_sample(mlp.act(value[ordinary]).abs(), SAMPLE_PER_BATCH))
+            gates[mlp.layer].append(spread_sample(mlp.act(value[flat_like(ordinary, value)]).abs(), SAMPLE_PER_BATCH))
 
         with ExitStack() as stack, torch.no_grad():
             for matrix in matrices:

@@ -29,6 +29,7 @@ from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, logits_of, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
+from workbench.sparsity.layers import flat_like
 from workbench.sparsity.methods import METHODS, Keep, Method
 
 
@@ -85,7 +86,8 @@ def enforced(
 
     def thin(name: str, keep: Keep) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            x, rows = args[0], ordinary[0]
+            x = args[0]
+            rows = flat_like(ordinary[0], x)
             drive = driven.pop(name, None)
             chosen = x[rows]
             mask = keep(chosen, None if drive is None else drive[rows])

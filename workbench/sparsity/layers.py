@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
@@ -109,6 +109,11 @@ def mlps(model: LoadedModel) -> list[MLP]:
             )
         found.append(MLP(layer, drive, entry if gate is not None else None, out, activation))
     return found
+
+
+def flat_like(mask: Bool[Tensor, "batch pos"], value: Float[Tensor, "*rows width"]) -> Bool[Tensor, "*rows"]:
+    """A mask of tokens for a matrix' input: some modules see all contexts' tokens as one list."""
+    return mask.flatten() if value.ndim == 2 else mask
 
 
 def has_exact_zeros(mlp: MLP) -> bool:

@@ -120,7 +120,7 @@ def _run(model: LoadedModel, batch: ContextBatch, stats: Iterable[MLPStats], res
         for stat in stats:
 
             def see_h(_: nn.Module, args: tuple[Any, ...], stat: MLPStats = stat) -> None:
-                stat.update(args[0], batch)
+                stat.update(args[0].view(*batch.tokens.shape, -1), batch)
 
             stack.callback(stat.mlp.out.module.register_forward_pre_hook(see_h).remove)
         for found in residual:

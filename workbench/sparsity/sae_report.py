@@ -23,8 +23,9 @@ from sae.metrics import DENSE_ABOVE
 from sae.model import SAE
 from workbench.models.capture import capture
 from workbench.models.contexts import context_batches
-from workbench.models.hooks import HookSpec, resolve_hook
+from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.places import HookSpec
 from workbench.sparsity.terms import bases, terms_table
 from workbench.text.corpora import Corpus, Split
 

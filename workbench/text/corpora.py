@@ -33,6 +33,8 @@ JSON_LINES = {".jsonl", ".ndjson"}
 SUFFIXES = TEXT_SUFFIXES | JSON_LINES | {".parquet"}
 OTHER_FORMATS = {".json", ".csv", ".tsv", ".xml", ".gz", ".zst", ".zip", ".arrow"}
 """Would be read as text with all their marks: better refused."""
+BESIDE_DATA = {".csv", ".tsv", ".gz", ".zst", ".arrow"}
+"""More of the same data, most likely, in a folder that holds JSON lines or Parquet."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def open_corpus(spec: str, *, text_field: str = "text") -> Corpus:
     path = Path(spec).expanduser()
     if path.exists():
         return _local(spec, path, text_field)
-    if spec.startswith((".", "/", "~")) or path.suffix in SUFFIXES:
+    if spec.startswith((".", "/", "~")) or _suffix(path) in SUFFIXES:
         raise InputError(f"no corpus at {spec}: give an existing file or folder, python-stdlib, or a hub dataset")
     return _hub(spec, text_field)
 
@@ -142,11 +144,19 @@ def _python_stdlib() -> Corpus:
 
 
 def _local(spec: str, path: Path, text_field: str) -> Corpus:
-    if path.is_file() and path.suffix in OTHER_FORMATS:
+    if path.is_file() and _suffix(path) in OTHER_FORMATS:
         raise InputError(f"{spec}: {path.suffix} files are not read; convert to text, JSON lines or Parquet")
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file() and f.suffix in SUFFIXES]
+    present = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files = [file for file in present if path.is_file() or _suffix(file) in SUFFIXES]
     if not files:
         raise InputError(f"{spec} holds no corpus files: expected {', '.join(sorted(SUFFIXES))}")
+    if any(_suffix(file) in JSON_LINES | {".parquet"} for file in files):
+        for file in present:
+            if _suffix(file) in BESIDE_DATA:
+                raise InputError(
+                    f"{spec} holds {file.name} beside data that is read, and {file.suffix} files are not read: convert "
+                    "it to JSON lines or Parquet, or move it out of the folder"
+                )
     for file in files:
         # Documents are called after their files, and bytes that are no UTF-8 reach Python as lone surrogates.
         if not _is_unicode(str(file)):
@@ -156,15 +166,19 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
 
     def entries() -> Iterator[Entry]:
         for name, file in named:
-            if file.suffix == ".parquet":
+            if _suffix(file) == ".parquet":
                 yield from _parquet_entries(file, name, text_field)
-            elif file.suffix in JSON_LINES:
+            elif _suffix(file) in JSON_LINES:
                 yield from _jsonl_entries(file, name, text_field)
             else:
                 yield from _text_entries(file, name)
 
     contents = [f"{name}:{_file_digest(file)}" for name, file in named]
     return Corpus(spec, entries, hash_split, _digest([text_field, *contents]), text_field)
+
+
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()
 
 
 def _file_digest(file: Path) -> str:

@@ -15,8 +15,9 @@ from sae.rules import AbsTopK
 from workbench.features import prompt_figures as live_figures
 from workbench.features.prompts import Known, read_prompt
 from workbench.models.capture import capture
-from workbench.models.hooks import KINDS, resolve_hook
+from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.places import KINDS
 from workbench.models.prompt_text import MAX_TOKENS, encode_prompt, token_pieces
 
 TEXT = "def f(x):\n    return json.loads(x)  # <script> 😀 e\u0301\n"

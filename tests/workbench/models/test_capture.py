@@ -14,8 +14,9 @@ from transformers import Gemma2Config, PreTrainedConfig
 
 from sae.errors import InputError
 from workbench.models.capture import capture
-from workbench.models.hooks import KINDS, HookSpec, resolve_hook
+from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
+from workbench.models.places import KINDS, HookSpec
 
 
 def random_tokens(model: LoadedModel, batch: int = 2, pos: int = 12) -> Tensor:

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 from sae.errors import InputError
 from workbench.models.bundled import demo_model_dir
-from workbench.models.load import LoadedModel, ModelInfo, load_model, weights_sha256
+from workbench.models.checkpoints import weights_sha256
+from workbench.models.load import LoadedModel, ModelInfo, load_model
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:

@@ -47,8 +47,8 @@ class LocalModel:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from workbench.models.checkpoints import from_pretrained, locate
         from workbench.models.devices import choose_device
-        from workbench.models.load import from_pretrained, locate
 
         self.name = source
         place = choose_device(device)

@@ -1,0 +1,126 @@
+"""Where a model's files lie, and reading them: configuration, tokenizer, safetensors weights and their hash.
+
+Python that comes with a checkpoint is never run.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from sae.errors import InputError
+from workbench.models.bundled import demo_model_dir
+
+
+def weights_sha256(files: Sequence[Path]) -> str:
+    """SHA-256 of a checkpoint: of its one file's bytes, or of its shards' bytes one after the other, by name."""
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        with file.open("rb") as opened:
+            while piece := opened.read(1 << 22):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def weight_files(location: str, spec: str) -> list[Path]:
+    """The safetensors files that transformers loads: one, or the shards that an index names.
+
+    Raises:
+        InputError: none, some missing, or no network.
+    """
+    single = _repository_file(location, "model.safetensors")
+    if single is not None:
+        return [single]
+    index = _repository_file(location, "model.safetensors.index.json")
+    if index is None:
+        raise InputError(
+            f"{spec} has no model.safetensors or index of shards: only safetensors weights are loaded; convert others "
+            "with save_pretrained"
+        )
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = [_repository_file(location, shard) for shard in shards]
+    missing = [shard for shard, file in zip(shards, files, strict=True) if file is None]
+    if missing:
+        raise InputError(f"{spec} lacks {len(missing)} of its {len(shards)} weight files, first {missing[0]}")
+    return [file for file in files if file is not None]
+
+
+def _repository_file(location: str, name: str) -> Path | None:
+    """A file of a local folder or of a hub repository (downloaded or from the cache), None where there is none."""
+    try:
+        found = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot fetch {name} of {location}: check the network ({reason})") from None
+    return None if found is None else Path(found)
+
+
+def locate(spec: str) -> tuple[str, str]:
+    """(what transformers loads, where it comes from: bundled, folder or hub) for `demo`, a folder or a hub name.
+
+    Raises:
+        InputError: an empty name, or no model folder where a path is named.
+    """
+    if not spec.strip():
+        raise InputError("the model has no name: give demo, a local Hugging Face folder, or a hub name")
+    if spec == "demo":
+        return str(demo_model_dir()), "bundled"
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{spec} is not a Hugging Face model folder: it has no config.json")
+        return str(folder), "folder"
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise InputError(f"no model folder at {spec}")
+    return spec, "hub"
+
+
+def from_pretrained(kind: Any, location: str, spec: str, **options: Any) -> Any:
+    """`kind.from_pretrained(location, **options)` of transformers, without its progress bars.
+
+    Args:
+        kind: such as `AutoTokenizer`.
+        location: as `locate` gives it.
+        spec: what the user named, for error messages.
+
+    Raises:
+        InputError: any of its many failures, in one line.
+    """
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        # Code that comes with weights is never run, nor is standard input asked whether it may.
+        return kind.from_pretrained(location, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(location).is_dir():
+            raise InputError(f"cannot load {spec}: {reason}") from None
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise InputError(
+            f"cannot load {spec!r} from the Hugging Face hub{offline}: check the name and the network, or give a "
+            f"local folder or `demo` ({reason})"
+        ) from None
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_tokenizer(location: str, spec: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub repository. Raises InputError when there is none or it is empty."""
+    folder = Path(location)
+    if folder.is_dir() and not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise InputError(f"{spec} has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
+    tokenizer = from_pretrained(AutoTokenizer, location, spec)
+    # Without its files some tokenizer classes come up empty instead of failing, and encode everything to nothing.
+    if len(tokenizer) < 3 or not tokenizer.encode("text", add_special_tokens=False):
+        raise InputError(f"the tokenizer of {spec} is empty: its files are missing or damaged")
+    return tokenizer

@@ -1,0 +1,166 @@
+"""A loaded model: what is recorded of it, what was measured of it, its two forms, and text to tokens and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from circuits.prompts import ids
+from sae.errors import InputError
+from workbench.models.places import HookSpec
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What was found of one model."""
+
+    hooks: Mapping[str, HookSpec]
+    """Hook points that hold what their names say, by name."""
+    refused: Mapping[str, str]
+    """Why the others are not used, by name."""
+    wrong_bridge: str | None
+    """Why nothing may run on the TransformerBridge, if so."""
+    delegated: bool
+    """Whether the bridge's attention is the module's own."""
+    cached: bool
+    """Whether a step with the cache of those before it gives what the whole pass gives."""
+    editable_patterns: bool
+    """Whether a changed attention pattern changes the pass."""
+
+
+UNCHECKED = Checks({}, {}, None, delegated=False, cached=False, editable_patterns=False)
+"""Before anything was measured: no hook point may be used."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded; recorded with everything made from it."""
+
+    name: str
+    """As the user gave it."""
+    source: str
+    """`bundled`, `folder` or `hub`."""
+    revision: str | None
+    """Commit on the hub, where there is one."""
+    weights_sha256: str
+    """Over the safetensors files, see `weights_sha256`; does not depend on the precision the model runs in."""
+    processing: str
+    """`raw`: no folding, no centring."""
+    architecture: str
+    checkpoint_dtype: str
+    """Precision of the weights as stored."""
+    dtype: str
+    """Precision the model runs in."""
+    device: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_attention: int
+    """Width of all heads' outputs side by side."""
+    d_mlp: int
+    n_ctx: int
+    d_vocab: int
+    parallel_attention: bool
+    transformer_lens: str
+
+    @classmethod
+    def of(cls, hf: Any, bridge: Any, **recorded: Any) -> "ModelInfo":
+        """The shape of a module and its bridge, with what is `recorded` of where the weights came from."""
+        shape = bridge.cfg
+        return cls(
+            processing="raw",
+            architecture=type(hf).__name__,
+            dtype=str(next(hf.parameters()).dtype).removeprefix("torch."),
+            n_layers=shape.n_layers,
+            d_model=shape.d_model,
+            n_heads=shape.n_heads,
+            d_head=shape.d_head,
+            d_attention=shape.n_heads * shape.d_head,
+            d_mlp=shape.d_mlp,
+            n_ctx=shape.n_ctx,
+            d_vocab=hf.get_input_embeddings().weight.shape[0],
+            parallel_attention=bool(shape.parallel_attn_mlp),
+            transformer_lens=version("transformer-lens"),
+            **recorded,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run."""
+
+    info: ModelInfo
+    hf: nn.Module
+    """The bare Hugging Face model."""
+    structure: Any
+    """TransformerBridge over the same weights, for its names and shapes; `bridge` is the one to run."""
+    tokenizer: PreTrainedTokenizerBase
+    bos_id: int
+    """Token put before every document and context; the end-of-text token where the tokenizer has no BOS."""
+    checks: Checks = UNCHECKED
+    """What a few random tokens showed of it."""
+
+    @property
+    def bridge(self) -> Any:
+        """The TransformerBridge. Raises InputError where it computes another model than the module."""
+        if self.checks.wrong_bridge is not None:
+            raise InputError(self.checks.wrong_bridge)
+        return self.structure
+
+    def component(self, path: str) -> nn.Module | None:
+        """The bare module at a TransformerLens path such as `blocks.0.attn.o`, None where this model has none."""
+        try:
+            found: nn.Module | None = self.structure.adapter.get_component(self.hf, path)
+        except (ValueError, AttributeError, KeyError, IndexError):
+            return None
+        return found if isinstance(found, nn.Module) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision it runs in."""
+        return next(self.hf.parameters()).dtype
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """Text of every token id, as it reads inside a text."""
+        return [self.text([token]) for token in range(self.info.d_vocab)]
+
+    @cached_property
+    def _anchor(self) -> tuple[int, str]:
+        """A token that texts are decoded after, and its own text."""
+        token = self.encode("a")[-1]
+        return token, self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, without BOS; the text of a special token, such as a chat marker, is that one token."""
+        found = ids(self.tokenizer, text)
+        self.check_tokens(max(found, default=0))
+        return found
+
+    def check_tokens(self, highest: int) -> None:
+        """Raises InputError when a token has no row in the embedding: some tokenizers have tokens added to them."""
+        if highest >= self.info.d_vocab:
+            raise InputError(
+                f"the text holds the token {highest} ({self.tokenizer.decode([highest])!r}), which the embedding of "
+                f"{self.info.name} with its {self.info.d_vocab} rows does not have: take it out of the text"
+            )
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of some tokens in the middle of a text: SentencePiece tokenizers drop a space at its start."""
+        token, before = self._anchor
+        return self.tokenizer.decode([token, *tokens], clean_up_tokenization_spaces=False).removeprefix(before)
