@@ -100,6 +100,10 @@ def from_pretrained(kind: Any, location: str, spec: str, **options: Any) -> Any:
         return kind.from_pretrained(location, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{spec} comes with Python of its own, which is never run: give a model of one of transformers' classes"
+            ) from None
         if Path(location).is_dir():
             raise InputError(f"cannot load {spec}: {reason}") from None
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""

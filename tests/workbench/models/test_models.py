@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 from sae.errors import InputError
 from workbench.models.bundled import demo_model_dir
 from workbench.models.checkpoints import weights_sha256
+from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel, ModelInfo, load_model
+from workbench.text.corpora import open_corpus
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -126,6 +128,25 @@ def smaller_embedding(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
 
 
+def tensor_without_a_place(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.bias"] = torch.zeros(300)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def code_of_its_own(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('code of a model folder ran')")
+
+
+def bos_beyond_the_embedding(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -148,6 +169,9 @@ def smaller_embedding(folder: Path) -> None:
         pytest.param(empty_vocabulary, "tokenizer.*empty", id="empty tokenizer"),
         pytest.param(no_special_tokens, "neither a BOS nor an end-of-text token", id="no BOS"),
         pytest.param(smaller_embedding, "300 tokens.*200", id="tokenizer of another model"),
+        pytest.param(tensor_without_a_place, r"transformer\.wte\.bias has no place in GPT2LMHeadModel", id="dropped"),
+        pytest.param(code_of_its_own, "Python of its own, which is never run", id="code that comes with weights"),
+        pytest.param(bos_beyond_the_embedding, "301 tokens.*300 rows", id="BOS beyond the embedding"),
     ],
 )
 def test_a_broken_folder_is_refused_in_one_line(tiny_gpt2: Path, tmp_path: Path, break_it: Any, message: str) -> None:
@@ -203,6 +227,34 @@ def test_token_texts_keep_the_spaces_of_a_sentencepiece_tokenizer(shared_data: P
     spaced = [token for token, piece in enumerate(pieces) if piece.startswith("▁")]
     assert len(spaced) > 50
     assert all(model.token_texts[token].startswith(" ") for token in spaced)
+
+
+def test_a_token_added_beyond_the_embedding_is_refused_where_a_text_holds_it(tiny_gpt2: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_gpt2, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    model = load_model(str(folder), device="cpu")
+    assert model.encode("a text without it")
+    with pytest.raises(InputError, match=r"token 300 .*<extra>.* 300 rows"):
+        model.encode("one <extra> token")
+    (tmp_path / "text.txt").write_text("one <extra> token\n" * 50)
+    corpus = open_corpus(str(tmp_path / "text.txt"))
+    with pytest.raises(InputError, match="token 300"):
+        next(context_batches(model, corpus, "train", max_tokens=64, context_len=16))
+
+
+def test_the_configurations_bos_stands_in_where_the_tokenizer_has_none(tiny_gpt2: Path, tmp_path: Path) -> None:
+    """As in Qwen's chat models, whose end-of-text token ends every turn."""
+    folder = copy_of(tiny_gpt2, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["e"]})
+    tokenizer.save_pretrained(folder)
+    named = tokenizer.convert_tokens_to_ids("e")
+    config = json.loads((folder / "config.json").read_text())
+    for bos, wanted in ((named, named), (7, 0)):
+        (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": bos}))
+        assert load_model(str(folder), device="cpu").bos_id == wanted
 
 
 def test_an_encoder_is_no_causal_language_model(tiny_gpt2: Path, tmp_path: Path) -> None:

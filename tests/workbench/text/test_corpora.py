@@ -193,3 +193,23 @@ def test_a_hub_name_without_network_is_refused_in_one_line() -> None:
 def test_the_shared_stories_are_split_into_documents(shared_data: Path) -> None:
     corpus = open_corpus(str(shared_data / "corpora"))
     assert sum(len(document.text) for document in corpus.documents("train")) > 100_000
+
+
+def test_suffixes_count_whatever_their_case(tmp_path: Path) -> None:
+    (tmp_path / "a.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.TXT").write_text("three")
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": str(number)}) + "\n" for number in range(40)))
+    found = both_splits(open_corpus(str(tmp_path)))
+    assert {"one", "two", "three", "39"} <= {document.text for side in found.values() for document in side}
+    (tmp_path / "c.CSV").write_text("text\nfour\n")
+    with pytest.raises(InputError, match=r"\.CSV files are not read"):
+        open_corpus(str(tmp_path / "c.CSV"))
+
+
+@pytest.mark.parametrize("left_out", ["more.json.gz", "more.csv", "deep/more.CSV", "more.arrow"])
+def test_data_beside_data_that_is_read_is_not_left_out_silently(left_out: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / left_out).parent.mkdir(exist_ok=True)
+    (tmp_path / left_out).write_bytes(b"text")
+    with pytest.raises(InputError, match=f"holds {Path(left_out).name} beside data that is read"):
+        open_corpus(str(tmp_path))
