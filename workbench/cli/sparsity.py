@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from workbench.catalog.results import Result
 
 POINT_COLUMNS = ["method", "level", "sparsity", "added_nats", "kl", "flops_saved"]
+COST_COLUMNS = ["method", "cost", "level", "sparsity", "added_nats", "flops_saved"]
 """What a terminal has room for; --json gives the rest."""
 
 commands = typer.Typer(
@@ -101,7 +102,7 @@ def enforce(
             Workspace(folder), name, load_model(model, device=device), open_corpus(corpus, text_field=text_field),
             methods=methods, ps=p, max_tokens=tokens, context_len=context, on_progress=bar.report,
         )  # fmt: skip
-    _show(result, ["points", "ppl"], as_json)
+    _show(result, ["points", "costs", "ppl"], as_json)
 
 
 @commands.command()
@@ -305,4 +306,4 @@ def _by_budget(table: "pd.DataFrame", index: list[str], values: str) -> "pd.Data
 def _show(result: "Result", tables: list[str], as_json: bool) -> None:
     """The small tables of a result, of the points the columns that fit."""
     found = {table: result.table(table) for table in tables if table != "ppl" or result.parameters["ps"]}
-    print_result(result, found, as_json, columns={"points": POINT_COLUMNS}, turn=True)
+    print_result(result, found, as_json, columns={"points": POINT_COLUMNS, "costs": COST_COLUMNS}, turn=True)

@@ -2,6 +2,7 @@
 
 measure      what is near zero, by layer, neuron and position, in one streamed pass
 enforce      the methods of `methods/` applied while the model runs: loss and KL against sparsity, FLOPs saved
+at_cost      the share of zeros at a given cost, by search
 ppl          PPL-p%: the sparsity that costs ln(1 + p) nats
 attention    share of attention that patterns of keys keep, the loss when all heads are restricted to them, and sinks
 attention_heads  one head at a time, heads left whole; attention_rank: how many directions a head looks with

@@ -5,8 +5,8 @@ A report is everything stored under one name; parts that were not measured are l
     exact_zero, active, mass_90, dead     means over layers (`mlp_stats.MLPSummary`)
     clean_loss                            nats per held-out token, nothing enforced
     ppl_1% ...                            PPL-p% sparsity
-    METHOD_at_0.1                         share of zeros at COST added nats, linear between levels; where all levels
-                                          cost less, the largest share measured
+    METHOD_at_0.1                         share of zeros at COST added nats, found by search (`at_cost`); where all
+                                          levels cost less, that of the last; reports from before the search lack it
     flops_saved_at_0.1                    the largest share of weight products saved at COST, over methods
     sink                                  mean attention on BOS over heads
 """
@@ -57,21 +57,6 @@ def compare(catalog: Catalog, names: Sequence[str] | None = None) -> pd.DataFram
     return pd.DataFrame([_row(name, report_parts(catalog, name)) for name in names or report_names(catalog)])
 
 
-def at_cost(points: pd.DataFrame, column: str, cost: float = COST) -> dict[str, float]:
-    """A column of the table `points` by method where the added nats cross `cost`, linear between levels."""
-    found = {}
-    for method, rows in points.groupby("method", sort=False):
-        ordered = rows.sort_values("level")
-        nats, values = ordered["added_nats"].tolist(), ordered[column].tolist()
-        over = next((number for number, value in enumerate(nats) if value > cost), None)
-        if over is None:
-            found[str(method)] = values[-1]
-        else:
-            share = (cost - nats[over - 1]) / (nats[over] - nats[over - 1])
-            found[str(method)] = values[over - 1] + share * (values[over] - values[over - 1])
-    return found
-
-
 def _row(name: str, parts: Mapping[str, Result]) -> dict[str, Any]:
     origin = next(iter(parts.values())).origin
     row: dict[str, Any] = {
@@ -87,8 +72,10 @@ def _row(name: str, parts: Mapping[str, Result]) -> dict[str, Any]:
         row["clean_loss"] = float((points["loss"] - points["added_nats"]).iloc[0])
         if parts[CURVES].parameters["ps"]:
             row |= {f"ppl_{100 * item.p:g}%": item.sparsity for item in parts[CURVES].table("ppl").itertuples()}
-        row |= {f"{method}_at_{COST:g}": value for method, value in at_cost(points, "sparsity").items()}
-        row[f"flops_saved_at_{COST:g}"] = max(at_cost(points, "flops_saved").values())
+        if "costs" in parts[CURVES].parameters:
+            costs = parts[CURVES].table("costs").query("cost == @COST")
+            row |= {f"{item.method}_at_{COST:g}": item.sparsity for item in costs.itertuples()}
+            row[f"flops_saved_at_{COST:g}"] = float(costs["flops_saved"].max())
     if ATTENTION in parts:
         row["sink"] = float(parts[ATTENTION].table("heads")["sink"].mean())
     return row

@@ -185,7 +185,7 @@ def enforce(
     clean_loss = clean_sum / count
     means = (sums / count).tolist()
     points = tuple(
-        _point(calibration, method, level, tally, mean, clean_loss)
+        point_of(calibration, method, level, tally, mean, clean_loss)
         for (method, level, _), tally, mean in zip(plan, tallies, means, strict=True)
     )
     rows = [
@@ -196,9 +196,19 @@ def enforce(
     return Curves(clean_loss, count, points, pd.DataFrame(rows))
 
 
-def _point(
+def mean_loss(model: LoadedModel, batches: Sequence[ContextBatch]) -> float:
+    """The bare model's loss per counted position."""
+    total = count = 0.0
+    for batch in batches:
+        total += losses(batch, logits_of(model, batch))[0].item()
+        count += int(batch.counted.sum())
+    return total / count
+
+
+def point_of(
     calibration: Calibration, method: Method, level: float, tally: Tally, mean: Sequence[float], clean_loss: float
 ) -> Point:
+    """A point of a curve. Args: mean: loss and KL per counted position; tally: of the passes behind it."""
     loss, kl = mean
     shares = tally.shares()
     return Point(

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sae.errors import InputError
-from workbench.models.contexts import ContextBatch, logits_of, losses
+from workbench.models.contexts import ContextBatch
 from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
-from workbench.sparsity.enforce import Tally, enforced
+from workbench.sparsity.enforce import Tally, enforced, mean_loss
 from workbench.sparsity.methods import cett
 
 STEPS = 10
@@ -55,7 +55,7 @@ def ppl_sparsity(
     for p in ps:
         if not (math.isfinite(p) and p > 0):
             raise InputError(f"p must be a positive share (0.01 allows a 1% higher perplexity), got {p}")
-    clean = _loss(model, batches)
+    clean = mean_loss(model, batches)
     tried: dict[float, tuple[float, float]] = {}
     passes, expected = 0, search_passes(len(ps))
 
@@ -65,7 +65,7 @@ def ppl_sparsity(
         if target not in tried:
             tally = Tally()
             with enforced(model, calibration, cett.keeps(target, calibration), tally):
-                loss = _loss(model, batches)
+                loss = mean_loss(model, batches)
             tried[target] = (loss - clean, tally.sparsity())
         passes += 1
         if on_progress is not None:
@@ -97,11 +97,3 @@ def _search(p: float, at: Callable[[float], tuple[float, float]]) -> PPLSparsity
             high = middle
     added, sparsity = at(low)
     return PPLSparsity(p, low, sparsity, added, allowed)
-
-
-def _loss(model: LoadedModel, batches: Sequence[ContextBatch]) -> float:
-    total = count = 0.0
-    for batch in batches:
-        total += losses(batch, logits_of(model, batch))[0].item()
-        count += int(batch.counted.sum())
-    return total / count

@@ -1,7 +1,7 @@
 """The sparsity measurements as results of a workspace, one kind each.
 
     sparsity-mlp         tables layers, neurons, positions, residual
-    sparsity-curves      tables points, shares (by matrix), cett (thresholds by layer), ppl
+    sparsity-curves      tables points, shares (by matrix), costs (at given costs), cett (thresholds by layer), ppl
     sparsity-attention   tables curves, coverage, heads, with tasks also tasks
     sparsity-heads       tables heads, layers, curve
     sparsity-sae         tables summary, positions, spectrum, terms
@@ -25,6 +25,7 @@ from workbench.circuits.task import Task
 from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel
 from workbench.sparsity import figures
+from workbench.sparsity.at_cost import COSTS, at_costs
 from workbench.sparsity.attention import BUDGETS, Rest, measure_attention
 from workbench.sparsity.attention_heads import DRAWS, measure_heads
 from workbench.sparsity.attention_patterns import pattern_named
@@ -42,6 +43,8 @@ MLP, CURVES, ATTENTION = "sparsity-mlp", "sparsity-curves", "sparsity-attention"
 HEADS, SAES = "sparsity-heads", "sparsity-sae"
 CETT_TARGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
 """Of the table of thresholds."""
+SEARCH_PASSES = 3
+"""Roughly what one search for a level at a cost takes, for the progress bar."""
 OnProgress = Callable[[int, int], None]
 
 
@@ -94,7 +97,7 @@ def report_curves(
     chosen = [method_named(method) for method in methods]
     parameters = {
         "methods": [method.name for method in chosen], "ps": list(ps), "max_tokens": max_tokens,
-        "context_len": context_len,
+        "context_len": context_len, "costs": list(COSTS),
     }  # fmt: skip
 
     def make() -> Made:
@@ -102,7 +105,9 @@ def report_curves(
         held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
         rows = sum(batch.tokens.numel() for batch in held)
         searched = rows * search_passes(len(ps))
-        total = searched + rows * (1 + sum(len(method.levels) for method in chosen))
+        curves = rows * (1 + sum(len(method.levels) for method in chosen))
+        graded = [method for method in chosen if len(method.levels) > 1]
+        total = searched + curves + rows * SEARCH_PASSES * len(graded) * len(COSTS)
 
         def report(done: int) -> None:
             if on_progress is not None:
@@ -111,9 +116,14 @@ def report_curves(
         # The search for PPL-p% comes first: a p out of reach is found before the long part.
         ppl = ppl_sparsity(model, calibration, held, ps, on_progress=lambda done, _: report(done * rows)) if ps else []
         found = enforce(model, calibration, held, methods=chosen, on_progress=lambda done, _: report(searched + done))
+        costs = at_costs(
+            model, calibration, held, graded, found.points, clean_loss=found.clean_loss,
+            on_progress=lambda done, _: report(searched + curves + done * rows * SEARCH_PASSES),
+        )  # fmt: skip
         thresholds = cett.cett_thresholds(calibration, CETT_TARGETS)
         tables = {
-            "points": found.table(), "shares": found.shares, "cett": pd.DataFrame([vars(item) for item in thresholds])
+            "points": found.table(), "shares": found.shares, "costs": costs,
+            "cett": pd.DataFrame([vars(item) for item in thresholds]),
         }  # fmt: skip
         if ppl:
             tables["ppl"] = pd.DataFrame([vars(item) for item in ppl])

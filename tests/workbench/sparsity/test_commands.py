@@ -15,7 +15,6 @@ from sae.model import SAE
 from sae.rules import TopK
 from workbench.cli.main import run
 from workbench.sparsity import figures
-from workbench.sparsity.compare import at_cost
 from workbench.workspace import Workspace
 
 HOOK = "blocks.1.hook_resid_post"
@@ -42,7 +41,7 @@ def arguments(command: str, workspace: Path, model: Path, corpus: Path, *extra: 
 
 COMMANDS = {
     "measure": ("sparsity-mlp", [], ["layers", "residual"]),
-    "enforce": ("sparsity-curves", ["--method", "zero", "--method", "wina", "--p", "0.01"], ["points", "ppl"]),
+    "enforce": ("sparsity-curves", ["--method", "zero", "--method", "wina", "--p", "0.01"], ["points", "costs", "ppl"]),
     "attention": ("sparsity-attention", ["--budget", "8", "--task", "induction"], ["curves", "tasks"]),
     "heads": ("sparsity-heads", ["--budget", "8", "--draws", "1"], ["heads", "layers", "curve"]),
     "sae": ("sparsity-sae", ["s"], ["summary", "terms"]),
@@ -132,17 +131,11 @@ def test_a_report_makes_every_part_once_and_stands_beside_another(
         layers = space.results.open("sparsity-mlp", name).table("layers")
         assert row["mass_90"] == pytest.approx(layers["mass_90"].mean())
         points = space.results.open("sparsity-curves", name).table("points")
+        costs = space.results.open("sparsity-curves", name).table("costs").query("cost == 0.1").set_index("method")
+        assert row["CETT_at_0.1"] == costs.loc["CETT", "sparsity"]
         assert row["clean_loss"] == pytest.approx(points.loc[points["level"] == 0, "loss"].iloc[0])
     assert run(["sparsity", "compare", "silu", "nothing", "--workspace", str(tmp_path / "w")]) == 2
     assert "no sparsity report 'nothing' in this workspace: it has relu, silu" in capsys.readouterr().err
-
-
-def test_sparsity_at_a_cost_is_read_off_between_levels() -> None:
-    points = pd.DataFrame(
-        {"method": ["a"] * 3 + ["b"] * 2, "level": [0.0, 0.2, 0.4, 0.0, 0.5], "sparsity": [0.1, 0.3, 0.5, 0.0, 0.5],
-         "added_nats": [0.0, 0.05, 0.25, 0.0, 0.01]}
-    )  # fmt: skip
-    assert at_cost(points, "sparsity", 0.1) == {"a": pytest.approx(0.35), "b": 0.5}
 
 
 @pytest.mark.parametrize(
