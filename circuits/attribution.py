@@ -23,6 +23,7 @@ from circuits.edges import stacked, writer_names
 from circuits.effective_weights import effective_weights
 from circuits.metrics import difference_direction, logit_difference
 from circuits.nodes import Bridge, graph_of
+from circuits.norms import measured_norm
 from circuits.passes import answer_logits, last_values, taking
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
@@ -53,14 +54,15 @@ def logit_attribution(bridge: Bridge, prompts: PromptSet, *, batch_size: int = 3
     """Direct logit attribution on the clean prompts.
 
     Raises:
-        InputError: the logits are soft-capped, so that they are no sum; or see `circuits.nodes.graph_of`.
+        InputError: the logits are soft-capped, so that they are no sum; the terms miss the logit difference; or see
+            `circuits.nodes.graph_of`.
     """
     cap = getattr(bridge.cfg, "output_logits_soft_cap", -1.0)
     if cap is not None and cap > 0:
         raise InputError("this model caps its logits with a tanh, so they are no sum of terms: use patching")
     graph = graph_of(bridge)
     unembed = effective_weights(bridge, "unembed")
-    names = [*writer_names(graph.n_layers), "ln_final.hook_scale"]
+    names = [*writer_names(graph.n_layers), "ln_final.hook_in"]
     biases = [bridge.blocks[layer].attn.b_O for layer in range(graph.n_layers)]
     values, differences = [], []
     for batch in prompts.batches(batch_size):
@@ -72,11 +74,23 @@ def logit_attribution(bridge: Bridge, prompts: PromptSet, *, batch_size: int = 3
             for name, value in found.items()
         }
         direction = difference_direction(batch, logits.shape[1]).to(unembed.W.dtype)
-        readout = direction @ unembed.W.T / at_last["ln_final.hook_scale"][:, 0]
+        x = at_last["ln_final.hook_in"][:, 0]
+        readout = direction @ unembed.W.T / measured_norm(bridge.ln_final, x[0]).scale(x.to(direction))[:, None]
         terms = torch.einsum("snd,nd->ns", stacked(bridge, at_last)[:, :, 0], readout)
         zero = readout.new_zeros(readout.shape[1])
         bias = readout @ sum((b for b in biases if b is not None), start=zero)
         values.append(torch.cat([terms, bias[:, None], (direction @ unembed.b)[:, None]], dim=1))
         differences.append(logit_difference(logits, batch))
+        _check_sum(values[-1], differences[-1], max(1e-3, 16 * torch.finfo(x.dtype).eps))
     names_of_terms = [*graph.writers, "bias", "unembed bias"]
     return LogitAttribution(prompts.name, names_of_terms, torch.cat(values), torch.cat(differences))
+
+
+def _check_sum(values: Float[Tensor, "n terms"], difference: Float[Tensor, "n"], tolerance: float) -> None:
+    """Raises InputError where a family adds more to the stream, or otherwise, than the terms say."""
+    off = (values.sum(dim=1) - difference).abs().max().item()
+    if off > tolerance * values.abs().sum(dim=1).max().item():
+        raise InputError(
+            f"the terms of heads and MLPs miss the logit difference by {off:.3g}: this model's blocks write more than "
+            "these, so direct attribution is not its own; use patching"
+        )

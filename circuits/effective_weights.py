@@ -61,23 +61,30 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {bridge.cfg.n_layers - 1}")
     block = bridge.blocks[layer]
     if reader in ("q", "k", "v"):
-        W, b = _linear(getattr(block.attn, reader))
+        W, b = _linear(_matrix(block, "attn", reader))
         found = _through_norm(bridge, _norm_before(block, "ln1", "hook_attn_out"), W, b)
         d_head = bridge.cfg.d_head
         return EffectiveWeights(
             rearrange(found.W, "d (head h) -> d head h", h=d_head), rearrange(found.b, "(head h) -> head h", h=d_head)
         )
     name = "in" if reader == "mlp_in" else "gate"
-    if not hasattr(block.mlp, name):
-        raise InputError(f"the MLP of layer {layer} has no {name} matrix: its readers are q, k, v and mlp_in")
     # Parallel MLPs read the block's input through a LayerNorm of their own (GPT-NeoX) or attention's (GPT-J).
     norm = _norm_before(block, "ln2", "hook_mlp_out") if hasattr(block, "ln2") else block.ln1
-    return _through_norm(bridge, norm, *_linear(getattr(block.mlp, name)))
+    return _through_norm(bridge, norm, *_linear(_matrix(block, "mlp", name)))
 
 
 def effective_unembedding(bridge: Bridge) -> Float[Tensor, "d_model vocab"]:
     """The unembedding as the residual stream meets it: what a direction does to each logit, up to the scale."""
     return effective_weights(bridge, "unembed").W
+
+
+def _matrix(block: Any, part: str, name: str) -> Any:
+    """The component of a block's attention or MLP that holds one of its matrices."""
+    found = getattr(getattr(block, part, None), name, None)
+    if not hasattr(getattr(found, "original_component", None), "weight"):
+        what = "MLP" if part == "mlp" else "attention"
+        raise InputError(f"the {what} of {block.name} has no {name} matrix of its own to read the residual stream with")
+    return found
 
 
 def _linear(component: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, "d_out"]]:

@@ -140,22 +140,34 @@ def graph_of(bridge: Bridge) -> Graph:
     """The graph of a model.
 
     Raises:
-        InputError: the blocks normalise what attention and MLP write (Gemma 2 and 3), so that a head's output is
-            not its own term of the residual stream.
+        InputError: blocks without attention heads, or that normalise what attention and MLP write (Gemma 2, OLMo 2), so
+            that a head's output is not its own term of the residual stream.
     """
-    if hasattr(bridge.blocks[0], "ln1_post"):
-        raise InputError(
-            "this model normalises the outputs of attention and MLP, so its heads are not separate terms of the "
-            "residual stream: use patching or ablation of heads instead"
-        )
+    for layer, block in enumerate(bridge.blocks):
+        if not hasattr(block, "attn"):
+            raise InputError(f"layer {layer} of this model has no attention heads, so it is no graph of heads and MLPs")
+        if not str(block.hook_aliases.get("hook_attn_out", "attn.")).startswith("attn."):
+            raise InputError(
+                "this model normalises the outputs of attention and MLP, so its heads are not separate terms of the "
+                "residual stream: use patching or ablation of heads instead"
+            )
     shape = bridge.cfg
     return Graph(shape.n_layers, shape.n_heads, shape.n_key_value_heads or shape.n_heads, bool(shape.parallel_attn_mlp))
 
 
 def head_weights(bridge: Bridge, layer: int) -> Float[Tensor, "heads d_head d_model"]:
-    """W_O of a layer, head by head."""
-    weights: Tensor = bridge.blocks[layer].attn.W_O
-    return weights
+    """W_O of a layer, head by head, in the scale in which the block adds it to the residual stream.
+
+    Raises:
+        InputError: attention that is not that many heads of one width.
+    """
+    block = bridge.blocks[layer]
+    try:
+        weights: Tensor = block.attn.W_O
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"the output matrix of layer {layer} does not split into heads ({error})") from None
+    # Granite multiplies what attention writes.
+    return weights * getattr(block, "residual_contribution_scale", 1.0)
 
 
 def head_outputs(bridge: Bridge, layer: int, z: Float[Tensor, "n pos heads d_head"]) -> Float[Tensor, "heads n pos d"]:

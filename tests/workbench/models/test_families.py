@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.families import save_tiny, splicing, tiny_sae
+from circuits.attribution import logit_attribution
 from circuits.effective_weights import effective_weights
 from circuits.norms import measured_norm
+from circuits.prompts import from_ids
 from sae import InputError
 from workbench.features.prompts import read_prompt
 from workbench.features.steering import Edit, steer
@@ -249,6 +251,28 @@ def test_steering_continues_as_plain_transformers_does(architecture: str, family
     for where in ("everywhere", "generated"):
         found = steer(model, sae, Edit(0, strength=0.0, where=where), TEXT, new_tokens=6)  # type: ignore[arg-type]
         assert found.clean == found.steered == model.text(wanted)
+
+
+ADDS_UP = ["GraniteForCausalLM", "NemotronForCausalLM", "CohereForCausalLM", "BloomForCausalLM", "MptForCausalLM",
+           "OPTForCausalLM", "Olmo2ForCausalLM", "Gemma4ForCausalLM"]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ADDS_UP)
+def test_direct_logit_attribution_adds_up_to_the_modules_logits_or_is_refused(
+    architecture: str, family: Callable[..., LoadedModel]
+) -> None:
+    model = family(architecture)
+    tokens = tokens_of(model)
+    clean, corrupted = tokens[:1].tolist(), tokens[1:].tolist()
+    prompts = from_ids("own", clean, corrupted, [[7]], [[9]], model.bos_id)
+    if architecture in ("Olmo2ForCausalLM", "Gemma4ForCausalLM"):
+        with pytest.raises(InputError, match=r"not separate terms|does not split into heads|miss the logit difference"):
+            logit_attribution(model.bridge, prompts)
+        return
+    found = logit_attribution(model.bridge, prompts)
+    with torch.no_grad():
+        logits = model.hf(tokens[:1], use_cache=False).logits[0, -1]
+    assert found.values.sum().item() == pytest.approx((logits[7] - logits[9]).item(), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize(
