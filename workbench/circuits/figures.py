@@ -100,27 +100,33 @@ def attention_pattern(pattern: Float[Tensor, "q k"], tokens: Sequence[str], titl
 def faithfulness_figure(curves: Sequence[FaithfulnessCurve]) -> go.Figure:
     """Faithfulness (lines) and completeness (dashed) against the share of edges, one colour a method and ranking.
 
-    Several curves of one method and ranking, from several draws of the prompts, are one entry of the legend.
+    Several curves of one method and ranking, from several draws of the prompts, are thin lines round their mean.
     """
     figure = go.Figure()
-    names = list(dict.fromkeys(f"{curve.method} ({curve.ranking})" for curve in curves))
-    seen: set[str] = set()
+    groups: dict[str, list[FaithfulnessCurve]] = {}
     for curve in curves:
-        name = f"{curve.method} ({curve.ranking})"
-        colour = series_colour(names.index(name))
-        for values, kind, dash in (
-            (curve.faithfulness, "faithfulness", "solid"),
-            (curve.completeness, "completeness", "dash"),
-        ):
+        groups.setdefault(f"{curve.method} ({curve.ranking})", []).append(curve)
+    for number, (name, own) in enumerate(groups.items()):
+        for kind, dash in (("faithfulness", "solid"), ("completeness", "dash")):
+            line = {"color": series_colour(number), "dash": dash}
+            values = [getattr(curve, kind) for curve in own]
+            for one in values if len(own) > 1 else ():
+                figure.add_scatter(
+                    x=own[0].fractions, y=one, mode="lines", showlegend=False, hoverinfo="skip", opacity=0.35,
+                    line={**line, "width": 1},
+                )  # fmt: skip
             figure.add_scatter(
-                x=curve.fractions, y=values, name=f"{name}: {kind}", mode="lines+markers", customdata=curve.edges,
-                line={"color": colour, "dash": dash}, legendgroup=f"{name}: {kind}", showlegend=name not in seen,
+                x=own[0].fractions, y=_means(values), name=f"{name}: {kind}", mode="lines+markers",
+                customdata=[round(edges) for edges in _means([curve.edges for curve in own])], line=line,
                 hovertemplate="%{customdata} edges: %{y:.3f}<extra>" + kind + "</extra>",
             )  # fmt: skip
-        seen.add(name)
     figure.update_xaxes(title_text="share of edges", type="log")
     figure.update_yaxes(title_text="share of the behaviour")
     return figure.update_layout(height=420, margin=MARGIN, legend={"orientation": "h", "y": -0.25})
+
+
+def _means(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
 def agreement_figure(draws: pd.DataFrame, measures: Sequence[str]) -> go.Figure:

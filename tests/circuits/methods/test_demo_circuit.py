@@ -1,15 +1,15 @@
-"""The demo model's induction circuit, as docs/methods/circuits.md tells it."""
+"""The demo model's induction circuit, as docs/methods/induction.md tells it, on several draws of the prompts."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
 from circuits.eap import attribute_edges
 from circuits.faithfulness import faithfulness_curve
 from circuits.heads import head_scores, prefix_induction, repeated_tokens
+from circuits.nodes import graph_of
 from circuits.patching import patch_activations
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
@@ -19,32 +19,46 @@ PREVIOUS = "a2.h0"
 INDUCTION = {"a3.h0", "a3.h3", "a3.h5"}
 
 
-@pytest.fixture(scope="module")
-def prompts(demo: Any) -> PromptSet:
-    return make_task("induction", demo.tokenizer, demo.bos_id, n=8)
+@pytest.fixture(scope="module", params=[0, 1, 2, 7])
+def prompts(demo: Any, request: pytest.FixtureRequest) -> PromptSet:
+    """Of the ten draws of the page, one as good as any, one more, and two with b right after BOS."""
+    return make_task("induction", demo.tokenizer, demo.bos_id, n=8, seed=request.param)
 
 
 def top(scores: NodeScores, n: int) -> set[str]:
     return set([node for node in scores.ranked() if ".h" in node][:n])
 
 
-def test_scores_patching_and_integrated_gradients_agree(demo: Any, prompts: PromptSet) -> None:
-    scores = head_scores(demo.bridge, repeated_tokens(range(10, 4000), demo.bos_id, n=4))
-    assert scores.best("previous_token", 1) == [PREVIOUS]
-    assert set(scores.best("induction", 3)) == INDUCTION
-    assert top(patch_activations(demo.bridge, prompts), 4) == {PREVIOUS, *INDUCTION}
-    assert top(attribute_edges(demo.bridge, prompts).nodes(), 4) == {PREVIOUS, *INDUCTION}
+def test_attention_names_the_heads(demo: Any) -> None:
+    for seed in range(3):
+        scores = head_scores(demo.bridge, repeated_tokens(range(10, 4000), demo.bos_id, n=4, seed=seed))
+        assert scores.best("previous_token", 1) == [PREVIOUS]
+        assert set(scores.best("induction", 3)) == INDUCTION
+
+
+def test_patching_and_integrated_gradients_agree_on_every_draw(demo: Any, prompts: PromptSet) -> None:
+    patched, found = patch_activations(demo.bridge, prompts), attribute_edges(demo.bridge, prompts).nodes()
+    for scores in (patched, found):
+        assert next(node for node in scores.ranked() if ".h" in node) == PREVIOUS
+        # a1.h5, which also reads the token before, passes a3.h3 on some draws.
+        assert top(scores, 4) >= {PREVIOUS, "a3.h0", "a3.h5"}
+    pair = torch.tensor([[scores[head] for head in graph_of(demo.bridge).heads] for scores in (patched, found)])
+    assert float(torch.corrcoef(pair)[0, 1]) > 0.9
     # Only what reaches the logits directly.
-    assert top(logit_attribution(demo.bridge, prompts).nodes(), 3) == INDUCTION
+    direct = logit_attribution(demo.bridge, prompts).nodes()
+    assert top(direct, 2) <= INDUCTION
+    assert abs(direct[PREVIOUS]) < 0.1 * patched[PREVIOUS]
 
 
-def test_ablation_also_finds_heads_that_serve_both_prompts_alike(demo: Any, prompts: PromptSet) -> None:
-    """a0.h0 works on every prompt: patching its value between them changes little, taking it away much."""
-    ablated = ablate_heads(demo.bridge, prompts, kind="mean")
+def test_plain_gradients_see_part_of_the_previous_token_head(demo: Any, prompts: PromptSet) -> None:
+    plain = attribute_edges(demo.bridge, prompts, variant="eap").nodes()
+    assert 0.1 < plain[PREVIOUS] / patch_activations(demo.bridge, prompts)[PREVIOUS] < 0.75
+
+
+def test_patching_does_not_see_what_serves_both_prompts_alike(demo: Any, prompts: PromptSet) -> None:
+    """a0.h0 works on every prompt: patching its value between them changes little, on every draw."""
     patched = patch_activations(demo.bridge, prompts)
-    assert ablated.ranked()[0] == "a0.h0"
-    assert {PREVIOUS, *INDUCTION} <= top(ablated, 6)
-    assert abs(patched["a0.h0"]) < 0.2 * ablated["a0.h0"]
+    assert abs(patched["a0.h0"]) < 0.2 * patched[PREVIOUS]
 
 
 def test_the_induction_heads_match_prefixes_longer_than_a_token(demo: Any) -> None:
@@ -56,9 +70,11 @@ def test_the_induction_heads_match_prefixes_longer_than_a_token(demo: Any) -> No
         torch.testing.assert_close(corrupted, corrupted[:1].expand(4), atol=1e-6, rtol=0)
 
 
-def test_a_tenth_of_the_edges_carries_most_of_the_behaviour(demo: Any, prompts: PromptSet) -> None:
+def test_a_tenth_of_the_edges_carries_most_of_the_behaviour_and_few_are_needed_to_break_it(
+    demo: Any, prompts: PromptSet
+) -> None:
     scores = attribute_edges(demo.bridge, prompts)
-    curve = faithfulness_curve(demo.bridge, prompts, scores, fractions=(0.1,))
-    assert 0.85 < curve.faithfulness[0] < 1.05
-    assert abs(curve.completeness[0]) < 0.05
-    assert curve.edges[0] <= 152
+    curve = faithfulness_curve(demo.bridge, prompts, scores, fractions=(0.005, 0.1))
+    assert 0.55 < curve.faithfulness[1] < 1
+    assert abs(curve.completeness[0]) < 0.1
+    assert curve.edges[1] <= 152

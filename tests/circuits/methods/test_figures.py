@@ -1,5 +1,6 @@
 """Figures show the numbers they are given."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_patterns_and_attributions_name_their_tokens() -> None:
 
 def test_curves_and_plain_scores() -> None:
     curve = FaithfulnessCurve("eap", "ioi", "absolute", [0.1, 1.0], [3, 30], [0.4, 1.0], [0.5, 0.0], 2.0, -2.0)
-    figure = faithfulness_figure([curve, curve])
+    figure = faithfulness_figure([curve, replace(curve, method="ig-inputs")])
     assert [list(line.y) for line in figure.data] == 2 * [[0.4, 1.0], [0.5, 0.0]]
     assert curve.cpr == pytest.approx(0.9 * 0.7)
     assert curve.cmd == pytest.approx(0.9 * 0.3)

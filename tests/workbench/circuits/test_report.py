@@ -161,9 +161,12 @@ def test_agreement_measures_every_variant_against_exact_patching_on_every_draw(
     assert [row["mean"], row["std"], row["min"], row["max"], row["draws"]] == pytest.approx(
         [values.mean(), abs(values.iloc[0] - values.iloc[1]) / 2**0.5, values.min(), values.max(), 2]
     )
-    # One curve a draw, method and kind; the legend names each method and kind once.
+    # A line for each draw of each method and kind and one for their mean, which alone is in the legend.
     lines = json.loads(result.figures()["faithfulness"])["data"]
-    assert len(lines) == 2 * 3 * 2
+    assert len(lines) == (2 + 1) * 3 * 2
+    own = [line["y"][0] for line in lines[:2]]
+    assert lines[2]["name"] == "EAP (absolute): faithfulness"
+    assert lines[2]["y"][0] == pytest.approx(sum(own) / 2)
     assert sum(line.get("showlegend", True) for line in lines) == 3 * 2
 
 
