@@ -7,7 +7,8 @@ are those of random tokens: `workbench sparsity attention` measures them on text
 
 Retrieval scores here come from a needle test without language: a haystack of random tokens, a needle of four random
 tokens behind an eight-token key, and the key again as the question (reconstructed; the paper's needles are
-sentences, Wu et al. 2024, arXiv 2404.15574). A model that never repeats the needle gets no scores.
+sentences, Wu et al. 2024, arXiv 2404.15574). A model that never repeats the needle gets no retrieval scores; the
+evidence score, which reads the question's attention, needs no success. `needles` masks the heads.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from circuits.heads import COLUMNS, head_scores, prefix_induction, repeated_toke
 from circuits.nodes import graph_of
 from circuits.ov import ov_effects
 from circuits.passes import OnProgress, activations, stages
-from circuits.retrieval import Needle, retrieval_scores
+from circuits.retrieval import Needle, evidence_scores, retrieval_scores
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
@@ -32,8 +33,8 @@ from workbench.circuits import figures
 from workbench.models.load import LoadedModel
 
 HEADS = "circuit-heads"
-SCORES = (*COLUMNS, "retrieval")
-DIVERGING = ("copying", "sink_excess")
+SCORES = (*COLUMNS, "retrieval", "evidence")
+DIVERGING = ("copying", "sink_excess", "evidence")
 MAX_PROMPT = 256
 NEEDLE_KEY, NEEDLE_LENGTH = 8, 4
 
@@ -45,7 +46,7 @@ def report_heads(
     *,
     n: int = 16,
     length: int = 32,
-    needles: int = 32,
+    needles: int = 128,
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -77,8 +78,10 @@ def report_heads(
         table = scores.table()
         drawn = {score: figures.head_heatmap(scores[score], score, diverging=score in DIVERGING) for score in COLUMNS}
         if needles:
-            found = retrieval_scores(model.bridge, needle_rows(model, vocabulary, needles, seed))
+            tests = needle_rows(model, vocabulary, needles, seed)
+            found = retrieval_scores(model.bridge, tests)
             table["retrieval"] = found.values.flatten().tolist()
+            table["evidence"] = evidence_scores(model.bridge, tests).flatten().tolist()
             table["needles_found"] = found.successful
             drawn["retrieval"] = figures.head_heatmap(found.values, "retrieval", diverging=False)
         steps[1](1, 1)
@@ -123,7 +126,7 @@ def needle_rows(model: LoadedModel, vocabulary: list[int], n: int, seed: int) ->
         key, needle, hay = drawn[:NEEDLE_KEY], drawn[NEEDLE_KEY : NEEDLE_KEY + NEEDLE_LENGTH], drawn[-filler:]
         place = round(number / max(n - 1, 1) * filler)
         row = [model.bos_id, *hay[:place], *key, *needle, *hay[place:], *key]
-        tests.append(Needle(torch.tensor(row), 1 + place + NEEDLE_KEY, NEEDLE_LENGTH))
+        tests.append(Needle(torch.tensor(row), 1 + place + NEEDLE_KEY, NEEDLE_LENGTH, NEEDLE_KEY, NEEDLE_KEY))
     return tests
 
 

@@ -152,7 +152,7 @@ def heads(
     run: Analysis,
     rows: Annotated[int, typer.Option(help="Rows of repeated random tokens.", min=1)] = 16,
     length: Annotated[int, typer.Option(help="Tokens before a row repeats.", min=2)] = 32,
-    needles: Annotated[int, typer.Option(help="Needle tests for retrieval heads; 0 leaves them out.", min=0)] = 32,
+    needles: Annotated[int, typer.Option(help="Needle tests for retrieval heads; 0 leaves them out.", min=0)] = 128,
 ) -> None:
     """Score every head: previous token, duplicate, induction, copying, retrieval, sink, entropy; composition."""
     from workbench.circuits.heads import report_heads
@@ -173,13 +173,40 @@ def best_heads(scores: "pd.DataFrame", n: int = 4) -> "pd.DataFrame":
     import pandas as pd
 
     columns = [column for column in scores.columns if column not in ("node", "needles_found")]
+    titles = {column: f"{column} (random tokens)" for column in ("sink", "sink_excess", "entropy", "keys_95")}
+    if "needles_found" in scores:
+        titles["retrieval"] = f"retrieval ({scores['needles_found'].iloc[0]} needles)"
     best = {column: scores.dropna(subset=[column]).nlargest(n, column) for column in columns}
     cells = {
         column: [f"{node} {value:.3g}" for node, value in zip(rows["node"], rows[column], strict=True)]
         for column, rows in best.items()
     }
-    rows = [[column, *found, *[None] * (n - len(found))] for column, found in cells.items()]
+    rows = [[titles.get(column, column), *found, *[None] * (n - len(found))] for column, found in cells.items()]
     return pd.DataFrame(rows, columns=["score", *[f"{rank}." for rank in range(1, n + 1)]])
+
+
+@commands.command()
+@sharing(Analysis)
+def retrieval(
+    run: Analysis,
+    needles: Annotated[int, typer.Option(help="Needle tests for the scores, and as many for the masks.", min=1)] = 64,
+    draws: Annotated[int, typer.Option(help="Draws of random heads to mask.", min=1)] = 10,
+    seed: SeedOption = 0,
+) -> None:
+    """Mask retrieval heads: how much of a needle is found without them, beside random heads."""
+    from workbench.circuits.needles import report_retrieval
+
+    with run.bar("retrieval") as on_progress:
+        result = report_retrieval(
+            run.workspace(), run.name or f"retrieval-{Path(run.model).name}", run.load(), needles=needles,
+            draws=draws, seed=seed, on_progress=on_progress,
+        )  # fmt: skip
+    heads = result.table("heads").drop(columns=["layer", "head"]).sort_values("evidence", ascending=False)
+    masks = result.table("masks")
+    if not run.as_json:
+        recall = masks.groupby(["order", "masked"], sort=False)["recall"]
+        masks = recall.agg(["count", "mean", "min", "max"]).reset_index().rename(columns={"count": "draws"})
+    run.show(result, {"summary": result.table("summary"), "heads": heads, "masks": masks})
 
 
 @commands.command()

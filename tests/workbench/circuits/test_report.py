@@ -24,6 +24,7 @@ from workbench.catalog.results import Result
 from workbench.circuits.agreement import report_agreement
 from workbench.circuits.heads import head_on_text, report_heads
 from workbench.circuits.methods import METHODS, method_named
+from workbench.circuits.needles import report_retrieval
 from workbench.circuits.report import run_method
 from workbench.circuits.stored import circuit_of, curves, edge_scores, faithfulness_of, head_values, node_scores
 from workbench.circuits.task import Task
@@ -284,3 +285,23 @@ def test_a_task_may_be_given_by_its_name_alone(space: Workspace, demo: LoadedMod
     result = run_method(space, demo, "induction", "attribution")
     assert result.name == "induction-attribution"
     assert result.parameters["n"] == Task("induction").n
+
+
+def test_masking_retrieval_heads_is_stored_with_its_controls(space: Workspace, demo: LoadedModel) -> None:
+    result = report_retrieval(space, "masked", demo, needles=24, draws=3)
+    summary, heads, masks = (result.table(name) for name in ("summary", "heads", "masks"))
+    assert summary.recall[0] > 0.05
+    assert 0 < summary.successful[0] <= summary.tests[0] == 24
+    assert len(heads) == 32
+    assert (heads.masked_recall <= 1).all()
+    assert set(masks.order) == {"retrieval", "evidence", "random"}
+    assert masks.query("order == 'random'").groupby("masked").draw.nunique().eq(3).all()
+    # One head masked alone is the same whichever order names it.
+    best = heads.sort_values("evidence", ascending=False).iloc[0]
+    assert masks.query("order == 'evidence' and masked == 1").recall.iloc[0] == best.masked_recall
+    assert report_retrieval(space, "masked", demo, needles=24, draws=3).created == result.created
+
+
+def test_masking_without_needles_is_refused(space: Workspace, demo: LoadedModel) -> None:
+    with pytest.raises(InputError, match="at least one needle"):
+        report_retrieval(space, "none", demo, needles=0)
