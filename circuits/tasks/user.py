@@ -27,7 +27,8 @@ def user_task(path: Path | str, tokenizer: Any, bos_id: int) -> PromptSet:
     if not file.is_file():
         raise InputError(f"no task file at {file}: give a JSONL file with {', '.join(FIELDS)} on each line")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold characters that it takes for line ends, such as U+2028.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise InputError(f"{file} is not UTF-8 text: convert the file first") from None
     prompts = []

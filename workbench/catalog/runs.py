@@ -23,6 +23,9 @@ from sae.errors import InputError
 from workbench.disk.database import create_table, read_duckdb, write_duckdb
 from workbench.disk.descriptions import differences, read_description, write_description
 
+REPORTED = ("name", "step", "tokens", "total_tokens", "loss", "fvu", "l0", "dead_share", "aux_loss", "lr", "seconds")
+"""Columns of the metrics, as `sae.StepMetrics`, which takes torch."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -38,12 +41,16 @@ class RunSummary:
     total_tokens: int
     damaged: bool = False
     """Cannot be read; `workbench doctor` says why."""
+    failed: int = 0
+    """SAEs that came to nothing; `Run.errors` says why."""
 
     @property
     def state(self) -> str:
-        """`finished`, `damaged`, or how much of it is trained."""
+        """`finished`, `failed`, how many of it failed, `damaged`, or how much of it is trained."""
         if self.damaged:
             return "damaged"
+        if self.failed:
+            return "failed" if self.failed == len(self.saes) else f"{self.failed} of {len(self.saes)} failed"
         return "finished" if self.finished else f"{self.tokens / self.total_tokens:.0%} trained"
 
 
@@ -61,6 +68,11 @@ class Run:
     def finished(self) -> bool:
         """Whether its record is written."""
         return self.database.is_file()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is finished and no SAE came of it."""
+        return self.finished and len(self.errors()) == len(self.description["configs"])
 
     def start(self, description: Mapping[str, Any]) -> bool:
         """Records what the run is, or checks that an unfinished run of this name is the same one.
@@ -123,7 +135,9 @@ class Run:
             configurations: of every SAE, with its name.
             errors: why SAEs failed, by name.
         """
-        metrics = pd.DataFrame(self._live_records())
+        # A run that failed before its first report has the columns all the same.
+        reports = self._live_records()
+        metrics = pd.DataFrame(reports) if reports else pd.DataFrame(columns=list(REPORTED))
         configuration = pd.DataFrame(
             {
                 "sae": [item["name"] for item in configurations],
@@ -151,6 +165,7 @@ class Run:
             finished=self.finished,
             tokens=int(metrics["tokens"].max()) if len(metrics) else 0,
             total_tokens=max(config["total_tokens"] for config in description["configs"]),
+            failed=len(self.errors()) if self.finished else 0,
         )
 
     def _live_records(self) -> list[dict[str, Any]]:

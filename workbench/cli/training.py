@@ -11,13 +11,14 @@ import typer
 
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption, open_workspace
-from workbench.cli.output import print_json
-from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes
+from workbench.cli.output import print_json, print_table
+from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from sae.config import TrainConfig
     from sae.training import StepMetrics, TrainedSAE
+    from workbench.saes.evaluation import Evaluation
     from workbench.saes.sweeps import SweepEstimate
     from workbench.workspace import Workspace
 
@@ -101,7 +102,8 @@ def train(
         asked = parse_sweep({**shared, "seed": seed, "rule": tables}, where="the command")
     if tokens is not None and asked.tokens is not None:
         raise InputError(f"{sweep} says how many tokens: leave --tokens out")
-    configs = asked.configs(name, tokens or asked.tokens or workspace.open_harvest(harvest).n_trainable_rows)
+    total = tokens or asked.tokens or workspace.open_harvest(harvest).n_trainable_rows
+    configs = asked.configs(name, total)
     if baseline:
         configs.append(replace(configs[0], name=f"{name}-random-decoder", frozen_decoder=True))
     if sweep is not None or estimate_only:
@@ -116,29 +118,67 @@ def train(
     found = {}
     if evaluate_after and made:
         found = evaluate_saes(workspace, made, max_tokens=EVALUATION_TOKENS, device=device, reuse=True, quiet=as_json)
-    conclude(workspace, name, trained, {sae: item.to_dict() for sae, item in found.items()}, as_json)
+    outcome = outcomes(workspace, name, made, found)
+    if as_json:
+        evaluations = {"evaluations": {sae: item.to_dict() for sae, item in found.items()}} if found else {}
+        failed = {result.config.name: result.error for result in trained if result.error}
+        print_json({"run": name, "saes": outcome, "failed": failed, **evaluations})
+    elif made:
+        conclude(workspace, outcome, found, asked_tokens=total)
+    refuse_failures(workspace, name, trained)
+
+
+def outcomes(
+    workspace: "Workspace", run: str, saes: list[str], evaluations: "dict[str, Evaluation]"
+) -> list[dict[str, Any]]:
+    """What became of each SAE: its path, how long and how well it trained by the run's last report, and added nats
+    where it was evaluated."""
+    if not saes:
+        return []
+    last = workspace.run(run).metrics().groupby("name").last()
+    found = []
+    for sae in saes:
+        row = last.loc[sae]
+        numbers = {key: float(row[key]) for key in ("fvu", "l0", "dead_share", "seconds")}
+        nats = {"added_nats": evaluations[sae].added_nats} if sae in evaluations else {}
+        place = {"name": sae, "path": str(workspace.path / "saes" / sae), "tokens": int(row["tokens"])}
+        found.append({**place, **numbers, **nats})
+    return found
 
 
 def conclude(
     workspace: "Workspace",
-    run: str,
-    trained: "list[TrainedSAE]",
-    evaluations: dict[str, dict[str, Any]],
-    as_json: bool,
+    outcome: list[dict[str, Any]],
+    evaluations: "dict[str, Evaluation]",
+    *,
+    asked_tokens: int,
 ) -> None:
-    """Says what was made, where, and what to do next. Raises InputError naming the SAEs that failed."""
-    made = [result.config.name for result in trained if not result.error]
+    """Says how the SAEs came out, where they lie and what to do next."""
+    if evaluations:
+        print_evaluations(evaluations)
+    else:
+        rows = [[sae[key] for key in ("name", "fvu", "l0", "dead_share")] for sae in outcome]
+        print_table("The last steps of training", ["", "FVU", "L0", "dead"], rows)
+    names = [sae["name"] for sae in outcome]
+    tokens, seconds = outcome[0]["tokens"], max(sae["seconds"] for sae in outcome)
+    if tokens > asked_tokens:
+        print(f"Training takes whole batches: {tokens:,} tokens, where {asked_tokens:,} were asked for.")
+    print(
+        f"Trained {len(names)} SAE{'s' * (len(names) > 1)} on {tokens:,} tokens in {format_seconds(seconds)}: "
+        + ", ".join(sae["path"] for sae in outcome)
+    )
+    step = "compare" if evaluations else "evaluate"
+    print(f"Next: workbench {step} {' '.join(names)} --workspace {workspace.path}")
+
+
+def refuse_failures(workspace: "Workspace", run: str, trained: "list[TrainedSAE]") -> None:
+    """Raises InputError naming the SAEs that came to nothing, and why."""
     failed = {result.config.name: result.error for result in trained if result.error}
-    if as_json:
-        saes = [{"name": sae, "path": str(workspace.path / "saes" / sae)} for sae in made]
-        print_json({"run": run, "saes": saes, "failed": failed} | ({"evaluations": evaluations} if evaluations else {}))
-    elif made:
-        print(f"Trained {len(made)} SAE{'s' * (len(made) > 1)}: {', '.join(made)}")
-        step = "compare" if evaluations else "evaluate"
-        print(f"Next: workbench {step} {' '.join(made)} --workspace {workspace.path}")
-    if failed:
-        problems = "; ".join(f"{sae}: {error}" for sae, error in failed.items())
-        raise InputError(f"{len(failed)} of {len(trained)} SAEs failed ({problems}); the others are finished")
+    if not failed:
+        return
+    problems = "; ".join(f"{sae}: {error}" for sae, error in failed.items())
+    rest = "the others are finished" if len(failed) < len(trained) else f"the name {run!r} is free again"
+    raise InputError(f"{len(failed)} of {len(trained)} SAEs failed ({problems}); {rest}")
 
 
 def rule_tables(

@@ -6,13 +6,15 @@
 3. Every SAE is saved under its configuration's name with what it was made from; the metrics move into the run's
    DuckDB file, which marks it as finished; the checkpoints go.
 
-A kill between saving the SAEs and finishing the run leaves some that are this run's own: they are kept.
+A kill between saving the SAEs and finishing the run leaves some that are this run's own: they are kept. A run that
+failed as a whole keeps its record, which says why, until another of its name is started; one that was refused before
+its first step leaves nothing.
 """
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from sae import checkpoint
@@ -27,7 +29,7 @@ from workbench.disk.names import new_folder
 from workbench.harvest.loader import ActivationLoader
 from workbench.harvest.reading import Harvest
 from workbench.models.devices import choose_device
-from workbench.saes.sweeps import SweepEstimate, estimate
+from workbench.saes.sweeps import SweepEstimate, check_memory, estimate
 
 OnMetrics = Callable[[StepMetrics], None]
 
@@ -45,13 +47,16 @@ def train_all(
     """Trains SAEs side by side and saves them; see the module's description, and `Workspace.train_all`.
 
     Raises:
-        InputError: unknown harvest or hook, names taken, or a finished run whose SAE was removed.
+        InputError: unknown harvest or hook, names taken, a finished run whose SAE was removed, or too little memory.
     """
     source = catalog.open_harvest(harvest)
     hook = choose_hook(source, hook)
     chosen = str(choose_device(device))
     check_configs(configs)
+    check_memory(configs, source.vectors(hook).width, chosen)
     record = Run(new_folder(catalog.run_folder(run)))
+    if record.failed:
+        shutil.rmtree(record.folder)
     description = {
         "harvest": harvest, "hook": hook, "device": chosen, "configs": [config.to_dict() for config in configs],
     }  # fmt: skip
@@ -63,9 +68,35 @@ def train_all(
         if config.name not in done:
             catalog.check_new_sae(config.name)
     resuming = record.start(description)
+    try:
+        trained = _run(catalog, record, source, hook, configs, chosen, resuming, done, on_metrics)
+    except InputError:
+        if not resuming and not len(record.metrics()):
+            shutil.rmtree(record.folder)
+        raise
+    return [_trained(catalog, result.config, result.error) for result in trained]
+
+
+def _run(
+    catalog: Catalog,
+    record: Run,
+    source: Harvest,
+    hook: str,
+    configs: Sequence[TrainConfig],
+    device: str,
+    resuming: bool,
+    done: Set[str],
+    on_metrics: OnMetrics | None,
+) -> list[TrainedSAE]:
+    """Steps 2 and 3 of the module's description; `done` are SAEs that this run has saved before."""
     with RunLock(record.folder):
-        trained = _train(record, source, hook, configs, chosen, resuming, on_metrics)
-        provenance = {"run": run, "harvest": source.provenance(), "hook": hook, "versions": versions()}
+        try:
+            trained = _train(record, source, hook, configs, device, resuming, on_metrics)
+        except RuntimeError as error:
+            # Out of memory, say; beside others the trainer takes out the one it happens to.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            trained = [TrainedSAE(config, None, reason) for config in configs]
+        provenance = {"run": record.name, "harvest": source.provenance(), "hook": hook, "versions": versions()}
         for result in trained:
             if result.sae is not None and result.config.name not in done:
                 catalog.add_sae(result.config.name, result.sae, {**provenance, "training": result.config.to_dict()})
@@ -74,7 +105,7 @@ def train_all(
             errors={result.config.name: result.error for result in trained if result.error},
         )
         shutil.rmtree(record.checkpoints, ignore_errors=True)
-    return [_trained(catalog, result.config, result.error) for result in trained]
+    return trained
 
 
 def estimate_training(

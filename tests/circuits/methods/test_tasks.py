@@ -142,3 +142,12 @@ def test_an_answer_that_merges_with_its_prompt_is_refused(demo: Any) -> None:
     with pytest.raises(InputError, match="merges with the end of its prompt"):
         encode("merging", [Prompt("import nump", "import pand", ("y",), ("x",))], demo.tokenizer, demo.bos_id)
     assert set(TASKS) >= {"ioi", "greater-than", "docstring", "induction", "brackets", "argument", "self-attribute"}
+
+
+def test_a_users_task_may_hold_any_character(demo: Any, tmp_path: Path) -> None:
+    """JSON leaves U+2028 as it is; Python counts it as the end of a line."""
+    file = tmp_path / "mine.jsonl"
+    row = {"clean": "a = 1\u2028b =", "corrupted": "a = 2\u2028b =", "answers": " self", "wrong": " return"}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    task = make_task(str(file), demo.tokenizer, demo.bos_id)
+    assert "\u2028" in demo.tokenizer.decode(task.clean[0].tolist())

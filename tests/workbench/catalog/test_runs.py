@@ -1,11 +1,13 @@
 """Training-run records: resume only what is the same, tolerate torn lines, finish immutably."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from sae.errors import InputError
-from workbench.catalog.runs import Run
+from sae.training import StepMetrics
+from workbench.catalog.runs import REPORTED, Run
 
 DESCRIPTION = {"harvest": "h", "hook": "x", "device": "cpu", "configs": [{"name": "a", "total_tokens": 100}]}
 
@@ -56,3 +58,11 @@ def test_finishing_moves_the_metrics_into_duckdb(run: Run) -> None:
     assert not run.metrics_file.exists()
     assert run.metrics()["tokens"].tolist() == [10, 100]
     assert run.summary().tokens == 100
+
+
+def test_a_run_that_failed_before_its_first_report_is_finished_with_its_error(run: Run) -> None:
+    run.start(DESCRIPTION)
+    run.finish(DESCRIPTION["configs"], errors={"a": "out of memory"})
+    assert run.failed
+    assert run.summary().state == "failed"
+    assert list(run.metrics().columns) == list(REPORTED) == [field.name for field in fields(StepMetrics)]

@@ -144,3 +144,73 @@ def test_a_users_table_of_concepts_is_read(path: Path, tmp_path: Path, capsys: p
         said = capsys.readouterr().err
         assert said.count("\n") == 1
         assert "give CSV or Parquet with the columns row and concept" in said
+
+
+def test_training_ends_with_how_the_saes_came_out(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(training(path, "told", "--k", "4", "--k", "8", "--tokens", "5000")) == 0
+    said = capsys.readouterr().out
+    last = Workspace(path).run("told").metrics().groupby("name").last()
+    for name in ("told-k4", "told-k8"):
+        line = next(line for line in said.splitlines() if line.strip().startswith(name))
+        shown = [f"{last.loc[name, column]:.4g}" for column in ("fvu", "l0", "dead_share")]
+        assert line.split()[1:] == shown
+        assert str(path / "saes" / name) in said
+    assert "Training takes whole batches: 5,120 tokens, where 5,000 were asked for." in said
+    assert "Trained 2 SAEs on 5,120 tokens in 0:0" in said
+
+
+def test_a_run_that_failed_says_why_and_frees_its_name(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(training(path, "diverged", "--lr", "1e38")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 1 SAEs failed (diverged: the loss stopped being finite" in said
+    assert "the name 'diverged' is free again" in said
+    assert next(item for item in Workspace(path).runs() if item.name == "diverged").state == "failed"
+    assert run(training(path, "diverged")) == 0
+    assert next(item for item in Workspace(path).runs() if item.name == "diverged").state == "finished"
+
+
+def test_a_step_that_cannot_be_made_is_one_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("can't allocate memory: you tried to allocate 1 TB\n  at somewhere")
+
+    monkeypatch.setattr("workbench.saes.train.train", fail)
+    capsys.readouterr()
+    assert run(training(path, "large")) == 2
+    assert "SAEs failed (large: can't allocate memory: you tried to allocate 1 TB); the name" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(training(path, "large", "--k", "3")) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--d-sae", "99999999999"], "GB are free: train fewer at a time, narrower ones"),
+        (["--batch-size", "1000000000"], "GB are free: train fewer at a time, narrower ones"),
+    ],
+)
+def test_what_memory_cannot_hold_is_refused_before_it_starts(
+    path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run(training(path, "huge", *options)) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("error:") == 1
+    assert not (path / "runs" / "huge").exists()
+
+
+def test_files_are_made_with_the_users_umask(path: Path) -> None:
+    import os
+
+    before = os.umask(0o027)
+    try:
+        assert run(training(path, "shared")) == 0
+    finally:
+        os.umask(before)
+    made = [*(path / "saes" / "shared").iterdir(), *(path / "runs" / "shared").iterdir()]
+    assert len(made) > 3
+    assert {file.stat().st_mode & 0o777 for file in made} == {0o640}
