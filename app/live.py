@@ -46,9 +46,9 @@ def _stamp(files: Sequence[Path]) -> tuple[int, ...]:
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _opened(workspace: str, name: str, stamp: tuple[int, ...], _model: LoadedModel) -> LiveSAE:
-    space = Workspace(workspace, create=False)
-    indexed = space.index_path(name).is_file()
-    return LiveSAE(name, space.sae(name), _model, known_features(open_index(space, name)) if indexed else None)
+    opened = Workspace(workspace, create=False)
+    indexed = opened.index_path(name).is_file()
+    return LiveSAE(name, opened.sae(name), _model, known_features(open_index(opened, name)) if indexed else None)
 
 
 # The token's text is set as text, never as HTML.

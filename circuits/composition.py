@@ -23,14 +23,14 @@ from circuits.effective_weights import effective_weights
 from circuits.nodes import Bridge, head_name, head_weights
 from sae.errors import InputError
 
-Kind = Literal["q", "k", "v"]
+Composition = Literal["q", "k", "v"]
 
 
 @dataclass(frozen=True)
 class CompositionScores:
     """`values[l1, h1, l2, h2]`: head l1.h1 into head l2.h2; zero unless l1 < l2."""
 
-    kind: Kind
+    kind: Composition
     values: Float[Tensor, "layers heads layers heads"]
 
     def table(self, top: int | None = None) -> pd.DataFrame:
@@ -45,7 +45,7 @@ class CompositionScores:
 
 
 @torch.no_grad()
-def composition_scores(bridge: Bridge, kind: Kind = "k") -> CompositionScores:
+def composition_scores(bridge: Bridge, kind: Composition = "k") -> CompositionScores:
     """Composition of every pair of heads.
 
     Raises:

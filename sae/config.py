@@ -125,6 +125,7 @@ class TrainConfig:
                 f"got {self.batch_size} and {self.total_tokens}"
             )
         self.rule.check(self.d_sae, self.batch_size)
+        self._check_goes_with_rule()
         self._check_losses()
         if not 0 <= self.seed < 2**63:
             raise InputError(f"{self.name}: the seed must be a whole number from 0 to 2^63 - 1, got {self.seed}")
@@ -145,7 +146,8 @@ class TrainConfig:
                 f"{self.name}: unknown b_dec_init {self.b_dec_init!r}: choose {', '.join(get_args(BDecInit))}"
             )
 
-    def _check_losses(self) -> None:
+    def _check_goes_with_rule(self) -> None:
+        """Settings that only rules with a k, or only those without, can use."""
         if self.aux is not None and self.aux not in get_args(AuxKind):
             raise InputError(f"{self.name}: unknown aux {self.aux!r}: choose {', '.join(get_args(AuxKind))}")
         if isinstance(self.rule, ThresholdRule):
@@ -161,6 +163,8 @@ class TrainConfig:
             raise InputError(
                 f"{self.name}: sparsity_coefficient is for relu and jumprelu; set k to make {self.rule.name} sparser"
             )
+
+    def _check_losses(self) -> None:
         if not (0 <= self.sparsity_warmup <= 1):
             raise InputError(f"{self.name}: sparsity_warmup is a share of the steps, got {self.sparsity_warmup}")
         if self.clip_grad_norm is not None and not 0 < self.clip_grad_norm < math.inf:

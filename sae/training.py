@@ -146,11 +146,11 @@ NextRows = Callable[[int], tuple[Tensor, Tensor | None]]
 
 def _stream(configs: Sequence[TrainConfig], source: BatchSource, device: torch.device) -> NextRows:
     """How the next activations, and gradients if a rule needs them, are had."""
-    hungry = next((config.rule.name for config in configs if config.rule.needs_gradients), None)
-    if hungry is None:
+    needing = next((config.rule.name for config in configs if config.rule.needs_gradients), None)
+    if needing is None:
         return lambda n: (source.next_batch(n).to(device, torch.float32), None)
     if not isinstance(source, GradientSource):
-        raise InputError(f"the rule {hungry} needs gradients: harvest with --gradients and train on that harvest")
+        raise InputError(f"the rule {needing} needs gradients: harvest with --gradients and train on that harvest")
 
     def next_pair(n: int) -> tuple[Tensor, Tensor]:
         activations, gradients = source.next_pair(n)

@@ -5,11 +5,13 @@
 3. No circle of files but a result and the page or figures that draw it.
 4. Below `workbench/workspace.py` nobody knows `Workspace`: analyses take a `Catalog`.
 5. A file name stands for one role: `report.py` runs and stores, `figures.py` draws; no other name twice in workbench/.
-6. No file over 450 lines, no function over 70.
+6. Only cli/ and show/ print (the app has Streamlit for it), and only show/ knows colours.
+7. No file over 450 lines, no function over 70.
 """
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -52,14 +54,23 @@ def module_of(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def exported_from() -> dict[str, str]:
+    """`workbench.HarvestConfig -> workbench.harvest.run.HarvestConfig`: where the workbench's own exports lie."""
+    import workbench
+
+    return {f"workbench.{name}": f"{home}.{name}" for name, home in workbench._HOMES.items()}
+
+
 def imported(file: Path) -> Iterator[str]:
     """Dotted names of everything a file imports, wherever in the file it does so; types count too."""
+    homes = exported_from()
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (homes.get(name, name) for name in names)
 
 
 def imported_packages(file: Path) -> set[str]:
@@ -173,6 +184,22 @@ def test_a_file_name_stands_for_one_role() -> None:
         if file.name not in SHARED_NAMES and not path.startswith(COMMANDS):
             places[file.name].append(path)
     assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_only_the_command_line_prints() -> None:
+    for file in [*files_of("sae"), *files_of("circuits"), *files_of("workbench")]:
+        path = str(file.relative_to(REPOSITORY))
+        calls = (node.func for node in ast.walk(parsed(file)) if isinstance(node, ast.Call))
+        printing = any(isinstance(called, ast.Name) and called.id == "print" for called in calls)
+        assert not printing or path.startswith((COMMANDS, "workbench/show/")), f"{path} prints"
+
+
+def test_only_show_knows_colours() -> None:
+    colour = re.compile(r"#[0-9a-fA-F]{6}\b|rgba?\(\s*\d")
+    for file in [*files_of("circuits"), *files_of("workbench"), *files_of("app")]:
+        path = str(file.relative_to(REPOSITORY))
+        found = colour.search(file.read_text(encoding="utf-8"))
+        assert found is None or path.startswith("workbench/show/"), f"{path} has the colour {found and found[0]}"
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

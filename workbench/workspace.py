@@ -1,7 +1,7 @@
 """The Workspace: a Catalog (what lies where, what made it) with a verb for everything one does with it.
 
-The command line, the app and notebooks call these methods; each is one call of the analysis that does it, in the room
-it belongs to.
+Each method is one call of the analysis that does it, in the room it belongs to: the front door of notebooks and of
+one's own programs. The command line and the app call the same methods, or the same analyses where they show a part.
 """
 
 from collections.abc import Callable, Sequence

@@ -112,9 +112,9 @@ def written(workspace: Workspace, feature: Feature) -> None:
             f"{concept.precision:.2f}, recall {concept.recall:.2f}, correlation {concept.correlation:+.2f}; "
             f"above {concept.threshold:.3g}; {concept.positives:,} tokens have it)"
         )
-    if (told := feature.explanation) is not None and told.explanation:
-        score = f", detection **{told.score:.2f}** (chance 0.50)" if told.score is not None else ""
-        st.caption(f"in the words of {plain(told.model)}: **{plain(told.explanation)}**{score}")
+    if (said := feature.explanation) is not None and said.explanation:
+        score = f", detection **{said.score:.2f}** (chance 0.50)" if said.score is not None else ""
+        st.caption(f"in the words of {plain(said.model)}: **{plain(said.explanation)}**{score}")
     for note in feature.notes:
         st.text(note)
     st.text_area("Add a note", max_chars=2000, height=68, key=f"note {place}", on_change=save_note)
@@ -140,9 +140,9 @@ def written(workspace: Workspace, feature: Feature) -> None:
 def related(feature: Feature) -> None:
     """Features close in direction and in time, each a link; heads of an attention SAE."""
     st.markdown("**Nearest decoder directions** · cosine")
-    links(feature.sae, [(near.feature, near.label, f"{near.cosine:+.2f}") for near in feature.neighbours])
+    links(feature.sae, [(near.feature, near.title, f"{near.cosine:+.2f}") for near in feature.neighbours])
     st.markdown("**Fires together with** · phi, PMI")
-    together = [(other.feature, other.label, f"{other.phi:.2f}, {other.pmi:.1f}") for other in feature.coactivations]
+    together = [(other.feature, other.title, f"{other.phi:.2f}, {other.pmi:.1f}") for other in feature.coactivations]
     links(feature.sae, together)
     if not together:
         st.caption("No feature fires with it on three tokens or more.")

@@ -306,9 +306,10 @@ def having(workspace: Workspace, reports: dict[str, Parts], kind: str) -> Parts:
         if kind not in parts:
             made_of = next(iter(parts.values())).origin
             extra = " SAE" if kind == SAES else ""
+            field = f" --text-field {made_of.text_field}" if made_of.text_field != "text" else ""
             st.info(
                 f"Not measured yet for {plain(name)}. Next: `workbench sparsity {COMMANDS[kind]} {name}{extra} "
-                f"--model {made_of.model} --corpus {made_of.corpus} "
+                f"--model {made_of.model} --corpus {made_of.corpus}{field} "
                 f"--workspace {workspace.path}`"
             )
     return {name: parts[kind] for name, parts in reports.items() if kind in parts}

@@ -16,11 +16,10 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from sae import plugins
 from sae.errors import InputError
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
     from circuits.prompts import PromptSet
 
 TaskMaker = Callable[[Any, int, int, int], "PromptSet"]
@@ -54,7 +53,7 @@ def register_task(name: str, task: TaskMaker) -> None:
         raise InputError(f"a task cannot be called {name!r}: names ending in .jsonl are files")
     known = _registered.get(name)
     again = known is not None and _place(known) == _place(task)
-    if not again and (known is not None or name in TASKS or name in _entry_points()):
+    if not again and (known is not None or name in TASKS or plugins.is_elsewhere(GROUP, name, task)):
         raise InputError(f"there is a task {name!r} already: choose another name")
     _registered[name] = task
 
@@ -66,7 +65,7 @@ def is_file(name: str) -> bool:
 
 def task_names() -> list[str]:
     """Names that `make_task` takes: this package's tasks, then other packages' and those registered here."""
-    return list(dict.fromkeys([*TASKS, *sorted(_entry_points()), *_registered]))
+    return list(dict.fromkeys([*TASKS, *sorted(plugins.found(GROUP)), *_registered]))
 
 
 def check_task(name: str) -> None:
@@ -95,38 +94,19 @@ def make_task(name: str, tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0
 
 def _maker(name: str) -> TaskMaker:
     check_task(name)
-    found = _entry_points().get(name, [])
-    packages = [entry.dist.name if entry.dist is not None else entry.value for entry in found]
-    if (name in TASKS or name in _registered) and packages:
-        raise InputError(f"the task {name!r} of {packages[0]} has the name of another one: rename it or uninstall it")
-    if len(packages) > 1:
-        raise InputError(f"the task {name!r} is defined by {' and by '.join(packages)}: uninstall all but one")
-    if name in _registered:
+    if name in _registered and not plugins.is_elsewhere(GROUP, name, _registered[name]):
         return _registered[name]
-    if not found:
+    loaded = plugins.load(GROUP, name, "task", taken={*TASKS, *_registered})
+    if loaded is None:
         maker: TaskMaker = resolve_name(TASKS[name])
         return maker
-    try:
-        task = found[0].load()
-    except Exception as error:
-        # Whatever another package raises on being imported.
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"the task {name!r} of {packages[0]} cannot be imported: {said}") from error
+    task, package = loaded
     if not callable(task):
         raise InputError(
-            f"the task {name!r} of {packages[0]} is a {type(task).__name__} and should be a function "
+            f"the task {name!r} of {package} is a {type(task).__name__} and should be a function "
             "(tokenizer, bos_id, n, seed)"
         )
     return task
-
-
-def _entry_points() -> "dict[str, list[EntryPoint]]":
-    from importlib.metadata import entry_points
-
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
-        found.setdefault(entry.name, []).append(entry)
-    return found
 
 
 def _place(task: TaskMaker) -> tuple[str, str]:

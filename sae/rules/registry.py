@@ -17,9 +17,9 @@ it is first asked for.
 import dataclasses
 import inspect
 import re
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
+from sae import plugins
 from sae.errors import InputError
 from sae.rules.abstopk import AbsTopK
 from sae.rules.base import SAELENS_ARCHITECTURES, CodeRule, Rule, ThresholdRule
@@ -60,7 +60,7 @@ def register_rule(rule: AnyRule) -> AnyRule:
     _check(rule, f"{rule.__name__!r}" if isinstance(rule, type) else f"a {type(rule).__name__}")
     known = _registered.get(rule.name)
     again = known is not None and (known.__module__, known.__qualname__) == (rule.__module__, rule.__qualname__)
-    if not again and (known is not None or rule.name in RULES or rule.name in _entry_points()):
+    if not again and (known is not None or rule.name in RULES or plugins.is_elsewhere(GROUP, rule.name, rule)):
         raise InputError(f"there is a rule {rule.name!r} already: give {rule.__name__} another name")
     _registered[rule.name] = rule
     return rule
@@ -68,7 +68,7 @@ def register_rule(rule: AnyRule) -> AnyRule:
 
 def rule_names() -> list[str]:
     """Names that `rule_class` takes: this package's rules, then other packages' and those registered here."""
-    return list(dict.fromkeys([*RULES, *sorted(_entry_points()), *_registered]))
+    return list(dict.fromkeys([*RULES, *sorted(plugins.found(GROUP)), *_registered]))
 
 
 def rule_class(name: str) -> type[Rule]:
@@ -77,14 +77,18 @@ def rule_class(name: str) -> type[Rule]:
     Raises:
         InputError: an unknown name; or a rule of another package that has a name taken, cannot be imported, or is none.
     """
-    found = _entry_points().get(name, [])
-    packages = [entry.dist.name if entry.dist is not None else entry.value for entry in found]
-    if (name in RULES or name in _registered) and packages:
-        raise InputError(f"the rule {name!r} of {packages[0]} has the name of another one: rename it or uninstall it")
-    if len(packages) > 1:
-        raise InputError(f"the rule {name!r} is defined by {' and by '.join(packages)}: uninstall all but one")
-    if found:
-        return _loaded(found[0], packages[0])
+    loaded = None
+    if name not in _registered or plugins.is_elsewhere(GROUP, name, _registered[name]):
+        loaded = plugins.load(GROUP, name, "rule", taken={*RULES, *_registered})
+    if loaded is not None:
+        rule, package = loaded
+        _check(rule, f"{name!r} of {package}")
+        if rule.name != name:
+            raise InputError(
+                f"the rule {name!r} of {package} calls itself {rule.name!r}: give its entry point that name"
+            )
+        checked: type[Rule] = rule
+        return checked
     known = RULES.get(name) or _registered.get(name)
     if known is None:
         raise InputError(
@@ -92,21 +96,6 @@ def rule_class(name: str) -> type[Rule]:
             "registers it"
         )
     return known
-
-
-def _loaded(entry: EntryPoint, package: str) -> type[Rule]:
-    what = f"{entry.name!r} of {package}"
-    try:
-        rule = entry.load()
-    except Exception as error:
-        # Whatever another package raises on being imported.
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"the rule {what} cannot be imported: {said}") from error
-    _check(rule, what)
-    if rule.name != entry.name:
-        raise InputError(f"the rule {what} calls itself {rule.name!r}: give its entry point that name")
-    checked: type[Rule] = rule
-    return checked
 
 
 def _check(rule: Any, what: str) -> None:
@@ -129,13 +118,6 @@ def _check(rule: Any, what: str) -> None:
             f"the rule {what} has the name {name!r} and the SAELens architecture {rule.saelens!r}: "
             f"`saelens` is one of {known}, or None, and no other rule's name is"
         )
-
-
-def _entry_points() -> dict[str, list[EntryPoint]]:
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
-        found.setdefault(entry.name, []).append(entry)
-    return found
 
 
 def to_dict(rule: Rule) -> dict[str, Any]:

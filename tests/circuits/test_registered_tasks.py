@@ -71,6 +71,21 @@ def test_a_package_whose_task_is_broken_or_clashes_is_named(tasks_package: Path)
         make_task("ioi", None, 0)
 
 
+def test_a_task_that_registers_itself_may_be_an_entry_point_too(tasks_package: Path) -> None:
+    described = tasks_package / "own_tasks-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: own-tasks\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[interp_workbench.tasks]\nboth = own_tasks:both\n")
+    (tasks_package / "own_tasks.py").write_text(
+        "from circuits.tasks import register_task\nfrom more_tasks import thrice\n\n\n"
+        "def both(tokenizer, bos_id, n, seed):\n    return thrice(tokenizer, bos_id, n, seed)\n\n\n"
+        "register_task('both', both)\n"
+    )
+    assert len(make_task("both", None, 0, n=2)) == 2
+    assert len(make_task("both", None, 0, n=3)) == 3
+    assert task_names().count("both") == 1
+
+
 def test_modules_of_tasks_are_not_hidden_by_their_functions() -> None:
     import circuits.tasks.docstring as docstring
     import circuits.tasks.induction as induction

@@ -90,8 +90,8 @@ def ours(size: Size, example: Float[Tensor, "batch d_in"], rule: Rule | None = N
     state = TrainingState(config, size.d_in, example.device)
     state.initialise(example)
     step, numbers = new_step(state), iter(range(config.n_steps))
-    hungry = config.rule.needs_gradients
-    return lambda batch: step(batch, next(numbers), batch if hungry else None)
+    with_gradients = config.rule.needs_gradients
+    return lambda batch: step(batch, next(numbers), batch if with_gradients else None)
 
 
 def encoder_product(size: Size, device: torch.device) -> Step:

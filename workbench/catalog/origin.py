@@ -4,13 +4,13 @@ An SAE's record is its `provenance.json`, a result's the row `provenance` of its
 grow from version to version; this is the one place that knows their keys.
 
     an SAE trained here      run, harvest (its description), hook, training (its configuration), versions
-    an imported SAE          imported (format and path, or release and id; rule; weights), hook, versions
+    an imported SAE          imported (format and path, or release and id; rule; fingerprint), hook, versions
     a result                 model, corpus, saes (fingerprints by name), ... as far as they had a part in it, versions;
                              or the record of the SAE it was measured on, and what it was measured with
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from workbench.text.corpora import Corpus
 
 Record = Mapping[str, Any]
+
+
+def _mapping(record: Record, key: str) -> Record:
+    """The object at a key; empty where there is none."""
+    found = record.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _names(found: Any) -> list[str]:
+    """The texts of a list, or the keys of an object; none of anything else."""
+    return [name for name in found if isinstance(name, str)] if isinstance(found, Mapping | list | tuple) else []
 
 
 def versions() -> dict[str, str]:
@@ -63,12 +74,12 @@ class Origin:
         Args:
             model, hook: what its own configuration says, for SAEs that were not trained here.
         """
-        harvest = record.get("harvest") or {}
-        config, corpus = harvest.get("config", {}), harvest.get("corpus", {})
+        harvest = _mapping(record, "harvest")
+        config, corpus = _mapping(harvest, "config"), _mapping(harvest, "corpus")
         return cls(
             record,
             model=config.get("model", model),
-            weights_sha256=harvest.get("model", {}).get("weights_sha256"),
+            weights_sha256=_mapping(harvest, "model").get("weights_sha256"),
             corpus=config.get("corpus"),
             text_field=config.get("text_field", "text"),
             fingerprint=corpus.get("fingerprint"),
@@ -76,28 +87,33 @@ class Origin:
             hook=record.get("hook", hook),
             context_len=config.get("context_len"),
             run=record.get("run"),
-            training=record.get("training", {}),
-            imported=record.get("imported"),
+            training=_mapping(record, "training"),
+            imported=_mapping(record, "imported") or None,
         )
 
     @classmethod
     def of_result(cls, record: Record, parameters: Record) -> "Origin":
-        """Reads the record of a result, and from its parameters which SAEs it was measured on."""
-        named = record.get("saes") or parameters.get("saes") or {}
-        one = (record.get("sae"), parameters.get("sae"), parameters.get("a"), parameters.get("b"))
-        saes = tuple(dict.fromkeys([*named, *(name for name in one if isinstance(name, str))]))
-        if "model" not in record:
-            made = cls.of_sae(record)
-            return cls(**{**vars(made), "saes": saes})
-        corpus = record.get("corpus") or {}
+        """Reads the record of a result, and from its parameters which SAEs it was measured on.
+
+        Users store results of their own: what has another shape than ours is taken for not known.
+        """
+        saes = _names(record.get("saes")) or _names(parameters.get("saes"))
+        saes += _names([record.get("sae"), parameters.get("sae")])
+        # A pair of SAEs that were matched.
+        saes += _names([parameters[key] for key in "ab" if key in parameters and key in record])
+        saes = list(dict.fromkeys(saes))
+        model = _mapping(record, "model")
+        if not model:
+            return replace(cls.of_sae(record), saes=tuple(saes))
+        corpus = _mapping(record, "corpus")
         return cls(
             record,
-            model=record["model"].get("name", ""),
-            weights_sha256=record["model"].get("weights_sha256"),
+            model=model.get("name", ""),
+            weights_sha256=model.get("weights_sha256"),
             corpus=corpus.get("name"),
             text_field=corpus.get("text_field", "text"),
             fingerprint=corpus.get("fingerprint"),
-            saes=saes,
+            saes=tuple(saes),
         )
 
     @classmethod

@@ -66,13 +66,7 @@ def run_method(
             the method cannot take, or as the task and the method.
     """
     task = Task(task) if isinstance(task, str) else task
-    known = method_named(method)
-    asked = known.options(options or {})
-    if known.needs_saes != bool(saes):
-        needing = ", ".join(other.name for other in METHODS if other.needs_saes)
-        raise InputError(f"the method {needing} and SAEs (--sae) go together: name one SAE for each hook point")
-    if known.metric not in (None, task.metric or known.metric):
-        raise InputError(f"{known.title} splits the {known.metric}: leave the metric out")
+    known, asked = checked(task, method, saes, options)
     prompts = task.prompts(model)
     metric = task.measure(prompts, known.metric)
     loaded = {item: catalog.sae(item, device=str(model.device)) for item in saes}
@@ -84,6 +78,25 @@ def run_method(
         catalog, known.kind, name or result_name(task, method), model, task, {task.seed: prompts}, metric, parameters,
         lambda: known.run(run, **asked), saes=loaded,
     )  # fmt: skip
+
+
+def checked(
+    task: Task, method: str, saes: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> tuple[Method, dict[str, Any]]:
+    """The method and its options: what can be told to be wrong before a model is loaded.
+
+    Raises:
+        InputError: an unknown method or option, SAEs where there should be none or the other way round, a metric that
+            the method cannot take.
+    """
+    known = method_named(method)
+    asked = known.options(options or {})
+    if known.needs_saes != bool(saes):
+        needing = ", ".join(other.name for other in METHODS if other.needs_saes)
+        raise InputError(f"the method {needing} and SAEs (--sae) go together: name one SAE for each hook point")
+    if known.metric not in (None, task.metric or known.metric):
+        raise InputError(f"{known.title} splits the {known.metric}: leave the metric out")
+    return known, asked
 
 
 def result_name(task: Task, method: str) -> str:

@@ -135,9 +135,10 @@ class OnTask(Analysis):
 
     def run(self, method: str, options: dict[str, Any], saes: list[str] | None = None) -> None:
         """Runs a method, or opens its stored result, and shows it."""
-        from workbench.circuits.report import run_method
+        from workbench.circuits.report import checked, run_method
 
         asked = self.asked()
+        checked(asked, method, saes or [], options)
         with self.bar(method) as on_progress:
             result = run_method(
                 self.workspace(), self.load(), asked, method, name=self.name, saes=saes or [], options=options,

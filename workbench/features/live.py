@@ -12,7 +12,7 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.features.index.query import FeatureIndex
-from workbench.features.prompts import Known, PromptReading, read_prompt
+from workbench.features.prompts import KnownFeatures, PromptReading, read_prompt
 from workbench.features.steering import Edit, Steering, steer
 from workbench.models.load import LoadedModel, load_model
 
@@ -24,7 +24,7 @@ class LiveSAE:
     name: str
     sae: SAE
     model: LoadedModel
-    known: Known | None
+    known: KnownFeatures | None
     """From its index, where it has one."""
 
     def read(self, text: str) -> PromptReading:
@@ -70,10 +70,10 @@ def model_of(catalog: Catalog, sae: str, model: LoadedModel | None = None, devic
     return loaded
 
 
-def known_features(index: FeatureIndex) -> Known:
+def known_features(index: FeatureIndex) -> KnownFeatures:
     """Labels, densities and maxima of all features."""
     table = index.table()
-    return Known(
+    return KnownFeatures(
         [label or "" for label in table["label"]], table["density"].to_numpy(float), table["strongest"].to_numpy(float)
     )
 

@@ -52,7 +52,7 @@ RANKINGS: tuple[Ranking, ...] = ("max", "mean", "rare")
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownFeatures:
     """What an index knows of every feature of the SAE, in their order."""
 
     labels: list[str]
@@ -86,7 +86,7 @@ class PromptReading:
     """Of every activation, in order."""
     feature: Int[NDArray, "entries"]
     activation: Float[NDArray, "entries"]
-    known: Known | None
+    known: KnownFeatures | None
     """From the index, where the SAE has one."""
     missing: str | None
     """Why there is no attribution, where there is none."""
@@ -227,7 +227,7 @@ class PromptReading:
 
 @torch.no_grad()
 def read_prompt(
-    model: "LoadedModel", sae: SAE, text: str, *, name: str = "", known: Known | None = None
+    model: "LoadedModel", sae: SAE, text: str, *, name: str = "", known: KnownFeatures | None = None
 ) -> PromptReading:
     """Reads a prompt through an SAE; see the module's description.
 

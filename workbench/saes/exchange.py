@@ -1,7 +1,7 @@
 """SAEs into a workspace and out of it: from folders of other libraries, from SAELens' registry, and to their formats.
 
-An imported SAE is stored in the native format. Its provenance says where it came from, its rule and the SHA-256 of
-its weights as they are stored, in place of a run and a harvest.
+An imported SAE is stored in the native format. Its provenance says where it came from, its rule and its
+fingerprint, in place of a run and a harvest.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from workbench.saes.pretrained import load_pretrained
 
 
 def import_folder(catalog: Catalog, name: str, folder: Path, *, hook: str | None, model: str | None) -> SAE:
-    """Imports the SAE in `folder`; see `Workcatalog.import_sae`."""
+    """Imports the SAE in `folder`; see `Workspace.import_sae`."""
     catalog.check_new_sae(name)
     sae = load_foreign(folder, hook_name=hook, model_name=model)
     origin = {"format": recognise(folder), "path": str(folder.resolve())}
@@ -28,7 +28,7 @@ def import_folder(catalog: Catalog, name: str, folder: Path, *, hook: str | None
 def import_pretrained(
     catalog: Catalog, name: str, release: str, sae_id: str, *, hook: str | None, model: str | None
 ) -> SAE:
-    """Imports a published SAE; see `Workcatalog.import_pretrained`."""
+    """Imports a published SAE; see `Workspace.import_pretrained`."""
     catalog.check_new_sae(name)
     sae = load_pretrained(release, sae_id, hook_name=hook, model_name=model)
     return _store(catalog, name, sae, {"release": release, "id": sae_id})
@@ -46,7 +46,7 @@ def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any]) -> 
 
 
 def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> None:
-    """Writes an SAE of the workspace to a new folder; see `Workcatalog.export_sae`, also for the InputErrors."""
+    """Writes an SAE of the workspace to a new folder; see `Workspace.export_sae`, also for the InputErrors."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists: name a new or an empty folder")
     sae = catalog.sae(name)

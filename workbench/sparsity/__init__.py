@@ -7,6 +7,6 @@ ppl          PPL-p%: the sparsity that costs ln(1 + p) nats
 attention    share of attention that patterns of keys keep, the loss when all heads are restricted to them, and sinks
 attention_heads  one head at a time, heads left whole; attention_rank: how many directions a head looks with
 neurons      one neuron from near: its values and where they are largest
-sae_report   sparsity of SAE codes; how few terms reconstruct a token, against PCA and other bases
+sae_codes    sparsity of SAE codes; how few terms reconstruct a token, against PCA and other bases
 report       all of it stored in a workspace; compare sets several such reports side by side
 """

@@ -36,7 +36,7 @@ from workbench.sparsity.enforce import enforce
 from workbench.sparsity.measure import measure
 from workbench.sparsity.methods import METHODS, cett, method_named
 from workbench.sparsity.ppl import ppl_sparsity, search_passes
-from workbench.sparsity.sae_report import measure_saes
+from workbench.sparsity.sae_codes import measure_saes
 from workbench.text.corpora import Corpus
 
 MLP, CURVES, ATTENTION = "sparsity-mlp", "sparsity-curves", "sparsity-attention"
@@ -231,7 +231,7 @@ def report_saes(
     context_len: int = 256,
     on_progress: OnProgress | None = None,
 ) -> Result:
-    """Measures and stores the sparsity of SAE codes; see `sae_report`.
+    """Measures and stores the sparsity of SAE codes; see `sae_codes`.
 
     Raises:
         InputError: no SAE given.

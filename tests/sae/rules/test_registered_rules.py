@@ -190,3 +190,26 @@ def test_a_package_whose_rule_is_broken_or_clashes_is_named(site: Path) -> None:
         rule_class("twin")
     with pytest.raises(InputError, match="the rule 'topk' of yet-more-rules has the name of another one"):
         rule_class("topk")
+
+
+def test_a_rule_that_registers_itself_may_be_an_entry_point_too(site: Path) -> None:
+    """As when a notebook's rule, with its decorator, moves into a package."""
+    install(site, "own-rules", "both = own_rules:Both")
+    (site / "own_rules.py").write_text(
+        textwrap.dedent(
+            """
+            from dataclasses import dataclass
+            from sae import TopK, register_rule
+
+            @register_rule
+            @dataclass(frozen=True)
+            class Both(TopK):
+                name = "both"
+            """
+        )
+    )
+    first = rule_class("both")
+    assert first.__module__ == "own_rules"
+    assert rule_class("both") is first
+    assert register_rule(first) is first
+    assert rule_names().count("both") == 1

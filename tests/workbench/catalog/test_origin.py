@@ -63,6 +63,19 @@ def test_the_saes_of_results_are_found_wherever_a_version_kept_them(record: dict
     assert Origin.of_result(record, parameters).saes == ("a",)
 
 
+@pytest.mark.parametrize(
+    ("record", "parameters"),
+    [
+        ({"model": "gpt2", "corpus": "x", "harvest": "demo"}, {}),
+        ({"model": {"name": "m"}, "corpus": ["x"]}, {"saes": 3}),
+        ({}, {"saes": "abc", "a": "b"}),
+        ({"harvest": {"config": "?", "model": None}}, {"sae": 4}),
+    ],
+)
+def test_records_of_another_shape_say_nothing(record: dict, parameters: dict) -> None:
+    assert Origin.of_result(record, parameters).saes == ()
+
+
 def test_removing_an_sae_takes_what_was_measured_on_it_and_nothing_else(tmp_path: Path) -> None:
     space = Workspace(tmp_path / "w")
     for seed, name in enumerate(("demo", "other")):
@@ -73,10 +86,11 @@ def test_removing_an_sae_takes_what_was_measured_on_it_and_nothing_else(tmp_path
     space.results.save("sparsity-mlp", "demo", parameters={}, provenance=model, tables=table)
     space.results.save("circuit-dfa", "x", parameters={}, provenance={**model, "saes": {"demo": "1"}}, tables=table)
     space.results.save("circuit-dfa", "y", parameters={}, provenance={**model, "saes": {"other": "1"}}, tables=table)
+    space.results.save("mine", "z", parameters={"a": "demo"}, provenance={"model": "gpt2"}, tables=table)
     space.match("demo", "other")
     space.gc(saes=["demo"])
     left = {(result.kind, result.name) for result in space.results.find()}
-    assert left == {("sparsity-mlp", "demo"), ("circuit-dfa", "y")}
+    assert left == {("sparsity-mlp", "demo"), ("circuit-dfa", "y"), ("mine", "z")}
     assert [summary.name for summary in space.saes()] == ["other"]
 
 

@@ -282,7 +282,7 @@ def test_a_method_with_a_metric_of_its_own_takes_no_other(space: Workspace, demo
 
 
 def test_a_task_may_be_given_by_its_name_alone(space: Workspace, demo: LoadedModel) -> None:
-    result = run_method(space, demo, "induction", "attribution")
+    result = space.circuit(demo, "induction", "attribution")
     assert result.name == "induction-attribution"
     assert result.parameters["n"] == Task("induction").n
 

@@ -13,7 +13,7 @@ from sae import SAE
 from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench.features import prompt_figures as live_figures
-from workbench.features.prompts import Known, read_prompt
+from workbench.features.prompts import KnownFeatures, read_prompt
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
@@ -34,9 +34,9 @@ def make_sae(model: LoadedModel, hook: str = "blocks.1.hook_resid_post", k: int 
     return sae
 
 
-def known(seed: int = 0) -> Known:
+def known(seed: int = 0) -> KnownFeatures:
     random = np.random.default_rng(seed)
-    return Known([f"label {i}" for i in range(D_SAE)], random.random(D_SAE) / 4, 1 + random.random(D_SAE))
+    return KnownFeatures([f"label {i}" for i in range(D_SAE)], random.random(D_SAE) / 4, 1 + random.random(D_SAE))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -86,7 +86,7 @@ def align_sae(
     """Scores an SAE's features and the baselines, and stores the result under the SAE's name.
 
     Args:
-        name: an SAE of the workcatalog.
+        name: an SAE of the workspace.
         harvest: whose tokens are used; the one it was trained on when left out. One of held-out documents
             (`--split heldout`) shows the SAE text it has never seen.
         concepts: the user's own table (row, concept), or a truth already made for this harvest; from the harvest's

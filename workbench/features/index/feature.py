@@ -94,7 +94,7 @@ class Neighbour:
 
     feature: int
     cosine: float
-    label: str | None
+    title: str | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Coactivation:
     phi: float
     pmi: float
     """Nats."""
-    label: str | None
+    title: str | None
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,11 @@ def _concepts(feature: Feature) -> str:
 
 
 def _explanation(feature: Feature) -> str:
-    told = feature.explanation
-    if told is None or not told.explanation:
+    said = feature.explanation
+    if said is None or not said.explanation:
         return ""
-    score = f"detection {told.score:.2f}, chance 0.50" if told.score is not None else "not scored"
-    return table_html(f"In the words of {told.model}", [(told.explanation, score)])
+    score = f"detection {said.score:.2f}, chance 0.50" if said.score is not None else "not scored"
+    return table_html(f"In the words of {said.model}", [(said.explanation, score)])
 
 
 def _numbers(feature: Feature) -> str:
@@ -85,9 +85,9 @@ def _numbers(feature: Feature) -> str:
 
 
 def _related(feature: Feature) -> str:
-    near = [(f"{item.feature} {item.label or ''}", f"{item.cosine:+.2f}") for item in feature.neighbours]
+    near = [(f"{item.feature} {item.title or ''}", f"{item.cosine:+.2f}") for item in feature.neighbours]
     together = [
-        (f"{item.feature} {item.label or ''}", f"phi {item.phi:.2f}, PMI {item.pmi:.1f}, {item.together:,} tokens")
+        (f"{item.feature} {item.title or ''}", f"phi {item.phi:.2f}, PMI {item.pmi:.1f}, {item.together:,} tokens")
         for item in feature.coactivations
     ]
     heads = [(f"head {number}", f"{share:.1%}") for number, share in enumerate(feature.heads)]

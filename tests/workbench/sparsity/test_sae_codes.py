@@ -13,7 +13,7 @@ from workbench.models.capture import capture
 from workbench.models.contexts import context_batches
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
-from workbench.sparsity.sae_report import SAESparsity, fit_zipf, measure_saes
+from workbench.sparsity.sae_codes import SAESparsity, fit_zipf, measure_saes
 from workbench.sparsity.terms import Basis, bases, errors_in_basis, errors_in_sae, terms_needed, terms_table
 from workbench.text.corpora import Corpus
 
