@@ -12,6 +12,9 @@ SCHEMA = 1
 DESCRIPTION, DATABASE = "harvest.json", "harvest.duckdb"
 GRADIENT = ".grad"
 """Suffix of the hook name under which gradients are stored."""
+SPECIAL_TOKENS = "special_tokens"
+"""Recorded as `tokens` where the text of a special token is that token. Harvests without it were begun when it was its
+characters, and go on and are read as they began."""
 
 
 class HarvestRecord:
@@ -43,6 +46,7 @@ class HarvestRecord:
             self.model: dict[str, Any] = description["model"]
             self.corpus: dict[str, Any] = description["corpus"]
             self.hooks: list[str] = description["hooks"]
+            self.split_special_tokens: bool = SPECIAL_TOKENS not in description
             self.blocks = read_journal(directory)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(

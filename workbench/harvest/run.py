@@ -33,7 +33,7 @@ from workbench.harvest.finishing import write_database
 from workbench.harvest.journal import Block, read_journal, recover_journal
 from workbench.harvest.prefetch import prefetch
 from workbench.harvest.reading import Harvest
-from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, SCHEMA
+from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, SPECIAL_TOKENS
 from workbench.harvest.writing import BlockWriter
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
@@ -278,6 +278,7 @@ def _description(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan
         "hooks": [hook.name for hook in plan.hooks],
         "dtype": str(plan.dtype).removeprefix("torch."),
         "contexts": {"batch": plan.batch_contexts, "block": plan.block_contexts},
+        SPECIAL_TOKENS: "tokens",
         "made_with": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }
     normalised: dict[str, Any] = json.loads(json.dumps(description))
@@ -288,7 +289,10 @@ def _begin(folder: Path, description: dict[str, Any]) -> None:
     """Records what the harvest is, or checks that an earlier attempt was the same."""
     file = folder / DESCRIPTION
     if file.is_file():
-        differing = [d for d in differences(read_description(file), description) if not d.startswith("made_with")]
+        recorded = read_description(file)
+        if SPECIAL_TOKENS not in recorded:
+            description = {key: value for key, value in description.items() if key != SPECIAL_TOKENS}
+        differing = [d for d in differences(recorded, description) if not d.startswith("made_with")]
         if differing:
             raise InputError(
                 f"harvest {folder.name!r} exists with other settings ({'; '.join(differing)}): "
@@ -318,7 +322,10 @@ def _fill(
             writer.names[document.index] = document.name
             yield document
 
-    packed = pack(documents(), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts)
+    packed = pack(
+        documents(), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts,
+        split_special_tokens=SPECIAL_TOKENS not in read_description(writer.folder / DESCRIPTION),
+    )  # fmt: skip
     report()
     wanted = _part(packed, seen, plan.n_contexts)
     # A thread beside a forward pass on the CPU takes a core from under it, and the pass waits for its slowest thread.

@@ -3,11 +3,13 @@
 The token stream is `BOS document BOS document ...`. It is cut into contexts of `context_len` tokens, each of which
 starts with BOS: where the cut falls inside a document, a BOS is put in front of the rest. The last context is
 padded with BOS, flagged as padding. Every row knows its document and its position in it, so boundaries are kept.
+
+The text of a special token, such as a chat marker, is that one token, in documents as in prompts. So a document that
+writes the BOS token's text holds that token: it is flagged as BOS wherever it stands, and not put in front twice.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import cast
 
 import numpy as np
@@ -18,8 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from sae.errors import InputError
 from workbench.text.corpora import Document
+from workbench.text.long_text import encode_long
 
 DOCUMENTS_AT_ONCE = 64
+CHARACTERS_AT_ONCE = 1 << 21
+LONG_DOCUMENT = 1 << 18
+"""Characters above which a document is tokenized in windows, see `long_text`."""
 
 FLAG_OK = 0
 FLAG_BOS = 1
@@ -54,8 +60,13 @@ def pack(
     bos_id: int,
     context_len: int,
     batch_contexts: int,
+    *,
+    split_special_tokens: bool = False,
 ) -> Iterator[PackedBatch]:
     """Yields batches of `batch_contexts` contexts (the last may be smaller); the same for the same input.
+
+    Args:
+        split_special_tokens: the text of a special token is its characters, as in harvests begun before it was one.
 
     Raises:
         InputError: contexts too short to hold BOS and a token.
@@ -63,7 +74,7 @@ def pack(
     if context_len < 2:
         raise InputError(f"a context must hold BOS and at least one token, got context length {context_len}")
     contexts: list[NDArray[np.int32]] = []
-    for context in _contexts(documents, tokenizer, bos_id, context_len):
+    for context in _contexts(_encoded(documents, tokenizer, split_special_tokens), bos_id, context_len):
         contexts.append(context)
         if len(contexts) == batch_contexts:
             yield _batch(contexts)
@@ -72,29 +83,41 @@ def pack(
         yield _batch(contexts)
 
 
-def _contexts(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, bos_id: int, context_len: int
-) -> Iterator[NDArray[np.int32]]:
+@dataclass(frozen=True)
+class _Piece:
+    """Some tokens of a document, one after the other."""
+
+    document: Document
+    first: int
+    """Position of the first of them in the document."""
+    ids: NDArray[np.int32]
+
+
+def _contexts(pieces: Iterable[_Piece], bos_id: int, context_len: int) -> Iterator[NDArray[np.int32]]:
     """Contexts as [4, context_len] arrays: tokens, doc, pos, flags."""
     context = np.empty((4, context_len), dtype=np.int32)
     filled = 0
-    for document, ids in _encoded(documents, tokenizer):
-        start = 0
+    for piece in pieces:
+        ids, index = piece.ids, piece.document.index
+        begins = piece.first == 0
+        start = int(begins and len(ids) > 0 and ids[0] == bos_id)
         while start < len(ids):
-            if filled >= context_len - 1:
+            if begins and filled >= context_len - 1:
                 # No room for BOS and a token: the place left, if any, is padding.
                 context[:, filled:] = _padding(bos_id, context_len - filled)
                 yield context.copy()
                 filled = 0
-            context[:, filled] = (bos_id, document.index, -1, FLAG_BOS)
-            filled += 1
-            piece = ids[start : start + context_len - filled]
-            end = filled + len(piece)
-            context[0, filled:end] = piece
-            context[1, filled:end] = document.index
-            context[2, filled:end] = np.arange(start, start + len(piece))
-            context[3, filled:end] = FLAG_OK
-            filled, start = end, start + len(piece)
+            if begins or filled == 0:
+                context[:, filled] = (bos_id, index, -1, FLAG_BOS)
+                filled += 1
+            begins = False
+            some = ids[start : start + context_len - filled]
+            end = filled + len(some)
+            context[0, filled:end] = some
+            context[1, filled:end] = index
+            context[2, filled:end] = piece.first + np.arange(start, start + len(some))
+            context[3, filled:end] = np.where(some == bos_id, FLAG_BOS, FLAG_OK)
+            filled, start = end, start + len(some)
             if filled == context_len:
                 yield context.copy()
                 filled = 0
@@ -104,26 +127,57 @@ def _contexts(
 
 
 def _encoded(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Document, NDArray[np.int32]]]:
-    """Documents with their token ids, encoded some at a time: the tokenizer spreads a list over the cores."""
-    source = iter(documents)
-    while some := list(islice(source, DOCUMENTS_AT_ONCE)):
-        for document, ids in zip(some, _token_ids(tokenizer, [document.text for document in some]), strict=True):
-            yield document, np.asarray(ids, dtype=np.int32)
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool
+) -> Iterator[_Piece]:
+    """Documents as token ids, encoded some at a time: the tokenizer spreads a list over the cores."""
+    for some in _batches(documents):
+        if len(some) == 1 and len(some[0].text) > LONG_DOCUMENT and tokenizer.is_fast:
+            first = 0
+            for ids in encode_long(_backend(tokenizer, split_special_tokens), some[0].text):
+                yield _Piece(some[0], first, ids)
+                first += len(ids)
+            continue
+        texts = [document.text for document in some]
+        for document, whole in zip(some, _token_ids(tokenizer, texts, split_special_tokens), strict=True):
+            yield _Piece(document, 0, np.asarray(whole, dtype=np.int32))
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids without BOS. A text that writes "<|endoftext|>" means those characters, not a boundary."""
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents that are encoded together: not too many, not too much text, a long one alone."""
+    some: list[Document] = []
+    characters = 0
+    for document in documents:
+        size = len(document.text)
+        if some and (len(some) == DOCUMENTS_AT_ONCE or characters + size > CHARACTERS_AT_ONCE or size > LONG_DOCUMENT):
+            yield some
+            some, characters = [], 0
+        some.append(document)
+        characters += size
+        if size > LONG_DOCUMENT:
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+    """Token ids without BOS."""
     if not tokenizer.is_fast:
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False)[
+            "input_ids"
+        ]
         return cast(list[list[int]], encoded)
     # The same ids as from the tokenizer's own call, without character offsets: two thirds of the time.
+    backend = _backend(tokenizer, split_special_tokens)
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> Tokenizer:
     backend = cast(Tokenizer, tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    backend.encode_special_tokens = split_special_tokens
+    return backend
 
 
 def _padding(bos_id: int, count: int) -> NDArray[np.int32]:

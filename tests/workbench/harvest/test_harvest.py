@@ -22,7 +22,7 @@ from sae.errors import InputError
 from workbench.disk.locks import FILE as LOCK
 from workbench.harvest.blocks import map_tensors
 from workbench.harvest.reading import Harvest
-from workbench.harvest.record import DATABASE
+from workbench.harvest.record import DATABASE, DESCRIPTION
 from workbench.harvest.run import DATABASE_BYTES, HarvestConfig, HarvestProgress, estimate, run_harvest
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
@@ -496,6 +496,21 @@ def test_settings_that_cannot_work_are_one_clear_line(
         run_harvest(gpt2_model, corpus, replace(config, **changes), tmp_path / "h")
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "h").exists()
+
+
+def test_a_harvest_begun_when_special_tokens_were_text_goes_on_so(gpt2_model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("x<|endoftext|>" * 20)
+    corpus = open_corpus(str(tmp_path / "corpus.txt"))
+    config = HarvestConfig(gpt2_model.info.name, corpus.name, HOOKS, context_len=CONTEXT, max_tokens=CONTEXT)
+    today = run_harvest(gpt2_model, corpus, config, tmp_path / "today")
+    description = json.loads((tmp_path / "today" / DESCRIPTION).read_text())
+    assert description.pop("special_tokens") == "tokens"
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / DESCRIPTION).write_text(json.dumps(description))
+    before = run_harvest(gpt2_model, corpus, config, tmp_path / "before")
+    assert (today.split_special_tokens, before.split_special_tokens) == (False, True)
+    assert today.flags.tolist() == [1, 0] * (CONTEXT // 2), "every second token is the text of BOS"
+    assert before.flags.tolist() == [1] + [0] * (CONTEXT - 1)
 
 
 @pytest.mark.gpu

@@ -58,10 +58,25 @@ def test_documents_follow_each_other_with_bos_between_and_long_ones_go_on_after_
     assert rows.flags.tolist() == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 2, 2]]
 
 
-def test_a_special_token_written_in_a_document_is_text(gpt2_model: LoadedModel) -> None:
-    rows = joined(packed(gpt2_model, ["x<|endoftext|>y"], context_len=32))
-    assert gpt2_model.bos_id not in rows.tokens[rows.flags == FLAG_OK]
-    assert gpt2_model.tokenizer.decode(rows.tokens[rows.flags == FLAG_OK]) == "x<|endoftext|>y"
+def test_a_special_token_written_in_a_document_is_that_token(llama_model: LoadedModel) -> None:
+    x, y, end = (llama_model.encode(text)[0] for text in ("x", "y", "<|endoftext|>"))
+    rows = joined(packed(llama_model, ["x<|endoftext|>y"], context_len=5))
+    assert rows.tokens.tolist() == [[llama_model.bos_id, x, end, y, llama_model.bos_id]]
+    assert rows.flags.tolist() == [[FLAG_BOS, FLAG_OK, FLAG_OK, FLAG_OK, FLAG_PADDING]]
+
+
+def test_bos_written_in_a_document_is_flagged_and_not_put_in_front_twice(gpt2_model: LoadedModel) -> None:
+    bos, x, y = (gpt2_model.encode(text)[0] for text in ("<|endoftext|>", "x", "y"))
+    rows = joined(packed(gpt2_model, ["<|endoftext|>x<|endoftext|>y"], context_len=4))
+    assert rows.tokens.tolist() == [[bos, x, bos, y]]
+    assert rows.flags.tolist() == [[FLAG_BOS, FLAG_OK, FLAG_BOS, FLAG_OK]]
+    assert rows.pos.tolist() == [[-1, 1, 2, 3]]
+
+
+def test_a_harvest_begun_before_keeps_special_tokens_as_text(gpt2_model: LoadedModel) -> None:
+    document = Document(0, "d", "x<|endoftext|>y")
+    batch = next(pack([document], gpt2_model.tokenizer, gpt2_model.bos_id, 32, 1, split_special_tokens=True))
+    assert gpt2_model.tokenizer.decode(batch.tokens[batch.flags == FLAG_OK]) == "x<|endoftext|>y"
 
 
 def test_empty_documents_leave_no_trace(gpt2_model: LoadedModel) -> None:

@@ -124,7 +124,7 @@ def from_corpus(
     found: dict[str, list[NDArray[np.int64]]] = {}
     known: list[NDArray[np.int64]] = []
     read = unparsed = 0
-    for document, ids, offsets in _encoded(_wanted(corpus, harvest, place), tokenizer):
+    for document, ids, offsets in _encoded(_wanted(corpus, harvest, place), tokenizer, harvest.split_special_tokens):
         here = np.arange(*place[document.index])
         position = tokens.position[here]
         if position.max() >= len(ids) or (ids[position] != tokens.token[here]).any():
@@ -243,7 +243,7 @@ def _wanted(corpus: Corpus, harvest: Harvest, place: dict[int, tuple[int, int]])
 
 
 def _encoded(
-    documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase
+    documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool
 ) -> Iterator[tuple[Document, Int[NDArray, "tokens"], list[tuple[int, int]]]]:
     """Documents with token ids and offsets, tokenised as `workbench.text.packing` does."""
     if not tokenizer.is_fast:
@@ -251,7 +251,7 @@ def _encoded(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = split_special_tokens
     some: list[Document] = []
     for document in documents:
         some.append(document)
