@@ -73,7 +73,7 @@ def main() -> None:
     bridge, prompts = random_gpt2(layers), random_prompts()
     answer_logits(bridge, prompts.clean, prompts.last)
     started, cpu = time.perf_counter(), time.process_time()
-    batched = ablate_heads(bridge, prompts, kind="mean")
+    batched = ablate_heads(bridge, prompts, kind="mean-over-positions")
     seconds, used = time.perf_counter() - started, time.process_time() - cpu
     started, cpu = time.perf_counter(), time.process_time()
     one_by_one = naive(bridge, prompts)

@@ -75,7 +75,7 @@ def measure(model: LoadedModel, n: int, seed: int) -> tuple[pd.DataFrame, list[F
     heads = head_names(model.info.n_layers, model.info.n_heads)
     edges = {variant: attribute_edges(model.bridge, prompts, variant=variant) for variant in ("eap", "ig-inputs")}
     for column, found in (
-        ("ablation", ablate_heads(model.bridge, prompts)),
+        ("ablation", ablate_heads(model.bridge, prompts, kind="mean-over-positions")),
         ("patching", patch_activations(model.bridge, prompts)),
         ("EAP-IG", edges["ig-inputs"].nodes()),
         ("EAP", edges["eap"].nodes()),

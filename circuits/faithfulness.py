@@ -16,6 +16,7 @@ Trapezoidal rule over q = 0.001, 0.002, 0.005, ..., 1, as in Mueller et al. 2025
 official evaluation; completeness after Wang et al. 2023 (arXiv 2211.00593).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +31,7 @@ from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, Graph
 from circuits.passes import OnProgress, answer_logits
 from circuits.prompts import PromptSet
-from circuits.scores import EdgeScores
+from circuits.scores import EdgeScores, no_behaviour
 from sae.errors import InputError
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -51,6 +52,11 @@ class FaithfulnessCurve:
     completeness: list[float]
     clean: float
     corrupted: float
+
+    @property
+    def note(self) -> str:
+        """Why the shares are NaN, in one line; empty where they are not."""
+        return no_behaviour(self.clean, self.corrupted)
 
     @property
     def cpr(self) -> float:
@@ -145,11 +151,10 @@ def faithfulness_curve(
     batch_size: int = 32,
     on_progress: OnProgress | None = None,
 ) -> FaithfulnessCurve:
-    """Faithfulness and completeness of the circuits of the best-scored edges.
+    """Faithfulness and completeness of the circuits of the best-scored edges; NaN where there is no behaviour.
 
     Raises:
-        InputError: the metric does not tell clean from corrupted prompts, so that no share of it can be taken; or
-            fractions outside 0 ... 1.
+        InputError: fractions outside 0 ... 1.
     """
     if any(not 0 <= fraction <= 1 for fraction in fractions):
         raise InputError(f"fractions of the edges lie between 0 and 1, got {list(fractions)}")
@@ -157,18 +162,19 @@ def faithfulness_curve(
     for batch in prompts.batches(batch_size):
         clean += metric(answer_logits(bridge, batch.clean, batch.last), batch).sum().item() / len(prompts)
         corrupted += metric(answer_logits(bridge, batch.corrupted, batch.last), batch).sum().item() / len(prompts)
-    if clean == corrupted:
-        raise InputError(f"task {prompts.name}: {metric.__name__} is the same on clean and corrupted prompts")
+    whole = math.nan if no_behaviour(clean, corrupted) else clean - corrupted
     n_edges = int(scores.graph.exists.sum())
     kept = [circuit_edges(scores, int(fraction * n_edges), ranking) for fraction in fractions]
     runs = iter(range(1, 2 * len(kept) + 1))
 
     def share(edges: Bool[Tensor, "writers readers"]) -> float:
-        value = circuit_metric(bridge, prompts, edges, metric=metric, batch_size=batch_size)
+        value = math.nan
+        if not math.isnan(whole):
+            value = circuit_metric(bridge, prompts, edges, metric=metric, batch_size=batch_size)
         done = next(runs)
         if on_progress is not None:
             on_progress(done, 2 * len(kept))
-        return (value - corrupted) / (clean - corrupted)
+        return (value - corrupted) / whole
 
     return FaithfulnessCurve(
         scores.method, prompts.name, ranking, list(fractions), [int(edges.sum()) for edges in kept],

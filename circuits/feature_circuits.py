@@ -18,11 +18,13 @@ At each hook point an SAE splits the activation into x = sum_f a_f W_dec[f] + b_
 
    The edges out of u over all d of a hook point, error included, add up to u's effect through that hook point.
 4. Faithfulness: the clean prompts run with every node outside the circuit at its corrupted value, once with the error
-   nodes in the circuit as they are, once with all errors corrupted: (m - m corrupted) / (m clean - m corrupted).
+   nodes in the circuit as they are, once with all errors corrupted: (m - m corrupted) / (m clean - m corrupted); NaN
+   where m clean is not above m corrupted.
 
 (Marks et al. 2024, "Sparse Feature Circuits", arXiv 2403.19647; here with the gradient at the clean prompt.)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,7 @@ from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge
 from circuits.passes import Hook, OnProgress, activations, answer_logits, probed, taking
 from circuits.prompts import PromptSet
+from circuits.scores import no_behaviour
 from sae.errors import InputError
 from sae.model import SAE
 
@@ -126,7 +129,8 @@ def feature_circuit(
     for number, errors in enumerate((True, False), start=1):
         values.append(_run_circuit(bridge, prompts, splits, kept, metric, errors))
         report(number)
-    with_errors, without_errors = ((value - corrupted) / (clean - corrupted) for value in values)
+    whole = math.nan if no_behaviour(clean, corrupted) else clean - corrupted
+    with_errors, without_errors = ((value - corrupted) / whole for value in values)
     edges = _edges(bridge, prompts, splits, kept, lambda done: report(2 + done))
     share = float(held.iloc[len(nodes) - 1])
     return FeatureCircuit(nodes, edges, tuple(hooks), share, with_errors, without_errors, clean, corrupted)

@@ -1,5 +1,6 @@
 """Results that several methods share: a number per node, a number per edge."""
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -8,6 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.nodes import Graph, parse
+
+
+def no_behaviour(clean: float, corrupted: float) -> str:
+    """Why nothing can be said in shares of clean - corrupted, in one line; empty where it can."""
+    if clean > corrupted:
+        return ""
+    return (
+        f"the model does not do the task: the metric is {clean:.3g} on clean and {corrupted:.3g} on corrupted prompts, "
+        "so there are no shares"
+    )
 
 
 @dataclass(frozen=True)
@@ -30,14 +41,18 @@ class NodeScores:
         return float(self.scores[self.nodes.index(node)])
 
     def table(self) -> pd.DataFrame:
-        """Columns node, layer, head, score, share (score over clean - corrupted); strongest first."""
+        """Columns node, layer, head, score, share (score over clean - corrupted); strongest first.
+
+        The shares are NaN where there is no behaviour to have a share of, see `no_behaviour`.
+        """
+        whole = math.nan if no_behaviour(self.clean, self.corrupted) else self.clean - self.corrupted
         rows = []
         for node, score in zip(self.nodes, self.scores.tolist(), strict=True):
             try:
                 _, layer, head = parse(node)
             except ValueError:
                 layer, head = None, None
-            rows.append((node, layer, head, score, score / (self.clean - self.corrupted)))
+            rows.append((node, layer, head, score, score / whole))
         table = pd.DataFrame(rows, columns=["node", "layer", "head", "score", "share"])
         table = table.astype({"layer": "Int64", "head": "Int64"})
         return table.sort_values("score", key=lambda column: -column.abs(), ignore_index=True)

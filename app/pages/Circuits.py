@@ -147,9 +147,13 @@ def describe(result: Result) -> None:
     asked = {key: value for key, value in result.parameters.items() if key != "fractions" and value is not None}
     settings = ", ".join(f"{key} {value}" for key, value in asked.items())
     st.caption(plain(f"{result.created} · {settings}"))
+    if note := stored.note_of(result):
+        st.warning(plain(note))
     if result.kind in (EDGES, NODES, FEATURES, DFA):
-        row = result.table("summary").iloc[0]
-        numbers = [key for key in row.index if key not in asked and isinstance(row[key], float)]
+        row = stored.table_of(result, "summary").iloc[0]
+        numbers = [
+            key for key in row.index if key not in asked and isinstance(row[key], float) and row[key] == row[key]
+        ]
         for column, key in zip(st.columns(max(len(numbers), 1)), numbers, strict=False):
             column.metric(key.upper() if key in ("cpr", "cmd") else key.replace("_", " "), f"{row[key]:.3g}")
 
@@ -175,8 +179,11 @@ def edges(result: Result) -> None:
                 with st.spinner("Running ..."):
                     model = loaded_model(result.origin.model)
                     point = stored.faithfulness_of(model, result, n_edges)
-                st.metric("faithfulness", f"{point.faithfulness[0]:.3f}")
-                st.metric("left without it (completeness)", f"{point.completeness[0]:.3f}")
+                if point.note:
+                    st.info(plain(point.note))
+                else:
+                    st.metric("faithfulness", f"{point.faithfulness[0]:.3f}")
+                    st.metric("left without it (completeness)", f"{point.completeness[0]:.3f}")
             except InputError as error:
                 st.error(plain(str(error)))
         st.dataframe(kept[["edge", "score"]], hide_index=True, height=260, width="stretch")
@@ -199,7 +206,7 @@ def tables(result: Result) -> None:
         TABLE: ["published", "heads", "prompts"],
     }[result.kind]  # fmt: skip
     for tab, name in zip(st.tabs(order), order, strict=True):
-        table: pd.DataFrame = result.table(name)
+        table: pd.DataFrame = stored.table_of(result, name)
         tab.dataframe(table.head(MOST_ROWS), hide_index=True, width="stretch")
         if len(table) > MOST_ROWS:
             tab.caption(

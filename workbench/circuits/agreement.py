@@ -27,7 +27,7 @@ from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.circuits.report import RANKINGS, check_difference, curve_table, stored_on_task
+from workbench.circuits.report import RANKINGS, curve_table, stored_on_task
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
 
@@ -126,7 +126,6 @@ def _of_draw(
         close = attribute_edges(bridge, few, variant=variant, steps=steps, **settings)
         effects[close.method] = close.scores[there]
         scores = attribute_edges(bridge, prompts, variant=variant, steps=steps, **settings)
-        check_difference(scores)
         absolute, signed = (
             faithfulness_curve(
                 bridge, prompts, scores, ranking=ranking, fractions=fractions, on_progress=step, **settings

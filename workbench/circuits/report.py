@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from circuits.ablation import ablate_heads
+from circuits.ablation import ablate_heads, resolved
 from circuits.attribution import logit_attribution
 from circuits.discrete import discrete_circuit
 from circuits.eap import attribute_edges
@@ -25,7 +25,7 @@ from circuits.passes import OnProgress, stages
 from circuits.patching import patch_activations
 from circuits.path_patching import patch_edges, patch_paths
 from circuits.prompts import PromptSet
-from circuits.scores import EdgeScores, NodeScores
+from circuits.scores import EdgeScores, NodeScores, no_behaviour
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.catalog.catalog import Catalog
@@ -69,6 +69,9 @@ def run_method(
     known, asked = checked(task, method, saes, options)
     prompts = task.prompts(model)
     metric = task.measure(prompts, known.metric)
+    if known.name == "ablation":
+        # Which mean a mean is depends on the prompts, and the result has to say so.
+        asked["kind"] = resolved(asked["kind"], prompts)
     loaded = {item: catalog.sae(item, device=str(model.device)) for item in saes}
     run = Run(known, model, prompts, metric, task.seed, loaded, batch_size, on_progress)
     # Where a kind has one method only, it says already which.
@@ -229,13 +232,13 @@ def features(run: Run, *, keep: float = 0.8) -> Made:
     summary = pd.DataFrame(
         [{"task": run.prompts.name, "metric": run.metric.__name__, "prompts": len(run.prompts),
           "nodes": len(found.nodes), "share": found.share, "faithfulness_with_errors": found.with_errors,
-          "faithfulness_without_errors": found.without_errors, "clean": found.clean, "corrupted": found.corrupted}]
+          "faithfulness_without_errors": found.without_errors, "clean": found.clean, "corrupted": found.corrupted,
+          "note": no_behaviour(found.clean, found.corrupted)}]
     )  # fmt: skip
     return {"nodes": found.nodes, "edges": found.edges, "summary": summary}, {"graph": figures.feature_graph(found)}
 
 
 def _of_nodes(run: Run, scores: NodeScores) -> Made:
-    check_difference(scores)
     drawn = {"strongest": figures.strongest_nodes(scores)}
     if not set(scores.nodes).isdisjoint(head_names(run.model.info.n_layers, run.model.info.n_heads)):
         drawn["heads"] = figures.head_scores_heatmap(scores)
@@ -250,7 +253,6 @@ def _of_edges(run: Run, fractions: Sequence[float], score: Callable[..., EdgeSco
     """
     bridge, prompts, steps = run.model.bridge, run.prompts, stages(run.on_progress, 1 + len(RANKINGS))
     scores = score(bridge, prompts, metric=run.metric, on_progress=steps[0])
-    check_difference(scores)
     curves = [
         faithfulness_curve(
             bridge, prompts, scores, ranking=ranking, fractions=fractions, metric=run.metric,
@@ -283,16 +285,10 @@ def curve_table(curves: Sequence[FaithfulnessCurve]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def check_difference(scores: NodeScores | EdgeScores) -> None:
-    """Raises InputError where clean and corrupted prompts measure the same, so that no effect has a share."""
-    if scores.clean == scores.corrupted:
-        raise InputError(f"task {scores.task}: {scores.metric} is the same on clean and corrupted prompts")
-
-
 def _summary(scores: NodeScores | EdgeScores, prompts: PromptSet) -> pd.DataFrame:
     return pd.DataFrame(
         [{"method": scores.method, "task": scores.task, "metric": scores.metric, "prompts": len(prompts),
-          "clean": scores.clean, "corrupted": scores.corrupted}]
+          "clean": scores.clean, "corrupted": scores.corrupted, "note": no_behaviour(scores.clean, scores.corrupted)}]
     )  # fmt: skip
 
 

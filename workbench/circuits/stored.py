@@ -1,19 +1,48 @@
 """Stored circuit results as the objects that the methods returned, for figures and further runs."""
 
+import math
+
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
 from circuits.faithfulness import FaithfulnessCurve, circuit_edges, faithfulness_curve
 from circuits.nodes import Graph, head_names
-from circuits.scores import EdgeScores, NodeScores
+from circuits.scores import EdgeScores, NodeScores, no_behaviour
 from sae.errors import InputError
 from workbench.catalog.results import Result
 from workbench.circuits import figures
 from workbench.circuits.heads import HEADS, SCORES
-from workbench.circuits.methods import EDGES, NODES
+from workbench.circuits.methods import EDGES, FEATURES, NODES
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel, ModelInfo
+
+_FAITHFULNESS = (
+    "faithfulness",
+    "completeness",
+    "cmd",
+    "cpr",
+    "faithfulness_with_errors",
+    "faithfulness_without_errors",
+)
+SHARES = {NODES: ("share",), EDGES: ("share", *_FAITHFULNESS), FEATURES: _FAITHFULNESS}
+"""Columns that are shares of the behaviour or follow from them, by kind of result."""
+
+
+def note_of(result: Result) -> str:
+    """Why a result has no shares of the behaviour, in one line; empty where it has, or where it never has any."""
+    if result.kind not in SHARES:
+        return ""
+    summary = _row(result)
+    return no_behaviour(float(summary["clean"]), float(summary["corrupted"]))
+
+
+def table_of(result: Result, name: str) -> pd.DataFrame:
+    """A table of a result as it is shown: NaN for shares of a behaviour that the model does not have."""
+    table = result.table(name)
+    if not note_of(result):
+        return table
+    return table.assign(**{column: math.nan for column in SHARES[result.kind] if column in table})
 
 
 def node_scores(result: Result) -> NodeScores:

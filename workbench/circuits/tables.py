@@ -3,7 +3,7 @@
 Every method scores every head; the ROC AUC says how often a head of the published circuit outranks another head.
 
     discrete          mean over seeds (`circuits.discrete`); the only row with published numbers of its own method
-    EAP-IG, EAP, mean ablation, patching     by absolute score
+    EAP-IG, EAP, patching, ablation to the mean over positions     by absolute score
 
 Published: AUC of discrete codes and of ACDC from O'Neill & Bui 2024 (arXiv 2405.12522); heads from Wang et al. 2023
 (IOI), Hanna et al. 2023 (greater-than) and Heimersheim & Janiak 2023 (docstring). The AUC of edges takes for true every
@@ -146,7 +146,9 @@ def _others(
     return {
         "EAP-IG": lambda: attribute_edges(bridge, prompts, variant="ig-inputs", **shared).nodes(),
         "EAP": lambda: attribute_edges(bridge, prompts, variant="eap", **shared).nodes(),
-        "mean ablation": lambda: ablate_heads(bridge, prompts, kind="mean", **shared),
+        "ablation to the mean over positions": lambda: ablate_heads(
+            bridge, prompts, kind="mean-over-positions", **shared
+        ),
         "patching": lambda: patch_activations(bridge, prompts, **shared),
     }
 

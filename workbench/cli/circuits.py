@@ -45,7 +45,7 @@ SHOWN = {
 # As in circuits.patching, circuits.ablation and workbench.circuits.tables, which load torch.
 Site = Literal["head", "attn_out", "mlp_out", "resid_pre"]
 Direction = Literal["denoise", "noise"]
-Ablation = Literal["zero", "mean", "resample"]
+Ablation = Literal["zero", "mean", "mean-by-position", "mean-over-positions", "resample"]
 Published = Literal["ioi", "greater-than", "docstring"]
 TaskArgument = Annotated[str, typer.Argument(help=f"{', '.join(TASKS)}, a task of another package, or a .jsonl file.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the result; a fitting one when left out.")]
@@ -136,6 +136,7 @@ class OnTask(Analysis):
     def run(self, method: str, options: dict[str, Any], saes: list[str] | None = None) -> None:
         """Runs a method, or opens its stored result, and shows it."""
         from workbench.circuits.report import checked, run_method
+        from workbench.circuits.stored import note_of, table_of
 
         asked = self.asked()
         checked(asked, method, saes or [], options)
@@ -144,7 +145,9 @@ class OnTask(Analysis):
                 self.workspace(), self.load(), asked, method, name=self.name, saes=saes or [], options=options,
                 batch_size=self.batch_size, on_progress=on_progress,
             )  # fmt: skip
-        self.show(result, {table: result.table(table) for table in SHOWN[result.kind]})
+        self.show(result, {table: table_of(result, table) for table in SHOWN[result.kind]})
+        if (note := note_of(result)) and not self.as_json:
+            print(note)
 
 
 @commands.command()
@@ -245,7 +248,11 @@ def patch(
 @commands.command()
 @sharing(OnTask)
 def ablate(run: OnTask, kind: Annotated[Ablation, typer.Option(help="What a head gives instead.")] = "mean") -> None:
-    """Ablate every head alone and measure what the behaviour loses."""
+    """Ablate every head alone and measure what the behaviour loses.
+
+    A mean is taken position by position where all prompts have one length, else over all positions; the table says
+    which.
+    """
     run.run("ablation", {"kind": kind})
 
 

@@ -1,5 +1,7 @@
 """Circuits of SAE features, and supervised dictionaries."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +27,12 @@ def prompts() -> PromptSet:
         [[0, *row] for row in part] for part in torch.randint(1, 100, (2, 4, 7), generator=generator).tolist()
     )
     return from_ids("random", clean, corrupted, [[3], [5], [7], [9]], [[4], [6], [8], [10]], 0)
+
+
+@pytest.fixture(scope="module")
+def exchanged(prompts: PromptSet) -> PromptSet:
+    """Clean and corrupted exchanged: the metric is larger on the clean ones then, as faithfulness asks for."""
+    return replace(prompts, clean=prompts.corrupted, corrupted=prompts.clean)
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +65,20 @@ def test_nodes_of_a_hook_point_add_up_to_its_attribution(
 
 
 def test_progress_of_a_feature_circuit_ends_at_its_total(
-    random_model: Any, prompts: PromptSet, saes: list[SAE]
+    random_model: Any, exchanged: PromptSet, saes: list[SAE]
 ) -> None:
     seen: list[tuple[int, int]] = []
     found = feature_circuit(
-        random_model, prompts, saes, keep=0.3, on_progress=lambda done, total: seen.append((done, total))
+        random_model, exchanged, saes, keep=0.3, on_progress=lambda done, total: seen.append((done, total))
     )
     total = 2 + int((found.nodes.hook != HOOKS[0]).sum())
     assert total > 2
     assert seen == [(done, total) for done in range(total + 1)]
 
 
-def test_saes_may_come_in_any_order(random_model: Any, prompts: PromptSet, saes: list[SAE]) -> None:
+def test_saes_may_come_in_any_order(random_model: Any, exchanged: PromptSet, saes: list[SAE]) -> None:
     """The pass says which hook point comes first, as the model's list of hook points does not."""
-    found, other = (feature_circuit(random_model, prompts, given, keep=0.3) for given in (saes, saes[::-1]))
+    found, other = (feature_circuit(random_model, exchanged, given, keep=0.3) for given in (saes, saes[::-1]))
     assert found.hooks == other.hooks == HOOKS
     assert found.edges.equals(other.edges)
 
@@ -89,16 +97,18 @@ def test_edges_out_of_a_node_add_up_to_its_effect_through_the_reader(
     assert edges.score.sum() == pytest.approx(float((change * whole).sum()), abs=1e-5)
 
 
-def test_the_whole_graph_is_the_model_and_errors_matter(random_model: Any, prompts: PromptSet, saes: list[SAE]) -> None:
-    whole = feature_circuit(random_model, prompts, saes, keep=1.0)
+def test_the_whole_graph_is_the_model_and_errors_matter(
+    random_model: Any, exchanged: PromptSet, saes: list[SAE]
+) -> None:
+    whole = feature_circuit(random_model, exchanged, saes, keep=1.0)
     assert whole.share == pytest.approx(1)
-    part = feature_circuit(random_model, prompts, saes, keep=0.6)
+    part = feature_circuit(random_model, exchanged, saes, keep=0.6)
     assert len(part.nodes) < len(whole.nodes)
     assert 0.6 <= part.share < 0.75
     assert part.without_errors != part.with_errors
     assert set(part.edges.writer) <= set(part.nodes.node)
     assert set(part.edges.reader) <= set(part.nodes.node)
-    one = feature_circuit(random_model, prompts, saes[2:], keep=1.0)
+    one = feature_circuit(random_model, exchanged, saes[2:], keep=1.0)
     assert one.with_errors == pytest.approx(1, abs=1e-4)
     assert one.edges.empty
 
@@ -110,6 +120,15 @@ def test_with_everything_corrupted_at_one_point_the_run_is_that_of_patching_it(
     value = _run_circuit(random_model, prompts, splits, {HOOKS[2]: set()}, logit_difference, False)
     patched = patch_activations(random_model, prompts, site="resid_pre", direction="noise")["resid2"]
     assert clean - value == pytest.approx(patched, abs=1e-5)
+
+
+def test_faithfulness_is_nan_where_there_is_no_behaviour(
+    random_model: Any, prompts: PromptSet, saes: list[SAE]
+) -> None:
+    found = feature_circuit(random_model, prompts, saes[2:])
+    assert found.clean < found.corrupted
+    assert math.isnan(found.with_errors)
+    assert math.isnan(found.without_errors)
 
 
 def test_feature_circuits_refuse_what_they_cannot_use(random_model: Any, prompts: PromptSet, saes: list[SAE]) -> None:

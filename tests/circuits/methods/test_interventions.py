@@ -1,7 +1,9 @@
 """Interventions and attributions against one-at-a-time loops and identities."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from circuits.ablation import ablate_heads, head_means
 from circuits.attribution import logit_attribution
 from circuits.eap import attribute_edges
 from circuits.edges import patched_logits, read_through, written
+from circuits.faithfulness import faithfulness_curve
 from circuits.metrics import answer_log_probability, logit_difference, probability_difference
 from circuits.nodes import graph_of
 from circuits.passes import answer_logits
@@ -91,7 +94,7 @@ def test_ablation_equals_a_loop_over_heads(random_model: Any, prompts: PromptSet
     _, cache = random_model.run_with_cache(prompts.clean)
     means = head_means(random_model, prompts, batch_size=2)
     before = run(random_model, prompts.clean, [], prompts).mean()
-    for kind in ("zero", "mean"):
+    for kind in ("zero", "mean-over-positions"):
         scores = ablate_heads(random_model, prompts, kind=kind, batch_size=2)
         for name in scores.nodes:
             layer, head = int(name[1]), int(name[-1])
@@ -298,6 +301,53 @@ def test_on_a_linear_model_attribution_equals_patching_every_edge(linear_model: 
         found = attribute_edges(linear_model, two, variant=variant, steps=2)
         torch.testing.assert_close(found.scores, exact.scores, atol=1e-6, rtol=1e-5)
     assert exact.scores.abs().max() > 0.1
+
+
+def test_the_mean_is_taken_by_position_where_positions_correspond(random_model: Any, prompts: PromptSet) -> None:
+    _, cache = random_model.run_with_cache(prompts.clean)
+    before = run(random_model, prompts.clean, [], prompts).mean()
+    scores = ablate_heads(random_model, prompts, batch_size=2)
+    assert scores.method == "ablation (mean by position)"
+    for name in scores.nodes:
+        layer, head = int(name[1]), int(name[-1])
+
+        def put(value: torch.Tensor, hook: Any, head: int = head) -> torch.Tensor:
+            value = value.clone()
+            value[:, :, head] = cache[hook.name][:, :, head].mean(dim=0)
+            return value
+
+        after = run(random_model, prompts.clean, [(f"blocks.{layer}.attn.hook_z", put)], prompts).mean()
+        assert scores[name] == pytest.approx((before - after).item(), abs=2e-6)
+    over = ablate_heads(random_model, prompts, kind="mean-over-positions")
+    assert (over.scores - scores.scores).abs().max() > 1e-3
+    rows = prompts.clean.tolist()
+    lengths = from_ids("lengths", [rows[0], rows[1][:-2]], [rows[2], rows[3][:-2]], [[1], [2]], [[3], [4]], 0)
+    assert ablate_heads(random_model, lengths).method == "ablation (mean over positions)"
+    with pytest.raises(InputError, match="a mean by position needs at least two prompts, all of one length"):
+        ablate_heads(random_model, lengths, kind="mean-by-position")
+
+
+def test_there_are_no_shares_of_a_behaviour_that_is_not_there(random_model: Any, prompts: PromptSet) -> None:
+    """A share of a negative difference has the wrong sign, and so has every faithfulness."""
+    scores = attribute_edges(random_model, prompts)
+    there = prompts if scores.clean > scores.corrupted else exchanged(prompts)
+    missing = exchanged(there)
+    nodes = patch_activations(random_model, missing)
+    assert nodes.clean < nodes.corrupted
+    assert nodes.table().share.isna().all()
+    assert nodes.table().score.notna().all()
+    curve = faithfulness_curve(random_model, missing, attribute_edges(random_model, missing), fractions=(0.1, 1.0))
+    assert np.isnan([*curve.faithfulness, *curve.completeness, curve.cpr, curve.cmd]).all()
+    assert curve.note.startswith(f"the model does not do the task: the metric is {curve.clean:.3g} on clean and ")
+    curve = faithfulness_curve(random_model, there, attribute_edges(random_model, there), fractions=(1.0,))
+    assert curve.faithfulness == pytest.approx([1.0], abs=1e-4)
+    assert curve.note == ""
+    shares = patch_activations(random_model, there).table()
+    assert shares.share.notna().all()
+
+
+def exchanged(prompts: PromptSet) -> PromptSet:
+    return replace(prompts, clean=prompts.corrupted, corrupted=prompts.clean)
 
 
 def test_bad_input_is_one_clear_line(random_model: Any, prompts: PromptSet) -> None:
