@@ -4,7 +4,15 @@
     FVU               sum ||x - x_hat||^2 / sum ||x - mean(x)||^2   (ratio of sums; mean over all tokens seen)
     cosine            mean over tokens of cos(x, x_hat)
     relative norm     mean over tokens of ||x_hat|| / ||x||
+    bias              sum ||x_hat||^2 / sum <x, x_hat>: below 1, x_hat is too short (relative reconstruction bias;
+                      Rajamanoharan et al. 2024, arXiv 2404.16014, equation 10)
     density           per feature, the share of tokens on which it fires
+
+Explained variance is 1 - FVU here. Two other variances are in use and give other numbers, which stand beside it:
+
+    per token         mean over tokens of 1 - ||x - x_hat||^2 / ||x - mean(x)||^2: every token weighs the same
+    uncentred         1 - m(||x - x_hat||^2) / (m(||x||^2) - m(x_i^2)^2), m(x_i^2) over tokens and dimensions: hardly
+                      any of the mean is taken out, so that explaining the mean counts
 
 What needs the model (cross-entropy, KL) is measured where the model is.
 """
@@ -31,6 +39,9 @@ class ReconstructionSummary:
     fvu: float
     explained_variance: float
     """1 - FVU."""
+    explained_variance_per_token: float
+    explained_variance_uncentred: float
+    reconstruction_bias: float
     cosine: float
     relative_norm: float
     density: Float[Tensor, "d_sae"]
@@ -47,13 +58,25 @@ class ReconstructionMetrics:
         d_in: width of the activations.
         d_sae: number of features.
         device: where the sums are kept.
+        mean: of all activations, for the explained variance per token; without it each batch's own is taken.
     """
 
-    def __init__(self, d_in: int, d_sae: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        device: torch.device | str = "cpu",
+        *,
+        mean: Float[Tensor, "d_in"] | None = None,
+    ) -> None:
+        self._mean = None if mean is None else mean.double()
         # Moments are taken about the first batch's mean: a large common offset would cancel digits otherwise.
         self._shift: Tensor | None = None
         self._sum = torch.zeros(d_in, dtype=torch.float64, device=device)
         self._squares, self._error, self._cosine, self._norm = torch.zeros(4, dtype=torch.float64, device=device)
+        self._per_token, self._length, self._length_hat, self._product = torch.zeros(
+            4, dtype=torch.float64, device=device
+        )
         self._fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self._tokens = 0
 
@@ -66,7 +89,12 @@ class ReconstructionMetrics:
         centred = x - self._shift
         self._sum += centred.sum(dim=0)
         self._squares += centred.square().sum()
-        self._error += (x - x_hat).square().sum()
+        error, mean = (x - x_hat).square().sum(dim=1), x.mean(dim=0) if self._mean is None else self._mean
+        self._error += error.sum()
+        self._per_token += (1 - error / (x - mean).square().sum(dim=1)).sum()
+        self._length += x.square().sum()
+        self._length_hat += x_hat.square().sum()
+        self._product += (x * x_hat).sum()
         norm, norm_hat = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(x_hat, dim=1)
         tiny = torch.finfo(torch.float64).tiny
         self._cosine += ((x * x_hat).sum(dim=1) / (norm * norm_hat).clamp_min(tiny)).sum()
@@ -81,12 +109,16 @@ class ReconstructionMetrics:
             raise ValueError("no tokens were added")
         variance = self._squares - self._sum.square().sum() / self._tokens
         fvu = (self._error / variance).item()
-        density = self._fired.double() / self._tokens
+        density, length = self._fired.double() / self._tokens, self._length / self._tokens
+        uncentred = length - (length / len(self._sum)) ** 2
         return ReconstructionSummary(
             tokens=self._tokens,
             l0=self._fired.sum().item() / self._tokens,
             fvu=fvu,
             explained_variance=1 - fvu,
+            explained_variance_per_token=(self._per_token / self._tokens).item(),
+            explained_variance_uncentred=(1 - self._error / self._tokens / uncentred).item(),
+            reconstruction_bias=(self._length_hat / self._product).item(),
             cosine=(self._cosine / self._tokens).item(),
             relative_norm=(self._norm / self._tokens).item(),
             density=density.cpu(),

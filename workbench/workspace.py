@@ -211,6 +211,7 @@ class Workspace(Catalog):
         max_tokens: int = 65_536,
         device: str = "auto",
         reuse: bool = False,
+        count_bos: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> "list[Evaluation]":
         """Evaluates SAEs on held-out documents and stores the results (kind `evaluation`, one per SAE).
@@ -222,6 +223,7 @@ class Workspace(Catalog):
             text_field: field that holds its text; the harvest's when left out.
             max_tokens: number of held-out tokens.
             reuse: take what is stored where the SAE, the held-out text and the versions are the same.
+            count_bos: read BOS through the SAEs too, and count it, as SAEBench does.
             on_progress: called with (tokens done, tokens in all).
 
         Raises:
@@ -233,7 +235,7 @@ class Workspace(Catalog):
             raise InputError("no SAEs to evaluate: name at least one")
         return evaluate(
             self, names, model=model, corpus=corpus, text_field=text_field, max_tokens=max_tokens, device=device,
-            reuse=reuse, on_progress=on_progress,
+            reuse=reuse, count_bos=count_bos, on_progress=on_progress,
         )  # fmt: skip
 
     def compare(self, names: Sequence[str] = ()) -> "pd.DataFrame":

@@ -62,6 +62,8 @@ def measured(table: pd.DataFrame) -> None:
     for column, what in (("evaluated_on", "on different held-out text"), ("hook", "at different hook points")):
         if done[column].nunique() > 1:
             st.warning(f"These SAEs were measured {what}: compare their numbers with care.")
+    for note, rows in done.loc[done["note"].fillna("") != ""].groupby("note"):
+        st.warning(plain(f"{', '.join(rows['sae'])}: {note}."))
 
 
 def densities(workspace: Workspace, names: list[str]) -> None:

@@ -65,6 +65,8 @@ def notes(table: "pd.DataFrame") -> list[str]:
         found.append(f"Measured on different held-out text, so not quite comparable: {'; '.join(texts)}.")
     if table[["model", "hook"]].drop_duplicates().shape[0] > 1:
         found.append("These SAEs read different hook points or models: FVU is comparable within one only.")
+    for said, rows in table.loc[table["note"].fillna("") != ""].groupby("note"):
+        found.append(f"{', '.join(rows['sae'])}: {said}.")
     missing = table.loc[table["evaluated_on"].isna(), "sae"].tolist()
     if missing:
         found.append(f"Not evaluated: {', '.join(missing)}. Next: workbench evaluate {' '.join(missing)}")

@@ -131,12 +131,17 @@ def describe_estimate(estimate: "HarvestEstimate") -> str:
 EVALUATION_COLUMNS = {
     "L0": "l0",
     "FVU": "fvu",
+    "explained variance": "explained_variance",
+    "  per token": "explained_variance_per_token",
+    "  uncentred": "explained_variance_uncentred",
+    "reconstruction bias": "reconstruction_bias",
     "CE clean": "ce_clean",
     "CE spliced": "ce_spliced",
     "added nats": "added_nats",
     "recovered (zero)": "loss_recovered_zero",
     "recovered (mean)": "loss_recovered_mean",
     "KL": "kl",
+    "KL score": "kl_score",
     "dead": "dead_share",
 }
 
@@ -146,6 +151,7 @@ def evaluate(
     corpus: Annotated[str | None, typer.Option(help="Corpus; the harvest's own when left out.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Field holding the text; the harvest's when left out.")] = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=2)] = EVALUATION_TOKENS,
+    count_bos: Annotated[bool, typer.Option("--count-bos", help="Count BOS as SAEBench does; left out else.")] = False,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -153,8 +159,9 @@ def evaluate(
     """Measure SAEs on held-out documents: sparsity, reconstruction, and what splicing them costs the model."""
     workspace = open_workspace(folder)
     found = evaluate_saes(
-        workspace, saes, quiet=as_json, corpus=corpus, text_field=text_field, max_tokens=tokens, device=device
-    )
+        workspace, saes, quiet=as_json, corpus=corpus, text_field=text_field, max_tokens=tokens, device=device,
+        count_bos=count_bos,
+    )  # fmt: skip
     if as_json:
         print_json({name: item.to_dict() for name, item in found.items()})
     else:
@@ -174,3 +181,13 @@ def print_evaluations(found: "dict[str, Evaluation]") -> None:
     """One row per metric of EVALUATION_COLUMNS, one column per SAE: it fits a narrow terminal."""
     rows = [[title, *(getattr(item, key) for item in found.values())] for title, key in EVALUATION_COLUMNS.items()]
     print_table("Held-out evaluation", ["", *found], rows)
+    for note, names in _by_note(found).items():
+        print(f"{', '.join(names)}: {note}.")
+
+
+def _by_note(found: "dict[str, Evaluation]") -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, item in found.items():
+        if item.note:
+            names.setdefault(item.note, []).append(name)
+    return names

@@ -25,6 +25,7 @@ MEASURED = {
     "recovered": "loss_recovered_zero",
     "kl": "kl",
     "dead": "dead_share",
+    "note": "note",
 }
 """Column of the comparison, and the number of `workbench.saes.evaluation.Evaluation` in it."""
 
@@ -77,4 +78,5 @@ def _row(summary: SAESummary, origin: Origin, evaluation: Result | None) -> dict
 def _text(evaluation: Result | None) -> str | None:
     if evaluation is None:
         return None
-    return f"{evaluation.parameters['corpus']}, {evaluation.parameters['max_tokens']:,} tokens"
+    bos = ", BOS counted" if evaluation.parameters.get("count_bos") else ""
+    return f"{evaluation.parameters['corpus']}, {evaluation.parameters['max_tokens']:,} tokens{bos}"

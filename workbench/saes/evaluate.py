@@ -34,6 +34,7 @@ def evaluate(
     max_tokens: int,
     device: str,
     reuse: bool,
+    count_bos: bool = False,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Evaluation]:
     """Evaluates SAEs and stores the results; see `Workspace.evaluate`, also for the InputErrors."""
@@ -43,7 +44,9 @@ def evaluate(
     if wanted is None:
         raise InputError(f"SAE {names[0]!r} has no harvest here: name a corpus to evaluate it on with --corpus")
     opened = open_corpus(wanted, text_field=text_field or origin.text_field)
-    asked = {"corpus": wanted, "split": "heldout", "max_tokens": max_tokens}
+    asked: dict[str, Any] = {"corpus": wanted, "split": "heldout", "max_tokens": max_tokens}
+    if count_bos:
+        asked["count_bos"] = True
     text = {"name": opened.name, "fingerprint": opened.fingerprint}
     measured = {name: item.measured_with(evaluated_on=text) for name, item in origins.items()}
     done: dict[str, Evaluation | None] = {
@@ -52,7 +55,7 @@ def evaluate(
     if missing := [name for name, found in done.items() if found is None]:
         loaded = model or load_model(origin.model, device=device)
         origin.check_model(loaded, "these SAEs")
-        fresh = _measure(catalog, missing, loaded, opened, origin, max_tokens, on_progress)
+        fresh = _measure(catalog, missing, loaded, opened, origin, asked, on_progress)
         for name, evaluation in zip(missing, fresh, strict=True):
             _store(catalog.results, name, evaluation, asked, measured[name])
             done[name] = evaluation
@@ -75,14 +78,15 @@ def _measure(
     model: LoadedModel,
     corpus: Corpus,
     origin: Origin,
-    max_tokens: int,
+    asked: Mapping[str, Any],
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Evaluation]:
     return evaluate_sae(
         model,
         [catalog.sae(name) for name in names],
         corpus,
-        max_tokens=max_tokens,
+        max_tokens=asked["max_tokens"],
+        count_bos=asked.get("count_bos", False),
         context_len=origin.context_len or min(CONTEXT_LEN, model.info.n_ctx),
         on_progress=on_progress,
     )

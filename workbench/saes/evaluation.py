@@ -9,16 +9,23 @@ For every batch of held-out contexts, with H the next-token cross-entropy in nat
 
     added nats      H* - H
     loss recovered  (H_0 - H*) / (H_0 - H), and the same with H_mean
+    KL score        1 - KL(clean || spliced) / KL(clean || zeros)
 
-BOS and padding are neither replaced nor counted: a position counts when its own token and the next are ordinary.
+BOS and padding are neither replaced nor counted: a position counts when its own token and the next are ordinary. With
+`count_bos` BOS is an ordinary token, as SAEBench has it by default.
+
+Losses are of predicting the next token. Of a model that predicts something else they say nothing: `Evaluation.note`
+says so where the logits are no distribution over the vocabulary (the losses are NaN then) or where the clean loss is
+worse than that of guessing.
 The means come from a first pass over the same tokens, which stops at the hook point. All sums are in float64.
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +70,15 @@ class Evaluation:
     """Mean over features of the largest cosine of its decoder row with another's."""
     density_histogram: list[dict[str, float]]
     """`log10_density` (left edge) and `features` of every bin."""
+    # Evaluations that were stored before these were measured lack them.
+    explained_variance_per_token: float = math.nan
+    explained_variance_uncentred: float = math.nan
+    """As `sae.metrics` defines them; `explained_variance` is the ratio of sums."""
+    reconstruction_bias: float = math.nan
+    kl_zero: float = math.nan
+    kl_score: float = math.nan
+    note: str = ""
+    """What to know before reading the losses; empty where there is nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics by name, for JSON."""
@@ -76,6 +92,7 @@ def evaluate_sae(
     *,
     max_tokens: int = 65_536,
     context_len: int = 256,
+    count_bos: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Evaluation]:
     """Evaluates SAEs of one model on the held-out documents of a corpus; see the module's description.
@@ -83,6 +100,7 @@ def evaluate_sae(
     Args:
         saes: their `hook_name` says where they read; several may share one.
         max_tokens: held-out rows to use, rounded down to whole contexts.
+        count_bos: read BOS through the SAE too, and count it.
         on_progress: called with (rows done, rows in all).
 
     Raises:
@@ -91,10 +109,15 @@ def evaluate_sae(
     """
     hooks = [_hook_of(model, sae) for sae in saes]
     batches = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+    if count_bos:
+        batches = [replace(batch, ordinary=batch.doc >= 0) for batch in batches]
     total = sum(batch.tokens.numel() for batch in batches)
     saes = [_on_device(sae, batches[0].tokens.device) for sae in saes]
     means = _means(model, batches, hooks)
-    metrics = [ReconstructionMetrics(sae.d_in, sae.d_sae, model.device) for sae in saes]
+    metrics = [
+        ReconstructionMetrics(sae.d_in, sae.d_sae, model.device, mean=means[hook.name])
+        for sae, hook in zip(saes, hooks, strict=True)
+    ]
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=model.device))
     done = 0
     with torch.no_grad():
@@ -103,11 +126,31 @@ def evaluate_sae(
             done += batch.tokens.numel()
             if on_progress is not None:
                 on_progress(done, total)
+    n_out = int(sums.pop("n_out"))
     loss = {name: (value / sums["count"]).item() for name, value in sums.items()}
+    if n_out != model.info.d_vocab:
+        loss = {name: value if name.startswith("kl") else math.nan for name, value in loss.items()}
+    note = _note(loss["clean"], n_out, model.info.d_vocab)
     return [
-        _summary(sae, hook, number, loss, metric)
+        _summary(sae, hook, number, loss, metric, note)
         for number, (sae, hook, metric) in enumerate(zip(saes, hooks, metrics, strict=True))
     ]
+
+
+def _note(clean: float, n_out: int, d_vocab: int) -> str:
+    """What there is to say about the losses of a model of `n_out` logits over a vocabulary of `d_vocab`."""
+    if n_out != d_vocab:
+        return (
+            f"the model gives {n_out:,} logits for a vocabulary of {d_vocab:,}: it predicts something else than the "
+            "next token, so there are no losses; the KL is of what it does predict"
+        )
+    if not clean <= math.log(n_out):
+        return (
+            f"the model's own loss, {clean:.3g} nats, is worse than guessing among {n_out:,} tokens "
+            f"({math.log(n_out):.3g}): it does not predict the next token of this text, so what is added to the loss "
+            "or recovered of it says nothing"
+        )
+    return ""
 
 
 def _hook_of(model: LoadedModel, sae: SAE) -> HookSpec:
@@ -188,8 +231,12 @@ def _measure(
     """Adds one batch to the metrics and sums."""
     distinct = list({hook.name: hook for hook in hooks}.values())
     clean = _clean_pass(model, batch, distinct)
+    n_out = clean.logits.shape[-1]
+    # Where the logits are of something else than tokens, only their divergence is used.
+    batch_of_losses = replace(batch, tokens=batch.tokens.clamp(max=n_out - 1))
+    sums["n_out"] = torch.tensor(n_out)
     sums["count"] += batch.counted.sum()
-    sums["clean"] += losses(batch, clean.logits)[0]
+    sums["clean"] += losses(batch_of_losses, clean.logits)[0]
 
     def passed_through(hook: HookSpec, function: Callable[[Tensor], Tensor]) -> Tensor:
         with ExitStack() as stack:
@@ -201,14 +248,16 @@ def _measure(
 
     for hook in distinct:
         mean = means[hook.name]
-        sums[f"zero {hook.name}"] += losses(batch, passed_through(hook, torch.zeros_like))[0]
-        sums[f"mean {hook.name}"] += losses(batch, passed_through(hook, mean.expand_as))[0]
+        zero = losses(batch_of_losses, passed_through(hook, torch.zeros_like), clean.logits)
+        sums[f"zero {hook.name}"] += zero[0]
+        sums[f"kl zero {hook.name}"] += zero[1]
+        sums[f"mean {hook.name}"] += losses(batch_of_losses, passed_through(hook, mean.expand_as))[0]
     for number, (sae, hook) in enumerate(zip(saes, hooks, strict=True)):
         x = clean.x[hook.name]
         code = sae.encode(x)
         x_hat = sae.decode(code)
         metrics[number].update(x, code, x_hat)
-        cross_entropy, divergence = losses(batch, passed_through(hook, _constant(x_hat)), clean.logits)
+        cross_entropy, divergence = losses(batch_of_losses, passed_through(hook, _constant(x_hat)), clean.logits)
         sums[f"spliced {number}"] += cross_entropy
         sums[f"kl {number}"] += divergence
 
@@ -223,11 +272,12 @@ def _logits(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch pos
 
 
 def _summary(
-    sae: SAE, hook: HookSpec, number: int, loss: dict[str, float], metric: ReconstructionMetrics
+    sae: SAE, hook: HookSpec, number: int, loss: dict[str, float], metric: ReconstructionMetrics, note: str
 ) -> Evaluation:
     found = metric.result()
     clean, spliced = loss["clean"], loss[f"spliced {number}"]
     zero, mean = loss[f"zero {hook.name}"], loss[f"mean {hook.name}"]
+    kl, kl_zero = loss[f"kl {number}"], loss[f"kl zero {hook.name}"]
     return Evaluation(
         tokens=found.tokens,
         l0=found.l0,
@@ -244,9 +294,15 @@ def _summary(
         added_nats=spliced - clean,
         loss_recovered_zero=_share(zero - spliced, zero - clean),
         loss_recovered_mean=_share(mean - spliced, mean - clean),
-        kl=loss[f"kl {number}"],
+        kl=kl,
         decoder_cosine_max=decoder_cosine_maxima(sae.W_dec).mean().item(),
         density_histogram=density_histogram(found.density, found.tokens),
+        explained_variance_per_token=found.explained_variance_per_token,
+        explained_variance_uncentred=found.explained_variance_uncentred,
+        reconstruction_bias=found.reconstruction_bias,
+        kl_zero=kl_zero,
+        kl_score=_share(kl_zero - kl, kl_zero),
+        note=note,
     )
 
 

@@ -1,5 +1,6 @@
 """Evaluation against a naive float64 computation, token by token, on tiny models."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from circuits.effective_weights import effective_unembedding
 from sae import SAE, InputError, TopK
 from workbench.models.load import LoadedModel, load_model
-from workbench.saes.evaluation import evaluate_sae
+from workbench.saes.evaluation import Evaluation, evaluate_sae
 from workbench.text.corpora import open_corpus
 from workbench.text.packing import pack
 
@@ -37,12 +38,13 @@ def make_sae(model: LoadedModel, hook: str, seed: int = 0, width: int | None = N
     return sae
 
 
-def naive(model: LoadedModel, sae: SAE, folder: Path) -> dict[str, float]:
+def naive(model: LoadedModel, sae: SAE, folder: Path, *, count_bos: bool = False) -> dict[str, float]:
     """Everything one position at a time, with the bridge's own caching and plain hooks."""
     documents = open_corpus(str(folder)).documents("heldout")
     packed = list(pack(documents, model.tokenizer, model.bos_id, CONTEXT, 1))[: TOKENS // CONTEXT]
     tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in packed])).long()
-    ordinary = torch.from_numpy(np.concatenate([batch.flags for batch in packed]) == 0)
+    flags = torch.from_numpy(np.concatenate([batch.flags for batch in packed]))
+    ordinary = (flags & 2) == 0 if count_bos else flags == 0
 
     def losses(replacement: torch.Tensor | None) -> tuple[list[float], torch.Tensor]:
         def replace(value: torch.Tensor, hook: object) -> torch.Tensor:
@@ -73,9 +75,12 @@ def naive(model: LoadedModel, sae: SAE, folder: Path) -> dict[str, float]:
         x_hat = a @ sae.W_dec.double() + sae.b_dec.double()
     clean, p = losses(None)
     spliced, q = losses(x_hat)
-    zero, _ = losses(torch.zeros_like(x))
+    zero, ablated = losses(torch.zeros_like(x))
     mean, _ = losses(x.mean(dim=0).expand_as(x))
     h, h_star, h_zero, h_mean = (sum(values) / len(values) for values in (clean, spliced, zero, mean))
+    kl, kl_zero = ((p * (p / other).log()).sum(dim=1).mean().item() for other in (q, ablated))
+    error, centred = ((x - x_hat) ** 2).sum(dim=1), ((x - x.mean(dim=0)) ** 2).sum(dim=1)
+    squares = (x**2).sum(dim=1).mean()
     cosines = sae.W_dec.double() @ sae.W_dec.double().T - 2 * torch.eye(64)
     return {
         "tokens": len(x),
@@ -93,7 +98,12 @@ def naive(model: LoadedModel, sae: SAE, folder: Path) -> dict[str, float]:
         "added_nats": h_star - h,
         "loss_recovered_zero": (h_zero - h_star) / (h_zero - h),
         "loss_recovered_mean": (h_mean - h_star) / (h_mean - h),
-        "kl": (p * (p / q).log()).sum(dim=1).mean().item(),
+        "kl": kl,
+        "kl_zero": kl_zero,
+        "kl_score": (kl_zero - kl) / kl_zero,
+        "explained_variance_per_token": (1 - error / centred).mean().item(),
+        "explained_variance_uncentred": (1 - error.mean() / (squares - (x**2).mean() ** 2)).item(),
+        "reconstruction_bias": ((x_hat**2).sum(dim=1).mean() / (x * x_hat).sum(dim=1).mean()).item(),
         "decoder_cosine_max": cosines.amax(dim=1).mean().item(),
     }
 
@@ -106,11 +116,60 @@ def test_evaluation_equals_the_naive_computation(tiny_model: LoadedModel, corpus
     ].to_dict()
     expected = naive(tiny_model, sae, corpus_folder)
     histogram = found.pop("density_histogram")
+    note = found.pop("note")
+    # Random weights predict nothing.
+    assert ("worse than guessing among" in note) == (found["ce_clean"] > math.log(tiny_model.info.d_vocab))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         # The loss-recovered ratios divide small differences of float32 losses.
         assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), name
     assert sum(item["features"] for item in histogram) == round(64 * (1 - found["dead_share"]))
+
+
+def test_bos_is_counted_where_that_is_asked_for(gpt2_model: LoadedModel, corpus_folder: Path) -> None:
+    sae, corpus = make_sae(gpt2_model, HOOK), open_corpus(str(corpus_folder))
+    found = evaluate_sae(gpt2_model, [sae], corpus, max_tokens=TOKENS, context_len=CONTEXT, count_bos=True)[0]
+    expected = naive(gpt2_model, sae, corpus_folder, count_bos=True)
+    assert found.tokens == expected["tokens"] > naive(gpt2_model, sae, corpus_folder)["tokens"]
+    for name in ("l0", "fvu", "explained_variance_per_token", "ce_clean", "ce_spliced", "kl_score"):
+        assert getattr(found, name) == pytest.approx(expected[name], rel=2e-4), name
+
+
+def test_losses_of_a_model_that_predicts_something_else_are_not_printed_without_a_word(
+    tiny_gpt2: Path, corpus_folder: Path
+) -> None:
+    """One gives every wrong token a high logit, the other has logits for three classes."""
+    corpus, options = open_corpus(str(corpus_folder)), {"max_tokens": TOKENS, "context_len": CONTEXT}
+    good = load_model(str(tiny_gpt2), device="cpu")
+    sae = make_sae(good, HOOK)
+    wrong = load_model(str(tiny_gpt2), device="cpu")
+    with torch.no_grad():
+        wrong.hf.lm_head.weight.mul_(200)
+    found = evaluate_sae(wrong, [sae], corpus, **options)[0]
+    assert found.ce_clean > math.log(wrong.info.d_vocab)
+    assert found.note.startswith(f"the model's own loss, {found.ce_clean:.3g} nats, is worse than guessing among")
+    classes = load_model(str(tiny_gpt2), device="cpu")
+    with torch.no_grad():
+        head = classes.hf.lm_head.weight[:3].clone()
+    unembed = classes.bridge.unembed.original_component
+    unembed.weight, unembed.bias = torch.nn.Parameter(head), None
+    found = evaluate_sae(classes, [sae], corpus, **options)[0]
+    assert "the model gives 3 logits for a vocabulary of" in found.note
+    assert all(math.isnan(value) for value in (found.ce_clean, found.added_nats, found.loss_recovered_zero))
+    assert found.kl > 0
+    assert found.l0 == pytest.approx(6)
+
+
+def test_an_evaluation_of_before_still_opens() -> None:
+    old = {
+        "tokens": 10, "l0": 3.0, "fvu": 0.1, "explained_variance": 0.9, "cosine": 0.9, "relative_norm": 1.0,
+        "dead_share": 0.0, "dense_share": 0.0, "ce_clean": 2.0, "ce_spliced": 2.1, "ce_zero": 9.0, "ce_mean": 5.0,
+        "added_nats": 0.1, "loss_recovered_zero": 0.98, "loss_recovered_mean": 0.96, "kl": 0.1,
+        "decoder_cosine_max": 0.3,
+    }  # fmt: skip
+    found = Evaluation(**old, density_histogram=[])
+    assert found.note == ""
+    assert math.isnan(found.kl_score)
 
 
 def test_several_saes_share_the_clean_pass_and_do_not_disturb_each_other(
