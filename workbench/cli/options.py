@@ -33,6 +33,9 @@ ResultArgument = Annotated[
     str, typer.Argument(help="Name of the result; asked for again alike, it is shown as stored, else replaced.")
 ]
 ModelOption = Annotated[str, typer.Option(help="demo, a local Hugging Face folder, or a hub name.")]
+MeasuredOption = Annotated[
+    str | None, typer.Option(help="demo, a local Hugging Face folder, or a hub name; NAME when left out.")
+]
 CorpusOption = Annotated[
     str, typer.Option(help="python-stdlib, a text/JSONL/Parquet file or folder, or a hub dataset.")
 ]
@@ -42,6 +45,36 @@ ContextOption = Annotated[int, typer.Option(help="Tokens per context, BOS includ
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 DEFAULT_WORKSPACE = Path("workspace")
 DEMO_WORKSPACE = Path("demo-workspace")
+
+
+def measured(name: str, model: str | None) -> tuple[str, str]:
+    """(the result's name, the model to measure): a name that is a model's is that model where none is named beside it.
+
+    Raises:
+        InputError: no model named, and the name is none.
+    """
+    if model is not None:
+        return name, model
+    from workbench.models.checkpoints import reads_as_model
+
+    if not reads_as_model(name):
+        raise InputError(f"say which model to measure, as in --model demo: {name!r} is no model that is known here")
+    return Path(name).name, name
+
+
+def harvested(name: str, model: str | None) -> str:
+    """The model to harvest, the demo model when none is named.
+
+    Raises:
+        InputError: none named, and the harvest would have the name of another.
+    """
+    from workbench.models.checkpoints import reads_as_model
+
+    if model is None and name != "demo" and reads_as_model(name):
+        raise InputError(
+            f"{name!r} is the harvest's name and reads as a model: say which is meant, --model {name} or --model demo"
+        )
+    return model or "demo"
 
 
 def open_workspace(folder: Path) -> "Workspace":

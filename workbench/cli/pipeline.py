@@ -13,10 +13,10 @@ from workbench.cli.options import (
     CorpusOption,
     DeviceOption,
     JsonOption,
-    ModelOption,
     Precision,
     TextFieldOption,
     WorkspaceOption,
+    harvested,
     open_workspace,
 )
 from workbench.cli.output import print_json, print_table
@@ -65,7 +65,9 @@ def harvest(
             "--hook", metavar="HOOK", help="Hook point, such as blocks.2.hook_resid_post; repeat for several."
         ),
     ],
-    model: ModelOption = "demo",
+    model: Annotated[
+        str | None, typer.Option(help="demo, a local Hugging Face folder, or a hub name; demo when left out.")
+    ] = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
     tokens: Annotated[int, typer.Option(help="Tokens to harvest at most.", min=1)] = 2_000_000,
@@ -92,8 +94,8 @@ def harvest(
     from workbench.workspace import Workspace
 
     config = HarvestConfig(
-        model=model, corpus=corpus, text_field=text_field, hooks=tuple(hook), context_len=context, max_tokens=tokens,
-        split=split, dtype=dtype, model_dtype=model_dtype, gradients=gradients,
+        model=harvested(name, model), corpus=corpus, text_field=text_field, hooks=tuple(hook), context_len=context,
+        max_tokens=tokens, split=split, dtype=dtype, model_dtype=model_dtype, gradients=gradients,
     )  # fmt: skip
     workspace = Workspace(folder)
     if estimate_only:

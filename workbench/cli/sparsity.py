@@ -11,11 +11,12 @@ from workbench.cli.options import (
     CorpusOption,
     DeviceOption,
     JsonOption,
-    ModelOption,
+    MeasuredOption,
     ResultArgument,
     TextFieldOption,
     TokensOption,
     WorkspaceOption,
+    measured,
     open_workspace,
 )
 from workbench.cli.output import print_frame, print_result
@@ -46,7 +47,7 @@ def register(app: typer.Typer) -> None:
 @commands.command()
 def measure(
     name: ResultArgument,
-    model: ModelOption = "demo",
+    model: MeasuredOption = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
     tokens: TokensOption = 100_000,
@@ -61,9 +62,10 @@ def measure(
     from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
+    name, spec = measured(name, model)
     with ProgressBar("sparsity measure", tokens, enabled=not as_json) as bar:
         result = report_mlps(
-            Workspace(folder), name, load_model(model, device=device), open_corpus(corpus, text_field=text_field),
+            Workspace(folder), name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field),
             max_tokens=tokens, context_len=context, on_progress=bar.report,
         )  # fmt: skip
     _show(result, ["layers", "residual"], as_json)
@@ -80,7 +82,7 @@ def enforce(
         list[float],
         typer.Option("--p", metavar="SHARE", help="PPL-p%: growth of the perplexity allowed; repeat for several."),
     ] = [0.01, 0.05, 0.1],  # noqa: B006
-    model: ModelOption = "demo",
+    model: MeasuredOption = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
     tokens: TokensOption = 8192,
@@ -96,10 +98,11 @@ def enforce(
     from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
+    name, spec = measured(name, model)
     methods = [method_named(item).name for item in method or METHODS]
     with ProgressBar("sparsity enforce", tokens, enabled=not as_json) as bar:
         result = report_curves(
-            Workspace(folder), name, load_model(model, device=device), open_corpus(corpus, text_field=text_field),
+            Workspace(folder), name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field),
             methods=methods, ps=p, max_tokens=tokens, context_len=context, on_progress=bar.report,
         )  # fmt: skip
     _show(result, ["points", "costs", "ppl"], as_json)
@@ -115,7 +118,7 @@ def attention(
         list[str] | None,
         typer.Option("--task", metavar="TASK", help="Task of `circuits tasks` to restrict too; repeat for several."),
     ] = None,
-    model: ModelOption = "demo",
+    model: MeasuredOption = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
     tokens: TokensOption = 8192,
@@ -131,9 +134,10 @@ def attention(
     from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
+    name, spec = measured(name, model)
     with ProgressBar("sparsity attention", tokens, enabled=not as_json) as bar:
         result = report_attention(
-            Workspace(folder), name, load_model(model, device=device), open_corpus(corpus, text_field=text_field),
+            Workspace(folder), name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field),
             budgets=budget, tasks=[Task(item) for item in task or []], max_tokens=tokens, context_len=context,
             on_progress=bar.report,
         )  # fmt: skip
@@ -155,7 +159,7 @@ def heads(
     ] = "dropped",
     draws: Annotated[int, typer.Option(help="Draws of random heads that are left whole.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="Seed of these draws.")] = 0,
-    model: ModelOption = "demo",
+    model: MeasuredOption = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
     tokens: TokensOption = 2048,
@@ -170,9 +174,10 @@ def heads(
     from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
+    name, spec = measured(name, model)
     with ProgressBar("sparsity heads", tokens, enabled=not as_json) as bar:
         result = report_heads(
-            Workspace(folder), name, load_model(model, device=device), open_corpus(corpus, text_field=text_field),
+            Workspace(folder), name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field),
             pattern=pattern, budget=budget, rest=rest, draws=draws, seed=seed, max_tokens=tokens, context_len=context,
             on_progress=bar.report,
         )  # fmt: skip
@@ -190,7 +195,7 @@ def sae(
     saes: Annotated[
         list[str], typer.Argument(metavar="SAE...", help="Names of SAEs that read one hook point of the model.")
     ],
-    model: ModelOption = "demo",
+    model: MeasuredOption = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
     tokens: TokensOption = 32_768,
@@ -206,9 +211,10 @@ def sae(
 
     workspace = open_workspace(folder)
     loaded = {item: workspace.sae(item) for item in saes}
+    spec = model or workspace.origin(saes[0]).model or "demo"
     with ProgressBar("sparsity sae", tokens, enabled=not as_json) as bar:
         result = report_saes(
-            workspace, name, load_model(model, device=device), loaded, open_corpus(corpus, text_field=text_field),
+            workspace, name, load_model(spec, device=device), loaded, open_corpus(corpus, text_field=text_field),
             max_tokens=tokens, context_len=context, on_progress=bar.report,
         )  # fmt: skip
     _show(result, ["summary", "terms"], as_json)
@@ -220,7 +226,7 @@ def report(
     sae: Annotated[
         list[str] | None, typer.Option("--sae", metavar="NAME", help="SAE to include; repeat for several.")
     ] = None,
-    model: ModelOption = "demo",
+    model: MeasuredOption = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
     tokens: TokensOption = 100_000,
@@ -240,6 +246,7 @@ def report(
     from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
+    name, spec = measured(name, model)
     workspace = Workspace(folder)
     loaded = {item: workspace.sae(item) for item in sae or []}
     with ExitStack() as stack:
@@ -253,7 +260,7 @@ def report(
             bars[part].report(done, total)
 
         report_all(
-            workspace, name, load_model(model, device=device), open_corpus(corpus, text_field=text_field), saes=loaded,
+            workspace, name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field), saes=loaded,
             ps=(0.01, 0.05, 0.1) if ppl else (), max_tokens=tokens, heldout_tokens=heldout, context_len=context,
             on_progress=on_progress,
         )  # fmt: skip

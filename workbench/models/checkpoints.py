@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -17,6 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from sae.errors import InputError
 from workbench.models.bundled import demo_model_dir
+
+SECONDS_TO_ANSWER = 5
 
 
 def weights_sha256(files: Sequence[Path]) -> str:
@@ -66,7 +70,7 @@ def locate(spec: str) -> tuple[str, str]:
     """(what transformers loads, where it comes from: bundled, folder or hub) for `demo`, a folder or a hub name.
 
     Raises:
-        InputError: an empty name, or no model folder where a path is named.
+        InputError: an empty name, no model folder where a path is named, or a name on the hub without a network.
     """
     if not spec.strip():
         raise InputError("the model has no name: give demo, a local Hugging Face folder, or a hub name")
@@ -79,7 +83,38 @@ def locate(spec: str) -> tuple[str, str]:
         return str(folder), "folder"
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise InputError(f"no model folder at {spec}")
+    _require_network(spec)
     return spec, "hub"
+
+
+def reads_as_model(name: str) -> bool:
+    """Whether a name is that of a model: demo, a folder of one, a hub name, or one that TransformerLens knows."""
+    if name == "demo" or "/" in name or (Path(name).expanduser() / "config.json").is_file():
+        return True
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    known = [*OFFICIAL_MODEL_NAMES, *MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
+    return name.lower() in {part.lower() for spec in known for part in (spec, spec.rpartition("/")[2])}
+
+
+def _require_network(spec: str) -> None:
+    """Raises InputError where nothing of a hub model is here and the hub does not answer.
+
+    transformers asks again and again for half a minute before it gives up.
+    """
+    if constants.HF_HUB_OFFLINE or try_to_load_from_cache(spec, "config.json") is not None:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(spec, "config.json"), timeout=SECONDS_TO_ANSWER)
+    except (HfHubHTTPError, HFValidationError, ValueError):
+        # It answers; what it says about the name is told where the model is loaded.
+        return
+    except Exception as error:  # of the transport: no name server, no route, a timeout, a proxy
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"cannot load {spec!r} from the Hugging Face hub: no network ({reason}); give a local folder or `demo`, or "
+            "download the model once where there is a network"
+        ) from None
 
 
 def from_pretrained(kind: Any, location: str, spec: str, **options: Any) -> Any:

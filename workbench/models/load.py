@@ -44,6 +44,7 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     location, source = locate(spec)
     config = from_pretrained(AutoConfig, location, spec)
+    _refuse_quantized(config, spec)
     stored = getattr(config, "dtype", None) or torch.float32
     run_dtype = DTYPES[dtype] if dtype != "auto" else (stored if place.type == "cuda" else torch.float32)
     tokenizer = load_tokenizer(location, spec)
@@ -58,6 +59,15 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     )  # fmt: skip
     loaded = LoadedModel(info, hf, bridge, tokenizer, bos_id)
     return dataclasses.replace(loaded, checks=check(loaded))
+
+
+def _refuse_quantized(config: Any, spec: str) -> None:
+    """Raises InputError for packed weights, which are no matrices that anything here could read."""
+    packed = getattr(config, "quantization_config", None)
+    method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+    # transformers itself unpacks the one in which some models are published alone.
+    if packed is not None and str(method) != "mxfp4":
+        raise InputError(f"{spec} is quantized ({method}), which is not supported: give the unquantized weights")
 
 
 def _module(location: str, spec: str, dtype: torch.dtype) -> Any:

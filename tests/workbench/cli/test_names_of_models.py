@@ -1,0 +1,49 @@
+"""A name that is a model's reads as one: nothing else is measured or harvested under it without a word."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.errors import InputError
+from workbench.cli.main import run
+from workbench.cli.options import harvested, measured
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", ("gpt2", "gpt2")),
+        ("demo", ("demo", "demo")),
+        ("EleutherAI/pythia-70m", ("pythia-70m", "EleutherAI/pythia-70m")),
+        ("GPT2-small", ("GPT2-small", "GPT2-small")),
+        ("somebody/unheard-of", ("unheard-of", "somebody/unheard-of")),
+    ],
+)
+def test_a_model_s_name_is_the_model(name: str, expected: tuple[str, str]) -> None:
+    assert measured(name, None) == expected
+    assert measured(name, "other") == (name, "other")
+
+
+def test_a_folder_of_a_model_is_the_model(tiny_gpt2: Path) -> None:
+    assert measured(str(tiny_gpt2), None) == (tiny_gpt2.name, str(tiny_gpt2))
+
+
+def test_a_name_that_is_no_model_asks_for_one() -> None:
+    with pytest.raises(InputError, match="say which model to measure, as in --model demo: 'mine' is no model"):
+        measured("mine", None)
+    assert harvested("mine", None) == "demo"
+
+
+@pytest.mark.parametrize("command", ["measure", "enforce", "attention", "heads", "report"])
+def test_measuring_gpt2_measures_gpt2(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a network it cannot be had, and that is said; the demo model is not measured for it."""
+    assert run(["sparsity", command, "gpt2", "--workspace", str(tmp_path / "w")]) == 2
+    assert "cannot load 'gpt2' from the Hugging Face hub" in capsys.readouterr().err
+    assert not list((tmp_path / "w").glob("results/*/*"))
+
+
+def test_a_harvest_is_not_called_after_a_model_that_it_is_not_of(tmp_path: Path, capsys: Any) -> None:
+    assert run(["harvest", "gpt2", "--hook", "blocks.0.hook_resid_post", "--workspace", str(tmp_path / "w")]) == 2
+    said = capsys.readouterr().err
+    assert "'gpt2' is the harvest's name and reads as a model: say which is meant, --model gpt2 or --model demo" in said

@@ -1,0 +1,44 @@
+"""What cannot be loaded is said in one line, at once."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from sae.errors import InputError
+from workbench.models import checkpoints
+from workbench.models.load import load_model
+
+
+def test_a_hub_name_without_a_network_is_one_line_after_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def no_network(url: str, **_: Any) -> None:
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "get_hf_file_metadata", no_network)
+    with pytest.raises(InputError, match=r"cannot load 'nobody/nothing' .* no network \(Name or service not known\)"):
+        load_model("nobody/nothing")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+    ],
+)
+def test_a_quantized_folder_is_one_line(quantization: dict[str, Any], tiny_gpt2: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_gpt2, tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    with pytest.raises(InputError, match=rf"is quantized \({quantization['quant_method']}\)"):
+        load_model(str(folder), device="cpu")
