@@ -56,6 +56,8 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
     if reader == "unembed":
         W, b = _linear(bridge.unembed)
         scale = logit_scale(bridge)
+        if not hasattr(bridge, "ln_final"):
+            raise InputError("this model has no final norm that TransformerLens knows of: its unembedding is not read")
         return _through_norm(bridge, bridge.ln_final, scale * W, scale * b)
     if layer is None or not 0 <= layer < bridge.cfg.n_layers:
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {bridge.cfg.n_layers - 1}")

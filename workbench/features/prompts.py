@@ -33,14 +33,13 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuits.effective_weights import effective_unembedding
-from circuits.norms import measured_norm
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.features.index.logits import output_directions
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 from workbench.models.prompt_text import encode_prompt, next_log_probabilities, token_pieces
+from workbench.models.readout import final_scale, unembedding
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
@@ -196,7 +195,7 @@ class PromptReading:
 
     @cached_property
     def _unembedding(self) -> Float[Tensor, "d_model vocab"]:
-        return effective_unembedding(self._loaded.bridge)
+        return unembedding(self._loaded)
 
     def _check(self, position: int) -> None:
         if not 0 <= position < len(self.tokens):
@@ -244,7 +243,7 @@ def read_prompt(
     hook = resolve_hook(model, sae.hook_name)
     ids, truncated = encode_prompt(model, text)
     tokens = torch.tensor([[model.bos_id, *ids]], device=model.device)
-    last = resolve_hook(model, f"blocks.{model.info.n_layers - 1}.hook_resid_post")
+    last = model.checks.hooks.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post", hook)
     values = capture(model, tokens, [hook, last]).activations
     x = values[hook.name][0, 1:]
     position, feature, activation = (
@@ -254,7 +253,7 @@ def read_prompt(
     directions, scale, missing = None, None, None
     try:
         directions = output_directions(model, sae)[torch.from_numpy(active).to(model.device)]
-        scale = _final_scale(model, values[last.name][0, 1:])
+        scale = final_scale(model, values[last.name][0, 1:])
     except InputError as error:
         missing = str(error)
     log_probabilities = next_log_probabilities(model.hf(tokens, use_cache=False).logits[0])
@@ -269,8 +268,3 @@ def read_prompt(
         activation=activation.astype(np.float64), known=known, missing=missing, _directions=directions,
         _active=active, _scale=scale, _loaded=model,
     )  # fmt: skip
-
-
-def _final_scale(model: "LoadedModel", x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
-    """What the final LayerNorm divides by."""
-    return measured_norm(model.structure.ln_final, x[0]).scale(x.float())

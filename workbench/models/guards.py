@@ -10,7 +10,8 @@ No list of families is kept; every loaded model is measured on `TOKENS` random t
        resid_pre + attn_out = resid_mid        resid_mid + mlp_out = resid_post
        resid_pre + attn_out + mlp_out = resid_post      where attention and MLP run side by side
 
-4. A step with keys and values of the tokens before it against the whole pass, and whether a changed attention pattern
+4. Norm and unembedding on the last residual stream against the logits.
+5. A step with keys and values of the tokens before it against the whole pass, and whether a changed attention pattern
    changes the logits.
 
 Two values agree when their median relative difference over the tokens is below `tolerance`: rounding of fast and
@@ -30,6 +31,7 @@ from sae.errors import InputError
 from workbench.models.capture import as_added, hooked
 from workbench.models.model import Checks, LoadedModel
 from workbench.models.places import KINDS, HookSpec, bridge_hooks
+from workbench.models.readout import read_logits
 
 TOKENS = 16
 
@@ -69,6 +71,7 @@ def check(model: LoadedModel) -> Checks:
         usable, refused, wrong, delegated,
         cached=not wrong and _cached_step_agrees(bridge, tokens, logits),
         editable_patterns=not wrong and _pattern_edits_act(bridge, tokens, logits),
+        unread=_unread(bridge, native.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post"), logits),
     )  # fmt: skip
 
 
@@ -130,7 +133,7 @@ def _mended(
         return True, None
     return True, (
         f"TransformerLens' bridge does not compute what {architecture} computes (other logits on random tokens): "
-        "harvests and what is made from them work, evaluation, prompts, steering and circuits do not"
+        "harvests, training, prompts and the index work, evaluation, steering and circuits do not"
     )
 
 
@@ -210,6 +213,16 @@ def _not_added(layer: int, values: Mapping[str, Tensor]) -> dict[str, str]:
         for kind in wrong
         if at[kind] is not None
     }
+
+
+def _unread(bridge: Any, x: Tensor | None, logits: Float[Tensor, "1 pos vocab"]) -> str | None:
+    problem = "the last residual stream through the final norm and the unembedding does not give this model's logits"
+    try:
+        return problem if x is None or x.ndim != 3 or not agree(*read_logits(bridge, x, logits)) else None
+    except InputError as error:
+        return str(error)
+    except (RuntimeError, AttributeError):
+        return problem
 
 
 def _cached_step_agrees(bridge: Any, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:

@@ -31,9 +31,11 @@ class Checks:
     """Whether a step with the cache of those before it gives what the whole pass gives."""
     editable_patterns: bool
     """Whether a changed attention pattern changes the pass."""
+    unread: str | None
+    """Why the unembedding cannot be read through the final norm, if so."""
 
 
-UNCHECKED = Checks({}, {}, None, delegated=False, cached=False, editable_patterns=False)
+UNCHECKED = Checks({}, {}, None, delegated=False, cached=False, editable_patterns=False, unread=None)
 """Before anything was measured: no hook point may be used."""
 
 

@@ -112,8 +112,16 @@ def mlps(model: LoadedModel) -> list[MLP]:
 
 
 def flat_like(mask: Bool[Tensor, "batch pos"], value: Float[Tensor, "*rows width"]) -> Bool[Tensor, "*rows"]:
-    """A mask of tokens for a matrix' input: some modules see all contexts' tokens as one list."""
-    return mask.flatten() if value.ndim == 2 else mask
+    """A mask of tokens for a matrix' input: some modules see all contexts' tokens as one list.
+
+    Raises:
+        InputError: an input that is not one vector a token.
+    """
+    if value.ndim == 2 and value.shape[0] == mask.numel():
+        return mask.flatten()
+    if value.shape[:-1] != mask.shape:
+        raise InputError("a matrix of this model reads other than one vector a token: its sparsity is not measured")
+    return mask
 
 
 def has_exact_zeros(mlp: MLP) -> bool:

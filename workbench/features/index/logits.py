@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuits.effective_weights import effective_unembedding
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.features.index.statistics import BINS
 from workbench.models.hooks import resolve_hook
+from workbench.models.readout import unembedding
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
@@ -70,7 +70,7 @@ def output_directions(model: "LoadedModel", sae: SAE) -> Float[Tensor, "d_sae d_
         raise InputError(f"{sae.hook_name} is read by the MLP and written nowhere: its features have no logit effects")
     if hook.kind not in ("z", "mlp_post"):
         return W_dec
-    block = model.bridge.blocks[hook.layer]
+    block = model.structure.blocks[hook.layer]
     module = (block.attn.o if hook.kind == "z" else block.mlp.out).original_component
     weight = module.weight.float()
     # GPT-2's Conv1D stores [in, out], nn.Linear [out, in].
@@ -108,4 +108,4 @@ def logit_effects(
 
 def effects_of(model: "LoadedModel", sae: SAE) -> Iterator[LogitEffects]:
     """Logit effects of all features of an SAE of this model."""
-    return logit_effects(output_directions(model, sae), effective_unembedding(model.bridge))
+    return logit_effects(output_directions(model, sae), unembedding(model))
