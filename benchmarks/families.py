@@ -33,6 +33,7 @@ from workbench.models.bundled import demo_model_dir
 from workbench.models.contexts import context_batches
 from workbench.models.guards import agree, random_tokens
 from workbench.models.load import LoadedModel, load_model
+from workbench.models.places import KINDS
 from workbench.saes.evaluation import evaluate_sae
 from workbench.sparsity.calibration import calibrate_on
 from workbench.sparsity.enforce import enforce
@@ -157,12 +158,12 @@ def tiny_sae(model: LoadedModel, hook: str, width: int) -> SAE:
 
 
 def hook_points(model: LoadedModel) -> str:
-    """Which kinds are there, and of which some or all layers are refused."""
+    """Which kinds are there; in how many layers, where not in all."""
+    layers = model.info.n_layers
     there = Counter(hook.kind for hook in model.checks.hooks.values())
-    names = [
-        f"{kind}{'' if n == model.info.n_layers else f' ({n} of {model.info.n_layers})'}" for kind, n in there.items()
-    ]
-    return ", ".join(names)
+    if set(there) == set(KINDS) and set(there.values()) == {layers}:
+        return "all"
+    return ", ".join(kind if n == layers else f"{kind} ({n} of {layers})" for kind, n in there.items())
 
 
 def splicing(model: LoadedModel) -> None:
@@ -239,7 +240,7 @@ def tried(architecture: str) -> tuple[dict[str, str], list[str]]:
             model = load_model(folder, device="cpu")
         except InputError as error:
             return {"load": f"refused: {str(error).replace(folder, 'it')}"}, []
-    said, faults = {"load": "bridge's attention is the module's own" if model.checks.delegated else "works"}, []
+    said, faults = {"load": "own attention" if model.checks.delegated else "works"}, []
     for name, trial in TRIALS.items():
         try:
             said[name] = trial(model) or "works"
@@ -253,24 +254,32 @@ def tried(architecture: str) -> tuple[dict[str, str], list[str]]:
 
 def page(rows: dict[str, dict[str, str]]) -> str:
     """The table as a page of the documentation."""
-    short = {name: f"[{number}]" for number, name in enumerate(sorted(_reasons(rows)), start=1)}
+    rows = {name: {key: cell.replace(name, "this model") for key, cell in said.items()} for name, said in rows.items()}
+    short = {reason: f"[{number}]" for number, reason in enumerate(sorted(_reasons(rows)), start=1)}
     lines = [
         "# Model families",
         "",
-        f"Made by `python -m benchmarks.families` with transformers {transformers.__version__} and TransformerLens "
-        f"{version('transformer-lens')}: every causal family that both support, as a random model of three or four "
-        "layers. What is refused says so in one line, quoted below the table. Whether a model of yours agrees is "
-        "measured anew when it is loaded.",
+        f"Every causal family that transformers {transformers.__version__} and TransformerLens "
+        f"{version('transformer-lens')} both know, tried on a random model",
+        "of three or four layers by `python -m benchmarks.families`. What is refused says so in one line, quoted below",
+        "the table. Whether a model of yours agrees is measured anew when it is loaded.",
+        "",
+        "`own attention`: TransformerLens' bridge computes other logits with the attention it rebuilds, and runs the",
+        "module's own instead. A kind of hook point that is missing is one the family does not have, or whose value",
+        "would not be what its name says.",
         "",
         "| family | " + " | ".join(["load", *TRIALS]) + " |",
         "|---" * (len(TRIALS) + 2) + "|",
     ]
     for name, said in rows.items():
         cells = [said.get(column, "") for column in ("load", *TRIALS)]
-        lines.append(
-            f"| {name.removesuffix('ForCausalLM')} | " + " | ".join(short.get(cell, cell) for cell in cells) + " |"
-        )
+        lines.append(f"| {family_name(name)} | " + " | ".join(short.get(cell, cell) for cell in cells) + " |")
     return "\n".join([*lines, "", *(f"- {number} {reason}" for reason, number in short.items()), ""])
+
+
+def family_name(architecture: str) -> str:
+    """As the page names it."""
+    return architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
 
 
 def _reasons(rows: dict[str, dict[str, str]]) -> set[str]:

@@ -101,11 +101,25 @@ def constant_term(sae: SAE, feature: int) -> float:
 
 
 def weighted_values(
-    pattern: Float[Tensor, "heads q k"], v: Float[Tensor, "k kv_heads d_head"], destination: int
+    pattern: Float[Tensor, "heads q k"],
+    v: Float[Tensor, "k kv_heads d_head"],
+    z: Float[Tensor, "q heads d_head"],
+    destination: int,
 ) -> Float[Tensor, "k heads d_head"]:
-    """A_h[destination, src] v_h[src]: what each source hands to each head; sums to z."""
+    """A_h[destination, src] v_h[src]: what each source hands to each head; sums to z[destination].
+
+    Raises:
+        InputError: it does not, as where a gate follows attention (Qwen3-Next), so that sources are not separate terms.
+    """
     repeats = pattern.shape[0] // v.shape[1]
-    return pattern[:, destination].T[..., None] * repeat(v, "k h z -> k (h r) z", r=repeats)
+    sources = pattern[:, destination].T[..., None] * repeat(v, "k h z -> k (h r) z", r=repeats)
+    wanted = z[destination].to(sources.dtype)
+    if not (sources.sum(dim=0) - wanted).norm() <= max(1e-3, 16 * torch.finfo(z.dtype).eps) * wanted.norm():
+        raise InputError(
+            "what sources hand to the heads of this layer does not add up to hook_z: something follows attention, such "
+            "as a gate, so the sources are not separate terms"
+        )
+    return sources
 
 
 @torch.no_grad()
@@ -115,13 +129,14 @@ def direct_feature_attribution(
     """DFA of one feature at one position of a prompt (BOS first).
 
     Raises:
-        InputError: an SAE that does not read hook_z, or a feature or position there is not.
+        InputError: an SAE that does not read hook_z, a feature or position there is not, or see `weighted_values`.
     """
     layer = attention_layer(sae)
     check(sae, tokens, feature, destination)
-    names = [f"blocks.{layer}.attn.hook_pattern", f"blocks.{layer}.attn.hook_v"]
+    names = [f"blocks.{layer}.attn.hook_{part}" for part in ("pattern", "v", "z")]
     found = activations(bridge, tokens[None], names)
-    sources = weighted_values(found[names[0]][0], found[names[1]][0], destination)
+    pattern, v, z = (found[name][0] for name in names)
+    sources = weighted_values(pattern, v, z, destination)
     encoder = encoder_by_head(sae, feature, sources.shape[1]).to(sources.dtype)
     values = torch.einsum("khz,hz->kh", sources, encoder)
     return FeatureAttribution(layer, feature, destination % len(tokens), values, constant_term(sae, feature))

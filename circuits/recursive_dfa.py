@@ -35,9 +35,12 @@ from torch import Tensor
 from circuits.dfa import attention_layer, check, constant_term, encoder_by_head, residual_layer, weighted_values
 from circuits.effective_weights import effective_weights
 from circuits.nodes import Bridge, graph_of, head_name, head_weights
+from circuits.norms import measured_norm
 from circuits.passes import activations
 from sae.errors import InputError
 from sae.model import SAE
+
+SPLIT = ("attn.hook_pattern", "attn.hook_v", "attn.hook_z")
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,13 @@ def of_residual_feature(
     direction = residual.W_enc[:, feature]
     names = ["blocks.0.hook_resid_pre"]
     for layer in range(below):
-        names += [f"blocks.{layer}.attn.hook_pattern", f"blocks.{layer}.attn.hook_v", f"blocks.{layer}.hook_mlp_out"]
+        names += [f"blocks.{layer}.{name}" for name in (*SPLIT, "hook_mlp_out")]
     found = activations(bridge, tokens[None], names)
     embedded = _dot(found[names[0]], position, direction)
     rows: list[tuple[Any, ...]] = [("input", position % len(tokens), None, None, embedded)]
     for layer in range(below):
-        pattern, v = found[f"blocks.{layer}.attn.hook_pattern"][0], found[f"blocks.{layer}.attn.hook_v"][0]
-        sources = weighted_values(pattern, v, position)
+        pattern, v, z = (found[f"blocks.{layer}.{name}"][0] for name in SPLIT)
+        sources = weighted_values(pattern, v, z, position)
         values = torch.einsum("khz,hzd,d->kh", sources, head_weights(bridge, layer), direction)
         rows += [
             ("head", src, head_name(layer, head), None, float(values[src, head]))
@@ -191,9 +194,10 @@ def _value_terms(
     """Terms of sum over heads and sources of A_h v_h . encoder[h] by what the residual SAE sees at the sources."""
     if residual_layer(residual) != layer:
         raise InputError(f"{residual.hook_name} is not the input of layer {layer}: give the residual SAE that is")
-    names = [f"blocks.{layer}.{name}" for name in ("attn.hook_pattern", "hook_resid_pre", "ln1.hook_scale")]
+    names = [f"blocks.{layer}.{name}" for name in ("attn.hook_pattern", "hook_resid_pre")]
     found = activations(bridge, tokens[None], names)
-    pattern, x, scale = (found[name][0] for name in names)
+    pattern, x = (found[name][0] for name in names)
+    scale = measured_norm(bridge.blocks[layer].ln1, x[0]).scale(x.float())[:, None]
     effective = effective_weights(bridge, "v", layer)
     repeats = pattern.shape[0] // effective.W.shape[1]
     W_V, b_V = effective.W.repeat_interleave(repeats, dim=1), effective.b.repeat_interleave(repeats, dim=0)

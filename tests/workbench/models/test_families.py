@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.families import save_tiny, splicing, tiny_sae
+from benchmarks.families import PAGE, families, family_name, save_tiny, splicing, tiny_sae, tried
 from circuits.attribution import logit_attribution
+from circuits.dfa import direct_feature_attribution
 from circuits.effective_weights import effective_weights
+from circuits.nodes import graph_of
 from circuits.norms import measured_norm
 from circuits.prompts import from_ids
 from sae import InputError
@@ -275,6 +277,32 @@ def test_direct_logit_attribution_adds_up_to_the_modules_logits_or_is_refused(
     assert found.values.sum().item() == pytest.approx((logits[7] - logits[9]).item(), rel=1e-4, abs=1e-4)
 
 
+def test_sources_behind_a_gate_are_no_terms_of_a_head(family: Callable[..., LoadedModel]) -> None:
+    tokens = tokens_of(family("LlamaForCausalLM"))[0]
+    for architecture, layer in (("LlamaForCausalLM", 1), ("Qwen3NextForCausalLM", 3)):
+        model = family(architecture)
+        hook = resolve_hook(model, f"blocks.{layer}.attn.hook_z")
+        sae = tiny_sae(model, hook.name, hook.width)
+        if architecture == "Qwen3NextForCausalLM":
+            with pytest.raises(InputError, match="does not add up to hook_z"):
+                direct_feature_attribution(model.bridge, sae, tokens, 0)
+            continue
+        z = seen(model, "model.layers.1.self_attn.o_proj", tokens[None], "input")[0, -1]
+        wanted = (z - sae.b_dec) @ sae.W_enc[:, 0] + sae.b_enc[0]
+        found = direct_feature_attribution(model.bridge, sae, tokens, 0)
+        assert found.pre_activation == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_scores_of_heads_and_edges_are_refused_where_a_norm_follows_what_heads_write(
+    family: Callable[..., LoadedModel],
+) -> None:
+    for architecture in ("Olmo2ForCausalLM", "Gemma2ForCausalLM"):
+        with pytest.raises(InputError, match="not separate terms"):
+            graph_of(family(architecture).bridge)
+    with pytest.raises(InputError, match="layer 0 of this model has no attention heads"):
+        graph_of(family("MambaForCausalLM").bridge)
+
+
 @pytest.mark.parametrize(
     ("architecture", "name", "message"),
     [
@@ -301,6 +329,23 @@ def test_a_bridge_that_cannot_be_mended_is_refused_and_harvests_still_work(famil
     hook = resolve_hook(model, "blocks.1.hook_resid_post")
     tokens = tokens_of(model)
     assert torch.equal(capture(model, tokens, [hook]).activations[hook.name], seen(model, "model.layers.1", tokens))
+
+
+@pytest.mark.parametrize("architecture", ["FalconH1ForCausalLM", "OPTForCausalLM", "Qwen3NextForCausalLM"])
+def test_what_a_family_does_not_have_is_refused_and_nothing_else_is_raised(architecture: str) -> None:
+    """A part of what `python -m benchmarks.families` does for every family."""
+    said, faults = tried(architecture)
+    assert not faults
+    assert {"load", "splicing", "evaluation", "prompt", "steering"} <= {
+        name for name, cell in said.items() if cell == "works"
+    }
+
+
+def test_the_page_of_families_names_every_one() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    missing = [name for name in families() if f"| {family_name(name)} |" not in page]
+    assert not missing, "run python -m benchmarks.families"
+    assert "FAULT" not in page
 
 
 def test_delegated_attention_changes_nothing_where_the_bridge_was_right(tiny_llama: Path) -> None:
