@@ -13,6 +13,7 @@ from sae.errors import InputError
 from workbench.circuits.methods import DISCRETE, EDGES, FEATURES, METHODS, NODES
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
+    MOST_SEED,
     DeviceOption,
     JsonOption,
     ModelOption,
@@ -47,12 +48,14 @@ Site = Literal["head", "attn_out", "mlp_out", "resid_pre"]
 Direction = Literal["denoise", "noise"]
 Ablation = Literal["zero", "mean", "mean-by-position", "mean-over-positions", "resample"]
 Published = Literal["ioi", "greater-than", "docstring"]
+MOST_PROMPTS = 100_000
 TaskArgument = Annotated[str, typer.Argument(help=f"{', '.join(TASKS)}, a task of another package, or a .jsonl file.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the result; a fitting one when left out.")]
 PromptsOption = Annotated[
-    int, typer.Option("--prompts", "-n", help="Prompts to generate; a file is taken whole.", min=1)
+    int,
+    typer.Option("--prompts", "-n", help="Prompts to generate; a file is taken whole.", min=1, max=MOST_PROMPTS),
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the prompts.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the prompts.", min=0, max=MOST_SEED)]
 MetricOption = Annotated[
     str | None,
     typer.Option(help="logit_difference, probability_difference or answer_log_probability; the task's usual one."),

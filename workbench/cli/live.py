@@ -8,6 +8,7 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
+    MOST_SEED,
     DeviceOption,
     JsonOption,
     SAEArgument,
@@ -84,7 +85,7 @@ def steer(
     keep_error: Annotated[bool, typer.Option(help="Keep what the SAE fails to reconstruct.")] = True,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling, the same for both texts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, the same for both texts.", min=0, max=MOST_SEED)] = 0,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

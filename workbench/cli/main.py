@@ -88,7 +88,10 @@ def run(arguments: list[str]) -> int:
     except ClickException as error:
         context = getattr(error, "ctx", None)
         usage = context.command_path if context else "workbench"
-        message = str(error.format_message()).splitlines()[0].rstrip(".").replace("Value error, ", "")
+        message = str(error.format_message()).partition("\n")[0].rstrip(".").replace("Value error, ", "")
+        if not message:
+            # A group by itself, whose help has been printed.
+            return 0
         print(f"workbench: error: {message} (see `{usage} --help`)", file=sys.stderr)
         return 2
     except (OSError, MemoryError) as error:

@@ -43,6 +43,10 @@ TextFieldOption = Annotated[str, typer.Option(help="Field holding the text in JS
 TokensOption = Annotated[int, typer.Option(help="Tokens to run on.", min=2)]
 ContextOption = Annotated[int, typer.Option(help="Tokens per context, BOS included.", min=2)]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
+MOST_SEED = 2**63 - 1
+"""The largest that torch takes."""
+MOST_TOKENS = 10**13
+"""No run ends that has more before it."""
 DEFAULT_WORKSPACE = Path("workspace")
 DEMO_WORKSPACE = Path("demo-workspace")
 

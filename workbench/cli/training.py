@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sae.errors import InputError
-from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption, open_workspace
+from workbench.cli.options import (
+    DEFAULT_WORKSPACE,
+    MOST_TOKENS,
+    DeviceOption,
+    JsonOption,
+    WorkspaceOption,
+    open_workspace,
+)
 from workbench.cli.output import print_json, print_table
 from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
@@ -48,7 +55,9 @@ SeedOption = Annotated[list[int], typer.Option("--seed", metavar="SEED", help="S
 SweepOption = Annotated[
     Path | None, typer.Option(help="TOML file of rules, settings, widths and seeds to train side by side.")
 ]
-TrainedTokensOption = Annotated[int | None, typer.Option(help="Tokens to train on; one epoch when left out.", min=1)]
+TrainedTokensOption = Annotated[
+    int | None, typer.Option(help="Tokens to train on; one epoch when left out.", min=1, max=MOST_TOKENS)
+]
 RateOption = Annotated[float | None, typer.Option(help="Peak learning rate; a default by width when left out.")]
 BaselineOption = Annotated[bool, typer.Option(help="Also train the frozen-random-decoder baseline on the same stream.")]
 EvaluateOption = Annotated[
