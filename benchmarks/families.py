@@ -87,6 +87,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "GraniteForCausalLM": GRANITE,
     "GraniteMoeForCausalLM": GRANITE,
     "GraniteMoeHybridForCausalLM": GRANITE | MAMBA | {"layer_types": ["mamba", "attention", "mamba"]},
+    "JambaForCausalLM": {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "LagunaForCausalLM": EXPERTS | {"shared_expert_intermediate_size": 16},
     "Lfm2MoeForCausalLM": EXPERTS | {"layer_types": ["conv", "full_attention", "conv"]},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
