@@ -71,8 +71,12 @@ def _command(command: Any, path: str, level: int) -> list[str]:
 
 
 def _usage(argument: Any) -> str:
-    name = argument.name.rstrip("_").upper() + (" ..." if argument.nargs == -1 else "")
+    name = _argument(argument) + (" ..." if argument.nargs == -1 else "")
     return name if argument.required else f"[{name}]"
+
+
+def _argument(argument: Any) -> str:
+    return str(argument.metavar or argument.name).rstrip("._").upper()
 
 
 def _unwrapped(text: str) -> str:
@@ -84,11 +88,19 @@ def _parameters(command: Any) -> list[str]:
     for parameter in command.params:
         names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
         if parameter.param_type_name == "argument":
-            names = f"`{parameter.name.rstrip('_').upper()}`"
-        choices = ", ".join(f"`{choice}`" for choice in getattr(parameter.type, "choices", ()))
-        help_text = f"{_cell(getattr(parameter, 'help', None) or '')} {choices}".strip()
+            names = f"`{_argument(parameter)}`"
+        help_text = f"{_cell(getattr(parameter, 'help', None) or '')} {_choices(parameter)}".strip()
         rows.append(f"| {names} | {help_text} | {_default(parameter)} |\n")
     return ["\n| | | default |\n|---|---|---|\n", *rows] if rows else []
+
+
+def _choices(parameter: Any) -> str:
+    """What may be given, where that is a few words."""
+    # Typer carries its own types since 0.26 and used click's before.
+    kind = getattr(parameter, "type_descriptor", None) or getattr(parameter, "type", None)
+    metavar = parameter.metavar or ""
+    choices = getattr(kind, "choices", None) or (metavar.split("|") if "|" in metavar else ())
+    return ", ".join(f"`{choice}`" for choice in choices)
 
 
 def _default(parameter: Any) -> str:
