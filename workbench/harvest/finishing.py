@@ -2,7 +2,7 @@
 
 tokens(row, context, doc, pos, token, flags)
 documents(doc, name, n_tokens)         n_tokens counts the harvested ones, without BOS
-vocabulary(token, text)
+vocabulary(token, text), token_bytes(token, bytes)
 blocks(hook, block, first_row, n_rows, dtype, width, file, bytes, crc32)
 meta(key, value)                       value is JSON
 """
@@ -26,6 +26,7 @@ SCHEMA = """
     CREATE TABLE tokens (row BIGINT, context INTEGER, doc INTEGER, pos INTEGER, token INTEGER, flags UTINYINT);
     CREATE TABLE names (doc INTEGER, name VARCHAR);
     CREATE TABLE vocabulary (token INTEGER, text VARCHAR);
+    CREATE TABLE token_bytes (token INTEGER, bytes BLOB);
     CREATE TABLE blocks (hook VARCHAR, block INTEGER, first_row BIGINT, n_rows BIGINT, dtype VARCHAR, width INTEGER,
                          file VARCHAR, bytes BIGINT, crc32 BIGINT);
     CREATE TABLE meta (key VARCHAR, value VARCHAR);
@@ -40,7 +41,13 @@ BLOCKS_AT_ONCE = 64
 
 
 def write_database(
-    folder: Path, blocks: Sequence[Block], *, context_len: int, vocabulary: Sequence[str], meta: Mapping[str, Any]
+    folder: Path,
+    blocks: Sequence[Block],
+    *,
+    context_len: int,
+    vocabulary: Sequence[str],
+    parts: Sequence[bytes | None] = (),
+    meta: Mapping[str, Any],
 ) -> None:
     """Makes `harvest.duckdb`, which marks the harvest as finished.
 
@@ -49,6 +56,7 @@ def write_database(
         blocks: its blocks, in order.
         context_len: rows per context.
         vocabulary: text of every token id.
+        parts: bytes of every token id that is a part of a character, None for the others; none are known when empty.
         meta: JSON values by key.
 
     Raises:
@@ -57,7 +65,12 @@ def write_database(
 
     def fill(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(SCHEMA)
-        for table, content in _contents(folder, blocks, context_len, vocabulary, meta):
+        known = {token: part for token, part in enumerate(parts) if part is not None}
+        words = {
+            "vocabulary": pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)}),
+            "token_bytes": pa.table({"token": list(known), "bytes": pa.array(list(known.values()), pa.binary())}),
+        }
+        for table, content in _contents(folder, blocks, context_len, words, meta):
             connection.register("content", content)
             connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM content")
             connection.unregister("content")
@@ -75,7 +88,11 @@ def _token_rows(folder: Path, block: Block, context_len: int) -> pa.Table:
 
 
 def _contents(
-    folder: Path, blocks: Sequence[Block], context_len: int, vocabulary: Sequence[str], meta: Mapping[str, Any]
+    folder: Path,
+    blocks: Sequence[Block],
+    context_len: int,
+    words: Mapping[str, pa.Table],
+    meta: Mapping[str, Any],
 ) -> Iterator[tuple[str, pa.Table]]:
     """(table, rows) in pieces of some blocks, which DuckDB inserts on all cores; memory stays bounded."""
     for first in range(0, len(blocks), BLOCKS_AT_ONCE):
@@ -83,7 +100,7 @@ def _contents(
         yield "tokens", pa.concat_tables([_token_rows(folder, block, context_len) for block in some])
     names = {doc: name for block in blocks for doc, name in block.documents.items()}
     yield "names", pa.table({"doc": list(names), "name": list(names.values())})
-    yield "vocabulary", pa.table({"token": range(len(vocabulary)), "text": list(vocabulary)})
+    yield from words.items()
     yield (
         "blocks",
         pa.Table.from_pylist(

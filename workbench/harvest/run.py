@@ -370,5 +370,6 @@ def _finish(folder: Path, model: LoadedModel, blocks: list[Block], plan: Plan) -
         blocks,
         context_len=plan.context_len,
         vocabulary=model.token_texts,
+        parts=model.token_parts,
         meta=read_description(folder / DESCRIPTION),
     )

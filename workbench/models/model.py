@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from circuits.prompts import ids
 from sae.errors import InputError
 from workbench.models.places import HookSpec
+from workbench.text.token_bytes import part_bytes
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,11 @@ class LoadedModel:
     def token_texts(self) -> list[str]:
         """Text of every token id, as it reads inside a text."""
         return [self.text([token]) for token in range(self.info.d_vocab)]
+
+    @cached_property
+    def token_parts(self) -> list[bytes | None]:
+        """Bytes of every token id that is a part of a character, None for the others (`workbench.text.token_bytes`)."""
+        return [part_bytes(self.tokenizer, token, text) for token, text in enumerate(self.token_texts)]
 
     @cached_property
     def _anchor(self) -> tuple[int, str]:

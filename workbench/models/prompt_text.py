@@ -10,11 +10,10 @@ from torch import Tensor
 
 from sae.errors import InputError
 from workbench.models.model import LoadedModel
+from workbench.text.token_bytes import joined, part_bytes
 
 MAX_CHARACTERS = 10_000
 MAX_TOKENS = 1024
-MAX_PIECES = 8
-"""Tokens that share one character at most: four bytes in UTF-8, and room for byte tokens of other tokenizers."""
 LOGIT_ROWS = 128
 
 
@@ -36,18 +35,8 @@ def encode_prompt(model: LoadedModel, text: str, room: int = 1) -> tuple[list[in
 
 def token_pieces(model: LoadedModel, ids: list[int]) -> list[str]:
     """Text of each token; where several share a character, the first has it and the others have an empty text."""
-    pieces: list[str] = []
-    while len(pieces) < len(ids):
-        first = len(pieces)
-        # Bytes that make no character yet are decoded to U+FFFD; bytes that never will stand alone.
-        for end in range(first + 1, min(first + MAX_PIECES, len(ids)) + 1):
-            text = model.text(ids[first:end])
-            if "�" not in text:
-                pieces += [text, *[""] * (end - first - 1)]
-                break
-        else:
-            pieces.append(model.text(ids[first : first + 1]))
-    return pieces
+    texts = [model.text([token]) for token in ids]
+    return joined(texts, [part_bytes(model.tokenizer, token, text) for token, text in zip(ids, texts, strict=True)])
 
 
 def next_log_probabilities(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:

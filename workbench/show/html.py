@@ -26,6 +26,10 @@ font-family:ui-monospace,monospace;font-size:12px}
 </style>"""
 
 
+JOINERS = "\u200c\u200d"
+"""Invisible, and part of how the characters beside them are written."""
+
+
 def document_html(title: str, body: str) -> str:
     """A self-contained page.
 
@@ -45,8 +49,10 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text with marks for its line breaks and tabs; not escaped."""
-    return text.replace("\r", "").replace("\n", "⏎").replace("\t", "→")
+    """Text with marks for its line breaks and tabs, and other characters that cannot be seen spelled out; not
+    escaped."""
+    marked = text.replace("\r", "␍").replace("\n", "⏎").replace("\t", "→")
+    return "".join(mark if mark.isprintable() or mark in JOINERS else repr(mark)[1:-1] for mark in marked)
 
 
 def plotly_text(text: str) -> str:

@@ -17,6 +17,7 @@ from workbench.models.capture import capture
 from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.prompt_text import token_pieces
 from workbench.sparsity.layers import mlps
 from workbench.text.corpora import Corpus, Split
 
@@ -100,7 +101,7 @@ def _example(model: LoadedModel, batch: ContextBatch, h: Tensor, row: int) -> Ex
         document=f"document {int(doc)}",
         pos=int(batch.doc_pos[row, peak]),
         activation=h[row, peak].item(),
-        tokens=[model.token_texts[token] for token in batch.tokens[row, shown].tolist()],
+        tokens=token_pieces(model, batch.tokens[row, shown].tolist()),
         activations=h[row, shown].tolist(),
         peak=shown.index(peak),
     )

@@ -10,6 +10,7 @@ from html import escape
 
 from workbench.features.index.feature import Example, ExampleGroup, Feature, TokenEffect
 from workbench.show.html import STYLE, bars, document_html, table_html, token_html, visible
+from workbench.text.token_bytes import characters, piece_at
 
 EXAMPLES_OPEN = 12
 """Examples of a group that are shown; the rest is left to the JSON export."""
@@ -127,9 +128,10 @@ def example_html(example: Example, strongest: float, *, opened: bool = False) ->
     """One row: peak token and value, the text close to it, and on a click (or `opened`) all of it and its place."""
     peak = example.peak
     near = range(max(0, peak - 12), min(len(example.tokens), peak + 7))
-    short = "".join(_token(example, at, strongest, flat=True) for at in near)
-    whole = "".join(_token(example, at, strongest) for at in range(len(example.tokens)))
-    chip = f'<span class="chip">{visible(example.tokens[peak])} {example.activation:.2f}</span>'
+    short = "".join(_character(example, group, strongest, flat=True) for group in characters(example.tokens, near))
+    every = characters(example.tokens, range(len(example.tokens)))
+    whole = "".join(_character(example, group, strongest) for group in every)
+    chip = f'<span class="chip">{visible(piece_at(example.tokens, peak))} {example.activation:.2f}</span>'
     row = f", row {example.row}" if example.row >= 0 else ""
     place = f'<div class="dim">{escape(example.document)}, token {example.pos}{row}</div>'
     return (
@@ -138,8 +140,11 @@ def example_html(example: Example, strongest: float, *, opened: bool = False) ->
     )
 
 
-def _token(example: Example, at: int, strongest: float, *, flat: bool = False) -> str:
-    effect = "" if example.effects is None else f", {example.effects[at]:+.3g} nats of loss without the feature"
-    return token_html(
-        example.tokens[at], example.activations[at], strongest, peak=at == example.peak, flat=flat, note=effect
-    )
+def _character(example: Example, group: Sequence[int], strongest: float, *, flat: bool = False) -> str:
+    """A token, or the tokens that share a character, at the strongest of them."""
+    value = max((example.activations[at] for at in group), key=abs)
+    note = f", {len(group)} tokens" if len(group) > 1 else ""
+    if example.effects is not None:
+        effect = sum(example.effects[at] for at in group)
+        note += f", {effect:+.3g} nats of loss without the feature"
+    return token_html(example.tokens[group[0]], value, strongest, peak=example.peak in group, flat=flat, note=note)

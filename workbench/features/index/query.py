@@ -43,6 +43,7 @@ from workbench.features.index.feature import (
 from workbench.features.index.geometry import MapMethod
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
 from workbench.text.packing import NO_TEXT
+from workbench.text.token_bytes import alone, joined
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +67,10 @@ def listed_features(catalog: Catalog, name: str) -> list[Feature]:
     finally:
         for index in indexes.values():
             index.close()
+
+
+def _effect(token: int, text: str | None, effect: float, part: bytes | None) -> TokenEffect:
+    return TokenEffect(token, alone(text or "", part), effect)
 
 
 class FeatureIndex:
@@ -108,6 +113,12 @@ class FeatureIndex:
         self.d_sae: int = self.meta["d_sae"]
         self.n_tokens: int = self.meta["tokens"]
         self.map_method: MapMethod = self.meta.get("map", "PCA")
+        # Indexes made before bytes were kept have none.
+        tables = {row[0] for row in self._database.execute("SHOW TABLES").fetchall()}
+        none = "(SELECT NULL::INTEGER AS token, NULL::BLOB AS bytes)"
+        self._words = (
+            f"vocabulary LEFT JOIN {'token_bytes' if 'token_bytes' in tables else none} AS parts USING (token)"
+        )
 
     @classmethod
     def open(cls, catalog: Catalog, sae: str) -> "FeatureIndex":
@@ -159,7 +170,7 @@ class FeatureIndex:
             "SELECT std, skewness, kurtosis, low, high, histogram FROM logit_stats WHERE feature = ?", number
         )
         effects = self._query(
-            "SELECT sign, token, text, effect FROM logit_effects LEFT JOIN vocabulary USING (token) "
+            f"SELECT sign, token, text, effect, bytes FROM logit_effects LEFT JOIN ({self._words}) USING (token) "
             "WHERE feature = ? ORDER BY rank",
             number,
         )
@@ -178,8 +189,8 @@ class FeatureIndex:
             stats=stats,
             groups=self._groups(number, stats.firings),
             logits=LogitStats(*logits[0]) if logits else None,
-            promotes=[TokenEffect(token, text or "", effect) for sign, token, text, effect in effects if sign > 0],
-            suppresses=[TokenEffect(token, text or "", effect) for sign, token, text, effect in effects if sign < 0],
+            promotes=[_effect(*found) for sign, *found in effects if sign > 0],
+            suppresses=[_effect(*found) for sign, *found in effects if sign < 0],
             neighbours=[
                 Neighbour(other, value, labels.get(other))
                 for other, value in self._query(
@@ -246,9 +257,9 @@ class FeatureIndex:
         ]  # fmt: skip
         wanted = sorted({row for first, last in spans for row in range(first, last)})
         tokens = {
-            row: (text or "", doc, pos, flags)
-            for row, text, doc, pos, flags in self._query(
-                "SELECT row, text, doc, pos, flags FROM tokens LEFT JOIN vocabulary USING (token) "
+            row: (text or "", doc, pos, flags, part)
+            for row, text, doc, pos, flags, part in self._query(
+                f"SELECT row, text, doc, pos, flags, bytes FROM tokens LEFT JOIN ({self._words}) USING (token) "
                 "WHERE row IN (SELECT unnest(?))",
                 wanted,
             )
@@ -275,7 +286,7 @@ class FeatureIndex:
                     names.get(doc, ""),
                     pos,
                     activation,
-                    [tokens[at][0] for at in shown],
+                    joined([tokens[at][0] for at in shown], [tokens[at][4] for at in shown]),
                     [activations.get(at, 0.0) for at in shown],
                     shown.index(row),
                 )

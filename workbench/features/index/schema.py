@@ -1,5 +1,6 @@
 """The tables of an index, and how results become their rows. docs/methods/index.md says what each column holds."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import duckdb
@@ -16,6 +17,7 @@ from workbench.features.index.logits import LogitEffects
 from workbench.features.index.segments import Entries
 from workbench.features.index.statistics import QUANTILES, Statistics
 from workbench.harvest.reading import Harvest
+from workbench.text.token_bytes import alone, joined, piece_at
 
 SCHEMA = """
     CREATE TABLE meta (key VARCHAR, value JSON);
@@ -189,7 +191,7 @@ def insert_geometry(connection: duckdb.DuckDBPyConnection, sae: SAE, n_heads: in
 
 
 def copy_tokens(connection: duckdb.DuckDBPyConnection, source: Harvest, n_rows: int) -> None:
-    """Copies `tokens` (first n_rows), `vocabulary` and `documents` of the harvest."""
+    """Copies `tokens` (first n_rows), `vocabulary`, `token_bytes` and `documents` of the harvest."""
     path = str(source.database).replace("'", "''")
     connection.execute(f"ATTACH '{path}' AS source (READ_ONLY)")
     connection.execute(
@@ -197,13 +199,27 @@ def copy_tokens(connection: duckdb.DuckDBPyConnection, source: Harvest, n_rows: 
         f"WHERE row < {n_rows} ORDER BY row"
     )
     connection.execute("CREATE TABLE vocabulary AS SELECT * FROM source.vocabulary ORDER BY token")
+    connection.execute("CREATE TABLE token_bytes (token INTEGER, bytes BLOB)")
+    # Harvests made before bytes were kept have none: their parts of characters stay U+FFFD.
+    if connection.execute(
+        "SELECT 1 FROM duckdb_tables() WHERE database_name = 'source' AND table_name = 'token_bytes'"
+    ).fetchone():
+        connection.execute("INSERT INTO token_bytes SELECT * FROM source.token_bytes ORDER BY token")
     connection.execute("CREATE TABLE documents AS SELECT * FROM source.documents ORDER BY doc")
     connection.execute("DETACH source")
 
 
 def insert_texts(connection: duckdb.DuckDBPyConnection) -> None:
     """Rows of `feature_texts`: per feature its peak tokens, promoted tokens and example windows, in lower case."""
-    vocabulary = dict(connection.execute("SELECT token, text FROM vocabulary").fetchall())
+    found = connection.execute(
+        "SELECT token, text, bytes FROM vocabulary LEFT JOIN token_bytes USING (token)"
+    ).fetchall()
+    vocabulary = {token: (text or "", part) for token, text, part in found}
+    nothing: tuple[str, bytes | None] = ("", None)
+
+    def text_of(tokens: Iterable[int]) -> list[str]:
+        return joined(*zip(*[vocabulary.get(token, nothing) for token in tokens], strict=True))
+
     columns = connection.execute("SELECT token, doc FROM tokens ORDER BY row").fetchnumpy()
     token, doc = columns["token"].tolist(), columns["doc"].tolist()
     peaks: dict[int, list[str]] = {}
@@ -212,16 +228,16 @@ def insert_texts(connection: duckdb.DuckDBPyConnection) -> None:
         f'SELECT feature, row FROM feature_examples WHERE "interval" = -1 AND rank < {TEXT_EXAMPLES} '
         "ORDER BY feature, sign DESC, rank"
     ).fetchall():
-        peaks.setdefault(feature, []).append(vocabulary.get(token[row], ""))
         near = range(max(0, row - TEXT_TOKENS), min(len(token), row + TEXT_TOKENS + 1))
-        windows.setdefault(feature, []).append(
-            "".join(vocabulary.get(token[at], "") for at in near if doc[at] == doc[row])
-        )
+        shown = [at for at in near if doc[at] == doc[row]]
+        pieces = text_of(token[at] for at in shown)
+        peaks.setdefault(feature, []).append(piece_at(pieces, shown.index(row)))
+        windows.setdefault(feature, []).append("".join(pieces))
     promoted: dict[int, list[str]] = {}
     for feature, number in connection.execute(
         "SELECT feature, token FROM logit_effects ORDER BY feature, sign DESC, rank"
     ).fetchall():
-        promoted.setdefault(feature, []).append(vocabulary.get(number, ""))
+        promoted.setdefault(feature, []).append(alone(*vocabulary.get(number, nothing)))
     features = [row[0] for row in connection.execute("SELECT feature FROM feature_stats ORDER BY feature").fetchall()]
     _insert(
         connection,
