@@ -134,13 +134,16 @@ def test_feature_and_discrete_circuits_are_stored(space: Workspace, demo: Loaded
 def test_agreement_measures_every_variant_against_exact_patching_on_every_draw(
     space: Workspace, small: LoadedModel
 ) -> None:
-    """On two layers of two heads; docs/methods/circuits.md gives the demo model's numbers."""
-    task = Task("induction", n=2, seed=3)
+    """On two layers of two heads; docs/methods/circuits.md gives the demo model's numbers.
+
+    Of the first seeds these are two in a row on which the metric is larger on clean prompts, as shares ask for.
+    """
+    task = Task("induction", n=2, seed=5)
     result = report_agreement(space, "agreement", small, task, draws=2, exact_prompts=2, steps=2, fractions=(0.1,))
     draws, edges = result.table("draws").set_index(["seed", "method"]), result.table("edges").set_index("edge")
-    assert list(draws.loc[3].index) == ["EAP", "EAP-IG (inputs)", "EAP-IG (activations)"]
-    assert result.table("prompts").seed.tolist() == [3, 3, 4, 4]
-    for seed in (3, 4):
+    assert list(draws.loc[5].index) == ["EAP", "EAP-IG (inputs)", "EAP-IG (activations)"]
+    assert result.table("prompts").seed.tolist() == [5, 5, 6, 6]
+    for seed in (5, 6):
         prompts = replace(task, seed=seed).prompts(small)
         exact = patch_edges(small.bridge, prompts)
         there = exact.graph.exists
