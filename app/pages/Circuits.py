@@ -41,6 +41,11 @@ def main() -> None:
         edges(result)
     else:
         figures(result)
+    if result.kind == AGREEMENT:
+        st.caption(
+            "Correlations are over all edges, with what patching each by itself does; `pearson_rest` leaves out the "
+            "edge of largest effect, which alone can decide it. A point is a draw of the prompts, a bar their mean."
+        )
     tables(result)
 
 

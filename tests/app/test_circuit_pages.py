@@ -9,6 +9,7 @@ from streamlit.testing.v1 import AppTest
 
 from sae import SAE, TopK
 from workbench import Workspace
+from workbench.circuits.agreement import report_agreement
 from workbench.circuits.heads import report_heads
 from workbench.circuits.report import run_method
 from workbench.circuits.task import Task
@@ -97,6 +98,20 @@ def test_other_results_show_their_figures_and_tables(result: str, space: Workspa
     assert len(page.get("plotly_chart")) >= 1
     assert "node" in page.dataframe[0].value
     assert len(page.dataframe[-1].value) == 5
+
+
+def test_an_agreement_of_methods_shows_its_draws_and_their_spread(tmp_path: Path, open_page: OpenPage) -> None:
+    own = Workspace(tmp_path / "own")
+    report_agreement(
+        own, "agree", load_model("demo", device="cpu"), Task("induction", n=1), draws=2, exact_prompts=1, steps=1,
+        fractions=(0.1,),
+    )  # fmt: skip
+    page = open_page("Circuits", own, result="circuit-agreement/agree")
+    assert not page.exception
+    assert len(page.get("plotly_chart")) == 2
+    assert [tab.label for tab in page.tabs][-5:] == ["methods", "draws", "edges", "curves", "prompts"]
+    assert set(page.dataframe[0].value.columns) >= {"method", "measure", "mean", "std", "min", "max", "draws"}
+    assert len(page.dataframe[1].value) == 2 * 3
 
 
 def test_a_task_is_run_and_opened(tmp_path: Path, open_page: OpenPage) -> None:
