@@ -45,7 +45,7 @@ def roofline(size: Size) -> float:
     return product + (gathered + 26 * 2 * size.d_in * size.d_sae) / BYTES
 
 
-def bare(size: Size, *, materialise: bool = False) -> Step:
+def bare(size: Size, *, clip: float | None = None) -> Step:
     """The kernels' step outside the trainer, run as it is."""
     from sae.kernels import triton as fast
 
@@ -60,7 +60,7 @@ def bare(size: Size, *, materialise: bool = False) -> Step:
 
     def step(batch: Tensor) -> object:
         encoder = fast.topk_rule(size.k)
-        return fast.training_step(batch, one, encoder, parameters, since, adam, materialise=materialise)
+        return fast.training_step(batch, one, encoder, parameters, since, adam, clip=clip)
 
     return step
 
@@ -81,7 +81,7 @@ def all_arms(size: Size, example: Tensor) -> dict[str, Arm]:
         **arms(size, example),
         **{f"{OURS}, {name}": with_rule(rule) for name, rule in rules.items()},
         f"{OURS}, no graph": lambda: bare(size),
-        f"{OURS}, materialised": lambda: bare(size, materialise=True),
+        f"{OURS}, clipped": lambda: bare(size, clip=1.0),
         **torch_arms(size, example.device),
     }
 

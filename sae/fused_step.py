@@ -10,9 +10,9 @@
 
 Weights and Adam's moments are fp32 and lie where `TrainingState` has them: checkpoints and finished SAEs are the
 same. The bf16 shadows that products read are made anew when training starts or resumes; they are a function of the
-weights. Not fused, and so on the plain path: ReLU and JumpReLU, Matryoshka, multi-k, clipped gradients (Adam runs
-feature by feature while a gradient is made, when the norm of all of them is not known yet), more than 512 entries a
-token, rules without a fused encoder, and machines without triton.
+weights. Adam runs feature by feature while a gradient is made; where gradients are clipped, which needs the norm of
+all of them, they are written to memory first. Not fused, and so on the plain path: ReLU and JumpReLU, Matryoshka,
+multi-k, more than 512 entries a token, rules without a fused encoder, and machines without triton.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def can_be_fused(config: TrainConfig) -> bool:
     rule = config.rule
     if not isinstance(rule, CodeRule) or not rule.has_fused_encoder():
         return False
-    if config.widths or config.multi_k or config.clip_grad_norm is not None:
+    if config.widths or config.multi_k:
         return False
     return max(rule.k, config.anneal_from_k or 0) <= kernels.MAX_K
 
@@ -255,7 +255,8 @@ class FusedStep:
         result = fast.learn(
             centred, code, parameters, state.tokens_since_fired,
             fast.AdamStep(self.scalars[:2], *config.betas, EPS),
-            decoder=not config.frozen_decoder, aux=aux if plan.bucket else None, sizes=self.sizes,
+            decoder=not config.frozen_decoder, clip=config.clip_grad_norm, aux=aux if plan.bucket else None,
+            sizes=self.sizes,
         )  # fmt: skip
         torch._foreach_add_([state.adam.state[tensor]["step"] for tensor in state.trained.values()], 1)
         squared_error, variance = result.squared_error, result.total_variance

@@ -20,14 +20,15 @@ from sae.kernels.triton.batch import (
     list_batch_topk,
 )
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
+from sae.kernels.triton.features import AuxGradients, FeatureGradients
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, decode, residual
 from sae.kernels.triton.step import GraphedStep, StepResult, learn, topk_rule, training_step
 from sae.kernels.triton.update import (
     AdamStep,
-    AuxGradients,
     Moments,
     Parameters,
+    clip_factor,
     step_scalars,
     update_from_code,
     update_from_gradients,
@@ -40,6 +41,7 @@ __all__ = [
     "AdamStep",
     "AuxGradients",
     "Centred",
+    "FeatureGradients",
     "GraphedStep",
     "KernelSizes",
     "Listed",
@@ -50,6 +52,7 @@ __all__ = [
     "aux_gradients",
     "batch_topk_encode",
     "centre",
+    "clip_factor",
     "decode",
     "feature_topk_encode",
     "gradient_topk_encode",

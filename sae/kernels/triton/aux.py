@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.kernels.triton.encode import product
-from sae.kernels.triton.update import AuxGradients, Parameters
+from sae.kernels.triton.features import AuxGradients
+from sae.kernels.triton.update import Parameters
 
 # Pre-activations of dead features held at once.
 DENSE_ENTRIES = 2**26
@@ -72,7 +73,9 @@ def aux_gradients(
         grad_bias += grad_z.sum(0)
         grad_encoder += _product(grad_z.to(dtype).T, x)
         grad_decoder += _product(a.to(dtype).T, grad_e_hat)
-    gradients = AuxGradients(slot, grad_decoder, grad_encoder, grad_bias, grad_bias @ encoder.float())
+    # Of rows that stand for nothing the gradient is zero, whatever row of W_dec is taken for them.
+    along = torch.linalg.vecdot(grad_decoder, parameters.W_dec[features])
+    gradients = AuxGradients(slot, grad_decoder, grad_encoder, grad_bias, along, grad_bias @ encoder.float())
     return gradients, torch.where(real.any(), squared_error / variance, 0)
 
 

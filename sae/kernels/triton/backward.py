@@ -27,10 +27,9 @@ def gradients(
         decoder: whether the decoder's gradient is wanted (a frozen decoder has none).
     """
     one = torch.ones((), device=W_dec.device)
-    dec, enc, bias = feature_gradients(
+    made = feature_gradients(
         by_feature(code), grad_x_hat.contiguous(), x_centred.contiguous(), one, W_dec, decoder=decoder, sizes=sizes
     )
-    through_x = torch.mv(W_enc, bias.to(W_enc.dtype))
-    return Gradients(
-        W_enc=enc.T, W_dec=dec, b_enc=bias, b_dec=grad_x_hat.sum(0, dtype=torch.float32) - through_x.float()
-    )
+    through_x = torch.mv(W_enc, made.b_enc.to(W_enc.dtype)).float()
+    b_dec = grad_x_hat.sum(0, dtype=torch.float32) - through_x
+    return Gradients(W_enc=made.W_enc.T, W_dec=made.W_dec, b_enc=made.b_enc, b_dec=b_dec)

@@ -199,20 +199,33 @@ def gradient_slice(
 
 @triton.jit
 def _gradient_kernel(
-    offsets, token, value, da, R, X, scale, window_dec, window_enc, grad_dec, grad_enc, units,
-    ALIGN: tl.constexpr, DECODER: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    offsets, token, value, da, R, X, scale, window_dec, window_enc, aux_slot, aux_dec, aux_enc, W_dec, along,
+    grad_dec, grad_enc, squares, units, ALIGN: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr,
+    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     d = units * ALIGN
     f = tl.program_id(0)
     columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    inside = columns < d
     dec, enc = gradient_slice(
         f, offsets, token, value, da, R, X, tl.load(scale), window_dec, window_enc, d, columns,
         WINDOW, ENTRIES, SLICE,
     )  # fmt: skip
+    if AUX:
+        slot = tl.load(aux_slot + f)
+        extra = slot.to(tl.int64) * d + columns
+        has_slot = columns < tl.where(slot >= 0, d, 0)
+        dec += tl.load(aux_dec + extra, mask=has_slot, other=0.0)
+        enc += tl.load(aux_enc + extra, mask=has_slot, other=0.0)
     at = f.to(tl.int64) * d + columns
+    total = enc * enc
     if DECODER:
-        tl.store(grad_dec + at, dec, mask=columns < d)
-    tl.store(grad_enc + at, enc, mask=columns < d)
+        tl.store(grad_dec + at, dec, mask=inside)
+        # Only the part across the row is taken; it may be small beside the other, so it is not had by subtraction.
+        across = dec - tl.load(along + f) * tl.load(W_dec + at, mask=inside, other=0.0).to(tl.float32)
+        total += across * across
+    tl.store(grad_enc + at, enc, mask=inside)
+    tl.store(squares + f * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(inside, total, 0.0)))
 
 
 def row_slice(d: int) -> int:
@@ -254,6 +267,37 @@ def products(
     return Products(da, sums[0], sums[1], windows[0], windows[1])
 
 
+@dataclass(frozen=True)
+class FeatureGradients:
+    """Gradients in fp32, feature by feature, and what their norm is made of."""
+
+    W_dec: Float[Tensor, "d_sae d"] | None
+    """None unless wanted."""
+    W_enc: Float[Tensor, "d_sae d"]
+    b_enc: Float[Tensor, "d_sae"]
+    squares: Float[Tensor, "d_sae slices"]
+    """Sums of the squares of slices of both rows; of W_dec's, of the part across W_dec[f]."""
+
+
+@dataclass(frozen=True)
+class AuxGradients:
+    """Gradients of an auxiliary loss to a few features."""
+
+    slot: Int[Tensor, "d_sae"]
+    """int32: row of the feature in the tensors below, -1 for none."""
+    W_dec: Float[Tensor, "slots d"]
+    W_enc: Float[Tensor, "slots d"]
+    b_enc: Float[Tensor, "slots"]
+    along: Float[Tensor, "slots"]
+    """W_dec's gradient times W_dec, row by row."""
+    through_x: Float[Tensor, "d"]
+    """W_enc's rows weighted by `b_enc`: what b_dec's gradient loses."""
+
+    def of_feature(self, values: Float[Tensor, "slots"]) -> Float[Tensor, "d_sae"]:
+        """A number of every slot, for the features that have one; 0 for the others."""
+        return torch.where(self.slot >= 0, values[self.slot.clamp_min(0).long()], 0)
+
+
 def feature_gradients(
     order: FeatureOrder,
     residual: Float[Tensor, "n d"],
@@ -262,16 +306,25 @@ def feature_gradients(
     W_dec: Float[Tensor, "d_sae d"],
     *,
     decoder: bool = True,
+    aux: AuxGradients | None = None,
     sizes: KernelSizes = SIZES,
-) -> tuple[Float[Tensor, "d_sae d"] | None, Float[Tensor, "d_sae d"], Float[Tensor, "d_sae"]]:
-    """Gradients of W_dec (None unless wanted), of W_enc as [d_sae, d], and of b_enc, in fp32."""
+) -> FeatureGradients:
+    """Gradients of all parameters but b_dec, in memory; `aux`'s are among them."""
     d_sae, d = W_dec.shape
     made = products(order, residual, x_centred, scale, W_dec, sizes=sizes)
     grad_enc = torch.empty(d_sae, d, dtype=torch.float32, device=W_dec.device)
     grad_dec = torch.empty_like(grad_enc) if decoder else None
-    _gradient_kernel[(d_sae, triton.cdiv(d, row_slice(d)))](
+    slices = triton.cdiv(d, row_slice(d))
+    squares = torch.empty(d_sae, slices, dtype=torch.float32, device=W_dec.device)
+    extra = (grad_enc,) * 3 if aux is None else (aux.slot, aux.W_dec, aux.W_enc)
+    bias, along = made.b_enc, made.along
+    if aux is not None:
+        bias, along = bias + aux.of_feature(aux.b_enc), along + aux.of_feature(aux.along)
+    _gradient_kernel[(d_sae, slices)](
         order.offsets, order.token, order.value, made.da, residual, x_centred, scale, made.window_dec,
-        made.window_enc, grad_enc if grad_dec is None else grad_dec, grad_enc, d // alignment(d),
-        ALIGN=alignment(d), DECODER=decoder, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        made.window_enc, *extra, W_dec, along, grad_enc if grad_dec is None else grad_dec, grad_enc, squares,
+        d // alignment(d),
+        ALIGN=alignment(d), DECODER=decoder, AUX=aux is not None, WINDOW=sizes.window, ENTRIES=ENTRIES,
+        SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
-    return grad_dec, grad_enc, made.b_enc
+    return FeatureGradients(grad_dec, grad_enc, bias, squares)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels.triton.encode import topk_encode
-from sae.kernels.triton.features import by_feature, feature_gradients
+from sae.kernels.triton.features import AuxGradients, by_feature, feature_gradients
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
 from sae.kernels.triton.update import (
     AdamStep,
-    AuxGradients,
     Parameters,
+    clip_factor,
     through_encoder,
     update_from_code,
     update_from_gradients,
@@ -78,7 +78,7 @@ def learn(
     adam: AdamStep,
     *,
     decoder: bool = True,
-    materialise: bool = False,
+    clip: float | None = None,
     aux: Callable[[StepResult], AuxGradients] | None = None,
     sizes: KernelSizes = SIZES,
 ) -> StepResult:
@@ -86,8 +86,9 @@ def learn(
 
     Args:
         decoder: whether W_dec is trained.
-        materialise: write the gradients to memory before the update (for what needs them whole).
-        aux: makes the gradients of an auxiliary loss from the forward pass; not with `materialise`.
+        clip: largest norm of all gradients together, for a loss that is squared error a token; they are written to
+            memory before the update, which needs their norm.
+        aux: makes the gradients of an auxiliary loss from the forward pass.
     """
     p = parameters
     fit = residual(code, p.shadow_dec, centred.x, p.shadow_dec.dtype)
@@ -95,18 +96,21 @@ def learn(
     firings = order.offsets.diff()
     result = StepResult(code, centred.x, fit.residual, fit.squared_error, centred.total_variance, firings)
     scale = (-2 / centred.total_variance).float()
-    if materialise:
-        grad_dec, grad_enc, grad_bias = feature_gradients(
-            order, fit.residual, centred.x, scale, p.shadow_dec, decoder=decoder, sizes=sizes
-        )
-        grad_b_dec = fit.residual.sum(0, dtype=torch.float32) * scale - through_encoder(grad_bias, p.shadow_enc)
-        tokens_since_fired.add_(code.n_tokens).masked_fill_(firings > 0, 0)
-        update_from_gradients(p, grad_dec, grad_enc, grad_bias, grad_b_dec, adam)
-    else:
+    extra = None if aux is None else aux(result)
+    if clip is None:
         update_from_code(
             p, order, fit.residual, centred.x, scale, tokens_since_fired, adam,
-            decoder=decoder, aux=None if aux is None else aux(result), sizes=sizes,
+            decoder=decoder, aux=extra, sizes=sizes,
         )  # fmt: skip
+        return result
+    made = feature_gradients(
+        order, fit.residual, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, sizes=sizes
+    )
+    grad_b_dec = fit.residual.sum(0, dtype=torch.float32) * scale - through_encoder(made.b_enc, p.shadow_enc)
+    tokens_since_fired.add_(code.n_tokens).masked_fill_(firings > 0, 0)
+    # The loss is a share of the batch's variance; the limit is for squared error a token.
+    factor = clip_factor(made, grad_b_dec, clip * code.n_tokens / centred.total_variance)
+    update_from_gradients(p, made, grad_b_dec, adam, factor)
     return result
 
 

@@ -27,7 +27,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.triton.encode import padded_pair
-from sae.kernels.triton.features import ENTRIES, FeatureOrder, gradient_slice, products, row_slice
+from sae.kernels.triton.features import (
+    ENTRIES,
+    AuxGradients,
+    FeatureGradients,
+    FeatureOrder,
+    gradient_slice,
+    products,
+    row_slice,
+)
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import alignment
 
@@ -209,12 +217,13 @@ def _fused_kernel(
 
 @triton.jit
 def _rows_kernel(
-    grad_dec, grad_enc, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, scalars, units,
+    grad_dec, grad_enc, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, scalars, factor, units,
     beta1, beta2, rest1, rest2, eps, ALIGN: tl.constexpr, DECODER: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     d = units * ALIGN
     rate = tl.load(scalars)
     root = tl.load(scalars + 1)
+    clip = tl.load(factor)
     base = tl.program_id(0).to(tl.int64) * d
     products = tl.zeros([SLICE], tl.float32)
     if DECODER:
@@ -230,13 +239,14 @@ def _rows_kernel(
         at = base + columns
         g = tl.load(grad_enc + at, mask=inside, other=0.0, eviction_policy="evict_first")
         w = tl.load(W_enc + at, mask=inside, other=0.0, eviction_policy="evict_first")
-        w = _adam(w, g, m_enc, v_enc, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
+        w = _adam(w, g * clip, m_enc, v_enc, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
         tl.store(W_enc + at, w, mask=inside, eviction_policy="evict_first")
         tl.store(shadow_enc + at, w.to(shadow_enc.dtype.element_ty), mask=inside, eviction_policy="evict_first")
         if DECODER:
             g = tl.load(grad_dec + at, mask=inside, other=0.0)
             w = tl.load(W_dec + at, mask=inside, other=0.0)
-            w = _adam(w, g - parallel * w, m_dec, v_dec, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
+            g = (g - parallel * w) * clip
+            w = _adam(w, g, m_dec, v_dec, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
             tl.store(W_dec + at, w, mask=inside)
             squares += tl.where(inside, w * w, 0.0)
     if DECODER:
@@ -293,39 +303,37 @@ def update_vector(
     )  # fmt: skip
 
 
+def clip_factor(
+    gradients: FeatureGradients, grad_b_dec: Float[Tensor, "d"], limit: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """What all gradients are multiplied with so that their common norm is at most `limit`; 1 where it is.
+
+    Of W_dec's gradient the part across its unit rows counts, which is all that the update takes.
+    """
+    squares = gradients.squares.sum(dtype=torch.float64) + gradients.b_enc.square().sum() + grad_b_dec.square().sum()
+    norm = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return (limit / norm).clamp_max(1).float()
+
+
 def update_from_gradients(
     parameters: Parameters,
-    grad_W_dec: Float[Tensor, "d_sae d"] | None,
-    grad_W_enc: Float[Tensor, "d_sae d"],
-    grad_b_enc: Float[Tensor, "d_sae"],
+    gradients: FeatureGradients,
     grad_b_dec: Float[Tensor, "d"],
     adam: AdamStep,
+    factor: Float[Tensor, ""],
 ) -> None:
-    """One step from gradients in memory; W_dec stays as it is where it has none."""
-    p = parameters
+    """One step from gradients in memory, all multiplied with `factor`; W_dec stays as it is where it has none."""
+    p, g = parameters, gradients
     d_sae, d = p.W_dec.shape
     columns = min(1024, triton.next_power_of_2(d))
     _rows_kernel[(d_sae,)](
-        grad_W_enc if grad_W_dec is None else grad_W_dec, grad_W_enc, p.W_dec, p.W_enc,
+        g.W_enc if g.W_dec is None else g.W_dec, g.W_enc, p.W_dec, p.W_enc,
         p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.shadow_dec, p.shadow_enc,
-        adam.scalars, d // alignment(d), *adam.constants,
-        ALIGN=alignment(d), DECODER=grad_W_dec is not None, SLICE=columns, num_warps=max(1, columns // 128),
+        adam.scalars, factor, d // alignment(d), *adam.constants,
+        ALIGN=alignment(d), DECODER=g.W_dec is not None, SLICE=columns, num_warps=max(1, columns // 128),
     )  # fmt: skip
-    update_vector(p.b_enc, grad_b_enc, p.m_b_enc, adam)
-    update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)
-
-
-@dataclass(frozen=True)
-class AuxGradients:
-    """Gradients of an auxiliary loss to a few features."""
-
-    slot: Int[Tensor, "d_sae"]
-    """int32: row of the feature in the tensors below, -1 for none."""
-    W_dec: Float[Tensor, "slots d"]
-    W_enc: Float[Tensor, "slots d"]
-    b_enc: Float[Tensor, "slots"]
-    through_x: Float[Tensor, "d"]
-    """W_enc's rows weighted by `b_enc`: what b_dec's gradient loses."""
+    update_vector(p.b_enc, g.b_enc * factor, p.m_b_enc, adam)
+    update_vector(p.b_dec, grad_b_dec * factor, p.m_b_dec, adam)
 
 
 def update_from_code(

@@ -148,11 +148,12 @@ def test_window_sums_and_products_stay_in_registers(d: int, folder: Path) -> Non
         assert not re.search(r"ld\.global\S*\.b16", ptx)
 
 
+@pytest.mark.parametrize("aux", [False, True])
 @pytest.mark.parametrize("d", [768, 4096])
-def test_gradients_stay_in_registers(d: int, folder: Path) -> None:
+def test_gradients_stay_in_registers(d: int, aux: bool, folder: Path) -> None:
     from sae.kernels.triton.features import _gradient_kernel
 
-    check(_gradient_kernel, {"DECODER": True, **by_feature(d)}, 1, folder)
+    check(_gradient_kernel, {"DECODER": True, "AUX": aux, **by_feature(d)}, 1, folder, {"W_dec": "*bf16"})
 
 
 @pytest.mark.parametrize("aux", [False, True])

@@ -56,11 +56,16 @@ class Problem:
         return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("materialise", [False, True])
-def test_a_step_is_adam_on_the_gradients_of_float64(materialise: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("clip", [None, 1e9, 0.5])
+def test_a_step_is_adam_on_the_gradients_of_float64(clip: float | None, device: torch.device) -> None:
     problem = Problem(device)
-    result = problem.step(materialise=materialise)
+    result = problem.step(clip=clip)
     loss, gradients = problem.reference()
+    if clip is not None:
+        limit = clip * N / result.total_variance.cpu()
+        optim.clip_norm_(gradients, limit)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        assert (norm < 0.999 * limit) == (clip == 1e9)
     assert float(result.squared_error / result.total_variance) == pytest.approx(float(loss), rel=1e-6)
     p = problem.parameters
     trained = [
@@ -79,10 +84,10 @@ def test_a_step_is_adam_on_the_gradients_of_float64(materialise: bool, device: t
     assert torch.equal(p.shadow_enc, p.W_enc)
 
 
-@pytest.mark.parametrize("materialise", [False, True])
-def test_counters_of_features_that_fired_are_reset(materialise: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_counters_of_features_that_fired_are_reset(clip: float | None, device: torch.device) -> None:
     problem = Problem(device)
-    code = problem.step(materialise=materialise).code
+    code = problem.step(clip=clip).code
     fired = torch.bincount(code.indices[code.values != 0].cpu(), minlength=F) > 0
     assert fired[3]
     assert not fired[5]

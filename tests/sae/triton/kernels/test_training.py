@@ -97,14 +97,17 @@ def trajectory(
 
 
 CASES = [(rule, "aux-k") for rule in RULES] + [
+    (TopK(4), "clip"), (TopK(4), "aux-k clip"), (BatchTopK(3), "frozen clip"),
     (TopK(4), ""), (TopK(4), "frozen"), (AbsTopK(4), "aux-zipf"), (FeatureChoice(3, mutual_share=0.4), "aux-zipf"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "change"), CASES, ids=lambda value: getattr(value, "name", value or "no aux"))
 def test_fused_steps_follow_plain_ones(rule: Rule, change: str, stream: Stream, device: torch.device) -> None:
-    config = replace(CONFIG, rule=rule, aux={"aux-k": "aux_k", "aux-zipf": "aux_zipf"}.get(change, "none"))
-    config = replace(config, frozen_decoder=change == "frozen", aux_coefficient=0.5)
+    kind = change.partition(" ")[0]
+    config = replace(CONFIG, rule=rule, aux={"aux-k": "aux_k", "aux-zipf": "aux_zipf"}.get(kind, "none"))
+    clip = 0.3 if "clip" in change else None
+    config = replace(config, frozen_decoder=kind == "frozen", aux_coefficient=0.5, clip_grad_norm=clip)
     expected = trajectory(config, stream(), torch.device("cpu"), PlainStep)
     made = trajectory(config, stream(), device, exact)
     plain, fused = expected.state, made.state
@@ -184,7 +187,7 @@ def test_the_plan_changes_with_k_with_the_choosing_side_and_with_the_number_of_t
 @pytest.mark.parametrize(
     "change",
     [
-        {"rule": ReLU()}, {"rule": JumpReLU()}, {"matryoshka": (10,)}, {"multi_k": 0.1}, {"clip_grad_norm": 1.0},
+        {"rule": ReLU()}, {"rule": JumpReLU()}, {"matryoshka": (10,)}, {"multi_k": 0.1},
         {"rule": TopK(513), "d_sae": 600}, {"rule": TopK(4), "anneal_from_k": 513, "d_sae": 600},
     ],
 )  # fmt: skip
