@@ -1,5 +1,6 @@
 """Choosing a device by name."""
 
+import psutil
 import torch
 
 from sae.errors import InputError
@@ -20,3 +21,8 @@ def choose_device(device: str) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise InputError(f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
     return place
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a device has left."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -10,6 +10,7 @@ nothing is centred, so activations are those of the model as published. No weigh
 import copy
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from sae.errors import InputError
 from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate, weight_files, weights_sha256
-from workbench.models.devices import choose_device
+from workbench.models.devices import choose_device, free_bytes
 from workbench.models.guards import check
 from workbench.models.model import LoadedModel, ModelInfo
 
@@ -49,6 +50,7 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     run_dtype = DTYPES[dtype] if dtype != "auto" else (stored if place.type == "cuda" else torch.float32)
     tokenizer = load_tokenizer(location, spec)
     weights = weight_files(location, spec)
+    _refuse_too_large(weights, stored, run_dtype, place, spec)
     hf = _module(location, spec, run_dtype).to(place).eval().requires_grad_(False)
     bos_id = _bos_id(tokenizer, config, spec)
     _refuse_unusable(hf, tokenizer, bos_id, spec)
@@ -59,6 +61,19 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     )  # fmt: skip
     loaded = LoadedModel(info, hf, bridge, tokenizer, bos_id)
     return dataclasses.replace(loaded, checks=check(loaded))
+
+
+def _refuse_too_large(
+    files: Sequence[Path], stored: torch.dtype, run_dtype: torch.dtype, place: torch.device, spec: str
+) -> None:
+    """Raises InputError, with what they take, for weights that the device cannot hold."""
+    needed = sum(file.stat().st_size for file in files) * run_dtype.itemsize / stored.itemsize
+    free = free_bytes(place)
+    if needed > free:
+        raise InputError(
+            f"the weights of {spec} take {needed / 1e9:,.1f} GB in {str(run_dtype).removeprefix('torch.')} and "
+            f"{free / 1e9:,.1f} GB are free on {place}: free some, or use a smaller model or another precision"
+        )
 
 
 def _refuse_quantized(config: Any, spec: str) -> None:

@@ -26,7 +26,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from sae import rules
@@ -35,6 +34,7 @@ from sae.errors import InputError
 from sae.source import BatchSource
 from sae.training import StepMetrics, train
 from workbench.disk.names import check_name
+from workbench.models.devices import free_bytes
 from workbench.saes.settings import check_keys, check_value, field_types, required_fields
 
 BYTES_PER_PARAMETER = 16
@@ -219,11 +219,7 @@ def check_memory(configs: Sequence[TrainConfig], d_in: int, device: torch.device
     where = torch.device(device)
     widest = max(2 * d_in * config.d_sae + config.d_sae + d_in for config in configs)
     finishing = BYTES_OF_FINISHING * widest if where.type == "cpu" else 0
-    SweepEstimate(len(configs), memory(configs, d_in) + finishing, _free_bytes(where), 0.0).check()
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    SweepEstimate(len(configs), memory(configs, d_in) + finishing, free_bytes(where), 0.0).check()
 
 
 def estimate(configs: Sequence[TrainConfig], source: BatchSource, *, device: torch.device | str) -> SweepEstimate:
@@ -238,7 +234,7 @@ def estimate(configs: Sequence[TrainConfig], source: BatchSource, *, device: tor
         InputError: more memory than the device has free, before the trial.
     """
     where = torch.device(device)
-    needed = SweepEstimate(len(configs), memory(configs, source.d_in), _free_bytes(where), 0.0)
+    needed = SweepEstimate(len(configs), memory(configs, source.d_in), free_bytes(where), 0.0)
     needed.check()
     kinds: dict[str, float] = {}
     seconds = 0.0

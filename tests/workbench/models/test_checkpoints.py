@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from sae.errors import InputError
-from workbench.models import checkpoints
+from workbench.models import checkpoints, load
 from workbench.models.load import load_model
 
 
@@ -42,3 +42,13 @@ def test_a_quantized_folder_is_one_line(quantization: dict[str, Any], tiny_gpt2:
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     with pytest.raises(InputError, match=rf"is quantized \({quantization['quant_method']}\)"):
         load_model(str(folder), device="cpu")
+
+
+def test_weights_that_memory_cannot_hold_are_refused_before_they_are_read(
+    tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (tiny_gpt2 / "model.safetensors").stat().st_size
+    monkeypatch.setattr(load, "free_bytes", lambda place: size - 1)
+    monkeypatch.setattr(load, "_module", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(InputError, match=r"take .* GB in float32 and .* GB are free on cpu"):
+        load_model(str(tiny_gpt2), device="cpu")
