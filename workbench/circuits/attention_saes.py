@@ -27,6 +27,7 @@ from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
 from workbench.models.load import LoadedModel
+from workbench.models.prompt_text import token_pieces
 
 DFA = "circuit-dfa"
 
@@ -48,7 +49,7 @@ def attribute(
 
 
 def _texts(model: LoadedModel, ids: Sequence[int]) -> list[str]:
-    return ["BOS", *(model.token_texts[token] for token in ids[1:])]
+    return ["BOS", *token_pieces(model, list(ids[1:]))]
 
 
 def report_dfa(
