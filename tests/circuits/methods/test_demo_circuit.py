@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
 from circuits.eap import attribute_edges
 from circuits.faithfulness import faithfulness_curve
@@ -55,10 +56,18 @@ def test_plain_gradients_see_part_of_the_previous_token_head(demo: Any, prompts:
     assert 0.1 < plain[PREVIOUS] / patch_activations(demo.bridge, prompts)[PREVIOUS] < 0.75
 
 
-def test_patching_does_not_see_what_serves_both_prompts_alike(demo: Any, prompts: PromptSet) -> None:
-    """a0.h0 works on every prompt: patching its value between them changes little, on every draw."""
-    patched = patch_activations(demo.bridge, prompts)
-    assert abs(patched["a0.h0"]) < 0.2 * patched[PREVIOUS]
+def test_what_a_head_says_about_positions_is_seen_by_one_mean_alone(demo: Any, prompts: PromptSet) -> None:
+    """a0.h0 says where tokens stand: neither patching between prompts nor its mean at each position takes that away."""
+    for scores in (
+        patch_activations(demo.bridge, prompts),
+        ablate_heads(demo.bridge, prompts, kind="mean-by-position"),
+    ):
+        assert abs(scores["a0.h0"]) < 0.2 * scores[PREVIOUS]
+
+
+def test_without_positions_a0h0_is_missed_most_on_the_first_draw(demo: Any) -> None:
+    prompts = make_task("induction", demo.tokenizer, demo.bos_id, n=8)
+    assert ablate_heads(demo.bridge, prompts, kind="mean-over-positions").ranked()[0] == "a0.h0"
 
 
 def test_the_induction_heads_match_prefixes_longer_than_a_token(demo: Any) -> None:
