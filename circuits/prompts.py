@@ -7,11 +7,12 @@ Every method of this package reads a `PromptSet` and the logits at one position 
 2. prompts of different lengths are padded on the right with the BOS token; attention is causal, so padding changes
    nothing at or before a prompt's last token;
 3. answers and wrong answers are token ids, -1 filling rows that have fewer than others;
-4. it names the metric of `circuits.metrics` that measures the behaviour when no other is asked for.
+4. it names the metric of `circuits.metrics` that measures the behaviour when no other is asked for;
+5. it may know attributes of its prompts, such as the name that a prompt is about (`circuits.supervised`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -33,6 +34,8 @@ class Prompt:
     corrupted: str
     answers: tuple[str, ...]
     wrong: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of it by name; a pair where the corrupted prompt's value is another, None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,17 @@ class PromptSet:
     wrong: Int[Tensor, "n wrong"]
     metric: str = "logit_difference"
     """The usual one: a name in `circuits.metrics.METRICS`."""
+    attributes: Mapping[str, Sequence[tuple[Any, Any]]] = field(default_factory=dict)
+    """Of every attribute its value in each clean prompt and in the corrupted one; empty where none is known."""
 
     def __len__(self) -> int:
         return self.clean.shape[0]
 
     def __getitem__(self, rows: Any) -> "PromptSet":
         """The prompts of a slice or an index tensor."""
-        return self._mapped(lambda tensor: tensor[rows])
+        numbers = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows].tolist()
+        kept = {name: [values[number] for number in numbers] for name, values in self.attributes.items()}
+        return replace(self._mapped(lambda tensor: tensor[rows]), attributes=kept)
 
     def batches(self, size: int) -> Iterator["PromptSet"]:
         """Consecutive pieces of at most `size` prompts."""
@@ -96,8 +103,10 @@ def encode(
 
     Raises:
         InputError: no prompts; twins of different token lengths; an answer that is not one token, alone or after
-            its prompt; a prompt that is the same clean and corrupted.
+            its prompt; a prompt that is the same clean and corrupted, or of which other attributes are known than of
+            the first.
     """
+    prompts = list(prompts)
     clean, corrupted, answers, wrong = [], [], [], []
     for prompt in prompts:
         first, second = ids(tokenizer, prompt.clean), ids(tokenizer, prompt.corrupted)
@@ -117,7 +126,24 @@ def encode(
         corrupted.append([bos_id, *second])
         answers.append([one_token(name, tokenizer, text) for text in prompt.answers])
         wrong.append([one_token(name, tokenizer, text) for text in prompt.wrong])
-    return from_ids(name, clean, corrupted, answers, wrong, bos_id, metric)
+    made = from_ids(name, clean, corrupted, answers, wrong, bos_id, metric)
+    return replace(made, attributes=_attributes(name, prompts))
+
+
+def _attributes(name: str, prompts: Sequence[Prompt]) -> dict[str, list[tuple[Any, Any]]]:
+    """Of every attribute a pair of values a prompt."""
+    names = list(prompts[0].attributes)
+    for number, prompt in enumerate(prompts, start=1):
+        if set(prompt.attributes) != set(names):
+            raise InputError(
+                f"task {name}: prompt {number} has the attributes {', '.join(prompt.attributes) or 'none'} and the "
+                f"first has {', '.join(names) or 'none'}: give every prompt the same, null where it has no value"
+            )
+    values = {attribute: [prompt.attributes[attribute] for prompt in prompts] for attribute in names}
+    return {
+        attribute: [value if isinstance(value, tuple) else (value, value) for value in given]
+        for attribute, given in values.items()
+    }
 
 
 def from_ids(

@@ -9,7 +9,7 @@ from workbench import InputError, Result, Workspace
 from workbench.circuits import stored
 from workbench.circuits.agreement import AGREEMENT
 from workbench.circuits.attention_saes import DFA, report_dfa
-from workbench.circuits.methods import DISCRETE, EDGES, FEATURES, METHODS, NODES, method_named
+from workbench.circuits.methods import DICTIONARY, DISCRETE, EDGES, FEATURES, METHODS, NODES, method_named
 from workbench.circuits.report import run_method
 from workbench.circuits.tables import TABLE
 from workbench.circuits.task import Task
@@ -17,7 +17,7 @@ from workbench.features.live import model_name, model_of
 
 KINDS = {
     EDGES: "edges", NODES: "nodes", FEATURES: "SAE features", DISCRETE: "discrete codes", DFA: "attention feature",
-    AGREEMENT: "agreement of methods", TABLE: "published table",
+    AGREEMENT: "agreement of methods", TABLE: "published table", DICTIONARY: "supervised dictionaries",
 }  # fmt: skip
 OFFERED = [method for method in METHODS if method.on_page]
 EDGES_AT_FIRST, MOST_EDGES, MOST_ROWS = 40, 400, 500
@@ -68,7 +68,8 @@ def run_task(workspace: Workspace) -> None:
         spec = model.text_input("Model", "demo", key="model", help="demo, a local Hugging Face folder, or a hub name")
         saes = st.multiselect(
             "SAEs", [item.name for item in workspace.saes()], key="saes",
-            help="for SAE features only: one for each hook point", placeholder="for the method SAE features",
+            help="for SAE features, one for each hook point, and for supervised dictionaries",
+            placeholder="for the methods SAE features and supervised dictionaries",
         )  # fmt: skip
         if not st.form_submit_button("Run"):
             return
@@ -209,6 +210,7 @@ def tables(result: Result) -> None:
         DISCRETE: ["nodes", "edges", "prompts"], AGREEMENT: ["methods", *over_draws, "curves", "prompts"],
         DFA: ["heads", "tokens", "by_head", *(["steps"] if result.parameters.get("residuals") else [])],
         TABLE: ["published", "heads", "prompts"],
+        DICTIONARY: ["approximation", "control", "attributes", "features", "summary", "prompts"],
     }[result.kind]  # fmt: skip
     for tab, name in zip(st.tabs(order), order, strict=True):
         table: pd.DataFrame = stored.table_of(result, name)

@@ -30,7 +30,8 @@ def brackets(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptS
         frame, closing = draw.choice(frames), draw.choice("])")
         square, round_ = (frame.format(w=w, x=x, y=y, z=z, o=opening) for opening in "[(")
         clean, corrupted = (square, round_) if closing == "]" else (round_, square)
-        return Prompt(clean, corrupted, (closing,), (")" if closing == "]" else "]",))
+        other = ")" if closing == "]" else "]"
+        return Prompt(clean, corrupted, (closing,), (other,), {"closing": (closing, other), "frame": frame})
 
     return _collected("brackets", tokenizer, bos_id, n, seed, one)
 
@@ -44,7 +45,8 @@ def argument(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptS
         def text(name: str) -> str:
             return f"def {function}({first}, {name}):\n    return {called}({first},"
 
-        return Prompt(text(second), text(other), (f" {second}",), (f" {other}",))
+        known = {"answer": (second, other), "first": first, "called": called, "function": function}
+        return Prompt(text(second), text(other), (f" {second}",), (f" {other}",), known)
 
     return _collected("argument", tokenizer, bos_id, n, seed, one)
 
@@ -59,7 +61,8 @@ def self_attribute(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> P
             head = f"    def __init__(self, {first}, {second}, {third}):\n        self.{first} = {first}\n"
             return f"{head}        self.{name} ="
 
-        return Prompt(text(second), text(third), (f" {second}",), (f" {third}",))
+        known = {"answer": (second, third), "other": (third, second), "first": first}
+        return Prompt(text(second), text(third), (f" {second}",), (f" {third}",), known)
 
     return _collected("self-attribute", tokenizer, bos_id, n, seed, one)
 

@@ -60,5 +60,7 @@ def docstring(
             return f"def {function}(self, {', '.join(arguments)}):\n{summary}{described}    :param"  # noqa: B023
 
         wrong = tuple(f" {name}" for name in (*known, extra, *others))
-        prompts.append(Prompt(text([*known, answer, extra]), text(others), (f" {answer}",), wrong))
+        # What stands in the answer's place of the corrupted definition.
+        attributes = {"answer": (answer, others[n_known]), "last": known[-1] if known else None}
+        prompts.append(Prompt(text([*known, answer, extra]), text(others), (f" {answer}",), wrong, attributes))
     return encode("docstring", prompts, tokenizer, bos_id)

@@ -44,5 +44,6 @@ def greater_than(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> Pro
             return f"The {noun} lasted from the year {century}{year} to the year {century}"
 
         above = tuple(e for e in split if e > start)
-        prompts.append(Prompt(text(start), text("01"), above, tuple(e for e in split if e <= start)))
+        known = {"year": (start, "01"), "century": century, "noun": noun}
+        prompts.append(Prompt(text(start), text("01"), above, tuple(e for e in split if e <= start), known))
     return encode("greater-than", prompts, tokenizer, bos_id, "probability_difference")

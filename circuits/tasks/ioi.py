@@ -78,7 +78,12 @@ def ioi(
 
         first = (io, subject) if draw.random() < 0.5 else (subject, io)
         corrupted = text(*others) if corruption == "abc" else text(*first, io)
-        prompts.append(Prompt(text(*first, subject), corrupted, (f" {io}",), (f" {subject}",)))
+        order = ("IO first", "S first") if first[0] == io else ("S first", "IO first")
+        # No name is repeated in the ABC distribution: there is neither IO nor S.
+        known: dict[str, Any] = {"IO": (io, subject), "S": (subject, io), "order": order}
+        if corruption == "abc":
+            known = {name: (value, None) for name, (value, _) in known.items()}
+        prompts.append(Prompt(text(*first, subject), corrupted, (f" {io}",), (f" {subject}",), known))
     return encode("ioi", prompts, tokenizer, bos_id)
 
 

@@ -159,6 +159,26 @@ def agreement_figure(draws: pd.DataFrame, measures: Sequence[str]) -> go.Figure:
     return figure.update_layout(height=420, margin=MARGIN, legend={"orientation": "h", "y": -0.15})
 
 
+def control_figure(table: pd.DataFrame) -> go.Figure:
+    """Share of edits that reach the counterfactual's prediction against the features changed, a line a dictionary, and
+    the share without an edit, dashed.
+
+    Args:
+        table: columns hook, dictionary, k, edited, unedited.
+    """
+    figure = go.Figure()
+    for number, ((hook, name), rows) in enumerate(table.groupby(["hook", "dictionary"], sort=False)):
+        title = name if table["hook"].nunique() == 1 else f"{name} at {hook}"
+        figure.add_scatter(
+            x=rows["k"], y=rows["edited"], name=title, mode="lines+markers", line={"color": series_colour(number)},
+            hovertemplate="%{x} features: %{y:.3f}<extra></extra>",
+        )  # fmt: skip
+    figure.add_hline(y=float(table["unedited"].iloc[0]), line_dash="dash", annotation_text="unedited")
+    figure.update_xaxes(title_text="features changed at most", tickvals=sorted(table["k"].unique()))
+    figure.update_yaxes(title_text="counterfactual predicted", range=[-0.02, 1.02])
+    return figure.update_layout(height=420, margin=MARGIN, legend={"orientation": "h", "y": -0.25})
+
+
 def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> go.Figure:
     """The kept edges, layers upwards, MLPs at the right; width is |score|, blue for the behaviour, red against it."""
     graph = scores.graph

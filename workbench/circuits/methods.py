@@ -6,6 +6,8 @@ A method gives what it finds as one kind of result:
     circuit-edges      a number for every edge            tables edges, nodes, curves, summary, prompts
     circuit-features   a circuit of SAE features          tables nodes, edges, summary, prompts
     circuit-discrete   heads by discrete codes            tables nodes, edges, prompts
+    circuit-dictionary SAEs against a task's attributes   tables summary, approximation, control, attributes, features,
+                                                          prompts
 
 A new method is a function in `report` and a line here. Nothing heavy is imported before a method is run.
 """
@@ -19,6 +21,7 @@ from typing import Any
 from sae.errors import InputError
 
 NODES, EDGES, FEATURES, DISCRETE = "circuit-nodes", "circuit-edges", "circuit-features", "circuit-discrete"
+DICTIONARY = "circuit-dictionary"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Method:
     function: str
     """In `workbench.circuits.report`: takes a `Run` and the method's own options, gives tables and figures."""
     needs_saes: bool = False
-    """SAEs, one a hook point, are what it works on; the others take none."""
+    """SAEs are what it works on; the others take none."""
     metric: str | None = None
     """The only metric that it can tell apart; any when None."""
     on_page: bool = True
@@ -74,7 +77,9 @@ METHODS = (
     Method("attribution", "direct logit attribution", NODES, "attribution", metric="logit_difference"),
     Method("discrete", "discrete codes (heads)", DISCRETE, "discrete"),
     Method("features", "SAE features", FEATURES, "features", needs_saes=True),
-)
+    Method("dictionary", "supervised dictionaries", DICTIONARY, "dictionary", needs_saes=True,
+           metric="logit_difference"),
+)  # fmt: skip
 """In the order in which the app offers them."""
 
 

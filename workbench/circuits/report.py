@@ -32,8 +32,9 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.circuits.methods import METHODS, Method, method_named
-from workbench.circuits.task import Task, fingerprint
+from workbench.circuits.dictionary import dictionary_tables
+from workbench.circuits.methods import DICTIONARY, METHODS, Method, method_named
+from workbench.circuits.task import Task, attributes_fingerprint, fingerprint
 from workbench.models.load import LoadedModel
 
 RANKINGS: tuple[Ranking, ...] = ("absolute", "signed")
@@ -77,6 +78,9 @@ def run_method(
     # Where a kind has one method only, it says already which.
     several = sum(other.kind == known.kind for other in METHODS) > 1
     parameters = asked | ({"method": method} if several else {}) | ({"saes": list(saes)} if saes else {})
+    if known.kind == DICTIONARY:
+        # A file may give the same tokens other attributes.
+        parameters["attributes"] = attributes_fingerprint(prompts)
     return stored_on_task(
         catalog, known.kind, name or result_name(task, method), model, task, {task.seed: prompts}, metric, parameters,
         lambda: known.run(run, **asked), saes=loaded,
@@ -96,7 +100,7 @@ def checked(
     asked = known.options(options or {})
     if known.needs_saes != bool(saes):
         needing = ", ".join(other.name for other in METHODS if other.needs_saes)
-        raise InputError(f"the method {needing} and SAEs (--sae) go together: name one SAE for each hook point")
+        raise InputError(f"the methods {needing} and SAEs (--sae) go together: name SAEs for these and no others")
     if known.metric not in (None, task.metric or known.metric):
         raise InputError(f"{known.title} splits the {known.metric}: leave the metric out")
     return known, asked
@@ -222,9 +226,7 @@ def features(run: Run, *, keep: float = 0.8) -> Made:
     Raises:
         InputError: an SAE of a hook point that the model does not have.
     """
-    for label, sae in run.saes.items():
-        if sae.hook_name not in run.model.bridge.hook_dict:
-            raise InputError(f"SAE {label!r} reads {sae.hook_name!r}, which {run.model.info.name} does not have")
+    _check_hooks(run)
     found = feature_circuit(
         run.model.bridge, run.prompts, list(run.saes.values()), keep=keep, metric=run.metric,
         on_progress=run.on_progress,
@@ -236,6 +238,29 @@ def features(run: Run, *, keep: float = 0.8) -> Made:
           "note": no_behaviour(found.clean, found.corrupted)}]
     )  # fmt: skip
     return {"nodes": found.nodes, "edges": found.edges, "summary": summary}, {"graph": figures.feature_graph(found)}
+
+
+def dictionary(run: Run, *, changes: Sequence[int] = (1, 2, 4)) -> Made:
+    """SAEs beside supervised dictionaries of a task's attributes; see `workbench.circuits.dictionary`.
+
+    Args:
+        changes: features that an edit may change, in the test of control.
+
+    Raises:
+        InputError: an SAE of a hook point that the model does not have, or as `workbench.circuits.dictionary.tables`.
+    """
+    _check_hooks(run)
+    tables = dictionary_tables(
+        run.model.bridge, run.prompts, run.saes, metric=run.metric, changes=changes, seed=run.seed,
+        batch_size=run.batch_size, on_progress=run.on_progress,
+    )  # fmt: skip
+    return tables, {"control": figures.control_figure(tables["control"])}
+
+
+def _check_hooks(run: Run) -> None:
+    for label, sae in run.saes.items():
+        if sae.hook_name not in run.model.bridge.hook_dict:
+            raise InputError(f"SAE {label!r} reads {sae.hook_name!r}, which {run.model.info.name} does not have")
 
 
 def _of_nodes(run: Run, scores: NodeScores) -> Made:

@@ -13,7 +13,7 @@ from sae.errors import InputError
 from workbench.catalog.results import Result
 from workbench.circuits import figures
 from workbench.circuits.heads import HEADS, SCORES
-from workbench.circuits.methods import EDGES, FEATURES, NODES
+from workbench.circuits.methods import DICTIONARY, EDGES, FEATURES, NODES
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel, ModelInfo
 
@@ -25,7 +25,8 @@ _FAITHFULNESS = (
     "faithfulness_with_errors",
     "faithfulness_without_errors",
 )
-SHARES = {NODES: ("share",), EDGES: ("share", *_FAITHFULNESS), FEATURES: _FAITHFULNESS}
+SHARES = {NODES: ("share",), EDGES: ("share", *_FAITHFULNESS), FEATURES: _FAITHFULNESS,
+          DICTIONARY: ("sufficiency", "necessity", "effect")}  # fmt: skip
 """Columns that are shares of the behaviour or follow from them, by kind of result."""
 
 

@@ -70,6 +70,11 @@ def fingerprint(prompts: PromptSet) -> str:
     return digest.hexdigest()
 
 
+def attributes_fingerprint(prompts: PromptSet) -> str:
+    """SHA-256 of the attributes' names and values."""
+    return hashlib.sha256(repr(sorted(prompts.attributes.items())).encode()).hexdigest()
+
+
 def _metric(name: str) -> Metric:
     if name not in METRICS:
         raise InputError(f"unknown metric {name!r}: choose {', '.join(METRICS)}")

@@ -1,4 +1,4 @@
-"""`workbench circuits`: heads, attribute, patch, ablate, discover, dfa, evaluate, table, list."""
+"""`workbench circuits`: heads, attribute, patch, ablate, discover, dictionary, dfa, evaluate, table, list."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import typer
 
 from circuits.tasks import TASKS
 from sae.errors import InputError
-from workbench.circuits.methods import DISCRETE, EDGES, FEATURES, METHODS, NODES
+from workbench.circuits.methods import DICTIONARY, DISCRETE, EDGES, FEATURES, METHODS, NODES
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
     MOST_SEED,
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
     from workbench.workspace import Workspace
 
-DISCOVERED = tuple(method.name for method in METHODS if method.kind != NODES)
-"""Methods that find a circuit; those that score nodes have commands of their own."""
+DISCOVERED = tuple(method.name for method in METHODS if method.kind not in (NODES, DICTIONARY))
+"""Methods that find a circuit; the others have commands of their own."""
 SHOWN = {
     NODES: ("summary", "nodes"),
     EDGES: ("summary", "nodes", "edges", "curves"),
     FEATURES: ("summary", "nodes", "edges"),
     DISCRETE: ("nodes", "edges"),
+    DICTIONARY: ("summary", "approximation", "control", "attributes", "features"),
 }
 """Tables of each kind of result that are printed."""
 
@@ -280,6 +281,20 @@ def discover(
         raise InputError(f"unknown method {method!r}: choose {', '.join(DISCOVERED)}")
     given = {name: value for name, value in (("keep", keep), ("steps", steps)) if value is not None}
     run.run(method, given, sae)
+
+
+@commands.command()
+@sharing(OnTask, omit=["metric"], prompts=256)
+def dictionary(
+    run: OnTask,
+    sae: Annotated[list[str], typer.Option("--sae", metavar="NAME", help="SAE to test; repeat for several.")],
+) -> None:
+    """Test SAEs against a task whose attributes are known: approximation, sparse control, interpretability, faults.
+
+    Beside every SAE stand supervised dictionaries of its hook point, fitted on half of the prompts and judged, as all
+    are, on the other half, and random directions.
+    """
+    run.run("dictionary", {}, sae)
 
 
 @commands.command()

@@ -178,11 +178,12 @@ def test_control_edits_with_as_few_features_as_needed(random_model: Any, prompts
     assert changed.item() == 3
     name = "blocks.2.hook_resid_pre"
     eye = torch.eye(32)
-    full = sparse_control(random_model, prompts, name, lambda x: x, eye, k=64)
+    sides = [activation_at(random_model, tokens, prompts, name) for tokens in (prompts.clean, prompts.corrupted)]
+    full = sparse_control(random_model, prompts, name, *sides, eye, k=64)
     assert full.edited == 1
     generator = torch.Generator().manual_seed(0)
     frozen = torch.nn.functional.normalize(torch.randn(32, 32, generator=generator), dim=1)
-    baseline = sparse_control(random_model, prompts, name, lambda x: (x @ frozen.T).relu(), frozen, k=1)
+    baseline = sparse_control(random_model, prompts, name, *((x @ frozen.T).relu() for x in sides), frozen, k=1)
     assert baseline.edited < full.edited
     assert baseline.unedited == full.unedited < 1
 
@@ -197,6 +198,10 @@ def test_features_are_matched_to_unions_of_values() -> None:
     assert set(table.loc[0, "values"]) == {"a", "b"}
     assert table.loc[1, ["attribute", "f1"]].tolist() == ["odd", 1.0]
     assert 2 not in table.index
+    # A feature that always fires shows no attribute; one of prompts without a value none at all.
+    assert interpretations(torch.ones(8, 1, dtype=torch.bool), {"odd": [0, 1] * 4}).f1[0] == pytest.approx(2 / 3)
+    none = interpretations(torch.tensor([[True], [False], [False]]), {"letter": [None, "a", "b"]})
+    assert none.loc[0, ["values", "f1"]].tolist() == [(), 0.0]
 
 
 def test_bad_attributes() -> None:

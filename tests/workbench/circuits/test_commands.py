@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from sae.model import SAE
+from sae.rules import TopK
 from workbench.cli.main import run
+from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 
 
@@ -71,9 +75,56 @@ def test_another_packages_task_is_known_to_the_commands(
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_saes_are_tested_against_a_tasks_attributes(
+    folder: Path, demo: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = Workspace(folder)
+    sae = SAE(demo.info.d_model, 24, TopK(4), hook_name="blocks.1.hook_resid_post")
+    with torch.no_grad():
+        torch.nn.init.normal_(sae.W_dec)
+        sae.W_enc.copy_(sae.W_dec.T)
+    space.add_sae("tiny", sae, {})
+    common = ["--sae", "tiny", "--workspace", str(folder), "--device", "cpu"]
+    assert run(["circuits", "dictionary", "brackets", "-n", "12", *common, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    names = ["supervised (mse)", "supervised (mean)", "tiny", "random (24, 4)"]
+    assert [row["dictionary"] for row in shown["approximation"]] == names
+    assert {(row["dictionary"], row["k"]) for row in shown["control"]} == {(n, k) for n in names for k in (1, 2, 4)}
+    assert {row["attribute"] for row in shown["attributes"]} == {"closing", "frame"}
+    assert shown["summary"][0]["fitted"] == shown["summary"][0]["judged"] == 6
+    # The same tokens with other attributes are another result.
+    file = tmp_path / "named.jsonl"
+    rows = [{"clean": f"def f({a}, b):\n    return", "corrupted": f"def f({b}, b):\n    return", "answers": f" {a}",
+             "wrong": f" {b}", "attributes": {"name": [a, b], "first": 1}} for a, b in ("ac", "ca") * 4]  # fmt: skip
+    seen = []
+    for renamed in ("first", "second"):
+        text = "\n".join(json.dumps(row) for row in rows).replace('"first"', f'"{renamed}"')
+        file.write_text(text, encoding="utf-8")
+        assert run(["circuits", "dictionary", str(file), *common]) == 0
+        table = space.results.open("circuit-dictionary", "named-dictionary").table("attributes")
+        seen.append(set(table.attribute))
+    assert seen == [{"name", "first"}, {"name", "second"}]
+    bad = [
+        ({**rows[0], "attributes": [1]}, "attributes has to be an object of values"),
+        ({**rows[0], "attributes": {"name": "a"}}, "has the attributes name, first and the first has name"),
+    ]
+    for row, message in bad:
+        file.write_text("\n".join(json.dumps(one) for one in [row, *rows]), encoding="utf-8")
+        assert run(["circuits", "dictionary", str(file), *common]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    for arguments, message in (
+        (["induction", "-n", "8"], "task induction knows no attributes of its prompts"),
+        (["brackets", "-n", "4"], "at least 8 prompts, not 4"),
+    ):
+        assert run(["circuits", "dictionary", *arguments, *common]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["dictionary", "brackets"], "--sae"),
+        (["dictionary", "brackets", "--sae", "none"], "no SAE 'none'"),
         (["patch", "nothing"], "unknown task 'nothing'"),
         (["patch", "gone.jsonl"], "no task file"),
         (["patch", "induction", "--site", "x"], "'x' is not one of 'head', 'attn_out'"),
