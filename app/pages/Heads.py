@@ -4,11 +4,14 @@ import streamlit as st
 
 from app.shared import loaded_model, open_workspace, plain
 from workbench import InputError, Result, Workspace
+from workbench.circuits import attention_view as attention
 from workbench.circuits import heads as views
+from workbench.circuits.attention_view import AttentionView
 from workbench.circuits.heads import DIVERGING, HEADS, SCORES, HeadOnText, report_heads
 from workbench.circuits.methods import DISCRETE, NODES
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
+from workbench.sparsity.report import colourings
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
 
@@ -68,8 +71,12 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
         for item in [*workspace.results.find(NODES), *workspace.results.find(DISCRETE)]
         if item.origin.weights_sha256 == model.weights_sha256 and head_values(item, model).isfinite().any()
     }
-    by = url_choice("by", "Colour by", [*columns, *others], "induction")
-    values = head_values(result, model, by) if by in columns else head_values(others[by], model)
+    needs = colourings(workspace, model)
+    by = url_choice("by", "Colour by", [*columns, *others, *needs], "induction")
+    if by in needs:
+        values = needs[by]
+    else:
+        values = head_values(result, model, by) if by in columns else head_values(others[by], model)
     names = list(result.table("scores")["node"])
     flat = values.nan_to_num(nan=float("-inf")).flatten()
     strongest = names[int(flat.argmax())]
@@ -82,17 +89,28 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
     clicked = [str(point["customdata"]) for point in event["selection"]["points"] if "customdata" in point]
     asked = clicked[0] if clicked else asked
     st.plotly_chart(
-        head_grid(values, by, asked, diverging=by not in columns or by in DIVERGING),
+        head_grid(values, by, asked, diverging=by in others or by in DIVERGING),
         key=f"grid {result.name} {by} {asked}", on_select="rerun", selection_mode="points",
         config={"displayModeBar": False},
     )  # fmt: skip
-    st.caption("Click a head, or choose it here.")
+    st.caption(" ".join(["Click a head, or choose it here.", *rests_on(result, by)]))
     st.query_params["head"] = st.session_state["head"] = asked
 
     def follow() -> None:
         st.query_params["head"] = st.session_state["head"]
 
     return str(st.selectbox("Head", names, key="head", on_change=follow))
+
+
+def rests_on(result: Result, by: str) -> list[str]:
+    """What a score was measured on, where that is not plain."""
+    table = result.table("scores")
+    if by == "retrieval" and "needles_found" in table:
+        found = int(table["needles_found"].iloc[0])
+        return [f"The score rests on {found} needles found of {result.parameters['needles']}."]
+    if by in ("sink", "sink_excess", "entropy", "keys_95"):
+        return ["Measured on random tokens; `workbench sparsity attention` measures it on text."]
+    return []
 
 
 def scores(result: Result, head: str) -> None:
@@ -120,10 +138,45 @@ def on_text(model: ModelInfo, head: str) -> None:
         return
     if found.truncated:
         st.info(f"Only the first {len(found.tokens)} tokens are shown.")
-    pattern, copies = st.tabs(["Attention", "OV circuit"])
+    seen, pattern, copies = st.tabs(["Attention on the text", "Pattern", "OV circuit"])
+    with seen:
+        all_heads(view_on_text(model.name, text), head)
     pattern.plotly_chart(found.figure(), key="pattern", config={"displayModeBar": False})
     copies.markdown("What attending to a token promotes and suppresses, from the weights alone")
     copies.dataframe(found.copies, hide_index=True, height=480, width="stretch")
+
+
+_patterns = st.components.v2.component(
+    "workbench_attention",
+    html=attention.ROOT,
+    css=attention.CSS,
+    js=attention.SCRIPT
+    + """
+export default function ({ data, parentElement, setTriggerValue }) {
+  drawAttention(parentElement.querySelector(".att"), data, (head) => setTriggerValue("clicked", head));
+}
+""",
+)
+
+
+def all_heads(view: AttentionView, head: str) -> None:
+    """All heads small and `head` large, the text beside it; a click on a small one opens it on the page."""
+    if view.truncated:
+        st.info(f"Only the first {len(view.tokens)} tokens are shown.")
+    st.caption("Click a head to open it, with Shift to compare it with this one.")
+
+    def clicked() -> None:
+        asked = st.session_state["attention"]["clicked"]
+        if asked is not None:
+            st.query_params["head"] = asked
+
+    _patterns(data=view.data() | {"head": head}, key="attention", on_clicked_change=clicked)
+
+
+@st.cache_data(max_entries=16, show_spinner="Running the model ...")
+def view_on_text(model: str, text: str) -> AttentionView:
+    """The attention of every head, kept."""
+    return attention.attention_view(loaded_model(model), text)
 
 
 @st.cache_data(max_entries=32, show_spinner="Running the model ...")

@@ -36,3 +36,27 @@ def test_a_click_on_a_cell_opens_its_head_and_the_url_names_it(address: str, bro
     page.wait_for_function("location.href.includes('head=a3.h5')", timeout=SLOW)
     assert not page.locator("[data-testid=stException]").count()
     page.close()
+
+
+def test_hovering_a_token_says_what_it_looks_at_and_a_click_on_a_small_head_opens_it(
+    address: str, browser: Any
+) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 1600})
+    page.goto(f"{address}/Heads?head=a3.h5")
+    page.locator(".att section canvas").first.wait_for(timeout=SLOW)
+    assert page.locator(".att .grid button").count() == 32
+    page.locator(".att section .text span").nth(20).hover()
+    said = page.locator(".att section .said").first
+    said.get_by_text("(20) looks at").wait_for(timeout=SLOW)
+    page.locator(".att .grid button").nth(29).click(modifiers=["Shift"])
+    assert page.locator(".att section h4").all_inner_texts() == ["a3.h5", "a3.h5"]
+    page.locator(".att .grid button").nth(13).click()
+    page.get_by_role("heading", name="a1.h5", exact=True).first.wait_for(timeout=SLOW)
+    page.wait_for_function("location.href.includes('head=a1.h5')", timeout=SLOW)
+    # The head that was chosen to compare with stays.
+    page.wait_for_function(
+        "[...document.querySelectorAll('.att section h4')].map(e => e.innerText).join() === 'a1.h5,a3.h5'",
+        timeout=SLOW,
+    )
+    assert not page.locator("[data-testid=stException]").count()
+    page.close()

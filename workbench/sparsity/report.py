@@ -15,6 +15,9 @@ from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sae.errors import InputError
 from sae.model import SAE
@@ -23,7 +26,7 @@ from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.task import Task
 from workbench.models.contexts import context_batches
-from workbench.models.load import LoadedModel
+from workbench.models.load import LoadedModel, ModelInfo
 from workbench.sparsity import figures
 from workbench.sparsity.at_cost import COSTS, at_costs
 from workbench.sparsity.attention import BUDGETS, Rest, measure_attention
@@ -308,3 +311,21 @@ def report_all(
     if saes:
         results.append(report_saes(catalog, name, model, saes, corpus, **held, on_progress=of("sae")))
     return results
+
+
+def colourings(catalog: Catalog, model: ModelInfo) -> dict[str, Float[Tensor, "layers heads"]]:
+    """Every number by head that is stored of a model's weights, by what it is and the result's name.
+
+    Sinks on text (`sinks`) and what restricting or removing a head costs (`attention_heads`).
+    """
+    found = {}
+    columns = {ATTENTION: {"sink": "sink on text"}, HEADS: figures.HEAD_COSTS}
+    for kind, titles in columns.items():
+        for result in catalog.results.find(kind):
+            if result.origin.weights_sha256 != model.weights_sha256:
+                continue
+            table = result.table("heads").sort_values(["layer", "head"])
+            for column, title in titles.items():
+                values = torch.tensor(table[column].astype(float).to_numpy())
+                found[f"{title} ({result.name})"] = values.view(model.n_layers, model.n_heads)
+    return found

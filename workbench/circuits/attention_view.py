@@ -1,0 +1,201 @@
+"""Attention patterns beside their text: all heads small, one or two large, as HTML with a script of its own.
+
+Hovering a token of a large head colours what it looks at, before it, and who looks at it, after it; a cell of the
+pattern names its two tokens. A click on a small head makes it the large one, with Shift the one to compare with. (The
+view is that of CircuitsVis' attention patterns.)
+
+Attention is sent as whole numbers: 255 sqrt(A), the lower triangle row by row, so that small values keep their digits.
+"""
+
+import base64
+import json
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.nodes import graph_of, head_names
+from circuits.passes import activations
+from sae.errors import InputError
+from workbench.models.load import LoadedModel
+from workbench.show.colours import PALETTE
+from workbench.show.html import one_line
+
+MOST_TOKENS = 128
+MOST_BYTES = 3_000_000
+"""Of all patterns together: what a page takes without delay."""
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """The attention of every head on one text."""
+
+    tokens: list[str]
+    """BOS first."""
+    heads: list[str]
+    patterns: Float[Tensor, "heads query key"]
+    head: str
+    """The one that is large at first."""
+    other: str | None
+    """The one beside it."""
+    truncated: bool
+
+    def data(self) -> dict[str, Any]:
+        """What SCRIPT draws: plain values."""
+        query, key = np.tril_indices(len(self.tokens))
+        whole = (255 * self.patterns.float().clamp(0, 1).sqrt()).round().to(torch.uint8).numpy()
+        return {
+            "tokens": [one_line(token) or "·" for token in self.tokens],
+            "heads": self.heads,
+            "patterns": [base64.b64encode(pattern[query, key].tobytes()).decode() for pattern in whole],
+            "head": self.head,
+            "other": self.other,
+            "colours": list(PALETTE[:2]),
+        }
+
+    def _repr_html_(self) -> str:
+        # Scripts of a cell's own HTML do not run everywhere; those of a frame do.
+        document = (
+            f'<!DOCTYPE html><meta charset="utf-8"><style>:root{{color-scheme:light dark}}{CSS}</style>{ROOT}'
+            f"<script>{SCRIPT}\ndrawAttention(document.querySelector('.att'), "
+            f"{json.dumps(self.data()).replace('<', chr(92) + 'u003c')}, () => {{}})</script>"
+        )
+        return f'<iframe srcdoc="{escape(document)}" style="width:100%;height:760px;border:0"></iframe>'
+
+
+@torch.no_grad()
+def attention_view(
+    model: LoadedModel, text: str, head: str = "a0.h0", other: str | None = None, *, most: int = MOST_TOKENS
+) -> AttentionView:
+    """The attention of every head on a text, BOS first.
+
+    Args:
+        head: the one that is large at first.
+        other: one to compare with.
+        most: tokens shown; models with many heads show fewer.
+
+    Raises:
+        InputError: an empty text or no such head.
+    """
+    ids = model.encode(text)
+    if not ids:
+        raise InputError("the text holds no token: type something")
+    graph = graph_of(model.bridge)
+    for name in (head, other):
+        if name is not None:
+            graph.head(name)
+    names = head_names(model.info.n_layers, model.info.n_heads)
+    limit = min(most, model.info.n_ctx, int((2 * MOST_BYTES / len(names)) ** 0.5)) - 1
+    row = [model.bos_id, *ids[:limit]]
+    hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.info.n_layers)]
+    found = activations(model.bridge, torch.tensor([row], device=model.device), hooks)
+    patterns = torch.cat([found[hook][0].float().cpu() for hook in hooks])
+    tokens = ["BOS", *(model.token_texts[token] for token in row[1:])]
+    return AttentionView(tokens, names, patterns, head, other, len(ids) > limit)
+
+
+ROOT = '<div class="att"><div class="grid"></div><div class="large"></div></div>'
+CSS = """
+.att { font: 13px/1.4 system-ui, sans-serif; color: var(--st-text-color, currentColor) }
+.att .grid { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 10px }
+.att button { border: 1px solid #8884; border-radius: 4px; background: none; padding: 3px; cursor: pointer;
+  color: inherit; font: 11px ui-monospace, monospace }
+.att button.left { outline: 2px solid var(--left) } .att button.right { outline: 2px solid var(--right) }
+.att button canvas { display: block; width: 60px; height: 60px; image-rendering: pixelated }
+.att .large { display: flex; flex-wrap: wrap; gap: 24px }
+.att section { flex: 1 1 520px; min-width: 0; display: flex; flex-wrap: wrap; gap: 6px 16px; align-content: start }
+.att h4 { margin: 2px 0; flex: 1 1 100% } .att section > div { flex: 1 1 220px; min-width: 0 }
+.att section canvas { flex: 1 1 280px; min-width: 0; max-width: 440px; aspect-ratio: 1; image-rendering: pixelated;
+  border: 1px solid #8884; cursor: crosshair }
+.att .text { font: 13px/1.7 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere;
+  margin-bottom: 8px }
+.att .text span { border-radius: 2px; box-shadow: inset 0 0 0 .5px #8883; cursor: default }
+.att .text span.here { outline: 2px solid currentColor }
+.att .said { min-height: 3.6em; opacity: .85 }
+"""
+SCRIPT = """
+function drawAttention(root, data, pick) {
+  const n = data.tokens.length, [blue, red] = data.colours;
+  const bytes = data.patterns.map((text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
+  const at = (head, q, k) => k > q ? 0 : bytes[head][q * (q + 1) / 2 + k] / 255;
+  const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  const tint = (hex, share) => `rgba(${rgb(hex)}, ${share.toFixed(3)})`;
+  // Drawn again by its page, the view keeps the head that was chosen to compare with.
+  const chosen = { left: data.heads.indexOf(data.head), right: root.compared ?? data.heads.indexOf(data.other) };
+  root.style.setProperty("--left", blue); root.style.setProperty("--right", red);
+
+  function paint(canvas, head) {
+    canvas.width = canvas.height = n;
+    const context = canvas.getContext("2d"), image = context.createImageData(n, n), [r, g, b] = rgb(blue);
+    for (let q = 0; q < n; q++) for (let k = 0; k < n; k++)
+      image.data.set([r, g, b, 255 * at(head, q, k)], 4 * (q * n + k));
+    context.putImageData(image, 0, 0);
+  }
+
+  const named = (i, share) => `${JSON.stringify(data.tokens[i])} ${(share * share).toFixed(2)}`;
+  const strongest = (pairs) => pairs.sort((a, b) => b[1] - a[1]).slice(0, 5).map(([i, s]) => named(i, s)).join(", ");
+
+  function large(head) {
+    const section = document.createElement("section"), title = document.createElement("h4");
+    const canvas = document.createElement("canvas"), text = document.createElement("div");
+    const said = document.createElement("div");
+    title.textContent = data.heads[head]; text.className = "text"; said.className = "said";
+    paint(canvas, head);
+    const spans = data.tokens.map((token, i) => {
+      const span = document.createElement("span");
+      span.textContent = token.replace("\\u23ce", "\\u23ce\\n"); span.tabIndex = 0; span.dataset.at = i;
+      span.onmouseenter = span.onfocus = () => look(i);
+      return span;
+    });
+    function look(i) {
+      spans.forEach((span, j) => {
+        span.className = i === j ? "here" : "";
+        span.style.background = j <= i ? tint(blue, at(head, i, j)) : tint(red, at(head, j, i));
+      });
+      const keys = [], queries = [];
+      for (let j = 0; j <= i; j++) keys.push([j, at(head, i, j)]);
+      for (let j = i + 1; j < n; j++) queries.push([j, at(head, j, i)]);
+      said.textContent = `${JSON.stringify(data.tokens[i])} (${i}) looks at ${strongest(keys)}` +
+        (queries.length ? `; is looked at by ${strongest(queries)}` : "");
+    }
+    canvas.onmousemove = (event) => {
+      const box = canvas.getBoundingClientRect();
+      const k = Math.min(n - 1, Math.floor((event.clientX - box.left) / box.width * n));
+      const q = Math.min(n - 1, Math.floor((event.clientY - box.top) / box.height * n));
+      if (k < 0 || q < 0 || k > q) return;
+      look(q);
+      spans[k].className = "here";
+      said.textContent = `from ${JSON.stringify(data.tokens[q])} (${q}) to ${named(k, at(head, q, k))} (${k})`;
+    };
+    said.textContent = "Hover a token: before it what it looks at, after it who looks at it.";
+    const beside = document.createElement("div");
+    text.append(...spans); beside.append(text, said); section.append(title, canvas, beside);
+    return section;
+  }
+
+  function show() {
+    root.querySelectorAll("button").forEach((button, head) => {
+      button.className = head === chosen.left ? "left" : head === chosen.right ? "right" : "";
+    });
+    const heads = [chosen.left, chosen.right].filter((head) => head >= 0);
+    root.querySelector(".large").replaceChildren(...heads.map(large));
+  }
+
+  root.querySelector(".grid").replaceChildren(...data.heads.map((name, head) => {
+    const button = document.createElement("button"), canvas = document.createElement("canvas");
+    paint(canvas, head);
+    button.append(canvas, name); button.title = `${name}: click to see it large, with Shift to compare`;
+    button.onclick = (event) => {
+      if (event.shiftKey) root.compared = chosen.right = chosen.right === head ? -1 : head;
+      else { chosen.left = head; pick(name); }
+      show();
+    };
+    return button;
+  }));
+  show();
+}
+"""
