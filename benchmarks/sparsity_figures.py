@@ -14,13 +14,14 @@ import plotly.graph_objects as go
 
 from workbench.sparsity import figures
 from workbench.sparsity.compare import report_parts
-from workbench.sparsity.report import ATTENTION, CURVES, MLP
+from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP
 from workbench.workspace import Workspace
 
 DRAWN = {
     "layers": (MLP, "layers", figures.layer_grid),
     "cost": (CURVES, "points", figures.cost_panel),
     "attention": (ATTENTION, "curves", figures.attention_curves),
+    "whole": (HEADS, "curve", figures.heads_left_whole),
     "sinks": (ATTENTION, "heads", figures.sinks),
 }
 WIDTH = 1000

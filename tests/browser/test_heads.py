@@ -49,13 +49,13 @@ def test_hovering_a_token_says_what_it_looks_at_and_a_click_on_a_small_head_open
     said = page.locator(".att section .said").first
     said.get_by_text("(20) looks at").wait_for(timeout=SLOW)
     page.locator(".att .grid button").nth(29).click(modifiers=["Shift"])
-    assert page.locator(".att section h4").all_inner_texts() == ["a3.h5", "a3.h5"]
+    assert page.locator(".att section .title").all_inner_texts() == ["a3.h5", "a3.h5"]
     page.locator(".att .grid button").nth(13).click()
-    page.get_by_role("heading", name="a1.h5", exact=True).first.wait_for(timeout=SLOW)
+    page.get_by_role("heading", name="a1.h5", exact=True).wait_for(timeout=SLOW)
     page.wait_for_function("location.href.includes('head=a1.h5')", timeout=SLOW)
     # The head that was chosen to compare with stays.
     page.wait_for_function(
-        "[...document.querySelectorAll('.att section h4')].map(e => e.innerText).join() === 'a1.h5,a3.h5'",
+        "[...document.querySelectorAll('.att section .title')].map(e => e.innerText).join() === 'a1.h5,a3.h5'",
         timeout=SLOW,
     )
     assert not page.locator("[data-testid=stException]").count()

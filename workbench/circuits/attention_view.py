@@ -108,7 +108,7 @@ CSS = """
 .att button canvas { display: block; width: 60px; height: 60px; image-rendering: pixelated }
 .att .large { display: flex; flex-wrap: wrap; gap: 24px }
 .att section { flex: 1 1 520px; min-width: 0; display: flex; flex-wrap: wrap; gap: 6px 16px; align-content: start }
-.att h4 { margin: 2px 0; flex: 1 1 100% } .att section > div { flex: 1 1 220px; min-width: 0 }
+.att section .title { font-weight: 600; flex: 1 1 100% } .att section .beside { flex: 1 1 220px; min-width: 0 }
 .att section canvas { flex: 1 1 280px; min-width: 0; max-width: 440px; aspect-ratio: 1; image-rendering: pixelated;
   border: 1px solid #8884; cursor: crosshair }
 .att .text { font: 13px/1.7 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere;
@@ -140,10 +140,10 @@ function drawAttention(root, data, pick) {
   const strongest = (pairs) => pairs.sort((a, b) => b[1] - a[1]).slice(0, 5).map(([i, s]) => named(i, s)).join(", ");
 
   function large(head) {
-    const section = document.createElement("section"), title = document.createElement("h4");
+    const section = document.createElement("section"), title = document.createElement("div");
     const canvas = document.createElement("canvas"), text = document.createElement("div");
     const said = document.createElement("div");
-    title.textContent = data.heads[head]; text.className = "text"; said.className = "said";
+    title.textContent = data.heads[head]; title.className = "title"; text.className = "text"; said.className = "said";
     paint(canvas, head);
     const spans = data.tokens.map((token, i) => {
       const span = document.createElement("span");
@@ -173,6 +173,7 @@ function drawAttention(root, data, pick) {
     };
     said.textContent = "Hover a token: before it what it looks at, after it who looks at it.";
     const beside = document.createElement("div");
+    beside.className = "beside";
     text.append(...spans); beside.append(text, said); section.append(title, canvas, beside);
     return section;
   }
