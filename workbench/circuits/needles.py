@@ -63,57 +63,62 @@ def report_retrieval(
     parameters = {"needles": needles, "draws": draws, "seed": seed}
 
     def make() -> Made:
-        vocabulary = usable_tokens(model)
-        scored, judged = (needle_rows(model, vocabulary, needles, seed + place) for place in (0, 1))
-        found = retrieval_scores(model.bridge, scored)
-        if not found.successful:
-            raise InputError(
-                f"{model.info.name} repeats none of {needles} needles of random tokens: it has no retrieval to mask"
-            )
-        evidence = evidence_scores(model.bridge, scored)
-        means = needle_means(model.bridge, judged)
-        n_layers, n_heads = model.info.n_layers, model.info.n_heads
-        places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-        plan = _plan(found.values.flatten(), evidence.flatten(), draws, seed)
-        total = 1 + len(places) + len(plan)
-        done = 0
-
-        def recall(heads: list[int]) -> float:
-            nonlocal done
-            hooks = masking(means, [places[head] for head in heads])
-            value = needle_recall(model.bridge, judged, hooks)
-            done += 1
-            if on_progress is not None:
-                on_progress(done, total)
-            return value
-
-        clean = recall([])
-        heads = pd.DataFrame(
-            {"node": head_names(n_layers, n_heads), "layer": [layer for layer, _ in places],
-             "head": [head for _, head in places], "retrieval": found.values.flatten().tolist(),
-             "active": found.active.flatten().tolist(), "evidence": evidence.flatten().tolist(),
-             "masked_recall": [recall([place]) for place in range(len(places))]}
-        )  # fmt: skip
-        masks = pd.DataFrame(
-            [
-                {"order": order, "masked": len(chosen), "draw": draw, "recall": recall(chosen)}
-                for order, draw, chosen in plan
-            ]
-        )
-        summary = pd.DataFrame(
-            [{"recall": clean, "tests": needles, "successful": found.successful,
-              "above_threshold": int((found.values > THRESHOLD).sum()),
-              "half_of_evidence": heads_of_half(evidence), "heads": len(places)}]
-        )  # fmt: skip
-        lost = clean - torch.tensor(heads["masked_recall"].to_numpy()).view(n_layers, n_heads)
-        return {"heads": heads, "masks": masks, "summary": summary}, {
-            "evidence": figures.head_heatmap(evidence, "attention from the question to the needle, less uniform"),
-            "masked": figures.head_heatmap(lost, f"recall lost of {clean:.2f} with one head masked"),
-        }
+        return _scored_and_masked(model, needles, draws, seed, on_progress)
 
     return catalog.results.get_or_make(
         RETRIEVAL, name, parameters=parameters, origin=Origin.of_measurement(model), make=make
     )
+
+
+def _scored_and_masked(model: LoadedModel, needles: int, draws: int, seed: int, on_progress: OnProgress | None) -> Made:
+    """Tables and figures of the module's description."""
+    vocabulary = usable_tokens(model)
+    scored, judged = (needle_rows(model, vocabulary, needles, seed + place) for place in (0, 1))
+    found = retrieval_scores(model.bridge, scored)
+    if not found.successful:
+        raise InputError(
+            f"{model.info.name} repeats none of {needles} needles of random tokens: it has no retrieval to mask"
+        )
+    evidence = evidence_scores(model.bridge, scored)
+    means = needle_means(model.bridge, judged)
+    n_layers, n_heads = model.info.n_layers, model.info.n_heads
+    places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    plan = _plan(found.values.flatten(), evidence.flatten(), draws, seed)
+    total = 1 + len(places) + len(plan)
+    done = 0
+
+    def recall(heads: list[int]) -> float:
+        nonlocal done
+        hooks = masking(means, [places[head] for head in heads])
+        value = needle_recall(model.bridge, judged, hooks)
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+        return value
+
+    clean = recall([])
+    heads = pd.DataFrame(
+        {"node": head_names(n_layers, n_heads), "layer": [layer for layer, _ in places],
+         "head": [head for _, head in places], "retrieval": found.values.flatten().tolist(),
+         "active": found.active.flatten().tolist(), "evidence": evidence.flatten().tolist(),
+         "masked_recall": [recall([place]) for place in range(len(places))]}
+    )  # fmt: skip
+    masks = pd.DataFrame(
+        [
+            {"order": order, "masked": len(chosen), "draw": draw, "recall": recall(chosen)}
+            for order, draw, chosen in plan
+        ]
+    )
+    summary = pd.DataFrame(
+        [{"recall": clean, "tests": needles, "successful": found.successful,
+          "above_threshold": int((found.values > THRESHOLD).sum()),
+          "half_of_evidence": heads_of_half(evidence), "heads": len(places)}]
+    )  # fmt: skip
+    lost = clean - torch.tensor(heads["masked_recall"].to_numpy()).view(n_layers, n_heads)
+    return {"heads": heads, "masks": masks, "summary": summary}, {
+        "evidence": figures.head_heatmap(evidence, "attention from the question to the needle, less uniform"),
+        "masked": figures.head_heatmap(lost, f"recall lost of {clean:.2f} with one head masked"),
+    }
 
 
 def _plan(copying: torch.Tensor, evidence: torch.Tensor, draws: int, seed: int) -> list[tuple[str, int, list[int]]]:
