@@ -153,7 +153,7 @@ _patterns = st.components.v2.component(
     js=attention.SCRIPT
     + """
 export default function ({ data, parentElement, setTriggerValue }) {
-  drawAttention(parentElement.querySelector(".att"), data, (head) => setTriggerValue("clicked", head));
+  drawAttention(parentElement.querySelector(".att"), data, (...heads) => setTriggerValue("clicked", heads));
 }
 """,
 )
@@ -168,9 +168,11 @@ def all_heads(view: AttentionView, head: str) -> None:
     def clicked() -> None:
         asked = st.session_state["attention"]["clicked"]
         if asked is not None:
-            st.query_params["head"] = asked
+            # The view is drawn anew for the next head: the one to compare with stays.
+            st.query_params["head"], st.session_state["compared"] = asked
 
-    _patterns(data=view.data() | {"head": head}, key="attention", on_clicked_change=clicked)
+    shown = {"head": head, "other": st.session_state.get("compared")}
+    _patterns(data=view.data() | shown, key="attention", on_clicked_change=clicked)
 
 
 @st.cache_data(max_entries=16, show_spinner="Running the model ...")

@@ -54,9 +54,7 @@ def test_hovering_a_token_says_what_it_looks_at_and_a_click_on_a_small_head_open
     page.get_by_role("heading", name="a1.h5", exact=True).wait_for(timeout=SLOW)
     page.wait_for_function("location.href.includes('head=a1.h5')", timeout=SLOW)
     # The head that was chosen to compare with stays.
-    page.wait_for_function(
-        "[...document.querySelectorAll('.att section .title')].map(e => e.innerText).join() === 'a1.h5,a3.h5'",
-        timeout=SLOW,
-    )
+    page.locator(".att section .title").first.get_by_text("a1.h5").wait_for(timeout=SLOW)
+    assert page.locator(".att section .title").all_inner_texts() == ["a1.h5", "a3.h5"]
     assert not page.locator("[data-testid=stException]").count()
     page.close()

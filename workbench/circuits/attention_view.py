@@ -124,8 +124,7 @@ function drawAttention(root, data, pick) {
   const at = (head, q, k) => k > q ? 0 : bytes[head][q * (q + 1) / 2 + k] / 255;
   const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
   const tint = (hex, share) => `rgba(${rgb(hex)}, ${share.toFixed(3)})`;
-  // Drawn again by its page, the view keeps the head that was chosen to compare with.
-  const chosen = { left: data.heads.indexOf(data.head), right: root.compared ?? data.heads.indexOf(data.other) };
+  const chosen = { left: data.heads.indexOf(data.head), right: data.heads.indexOf(data.other) };
   root.style.setProperty("--left", blue); root.style.setProperty("--right", red);
 
   function paint(canvas, head) {
@@ -191,8 +190,8 @@ function drawAttention(root, data, pick) {
     paint(canvas, head);
     button.append(canvas, name); button.title = `${name}: click to see it large, with Shift to compare`;
     button.onclick = (event) => {
-      if (event.shiftKey) root.compared = chosen.right = chosen.right === head ? -1 : head;
-      else { chosen.left = head; pick(name); }
+      if (event.shiftKey) chosen.right = chosen.right === head ? -1 : head;
+      else { chosen.left = head; pick(name, data.heads[chosen.right] ?? null); }
       show();
     };
     return button;
