@@ -348,6 +348,15 @@ def test_the_page_of_families_names_every_one() -> None:
     assert "FAULT" not in page
 
 
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "MambaForCausalLM", "GPT2LMHeadModel"])
+def test_rounding_of_half_precision_is_no_disagreement(architecture: str, tmp_path: Path) -> None:
+    folder = str(save_tiny(architecture, tmp_path))
+    wide, half = (load_model(folder, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert half.checks.hooks.keys() == wide.checks.hooks.keys()
+    assert (half.checks.wrong_bridge, half.checks.unread) == (None, None)
+    assert half.hf.config._attn_implementation == wide.hf.config._attn_implementation
+
+
 def test_delegated_attention_changes_nothing_where_the_bridge_was_right(tiny_llama: Path) -> None:
     model = load_model(str(tiny_llama), device="cpu")
     tokens = torch.arange(20)[None]
