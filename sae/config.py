@@ -46,7 +46,8 @@ class TrainConfig:
     """The auxiliary loss: none, aux_k or aux_zipf; the rule's default when None."""
     aux_coefficient: float = 1 / 32
     dead_after_tokens: int | None = None
-    """A feature is dead when it has not fired for this long; min(10M, a tenth of the budget) when None."""
+    """A feature is dead when it has not fired for this long; when None min(10M, a tenth of the budget), and for
+    BatchTopK also at most 500 d_sae / k (`Rule.dead_after_mean_gaps`)."""
     b_dec_init: BDecInit = "geometric_median"
     normalize_input: bool = True
     frozen_decoder: bool = False
@@ -102,6 +103,14 @@ class TrainConfig:
     @property
     def dead_after(self) -> int:
         """Tokens without firing after which a feature counts as dead."""
+        gaps = self.rule.dead_after_mean_gaps
+        if self.dead_after_tokens is not None or gaps is None or not isinstance(self.rule, CodeRule):
+            return self._memory
+        return max(1, min(self._memory, gaps * self.d_sae // self.rule.k))
+
+    @property
+    def _memory(self) -> int:
+        """Tokens over which running densities forget: as many as make a feature dead where the rule says nothing."""
         if self.dead_after_tokens is not None:
             return self.dead_after_tokens
         return max(1, min(MAX_DEAD_AFTER, self.total_tokens // 10))
@@ -113,9 +122,9 @@ class TrainConfig:
     def density_rate(self, step: int) -> float:
         """Weight of a step's batch in the running densities.
 
-        A plain mean over the first steps, then one that forgets over as many tokens as make a feature dead.
+        A plain mean over the first steps, then one that forgets over `dead_after_tokens`, or a tenth of the budget.
         """
-        return min(1.0, max(self.batch_size / self.dead_after, 1 / (step + 1)))
+        return min(1.0, max(self.batch_size / self._memory, 1 / (step + 1)))
 
     def check(self) -> None:
         """Raises InputError for settings that cannot be trained with."""

@@ -97,6 +97,9 @@ class Rule(ABC):
     needs_calibration: ClassVar[bool] = False
     """Whether its state is measured on activations when training has finished."""
     default_aux: ClassVar[AuxKind] = "aux_k"
+    dead_after_mean_gaps: ClassVar[int | None] = None
+    """A feature counts as dead when it has been silent for so many times d_sae / k tokens, the mean gap between two
+    firings; None for the trainer's own measure, a share of the run."""
     saelens: ClassVar[str | None] = None
     """SAELens' architecture of the same inference, one of `SAELENS_ARCHITECTURES`; None where it has none."""
 

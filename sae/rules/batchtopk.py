@@ -2,6 +2,10 @@
 
 Mutual choice (Ayonrinde 2024, arXiv 2411.02124) is the same rule under another name.
 
+A token no longer has to find k features, so those that are small for all tokens fall silent, and the fewer are left the
+worse the dictionary: they are to be revived soon. Hence `dead_after_mean_gaps`; docs/methods/rules.md has what it
+is worth. (Not so for signed activations and aux-zipf, where it has not been found to help.)
+
 Inference compares with one threshold, so that a token's code does not depend on its batch. The paper averages the
 smallest selected activation over batches, E[min]. That is a mean of minima and its L0 need not be k; here the
 threshold is the (k N)-th largest of N held-out tokens, which gives L0 = k on them by construction ("reconstructed").
@@ -26,6 +30,7 @@ class BatchTopK(CodeRule):
 
     name: ClassVar[str] = "batchtopk"
     needs_calibration: ClassVar[bool] = True
+    dead_after_mean_gaps: ClassVar[int | None] = 500
     saelens: ClassVar[str | None] = "jumprelu"
 
     def select(self, batch: Batch) -> SparseCode:
@@ -71,6 +76,7 @@ class MutualChoice(BatchTopK):
     """BatchTopK under Ayonrinde's name, with the auxiliary loss of that paper."""
 
     name: ClassVar[str] = "mutual_choice"
+    dead_after_mean_gaps: ClassVar[int | None] = None
     default_aux: ClassVar[AuxKind] = "aux_zipf"
 
 
@@ -82,5 +88,6 @@ class BatchAbsTopK(BatchTopK):
     """
 
     name: ClassVar[str] = "batch_abstopk"
+    dead_after_mean_gaps: ClassVar[int | None] = None
     signed: ClassVar[bool] = True
     saelens: ClassVar[str | None] = None

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae import SAE, InputError, TopK
+from sae import SAE, BatchTopK, InputError, TopK
 from sae.config import TrainConfig
 from sae.plain_step import PlainStep
 from sae.state import TrainingState
@@ -128,6 +128,11 @@ def test_defaults_scale_with_the_run() -> None:
     assert TrainConfig(name="a", total_tokens=2_000_000).dead_after == 200_000
     assert TrainConfig(name="a", total_tokens=10**9).dead_after == 10_000_000
     assert TrainConfig(name="a", total_tokens=1, dead_after_tokens=5).dead_after == 5
+    over_batches = TrainConfig(name="a", total_tokens=10**9, rule=BatchTopK(32))
+    assert over_batches.dead_after == 500 * 4096 // 32
+    assert over_batches.density_rate(10**6) == TrainConfig(name="a", total_tokens=10**9).density_rate(10**6)
+    assert replace(over_batches, dead_after_tokens=7).dead_after == 7
+    assert replace(over_batches, total_tokens=1000).dead_after == 100
     assert TrainConfig(name="a", total_tokens=10**6, batch_size=1000).n_steps == 1000
 
 
