@@ -100,7 +100,7 @@ def checked(
     asked = known.options(options or {})
     if known.needs_saes != bool(saes):
         needing = ", ".join(other.name for other in METHODS if other.needs_saes)
-        raise InputError(f"the methods {needing} and SAEs (--sae) go together: name SAEs for these and no others")
+        raise InputError(f"the methods {needing} and SAEs (--sae) go together: name one SAE or more for these alone")
     if known.metric not in (None, task.metric or known.metric):
         raise InputError(f"{known.title} splits the {known.metric}: leave the metric out")
     return known, asked
