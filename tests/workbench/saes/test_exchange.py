@@ -85,7 +85,7 @@ MISTAKES = {
     "bad name": (["import", "{folder}", "--name", "../a", "--model", "m"], "file name"),
     "unknown release": (["import", "--name", "a", "--release", "gpt2-small-rez", "--id", "i"], "the nearest are gpt2-"),
     "no such SAE": (["export", "none", "{tmp}/out"], "no SAE 'none'"),
-    "no such format": (["export", "taken", "{tmp}/out", "--format", "onnx"], "unknown format 'onnx': choose one of"),
+    "no such format": (["export", "taken", "{tmp}/out", "--format", "onnx"], "'onnx' is not one of 'saelens'"),
     "inexpressible": (["export", "signed", "{tmp}/out", "--format", "sparsify"], "sparsify cannot express the rule"),
     "folder in use": (["export", "taken", "{folder}"], "name a new or an empty folder"),
     "nothing to compare": (["compare", "none"], "no SAE 'none' in"),

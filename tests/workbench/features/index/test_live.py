@@ -60,9 +60,10 @@ def test_the_commands_print_what_the_workspace_says(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["prompt", "s", ""], "type some text"), (["prompt", "gone", "x"], "no SAE 'gone'"),
-     (["prompt", "s", "x", "--by", "best"], "choose max"), (["prompt", "s", "x", "--target", "x"], "needs --token"),
+     (["prompt", "s", "x", "--by", "best"], "not one of 'max'"),
+     (["prompt", "s", "x", "--target", "x"], "needs --token"),
      (["steer", "s", "99", "--prompt", "x"], "features 0 to 39"),
-     (["steer", "s", "1", "--prompt", "x", "--kind", "turn"], "choose add")],
+     (["steer", "s", "1", "--prompt", "x", "--kind", "turn"], "not one of 'add'")],
 )  # fmt: skip
 def test_mistakes_give_one_line(
     arguments: list[str], message: str, space: Workspace, capsys: pytest.CaptureFixture[str]
