@@ -55,17 +55,22 @@ def looking_ranks(model: LoadedModel, batches: Sequence[ContextBatch]) -> pd.Dat
 def _looked(model: LoadedModel, layer: int, batch: ContextBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys [batch, pos, heads, d_head] after rotation, and the attention of one layer."""
     place = f"blocks.{layer}.attn.hook_"
-    parts = ("q", "k", "rot_q", "rot_k", "cos", "sin", "pattern")
-    there = [f"{place}{part}" for part in parts if f"{place}{part}" in model.bridge.hook_dict]
-    found = activations(model.bridge, batch.tokens, there)
-    if f"{place}rot_q" in found:
-        q, k = found[f"{place}rot_q"], found[f"{place}rot_k"]
-    elif f"{place}cos" in found:
-        # Not every architecture has a hook point behind its rotation.
-        q, k = (_rotated(found[f"{place}{part}"], found[f"{place}cos"], found[f"{place}sin"]) for part in ("q", "k"))
-    else:
-        q, k = found[f"{place}q"], found[f"{place}k"]
-    return q, k, found[f"{place}pattern"]
+    # Not every architecture has hook points behind its rotation, and one that is listed may not be passed.
+    for parts in (("rot_q", "rot_k"), ("q", "k", "cos", "sin"), ("q", "k")):
+        names = [f"{place}{part}" for part in (*parts, "pattern")]
+        if not all(name in model.bridge.hook_dict for name in names):
+            continue
+        try:
+            taken = activations(model.bridge, batch.tokens, names)
+        except InputError:
+            if parts == ("q", "k"):
+                raise
+            continue
+        break
+    q, k, *rotation, pattern = (taken[name] for name in names)
+    if rotation:
+        q, k = (_rotated(value, *rotation) for value in (q, k))
+    return q, k, pattern
 
 
 def _rotated(

@@ -32,7 +32,7 @@ from workbench.sparsity.at_cost import COSTS, at_costs
 from workbench.sparsity.attention import BUDGETS, Rest, measure_attention
 from workbench.sparsity.attention_heads import DRAWS, measure_heads
 from workbench.sparsity.attention_patterns import pattern_named
-from workbench.sparsity.attention_rank import looking_ranks
+from workbench.sparsity.attention_rank import KEYS, looking_ranks
 from workbench.sparsity.attention_tasks import task_costs
 from workbench.sparsity.calibration import calibrate
 from workbench.sparsity.enforce import enforce
@@ -212,7 +212,12 @@ def report_heads(
         found = measure_heads(
             model, held, keep, budget, rest=rest, draws=draws, seed=seed, on_progress=on_progress
         )  # fmt: skip
-        heads = found.heads.merge(looking_ranks(model, held), on=["layer", "head"])
+        if context_len > KEYS:
+            heads = found.heads.merge(looking_ranks(model, held), on=["layer", "head"])
+        else:
+            # No query of so short a context has the keys that ranks are told from.
+            unknown = pd.array([pd.NA] * len(found.heads), dtype="Int64")
+            heads = found.heads.assign(d_head=model.info.d_head, dims_95=unknown)
         return {"heads": heads, "layers": found.layers, "curve": found.curve}, {
             "heads": figures.head_costs(heads),
             "whole": figures.heads_left_whole(found.curve),

@@ -34,8 +34,8 @@ def test_evaluation_and_sparsity_see_the_same_tokens_and_the_same_clean_loss(
     found = evaluate_sae(tiny_model, [sae], corpus, **options)[0]
     assert found.tokens == sum(int(batch.ordinary.sum()) for batch in held)
     assert curves.tokens == sum(int(batch.counted.sum()) for batch in held)
-    # One runs the bare module, the other the bridge.
-    assert found.ce_clean == pytest.approx(curves.clean_loss, rel=1e-6)
+    # One runs the bare module, the other the bridge: fast and explicit attention round differently in float32.
+    assert found.ce_clean == pytest.approx(curves.clean_loss, rel=1e-5)
 
 
 def test_losses_are_those_of_a_naive_loop(tiny_model: LoadedModel, corpus: Corpus) -> None:
