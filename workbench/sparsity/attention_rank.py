@@ -40,9 +40,10 @@ def looking_ranks(model: LoadedModel, batches: Sequence[ContextBatch]) -> pd.Dat
     """
     if batches[0].tokens.shape[1] <= KEYS:
         raise InputError(f"ranks are told from queries with more than {KEYS} keys: give longer contexts")
+    parts = _passed(model, batches[0])
     rows = []
     for layer in range(model.info.n_layers):
-        seen = [_looked(model, layer, batch) for batch in batches]
+        seen = [_looked(model, layer, batch, parts) for batch in batches]
         q, k, attention = (torch.cat(parts) for parts in zip(*seen, strict=True))
         ordinary = torch.cat([batch.ordinary for batch in batches])
         for head in range(model.info.n_heads):
@@ -52,21 +53,28 @@ def looking_ranks(model: LoadedModel, batches: Sequence[ContextBatch]) -> pd.Dat
     return pd.DataFrame(rows).astype({"dims_95": "Int64"})
 
 
-def _looked(model: LoadedModel, layer: int, batch: ContextBatch) -> tuple[Tensor, Tensor, Tensor]:
+def _passed(model: LoadedModel, batch: ContextBatch) -> tuple[str, ...]:
+    """The hook points that hold a layer's rotated queries and keys, or what makes them; told once, on one context.
+
+    Not every architecture has hook points behind its rotation, and one that is listed may not be passed.
+    """
+    for parts in (("rot_q", "rot_k"), ("q", "k", "cos", "sin")):
+        names = [f"blocks.0.attn.hook_{part}" for part in parts]
+        if all(name in model.bridge.hook_dict for name in names):
+            try:
+                activations(model.bridge, batch.tokens[:1], names)
+            except InputError:
+                continue
+            return parts
+    return "q", "k"
+
+
+def _looked(
+    model: LoadedModel, layer: int, batch: ContextBatch, parts: tuple[str, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys [batch, pos, heads, d_head] after rotation, and the attention of one layer."""
-    place = f"blocks.{layer}.attn.hook_"
-    # Not every architecture has hook points behind its rotation, and one that is listed may not be passed.
-    for parts in (("rot_q", "rot_k"), ("q", "k", "cos", "sin"), ("q", "k")):
-        names = [f"{place}{part}" for part in (*parts, "pattern")]
-        if not all(name in model.bridge.hook_dict for name in names):
-            continue
-        try:
-            taken = activations(model.bridge, batch.tokens, names)
-        except InputError:
-            if parts == ("q", "k"):
-                raise
-            continue
-        break
+    names = [f"blocks.{layer}.attn.hook_{part}" for part in (*parts, "pattern")]
+    taken = activations(model.bridge, batch.tokens, names)
     q, k, *rotation, pattern = (taken[name] for name in names)
     if rotation:
         q, k = (_rotated(value, *rotation) for value in (q, k))
