@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     )
     from sae.source import BatchSource, GradientSource
     from sae.training import StepMetrics, TrainedSAE, train
+    from sae.transcoder import Transcoder
+    from sae.transcoder_set import TranscoderSet, load_transcoders
 
 __all__ = [
     "RULES",
@@ -57,6 +59,9 @@ __all__ = [
     "TopK",
     "TrainConfig",
     "TrainedSAE",
+    "Transcoder",
+    "TranscoderSet",
+    "load_transcoders",
     "register_rule",
     "train",
 ]
@@ -68,6 +73,9 @@ _ELSEWHERE = {
     "StepMetrics": "sae.training",
     "TrainConfig": "sae.config",
     "TrainedSAE": "sae.training",
+    "Transcoder": "sae.transcoder",
+    "TranscoderSet": "sae.transcoder_set",
+    "load_transcoders": "sae.transcoder_set",
     "train": "sae.training",
 }
 

@@ -10,7 +10,7 @@ Decoder rows have unit norm, so an activation is the length of the feature's con
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -68,6 +68,11 @@ class SAE(nn.Module):
     @property
     def d_in(self) -> int:
         """Width of the activations it reads."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes: of the same activations, but for a transcoder."""
         return self.W_dec.shape[1]
 
     @property
@@ -82,12 +87,12 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, x: Float[Tensor, "*batch d_in"], gradients: Float[Tensor, "*batch d_in"] | None = None
+        self, x: Float[Tensor, "*batch d_in"], gradients: Float[Tensor, "*batch d_out"] | None = None
     ) -> SparseCode:
         """Active features of every token; leading dimensions are flattened.
 
         Args:
-            gradients: of the model's loss at x, for a gradient SAE; without them it encodes as plain TopK.
+            gradients: of the model's loss at what it writes, for a gradient SAE; without them it encodes as plain TopK.
 
         Raises:
             InputError: the last dimension is not d_in, or gradients the rule has no use for.
@@ -97,19 +102,23 @@ class SAE(nn.Module):
                 f"this SAE reads activations of width {self.d_in}, got {x.shape[-1]}: "
                 f"use those of its hook point {self.hook_name!r}"
             )
-        flat = x.reshape(-1, self.d_in).to(self._precision(x)) - self.b_dec
+        flat = self.centred(x.reshape(-1, self.d_in).to(self._precision(x)))
         if gradients is None:
             return self.rule.encode(flat, self.W_enc, self.b_enc, self.state)
         if not isinstance(self.rule, GradientTopK):
             raise InputError(f"the rule {self.rule.name} makes no use of gradients: encode without them")
-        if gradients.shape != x.shape:
+        if gradients.shape != (*x.shape[:-1], self.d_out):
             raise InputError(
                 f"gradients have shape {list(gradients.shape)} and activations {list(x.shape)}: "
                 "give the gradient at every activation"
             )
         return self.rule.encode_with_gradients(
-            flat, self.W_enc, self.b_enc, self.W_dec, gradients.reshape(-1, self.d_in), self.state
+            flat, self.W_enc, self.b_enc, self.W_dec, gradients.reshape(-1, self.d_out), self.state
         )
+
+    def centred(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """What the encoder multiplies: x - b_dec."""
+        return x - self.b_dec
 
     def _precision(self, x: Tensor) -> torch.dtype:
         """Of the pre-activations' factors: the weights', but half precision only where a GPU multiplies in it."""
@@ -117,7 +126,7 @@ class SAE(nn.Module):
         return torch.float32 if half and not (x.is_cuda and x.element_size() == 2) else self.W_enc.dtype
 
     @torch.no_grad()
-    def decode(self, code: SparseCode) -> Float[Tensor, "n d_in"]:
+    def decode(self, code: SparseCode) -> Float[Tensor, "n d_out"]:
         """Reconstructions of the tokens of a code."""
         return kernels.decode(code, self.W_dec, self.b_dec)
 
@@ -131,11 +140,15 @@ class SAE(nn.Module):
         Of each tensor the name, the shape and the values in float32, row by row: the same on every device, for every
         layout in memory and after saving and loading, and for names and metadata that say other things about it.
         """
-        digest = hashlib.sha256(json.dumps(to_dict(self.rule), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self._described(), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(json.dumps([name, list(tensor.shape)]).encode())
             digest.update(tensor.float().cpu().contiguous().numpy().astype("<f4", copy=False).data)
         return digest.hexdigest()
+
+    def _described(self) -> dict[str, Any]:
+        """What its tensors leave open of what it computes."""
+        return to_dict(self.rule)
 
     def save(self, path: Path | str) -> None:
         """Writes a SAELens directory; see `sae.formats.saelens`."""
@@ -144,11 +157,18 @@ class SAE(nn.Module):
         save(self, Path(path))
 
     @classmethod
-    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> "SAE":
-        """Reads a SAELens directory; see `sae.formats.saelens`."""
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> Self:
+        """Reads a SAELens directory, of an SAE or a transcoder; see `sae.formats.saelens`.
+
+        Raises:
+            InputError: nothing that can be read, or an SAE where a transcoder is asked for.
+        """
         from sae.formats.saelens import load
 
-        return load(Path(path), device)
+        loaded = load(Path(path), device)
+        if not isinstance(loaded, cls):
+            raise InputError(f"{path} holds an SAE, which reconstructs what it reads: expected a {cls.__name__}")
+        return loaded
 
     def extra_repr(self) -> str:
         """What `repr` shows of it."""

@@ -12,6 +12,11 @@ ignores: `rule`, its name and settings, and `rule_state`, numbers it encodes by.
 A rule from outside the package is written in the same two ways, by its `saelens`; its state must then be what the
 architecture has (`threshold` for jumprelu). It is read back where its package is installed or has registered it.
 
+Transcoders have W_dec [d_sae, d_out], b_dec [d_out] and, with a skip, W_skip [d_out, d_in]; `d_out` stands in the
+configuration, the hook point they predict in `metadata.hook_name_out`, and `apply_b_dec_to_input` is false. They are
+written as SAELens' transcoder (ReLU) and jumprelu_transcoder, or skip_transcoder and jumprelu_skip_transcoder; other
+rules in the same way under names that SAELens refuses, such as topk_transcoder.
+
 `reshape_activations` is hook_z for attention outputs: SAELens then takes [..., heads, d_head] only, and this project
 the concatenation. `metadata` holds the hook point, the model and whatever the SAE carries. Decoder rows are unit-norm,
 so `rescale_acts_by_decoder_norm` changes nothing and is off.
@@ -31,6 +36,7 @@ from sae.files import write_atomically
 from sae.formats.saelens_old import is_old
 from sae.model import SAE
 from sae.rules import CodeRule
+from sae.transcoder import Transcoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"
@@ -45,19 +51,24 @@ ARCHITECTURES: dict[str, type[rules.Rule]] = {
 """SAELens' architectures and the rules they mean where no other is named."""
 K_ARCHITECTURES = ("topk", "abstopk")
 
+TRANSCODER = "transcoder"
+"""How the architectures of transcoders end; without a word before it the rule is ReLU."""
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def save(sae: SAE, path: Path) -> None:
-    """Writes `sae` to the directory `path`, made if needed."""
+    """Writes an SAE or a transcoder to the directory `path`, made if needed."""
+    transcoder = sae if isinstance(sae, Transcoder) else None
     config = {
-        "architecture": sae.rule.saelens or sae.rule.name,
+        "architecture": _architecture(sae),
         "d_in": sae.d_in,
+        **({"d_out": sae.d_out} if transcoder else {}),
         "d_sae": sae.d_sae,
         **_rule_fields(sae),
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": transcoder is None,
         "normalize_activations": "none",
         "reshape_activations": "hook_z" if sae.hook_name.endswith("attn.hook_z") else "none",
         "rescale_acts_by_decoder_norm": False,
@@ -67,6 +78,7 @@ def save(sae: SAE, path: Path) -> None:
             "sae_lens_training_version": None,
             "model_name": sae.model_name,
             "hook_name": sae.hook_name,
+            **({"hook_name_out": transcoder.target_hook_name} if transcoder else {}),
         },
     }
     path.mkdir(parents=True, exist_ok=True)
@@ -75,6 +87,24 @@ def save(sae: SAE, path: Path) -> None:
     }
     write_atomically(path / WEIGHTS, lambda file: save_file(weights, file))
     write_atomically(path / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+
+
+def _architecture(sae: SAE) -> str:
+    """SAELens' name of it, or the rule's own where SAELens has none."""
+    inference = sae.rule.saelens or sae.rule.name
+    if not isinstance(sae, Transcoder):
+        return inference
+    words = ["" if inference == "standard" else inference, "skip" if sae.W_skip is not None else "", TRANSCODER]
+    return "_".join(word for word in words if word)
+
+
+def _inference(architecture: str) -> tuple[str, bool, bool]:
+    """(how it encodes, as SAELens names it for SAEs; whether it is a transcoder; whether that has a skip)."""
+    if architecture != TRANSCODER and not architecture.endswith("_" + TRANSCODER):
+        return architecture, False, False
+    words = architecture.removesuffix(TRANSCODER).removesuffix("_")
+    skip = words == "skip" or words.endswith("_skip")
+    return (words.removesuffix("skip").removesuffix("_") if skip else words) or "standard", True, skip
 
 
 def _rule_fields(sae: SAE) -> dict[str, Any]:
@@ -88,7 +118,7 @@ def _rule_fields(sae: SAE) -> dict[str, Any]:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> SAE:
-    """Reads an SAE from the directory `path`.
+    """Reads an SAE, or a transcoder, from the directory `path`.
 
     Raises:
         InputError: missing or damaged files, an architecture this project does not have, options it does not
@@ -96,19 +126,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
     """
     config = _read_config(path)
     _refuse_unsupported(path, config)
-    metadata = dict(config.get("metadata") or {})
-    metadata.pop("sae_lens_version", None)
-    metadata.pop("sae_lens_training_version", None)
-    sae = SAE(
-        config["d_in"],
-        config["d_sae"],
-        _rule(path, config),
-        hook_name=metadata.pop("hook_name", None) or "",
-        model_name=metadata.pop("model_name", None) or "",
-        metadata=metadata,
-        device=device,
-        dtype=DTYPES[config["dtype"]],
-    )
+    sae = _empty(path, config, device)
     tensors = sae.state_dict()
     weights = _read_weights(
         path / WEIGHTS, {name: tuple(value.shape) for name, value in tensors.items() if value.dim()}
@@ -119,8 +137,29 @@ def load(path: Path, device: torch.device | str = "cpu") -> SAE:
     return sae
 
 
+def _empty(path: Path, config: dict[str, Any], device: torch.device | str) -> SAE:
+    """The SAE that a configuration describes, its weights still zero."""
+    metadata = dict(config.get("metadata") or {})
+    metadata.pop("sae_lens_version", None)
+    metadata.pop("sae_lens_training_version", None)
+    options: dict[str, Any] = {
+        "hook_name": metadata.pop("hook_name", None) or "",
+        "model_name": metadata.pop("model_name", None) or "",
+        "metadata": metadata,
+        "device": device,
+        "dtype": DTYPES[config["dtype"]],
+    }
+    rule = _rule(path, config)
+    _, is_transcoder, skip = _inference(config["architecture"])
+    if not is_transcoder:
+        return SAE(config["d_in"], config["d_sae"], rule, **options)
+    target = metadata.pop("hook_name_out", None) or ""
+    widths = config["d_in"], config["d_out"], config["d_sae"]
+    return Transcoder(*widths, rule, skip=skip, target_hook_name=target, **options)
+
+
 def _rule(path: Path, config: dict[str, Any]) -> rules.Rule:
-    architecture = config["architecture"]
+    architecture, _, _ = _inference(config["architecture"])
     if "rule" in config:
         rule = rules.from_dict(config["rule"])
         try:
@@ -160,14 +199,17 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG} was written by a SAELens before 6.0: convert it with `workbench import {path}`, or with "
             "sae.formats.foreign.load_foreign"
         )
-    for key in ("d_in", "d_sae", "k"):
+    for key in ("d_in", "d_out", "d_sae", "k"):
         if key in config and not isinstance(config[key], int):
             raise InputError(f"{path / CONFIG} has {key} = {config[key]!r}: expected a whole number")
     return config
 
 
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
-    architecture, rule = config["architecture"], config.get("rule", {})
+    rule = config.get("rule", {})
+    architecture, is_transcoder, _ = _inference(str(config["architecture"]))
+    if is_transcoder and "d_out" not in config:
+        raise InputError(f"{path / CONFIG} lacks d_out, the width of what a transcoder predicts")
     if not isinstance(rule, dict):
         raise InputError(f"{path / CONFIG} has rule = {rule!r}: expected an object with its name and settings")
     if architecture not in ARCHITECTURES and rule.get("name") != architecture:
@@ -178,7 +220,11 @@ def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
         raise InputError(f"{path / CONFIG} lacks k, the number of active features of a {architecture} SAE")
     if config["dtype"] not in DTYPES:
         raise InputError(f"{path / CONFIG} has dtype {config['dtype']!r}: expected one of {', '.join(DTYPES)}")
-    wanted = {"apply_b_dec_to_input": True, "normalize_activations": "none", "rescale_acts_by_decoder_norm": False}
+    wanted = {
+        "apply_b_dec_to_input": not is_transcoder,
+        "normalize_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+    }
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise InputError(f"{path} has {key} = {config[key]!r}, which is not supported: expected {value!r}")
