@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from workbench.harvest.run import HarvestConfig, Plan, run_harvest
+from workbench.harvest.run import HarvestConfig, HarvestPlan, run_harvest
 from workbench.models.bundled import demo_model_dir
 from workbench.models.load import DTYPES, LoadedModel, load_model
 from workbench.text.corpora import open_corpus
@@ -66,7 +66,7 @@ def gpt2_small(folder: Path, dtype: torch.dtype) -> str:
 
 def measure(model: LoadedModel, config: HarvestConfig, folder: Path, rounds: int) -> dict[str, object]:
     """Tokens per second of the bare pass and of the harvest, medians over interleaved rounds."""
-    plan = Plan.of(model, config)
+    plan = HarvestPlan.of(model, config)
     corpus = open_corpus(config.corpus)
     batches = pack(corpus.documents("train"), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts)
     resident: list[torch.Tensor] = []
@@ -93,7 +93,7 @@ def measure(model: LoadedModel, config: HarvestConfig, folder: Path, rounds: int
 
 
 @torch.inference_mode()
-def bare_pass(model: LoadedModel, plan: Plan, batches: list[torch.Tensor]) -> None:
+def bare_pass(model: LoadedModel, plan: HarvestPlan, batches: list[torch.Tensor]) -> None:
     """The Hugging Face forward pass through the blocks up to the hook point's, and nothing else."""
     transformer: Any = model.hf.base_model
     blocks = transformer.h

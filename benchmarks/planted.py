@@ -27,7 +27,7 @@ import torch
 from sae.config import TrainConfig
 from sae.metrics import ReconstructionMetrics
 from sae.model import SAE
-from sae.planted import PlantedSource, Planting, Rows, Truth
+from sae.planted import PlantedDictionary, PlantedSource, Planting, Rows
 from sae.recovery import recovery
 from sae.rules import RULES, AbsTopK, AuxKind, CodeRule, FeatureChoice, GradientTopK, Rule, TopK
 from sae.training import train
@@ -66,7 +66,7 @@ def config(name: str, rule: Rule, d_sae: int, steps: int, seed: int, **changes: 
     return TrainConfig(name=name, rule=rule, seed=seed, **(shared | changes))
 
 
-def measure(sae: SAE, truth: Truth, rows: Rows) -> Row:
+def measure(sae: SAE, truth: PlantedDictionary, rows: Rows) -> Row:
     """Reconstruction and recovery on held-out rows."""
     gradients = rows.gradients if isinstance(sae.rule, GradientTopK) else None
     metrics = ReconstructionMetrics(sae.d_in, sae.d_sae)
@@ -92,7 +92,7 @@ def run(planting: Planting, make: Make, steps: int, seeds: int) -> list[Row]:
     """Trains what `make` says on the planting of every seed; one row of means and deviations for each SAE."""
     measured: dict[str, list[Row]] = {}
     for seed in range(seeds):
-        truth = Truth(replace(planting, seed=seed))
+        truth = PlantedDictionary(replace(planting, seed=seed))
         rows = truth.rows(HELD_OUT_ROWS)
         for result in train(make(planting, steps, seed), PlantedSource(truth, seed)):
             if result.sae is None:

@@ -85,7 +85,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What a step does, as far as its kernels and their memory depend on it."""
 
     rule: CodeRule
@@ -128,7 +128,7 @@ class FusedStep:
         self._batch: Tensor | None = None
         self._gradients: Tensor | None = None
         self._made: tuple[Centred, SparseCode] | None = None
-        self._plan: Plan | None = None
+        self._plan: StepPlan | None = None
         self._encoder: FusedEncoder | None = None
         self._run: Program | None = None
         self._graph: Program | None = None
@@ -159,7 +159,7 @@ class FusedStep:
             self._repeats += 1
             (self._graph or self._run)()
 
-    def plan_of(self, step: int) -> Plan:
+    def plan_of(self, step: int) -> StepPlan:
         """What a step does; asks the device where the number of features to revive is not known."""
         config = self.state.config
         assert isinstance(config.rule, CodeRule)
@@ -167,7 +167,7 @@ class FusedStep:
         n_revivable = self.state.last_revivable() if config.has_aux(step) else 0
         if n_revivable:
             bucket = min(config.d_sae, max(self.min_bucket, 1 << (n_revivable - 1).bit_length()))
-        return Plan(config.rule.stage(step / config.n_steps).at_k(config.k_at(step)), bucket)
+        return StepPlan(config.rule.stage(step / config.n_steps).at_k(config.k_at(step)), bucket)
 
     def _receive(self, batch: Float[Tensor, "n d_in"], gradients: Float[Tensor, "n d_in"] | None) -> None:
         """Copies a batch to where the step reads it."""
@@ -202,7 +202,7 @@ class FusedStep:
         shadows = self._shadowed().shadows
         return FusedInputs(config.batch_size, config.d_sae, shadows, density, self._gradients, self.sizes)
 
-    def _program(self, encoder: FusedEncoder, plan: Plan) -> Program:
+    def _program(self, encoder: FusedEncoder, plan: StepPlan) -> Program:
         """The step of a plan; every tensor it meets belongs to this step or its state."""
         parameters = self._shadowed()
         weights = parameters.padded_enc.T, parameters.b_enc
@@ -236,7 +236,7 @@ class FusedStep:
         parameters = self._shadowed()
         return fast.centre(self._batch, self.state.input_scale, parameters.b_dec, parameters.shadows.dtype)
 
-    def _learn(self, plan: Plan) -> None:
+    def _learn(self, plan: StepPlan) -> None:
         """All that follows the encoder."""
         from sae.kernels import triton as fast
 

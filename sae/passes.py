@@ -23,7 +23,7 @@ from sae import kernels, losses
 from sae.code import SparseCode
 from sae.kernels import Gradients
 from sae.model import SAE
-from sae.rules.base import Support
+from sae.rules.base import ActiveSums
 
 DENSE_SHARE = 1 / 32
 """Share of entries above which matrix products are faster than gathering."""
@@ -99,7 +99,7 @@ class ThresholdPass:
     fit: losses.Reconstruction
     gradients: Gradients
     firings: Int[Tensor, "d_sae"]
-    support: Support
+    sums: ActiveSums
 
 
 @torch.no_grad()
@@ -217,10 +217,10 @@ class _Accumulator:
             b_enc=self.bias,
             b_dec=fit.grad_x_hat.sum(0) - self.sae.W_enc @ self.bias,
         )
-        support = Support(
+        sums = ActiveSums(
             self.x.shape[0], self.firings.sum().to(self.x.dtype), self.magnitude, self.window, self.window_gradient
         )
-        return ThresholdPass(fit, gradients, self.firings, support)
+        return ThresholdPass(fit, gradients, self.firings, sums)
 
 
 def _sum_by_feature(feature: Tensor, rows: Float[Tensor, "entries m"], d_sae: int) -> Float[Tensor, "d_sae m"]:

@@ -109,11 +109,11 @@ class PlainStep:
             shrinkage=rule.shrinkage(coefficient, d_in), decoder=not config.frozen_decoder,
         )  # fmt: skip
         return Pass(
-            loss=done.fit.loss + rule.penalty(done.support, coefficient, d_in),
+            loss=done.fit.loss + rule.penalty(done.sums, coefficient, d_in),
             fit=done.fit,
             gradients=done.gradients,
             firings=done.firings,
-            own=rule.own_gradients(own, done.support, coefficient, d_in),
+            own=rule.own_gradients(own, done.sums, coefficient, d_in),
         )
 
     def _add_aux(self, done: Pass, x_centred: Float[Tensor, "n d_in"], step: int) -> Float[Tensor, ""] | None:

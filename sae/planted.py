@@ -96,7 +96,7 @@ class Rows(NamedTuple):
     gradients: Float[Tensor, "n d_in"]
 
 
-class Truth:
+class PlantedDictionary:
     """The planted dictionary, and rows drawn from it.
 
     Args:
@@ -186,7 +186,7 @@ class PlantedSource:
         seed: of the rows; the dictionary keeps the planting's.
     """
 
-    def __init__(self, truth: Truth, seed: int = 0) -> None:
+    def __init__(self, truth: PlantedDictionary, seed: int = 0) -> None:
         self.truth, self._seed = truth, seed
         self._number = self._offset = 0
         self._rows: Rows | None = None

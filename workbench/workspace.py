@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.disk.names import new_folder
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from workbench.features.index.feature import Feature
     from workbench.features.index.query import FeatureIndex
     from workbench.features.prompts import PromptReading
-    from workbench.features.steering import Kind, Steering, Where
+    from workbench.features.steering import EditKind, Steering, Where
     from workbench.harvest.reading import Harvest
     from workbench.harvest.run import HarvestConfig, HarvestEstimate, HarvestProgress
     from workbench.models.load import LoadedModel
@@ -343,7 +344,7 @@ class Workspace(Catalog):
         feature: int,
         text: str,
         *,
-        kind: "Kind" = "add",
+        kind: "EditKind" = "add",
         strength: float = 1.0,
         where: "Where" = "everywhere",
         keep_error: bool = True,

@@ -6,13 +6,13 @@ rebuilt from `to_dict(rule)` by `from_dict`.
 
 from sae.rules.abstopk import AbsTopK
 from sae.rules.base import (
+    ActiveSums,
     AuxKind,
     Batch,
     CodeRule,
     FusedEncoder,
     FusedInputs,
     Rule,
-    Support,
     ThresholdRule,
 )
 from sae.rules.batchtopk import BatchAbsTopK, BatchTopK, MutualChoice
@@ -26,6 +26,7 @@ from sae.rules.topk import TopK
 __all__ = [
     "RULES",
     "AbsTopK",
+    "ActiveSums",
     "AuxKind",
     "Batch",
     "BatchAbsTopK",
@@ -39,7 +40,6 @@ __all__ = [
     "MutualChoice",
     "ReLU",
     "Rule",
-    "Support",
     "ThresholdRule",
     "TopK",
     "from_dict",

@@ -165,7 +165,7 @@ class CodeRule(Rule):
 
 
 @dataclass(frozen=True)
-class Support:
+class ActiveSums:
     """What a threshold rule's own gradients are made of: sums over a batch of n tokens, feature by feature."""
 
     n_tokens: int
@@ -210,10 +210,10 @@ class ThresholdRule(Rule):
         return 0.0
 
     @abstractmethod
-    def penalty(self, support: Support, coefficient: float, d_in: int) -> Float[Tensor, ""]:
+    def penalty(self, sums: ActiveSums, coefficient: float, d_in: int) -> Float[Tensor, ""]:
         """The penalty."""
 
-    def own_gradients(self, trained: Tensors, support: Support, coefficient: float, d_in: int) -> dict[str, Tensor]:
+    def own_gradients(self, trained: Tensors, sums: ActiveSums, coefficient: float, d_in: int) -> dict[str, Tensor]:
         """Gradients of loss and penalty with respect to the trained tensors."""
         return {}
 

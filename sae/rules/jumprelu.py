@@ -25,7 +25,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.errors import InputError
 from sae.kernels import threshold_encode
-from sae.rules.base import NO_TENSORS, Support, Tensors, ThresholdRule
+from sae.rules.base import NO_TENSORS, ActiveSums, Tensors, ThresholdRule
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,19 @@ class JumpReLU(ThresholdRule):
         """The bandwidth times sqrt(d_in)."""
         return self.bandwidth * math.sqrt(d_in)
 
-    def penalty(self, support: Support, coefficient: float, d_in: int) -> Float[Tensor, ""]:
+    def penalty(self, sums: ActiveSums, coefficient: float, d_in: int) -> Float[Tensor, ""]:
         """P(mean L0)."""
-        l0 = support.active / support.n_tokens
+        l0 = sums.active / sums.n_tokens
         return coefficient * (l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square())
 
-    def own_gradients(self, trained: Tensors, support: Support, coefficient: float, d_in: int) -> dict[str, Tensor]:
+    def own_gradients(self, trained: Tensors, sums: ActiveSums, coefficient: float, d_in: int) -> dict[str, Tensor]:
         """d/dlog_threshold = theta * d/dtheta, by the estimator above."""
         theta, bandwidth = trained["log_threshold"].exp(), self.bandwidth_at(d_in)
         slope: float | Tensor = coefficient
         if self.target_l0 is not None:
-            l0 = support.active / support.n_tokens
+            l0 = sums.active / sums.n_tokens
             slope = 2 * coefficient / self.target_l0 * (l0 / self.target_l0 - 1)
-        gradient = theta * support.window_gradient + support.window * slope / support.n_tokens
+        gradient = theta * sums.window_gradient + sums.window * slope / sums.n_tokens
         return {"log_threshold": -theta / bandwidth * gradient}
 
     def finished_state(self, trained: Tensors, input_scale: Float[Tensor, ""]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels import threshold_encode
-from sae.rules.base import NO_TENSORS, Support, Tensors, ThresholdRule
+from sae.rules.base import NO_TENSORS, ActiveSums, Tensors, ThresholdRule
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,6 @@ class ReLU(ThresholdRule):
         """lambda / sqrt(d_in)."""
         return coefficient / math.sqrt(d_in)
 
-    def penalty(self, support: Support, coefficient: float, d_in: int) -> Float[Tensor, ""]:
+    def penalty(self, sums: ActiveSums, coefficient: float, d_in: int) -> Float[Tensor, ""]:
         """lambda / sqrt(d_in) times the mean L1 norm of a code."""
-        return support.magnitude * (coefficient / math.sqrt(d_in) / support.n_tokens)
+        return sums.magnitude * (coefficient / math.sqrt(d_in) / sums.n_tokens)

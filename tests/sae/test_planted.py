@@ -8,7 +8,7 @@ import torch
 
 from sae.config import TrainConfig
 from sae.errors import InputError
-from sae.planted import MAX_RATE, PlantedSource, Planting, Truth, zipf_rates
+from sae.planted import MAX_RATE, PlantedDictionary, PlantedSource, Planting, zipf_rates
 from sae.recovery import recovery
 from sae.rules import GradientTopK, TopK
 from sae.source import GradientSource
@@ -18,7 +18,7 @@ N = 40_960
 
 
 def test_rows_are_their_coefficients_times_the_directions() -> None:
-    truth = Truth(Planting(noise=0.0, signed=True))
+    truth = PlantedDictionary(Planting(noise=0.0, signed=True))
     rows = truth.rows(100)
     expected = torch.zeros(100, 32, dtype=torch.float64)
     for row in range(100):
@@ -30,7 +30,7 @@ def test_rows_are_their_coefficients_times_the_directions() -> None:
 
 def test_features_fire_with_zipf_frequencies_also_when_correlated_and_hierarchical() -> None:
     planting = Planting(zipf=1.0, l0=5.0, correlation=0.6, n_children=16)
-    truth = Truth(planting)
+    truth = PlantedDictionary(planting)
     rate = (truth.rows(N).activations != 0).double().mean(dim=0)
     assert truth.rates.sum().item() == pytest.approx(5.0, rel=1e-5)
     # Four standard deviations of a binomial share.
@@ -51,7 +51,7 @@ def test_the_bounded_zipf_law_is_the_water_filling_solution() -> None:
 
 
 def test_groups_fire_together_and_others_do_not() -> None:
-    fires = (Truth(Planting(correlation=0.8, group_size=4)).rows(N).activations != 0).double().T
+    fires = (PlantedDictionary(Planting(correlation=0.8, group_size=4)).rows(N).activations != 0).double().T
     phi = torch.corrcoef(fires)
     same = torch.arange(64)[:, None] // 4 == torch.arange(64) // 4
     diagonal = torch.eye(64, dtype=torch.bool)
@@ -60,7 +60,7 @@ def test_groups_fire_together_and_others_do_not() -> None:
 
 
 def test_children_fire_only_with_their_parent() -> None:
-    truth = Truth(Planting(zipf=1.0, n_children=8))
+    truth = PlantedDictionary(Planting(zipf=1.0, n_children=8))
     fires = truth.rows(N).activations != 0
     children = torch.nonzero(truth.parents >= 0).squeeze(1)
     assert children.tolist() == list(range(56, 64))
@@ -72,14 +72,14 @@ def test_children_fire_only_with_their_parent() -> None:
 
 
 def test_signs_are_fair_when_signed_and_absent_otherwise() -> None:
-    signed = Truth(Planting(signed=True)).rows(N).activations
+    signed = PlantedDictionary(Planting(signed=True)).rows(N).activations
     share = (signed > 0).sum() / (signed != 0).sum()
     assert share.item() == pytest.approx(0.5, abs=0.01)
-    assert (Truth(Planting()).rows(N).activations >= 0).all()
+    assert (PlantedDictionary(Planting()).rows(N).activations >= 0).all()
 
 
 def test_the_quiet_feature_is_small_in_norm_and_largest_in_gradient() -> None:
-    truth = Truth(Planting(quiet=0.1))
+    truth = PlantedDictionary(Planting(quiet=0.1))
     quiet = truth.quiet_feature
     assert quiet is not None
     rows = truth.rows(4096)
@@ -97,7 +97,7 @@ def test_the_quiet_feature_is_small_in_norm_and_largest_in_gradient() -> None:
 
 
 def test_the_stream_does_not_depend_on_the_batch_size_and_resumes_exactly() -> None:
-    truth = Truth(Planting())
+    truth = PlantedDictionary(Planting())
     whole, gradients = PlantedSource(truth).next_pair(10_000)
     pieces = PlantedSource(truth)
     assert isinstance(pieces, GradientSource)
@@ -116,7 +116,7 @@ def test_the_stream_does_not_depend_on_the_batch_size_and_resumes_exactly() -> N
 
 
 def test_the_gradient_rule_keeps_the_quiet_feature_that_topk_drops() -> None:
-    truth = Truth(Planting(n_features=32, l0=3.0, zipf=0.0, quiet=0.4))
+    truth = PlantedDictionary(Planting(n_features=32, l0=3.0, zipf=0.0, quiet=0.4))
     quiet = truth.quiet_feature
     assert quiet is not None
     base: dict[str, Any] = {"total_tokens": 400 * 512, "batch_size": 512, "d_sae": 48, "lr": 5e-3}
@@ -145,4 +145,4 @@ def test_the_gradient_rule_keeps_the_quiet_feature_that_topk_drops() -> None:
 )
 def test_impossible_plantings_are_refused_in_one_line(wrong, message) -> None:
     with pytest.raises(InputError, match=message):
-        Truth(Planting(**wrong))
+        PlantedDictionary(Planting(**wrong))

@@ -10,7 +10,7 @@ import torch
 from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.model import SAE
-from sae.planted import PlantedSource, Planting, Truth
+from sae.planted import PlantedDictionary, PlantedSource, Planting
 from sae.recovery import assign, recovery
 from sae.rules import AbsTopK, TopK
 from sae.training import train
@@ -45,7 +45,7 @@ def test_the_assignment_is_scipys() -> None:
     assert tied[torch.arange(30), assign(tied)].sum() == tied[rows, columns].sum()
 
 
-def perfect(truth: Truth, rule, order: torch.Tensor, signs: torch.Tensor) -> SAE:
+def perfect(truth: PlantedDictionary, rule, order: torch.Tensor, signs: torch.Tensor) -> SAE:
     """An SAE whose decoder rows are the planted directions in another order."""
     sae = SAE(truth.planting.d_in, len(order), rule)
     with torch.no_grad():
@@ -55,8 +55,8 @@ def perfect(truth: Truth, rule, order: torch.Tensor, signs: torch.Tensor) -> SAE
     return sae
 
 
-def orthogonal(planting: Planting) -> Truth:
-    truth = Truth(planting)
+def orthogonal(planting: Planting) -> PlantedDictionary:
+    truth = PlantedDictionary(planting)
     truth.directions = torch.eye(planting.n_features, planting.d_in)
     return truth
 
@@ -115,7 +115,7 @@ def naive(sae: SAE, directions: np.ndarray, x: torch.Tensor, activations: np.nda
 @pytest.mark.parametrize("rule", [TopK(3), AbsTopK(3)])
 def test_recovery_is_the_naive_float64_computation(rule) -> None:
     pytest.importorskip("scipy")
-    truth = Truth(Planting(d_in=12, n_features=16, l0=3.0, signed=rule.signed))
+    truth = PlantedDictionary(Planting(d_in=12, n_features=16, l0=3.0, signed=rule.signed))
     config = TrainConfig(name="a", rule=rule, total_tokens=60 * 256, batch_size=256, d_sae=20, lr=5e-3)
     sae = train([config], PlantedSource(truth))[0].sae
     assert sae is not None
@@ -127,7 +127,7 @@ def test_recovery_is_the_naive_float64_computation(rule) -> None:
 
 
 def test_a_smaller_sae_leaves_features_unmatched_and_silent_features_are_left_out() -> None:
-    truth = Truth(Planting(d_in=12, n_features=16, l0=3.0))
+    truth = PlantedDictionary(Planting(d_in=12, n_features=16, l0=3.0))
     rows = truth.rows(500)
     sae = perfect(truth, TopK(2), torch.arange(5), torch.ones(5))
     activations = rows.activations.clone()
@@ -140,7 +140,7 @@ def test_a_smaller_sae_leaves_features_unmatched_and_silent_features_are_left_ou
 
 
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
-    truth = Truth(Planting(d_in=12, n_features=16))
+    truth = PlantedDictionary(Planting(d_in=12, n_features=16))
     rows = truth.rows(8)
     with pytest.raises(InputError, match=r"do not go with an SAE of width 10"):
         recovery(SAE(10, 4, TopK(2)), truth.directions, rows.x, rows.activations)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SHOWN = 15
 # As in workbench.features.prompts and .steering, which load torch.
 Ranking = Literal["max", "mean", "rare"]
-Kind = Literal["add", "clamp", "ablate"]
+EditKind = Literal["add", "clamp", "ablate"]
 Where = Literal["everywhere", "generated"]
 
 
@@ -79,7 +79,7 @@ def steer(
     sae: SAEArgument,
     feature: Annotated[int, typer.Argument(help="Number of the feature.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    kind: Annotated[Kind, typer.Option(help="What to do to the feature.")] = "add",
+    kind: Annotated[EditKind, typer.Option(help="What to do to the feature.")] = "add",
     strength: Annotated[float, typer.Option(help="In units of the feature's maximum activation.")] = 1.0,
     where: Annotated[Where, typer.Option(help="At which positions.")] = "everywhere",
     keep_error: Annotated[bool, typer.Option(help="Keep what the SAE fails to reconstruct.")] = True,

@@ -40,9 +40,9 @@ from workbench.models.prompt_text import encode_prompt, next_log_probabilities, 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
 
-Kind = Literal["add", "clamp", "ablate"]
+EditKind = Literal["add", "clamp", "ablate"]
 Where = Literal["everywhere", "generated"]
-KINDS: tuple[Kind, ...] = ("add", "clamp", "ablate")
+KINDS: tuple[EditKind, ...] = ("add", "clamp", "ablate")
 PLACES: tuple[Where, ...] = ("everywhere", "generated")
 MAX_NEW_TOKENS = 256
 MOST_STRENGTH = 1_000_000
@@ -54,7 +54,7 @@ class Edit:
     """A change of one feature; see the module's description."""
 
     feature: int
-    kind: Kind = "add"
+    kind: EditKind = "add"
     strength: float = 1.0
     """In units of the feature's maximum; not looked at when the feature is ablated."""
     where: Where = "everywhere"

@@ -107,7 +107,7 @@ class HarvestProgress:
 
 
 @dataclass(frozen=True)
-class Plan:
+class HarvestPlan:
     """Sizes that follow from a configuration and a model."""
 
     hooks: list[HookSpec]
@@ -120,7 +120,7 @@ class Plan:
     """A multiple of `batch_contexts`, so that going on from a block's border repeats the same batches."""
 
     @classmethod
-    def of(cls, model: LoadedModel, config: HarvestConfig) -> "Plan":
+    def of(cls, model: LoadedModel, config: HarvestConfig) -> "HarvestPlan":
         """Raises InputError for settings that cannot work."""
         if not config.hooks:
             raise InputError("a harvest needs at least one hook point, such as blocks.0.hook_resid_post")
@@ -190,7 +190,7 @@ def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: 
     Raises:
         InputError: settings that cannot work, or less free disk than the harvest would fill.
     """
-    plan = Plan.of(model, config)
+    plan = HarvestPlan.of(model, config)
     done = sum(block.n_rows for block in read_journal(folder))
     finished = (folder / DATABASE).is_file()
     left = 0 if finished else plan.rows - done
@@ -200,7 +200,7 @@ def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: 
     return HarvestEstimate(rows, rows * plan.bytes_per_row, free, seconds)
 
 
-def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: Plan) -> float:
+def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> float:
     documents = corpus.documents(config.split)
     batches = pack(documents, model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts)
     fastest = math.inf
@@ -215,7 +215,7 @@ def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, 
     return fastest
 
 
-def _check_space(folder: Path, plan: Plan, rows: int) -> int:
+def _check_space(folder: Path, plan: HarvestPlan, rows: int) -> int:
     """Free bytes where `folder` lies or would lie. Raises InputError when `rows` more would not fit."""
     existing = folder.absolute()
     while not existing.exists():
@@ -254,7 +254,7 @@ def run_harvest(
             changed since it began, NaN or infinities, a full disk, or another process at work on it.
         KeyboardInterrupt: passed on once the blocks that were complete are stored.
     """
-    plan = Plan.of(model, config)
+    plan = HarvestPlan.of(model, config)
     with RunLock(folder):
         _begin(folder, _description(model, corpus, config, plan))
         if not (folder / DATABASE).is_file():
@@ -268,7 +268,7 @@ def run_harvest(
     return Harvest.open(folder)
 
 
-def _description(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: Plan) -> dict[str, Any]:
+def _description(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> dict[str, Any]:
     """What `harvest.json` records. All but `made_with` must be the same for a harvest to be resumed."""
     description = {
         "schema": SCHEMA,
@@ -306,7 +306,7 @@ def _fill(
     model: LoadedModel,
     corpus: Corpus,
     config: HarvestConfig,
-    plan: Plan,
+    plan: HarvestPlan,
     writer: BlockWriter,
     on_progress: Callable[[HarvestProgress], None] | None,
 ) -> None:
@@ -352,7 +352,7 @@ def _part(batches: Iterator[PackedBatch], start: int, stop: int) -> Iterator[Pac
         first += len(batch.tokens)
 
 
-def run_batch(model: LoadedModel, plan: Plan, batch: PackedBatch) -> dict[str, Tensor]:
+def run_batch(model: LoadedModel, plan: HarvestPlan, batch: PackedBatch) -> dict[str, Tensor]:
     """Values by hook (gradients by `HOOK.grad`), [rows, width], as the model computed them, on its device."""
     model.check_tokens(int(batch.tokens.max()))
     tokens = torch.from_numpy(batch.tokens).to(model.device, torch.int64, non_blocking=True)
@@ -364,7 +364,7 @@ def run_batch(model: LoadedModel, plan: Plan, batch: PackedBatch) -> dict[str, T
     return {name: value.flatten(0, 1).flatten(1) for name, value in values.items()}
 
 
-def _finish(folder: Path, model: LoadedModel, blocks: list[Block], plan: Plan) -> None:
+def _finish(folder: Path, model: LoadedModel, blocks: list[Block], plan: HarvestPlan) -> None:
     write_database(
         folder,
         blocks,

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.nodes import Bridge
 from sae.errors import InputError
 from workbench.models.capture import as_added, hooked
 from workbench.models.model import Checks, LoadedModel
@@ -89,7 +90,7 @@ def _checked(model: LoadedModel) -> Checks:
     )  # fmt: skip
 
 
-def _place_loose_mlps(bridge: Any) -> None:
+def _place_loose_mlps(bridge: Bridge) -> None:
     """An MLP without a module of its own (OPT: two matrices in the block) reads what its first matrix reads."""
     for block in bridge.blocks:
         mlp = getattr(block, "mlp", None)
@@ -125,7 +126,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(1e-3, 16 * torch.finfo(dtype).eps)
 
 
-def delegate_attention(bridge: Any) -> None:
+def delegate_attention(bridge: Bridge) -> None:
     """Has every block's attention run the module's own forward, hooks at its projections, pattern and output kept."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
@@ -137,7 +138,7 @@ def delegate_attention(bridge: Any) -> None:
 
 
 def _mended(
-    bridge: Any, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"], architecture: str
+    bridge: Bridge, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"], architecture: str
 ) -> tuple[bool, str | None]:
     """(whether attention was delegated, why the bridge cannot be used)."""
     if _bridge_agrees(bridge, tokens, logits):
@@ -151,7 +152,7 @@ def _mended(
     )
 
 
-def _bridge_agrees(bridge: Any, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:
+def _bridge_agrees(bridge: Bridge, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:
     try:
         return agree(bridge(tokens, return_type="logits"), logits)
     except Exception:  # whatever a bridge that does not fit its model fails with
@@ -175,7 +176,7 @@ def _native_values(
     return values, {name for name, (value, version) in seen.items() if value._version != version}
 
 
-def _bridge_values(bridge: Any, tokens: Int[Tensor, "1 pos"], names: Sequence[str]) -> dict[str, Tensor]:
+def _bridge_values(bridge: Bridge, tokens: Int[Tensor, "1 pos"], names: Sequence[str]) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
 
     def taker(name: str) -> Any:
@@ -229,7 +230,7 @@ def _not_added(layer: int, values: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def _unread(bridge: Any, x: Tensor | None, logits: Float[Tensor, "1 pos vocab"], dtype: torch.dtype) -> str | None:
+def _unread(bridge: Bridge, x: Tensor | None, logits: Float[Tensor, "1 pos vocab"], dtype: torch.dtype) -> str | None:
     problem = "the last residual stream through the final norm and the unembedding does not give this model's logits"
     try:
         if x is None or x.ndim != 3:
@@ -242,7 +243,7 @@ def _unread(bridge: Any, x: Tensor | None, logits: Float[Tensor, "1 pos vocab"],
         return problem
 
 
-def _cached_step_agrees(bridge: Any, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:
+def _cached_step_agrees(bridge: Bridge, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:
     options = {"return_type": "logits_and_cache", "use_cache": True}
     try:
         _, cache = bridge(tokens[:, :-1], past_key_values=None, **options)
@@ -252,7 +253,7 @@ def _cached_step_agrees(bridge: Any, tokens: Int[Tensor, "1 pos"], logits: Float
     return cache is not None and agree(last, logits[:, -1:])
 
 
-def _pattern_edits_act(bridge: Any, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:
+def _pattern_edits_act(bridge: Bridge, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:
     names = [name for name in bridge.hook_dict if name.endswith("attn.hook_pattern")]
     with bridge.hooks(fwd_hooks=[(name, lambda pattern, hook: torch.zeros_like(pattern)) for name in names]):
         changed = bridge(tokens, return_type="logits")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from circuits.nodes import Bridge
 from sae.errors import InputError
 from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate, weight_files, weights_sha256
 from workbench.models.devices import choose_device, free_bytes
@@ -171,7 +172,7 @@ def _is_causal(hf: Any) -> bool:
     return not bool(torch.isfinite(scale)) or bool((logits[0] - logits[1]).abs().max() <= rounding * scale)
 
 
-def _bridge(spec: str, location: str, hf: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Any:
+def _bridge(spec: str, location: str, hf: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Bridge:
     """A TransformerBridge over a copy of `hf` that shares its weight tensors; `hf` itself is left as it is."""
     from transformer_lens.model_bridge import TransformerBridge
 

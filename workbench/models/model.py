@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from circuits.nodes import Bridge
 from circuits.prompts import ids
 from sae.errors import InputError
 from workbench.models.places import HookSpec
@@ -73,7 +74,7 @@ class ModelInfo:
     transformer_lens: str
 
     @classmethod
-    def of(cls, hf: Any, bridge: Any, **recorded: Any) -> "ModelInfo":
+    def of(cls, hf: Any, bridge: Bridge, **recorded: Any) -> "ModelInfo":
         """The shape of a module and its bridge, with what is `recorded` of where the weights came from."""
         shape = bridge.cfg
         return cls(
@@ -105,7 +106,7 @@ class LoadedModel:
     info: ModelInfo
     hf: nn.Module
     """The bare Hugging Face model."""
-    structure: Any
+    structure: Bridge
     """TransformerBridge over the same weights, for its names and shapes; `bridge` is the one to run."""
     tokenizer: PreTrainedTokenizerBase
     bos_id: int
@@ -114,7 +115,7 @@ class LoadedModel:
     """What a few random tokens showed of it."""
 
     @property
-    def bridge(self) -> Any:
+    def bridge(self) -> Bridge:
         """The TransformerBridge. Raises InputError where it computes another model than the module."""
         if self.checks.wrong_bridge is not None:
             raise InputError(self.checks.wrong_bridge)

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.nodes import Bridge
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, losses
 from workbench.models.load import LoadedModel
@@ -47,7 +48,7 @@ Seen = Callable[[int, Bool[Tensor, "batch head query key"]], None]
 
 
 @dataclass(frozen=True)
-class Setting:
+class BudgetedPattern:
     """A pattern at a budget of keys."""
 
     pattern: str
@@ -80,13 +81,13 @@ class AttentionSparsity:
     queries of the restricted pass), loss, added_nats, perplexity, kl."""
     heads: pd.DataFrame
     """layer, head and `sinks.COLUMNS`."""
-    settings: list[Setting]
+    settings: list[BudgetedPattern]
     """Every pattern at every budget."""
 
 
 @contextmanager
 def restricted(
-    bridge: Any,
+    bridge: Bridge,
     pattern: Pattern,
     value: float,
     *,
@@ -236,14 +237,14 @@ def counted(count: int) -> int:
     return count
 
 
-def hook_names(bridge: Any) -> list[str]:
+def hook_names(bridge: Bridge) -> list[str]:
     """The hook points of the attention patterns, layers upwards."""
     return [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]
 
 
 def _clean_pass(
     model: LoadedModel, batches: Sequence[ContextBatch], budgets: Sequence[int], report: Callable[[ContextBatch], None]
-) -> tuple[HeadSums, list[Setting]]:
+) -> tuple[HeadSums, list[BudgetedPattern]]:
     """What every head looks at, and all settings with the adaptive patterns' thresholds."""
     heads = HeadSums(model.info.n_layers, model.info.n_heads, model.device)
     searches = {name: LevelSearch(weight, model.device) for name, weight in ADAPTIVE.items()}
@@ -258,10 +259,10 @@ def _clean_pass(
         with torch.no_grad(), model.bridge.hooks(fwd_hooks=hooks):
             model.bridge(batch.tokens, return_type=None)
         report(batch)
-    settings = [Setting(name, budget, budget) for name in PATTERNS for budget in budgets]
+    settings = [BudgetedPattern(name, budget, budget) for name in PATTERNS for budget in budgets]
     for name, search in searches.items():
         found = zip(budgets, search.thresholds(budgets), strict=True)
-        settings += [Setting(name, budget, threshold) for budget, threshold in found]
+        settings += [BudgetedPattern(name, budget, threshold) for budget, threshold in found]
     return heads, settings
 
 
@@ -291,7 +292,7 @@ class KeyCount:
 class _Coverage:
     """Sums of kept attention and kept keys by layer, setting and head."""
 
-    def __init__(self, model: LoadedModel, settings: Sequence[Setting]) -> None:
+    def __init__(self, model: LoadedModel, settings: Sequence[BudgetedPattern]) -> None:
         self.bridge, self.settings = model.bridge, settings
         info = model.info
         self._sums = torch.zeros(

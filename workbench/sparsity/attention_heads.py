@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.nodes import Bridge
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, losses
 from workbench.models.load import LoadedModel
@@ -246,7 +247,7 @@ def _looks(
 
 @contextmanager
 def _removed(
-    bridge: Any, means: Float[Tensor, "layers heads d_head"], heads: Bool[Tensor, "layers heads"]
+    bridge: Bridge, means: Float[Tensor, "layers heads d_head"], heads: Bool[Tensor, "layers heads"]
 ) -> Iterator[None]:
     """Replaces the z of some heads by their means in every pass inside the context."""
 
@@ -262,5 +263,5 @@ def _removed(
         yield
 
 
-def _z_names(bridge: Any) -> list[str]:
+def _z_names(bridge: Bridge) -> list[str]:
     return [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]

@@ -13,11 +13,11 @@ import torch
 from circuits.passes import answer_logits
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
-from workbench.sparsity.attention import RESTS, Setting, restricted
+from workbench.sparsity.attention import RESTS, BudgetedPattern, restricted
 
 
 @torch.no_grad()
-def task_costs(model: LoadedModel, settings: Sequence[Setting], tasks: Sequence[Task]) -> pd.DataFrame:
+def task_costs(model: LoadedModel, settings: Sequence[BudgetedPattern], tasks: Sequence[Task]) -> pd.DataFrame:
     """One row per task, pattern, use of the rest and budget: task, metric, prompts, pattern, rest, budget, clean,
     value, kept.
 

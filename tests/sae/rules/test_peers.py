@@ -108,7 +108,7 @@ def test_jumprelu_gradients_are_saelens(weights: dict[str, Tensor]) -> None:
     done = passes.threshold_pass(state.sae, x, centred, centred, theta.detach(), bandwidth=bandwidth)
     for name, leaf in leaves.items():
         torch.testing.assert_close(getattr(done.gradients, name), leaf.grad, **TIGHT)
-    ours = rule.own_gradients(own, done.support, 0.3, D)["log_threshold"]
+    ours = rule.own_gradients(own, done.sums, 0.3, D)["log_threshold"]
     assert theta.grad is not None
     torch.testing.assert_close(ours, theta.grad * theta.detach(), **TIGHT)
 

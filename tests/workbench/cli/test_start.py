@@ -47,7 +47,7 @@ def test_no_help_text_loads_what_is_heavy() -> None:
 @pytest.mark.parametrize(
     ("offered", "known"),
     [
-        (live.Ranking, prompts.RANKINGS), (live.Kind, steering.KINDS), (live.Where, steering.PLACES),
+        (live.Ranking, prompts.RANKINGS), (live.EditKind, steering.KINDS), (live.Where, steering.PLACES),
         (concepts.Language, get_args(truth.Language)), (exchange.Form, foreign.FILES),
         (options.Precision, ("auto", *load.DTYPES)), (circuits.Site, get_args(patching.Site)),
         (circuits.Direction, patching.DIRECTIONS), (circuits.Ablation, get_args(ablation.Ablation)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae import InputError, StepMetrics, TrainConfig, train
 from sae.code import SparseCode
-from sae.fused_step import FusedStep, Plan, Step, can_be_fused
+from sae.fused_step import FusedStep, Step, StepPlan, can_be_fused
 from sae.kernels import triton as fast
 from sae.kernels.triton.encode import padded_pair
 from sae.plain_step import PlainStep
@@ -181,7 +181,12 @@ def test_the_plan_changes_with_k_with_the_choosing_side_and_with_the_number_of_t
         state.n_revivable = n_dead
         plans.append(step.plan_of(number))
     mutual, by_feature = MutualChoice, partial(FeatureChoice, mutual_share=0.0)
-    assert plans == [Plan(mutual(5), 0), Plan(mutual(4), 4), Plan(by_feature(4), 8), Plan(by_feature(3), 12)]
+    assert plans == [
+        StepPlan(mutual(5), 0),
+        StepPlan(mutual(4), 4),
+        StepPlan(by_feature(4), 8),
+        StepPlan(by_feature(3), 12),
+    ]
 
 
 @pytest.mark.parametrize(
