@@ -169,7 +169,7 @@ def _splits(
 def _split(sae: SAE, x: Float[Tensor, "n pos d"]) -> tuple[Tensor, Tensor]:
     """Dense code and error."""
     code = sae.encode(x)
-    return code.to_dense().unflatten(0, x.shape[:2]), x - sae.decode(code).to(x.dtype).view(x.shape)
+    return code.to_dense(), x - sae.decode(code).to(x.dtype)
 
 
 def _nodes(splits: Mapping[str, _Split]) -> pd.DataFrame:

@@ -1,15 +1,18 @@
 """SparseCode: the active features of a batch of tokens, the one data type between encoder and everything else."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseCode:
-    """Active features of `n_tokens` tokens.
+    """Active features of `n_tokens` tokens, which `batch` may arrange in more dimensions than one.
+
+    `len(code)`, `code[3]` and `code[2:5]` count along the first of them, as for a tensor [*batch, d_sae].
 
     Two layouts share the fields:
 
@@ -25,6 +28,41 @@ class SparseCode:
     d_sae: int
     """Number of features."""
     offsets: Int[Tensor, "n_tokens+1"] | None = None
+    batch: tuple[int, ...] | None = None
+    """Leading dimensions of what was encoded; None for (n_tokens,). Tokens lie in their order, the last fastest."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the full matrix: [*batch, d_sae]."""
+        return (*((self.n_tokens,) if self.batch is None else self.batch), self.d_sae)
+
+    def arranged(self, batch: tuple[int, ...]) -> "SparseCode":
+        """The same tokens in leading dimensions `batch`."""
+        return replace(self, batch=None if len(batch) == 1 else tuple(batch))
+
+    def __len__(self) -> int:
+        if len(self.shape) == 1:
+            raise TypeError("the code of a single token has no length: it has .values and .indices")
+        return self.shape[0]
+
+    def __getitem__(self, at: int | slice) -> "SparseCode":
+        first, *rest = self.shape[:-1] or (0,)
+        if isinstance(at, slice):
+            start, stop, step = at.indices(first)
+            if step != 1:
+                raise IndexError(f"a code is cut in steps of 1, got {step}")
+            kept: tuple[int, ...] = (max(stop - start, 0), *rest)
+        else:
+            if not -first <= at < first:
+                raise IndexError(f"there is no token {at} in a code of shape {list(self.shape)}")
+            start, kept = at % first, tuple(rest)
+        each = math.prod(rest)
+        return self.tokens(start * each, start * each + math.prod(kept)).arranged(kept)
+
+    def __repr__(self) -> str:
+        mean = f", L0 {self.l0().double().mean():.1f}" if self.n_tokens else ""
+        where = "" if self.values.device.type == "cpu" else f", {self.values.device}"
+        return f"SparseCode({list(self.shape)}{mean}{where})"
 
     @property
     def n_tokens(self) -> int:
@@ -55,15 +93,15 @@ class SparseCode:
         counted = torch.cat([self.offsets.new_zeros(1), (self.values != 0).cumsum(0)])
         return counted[self.offsets[1:]] - counted[self.offsets[:-1]]
 
-    def to_dense(self) -> Float[Tensor, "n_tokens d_sae"]:
+    def to_dense(self) -> Float[Tensor, "*batch d_sae"]:
         """The full matrix; for small batches and tests."""
         dense = self.values.new_zeros(self.n_tokens, self.d_sae)
         token, feature, value = self.entries()
         dense[token, feature] = value
-        return dense
+        return dense.view(self.shape)
 
     def tokens(self, first: int, last: int) -> "SparseCode":
-        """The codes of tokens first ... last - 1."""
+        """The codes of tokens first ... last - 1, counted in one row."""
         if self.offsets is None:
             return SparseCode(self.values[first:last], self.indices[first:last], self.d_sae)
         offsets = self.offsets[first : last + 1]
@@ -73,4 +111,4 @@ class SparseCode:
     def to(self, device: torch.device | str) -> "SparseCode":
         """The same code on another device."""
         offsets = None if self.offsets is None else self.offsets.to(device)
-        return SparseCode(self.values.to(device), self.indices.to(device), self.d_sae, offsets)
+        return replace(self, values=self.values.to(device), indices=self.indices.to(device), offsets=offsets)

@@ -89,7 +89,7 @@ class SAE(nn.Module):
     def encode(
         self, x: Float[Tensor, "*batch d_in"], gradients: Float[Tensor, "*batch d_out"] | None = None
     ) -> SparseCode:
-        """Active features of every token; leading dimensions are flattened.
+        """Active features of every token, arranged in x's leading dimensions.
 
         Args:
             gradients: of the model's loss at what it writes, for a gradient SAE; without them it encodes as plain TopK.
@@ -104,7 +104,7 @@ class SAE(nn.Module):
             )
         flat = self.centred(x.reshape(-1, self.d_in).to(self._precision(x)))
         if gradients is None:
-            return self.rule.encode(flat, self.W_enc, self.b_enc, self.state)
+            return self.rule.encode(flat, self.W_enc, self.b_enc, self.state).arranged(x.shape[:-1])
         if not isinstance(self.rule, GradientTopK):
             raise InputError(f"the rule {self.rule.name} makes no use of gradients: encode without them")
         if gradients.shape != (*x.shape[:-1], self.d_out):
@@ -114,7 +114,7 @@ class SAE(nn.Module):
             )
         return self.rule.encode_with_gradients(
             flat, self.W_enc, self.b_enc, self.W_dec, gradients.reshape(-1, self.d_out), self.state
-        )
+        ).arranged(x.shape[:-1])
 
     def centred(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """What the encoder multiplies: x - b_dec."""
@@ -126,13 +126,21 @@ class SAE(nn.Module):
         return torch.float32 if half and not (x.is_cuda and x.element_size() == 2) else self.W_enc.dtype
 
     @torch.no_grad()
-    def decode(self, code: SparseCode) -> Float[Tensor, "n d_out"]:
-        """Reconstructions of the tokens of a code."""
-        return kernels.decode(code, self.W_dec, self.b_dec)
+    def decode(self, code: SparseCode | Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """Reconstructions of the tokens of a code, or of a full matrix of activations.
+
+        Raises:
+            InputError: the code is of another number of features.
+        """
+        if code.shape[-1] != self.d_sae:
+            raise InputError(f"this SAE has {self.d_sae} features, got a code of {code.shape[-1]}")
+        if isinstance(code, Tensor):
+            return code.to(self.W_dec) @ self.W_dec + self.b_dec
+        return kernels.decode(code, self.W_dec, self.b_dec).view(*code.shape[:-1], self.d_out)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction of x, in x's shape and precision. No gradients: training has its own path."""
-        return self.decode(self.encode(x)).to(x.dtype).reshape(x.shape)
+        return self.decode(self.encode(x)).to(x.dtype)
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of what it computes: the rule's description and every tensor of it.

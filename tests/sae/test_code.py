@@ -1,5 +1,6 @@
 """SparseCode: both layouts describe the same matrix."""
 
+import pytest
 import torch
 
 from sae import SparseCode
@@ -45,3 +46,33 @@ def test_tokens_cuts_out_a_range() -> None:
     for code in (FIXED, RAGGED):
         assert torch.equal(code.tokens(1, 3).to_dense(), DENSE[1:3])
         assert code.tokens(1, 1).n_tokens == 0
+
+
+def test_a_code_is_indexed_as_its_matrix() -> None:
+    for code in (FIXED, RAGGED):
+        assert len(code) == 3
+        assert torch.equal(code[2].to_dense(), DENSE[2])
+        assert torch.equal(code[-1].to_dense(), DENSE[-1])
+        assert torch.equal(code[1:].to_dense(), DENSE[1:])
+        assert [row.l0().tolist() for row in code] == [[2], [0], [2]]
+        for wrong in (3, -4):
+            with pytest.raises(IndexError):
+                code[wrong]
+
+
+def test_leading_dimensions_are_kept() -> None:
+    for code in (FIXED, RAGGED):
+        six = SparseCode(
+            torch.cat([code.values] * 2), torch.cat([code.indices] * 2), 4,
+            None if code.offsets is None else torch.cat([code.offsets, code.offsets[1:] + 4]),
+        ).arranged((3, 2, 1))  # fmt: skip
+        dense = torch.cat([DENSE] * 2).view(3, 2, 1, 4)
+        assert six.shape == (3, 2, 1, 4)
+        assert torch.equal(six.to_dense(), dense)
+        assert torch.equal(six[1:].to_dense(), dense[1:])
+        assert torch.equal(six[1][1].to_dense(), dense[1][1])
+        assert torch.equal(six.to("cpu").to_dense(), dense)
+
+
+def test_the_repr_is_short() -> None:
+    assert repr(RAGGED) == "SparseCode([3, 4], L0 1.3)"

@@ -32,6 +32,21 @@ def test_forward_is_the_formula() -> None:
     assert not sae(x).requires_grad
 
 
+@pytest.mark.parametrize("rule", [TOPK, JumpReLU()])
+@pytest.mark.parametrize("batch", [(), (4,), (3, 7), (2, 3, 2)])
+def test_codes_and_full_matrices_keep_the_leading_dimensions(batch: tuple[int, ...], rule: Rule) -> None:
+    sae = random_sae(rule=rule)
+    x = torch.randn(*batch, 12, generator=torch.Generator().manual_seed(1))
+    code = sae.encode(x)
+    assert code.to_dense().shape == (*batch, 64)
+    torch.testing.assert_close(sae.decode(code), sae(x))
+    torch.testing.assert_close(sae.decode(code.to_dense()), sae(x), rtol=1e-4, atol=1e-4)
+    flat = sae.encode(x.reshape(-1, 12))
+    assert torch.equal(code.to_dense().view(-1, 64), flat.to_dense())
+    with pytest.raises(InputError, match="64 features, got a code of 63"):
+        sae.decode(torch.zeros(2, 63))
+
+
 def test_reconstruction_keeps_the_precision_of_its_input() -> None:
     sae = random_sae()
     x = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
