@@ -2,15 +2,17 @@
 
 With the final LayerNorm's scale frozen at its value on the prompt, the logits are linear in the residual stream:
 
-    logits = (x / scale) W_eff + b_eff,    x = input + sum_l (sum_h z_h W_O[h] + b_O + m_l)
+    logits = (x / scale) W_eff + b_eff,    x = input + sum_l (sum_h out_lh + c_l + m_l)
 
-(W_eff, b_eff: `circuits.effective_weights`), so for the direction D = answers - wrong answers
+(W_eff, b_eff: `circuits.effective_weights`; what heads add, out_lh, and c_l, the bias b_O: `circuits.blocks`), so for
+the direction D = answers - wrong answers
 
-    difference = sum_s (out_s / scale) . W_eff D  +  sum_l (b_O / scale) . W_eff D  +  b_eff . D
+    difference = sum_s (out_s / scale) . W_eff D  +  sum_l (c_l / scale) . W_eff D  +  b_eff . D
 
-The terms are those of every writer, `bias` for all b_O together, and `unembed bias`. They add up to the logit
-difference. A head whose work reaches the logits through later heads does not show. (Elhage et al. 2021, "A
-Mathematical Framework for Transformer Circuits".)
+The terms are those of every writer, `bias` for all c_l together, and `unembed bias`. They add up to the logit
+difference; both sums, of the residual stream and of the difference, are checked on the very run. Where a model caps its
+logits with a tanh (Gemma 2) the difference is that before the cap. A head whose work reaches the logits through later
+heads does not show. (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".)
 """
 
 from dataclasses import dataclass
@@ -19,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.edges import stacked, writer_names
-from circuits.effective_weights import effective_weights
+from circuits.edges import constants, stacked, writer_names
+from circuits.effective_weights import effective_weights, logit_scale
 from circuits.metrics import difference_direction, logit_difference
 from circuits.nodes import Bridge, graph_of
 from circuits.norms import measured_norm
@@ -39,12 +41,15 @@ class LogitAttribution:
     """Writers, then `bias` and `unembed bias`."""
     values: Float[Tensor, "n terms"]
     difference: Float[Tensor, "n"]
-    """The logit difference the model computed; the terms' sum up to rounding."""
+    """The logit difference the model computed, before the cap where it has one; the terms' sum up to rounding."""
+    capped: bool
+    """Whether the model puts its logits through a tanh."""
 
     def nodes(self) -> NodeScores:
         """Mean over the prompts."""
+        method = "direct logit attribution" + (" (logits before their cap)" if self.capped else "")
         return NodeScores(
-            "direct logit attribution", self.task, "logit_difference", self.terms, self.values.mean(dim=0),
+            method, self.task, "logit_difference", self.terms, self.values.mean(dim=0),
             self.difference.mean().item(), 0.0,
         )  # fmt: skip
 
@@ -54,21 +59,21 @@ def logit_attribution(bridge: Bridge, prompts: PromptSet, *, batch_size: int = 3
     """Direct logit attribution on the clean prompts.
 
     Raises:
-        InputError: the logits are soft-capped, so that they are no sum; the terms miss the logit difference; or see
-            `circuits.nodes.graph_of`.
+        InputError: the terms miss the logit difference, or see `circuits.nodes.graph_of` and
+            `circuits.edges.stacked`.
     """
-    cap = getattr(bridge.cfg, "output_logits_soft_cap", -1.0)
-    if cap is not None and cap > 0:
-        raise InputError("this model caps its logits with a tanh, so they are no sum of terms: use patching")
+    capped = (getattr(bridge.cfg, "output_logits_soft_cap", None) or -1.0) > 0
     graph = graph_of(bridge)
     unembed = effective_weights(bridge, "unembed")
-    names = [*writer_names(graph.n_layers), "ln_final.hook_in"]
-    biases = [bridge.blocks[layer].attn.b_O for layer in range(graph.n_layers)]
+    names = writer_names(graph.n_layers)
     values, differences = [], []
     for batch in prompts.batches(batch_size):
         found: dict[str, Tensor] = {}
-        with taking(bridge, names, found):
+        uncapped: dict[str, Tensor] = {}
+        with taking(bridge, names, found), taking(bridge, ["unembed.hook_out"], uncapped):
             logits = answer_logits(bridge, batch.clean, batch.last)
+        if capped:
+            logits = logit_scale(bridge) * uncapped["unembed.hook_out"][:, 0].to(logits)
         at_last = {
             name: last_values(value.flatten(2), batch)[:, None].unflatten(2, value.shape[2:])
             for name, value in found.items()
@@ -77,13 +82,12 @@ def logit_attribution(bridge: Bridge, prompts: PromptSet, *, batch_size: int = 3
         x = at_last["ln_final.hook_in"][:, 0]
         readout = direction @ unembed.W.T / measured_norm(bridge.ln_final, x[0]).scale(x.to(direction))[:, None]
         terms = torch.einsum("snd,nd->ns", stacked(bridge, at_last)[:, :, 0], readout)
-        zero = readout.new_zeros(readout.shape[1])
-        bias = readout @ sum((b for b in biases if b is not None), start=zero)
+        bias = (readout * constants(bridge, at_last)[:, 0]).sum(dim=1)
         values.append(torch.cat([terms, bias[:, None], (direction @ unembed.b)[:, None]], dim=1))
         differences.append(logit_difference(logits, batch))
         _check_sum(values[-1], differences[-1], max(1e-3, 16 * torch.finfo(x.dtype).eps))
     names_of_terms = [*graph.writers, "bias", "unembed bias"]
-    return LogitAttribution(prompts.name, names_of_terms, torch.cat(values), torch.cat(differences))
+    return LogitAttribution(prompts.name, names_of_terms, torch.cat(values), torch.cat(differences), capped)
 
 
 def _check_sum(values: Float[Tensor, "n terms"], difference: Float[Tensor, "n"], tolerance: float) -> None:

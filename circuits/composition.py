@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.blocks import head_weights
 from circuits.effective_weights import effective_weights
-from circuits.nodes import Bridge, head_name, head_weights
+from circuits.nodes import Bridge, head_name
 from sae.errors import InputError
 
 Composition = Literal["q", "k", "v"]

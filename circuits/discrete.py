@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from circuits.edges import writer_names
-from circuits.nodes import Bridge, graph_of, head_outputs
+from circuits.blocks import attention_scale, head_weights
+from circuits.nodes import Bridge, graph_of
 from circuits.passes import OnProgress, activations
 from circuits.prompts import PromptSet
 from sae.errors import InputError
@@ -103,17 +103,19 @@ def mean_head_outputs(
     bridge: Bridge, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"], batch_size: int = 32
 ) -> Float[Tensor, "n heads d_model"]:
     """Every head's output in the residual stream, averaged over the positions of each prompt, padding left out."""
-    names = [name for name in writer_names(bridge.cfg.n_layers) if name.endswith("hook_z")]
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]
     pieces = []
     for rows, ends in zip(tokens.split(batch_size), last.split(batch_size), strict=True):
         real = (torch.arange(rows.shape[1], device=rows.device) <= ends[:, None]).float()
         weights = real / real.sum(dim=1, keepdim=True)
         found = activations(bridge, rows, names)
-        outputs = [
-            head_outputs(bridge, layer, torch.einsum("nphz,np->nhz", found[name], weights.to(found[name]))[:, None])
-            for layer, name in enumerate(names)
-        ]
-        pieces.append(torch.cat(outputs)[:, :, 0].transpose(0, 1))
+        outputs = []
+        for layer, name in enumerate(names):
+            scale = attention_scale(bridge, layer, found[name])
+            share = weights.to(found[name]) if scale is None else weights.to(found[name]) / scale
+            mean_z = torch.einsum("nphz,np->nhz", found[name], share)
+            outputs.append(torch.einsum("nhz,hzd->nhd", mean_z, head_weights(bridge, layer)))
+        pieces.append(torch.cat(outputs, dim=1))
     return torch.cat(pieces)
 
 

@@ -20,7 +20,7 @@ At the `input` node ig-inputs is integrated gradients: its score tends to metric
 attention has gradients near zero, so plain EAP cannot see what sets it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.blocks import mlp_input
 from circuits.edges import read_through, stacked, writer_names, written_and_logits
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, Graph, graph_of
@@ -57,7 +58,8 @@ def attribute_edges(
         steps: runs of the integral; without meaning for `eap`.
 
     Raises:
-        InputError: an unknown variant, fewer than one step, or see `circuits.nodes.graph_of`.
+        InputError: an unknown variant, fewer than one step, or see `circuits.nodes.graph_of` and
+            `circuits.edges.stacked`.
     """
     if variant not in ("eap", "ig-inputs", "ig-activations"):
         raise InputError(f"unknown variant {variant!r}: choose eap, ig-inputs or ig-activations")
@@ -76,7 +78,7 @@ def attribute_edges(
         if variant == "eap":
             run = gradient_run(bridge, graph, batch, metric, [])
             clean += run.value
-            total += _scores(graph, run, run.written - other)
+            total += _scores(graph, run, stacked(bridge, run.outputs) - other)
         else:
             for rows, hooks in _interpolated_runs(graph, variant, steps, own, other):
                 run = gradient_run(bridge, graph, batch, metric, hooks)
@@ -94,19 +96,19 @@ class GradientRun:
 
     value: float
     """The metric summed over the prompts."""
-    written: Float[Tensor, "writers n pos d_model"]
+    outputs: Mapping[str, Tensor]
+    """Values at the hook points of `circuits.edges.writer_names`."""
     gradients: Iterator[tuple[slice, Float[Tensor, "n pos d_model readers"]]]
     """Gradient of that sum with respect to what each reader reads, one kind of reader of a layer at a time."""
 
 
 def gradient_run(bridge: Bridge, graph: Graph, prompts: PromptSet, metric: Metric, hooks: list[Hook]) -> GradientRun:
     """Runs the clean prompts forward, with `hooks` in place, and back from the metric to every reader."""
-    shared_norm = not hasattr(bridge.blocks[0], "ln2")
-    mlp_input = "mlp.hook_in" if shared_norm else "ln2.hook_in"
+    mlps = [mlp_input(block) for block in bridge.blocks]
     probes: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     names = [f"blocks.{layer}.attn.{part}.hook_out" for layer in range(graph.n_layers) for part in "qkv"]
-    names += [f"blocks.{layer}.{mlp_input}" for layer in range(graph.n_layers)]
+    names += [f"blocks.{layer}.{point}" for layer, (point, _) in enumerate(mlps)]
     names.append("ln_final.hook_in")
     streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(graph.n_layers)]
     with torch.enable_grad():
@@ -131,14 +133,15 @@ def gradient_run(bridge: Bridge, graph: Graph, prompts: PromptSet, metric: Metri
                 x = found[stream][:, :, None].expand(*gradient.shape[:3], -1)
                 read = partial(read_through, bridge, layer, part)
                 yield graph.reader_columns(layer, part), through(read, x, gradient).transpose(2, 3)
-            gradient = at[f"blocks.{layer}.{mlp_input}"]
-            if shared_norm:
-                gradient = through(bridge.blocks[layer].ln1.original_component, found[stream], gradient)
+            point, norm = mlps[layer]
+            gradient = at[f"blocks.{layer}.{point}"]
+            if norm is not None:
+                gradient = through(norm.original_component, found[stream], gradient)
             yield graph.reader_columns(layer, "m"), gradient[..., None]
         yield slice(len(graph.readers) - 1, None), at["ln_final.hook_in"][..., None]
 
     with torch.no_grad():
-        return GradientRun(value.item(), stacked(bridge, found), to_streams())
+        return GradientRun(value.item(), found, to_streams())
 
 
 def _scores(

@@ -12,14 +12,17 @@ This is how a circuit is run alone (patch every edge outside it), how one edge i
 is. (Goldowsky-Dill et al. 2023, arXiv 2304.05969; Hanna et al. 2024, arXiv 2403.17806.)
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.nodes import Bridge, Graph, graph_of, head_outputs
+from circuits.blocks import attention_constant, head_outputs, mlp_input, norm_before, normed
+from circuits.nodes import Bridge, Graph, graph_of
 from circuits.passes import Hook, answer_logits, taking
+from sae.errors import InputError
 
 
 @torch.no_grad()
@@ -41,20 +44,52 @@ def written_and_logits(
 
 
 def writer_names(n_layers: int) -> list[str]:
-    """Hook points from which `stacked` reads the writers' outputs."""
+    """Hook points that `stacked` reads: of the writers' outputs, and the last residual stream to hold them against."""
     names = ["blocks.0.hook_resid_pre"]
     for layer in range(n_layers):
         names += [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"]
-    return names
+    return [*names, "ln_final.hook_in"]
 
 
-def stacked(bridge: Bridge, found: dict[str, Tensor]) -> Float[Tensor, "writers n pos d_model"]:
-    """Writers' outputs from the values at the hook points of `writer_names`."""
+def stacked(bridge: Bridge, found: Mapping[str, Tensor]) -> Float[Tensor, "writers n pos d_model"]:
+    """Writers' outputs from the values at the hook points of `writer_names`.
+
+    Raises:
+        InputError: with the biases they do not add up to the last residual stream.
+    """
     pieces = [found["blocks.0.hook_resid_pre"][None]]
     for layer in range(bridge.cfg.n_layers):
         pieces.append(head_outputs(bridge, layer, found[f"blocks.{layer}.attn.hook_z"]))
         pieces.append(found[f"blocks.{layer}.hook_mlp_out"][None])
-    return torch.cat(pieces)
+    outputs = torch.cat(pieces)
+    _check_sum(outputs, constants(bridge, found), found["ln_final.hook_in"])
+    return outputs
+
+
+def constants(bridge: Bridge, found: Mapping[str, Tensor]) -> Float[Tensor, "n pos d_model"]:
+    """What attention adds to the residual stream that no head writes, all layers together."""
+    layers = range(bridge.cfg.n_layers)
+    return sum(
+        (attention_constant(bridge, layer, found[f"blocks.{layer}.attn.hook_z"]) for layer in layers),
+        start=torch.zeros_like(found["blocks.0.hook_resid_pre"]),
+    )
+
+
+def _check_sum(
+    outputs: Float[Tensor, "writers n pos d_model"],
+    rest: Float[Tensor, "n pos d_model"],
+    stream: Float[Tensor, "n pos d_model"],
+) -> None:
+    """Raises InputError where a family adds more to the stream, or otherwise, than its heads and MLPs say."""
+    off = (outputs.sum(dim=0) + rest - stream).norm(dim=-1)
+    # Rounding goes with the sizes of what is added, not of the sum.
+    allowed = max(1e-3, 16 * torch.finfo(stream.dtype).eps) * outputs.norm(dim=-1).sum(dim=0)
+    if not (off <= allowed).all():
+        raise InputError(
+            f"what heads and MLPs write misses the last residual stream by {(off / stream.norm(dim=-1)).max():.3g} of "
+            "it: this model's blocks add more than these, or scale the stream, so they are not its terms; use patching "
+            "or ablation of heads"
+        )
 
 
 def read_through(
@@ -62,10 +97,9 @@ def read_through(
 ) -> Float[Tensor, "n pos heads d_head"]:
     """Queries, keys or values (`part` q, k or v) of each head from a residual stream of its own."""
     block = bridge.blocks[layer]
-    normed = block.ln1.original_component(x)
     weights = getattr(block.attn, f"W_{part.upper()}")
     bias = getattr(block.attn, f"b_{part.upper()}")
-    out = torch.einsum("nphd,hdz->nphz", normed, weights)
+    out = torch.einsum("nphd,hdz->nphz", normed(norm_before(block, "attn"), x), weights)
     return out if bias is None else out + bias
 
 
@@ -139,20 +173,18 @@ class _PatchedPass:
         return f"blocks.{layer}.attn.{part}.hook_out", read
 
     def mlp_input(self, layer: int) -> Hook:
-        block = self.bridge.blocks[layer]
-        shared_norm = not hasattr(block, "ln2")
+        point, norm = mlp_input(self.bridge.blocks[layer])
 
         def read(value: Tensor, hook: Any) -> Tensor | None:
             delta = self.change(self.graph.reader_columns(layer, "m"), self.graph.n_upstream(f"m{layer}"))
             if delta is None:
                 return None
-            if shared_norm:
-                assert self.stream is not None
-                normed: Tensor = block.ln1.original_component(self.stream + delta[:, :, 0])
-                return normed
-            return value + delta[:, :, 0]
+            if norm is None:
+                return value + delta[:, :, 0]
+            assert self.stream is not None
+            return normed(norm, self.stream + delta[:, :, 0])
 
-        return f"blocks.{layer}.mlp.hook_in" if shared_norm else f"blocks.{layer}.ln2.hook_in", read
+        return f"blocks.{layer}.{point}", read
 
     def attention_output(self, layer: int) -> Hook:
         def wrote(value: Tensor, hook: Any) -> None:

@@ -25,6 +25,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.blocks import norm_before
 from circuits.nodes import Bridge
 from circuits.norms import measured_norm
 from sae.errors import InputError
@@ -64,15 +65,13 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
     block = bridge.blocks[layer]
     if reader in ("q", "k", "v"):
         W, b = _linear(_matrix(block, "attn", reader))
-        found = _through_norm(bridge, _norm_before(block, "ln1", "hook_attn_out"), W, b)
+        found = _through_norm(bridge, norm_before(block, "attn"), W, b)
         d_head = bridge.cfg.d_head
         return EffectiveWeights(
             rearrange(found.W, "d (head h) -> d head h", h=d_head), rearrange(found.b, "(head h) -> head h", h=d_head)
         )
     name = "in" if reader == "mlp_in" else "gate"
-    # Parallel MLPs read the block's input through a LayerNorm of their own (GPT-NeoX) or attention's (GPT-J).
-    norm = _norm_before(block, "ln2", "hook_mlp_out") if hasattr(block, "ln2") else block.ln1
-    return _through_norm(bridge, norm, *_linear(_matrix(block, "mlp", name)))
+    return _through_norm(bridge, norm_before(block, "mlp"), *_linear(_matrix(block, "mlp", name)))
 
 
 def effective_unembedding(bridge: Bridge) -> Float[Tensor, "d_model vocab"]:
@@ -119,9 +118,3 @@ def logit_scale(bridge: Bridge) -> float:
     """What the unembedding's outputs are multiplied by (Granite, Cohere); a soft cap is close to 1 at small logits."""
     small = torch.tensor(1e-4, dtype=torch.float64)
     return float(bridge.adapter.apply_output_logits_transform(small) / small)
-
-
-def _norm_before(block: Any, norm: str, contribution: str) -> Any:
-    """The block's norm of that name, None where it stands after what it is named for (OLMo 2)."""
-    after = str(block.hook_aliases.get(contribution, "")).startswith(f"{norm}.")
-    return None if after else getattr(block, norm)

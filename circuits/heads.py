@@ -31,8 +31,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.blocks import head_weights
 from circuits.effective_weights import effective_weights
-from circuits.nodes import Bridge, head_name, head_names, head_weights
+from circuits.nodes import Bridge, head_name, head_names
 from circuits.passes import activations
 from sae.errors import InputError
 

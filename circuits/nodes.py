@@ -4,8 +4,8 @@ Writers, in the order of the forward pass (S of them):
 
     input, a0.h0, ..., a0.h{H-1}, m0, a1.h0, ...
 
-`input` is the residual stream before the first block, a{l}.h{h} head h's output in the residual stream
-(z_h W_O[h], without the bias of W_O, which no node writes), m{l} the output of an MLP.
+`input` is the residual stream before the first block, a{l}.h{h} what head h adds to the residual stream
+(`circuits.blocks`; without the bias of W_O, which no node writes), m{l} what an MLP adds.
 
 Readers (R of them): a{l}.h{h}<q>, a{l}.h{h}<k>, a{l}.h{h}<v>, m{l}, and `logits`. Under grouped-query attention
 <k> and <v> belong to the key-value heads and carry their numbers.
@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from sae.errors import InputError
@@ -140,36 +140,11 @@ def graph_of(bridge: Bridge) -> Graph:
     """The graph of a model.
 
     Raises:
-        InputError: blocks without attention heads, or that normalise what attention and MLP write (Gemma 2, OLMo 2), so
-            that a head's output is not its own term of the residual stream.
+        InputError: blocks without attention heads or MLP.
     """
     for layer, block in enumerate(bridge.blocks):
-        if not hasattr(block, "attn"):
-            raise InputError(f"layer {layer} of this model has no attention heads, so it is no graph of heads and MLPs")
-        if not str(block.hook_aliases.get("hook_attn_out", "attn.")).startswith("attn."):
-            raise InputError(
-                "this model normalises the outputs of attention and MLP, so its heads are not separate terms of the "
-                "residual stream: use patching or ablation of heads instead"
-            )
+        for part, name in (("attn", "attention heads"), ("mlp", "MLP")):
+            if not hasattr(block, part):
+                raise InputError(f"layer {layer} of this model has no {name}, so it is no graph of heads and MLPs")
     shape = bridge.cfg
     return Graph(shape.n_layers, shape.n_heads, shape.n_key_value_heads or shape.n_heads, bool(shape.parallel_attn_mlp))
-
-
-def head_weights(bridge: Bridge, layer: int) -> Float[Tensor, "heads d_head d_model"]:
-    """W_O of a layer, head by head, in the scale in which the block adds it to the residual stream.
-
-    Raises:
-        InputError: attention that is not that many heads of one width.
-    """
-    block = bridge.blocks[layer]
-    try:
-        weights: Tensor = block.attn.W_O
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"the output matrix of layer {layer} does not split into heads ({error})") from None
-    # Granite multiplies what attention writes.
-    return weights * getattr(block, "residual_contribution_scale", 1.0)
-
-
-def head_outputs(bridge: Bridge, layer: int, z: Float[Tensor, "n pos heads d_head"]) -> Float[Tensor, "heads n pos d"]:
-    """What every head writes into the residual stream."""
-    return torch.einsum("nphz,hzd->hnpd", z, head_weights(bridge, layer))

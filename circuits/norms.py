@@ -41,7 +41,11 @@ class Norm:
 
     def through(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
         """N(x)."""
-        return self._centred(x) / self.scale(x)[..., None] * self.gain + self.shift
+        return self.unscaled(x) / self.scale(x)[..., None] + self.shift
+
+    def unscaled(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+        """(N(x) - shift) scale(x), which is linear in x."""
+        return self._centred(x) * self.gain
 
     def into(self, W: Float[Tensor, "d_model d_out"]) -> Float[Tensor, "d_model d_out"]:
         """C diag(gain) W: what reads (x / scale(x)) as W reads N(x), the shift apart."""

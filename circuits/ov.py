@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.blocks import head_weights
 from circuits.effective_weights import effective_weights
-from circuits.nodes import Bridge, graph_of, head_weights
+from circuits.nodes import Bridge, graph_of
 
 
 @torch.no_grad()

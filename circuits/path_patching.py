@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.blocks import mlp_input, norm_before, normed
 from circuits.edges import stacked, writer_names, written
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, graph_of, head_names, parse
@@ -160,13 +161,14 @@ def _reading(
     node, _, part = reader.partition("<")
     _, layer, head = parse(node)
     block = bridge.blocks[layer]
-    if head is None and hasattr(block, "ln2"):
-        return f"blocks.{layer}.ln2.hook_in", added
-    normed = block.ln1.original_component(stream.repeat(len(change) // len(stream), 1, 1) + change)
+    point, norm = mlp_input(block)
+    if head is None and norm is None:
+        return f"blocks.{layer}.{point}", added
+    changed = stream.repeat(len(change) // len(stream), 1, 1) + change
     if head is None:
-        return f"blocks.{layer}.mlp.hook_in", lambda value, hook: normed
+        return f"blocks.{layer}.{point}", _setting(normed(norm, changed))
     weights, bias = (getattr(block.attn, f"{kind}_{part[0].upper()}") for kind in "Wb")
-    read = normed @ weights[head] + (0 if bias is None else bias[head])
+    read = normed(norm_before(block, "attn"), changed) @ weights[head] + (0 if bias is None else bias[head])
     return f"blocks.{layer}.attn.{part[0]}.hook_out", _setting(read, head)
 
 

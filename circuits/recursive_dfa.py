@@ -17,10 +17,12 @@ Two exact decompositions alternate, attention patterns and LayerNorm scales froz
 
        head h of layer l from src   A_h[pos, src] v_h[src] W_O[h] . W_enc_res[:, r]
 
-The terms of either add up to the pre-activation. `recursive_dfa` follows the strongest (source, feature) term of 1,
-then the strongest (head, source) term of 2, then 1 again for that head with the residual SAE below it: step by step
-down to where no SAE is given. (Kissane et al. 2024, arXiv 2406.17759; the split into exact remainder terms and step 2
-are reconstructed.)
+   (a norm after attention, as in Gemma 2, is in W_O with its scale at its value on the prompt: `circuits.blocks`).
+
+The terms of either add up to the pre-activation, which is checked. `recursive_dfa` follows the strongest (source,
+feature) term of 1, then the strongest (head, source) term of 2, then 1 again for that head with the residual SAE below
+it: step by step down to where no SAE is given. (Kissane et al. 2024, arXiv 2406.17759; the split into exact remainder
+terms and step 2 are reconstructed.)
 """
 
 from collections.abc import Mapping
@@ -32,9 +34,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.blocks import attention_constant, attention_scale, head_weights, norm_before
 from circuits.dfa import attention_layer, check, constant_term, encoder_by_head, residual_layer, weighted_values
 from circuits.effective_weights import effective_weights
-from circuits.nodes import Bridge, graph_of, head_name, head_weights
+from circuits.nodes import Bridge, graph_of, head_name
 from circuits.norms import measured_norm
 from circuits.passes import activations
 from sae.errors import InputError
@@ -84,13 +87,13 @@ def of_residual_feature(
     """Step 2: a residual feature's pre-activation by earlier heads and their sources, MLPs, input and biases.
 
     Raises:
-        InputError: see `circuits.nodes.graph_of`.
+        InputError: see `circuits.nodes.graph_of`, or terms that miss the pre-activation.
     """
     graph_of(bridge)
     below = residual_layer(residual)
     check(residual, tokens, feature, position)
     direction = residual.W_enc[:, feature]
-    names = ["blocks.0.hook_resid_pre"]
+    names = ["blocks.0.hook_resid_pre", residual.hook_name]
     for layer in range(below):
         names += [f"blocks.{layer}.{name}" for name in (*SPLIT, "hook_mlp_out")]
     found = activations(bridge, tokens[None], names)
@@ -99,7 +102,9 @@ def of_residual_feature(
     for layer in range(below):
         pattern, v, z = (found[f"blocks.{layer}.{name}"][0] for name in SPLIT)
         sources = weighted_values(pattern, v, z, position)
-        values = torch.einsum("khz,hzd,d->kh", sources, head_weights(bridge, layer), direction)
+        scale = attention_scale(bridge, layer, z[None])
+        divisor = 1.0 if scale is None else scale[0, position]
+        values = torch.einsum("khz,hzd,d->kh", sources / divisor, head_weights(bridge, layer), direction)
         rows += [
             ("head", src, head_name(layer, head), None, float(values[src, head]))
             for src in range(values.shape[0])
@@ -107,9 +112,10 @@ def of_residual_feature(
         ]
         mlp = found[f"blocks.{layer}.hook_mlp_out"]
         rows.append(("mlp", position % len(tokens), f"m{layer}", None, _dot(mlp, position, direction)))
-        bias = bridge.blocks[layer].attn.b_O
-        if bias is not None:
-            rows.append(("b_O", None, f"a{layer}", None, float(bias @ direction)))
+        constant = attention_constant(bridge, layer, z[None])
+        if constant.any():
+            rows.append(("b_O", None, f"a{layer}", None, _dot(constant, position, direction)))
+    _check_sum(rows, _dot(found[residual.hook_name], position, direction), found[residual.hook_name].dtype)
     rows.append(("constant", None, None, None, constant_term(residual, feature)))
     return Terms(f"r{below}/f{feature}@{position % len(tokens)}", _table(rows))
 
@@ -127,7 +133,11 @@ def of_head_write(
     """
     layer, head = writer
     encoder = torch.zeros(bridge.cfg.n_heads, bridge.cfg.d_head, device=below.W_enc.device, dtype=below.W_enc.dtype)
+    name = f"blocks.{layer}.attn.hook_z"
+    scale = attention_scale(bridge, layer, activations(bridge, tokens[None], [name])[name])
     encoder[head] = head_weights(bridge, layer)[head] @ below.W_enc[:, feature]
+    if scale is not None:
+        encoder /= scale[0, position]
     rows = _value_terms(bridge, layer, residual, tokens, position, encoder, source)
     target = f"{head_name(layer, head)}@{source}->r{residual_layer(below)}/f{feature}@{position % len(tokens)}"
     return Terms(target, _table(rows))
@@ -194,10 +204,11 @@ def _value_terms(
     """Terms of sum over heads and sources of A_h v_h . encoder[h] by what the residual SAE sees at the sources."""
     if residual_layer(residual) != layer:
         raise InputError(f"{residual.hook_name} is not the input of layer {layer}: give the residual SAE that is")
-    names = [f"blocks.{layer}.{name}" for name in ("attn.hook_pattern", "hook_resid_pre")]
+    names = [f"blocks.{layer}.{name}" for name in (*SPLIT, "hook_resid_pre")]
     found = activations(bridge, tokens[None], names)
-    pattern, x = (found[name][0] for name in names)
-    scale = measured_norm(bridge.blocks[layer].ln1, x[0]).scale(x.float())[:, None]
+    pattern, v, z, x = (found[name][0] for name in names)
+    norm = norm_before(bridge.blocks[layer], "attn")
+    scale = x.new_ones(len(x)) if norm is None else measured_norm(norm, x[0]).scale(x.float())
     effective = effective_weights(bridge, "v", layer)
     repeats = pattern.shape[0] // effective.W.shape[1]
     W_V, b_V = effective.W.repeat_interleave(repeats, dim=1), effective.b.repeat_interleave(repeats, dim=0)
@@ -205,7 +216,7 @@ def _value_terms(
     if source is not None:
         attention = attention * (torch.arange(len(attention), device=attention.device) == source)[:, None]
     # What one unit in the residual stream at each source does to the target.
-    readout = torch.einsum("kh,dhz,hz->kd", attention / scale.to(W_V.dtype), W_V, encoder.to(W_V.dtype))
+    readout = torch.einsum("kh,dhz,hz->kd", attention / scale.to(W_V.dtype)[:, None], W_V, encoder.to(W_V.dtype))
     code = residual.encode(x)
     position, feature, activation = code.entries()
     directions = residual.W_dec.detach()[feature].to(W_V.dtype)
@@ -218,7 +229,20 @@ def _value_terms(
         rows.append(("error", src, None, None, float(error[src].to(W_V.dtype) @ readout[src])))
         rows.append(("b_dec", src, None, None, float(residual.b_dec.to(W_V.dtype) @ readout[src])))
         rows.append(("b_V", src, None, None, float(bias[src])))
+    handed = torch.einsum("khz,hz->k", weighted_values(pattern, v, z, destination).to(W_V.dtype), encoder.to(W_V.dtype))
+    _check_sum(rows, float(handed.sum() if source is None else handed[source]), x.dtype)
     return rows
+
+
+def _check_sum(rows: list[tuple[Any, ...]], wanted: float, dtype: torch.dtype) -> None:
+    """Raises InputError where terms miss what they are the terms of."""
+    values = torch.tensor([row[-1] for row in rows], dtype=torch.float64)
+    off = abs(float(values.sum()) - wanted)
+    if not off <= max(1e-3, 16 * torch.finfo(dtype).eps) * float(values.abs().sum()):
+        raise InputError(
+            f"the terms of this feature miss its pre-activation by {off:.3g}: this model's blocks compute more than "
+            "these say, so it is not traced back; DFA of the attention feature alone (without residual SAEs) works"
+        )
 
 
 def _table(rows: list[tuple[Any, ...]]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from transformers import (
     GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    Olmo2Config,
     PreTrainedTokenizerFast,
 )
 
@@ -33,6 +34,11 @@ CONFIGS = {
     "gemma2": Gemma2Config(
         vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         head_dim=12, intermediate_size=48, max_position_embeddings=64, final_logit_softcapping=None,
+    ),
+    # Norms after attention and MLP alone: both read the residual stream as it is.
+    "olmo2": Olmo2Config(
+        vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=64, pad_token_id=None, architectures=["Olmo2ForCausalLM"],
     ),
 }  # fmt: skip
 

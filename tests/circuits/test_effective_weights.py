@@ -17,12 +17,18 @@ def scaled(bridge: Any, x: torch.Tensor) -> torch.Tensor:
     return x / (x.var(dim=-1, keepdim=True, unbiased=False) + eps).sqrt()
 
 
+def norms_come_after(bridge: Any) -> bool:
+    """OLMo 2's queries, keys, values and MLPs read the residual stream itself."""
+    return "Olmo2" in type(bridge.original_model).__name__
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("reader", ["q", "k", "v"])
 def test_attention_reads(bridge: Any, tokens: torch.Tensor, reader: str) -> None:
     _, cache = bridge.run_with_cache(tokens)
     found = effective_weights(bridge, reader, 1)
-    x = scaled(bridge, cache["blocks.1.hook_resid_pre"])
+    stream = cache["blocks.1.hook_resid_pre"]
+    x = stream if norms_come_after(bridge) else scaled(bridge, stream)
     expected = cache[f"blocks.1.attn.hook_{reader}"]
     assert found.W.shape == (bridge.cfg.d_model, expected.shape[2], bridge.cfg.d_head)
     torch.testing.assert_close(torch.einsum("bpd,dnh->bpnh", x, found.W) + found.b, expected, rtol=1e-5, atol=1e-5)
@@ -32,7 +38,8 @@ def test_attention_reads(bridge: Any, tokens: torch.Tensor, reader: str) -> None
 def test_mlp_reads(bridge: Any, tokens: torch.Tensor) -> None:
     _, cache = bridge.run_with_cache(tokens)
     norm = "ln2" if hasattr(bridge.blocks[1], "ln2") else "ln1"
-    x = scaled(bridge, cache[f"blocks.1.{norm}.hook_in"])
+    after = norms_come_after(bridge)
+    x = cache["blocks.1.mlp.hook_in"] if after else scaled(bridge, cache[f"blocks.1.{norm}.hook_in"])
     gated = bridge.cfg.gated_mlp
     into = "blocks.1.mlp.hook_pre_linear" if gated else "blocks.1.mlp.hook_pre"
     found = effective_weights(bridge, "mlp_in", 1)

@@ -8,10 +8,10 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.head_detector import detect_head
 from transformer_lens.utilities.matrix import composition_scores as their_scores
 
+from circuits.blocks import head_weights
 from circuits.composition import composition_scores, product_norms
 from circuits.effective_weights import effective_weights
 from circuits.heads import copying_scores, head_scores, pattern_sums, prefix_induction, repeated_tokens
-from circuits.nodes import head_weights
 from sae.errors import InputError
 
 

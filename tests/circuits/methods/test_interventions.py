@@ -152,10 +152,6 @@ def test_logit_attribution_equals_transformer_lens(random_model: Any, prompts: P
 
 
 def test_patching_every_edge_gives_the_other_run_and_none_this_one(bridge: Any, tokens: torch.Tensor) -> None:
-    if hasattr(bridge.blocks[0], "ln1_post"):
-        with pytest.raises(InputError, match="normalises the outputs"):
-            graph_of(bridge)
-        return
     graph, last, others = graph_of(bridge), torch.tensor([11, 11, 11]), tokens.flip(0)
     with torch.no_grad():
         clean, other = answer_logits(bridge, tokens, last), answer_logits(bridge, others, last)
@@ -199,8 +195,6 @@ def test_an_edge_is_patched_as_by_hand(random_model: Any, prompts: PromptSet) ->
 
 def test_edges_patched_from_their_reader_on_are_those_of_whole_passes(bridge: Any, tokens: torch.Tensor) -> None:
     """A reader of every kind, on every architecture, against `patched_logits`, which runs the whole model."""
-    if hasattr(bridge.blocks[0], "ln1_post"):
-        return
     graph, last, others = graph_of(bridge), torch.tensor([11, 10, 11]), tokens.flip(0)
     answers = torch.tensor([[3]] * len(tokens))
     prompts = PromptSet("any", tokens, others, last, answers, answers + 1)
@@ -382,8 +376,6 @@ def test_sweeps_equal_full_passes_on_every_architecture(bridge: Any, tokens: tor
 
         after = run(bridge, prompts.clean, [(f"blocks.{layer}.attn.hook_z", silence)], prompts).mean()
         assert scores[f"a{layer}.h{head}"] == pytest.approx((before - after).item(), abs=1e-5)
-    if hasattr(bridge.blocks[0], "ln1_post"):
-        return
     found = logit_attribution(bridge, prompts)
     torch.testing.assert_close(found.values.sum(dim=1), found.difference, atol=5e-5, rtol=1e-4)
     edges = attribute_edges(bridge, prompts, variant="ig-inputs", steps=32)

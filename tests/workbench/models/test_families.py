@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.families import PAGE, families, family_name, save_tiny, splicing, tiny_sae, tried
+from benchmarks.families import PAGE, families, family_name, prompts_of, save_tiny, splicing, tiny_sae, tried
+from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
+from circuits.blocks import head_outputs
 from circuits.dfa import direct_feature_attribution
+from circuits.eap import attribute_edges
 from circuits.effective_weights import effective_weights
 from circuits.nodes import graph_of
 from circuits.norms import measured_norm
-from circuits.prompts import from_ids
 from sae import InputError
 from workbench.features.prompts import read_prompt
 from workbench.features.steering import Edit, steer
@@ -255,26 +257,90 @@ def test_steering_continues_as_plain_transformers_does(architecture: str, family
         assert found.clean == found.steered == model.text(wanted)
 
 
-ADDS_UP = ["GraniteForCausalLM", "NemotronForCausalLM", "CohereForCausalLM", "BloomForCausalLM", "MptForCausalLM",
-           "OPTForCausalLM", "Olmo2ForCausalLM", "Gemma4ForCausalLM"]  # fmt: skip
+ADDS_UP = ["GraniteForCausalLM", "NemotronForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "BloomForCausalLM",
+           "MptForCausalLM", "OPTForCausalLM", "FalconForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM",
+           "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Exaone4ForCausalLM"]  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", ADDS_UP)
-def test_direct_logit_attribution_adds_up_to_the_modules_logits_or_is_refused(
+def test_direct_logit_attribution_adds_up_to_the_modules_logits(
     architecture: str, family: Callable[..., LoadedModel]
 ) -> None:
     model = family(architecture)
-    tokens = tokens_of(model)
-    clean, corrupted = tokens[:1].tolist(), tokens[1:].tolist()
-    prompts = from_ids("own", clean, corrupted, [[7]], [[9]], model.bos_id)
-    if architecture in ("Olmo2ForCausalLM", "Gemma4ForCausalLM"):
-        with pytest.raises(InputError, match=r"not separate terms|does not split into heads|miss the logit difference"):
-            logit_attribution(model.bridge, prompts)
-        return
-    found = logit_attribution(model.bridge, prompts)
+    found = logit_attribution(model.bridge, prompts_of(model))
     with torch.no_grad():
-        logits = model.hf(tokens[:1], use_cache=False).logits[0, -1]
-    assert found.values.sum().item() == pytest.approx((logits[7] - logits[9]).item(), rel=1e-4, abs=1e-4)
+        logits = model.hf(prompts_of(model).clean, use_cache=False).logits[0, -1].double()
+    cap = getattr(model.hf.config, "final_logit_softcapping", None)
+    assert found.capped == (cap is not None)
+    if cap is not None:
+        logits = cap * torch.atanh(logits / cap)
+    assert found.values.sum().item() == pytest.approx((logits[7] - logits[9]).item(), rel=1e-3, abs=1e-3)
+
+
+POST_NORMS = {
+    "Gemma2ForCausalLM": "post_attention_layernorm", "Gemma3ForCausalLM": "post_attention_layernorm",
+    "Olmo2ForCausalLM": "post_attention_layernorm", "Exaone4ForCausalLM": "post_attention_layernorm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", POST_NORMS)
+def test_a_heads_term_is_what_it_adds_behind_the_norm_at_the_runs_scale(
+    architecture: str, family: Callable[..., LoadedModel]
+) -> None:
+    """By a norm written down here: the head's part of W_O z, over the scale of the whole, times the measured gain."""
+    model = family(architecture)
+    tokens, layer = tokens_of(model), 1
+    block = model.hf.get_submodule(f"model.layers.{layer}")
+    z = seen(model, f"model.layers.{layer}.self_attn.o_proj", tokens, "input")
+    norm: Any = block.get_submodule(POST_NORMS[architecture])
+    with torch.no_grad():
+        whole = block.self_attn.o_proj(z)
+        gain = norm(torch.ones(32)) / torch.ones(32).square().mean().sqrt()
+        scale = whole.square().mean(dim=-1, keepdim=True).sqrt()
+        apart = z.unflatten(2, (4, -1))
+        wanted = []
+        for head in range(4):
+            alone = torch.zeros_like(apart)
+            alone[:, :, head] = apart[:, :, head]
+            wanted.append(block.self_attn.o_proj(alone.flatten(2)) / scale * gain)
+        found = head_outputs(model.bridge, layer, apart)
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-3, atol=1e-4)
+    added = seen(model, f"model.layers.{layer}.{POST_NORMS[architecture]}", tokens)
+    torch.testing.assert_close(found.sum(dim=0), added, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["Olmo2ForCausalLM", "Gemma2ForCausalLM", "CohereForCausalLM"])
+def test_edges_of_the_input_are_the_gradient_of_plain_transformers(
+    architecture: str, family: Callable[..., LoadedModel]
+) -> None:
+    """EAP's `input` node: (clean - corrupted embedding) . gradient of the metric, by a hook on the module's block 0."""
+    model = family(architecture)
+    prompts = prompts_of(model)
+    found = attribute_edges(model.bridge, prompts, variant="eap")
+    streams: list[Tensor] = []
+
+    def probe(_: Any, args: Any, kwargs: Any) -> Any:
+        stream = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+        streams.append(stream)
+        return ((stream, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": stream})
+
+    with model.hf.get_submodule("model.layers.0").register_forward_pre_hook(probe, with_kwargs=True):
+        values = []
+        for tokens in (prompts.clean, prompts.corrupted):
+            logits = model.hf(tokens, use_cache=False).logits[0, -1]
+            values.append(logits[7] - logits[9])
+    (gradient,) = torch.autograd.grad(values[0], streams[0])
+    wanted = ((streams[0] - streams[1]) * gradient).sum().item()
+    assert found.nodes()["input"] == pytest.approx(wanted, rel=2e-3)
+    assert (found.clean, found.corrupted) == pytest.approx([value.item() for value in values], rel=1e-3)
+
+
+def test_blocks_that_scale_the_stream_have_no_terms_and_other_scores_work(family: Callable[..., LoadedModel]) -> None:
+    model = family("Gemma4ForCausalLM", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    for run in (logit_attribution, attribute_edges):
+        with pytest.raises(InputError, match=r"does not split into heads|misses the last residual stream"):
+            run(model.bridge, prompts_of(model))
+    assert ablate_heads(model.bridge, prompts_of(model), kind="zero").scores.isfinite().all()
 
 
 def test_sources_behind_a_gate_are_no_terms_of_a_head(family: Callable[..., LoadedModel]) -> None:
@@ -293,12 +359,7 @@ def test_sources_behind_a_gate_are_no_terms_of_a_head(family: Callable[..., Load
         assert found.pre_activation == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_scores_of_heads_and_edges_are_refused_where_a_norm_follows_what_heads_write(
-    family: Callable[..., LoadedModel],
-) -> None:
-    for architecture in ("Olmo2ForCausalLM", "Gemma2ForCausalLM"):
-        with pytest.raises(InputError, match="not separate terms"):
-            graph_of(family(architecture).bridge)
+def test_layers_without_heads_are_no_graph(family: Callable[..., LoadedModel]) -> None:
     with pytest.raises(InputError, match="layer 0 of this model has no attention heads"):
         graph_of(family("MambaForCausalLM").bridge)
 
