@@ -1,11 +1,12 @@
 """What every head attends to and copies: a row of scores a head.
 
-Over the queries q of each row of tokens, A[q, k] the attention from q to k, BOS at position 0:
+Over the queries q of each row of tokens, A[q, k] the attention from q to k, BOS at position 0, which is no query, as
+it sees nothing but itself:
 
     previous_token   mean of A[q, q - 1] over q >= 2
     duplicate_token  mean over queries whose token t occurred before of sum_k A[q, k], k < q, t_k = t_q
     induction        mean over the same queries of sum_k A[q, k], t_{k-1} = t_q: the tokens that followed
-    sink             mean over q of A[q, 0]; sink_excess is it minus the uniform causal baseline, mean of 1 / (q + 1)
+    sink             mean over q of A[q, 0]; sink_excess is it minus that of uniform attention, 1 / (q + 1)
     entropy          mean over q of -sum_k A log A, in nats
     keys_95          mean over q of the least number of keys that hold 95% of the attention
 
@@ -114,22 +115,23 @@ def pattern_sums(
     followers = torch.zeros_like(same)
     followers[:, :, 1:] = same[:, :, :-1]
     repeated = same.any(dim=2)
-    sink = pattern[..., 0].sum(dim=(0, 2))
-    positions = torch.arange(1, n_pos + 1, device=device, dtype=pattern.dtype)
-    entropy = -torch.special.xlogy(pattern, pattern).sum(dim=(0, 2, 3))
+    seen = pattern[:, :, 1:]
+    sink = seen[..., 0].sum(dim=(0, 2))
+    keys_seen = torch.arange(2, n_pos + 1, device=device, dtype=pattern.dtype)
+    entropy = -torch.special.xlogy(seen, seen).sum(dim=(0, 2, 3))
     # Rounding must not cost a key: a uniform row of 20 keys needs 19 for exactly 95%.
-    held = pattern.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    held = seen.sort(dim=-1, descending=True).values.cumsum(dim=-1)
     keys = (held < 0.95 - 1e-6).sum(dim=-1) + 1
     sums = [
         pattern.diagonal(-1, dim1=2, dim2=3)[..., 1:].sum(dim=(0, 2)),
         torch.einsum("nhqk,nqk->h", pattern, same.to(pattern.dtype)),
         torch.einsum("nhqk,nqk->h", pattern, followers.to(pattern.dtype)),
         sink,
-        sink - n * (1 / positions).sum(),
+        sink - n * (1 / keys_seen).sum(),
         entropy,
         keys.sum(dim=(0, 2)).to(pattern.dtype),
     ]
-    n_queries, n_repeated = n * n_pos, int(repeated.sum())
+    n_queries, n_repeated = n * (n_pos - 1), int(repeated.sum())
     counts = [n * (n_pos - 2), n_repeated, n_repeated, n_queries, n_queries, n_queries, n_queries]
     return torch.stack(sums, dim=-1), torch.tensor(counts, dtype=torch.float64, device=device)
 
@@ -154,7 +156,7 @@ class PrefixInduction:
     lengths: list[int]
     intact: Float[Tensor, "layers heads lengths"]
     corrupted: Float[Tensor, "layers heads lengths"]
-    """With all of the second prefix but its last token replaced."""
+    """With all of the second prefix but its last token moved away from it."""
 
     def table(self) -> pd.DataFrame:
         """One row a head and length: node, length, intact, corrupted."""
@@ -181,9 +183,11 @@ def prefix_induction(
     """Induction by prefix length: random tokens in which p tokens occur twice, at a1 and a2.
 
     The score is the attention from a2 + p - 1, the last token of the second prefix, to a1 + p, the token that
-    followed the first. A head that matches one token scores alike for every p and does not mind a corrupted prefix;
-    a long-prefix head scores more the longer the prefix, and falls when it is corrupted. All rows have the same
-    length and places, whatever p, so that distance does not enter.
+    followed the first. A head that matches one token scores alike for every p. One that scores more the longer the
+    prefix may match all of it, or only be surer where more tokens have occurred before. The control tells these apart:
+    the same p tokens repeat, but the p - 1 before the last stand, in order, as many places earlier as the longest
+    prefix has tokens. What matches the prefix falls to its value at p = 1; what counts repeats stays. All rows have the
+    same length and places, whatever p, so that distance does not enter.
 
     Raises:
         InputError: a vocabulary too small for the longest prefix.
@@ -203,8 +207,9 @@ def prefix_induction(
     for length in lengths:
         for corrupt in (False, True):
             rows = base.clone()
-            kept = 1 if corrupt else length
-            rows[:, query - kept + 1 : query + 1] = rows[:, target - kept : target]
+            rows[:, query] = base[:, target - 1]
+            end = query - longest if corrupt else query
+            rows[:, end - length + 1 : end] = base[:, target - length : target - 1]
             found = activations(bridge, rows.to(device), names)
             scores[corrupt].append(
                 torch.stack([found[name][:, :, query, target].double().mean(dim=0).cpu() for name in names])

@@ -146,12 +146,21 @@ def density_histogram(density: Float[Tensor, "d_sae"], tokens: int) -> list[dict
 
 
 @torch.no_grad()
-def decoder_cosine_maxima(W_dec: Float[Tensor, "d_sae d_in"], chunk: int = 1024) -> Float[Tensor, "d_sae"]:
-    """For every feature the largest cosine of its decoder row with another feature's."""
+def decoder_cosine_maxima(
+    W_dec: Float[Tensor, "d_sae d_in"], *, signed: bool = False, chunk: int = 1024
+) -> Float[Tensor, "d_sae"]:
+    """For every feature the largest cosine of its decoder row with another feature's.
+
+    Args:
+        W_dec: decoder rows.
+        signed: whether activations have both signs: then opposed rows are one feature twice, and cosines are absolute.
+    """
     rows = torch.nn.functional.normalize(W_dec.float(), dim=1)
     maxima = []
     for first in range(0, rows.shape[0], chunk):
         cosines = rows[first : first + chunk] @ rows.T
+        if signed:
+            cosines = cosines.abs()
         own = torch.arange(cosines.shape[0], device=rows.device)
         cosines[own, first + own] = -torch.inf
         maxima.append(cosines.amax(dim=1))

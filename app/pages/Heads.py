@@ -123,7 +123,7 @@ def scores(result: Result, head: str) -> None:
         return
     own = prefixes[prefixes["node"] == head].set_index("length")[["intact", "corrupted"]]
     st.caption(
-        "Attention to what followed a repeated prefix, by its length; corrupted: all but its last token replaced"
+        "Attention to what followed a repeated prefix, by its length; corrupted: all but its last token stand elsewhere"
     )
     st.line_chart(own, height=240, x_label="tokens of the prefix", y_label="attention")
 

@@ -81,3 +81,7 @@ def test_decoder_cosine_maxima_ignore_the_feature_itself() -> None:
     unit = W_dec / W_dec.norm(dim=1, keepdim=True)
     cosines = (unit @ unit.T).fill_diagonal_(-2)
     torch.testing.assert_close(decoder_cosine_maxima(W_dec, chunk=32), cosines.amax(1))
+    # Under a signed rule the opposed row is the same feature again.
+    absolute = cosines.abs().fill_diagonal_(-2).amax(1)
+    torch.testing.assert_close(decoder_cosine_maxima(W_dec, signed=True, chunk=32), absolute)
+    assert absolute[0] == pytest.approx(1)

@@ -295,7 +295,7 @@ def _summary(
         loss_recovered_zero=_share(zero - spliced, zero - clean),
         loss_recovered_mean=_share(mean - spliced, mean - clean),
         kl=kl,
-        decoder_cosine_max=decoder_cosine_maxima(sae.W_dec).mean().item(),
+        decoder_cosine_max=decoder_cosine_maxima(sae.W_dec, signed=sae.rule.signed).mean().item(),
         density_histogram=density_histogram(found.density, found.tokens),
         explained_variance_per_token=found.explained_variance_per_token,
         explained_variance_uncentred=found.explained_variance_uncentred,

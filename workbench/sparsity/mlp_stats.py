@@ -61,7 +61,7 @@ class MLPSummary:
     specialised: float
     """Share of neurons that fired on some, but on less than 1% of the tokens."""
     kurtosis: float
-    """E[(h - mean)^4] / var^2 over all entries; 3 for a Gaussian."""
+    """E[(h - mean)^4] / var^2 - 3 over all entries: in excess of the normal distribution's."""
     jaccard: float
     """Of the active sets of neighbouring tokens; NaN without neighbours."""
     jaccard_chance: float
@@ -197,4 +197,4 @@ class MLPStats:
         m1, m2, m3, m4 = (self._powers / entries).tolist()
         variance = m2 - m1**2
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
-        return float("nan") if variance <= 0 else fourth / variance**2
+        return float("nan") if variance <= 0 else fourth / variance**2 - 3

@@ -71,12 +71,14 @@ def test_without_positions_a0h0_is_missed_most_on_the_first_draw(demo: Any) -> N
 
 
 def test_the_induction_heads_match_prefixes_longer_than_a_token(demo: Any) -> None:
-    found = prefix_induction(demo.bridge, range(10, 4000), demo.bos_id, n=16)
-    for head in (0, 3, 5):
-        intact, corrupted = found.intact[3, head], found.corrupted[3, head]
-        assert (intact.diff() > 0).all()
-        assert float(intact[-1]) > 2 * float(intact[0])
-        torch.testing.assert_close(corrupted, corrupted[:1].expand(4), atol=1e-6, rtol=0)
+    for seed in range(3):
+        found = prefix_induction(demo.bridge, range(10, 4000), demo.bos_id, n=16, seed=seed)
+        for head in (0, 3, 5):
+            intact, corrupted = found.intact[3, head], found.corrupted[3, head]
+            assert (intact.diff() > 0).all()
+            assert float(intact[-1] - intact[0]) > 0.2
+            # As many repeats away from the query's token do not do it.
+            torch.testing.assert_close(corrupted, corrupted[:1].expand(4), atol=0.05, rtol=0)
 
 
 def test_a_tenth_of_the_edges_carries_most_of_the_behaviour_and_few_are_needed_to_break_it(
