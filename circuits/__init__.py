@@ -7,6 +7,7 @@ faithfulness_curve(bridge, prompts, edges).table()          # what the best edge
 
 One file a method; below them stand passes with hooks (`passes`, `sweeps`, `edges`), passes resumed in the middle
 (`resume`), functions put into a pass (`splice`) and weights as LayerNorm lets them be read (`effective_weights`).
+`graph/` holds attribution graphs of a single prompt, over transcoders.
 """
 
 from importlib import import_module
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from circuits.eap import attribute_edges
     from circuits.faithfulness import circuit_edges, faithfulness_curve
     from circuits.feature_circuits import feature_circuit
+    from circuits.graph import attribute
     from circuits.heads import head_scores, repeated_tokens
     from circuits.metrics import METRICS
     from circuits.passes import activations
@@ -41,6 +43,7 @@ _HOMES = {
     "attribute_edges": "circuits.eap",
     "circuit_edges": "circuits.faithfulness", "faithfulness_curve": "circuits.faithfulness",
     "feature_circuit": "circuits.feature_circuits",
+    "attribute": "circuits.graph",
     "head_scores": "circuits.heads", "repeated_tokens": "circuits.heads",
     "METRICS": "circuits.metrics",
     "activations": "circuits.passes",
@@ -59,6 +62,7 @@ __all__ = [
     "PromptSet",
     "ablate_heads",
     "activations",
+    "attribute",
     "attribute_edges",
     "circuit_edges",
     "composition_scores",

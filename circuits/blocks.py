@@ -29,7 +29,7 @@ def norm_before(block: Any, part: str) -> Any:
     Parallel MLPs read the block's input through a norm of their own (GPT-NeoX) or attention's (GPT-J).
     """
     norm = "ln2" if part == "mlp" and hasattr(block, "ln2") else "ln1"
-    after = _norm_after(block, part)
+    after = norm_after(block, part)
     # Where the only norm of that name stands after what it is named for (OLMo 2), none stands before.
     return None if after is getattr(block, norm) else getattr(block, norm)
 
@@ -56,7 +56,7 @@ def head_weights(bridge: Bridge, layer: int) -> Float[Tensor, "heads d_head d_mo
     Raises:
         InputError: attention that is not that many heads of one width.
     """
-    weights = _matrices(bridge, layer) * _multiplier(bridge, layer)
+    weights = output_matrices(bridge, layer) * multiplier(bridge, layer)
     after = _measured_after(bridge, layer)
     return weights if after is None else after.unscaled(weights).to(weights.dtype)
 
@@ -75,7 +75,7 @@ def attention_scale(
     after = _measured_after(bridge, layer)
     if after is None:
         return None
-    output = torch.einsum("nphz,hzd->npd", z, _matrices(bridge, layer)) + _bias(bridge, layer)
+    output = torch.einsum("nphz,hzd->npd", z, output_matrices(bridge, layer)) + output_bias(bridge, layer)
     return after.scale(output.to(after.gain.dtype)).to(z.dtype)
 
 
@@ -83,15 +83,19 @@ def attention_constant(
     bridge: Bridge, layer: int, z: Float[Tensor, "n pos heads d_head"]
 ) -> Float[Tensor, "n pos d_model"]:
     """What attention adds to the residual stream that is no head's: its bias, and a norm's shift."""
-    bias = _bias(bridge, layer).expand(*z.shape[:2], -1)
+    bias = output_bias(bridge, layer).expand(*z.shape[:2], -1)
     after, scale = _measured_after(bridge, layer), attention_scale(bridge, layer, z)
     if after is not None and scale is not None:
         bias = (after.unscaled(bias) / scale[..., None] + after.shift).to(bias.dtype)
-    return bias * _multiplier(bridge, layer)
+    return bias * multiplier(bridge, layer)
 
 
-def _matrices(bridge: Bridge, layer: int) -> Float[Tensor, "heads d_head d_model"]:
-    """W_O, head by head."""
+def output_matrices(bridge: Bridge, layer: int) -> Float[Tensor, "heads d_head d_model"]:
+    """W_O of a layer, head by head, as it is stored.
+
+    Raises:
+        InputError: attention that is not that many heads of one width.
+    """
     try:
         weights: Tensor = bridge.blocks[layer].attn.W_O
     except (ValueError, AttributeError) as error:
@@ -99,22 +103,23 @@ def _matrices(bridge: Bridge, layer: int) -> Float[Tensor, "heads d_head d_model
     return weights
 
 
-def _bias(bridge: Bridge, layer: int) -> Float[Tensor, "d_model"]:
+def output_bias(bridge: Bridge, layer: int) -> Float[Tensor, "d_model"]:
+    """b_O of a layer; zeros where there is none."""
     bias = bridge.blocks[layer].attn.b_O
-    return _matrices(bridge, layer).new_zeros(bridge.cfg.d_model) if bias is None else bias
+    return output_matrices(bridge, layer).new_zeros(bridge.cfg.d_model) if bias is None else bias
 
 
-def _multiplier(bridge: Bridge, layer: int) -> float:
+def multiplier(bridge: Bridge, layer: int) -> float:
     """Granite multiplies what attention and MLP write."""
     return float(getattr(bridge.blocks[layer], "residual_contribution_scale", 1.0))
 
 
-def _norm_after(block: Any, part: str) -> Any:
+def norm_after(block: Any, part: str) -> Any:
     """The block's own norm after `attn` or `mlp`, None where their outputs are added as they are."""
     name = str(block.hook_aliases.get(f"hook_{part}_out", "")).partition(".")[0]
     return getattr(block, name) if name.startswith("ln") else None
 
 
 def _measured_after(bridge: Bridge, layer: int) -> Norm | None:
-    after = _norm_after(bridge.blocks[layer], "attn")
-    return None if after is None else measured_norm(after, _matrices(bridge, layer)[0, 0])
+    after = norm_after(bridge.blocks[layer], "attn")
+    return None if after is None else measured_norm(after, output_matrices(bridge, layer)[0, 0])

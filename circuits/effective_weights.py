@@ -55,7 +55,7 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         InputError: a layer the model does not have, or the gate of an MLP that has none.
     """
     if reader == "unembed":
-        W, b = _linear(bridge.unembed)
+        W, b = linear_of(bridge.unembed)
         scale = logit_scale(bridge)
         if not hasattr(bridge, "ln_final"):
             raise InputError("this model has no final norm that TransformerLens knows of: its unembedding is not read")
@@ -64,14 +64,14 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {bridge.cfg.n_layers - 1}")
     block = bridge.blocks[layer]
     if reader in ("q", "k", "v"):
-        W, b = _linear(_matrix(block, "attn", reader))
+        W, b = linear_of(reading_matrix(block, "attn", reader))
         found = _through_norm(bridge, norm_before(block, "attn"), W, b)
         d_head = bridge.cfg.d_head
         return EffectiveWeights(
             rearrange(found.W, "d (head h) -> d head h", h=d_head), rearrange(found.b, "(head h) -> head h", h=d_head)
         )
     name = "in" if reader == "mlp_in" else "gate"
-    return _through_norm(bridge, norm_before(block, "mlp"), *_linear(_matrix(block, "mlp", name)))
+    return _through_norm(bridge, norm_before(block, "mlp"), *linear_of(reading_matrix(block, "mlp", name)))
 
 
 def effective_unembedding(bridge: Bridge) -> Float[Tensor, "d_model vocab"]:
@@ -79,8 +79,8 @@ def effective_unembedding(bridge: Bridge) -> Float[Tensor, "d_model vocab"]:
     return effective_weights(bridge, "unembed").W
 
 
-def _matrix(block: Any, part: str, name: str) -> Any:
-    """The component of a block's attention or MLP that holds one of its matrices."""
+def reading_matrix(block: Any, part: str, name: str) -> Any:
+    """The component of a block's attention or MLP that holds one of its matrices. Raises InputError where none does."""
     found = getattr(getattr(block, part, None), name, None)
     if not hasattr(getattr(found, "original_component", None), "weight"):
         what = "MLP" if part == "mlp" else "attention"
@@ -88,7 +88,7 @@ def _matrix(block: Any, part: str, name: str) -> Any:
     return found
 
 
-def _linear(component: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, "d_out"]]:
+def linear_of(component: Any) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, "d_out"]]:
     """Weight as [in, out] and bias of a component's original module, which may store either orientation."""
     module = component.original_component
     weight = module.weight.to(torch.promote_types(module.weight.dtype, torch.float32))

@@ -9,7 +9,7 @@ read from weights or configurations, it is measured (reconstructed):
 
 1. shift = N(0);
 2. gain from x = 32 (+1, -1, +1, ...), whose mean is 0 and whose scale is 32, eps apart;
-3. c from adding a constant to that x, eps from a thousandth of it;
+3. c from adding a constant to that x, eps from a thousandth of it, then the gain again with that eps;
 4. N(x) of random x must come out, or the module is no such norm.
 """
 
@@ -90,6 +90,7 @@ def measured_norm(component: Any, like: Float[Tensor, "d_model"]) -> Norm:
     shrunk = ((normed(SMALL * signs) - shift) / (gain * unit))[used].median().item()
     small = SMALL**2 * signs.square().mean().item()
     eps = max(0.0, small * (1 / shrunk**2 - 1)) if shrunk > 0 else 0.0
+    gain = gain * (1 + eps / (LARGE**2 * signs.square().mean().item())) ** 0.5
     found = Norm(gain, shift, centred, eps)
     x = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(like.device) + 0.5
     error = (normed(x) - found.through(x.to(gain))).norm() / normed(x).norm()

@@ -1,0 +1,279 @@
+"""Edges into features and logits of the frozen model, by its adjoint written out by hand.
+
+A target t is a linear functional of the residual stream with a constant: z_t = <w_t, N(resid at p_t)> + b_t, with w_t
+an encoder column and b_t its bias, or an unembedding column less the mean column. Its gradient G with respect to the
+residual stream is carried down from where t reads (see `circuits.graph.frozen` for N and attn):
+
+    start            G_mid[p_t] = N2^T w_t at a feature's layer (G_pre where attention and MLP run side by side);
+                     G_post[p_t] = N_f^T w_t at the last layer for a logit
+    attention        G_pre = G_mid + attn^T G_mid
+    MLP              G_mid = G_post, and + N2^T (G_post W_skip) through a transcoder's linear skip
+
+and met by everything that writes into the stream, source s at position q:
+
+    feature          a_s <W_dec[s], G_post[q]>              error     <mlp_out - prediction, G_post[q]>
+    token            <embedding, G_pre[q] of layer 0>       bias      the same with b_dec, attention's constants,
+                                                                      position embeddings, and the constants of N
+so that  sum of edges + bias = z_t  exactly.
+
+1. What is written at a layer lies in one tensor [pos, slots, d_model]: features, error, constant (`Sources`).
+2. Targets of one layer go together, sorted by position; only positions up to the last are computed.
+3. At a target's own layer G stands at one position, so attention's adjoint there costs a row of each pattern.
+
+At positions of BOS transcoders are not trained: there the whole of what the MLP added is its error.
+(Ameisen et al. 2025, "Circuit Tracing"; the adjoint is reconstructed.)
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.graph.frozen import Frozen
+from sae.errors import InputError
+from sae.transcoder import Transcoder
+
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 21, 1 << 27
+"""Of a batch of cotangents [targets, pos, d_model]: what a cache bears, and what a GPU does."""
+
+
+@dataclass(frozen=True)
+class LayerSources:
+    """What the MLP of one layer writes, and how its transcoder reads."""
+
+    position: Int[Tensor, "features"]
+    """Of every active feature, ascending."""
+    feature: Int[Tensor, "features"]
+    activation: Float[Tensor, "features"]
+    z: Float[Tensor, "features"]
+    """Pre-activations, by this model's own x: x W_enc + b_enc."""
+    written: Float[Tensor, "pos slots d_model"]
+    """Features of each position in order, then its error, then the constant."""
+    filled: Bool[Tensor, "pos feature_slots"]
+    """Which slots hold a feature; in this order they are the features."""
+    W_enc: Float[Tensor, "features d_model"]
+    """Encoder columns of the active features, as they read the normalised or the raw residual stream."""
+    b_enc: Float[Tensor, "features"]
+    normed: bool
+    """Whether the transcoder reads the MLP's input after its norm."""
+    W_skip: Float[Tensor, "d_model d_model"] | None
+    coded: Bool[Tensor, "pos"]
+    """Positions at which the transcoder stands for the MLP."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All that writes into the residual stream; columns are the tokens, then each layer's features and errors."""
+
+    frozen: Frozen
+    layers: tuple[LayerSources, ...]
+
+    @property
+    def n_pos(self) -> int:
+        """Tokens of the prompt."""
+        return self.frozen.tokens.shape[0]
+
+    @property
+    def n_columns(self) -> int:
+        """Tokens, features and errors."""
+        return self.n_pos + sum(len(layer.feature) + self.n_pos for layer in self.layers)
+
+    def first(self, layer: int) -> int:
+        """Column of the first feature of a layer; its errors follow its features."""
+        return self.n_pos + sum(len(before.feature) + self.n_pos for before in self.layers[:layer])
+
+
+@torch.no_grad()
+def sources_of(
+    frozen: Frozen, coders: Mapping[int, Transcoder], bos_id: int | None
+) -> Sources:  # fmt: skip
+    """Active features, errors and constants of every layer; a layer without a transcoder is all error.
+
+    Raises:
+        InputError: a transcoder for a layer that there is not, of another width, or at hook points not known here.
+    """
+    for layer in coders:
+        if not 0 <= layer < len(frozen.layers):
+            raise InputError(
+                f"a transcoder for layer {layer} belongs to another model: this one has {len(frozen.layers)} layers"
+            )
+    coded = torch.ones_like(frozen.tokens, dtype=torch.bool) if bos_id is None else frozen.tokens != bos_id
+    return Sources(
+        frozen, tuple(_layer(frozen, layer, coders.get(layer), coded) for layer in range(len(frozen.layers)))
+    )
+
+
+def _layer(frozen: Frozen, number: int, coder: Transcoder | None, coded: Bool[Tensor, "pos"]) -> LayerSources:
+    layer = frozen.layers[number]
+    constant = layer.constant if frozen.parallel else torch.zeros_like(layer.constant)
+    n_pos, width = constant.shape
+    if coder is None:
+        nothing = constant.new_zeros(0)
+        written = torch.stack([layer.mlp_out, constant], dim=1)
+        empty = torch.zeros(n_pos, 0, dtype=torch.bool, device=constant.device)
+        none = torch.zeros(0, dtype=torch.long, device=constant.device)
+        return LayerSources(
+            none, none, nothing, nothing, written, empty, constant.new_zeros(0, width), nothing, True, None,
+            torch.zeros_like(coded),
+        )  # fmt: skip
+    normed = reads_normed(coder, number, width)
+    x = frozen.mlp_in(number) if normed else frozen.resid_mlp[number]
+    token, feature, activation = coder.encode(x).entries()
+    order = torch.argsort(token * coder.d_sae + feature)
+    order = order[coded[token[order]]]
+    position, feature, activation = token[order], feature[order], activation[order].to(x)
+    W_enc = coder.W_enc.detach()[:, feature].T.to(x)
+    b_enc = coder.b_enc.detach()[feature].to(x)
+    z = (x[position] * W_enc).sum(dim=1) + b_enc
+    counts = torch.bincount(position, minlength=n_pos)
+    slots = int(counts.max()) if len(position) else 0
+    filled = torch.arange(slots, device=x.device) < counts[:, None]
+    written = x.new_zeros(n_pos, slots + 2, width)
+    features = x.new_zeros(n_pos, slots, width)
+    features[filled] = activation[:, None] * coder.W_dec.detach()[feature].to(x)
+    written[:, :slots] = features
+    b_dec = coder.b_dec.detach().to(x)
+    W_skip = None if coder.W_skip is None else coder.W_skip.detach().to(x)
+    predicted = features.sum(dim=1) + b_dec
+    own_constant = b_dec.expand(n_pos, width)
+    if W_skip is not None:
+        predicted = predicted + x @ W_skip.T
+        own_constant = own_constant + (layer.mlp_norm.shift @ W_skip.T if normed else 0.0)
+    written[:, slots] = layer.mlp_out - predicted * coded[:, None]
+    written[:, slots + 1] = constant + own_constant * coded[:, None]
+    return LayerSources(position, feature, activation, z, written, filled, W_enc, b_enc, normed, W_skip, coded)
+
+
+def reads_normed(coder: Transcoder, layer: int, width: int) -> bool:
+    """Whether a transcoder reads what the MLP reads after its norm, or the residual stream before it.
+
+    Raises:
+        InputError: other hook points, another layer's, or another width than the model's.
+    """
+    target = f"blocks.{layer}.hook_mlp_out"
+    places = {f"blocks.{layer}.mlp.hook_in": True, f"blocks.{layer}.hook_resid_mid": False}
+    if coder.hook_name not in places or coder.target_hook_name != target:
+        raise InputError(
+            f"the transcoder of layer {layer} maps {coder.hook_name or 'nothing'} to "
+            f"{coder.target_hook_name or 'nothing'}: a graph needs {' or '.join(places)} to {target}"
+        )
+    if coder.W_enc.shape[0] != width or coder.W_dec.shape[1] != width:
+        raise InputError(
+            f"the transcoder of layer {layer} is {coder.W_enc.shape[0]} to {coder.W_dec.shape[1]} wide and the model "
+            f"{width}: it belongs to another model"
+        )
+    return places[coder.hook_name]
+
+
+@torch.no_grad()
+def feature_rows(
+    sources: Sources, layer: int, chosen: Int[Tensor, "targets"]
+) -> Iterator[tuple[Int[Tensor, "batch"], Float[Tensor, "batch columns"], Float[Tensor, "batch"]]]:
+    """Edges into features of one layer, by batches.
+
+    Args:
+        chosen: features of that layer, by their place among its active ones, ascending.
+
+    Yields:
+        The places, their edges from every column, and their biases.
+    """
+    frozen, own = sources.frozen, sources.layers[layer]
+    norm = frozen.layers[layer].mlp_norm
+    for places in _batches(chosen, own.position, frozen.embedded):
+        position, w = own.position[places], own.W_enc[places]
+        bias = own.b_enc[places].clone()
+        if own.normed:
+            bias += w @ norm.shift
+            w = norm.adjoint_at(w, position)
+        n = int(position.max()) + 1
+        yield places, *_carried(sources, layer, w, position, n, bias)
+
+
+@torch.no_grad()
+def logit_rows(
+    sources: Sources, vectors: Float[Tensor, "targets d_model"], constants: Float[Tensor, "targets"]
+) -> tuple[Float[Tensor, "targets columns"], Float[Tensor, "targets"]]:
+    """Edges into directions of the final norm's output at the last position, such as logits, and their biases.
+
+    Args:
+        vectors: unembedding columns.
+        constants: their biases.
+    """
+    frozen = sources.frozen
+    last = len(frozen.layers) - 1
+    position = torch.full((len(vectors),), sources.n_pos - 1, device=vectors.device)
+    G = vectors.new_zeros(len(vectors), sources.n_pos, vectors.shape[1])
+    G[:, -1] = frozen.final.adjoint_at(vectors, position)
+    edges = vectors.new_zeros(len(vectors), sources.n_columns)
+    bias = constants + vectors @ frozen.final.shift
+    return _down(sources, last, G, edges, bias)
+
+
+def _batches(chosen: Int[Tensor, "targets"], position: Tensor, like: Tensor) -> Iterator[Int[Tensor, "batch"]]:
+    """Targets in batches whose cotangents fill the budget."""
+    budget = GPU_ELEMENTS if like.is_cuda else CPU_ELEMENTS
+    first = 0
+    while first < len(chosen):
+        size = max(1, budget // ((int(position[chosen[first]]) + 1) * like.shape[1]))
+        size = min(
+            size, max(1, budget // ((int(position[chosen[min(first + size, len(chosen)) - 1]]) + 1) * like.shape[1]))
+        )
+        yield chosen[first : first + size]
+        first += size
+
+
+def _carried(
+    sources: Sources, layer: int, g: Float[Tensor, "batch d"], position: Int[Tensor, "batch"], n: int, bias: Tensor
+) -> tuple[Float[Tensor, "batch columns"], Float[Tensor, "batch"]]:
+    """Edges and biases of targets whose gradient stands at one position before the MLP of a layer."""
+    frozen = sources.frozen
+    rows = torch.arange(len(g), device=g.device)
+    edges = g.new_zeros(len(g), sources.n_columns)
+    if frozen.parallel:
+        G = g.new_zeros(len(g), n, g.shape[1])
+        G[rows, position] = g
+    else:
+        own = frozen.layers[layer]
+        bias = bias + (g * own.constant[position]).sum(dim=1)
+        G = own.adjoint_at(g, position, n)
+        G[rows, position] += g
+    if layer:
+        return _down(sources, layer - 1, G, edges, bias)
+    return _at_embedding(frozen, G, edges, bias)
+
+
+def _down(
+    sources: Sources, layer: int, G: Float[Tensor, "batch pos d"], edges: Tensor, bias: Tensor
+) -> tuple[Float[Tensor, "batch columns"], Float[Tensor, "batch"]]:
+    """Meets what every layer from `layer` down writes with G, the gradient after it."""
+    frozen, n = sources.frozen, G.shape[1]
+    for number in range(layer, -1, -1):
+        own, held = sources.layers[number], frozen.layers[number]
+        met = torch.bmm(own.written[:n], G.permute(1, 2, 0))
+        slots, first = own.filled.shape[1], sources.first(number)
+        met_features = met[:, :slots][own.filled[:n]]
+        edges[:, first : first + len(met_features)] = met_features.T
+        errors = first + len(own.feature)
+        edges[:, errors : errors + n] = met[:, slots].T
+        bias = bias + met[:, slots + 1].sum(dim=0)
+        through = torch.zeros_like(G)
+        if own.W_skip is not None:
+            through = (G * own.coded[:n, None]) @ own.W_skip
+            through = held.mlp_norm.adjoint(through) if own.normed else through
+        if frozen.parallel:
+            G = G + held.adjoint(G) + through
+        else:
+            G = G + through
+            bias = bias + (G * held.constant[:n]).sum(dim=(1, 2))
+            G = G + held.adjoint(G)
+    return _at_embedding(frozen, G, edges, bias)
+
+
+def _at_embedding(
+    frozen: Frozen, G: Float[Tensor, "batch pos d"], edges: Tensor, bias: Tensor
+) -> tuple[Float[Tensor, "batch columns"], Float[Tensor, "batch"]]:
+    n = G.shape[1]
+    edges[:, :n] = (G * frozen.embedded[:n]).sum(dim=2)
+    return edges, bias + (G * frozen.positions[:n]).sum(dim=(1, 2))
