@@ -8,8 +8,8 @@ sources, z_h[dst] = sum_src A_h[dst, src] v_h[src], so the pre-activation of fea
 
 From the weights alone, head h's share of f is ||W_dec[f, h]||^2 / sum_h' ||W_dec[f, h']||^2. The heads' parts of a
 decoder row are orthogonal, so that their squared norms add up to the row's and the shares are parts of a whole; the
-paper divides norms by the sum of the norms, which ranks the heads alike and levels the shares. (Kissane et al. 2024,
-arXiv 2406.17759, "weight-based head attribution".)
+paper divides norms by the sum of the norms, which ranks the heads alike and levels the shares; `head_shares` has both.
+(Kissane et al. 2024, arXiv 2406.17759, "weight-based head attribution".)
 """
 
 import re
@@ -83,10 +83,18 @@ def residual_layer(sae: SAE) -> int:
     return int(found[1]) + (found[2] == "post")
 
 
-def head_shares(W_dec: Float[Tensor, "features n_heads*d_head"], n_heads: int) -> Float[Tensor, "features heads"]:
-    """Every head's share of the squared norm of every feature's decoder row, in float64; NaN for a row of zeros."""
-    squares = rearrange(W_dec.detach().double(), "f (h z) -> f h z", h=n_heads).square().sum(dim=2)
-    return squares / squares.sum(dim=1, keepdim=True)
+def head_shares(
+    W_dec: Float[Tensor, "features n_heads*d_head"], n_heads: int, *, squared: bool = True
+) -> Float[Tensor, "features heads"]:
+    """Every head's share of every feature's decoder row, in float64; NaN for a row of zeros.
+
+    Args:
+        squared: shares of the squared norm; otherwise of the sum of the heads' norms, as the paper has it.
+    """
+    sizes = rearrange(W_dec.detach().double(), "f (h z) -> f h z", h=n_heads).norm(dim=2)
+    if squared:
+        sizes = sizes.square()
+    return sizes / sizes.sum(dim=1, keepdim=True)
 
 
 def encoder_by_head(sae: SAE, features: Any, n_heads: int) -> Float[Tensor, "heads d_head *features"]:
@@ -111,15 +119,21 @@ def weighted_values(
     Raises:
         InputError: it does not, as where a gate follows attention (Qwen3-Next), so that sources are not separate terms.
     """
-    repeats = pattern.shape[0] // v.shape[1]
-    sources = pattern[:, destination].T[..., None] * repeat(v, "k h z -> k (h r) z", r=repeats)
-    wanted = z[destination].to(sources.dtype)
-    if not (sources.sum(dim=0) - wanted).norm() <= max(1e-3, 16 * torch.finfo(z.dtype).eps) * wanted.norm():
-        raise InputError(
-            "what sources hand to the heads of this layer does not add up to hook_z: something follows attention, such "
-            "as a gate, so the sources are not separate terms"
-        )
-    return sources
+    wanted = z[destination]
+    allowed = max(1e-3, 16 * torch.finfo(z.dtype).eps) * wanted.norm()
+    # Latent attention (DeepSeek) hands its values over head by head.
+    for values in (v, v.transpose(0, 1)):
+        n_keys, n_heads, width = values.shape
+        if (n_keys, width) != (pattern.shape[-1], z.shape[-1]) or pattern.shape[0] % n_heads:
+            continue
+        own = repeat(values, "k h z -> k (h r) z", r=pattern.shape[0] // n_heads)
+        sources = pattern[:, destination].T[..., None] * own
+        if (sources.sum(dim=0) - wanted.to(sources.dtype)).norm() <= allowed:
+            return sources
+    raise InputError(
+        "what sources hand to the heads of this layer does not add up to hook_z: something follows attention, such "
+        "as a gate, so the sources are not separate terms"
+    )
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.blocks import mlp_input
-from circuits.edges import read_through, stacked, writer_names, written_and_logits
+from circuits.edges import check_readers, read_through, stacked, writer_names, written_and_logits
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, Graph, graph_of
 from circuits.passes import Hook, OnProgress, answer_logits, probed, taking
@@ -58,14 +58,15 @@ def attribute_edges(
         steps: runs of the integral; without meaning for `eap`.
 
     Raises:
-        InputError: an unknown variant, fewer than one step, or see `circuits.nodes.graph_of` and
-            `circuits.edges.stacked`.
+        InputError: an unknown variant, fewer than one step, or see `circuits.nodes.graph_of`,
+            `circuits.edges.check_readers` and `circuits.edges.stacked`.
     """
     if variant not in ("eap", "ig-inputs", "ig-activations"):
         raise InputError(f"unknown variant {variant!r}: choose eap, ig-inputs or ig-activations")
     if steps < 1:
         raise InputError(f"the integral needs at least one step, got {steps}")
     graph = graph_of(bridge)
+    check_readers(bridge)
     total = torch.zeros(len(graph.writers), len(graph.readers), dtype=torch.float64)
     clean = corrupted = 0.0
     for number, batch in enumerate(prompts.batches(batch_size)):

@@ -92,6 +92,17 @@ def _check_sum(
         )
 
 
+def check_readers(bridge: Bridge) -> None:
+    """Raises InputError where a reader has no hook point of its own: a hook there would change nothing, silently."""
+    for layer, block in enumerate(bridge.blocks):
+        for name in (*(f"attn.{part}.hook_out" for part in "qkv"), mlp_input(block)[0]):
+            if f"blocks.{layer}.{name}" not in bridge.hook_dict:
+                raise InputError(
+                    f"this model has nothing at blocks.{layer}.{name} (latent attention makes queries, keys and values "
+                    "by more than a matrix each), so it has no edges: use patching, ablation or direct attribution"
+                )
+
+
 def read_through(
     bridge: Bridge, layer: int, part: str, x: Float[Tensor, "n pos heads d_model"]
 ) -> Float[Tensor, "n pos heads d_head"]:
@@ -127,6 +138,7 @@ def edge_hooks(
     patched: Float[Tensor, "writers readers"] | Float[Tensor, "n writers readers"],
 ) -> list[Hook]:
     """The hooks that patch edges; for one forward pass, in which they keep what writers have written."""
+    check_readers(bridge)
     work = _PatchedPass(bridge, graph, alternative, patched)
     hooks: list[Hook] = []
     for layer in range(graph.n_layers):

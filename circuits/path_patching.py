@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.blocks import mlp_input, norm_before, normed
-from circuits.edges import stacked, writer_names, written
+from circuits.edges import check_readers, stacked, writer_names, written
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, graph_of, head_names, parse
 from circuits.passes import Hook, OnProgress, activations, answer_logits, taking
@@ -102,6 +102,7 @@ def patch_edges(
         edges: names; every edge unless given, at one forward pass from its reader on each.
     """
     graph = graph_of(bridge)
+    check_readers(bridge)
     if edges is None:
         chosen = [(int(row), int(column)) for row, column in torch.nonzero(graph.exists)]
     else:

@@ -6,6 +6,9 @@
 3. Only successful generations count: ROUGE-1 recall of the needle's tokens above 0.5. A head's score is its mean over
    them; above 0.1 it is called a retrieval head. It is active in a generation in which it copies any token.
 
+The paper's code counts a token at every step that copies it, not once: `RetrievalScores.steps`. The two are the same
+where a model writes every token of a needle once.
+
 (Wu et al. 2024, arXiv 2404.15574.) Without generation, so that every test counts:
 
     evidence   mean over the question's tokens q of the attention from q to key and needle, less what uniform attention
@@ -57,17 +60,20 @@ class RetrievalScores:
     """Scores over the successful tests; NaN where none was."""
 
     values: Float[Tensor, "layers heads"]
+    """Every token of the needle counted once, as the paper defines it."""
+    steps: Float[Tensor, "layers heads"]
+    """Counted at every step that copies it, as the paper's code has it; never below `values`."""
     active: Float[Tensor, "layers heads"]
     """Share of the successful generations in which a head copies."""
     successful: int
     tests: int
 
     def table(self) -> pd.DataFrame:
-        """Columns node, score, active, retrieval (above 0.1); strongest first."""
+        """Columns node, score, score_steps, active, retrieval (score above 0.1); strongest first."""
         n_layers, n_heads = self.values.shape
         table = pd.DataFrame(
             {"node": head_names(n_layers, n_heads), "score": self.values.flatten().tolist(),
-             "active": self.active.flatten().tolist()}
+             "score_steps": self.steps.flatten().tolist(), "active": self.active.flatten().tolist()}
         )  # fmt: skip
         table["retrieval"] = table.score > THRESHOLD
         return table.sort_values("score", ascending=False, ignore_index=True)
@@ -83,7 +89,7 @@ def retrieval_scores(bridge: Bridge, tests: Sequence[Needle], *, batch_size: int
     check_room(bridge, tests)
     n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(n_layers)]
-    total, active = torch.zeros(2, n_layers, n_heads, dtype=torch.float64)
+    total, every_step, active = torch.zeros(3, n_layers, n_heads, dtype=torch.float64)
     successful = 0
     for batch in alike(tests, batch_size):
         length = batch[0].length
@@ -91,22 +97,26 @@ def retrieval_scores(bridge: Bridge, tests: Sequence[Needle], *, batch_size: int
         ids = torch.tensor([test.ids for test in batch])
         # copied[l, h, i, place]: whether head h has been seen copying the token at that place of test i's needle.
         copied = torch.zeros(n_layers, n_heads, len(batch), length, dtype=torch.bool)
+        hits = torch.zeros(n_layers, n_heads, len(batch), dtype=torch.float64)
 
         def see(
             token: Tensor, found: dict[str, Tensor],
-            first: Tensor = first, ids: Tensor = ids, copied: Tensor = copied,
+            first: Tensor = first, ids: Tensor = ids, copied: Tensor = copied, hits: Tensor = hits,
         ) -> None:  # fmt: skip
             attended = torch.stack([found[name][:, :, -1].argmax(dim=-1).T for name in names]).cpu() - first
             for place in range(ids.shape[1]):
-                copied[..., place] |= (attended == place) & (ids[:, place] == token)
+                copying = (attended == place) & (ids[:, place] == token)
+                copied[..., place] |= copying
+                hits += copying
 
         written = decode(bridge, batch, names=names, see=see)
         worked = torch.tensor([recall > 0.5 for recall in recalls(written, batch)])
         successful += int(worked.sum())
         total += copied[:, :, worked].double().mean(dim=-1).sum(dim=-1)
+        every_step += hits[:, :, worked].sum(dim=-1) / length
         active += copied[:, :, worked].any(dim=-1).double().sum(dim=-1)
     found = successful or torch.nan
-    return RetrievalScores(total / found, active / found, successful, len(tests))
+    return RetrievalScores(total / found, every_step / found, active / found, successful, len(tests))
 
 
 @torch.no_grad()

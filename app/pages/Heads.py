@@ -105,9 +105,13 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
 def rests_on(result: Result, by: str) -> list[str]:
     """What a score was measured on, where that is not plain."""
     table = result.table("scores")
-    if by == "retrieval" and "needles_found" in table:
+    counted = {
+        "retrieval": "A needle's token counts once, as the paper defines the score.",
+        "retrieval_steps": "A needle's token counts at every step that copies it, as the paper's code has it.",
+    }
+    if by in counted and "needles_found" in table:
         found = int(table["needles_found"].iloc[0])
-        return [f"The score rests on {found} needles found of {result.parameters['needles']}."]
+        return [counted[by], f"The score rests on {found} needles found of {result.parameters['needles']}."]
     if by in ("sink", "sink_excess", "entropy", "keys_95"):
         return ["Measured on random tokens; `workbench sparsity attention` measures it on text."]
     return []

@@ -87,12 +87,15 @@ def report_dfa(
     def make() -> Made:
         found, figure = attribute(model, attention, tokens.tolist(), feature, position)
         texts = _texts(model, tokens.tolist())
-        shares = head_shares(attention.W_dec, model.info.n_heads)[feature].tolist()
+        shares, of_norms = (
+            head_shares(attention.W_dec, model.info.n_heads, squared=squared)[feature].tolist()
+            for squared in (True, False)
+        )
         tables = {
             "by_head": found.table(),
             "heads": pd.DataFrame(
                 {"head": [head_name(layer, head) for head in range(model.info.n_heads)],
-                 "dfa": found.by_head().tolist(), "decoder_share": shares}
+                 "dfa": found.by_head().tolist(), "decoder_share": shares, "decoder_share_of_norms": of_norms}
             ),
             "tokens": pd.DataFrame(
                 {"position": range(len(texts)), "token": texts, "dfa": found.by_source().tolist()}

@@ -22,6 +22,7 @@ from circuits.nodes import graph_of, head_names
 from circuits.passes import activations
 from sae.errors import InputError
 from workbench.models.load import LoadedModel
+from workbench.models.prompt_text import token_pieces
 from workbench.show.colours import PALETTE
 from workbench.show.html import one_line
 
@@ -94,7 +95,7 @@ def attention_view(
     hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.info.n_layers)]
     found = activations(model.bridge, torch.tensor([row], device=model.device), hooks)
     patterns = torch.cat([found[hook][0].float().cpu() for hook in hooks])
-    tokens = ["BOS", *(model.token_texts[token] for token in row[1:])]
+    tokens = ["BOS", *token_pieces(model, row[1:])]
     return AttentionView(tokens, names, patterns, head, other, len(ids) > limit)
 
 
@@ -135,7 +136,9 @@ function drawAttention(root, data, pick) {
     context.putImageData(image, 0, 0);
   }
 
-  const named = (i, share) => `${JSON.stringify(data.tokens[i])} ${(share * share).toFixed(2)}`;
+  // Of tokens that share a character the first has its text.
+  const quoted = (i) => { while (i > 0 && !data.tokens[i]) i--; return JSON.stringify(data.tokens[i]); };
+  const named = (i, share) => `${quoted(i)} ${(share * share).toFixed(2)}`;
   const strongest = (pairs) => pairs.sort((a, b) => b[1] - a[1]).slice(0, 5).map(([i, s]) => named(i, s)).join(", ");
 
   function large(head) {
@@ -158,7 +161,7 @@ function drawAttention(root, data, pick) {
       const keys = [], queries = [];
       for (let j = 0; j <= i; j++) keys.push([j, at(head, i, j)]);
       for (let j = i + 1; j < n; j++) queries.push([j, at(head, j, i)]);
-      said.textContent = `${JSON.stringify(data.tokens[i])} (${i}) looks at ${strongest(keys)}` +
+      said.textContent = `${quoted(i)} (${i}) looks at ${strongest(keys)}` +
         (queries.length ? `; is looked at by ${strongest(queries)}` : "");
     }
     canvas.onmousemove = (event) => {
@@ -168,7 +171,7 @@ function drawAttention(root, data, pick) {
       if (k < 0 || q < 0 || k > q) return;
       look(q);
       spans[k].className = "here";
-      said.textContent = `from ${JSON.stringify(data.tokens[q])} (${q}) to ${named(k, at(head, q, k))} (${k})`;
+      said.textContent = `from ${quoted(q)} (${q}) to ${named(k, at(head, q, k))} (${k})`;
     };
     said.textContent = "Hover a token: before it what it looks at, after it who looks at it.";
     const beside = document.createElement("div");

@@ -7,8 +7,9 @@ are those of random tokens: `workbench sparsity attention` measures them on text
 
 Retrieval scores here come from a needle test without language: a haystack of random tokens, a needle of four random
 tokens behind an eight-token key, and the key again as the question (reconstructed; the paper's needles are
-sentences, Wu et al. 2024, arXiv 2404.15574). A model that never repeats the needle gets no retrieval scores; the
-evidence score, which reads the question's attention, needs no success. `needles` masks the heads.
+sentences, Wu et al. 2024, arXiv 2404.15574). `retrieval` counts a needle's token once, as the paper defines the score;
+`retrieval_steps` at every step that copies it, as the paper's code does. A model that never repeats the needle gets
+neither; the evidence score, which reads the question's attention, needs no success. `needles` masks the heads.
 """
 
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
 from workbench.models.load import LoadedModel
+from workbench.models.prompt_text import token_pieces
 
 HEADS = "circuit-heads"
-SCORES = (*COLUMNS, "retrieval", "evidence")
+SCORES = (*COLUMNS, "retrieval", "retrieval_steps", "evidence")
 DIVERGING = ("copying", "sink_excess", "evidence")
 MAX_PROMPT = 256
 NEEDLE_KEY, NEEDLE_LENGTH = 8, 4
@@ -81,6 +83,7 @@ def report_heads(
             tests = needle_rows(model, vocabulary, needles, seed)
             found = retrieval_scores(model.bridge, tests)
             table["retrieval"] = found.values.flatten().tolist()
+            table["retrieval_steps"] = found.steps.flatten().tolist()
             table["evidence"] = evidence_scores(model.bridge, tests).flatten().tolist()
             table["needles_found"] = found.successful
             drawn["retrieval"] = figures.head_heatmap(found.values, "retrieval", diverging=False)
@@ -168,11 +171,11 @@ def head_on_text(model: LoadedModel, head: str, text: str, *, most: int = MAX_PR
     best, worst = effects.topk(5, dim=1).indices.tolist(), (-effects).topk(5, dim=1).indices.tolist()
     copies = pd.DataFrame(
         {
-            "token": [model.token_texts[token] for token in distinct],
+            "token": [model.token_alone(token) for token in distinct],
             "own rank": ranks.tolist(),
-            "promotes": [" ".join(repr(model.token_texts[token]) for token in found) for found in best],
-            "suppresses": [" ".join(repr(model.token_texts[token]) for token in found) for found in worst],
+            "promotes": [" ".join(repr(model.token_alone(token)) for token in found) for found in best],
+            "suppresses": [" ".join(repr(model.token_alone(token)) for token in found) for found in worst],
         }
     )
-    texts = ["BOS", *(model.token_texts[token] for token in row[1:])]
+    texts = ["BOS", *token_pieces(model, row[1:])]
     return HeadOnText(head, texts, pattern.float().cpu(), copies, len(ids) > limit)

@@ -2,8 +2,8 @@
 
 A `circuit-retrieval` result of needle tests without language (`heads.needle_rows`):
 
-    heads    node, layer, head, retrieval (copy score), active, evidence (`circuits.retrieval`), and masked_recall: the
-             recall of needles with this head alone masked
+    heads    node, layer, head, retrieval (copy score), retrieval_steps (as the paper's code counts it), active,
+             evidence (`circuits.retrieval`), and masked_recall: the recall of needles with this head alone masked
     masks    order, masked (number of heads), draw, recall: the heads of largest retrieval or evidence score masked
              together, and as many random ones
     summary  recall with nothing masked, tests and successful generations behind the scores, heads above the paper's
@@ -100,7 +100,8 @@ def _scored_and_masked(model: LoadedModel, needles: int, draws: int, seed: int, 
     heads = pd.DataFrame(
         {"node": head_names(n_layers, n_heads), "layer": [layer for layer, _ in places],
          "head": [head for _, head in places], "retrieval": found.values.flatten().tolist(),
-         "active": found.active.flatten().tolist(), "evidence": evidence.flatten().tolist(),
+         "retrieval_steps": found.steps.flatten().tolist(), "active": found.active.flatten().tolist(),
+         "evidence": evidence.flatten().tolist(),
          "masked_recall": [recall([place]) for place in range(len(places))]}
     )  # fmt: skip
     masks = pd.DataFrame(

@@ -14,7 +14,7 @@ from circuits.nodes import Bridge
 from circuits.prompts import ids
 from sae.errors import InputError
 from workbench.models.places import HookSpec
-from workbench.text.token_bytes import part_bytes
+from workbench.text.token_bytes import alone, part_bytes
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,11 @@ class LoadedModel:
     def token_parts(self) -> list[bytes | None]:
         """Bytes of every token id that is a part of a character, None for the others (`workbench.text.token_bytes`)."""
         return [part_bytes(self.tokenizer, token, text) for token, text in enumerate(self.token_texts)]
+
+    def token_alone(self, token: int) -> str:
+        """Text of a token that stands by itself in a table, parts of characters as bytes, such as \\xe4."""
+        text = self.text([token])
+        return alone(text, part_bytes(self.tokenizer, token, text))
 
     @cached_property
     def _anchor(self) -> tuple[int, str]:

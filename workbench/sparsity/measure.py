@@ -105,7 +105,7 @@ class _Residual:
         return {
             "layer": self.layer, "max_abs": self.largest, "median_abs": median, "ratio": ratio,
             "massive": self.largest > MASSIVE and ratio > MASSIVE_RATIO, "dimension": dimension, "pos": pos,
-            "token": model.token_texts[token], "at_bos": token == model.bos_id,
+            "token": model.token_alone(token), "at_bos": token == model.bos_id,
         }  # fmt: skip
 
 

@@ -109,6 +109,8 @@ def test_shares_are_those_of_the_squared_norm(random_model: Any) -> None:
     torch.testing.assert_close(shares[11], squares / row.norm() ** 2)
     # Parts of norm 3 and 4 make a row of norm 5.
     torch.testing.assert_close(head_shares(torch.tensor([[3.0, 0.0, 0.0, 4.0]]), 2)[0].tolist(), [0.36, 0.64])
+    of_norms = head_shares(torch.tensor([[3.0, 0.0, 0.0, 4.0]]), 2, squared=False)
+    torch.testing.assert_close(of_norms[0].tolist(), [3 / 7, 4 / 7])
 
 
 def test_bad_input(random_model: Any, tokens: torch.Tensor) -> None:

@@ -39,6 +39,35 @@ def test_the_copying_head_leads_by_far(planted: Any) -> None:
     assert table.score[1:].mean() < 0.1
 
 
+def test_counts_once_and_at_every_step_equal_a_loop_over_steps(planted: Any) -> None:
+    """A needle that repeats a token: the head that copies it attends to the same place twice."""
+    tests = [hidden(range(1, 9), [20, 21, 20, 21], [20], depth) for depth in (0, 0.5, 1)]
+    found = retrieval_scores(planted, tests)
+    shape, n = found.values.shape, 0
+    once, every = torch.zeros(2, *shape, dtype=torch.float64)
+    for test in tests:
+        tokens, places, steps = test.tokens[None], set(), torch.zeros(shape, dtype=torch.float64)
+        for _ in range(4):
+            logits, cache = planted.run_with_cache(tokens)
+            new = int(logits[0, -1].argmax())
+            for layer in range(planted.cfg.n_layers):
+                for head, row in enumerate(cache[f"blocks.{layer}.attn.hook_pattern"][0, :, -1]):
+                    at = int(row.argmax())
+                    if test.first <= at < test.first + 4 and int(test.tokens[at]) == new:
+                        steps[layer, head] += 1 / 4
+                        places.add((layer, head, at))
+            tokens = torch.cat([tokens, torch.tensor([[new]])], dim=1)
+        if rouge_1_recall(tokens[0, -4:].tolist(), test.ids) > 0.5:
+            n += 1
+            every += steps
+            for layer, head, _ in places:
+                once[layer, head] += 1 / 4
+    assert n == found.successful > 0
+    torch.testing.assert_close(found.values, once / n)
+    torch.testing.assert_close(found.steps, every / n)
+    assert (found.steps > found.values).any()
+
+
 def test_generations_that_fail_do_not_count(random_model: Any) -> None:
     tests = [hidden([1, 2, 3, 4], [50, 60, 70], [5], place / 4) for place in range(5)]
     scores = retrieval_scores(random_model, tests)

@@ -8,6 +8,7 @@ import torch
 
 from sae.errors import InputError
 from workbench.circuits.attention_view import attention_view
+from workbench.circuits.heads import head_on_text
 from workbench.models.load import LoadedModel
 
 
@@ -34,6 +35,17 @@ def test_tokens_cannot_become_markup(gpt2_model: LoadedModel) -> None:
     frame = html.unescape(page)
     assert page.count("<") == 2
     assert frame.count("</script>") == 1
+
+
+def test_characters_of_several_tokens_read_as_they_were_written(gpt2_model: LoadedModel) -> None:
+    text = "x = '日本'"
+    assert "".join(attention_view(gpt2_model, text).tokens[1:]) == text
+    found = head_on_text(gpt2_model, "a0.h0", text)
+    assert "".join(found.tokens[1:]) == text
+    # By itself, in a table, a part of a character is its bytes.
+    shown = "".join([*found.copies["token"], *found.copies["promotes"], *found.copies["suppresses"]])
+    assert "\ufffd" not in shown
+    assert "\\xe6" in "".join(found.copies["token"])
 
 
 def test_long_texts_are_cut_and_unknown_heads_refused(gpt2_model: LoadedModel) -> None:

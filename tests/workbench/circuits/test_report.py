@@ -187,6 +187,7 @@ def test_heads_are_scored_with_retrieval_prefixes_and_composition(space: Workspa
     assert set(scores.induction.nlargest(3).index) == {"a3.h0", "a3.h3", "a3.h5"}
     assert set(scores.retrieval.nlargest(3).index) == {"a3.h0", "a3.h3", "a3.h5"}
     assert scores.retrieval.max() >= 0.5
+    assert (scores.retrieval_steps >= scores.retrieval).all()
     composed = result.table("composition")
     expected = composition_scores(demo.bridge, "k").values[2, 0, 3, 0]
     row = composed.query("kind == 'k' and writer == 'a2.h0' and reader == 'a3.h0'")

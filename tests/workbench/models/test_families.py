@@ -20,6 +20,7 @@ from circuits.eap import attribute_edges
 from circuits.effective_weights import effective_weights
 from circuits.nodes import graph_of
 from circuits.norms import measured_norm
+from circuits.path_patching import patch_edges
 from sae import InputError
 from workbench.features.prompts import read_prompt
 from workbench.features.steering import Edit, steer
@@ -357,6 +358,21 @@ def test_sources_behind_a_gate_are_no_terms_of_a_head(family: Callable[..., Load
         wanted = (z - sae.b_dec) @ sae.W_enc[:, 0] + sae.b_enc[0]
         found = direct_feature_attribution(model.bridge, sae, tokens, 0)
         assert found.pre_activation == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_latent_attention_has_sources_and_direct_terms_and_no_edges(family: Callable[..., LoadedModel]) -> None:
+    model = family("DeepseekV3ForCausalLM")
+    prompts, tokens = prompts_of(model), tokens_of(model)[0]
+    hook = resolve_hook(model, "blocks.1.attn.hook_z")
+    sae = tiny_sae(model, hook.name, hook.width)
+    z = seen(model, "model.layers.1.self_attn.o_proj", tokens[None], "input")[0, -1]
+    wanted = (z - sae.b_dec) @ sae.W_enc[:, 0] + sae.b_enc[0]
+    found = direct_feature_attribution(model.bridge, sae, tokens, 0)
+    assert found.pre_activation == pytest.approx(wanted.item(), rel=1e-3)
+    assert logit_attribution(model.bridge, prompts).values.isfinite().all()
+    for run in (attribute_edges, patch_edges):
+        with pytest.raises(InputError, match=r"nothing at blocks\.0\.attn\.q\.hook_out"):
+            run(model.bridge, prompts)
 
 
 def test_layers_without_heads_are_no_graph(family: Callable[..., LoadedModel]) -> None:

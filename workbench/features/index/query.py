@@ -321,21 +321,27 @@ class FeatureIndex:
         its held-out F1 is; `concept` and `concept_f1` are there when the SAE was aligned with concepts.
         """
         table = self._run(
-            """
+            f"""
             SELECT s.feature, s.density, s.firings, s.positive / nullif(s.firings, 0) AS positive_share, s.mean, s.std,
                    s.skewness, s.kurtosis, s.minimum, s.maximum, greatest(abs(s.minimum), abs(s.maximum)) AS strongest,
                    l.skewness AS logit_skewness, l.kurtosis AS logit_kurtosis, v.text AS top_token,
-                   e.effect AS top_effect, t.peaks[:60] AS peak_tokens, m.encoder_cosine, c.phi AS best_phi, m.x, m.y
+                   v.bytes AS top_bytes, e.effect AS top_effect,
+                   t.peaks[:60] AS peak_tokens, m.encoder_cosine, c.phi AS best_phi, m.x, m.y
             FROM feature_stats s
             LEFT JOIN logit_stats l USING (feature)
             LEFT JOIN logit_effects e ON e.feature = s.feature AND e.sign = 1 AND e.rank = 0
-            LEFT JOIN vocabulary v ON v.token = e.token
+            LEFT JOIN (SELECT token, text, bytes FROM {self._words}) v ON v.token = e.token
             LEFT JOIN coactivations c ON c.feature = s.feature AND c.rank = 0
             JOIN decoder_map m ON m.feature = s.feature
             JOIN feature_texts t ON t.feature = s.feature
             ORDER BY s.feature
             """
         ).df()
+        parts = [bytes(part) if isinstance(part, bytes | bytearray) else None for part in table.pop("top_bytes")]
+        table["top_token"] = [
+            alone(text, part) if isinstance(text, str) else text
+            for text, part in zip(table["top_token"], parts, strict=True)
+        ]
         titles = self.titles()
         best = {number: concepts[0] for number, concepts in self._concepts.items()}
         table.insert(1, "label", [titles.get(feature, "") for feature in table["feature"]])
