@@ -17,13 +17,13 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.files import write_atomically
-from sae.source import BatchSource
+from sae.source import BatchSource, TargetSource
 from sae.state import TrainingState
 
 FILE = "checkpoint.safetensors"
 
 
-def save(folder: Path, states: Sequence[TrainingState], source: BatchSource, step: int) -> None:
+def save(folder: Path, states: Sequence[TrainingState], source: BatchSource | TargetSource, step: int) -> None:
     """Writes a checkpoint after `step` steps; a kill while it is written leaves the one before.
 
     Raises:
@@ -53,7 +53,7 @@ def save(folder: Path, states: Sequence[TrainingState], source: BatchSource, ste
         ) from None
 
 
-def load(folder: Path, states: Sequence[TrainingState], source: BatchSource) -> int | None:
+def load(folder: Path, states: Sequence[TrainingState], source: BatchSource | TargetSource) -> int | None:
     """Restores states and stream from the checkpoint in `folder`.
 
     Returns:

@@ -50,6 +50,8 @@ class TrainConfig:
     BatchTopK also at most 500 d_sae / k (`Rule.dead_after_mean_gaps`)."""
     b_dec_init: BDecInit = "geometric_median"
     normalize_input: bool = True
+    skip: bool = False
+    """Whether a transcoder has a linear path beside its features; an SAE has none."""
     frozen_decoder: bool = False
     """Keeps the decoder at its random start: the baseline that shows what the encoder alone can do."""
     matryoshka: tuple[int, ...] = ()

@@ -17,7 +17,7 @@ multi-k, more than 512 entries a token, rules without a fused encoder, and machi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Float
@@ -33,8 +33,6 @@ from sae.state import TrainingState
 if TYPE_CHECKING:
     from sae.kernels.triton import AuxGradients, Centred, KernelSizes, Parameters, StepResult
 
-Step = Callable[[Tensor, int, Tensor | None], None]
-"""(raw activations [n, d_in], number of the step from 0, gradients at them [n, d_in] or None): makes one step."""
 EPS = 1e-8
 """Adam's, as torch has it."""
 TABLE_STEPS = 1024
@@ -43,9 +41,23 @@ WARM_UP = 3
 """Steps of a plan before it is captured."""
 
 
+class Step(Protocol):
+    """Makes one step of training."""
+
+    def __call__(
+        self,
+        batch: Float[Tensor, "n d_in"],
+        step: int,
+        gradients: Float[Tensor, "n d_out"] | None = None,
+        target: Float[Tensor, "n d_out"] | None = None,
+    ) -> None:
+        """See `PlainStep`."""
+
+
 def new_step(state: TrainingState) -> Step:
     """How `state` makes its steps: fused where its device and configuration allow it."""
     fused = state.device.type == "cuda" and kernels.has_triton() and can_be_fused(state.config)
+    fused = fused and not state.is_transcoder
     return FusedStep(state) if fused else PlainStep(state)
 
 
@@ -141,7 +153,11 @@ class FusedStep:
 
     @torch.no_grad()
     def __call__(
-        self, batch: Float[Tensor, "n d_in"], step: int, gradients: Float[Tensor, "n d_in"] | None = None
+        self,
+        batch: Float[Tensor, "n d_in"],
+        step: int,
+        gradients: Float[Tensor, "n d_in"] | None = None,
+        target: Float[Tensor, "n d_in"] | None = None,
     ) -> None:
         """See `PlainStep`."""
         # Triton launches, and graphs are captured, on the current device.

@@ -98,12 +98,13 @@ def prefixes(
     x: Float[Tensor, "n d"],
     code: SparseCode,
     W_dec: Float[Tensor, "d_sae d"],
-    b_dec: Float[Tensor, "d"],
+    b_dec: Float[Tensor, "*n d"],
     widths: Sequence[int],
 ) -> PrefixFit:
     """The Matryoshka loss; see the module's description.
 
     Args:
+        b_dec: what every prefix's reconstruction starts from; with a transcoder's skip, one row a token.
         widths: increasing; the last is d_sae.
     """
     edges = [0, *widths]
@@ -139,14 +140,15 @@ def rare_features(
 def add_aux_k(
     gradients: Gradients,
     dead: Int[Tensor, "n_dead"],
-    residual: Float[Tensor, "n d"],
-    x_centred: Float[Tensor, "n d"],
-    W_enc: Float[Tensor, "d d_sae"],
+    residual: Float[Tensor, "n d_out"],
+    x_centred: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, "d_sae"],
-    W_dec: Float[Tensor, "d_sae d"],
+    W_dec: Float[Tensor, "d_sae d_out"],
     coefficient: float = AUX_COEFFICIENT,
     *,
     signed: bool = False,
+    centred: bool = True,
 ) -> Float[Tensor, ""]:
     """Adds the gradients of coefficient * L_aux to `gradients`, in place, and returns L_aux.
 
@@ -155,8 +157,9 @@ def add_aux_k(
     Args:
         dead: indices of the dead features, at least one.
         residual: x - x_hat, a constant here.
-        x_centred: x - b_dec.
+        x_centred: what the encoder multiplies.
         signed: select by magnitude and keep signs, for rules whose activations are signed.
+        centred: whether that is x - b_dec, so that b_dec has a gradient through it.
     """
     n_dead = dead.shape[0]
     k_aux = min(max(1, x_centred.shape[1] // 2), n_dead)
@@ -183,7 +186,8 @@ def add_aux_k(
             grad_decoder.addmm_(a.T, grad_e_hat)
     gradients.W_enc.T[dead] += grad_encoder
     gradients.b_enc[dead] += grad_b
-    gradients.b_dec.sub_(grad_b @ encoder)
+    if centred:
+        gradients.b_dec.sub_(grad_b @ encoder)
     if gradients.W_dec is not None:
         gradients.W_dec[dead] += grad_decoder
     return squared_error / variance

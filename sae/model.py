@@ -10,7 +10,7 @@ Decoder rows have unit norm, so an activation is the length of the feature's con
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,9 @@ class SAE(nn.Module):
     Raises:
         InputError: sizes below one, or a rule that cannot work with `d_sae` features.
     """
+
+    subtracts_b_dec: ClassVar[bool] = True
+    """Whether the encoder multiplies x - b_dec, or x itself, as a transcoder's does."""
 
     def __init__(
         self,
@@ -117,8 +120,8 @@ class SAE(nn.Module):
         ).arranged(x.shape[:-1])
 
     def centred(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        """What the encoder multiplies: x - b_dec."""
-        return x - self.b_dec
+        """What the encoder multiplies: x - b_dec, or x itself where b_dec belongs to another activation."""
+        return x - self.b_dec if self.subtracts_b_dec else x
 
     def _precision(self, x: Tensor) -> torch.dtype:
         """Of the pre-activations' factors: the weights', but half precision only where a GPU multiplies in it."""

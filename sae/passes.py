@@ -1,5 +1,7 @@
 """One forward and backward pass of an SAE: its loss and the gradients of every parameter, without autograd.
 
+What a transcoder predicts is y; an SAE predicts x, and y is x there. A skip is a part of the prediction like b_dec.
+
 `code_pass` takes a code that a rule has chosen and goes through its entries alone.
 
 `threshold_pass` is for rules that compare every pre-activation with a threshold, of which thousands may be active for
@@ -13,7 +15,8 @@ No [n, d_sae] matrix exists in either; the sums are the same bits on every repea
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +27,7 @@ from sae.code import SparseCode
 from sae.kernels import Gradients
 from sae.model import SAE
 from sae.rules.base import ActiveSums
+from sae.transcoder import Transcoder
 
 DENSE_SHARE = 1 / 32
 """Share of entries above which matrix products are faster than gathering."""
@@ -47,7 +51,7 @@ class Pass:
 def code_pass(
     sae: SAE,
     code: SparseCode,
-    x: Float[Tensor, "n d_in"],
+    y: Float[Tensor, "n d_out"],
     x_centred: Float[Tensor, "n d_in"],
     *,
     widths: tuple[int, ...] = (),
@@ -57,17 +61,25 @@ def code_pass(
     """Loss and gradients of a code.
 
     Args:
-        x_centred: x - b_dec.
+        y: what is predicted, x for an SAE.
+        x_centred: what the encoder multiplies: x - b_dec, x for a transcoder.
         widths: prefixes of the Matryoshka loss, increasing up to d_sae; none for the plain error.
         decoder: whether the decoder's gradient is wanted.
         out: as for `kernels.gradients`.
     """
     firings = _firings(code)
+    skipped = _skipped(sae, x_centred)
     if not widths:
-        fit = losses.reconstruction(x, kernels.decode(code, sae.W_dec, sae.b_dec))
-        gradients = kernels.gradients(code, x_centred, fit.grad_x_hat, sae.W_enc, sae.W_dec, decoder=decoder, out=out)
-        return Pass(fit.loss, fit, gradients, firings)
-    nested = losses.prefixes(x, code, sae.W_dec, sae.b_dec, widths)
+        y_hat = kernels.decode(code, sae.W_dec, sae.b_dec)
+        if skipped is not None:
+            y_hat += skipped
+        fit = losses.reconstruction(y, y_hat)
+        gradients = kernels.gradients(
+            code, x_centred, fit.grad_x_hat, sae.W_enc, sae.W_dec, decoder=decoder, centred=sae.subtracts_b_dec, out=out
+        )
+        return Pass(fit.loss, fit, _with_skip(gradients, skipped, fit.grad_x_hat, x_centred), firings)
+    start = sae.b_dec if skipped is None else sae.b_dec + skipped
+    nested = losses.prefixes(y, code, sae.W_dec, start, widths)
     sums, first = [], 0
     for block, grad in zip(nested.blocks, nested.grad_x_hat, strict=True):
         grad_values = kernels.entry_gradients(block, grad, sae.W_dec[first : first + block.d_sae])
@@ -78,10 +90,22 @@ def code_pass(
         W_enc=torch.cat([part.encoder for part in sums]).T,
         W_dec=torch.cat([part.decoder for part in sums if part.decoder is not None]) if decoder else None,
         b_enc=bias,
-        # b_dec is in every prefix, as the features of the first block are.
-        b_dec=nested.grad_x_hat[0].sum(0) - sae.W_enc @ bias,
+        # b_dec and a skip are in every prefix, as the features of the first block are.
+        b_dec=kernels.bias_gradient(nested.grad_x_hat[0], sae.W_enc, bias, centred=sae.subtracts_b_dec),
     )
+    gradients = _with_skip(gradients, skipped, nested.grad_x_hat[0], x_centred)
     return Pass(nested.loss, nested.fit, gradients, firings)
+
+
+def _skipped(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"] | None:
+    """What a transcoder's skip adds; None where there is none."""
+    return x @ sae.W_skip.T if isinstance(sae, Transcoder) and sae.W_skip is not None else None
+
+
+def _with_skip(
+    gradients: Gradients, skipped: Tensor | None, grad_y_hat: Float[Tensor, "n d_out"], x: Float[Tensor, "n d_in"]
+) -> Gradients:
+    return gradients if skipped is None else replace(gradients, W_skip=grad_y_hat.T @ x)
 
 
 def _firings(code: SparseCode) -> Int[Tensor, "d_sae"]:
@@ -105,7 +129,7 @@ class ThresholdPass:
 @torch.no_grad()
 def threshold_pass(
     sae: SAE,
-    x: Float[Tensor, "n d_in"],
+    y: Float[Tensor, "n d_out"],
     x_centred: Float[Tensor, "n d_in"],
     encoded: Float[Tensor, "n d_in"],
     threshold: Float[Tensor, "d_sae"],
@@ -117,13 +141,14 @@ def threshold_pass(
     """Error and gradients of a = z 1[z > threshold] for thresholds that are not negative.
 
     Args:
-        x_centred: x - b_dec.
+        y: what is predicted, x for an SAE.
+        x_centred: what the encoder multiplies: x - b_dec, x for a transcoder.
         encoded: the same in the precision the encoder multiplies in.
         bandwidth: width of the window around the thresholds; 0 for none.
         shrinkage: added, over n, to the gradient of every active entry (an L1 penalty's).
         decoder: whether the decoder's gradient is wanted.
     """
-    work = _Accumulator(sae, x, x_centred, threshold, bandwidth, shrinkage / x.shape[0], decoder)
+    work = _Accumulator(sae, y, x_centred, threshold, bandwidth, shrinkage / y.shape[0], decoder)
     for first, z in kernels.Encoder.of(encoded, sae.W_enc, sae.b_enc).chunks():
         support = kernels.is_above(z, threshold - bandwidth / 2)
         # Waits for the device once a chunk: which of the two ways is faster is not known before.
@@ -136,17 +161,17 @@ def threshold_pass(
 
 class _Accumulator:
     def __init__(
-        self, sae: SAE, x: Tensor, x_centred: Tensor, threshold: Tensor, bandwidth: float, shrink: float, decoder: bool
+        self, sae: SAE, y: Tensor, x_centred: Tensor, threshold: Tensor, bandwidth: float, shrink: float, decoder: bool
     ) -> None:
-        self.sae, self.x, self.x_centred = sae, x, x_centred
+        self.sae, self.y, self.x_centred, self.skipped = sae, y, x_centred, _skipped(sae, x_centred)
         self.threshold, self.bandwidth, self.shrink, self.decoder = threshold, bandwidth, shrink, decoder
-        self.step = 2 / losses.total_variance(x)
-        self.x_hat = torch.empty_like(x)
-        self.encoder, self.bias = torch.zeros_like(sae.W_dec), torch.zeros_like(sae.b_enc)
+        self.step = 2 / losses.total_variance(y)
+        self.y_hat = torch.empty_like(y)
+        self.encoder, self.bias = torch.zeros_like(sae.W_enc.T), torch.zeros_like(sae.b_enc)
         self.dictionary = torch.zeros_like(sae.W_dec) if decoder else None
-        self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=x.device)
+        self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=y.device)
         self.window, self.window_gradient = torch.zeros_like(sae.b_enc), torch.zeros_like(sae.b_enc)
-        self.magnitude = torch.zeros((), dtype=x.dtype, device=x.device)
+        self.magnitude = torch.zeros((), dtype=y.dtype, device=y.device)
         self.collected: list[tuple[Tensor, Tensor, Tensor]] = []
         self.sparse_rows: list[Tensor] = []
 
@@ -155,9 +180,9 @@ class _Accumulator:
         sae, rows = self.sae, slice(first, first + z.shape[0])
         active = kernels.is_above(z, self.threshold)
         a = torch.where(active, z, 0)
-        x_hat = torch.addmm(sae.b_dec, a, sae.W_dec)
-        grad_x_hat = (x_hat - self.x[rows]) * self.step
-        grad = grad_x_hat @ sae.W_dec.T
+        y_hat = self._started(torch.addmm(sae.b_dec, a, sae.W_dec), rows)
+        grad_y_hat = (y_hat - self.y[rows]) * self.step
+        grad = grad_y_hat @ sae.W_dec.T
         if self.bandwidth:
             window = (z - self.threshold).abs() < self.bandwidth / 2
             self.window += window.sum(dim=0)
@@ -166,10 +191,13 @@ class _Accumulator:
         self.encoder.addmm_(grad.T, self.x_centred[rows])
         self.bias += grad.sum(dim=0)
         if self.dictionary is not None:
-            self.dictionary.addmm_(a.T, grad_x_hat)
-        self.x_hat[rows] = x_hat
+            self.dictionary.addmm_(a.T, grad_y_hat)
+        self.y_hat[rows] = y_hat
         self.firings += active.sum(dim=0)
         self.magnitude += a.sum()
+
+    def _started(self, decoded: Float[Tensor, "rows d_out"], rows: Any) -> Float[Tensor, "rows d_out"]:
+        return decoded if self.skipped is None else decoded + self.skipped[rows]
 
     def collect(self, first: int, z: Float[Tensor, "rows d_sae"], support: Tensor) -> None:
         """A chunk with few entries, for later."""
@@ -182,14 +210,14 @@ class _Accumulator:
         token, feature, z = (torch.cat(parts) for parts in zip(*self.collected, strict=True))
         rows = torch.cat(self.sparse_rows)
         # Tokens are renumbered among those whose chunks were sparse.
-        place = torch.empty(self.x.shape[0], dtype=torch.int64, device=z.device)
+        place = torch.empty(self.y.shape[0], dtype=torch.int64, device=z.device)
         place[rows] = torch.arange(len(rows), device=z.device)
         theta = self.threshold[feature]
         active = ~(z <= theta)
         code = kernels.ragged_code(place[token], feature, torch.where(active, z, 0), len(rows), sae.d_sae)
-        x_hat = kernels.decode(code, sae.W_dec, sae.b_dec)
-        grad_x_hat = (x_hat - self.x[rows]) * self.step
-        grad = kernels.entry_gradients(code, grad_x_hat, sae.W_dec)
+        y_hat = self._started(kernels.decode(code, sae.W_dec, sae.b_dec), rows)
+        grad_y_hat = (y_hat - self.y[rows]) * self.step
+        grad = kernels.entry_gradients(code, grad_y_hat, sae.W_dec)
         if self.bandwidth:
             window = (z - theta).abs() < self.bandwidth / 2
             pairs = torch.stack([torch.where(window, 1.0, 0.0).to(grad.dtype), torch.where(window, grad, 0)], dim=1)
@@ -197,12 +225,12 @@ class _Accumulator:
             self.window += sums[:, 0]
             self.window_gradient += sums[:, 1]
         grad = torch.where(active, grad + self.shrink, 0)
-        sums_of = kernels.sum_entries(code, grad, self.x_centred[rows], grad_x_hat, decoder=self.decoder)
+        sums_of = kernels.sum_entries(code, grad, self.x_centred[rows], grad_y_hat, decoder=self.decoder)
         self.encoder += sums_of.encoder
         self.bias += sums_of.bias
         if self.dictionary is not None and sums_of.decoder is not None:
             self.dictionary += sums_of.decoder
-        self.x_hat[rows] = x_hat
+        self.y_hat[rows] = y_hat
         self.firings += _firings(code)
         self.magnitude += code.values.sum()
 
@@ -210,15 +238,16 @@ class _Accumulator:
         """Adds what was collected."""
         if self.collected:
             self._add_collected()
-        fit = losses.reconstruction(self.x, self.x_hat)
+        fit = losses.reconstruction(self.y, self.y_hat)
         gradients = Gradients(
             W_enc=self.encoder.T,
             W_dec=self.dictionary,
             b_enc=self.bias,
-            b_dec=fit.grad_x_hat.sum(0) - self.sae.W_enc @ self.bias,
+            b_dec=kernels.bias_gradient(fit.grad_x_hat, self.sae.W_enc, self.bias, centred=self.sae.subtracts_b_dec),
         )
+        gradients = _with_skip(gradients, self.skipped, fit.grad_x_hat, self.x_centred)
         sums = ActiveSums(
-            self.x.shape[0], self.firings.sum().to(self.x.dtype), self.magnitude, self.window, self.window_gradient
+            self.y.shape[0], self.firings.sum().to(self.y.dtype), self.magnitude, self.window, self.window_gradient
         )
         return ThresholdPass(fit, gradients, self.firings, sums)
 

@@ -33,31 +33,41 @@ class PlainStep:
 
     @torch.no_grad()
     def __call__(
-        self, batch: Float[Tensor, "n d_in"], step: int, gradients: Float[Tensor, "n d_in"] | None = None
+        self,
+        batch: Float[Tensor, "n d_in"],
+        step: int,
+        gradients: Float[Tensor, "n d_out"] | None = None,
+        target: Float[Tensor, "n d_out"] | None = None,
     ) -> None:
         """One step on a batch of raw activations; `step` counts from 0.
 
         Args:
-            gradients: of the model's loss at the activations, for rules that need them.
+            gradients: of the model's loss at the activations, or at the target, for rules that need them.
+            target: raw activations that a transcoder predicts.
         """
-        done, aux_loss = self.differentiate(batch, step, gradients)
+        done, aux_loss = self.differentiate(batch, step, gradients, target)
         self._update(done, step)
         self.count(done, aux_loss, step)
 
     @torch.no_grad()
     def differentiate(
-        self, batch: Float[Tensor, "n d_in"], step: int, gradients: Float[Tensor, "n d_in"] | None = None
+        self,
+        batch: Float[Tensor, "n d_in"],
+        step: int,
+        gradients: Float[Tensor, "n d_out"] | None = None,
+        target: Float[Tensor, "n d_out"] | None = None,
     ) -> tuple[Pass, Float[Tensor, ""] | None]:
         """Losses and gradients of a batch, the auxiliary loss's among the gradients; changes nothing."""
         state, config = self.state, self.state.config
         x = batch * state.input_scale
-        x_centred = x - state.sae.b_dec
+        y = x if target is None else target * state.output_scale
+        x_centred = state.sae.centred(x)
         # On a GPU the encoder's product runs in bf16 and accumulates in fp32; the weights stay fp32.
         encoded = x_centred.to(torch.bfloat16) if x.is_cuda else x_centred
         if isinstance(config.rule, ThresholdRule):
-            done = self._threshold_pass(config.rule, x, x_centred, encoded, step)
+            done = self._threshold_pass(config.rule, y, x_centred, encoded, step)
         else:
-            done = self._code_pass(x, x_centred, encoded, gradients, step)
+            done = self._code_pass(y, x_centred, encoded, gradients, step)
         return done, self._add_aux(done, x_centred, step)
 
     def count(self, done: Pass, aux_loss: Float[Tensor, ""] | None, step: int) -> None:
@@ -71,10 +81,10 @@ class PlainStep:
 
     def _code_pass(
         self,
-        x: Float[Tensor, "n d_in"],
+        y: Float[Tensor, "n d_out"],
         x_centred: Float[Tensor, "n d_in"],
         encoded: Float[Tensor, "n d_in"],
-        gradients: Float[Tensor, "n d_in"] | None,
+        gradients: Float[Tensor, "n d_out"] | None,
         step: int,
     ) -> Pass:
         config, sae, density = self.state.config, self.state.sae, self.state.density
@@ -83,10 +93,10 @@ class PlainStep:
         batch = Batch(encoded, sae.W_enc, sae.b_enc, sae.W_dec, density, step / config.n_steps, gradients)
 
         def run(code: SparseCode, out: kernels.Gradients | None) -> Pass:
-            return code_pass(sae, code, x, x_centred, widths=config.widths, decoder=not config.frozen_decoder, out=out)
+            return code_pass(sae, code, y, x_centred, widths=config.widths, decoder=not config.frozen_decoder, out=out)
 
         done = run(rule.select(batch), self.gradients)
-        if not x.is_cuda:
+        if not y.is_cuda:
             self.gradients = done.gradients
         if config.multi_k:
             wider = run(rule.at_k(min(MULTI_K * rule.k, config.d_sae)).select(batch), None)
@@ -97,23 +107,24 @@ class PlainStep:
     def _threshold_pass(
         self,
         rule: ThresholdRule,
-        x: Float[Tensor, "n d_in"],
+        y: Float[Tensor, "n d_out"],
         x_centred: Float[Tensor, "n d_in"],
         encoded: Float[Tensor, "n d_in"],
         step: int,
     ) -> Pass:
         config, sae, own = self.state.config, self.state.sae, self.state.own
-        coefficient, d_in = config.sparsity_at(step), sae.d_in
+        # Activations are lengths in what is predicted: its width sets their scale.
+        coefficient, width = config.sparsity_at(step), sae.d_out
         done = threshold_pass(
-            sae, x, x_centred, encoded, rule.threshold(own, sae.W_enc), bandwidth=rule.bandwidth_at(d_in),
-            shrinkage=rule.shrinkage(coefficient, d_in), decoder=not config.frozen_decoder,
+            sae, y, x_centred, encoded, rule.threshold(own, sae.W_enc), bandwidth=rule.bandwidth_at(width),
+            shrinkage=rule.shrinkage(coefficient, width), decoder=not config.frozen_decoder,
         )  # fmt: skip
         return Pass(
-            loss=done.fit.loss + rule.penalty(done.sums, coefficient, d_in),
+            loss=done.fit.loss + rule.penalty(done.sums, coefficient, width),
             fit=done.fit,
             gradients=done.gradients,
             firings=done.firings,
-            own=rule.own_gradients(own, done.sums, coefficient, d_in),
+            own=rule.own_gradients(own, done.sums, coefficient, width),
         )
 
     def _add_aux(self, done: Pass, x_centred: Float[Tensor, "n d_in"], step: int) -> Float[Tensor, ""] | None:
@@ -125,7 +136,7 @@ class PlainStep:
             return None
         return losses.add_aux_k(
             done.gradients, chosen, done.fit.residual, x_centred, sae.W_enc, sae.b_enc, sae.W_dec,
-            config.aux_coefficient, signed=config.rule.signed,
+            config.aux_coefficient, signed=config.rule.signed, centred=sae.subtracts_b_dec,
         )  # fmt: skip
 
     def _update(self, done: Pass, step: int) -> None:

@@ -1,23 +1,35 @@
-"""One SAE in training: parameters, Adam's moments, counters and running sums; how it starts and how it is finished.
+"""One SAE or transcoder in training: parameters, Adam's moments, counters, running sums; how it starts and how it is
+finished.
 
 How a step is made is `sae.plain_step`'s and `sae.fused_step`'s business: both work on a `TrainingState`, which is all
 that a checkpoint holds.
 """
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae import losses, optim
+from sae import kernels, losses, optim
+from sae.code import SparseCode
 from sae.config import TrainConfig
 from sae.model import SAE
 from sae.rules import Batch, ThresholdRule
+from sae.source import Pair, Rows
+from sae.transcoder import Transcoder
 
 # Running sums between two reports, and how many features the last one found that the auxiliary loss would revive.
 LOSS, SQUARED_ERROR, VARIANCE, ACTIVE, AUX, STEPS, REVIVABLE = range(7)
+
+
+ENCODER_SEED = 2**62
+"""Added to the seed for a transcoder's encoder, whose directions are not those of its decoder."""
+SPREAD_ROWS = 1024
+STARTING_SPREAD = 0.01
+"""Squared norm of what a transcoder's features first write, as a share of the target's variance."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +48,11 @@ class TrainingState:
 
     Args:
         config: what to train.
-        d_in: width of the activations.
+        d_in: width of the activations, or for a transcoder the pair of hook points it goes between.
         device: where it lives.
 
     Attributes:
-        sae: the SAE as it trains: for activations multiplied by `input_scale`.
+        sae: the SAE as it trains: for activations multiplied by `input_scale`, a transcoder's target by `output_scale`.
         tokens_since_fired: [d_sae], tokens since each feature was last active.
         density: [d_sae], running share of tokens on which each feature is active.
         trained: what Adam moves, by name: parameters and the rule's own tensors, W_enc as [d_sae, d_in].
@@ -49,17 +61,25 @@ class TrainingState:
         error: why it trains no longer; None while it does.
     """
 
-    def __init__(self, config: TrainConfig, d_in: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, d_in: int | Pair, device: torch.device) -> None:
         self.config = config
         self.error: str | None = None
         self.last_lr = 0.0
-        self.sae = SAE(d_in, config.d_sae, config.rule, device=device)
+        if isinstance(d_in, Pair):
+            self.sae: SAE = Transcoder(
+                d_in.d_in, d_in.d_out, config.d_sae, config.rule, skip=config.skip, hook_name=d_in.hook_name,
+                target_hook_name=d_in.target_hook_name, device=device,
+            )  # fmt: skip
+        else:
+            self.sae = SAE(d_in, config.d_sae, config.rule, device=device)
         self.input_scale = torch.ones((), device=device)
+        # An SAE's two are one tensor.
+        self.output_scale = torch.ones((), device=device) if self.is_transcoder else self.input_scale
         self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         self.density = torch.zeros(config.d_sae, device=device)
         self.totals = torch.zeros(7, dtype=torch.float64, device=device)
         rule = config.rule
-        own = rule.trained_tensors(config.d_sae, d_in) if isinstance(rule, ThresholdRule) else {}
+        own = rule.trained_tensors(config.d_sae, self.sae.d_out) if isinstance(rule, ThresholdRule) else {}
         self.own = {name: tensor.to(device) for name, tensor in own.items()}
         # W_enc's memory is [d_sae, d_in]; Adam sees it that way round, since it copies what is not contiguous.
         self.trained = {
@@ -78,6 +98,11 @@ class TrainingState:
         self.n_revivable: int | None = None
 
     @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts another activation than it reads."""
+        return isinstance(self.sae, Transcoder)
+
+    @property
     def device(self) -> torch.device:
         """Where it lives."""
         return self.sae.W_dec.device
@@ -85,6 +110,8 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that training changes, of any shape, by the name it has in checkpoints."""
         named = {name: parameter.data for name, parameter in self.sae.named_parameters()}
+        if self.is_transcoder:
+            named["output_scale"] = self.output_scale
         for name in ("input_scale", "tokens_since_fired", "density", "totals"):
             named[name] = getattr(self, name)
         named.update({f"own.{name}": tensor for name, tensor in self.own.items()})
@@ -93,25 +120,56 @@ class TrainingState:
         return named
 
     @torch.no_grad()
-    def initialise(self, sample: Float[Tensor, "m d_in"]) -> None:
-        """Starting values: random unit decoder rows, the encoder their transpose, b_dec from `sample`.
+    def initialise(self, x: Float[Tensor, "m d_in"], target: Float[Tensor, "m d_out"] | None = None) -> None:
+        """Starting values from a sample: random unit decoder rows, b_dec from what is predicted.
+
+        An SAE's encoder is the decoder's transpose. A transcoder's has random directions of its own; b_enc makes the
+        mean pre-activation zero, the skip is zero, and encoder and thresholds are so small that what the features
+        first write has a tenth of the target's spread: at full size, training spends its first thousand steps on
+        making the error smaller than that of predicting the mean.
 
         The input scale is the inverse of the tokens' mean norm over sqrt(d_in), so that learning rates mean the
-        same whatever the model's activations measure.
+        same whatever the model's activations measure; the output scale likewise.
+
+        Args:
+            target: what a transcoder predicts of x.
         """
         config, sae = self.config, self.sae
+        y = x if target is None else target
         if config.normalize_input:
-            norm = torch.linalg.vector_norm(sample, dim=1).mean().clamp_min(torch.finfo(sample.dtype).tiny)
-            self.input_scale = math.sqrt(sae.d_in) / norm
-        rows = optim.random_unit_rows(config.d_sae, sae.d_in, config.seed, sample.device, sample.dtype)
+            self.input_scale.copy_(_scale(x))
+            self.output_scale.copy_(_scale(y))
+        rows = optim.random_unit_rows(config.d_sae, sae.d_out, config.seed, x.device, x.dtype)
         sae.W_dec.copy_(rows)
-        sae.W_enc.copy_(rows.T)
         sae.b_enc.zero_()
-        scaled = sample * self.input_scale
+        scaled = y * self.output_scale
+        if self.is_transcoder:
+            self._start_encoder(x * self.input_scale, scaled)
+        else:
+            sae.W_enc.copy_(rows.T)
         if config.b_dec_init == "geometric_median":
             sae.b_dec.copy_(optim.geometric_median(scaled))
         elif config.b_dec_init == "mean":
             sae.b_dec.copy_(scaled.mean(dim=0))
+
+    def _start_encoder(self, x: Float[Tensor, "m d_in"], y: Float[Tensor, "m d_out"]) -> None:
+        """A transcoder's encoder, for scaled activations."""
+        config, sae, rule = self.config, self.sae, self.config.rule
+        rows = optim.random_unit_rows(config.d_sae, sae.d_in, (config.seed + ENCODER_SEED) % 2**63, x.device, x.dtype)
+        sae.W_enc.copy_(rows.T)
+        sae.b_enc.copy_(-(rows @ x.mean(dim=0)))
+        x, y = x[:SPREAD_ROWS], y[:SPREAD_ROWS]
+        if isinstance(rule, ThresholdRule):
+            code = kernels.threshold_encode(x, sae.W_enc, sae.b_enc, rule.threshold(self.own, sae.W_enc))
+        else:
+            values, indices = kernels.topk_encode(x, sae.W_enc, sae.b_enc, config.k_at(0))
+            code = SparseCode(values, indices, config.d_sae)
+        written = kernels.decode(code, sae.W_dec).square().sum()
+        size = (STARTING_SPREAD * losses.total_variance(y) / written.clamp_min(torch.finfo(y.dtype).tiny)).sqrt()
+        sae.W_enc.mul_(size)
+        sae.b_enc.mul_(size)
+        if isinstance(rule, ThresholdRule):
+            rule.rescale_(self.own, size)
 
     def count(self, firings: Int[Tensor, "d_sae"], n_tokens: int) -> None:
         """Counts the tokens since each feature's last firing, given on how many of a batch it has fired."""
@@ -170,39 +228,44 @@ class TrainingState:
         )
 
     @torch.no_grad()
-    def finish(
-        self,
-        *,
-        hook_name: str,
-        model_name: str,
-        sample: Float[Tensor, "m d_in"] | None = None,
-        sample_gradients: Float[Tensor, "m d_in"] | None = None,
-    ) -> SAE:
-        """The finished SAE, for raw activations: the input scale divides both biases (W_dec keeps unit norm).
+    def finish(self, *, hook_name: str = "", model_name: str = "", sample: Rows | None = None) -> SAE:
+        """The finished SAE, for raw activations (W_dec keeps unit norm).
+
+        With s the scale of what is read and t that of what is written, equal in an SAE:
+
+            W_enc s/t,  b_enc 1/t,  b_dec 1/t,  thresholds 1/t,  W_skip s/t
 
         Args:
+            hook_name: what an SAE reads; a transcoder knows its hook points.
             sample: raw activations, best ones not trained on, by which a rule that chose over batches measures its
                 thresholds; rules whose `needs_calibration` is set need it.
-            sample_gradients: of the model's loss at the sample, for rules that need them.
         """
-        rule, scale = self.sae.rule, self.input_scale
-        finished = SAE(
-            self.sae.d_in, self.sae.d_sae, rule, hook_name=hook_name, model_name=model_name,
-            device=self.sae.W_dec.device,
-        )  # fmt: skip
-        finished.W_enc.copy_(self.sae.W_enc)
-        finished.W_dec.copy_(self.sae.W_dec)
-        finished.b_enc.copy_(self.sae.b_enc / scale)
-        finished.b_dec.copy_(self.sae.b_dec / scale)
+        rule, scale = self.sae.rule, self.output_scale
+        finished = copy.deepcopy(self.sae)
+        finished.model_name = model_name
+        if isinstance(finished, Transcoder):
+            finished.W_enc.mul_(self.input_scale / scale)
+            if finished.W_skip is not None:
+                finished.W_skip.mul_(self.input_scale / scale)
+        else:
+            finished.hook_name = hook_name
+        finished.b_enc.div_(scale)
+        finished.b_dec.div_(scale)
         state: dict[str, Tensor] = {}
         if isinstance(rule, ThresholdRule):
             state = rule.finished_state(self.own, scale)
         elif rule.needs_calibration:
             if sample is None:
                 raise ValueError(f"the rule {rule.name} measures its thresholds on a sample of activations")
-            centred, density = sample - finished.b_dec, self.density
             weights = finished.W_enc, finished.b_enc, finished.W_dec
-            state = rule.calibrate(Batch(centred, *weights, density, 1.0, sample_gradients, self.config.batch_size))
+            batch = Batch(finished.centred(sample.x), *weights, self.density, 1.0, sample.gradients)
+            state = rule.calibrate(replace(batch, batch_size=self.config.batch_size))
         for name, tensor in state.items():
             finished.get_buffer(name).copy_(tensor)
         return finished
+
+
+def _scale(rows: Float[Tensor, "m d"]) -> Float[Tensor, ""]:
+    """sqrt(d) over the rows' mean norm."""
+    norm = torch.linalg.vector_norm(rows, dim=1).mean().clamp_min(torch.finfo(rows.dtype).tiny)
+    return math.sqrt(rows.shape[1]) / norm

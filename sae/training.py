@@ -1,4 +1,4 @@
-"""Training: several SAEs side by side on one stream of batches.
+"""Training: several SAEs, or transcoders, side by side on one stream of batches.
 
 For every SAE and batch x (scaled so that the mean norm of a token is sqrt(d_in)):
 
@@ -7,6 +7,9 @@ For every SAE and batch x (scaled so that the mean norm of a token is sqrt(d_in)
 2. gradients of the auxiliary loss for features that have not fired for a while, or too rarely;
 3. the decoder gradient's component along each decoder row is removed, the gradients are clipped if asked for, Adam
    steps, rows are renormalised.
+
+A transcoder encodes x and predicts y, each scaled by its own mean norm: 1 has rule(x) and y_hat, with a skip
+y_hat = decode(code) + x W_skip^T, and all errors are of y.
 
 No dense [tokens, features] decode or backward exists. The input scale is folded in when an SAE is finished, so
 what is returned works on raw activations. Rules that choose over a batch then measure their thresholds on the batches
@@ -24,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae import checkpoint
@@ -33,7 +35,7 @@ from sae.errors import InputError
 from sae.fused_step import Step, new_step
 from sae.interrupts import deferred_interrupt
 from sae.model import SAE
-from sae.source import BatchSource, GradientSource
+from sae.source import BatchSource, GradientSource, Rows, TargetSource
 from sae.state import TrainingState
 
 SAMPLE_ROWS = 16_384
@@ -73,8 +75,9 @@ class TrainedSAE:
 
 def train(
     configs: Sequence[TrainConfig],
-    source: BatchSource,
+    source: BatchSource | TargetSource,
     *,
+    pairs: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     checkpoint_dir: Path | None = None,
     checkpoint_seconds: float = 60.0,
@@ -88,14 +91,16 @@ def train(
 
     Args:
         configs: one per SAE; all with the same batch size and number of tokens.
-        source: where batches come from.
+        source: where batches come from. A `TargetSource` makes transcoders.
+        pairs: for each configuration, which of that source's pairs of hook points it goes between; the first for all
+            when None.
         device: where the SAEs live.
         checkpoint_dir: folder for checkpoints; none are written when None. One is also written on Ctrl-C, at the
             end of the step, before KeyboardInterrupt is raised.
         checkpoint_seconds: time between checkpoints.
         resume: continue from the checkpoint in `checkpoint_dir`, if there is one.
         on_metrics: called with every SAE's metrics about 200 times a run.
-        hook_name, model_name: recorded in the SAEs.
+        hook_name, model_name: recorded in the SAEs; transcoders have the hook points of their pair.
         make_step: how an SAE's steps are made; the fastest way that its device and configuration allow.
 
     Returns:
@@ -103,20 +108,19 @@ def train(
         others go on.
 
     Raises:
-        InputError: no or clashing configurations, a rule without the gradients it needs, or a checkpoint that does
-            not belong to them.
+        InputError: no or clashing configurations, a rule without the gradients it needs, a skip in an SAE, or a
+            checkpoint that does not belong to them.
         KeyboardInterrupt: stopped with Ctrl-C; the same call with `resume=True` goes on.
     """
     check_configs(configs)
-    next_rows = _stream(configs, source, torch.device(device))
-    states = [TrainingState(config, source.d_in, torch.device(device)) for config in configs]
+    stream = _Stream(configs, source, torch.device(device))
+    states = stream.states(configs, pairs)
     steps = [make_step(state) for state in states]
     step = 0
     restored = checkpoint.load(checkpoint_dir, states, source) if resume and checkpoint_dir is not None else None
     if restored is None:
-        sample = source.sample(SAMPLE_ROWS).to(device, torch.float32)
-        for state in states:
-            state.initialise(sample)
+        for state, sample in zip(states, stream.each(stream.sample(SAMPLE_ROWS)), strict=True):
+            state.initialise(sample.x, sample.target)
     else:
         step = restored
     n_steps, batch_size = configs[0].n_steps, configs[0].batch_size
@@ -124,10 +128,10 @@ def train(
     started = last_checkpoint = time.monotonic()
     with deferred_interrupt() as interrupt:
         while step < n_steps and any(state.error is None for state in states):
-            batch, gradients = next_rows(batch_size)
-            for state, make in zip(states, steps, strict=True):
+            batches = stream.each(stream.next_rows(batch_size))
+            for state, make, rows in zip(states, steps, batches, strict=True):
                 if state.error is None:
-                    _step(state, make, batch, step, gradients, alone=len(states) == 1)
+                    _step(state, make, rows, step, alone=len(states) == 1)
             step += 1
             if step % report_every == 0 or step == n_steps:
                 for state in states:
@@ -138,58 +142,87 @@ def train(
                 last_checkpoint = time.monotonic()
             if interrupt.pressed:
                 raise KeyboardInterrupt
-    return _finish(states, source, next_rows, hook_name, model_name)
+    return _finish(states, stream, hook_name, model_name)
 
 
-NextRows = Callable[[int], tuple[Tensor, Tensor | None]]
+class _Stream:
+    """What training draws from: rows for every pair of hook points, one for all where there are no pairs."""
+
+    def __init__(
+        self, configs: Sequence[TrainConfig], source: BatchSource | TargetSource, device: torch.device
+    ) -> None:
+        self.source, self.device = source, device
+        self.needing = next((config.rule.name for config in configs if config.rule.needs_gradients), None)
+        self.of_state: list[int] = []
+        if not isinstance(source, TargetSource):
+            skipping = next((config.name for config in configs if config.skip), None)
+            if skipping is not None:
+                raise InputError(f"{skipping}: a skip goes past the features to another activation: give a target")
+            if self.needing is not None and not isinstance(source, GradientSource):
+                raise InputError(
+                    f"the rule {self.needing} needs gradients: harvest with --gradients and train on that harvest"
+                )
+
+    def states(self, configs: Sequence[TrainConfig], pairs: Sequence[int] | None) -> list[TrainingState]:
+        """The states of the configurations, each on its pair."""
+        self.of_state = [0] * len(configs) if pairs is None else list(pairs)
+        if isinstance(self.source, TargetSource):
+            widths = [self.source.pairs[pair] for pair in self.of_state]
+            return [TrainingState(config, pair, self.device) for config, pair in zip(configs, widths, strict=True)]
+        return [TrainingState(config, self.source.d_in, self.device) for config in configs]
+
+    def each(self, rows: Sequence[Rows]) -> list[Rows]:
+        """The rows of every state."""
+        return [rows[pair] for pair in self.of_state]
+
+    def next_rows(self, n: int) -> list[Rows]:
+        """The next n rows of every pair, with gradients if a rule needs them."""
+        if isinstance(self.source, TargetSource):
+            return [self._here(rows) for rows in self.source.next_rows(n, gradients=self.needing is not None)]
+        if self.needing is None:
+            return [self._here(Rows(self.source.next_batch(n)))]
+        assert isinstance(self.source, GradientSource)
+        activations, gradients = self.source.next_pair(n)
+        return [self._here(Rows(activations, gradients=gradients))]
+
+    def sample(self, n: int) -> list[Rows]:
+        """At most n rows of every pair."""
+        if isinstance(self.source, TargetSource):
+            return [self._here(rows) for rows in self.source.sample_rows(n)]
+        return [self._here(Rows(self.source.sample(n)))]
+
+    def calibration(self) -> list[Rows]:
+        """Rows that would have come next; the stream stays where it is."""
+        place = self.source.state_dict()
+        rows = self.next_rows(CALIBRATION_ROWS)
+        self.source.load_state_dict(place)
+        return rows
+
+    def _here(self, rows: Rows) -> Rows:
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(self.device, torch.float32)
+
+        return Rows(rows.x.to(self.device, torch.float32), moved(rows.target), moved(rows.gradients))
 
 
-def _stream(configs: Sequence[TrainConfig], source: BatchSource, device: torch.device) -> NextRows:
-    """How the next activations, and gradients if a rule needs them, are had."""
-    needing = next((config.rule.name for config in configs if config.rule.needs_gradients), None)
-    if needing is None:
-        return lambda n: (source.next_batch(n).to(device, torch.float32), None)
-    if not isinstance(source, GradientSource):
-        raise InputError(f"the rule {needing} needs gradients: harvest with --gradients and train on that harvest")
-
-    def next_pair(n: int) -> tuple[Tensor, Tensor]:
-        activations, gradients = source.next_pair(n)
-        return activations.to(device, torch.float32), gradients.to(device, torch.float32)
-
-    return next_pair
-
-
-def _finish(
-    states: Sequence[TrainingState], source: BatchSource, next_rows: NextRows, hook_name: str, model_name: str
-) -> list[TrainedSAE]:
-    sample: Tensor | None = None
-    gradients: Tensor | None = None
+def _finish(states: Sequence[TrainingState], stream: _Stream, hook_name: str, model_name: str) -> list[TrainedSAE]:
+    samples: Sequence[Rows | None] = [None] * len(states)
     if any(state.error is None and state.config.rule.needs_calibration for state in states):
-        place = source.state_dict()
-        sample, gradients = next_rows(CALIBRATION_ROWS)
-        source.load_state_dict(place)
+        samples = stream.each(stream.calibration())
     results = []
-    for state in states:
+    for state, sample in zip(states, samples, strict=True):
         if state.error is None:
-            sae = state.finish(hook_name=hook_name, model_name=model_name, sample=sample, sample_gradients=gradients)
+            sae = state.finish(hook_name=hook_name, model_name=model_name, sample=sample)
             results.append(TrainedSAE(state.config, sae))
         else:
             results.append(TrainedSAE(state.config, None, state.error))
     return results
 
 
-def _step(
-    state: TrainingState,
-    make: Step,
-    batch: Float[Tensor, "n d_in"],
-    step: int,
-    gradients: Float[Tensor, "n d_in"] | None,
-    *,
-    alone: bool,
-) -> None:
+def _step(state: TrainingState, make: Step, rows: Rows, step: int, *, alone: bool) -> None:
     """A step; beside others, one that fails - by running out of memory, say - takes only itself out."""
     try:
-        make(batch, step, gradients)
+        make(rows.x, step, rows.gradients, rows.target)
     except RuntimeError as error:
         if alone:
             raise

@@ -42,6 +42,7 @@ class Transcoder(SAE):
     """
 
     W_skip: nn.Parameter | None
+    subtracts_b_dec = False
 
     def __init__(
         self,
@@ -68,10 +69,6 @@ class Transcoder(SAE):
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out, **options))
         self.b_dec = nn.Parameter(torch.zeros(d_out, **options))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_out, d_in, **options)) if skip else None)
-
-    def centred(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        """What the encoder multiplies: x itself."""
-        return x
 
     @torch.no_grad()
     def skip(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:

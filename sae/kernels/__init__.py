@@ -4,7 +4,7 @@ The caller does not choose a device's implementation: `dispatch` does. The modul
 reference and the CPU path; `triton` holds the GPU's kernels behind the same signatures.
 """
 
-from sae.kernels.backward import Gradients, entry_gradients, sum_entries
+from sae.kernels.backward import Gradients, bias_gradient, entry_gradients, sum_entries
 from sae.kernels.dispatch import (
     MAX_K,
     batch_topk_encode,
@@ -26,6 +26,7 @@ __all__ = [
     "Encoder",
     "Gradients",
     "batch_topk_encode",
+    "bias_gradient",
     "by_feature",
     "count_positive",
     "decode",

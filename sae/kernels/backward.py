@@ -8,6 +8,9 @@ With x_c = x - b_dec, z = x_c W_enc + b_enc, a = selected z, x_hat = a W_dec + b
     dL/db_enc[f] = sum_t dL/da[t, f]
     dL/db_dec    = sum_t G[t] - W_enc dL/db_enc       the second term through x_c
 
+A transcoder encodes x itself, so that its b_dec has the first term only; its G is dL/dy_hat, of another width than x,
+and with a skip dL/dW_skip = sum_t G[t] x[t]^T.
+
 Sums over tokens run feature by feature in the order of the tokens (a stable sort of the entries by feature), so
 they are the same bits on every repeat; atomics are not used.
 """
@@ -31,9 +34,10 @@ class Gradients:
     """Gradients of one batch. W_enc's has the parameter's shape but lies in memory as [d_sae, d_in]."""
 
     W_enc: Float[Tensor, "d_in d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"] | None
+    W_dec: Float[Tensor, "d_sae d_out"] | None
     b_enc: Float[Tensor, "d_sae"]
-    b_dec: Float[Tensor, "d_in"]
+    b_dec: Float[Tensor, "d_out"]
+    W_skip: Float[Tensor, "d_out d_in"] | None = None
 
     def add_(self, other: "Gradients", scale: float) -> None:
         """Adds scale * other, in place."""
@@ -42,6 +46,8 @@ class Gradients:
         self.b_dec.add_(other.b_dec, alpha=scale)
         if self.W_dec is not None and other.W_dec is not None:
             self.W_dec.add_(other.W_dec, alpha=scale)
+        if self.W_skip is not None and other.W_skip is not None:
+            self.W_skip.add_(other.W_skip, alpha=scale)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class EntrySums:
 
     encoder: Float[Tensor, "d_sae d_in"]
     """Of dL/da * x_c[token]: W_enc's gradient, transposed."""
-    decoder: Float[Tensor, "d_sae d_in"] | None
+    decoder: Float[Tensor, "d_sae d_out"] | None
     """Of a * G[token]."""
     bias: Float[Tensor, "d_sae"]
     """Of dL/da."""
@@ -59,17 +65,19 @@ class EntrySums:
 def gradients(
     code: SparseCode,
     x_centred: Float[Tensor, "n d_in"],
-    grad_x_hat: Float[Tensor, "n d_in"],
+    grad_x_hat: Float[Tensor, "n d_out"],
     W_enc: Float[Tensor, "d_in d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
+    W_dec: Float[Tensor, "d_sae d_out"],
     *,
     decoder: bool = True,
+    centred: bool = True,
     out: Gradients | None = None,
 ) -> Gradients:
-    """Gradients of a loss with dL/dx_hat = `grad_x_hat`; see the module's description.
+    """Gradients of a loss with dL/dx_hat = `grad_x_hat`, but for a skip's; see the module's description.
 
     Args:
-        x_centred: what was encoded, x - b_dec.
+        x_centred: what was encoded.
+        centred: whether that is x - b_dec, so that b_dec has a gradient through it.
         decoder: whether the decoder's gradient is wanted (a frozen decoder has none).
         out: on a CPU, gradients of an earlier call whose memory may be used again.
     """
@@ -79,15 +87,31 @@ def gradients(
         W_enc=sums.encoder.T,
         W_dec=sums.decoder,
         b_enc=sums.bias,
-        b_dec=grad_x_hat.sum(0) - W_enc @ sums.bias,
+        b_dec=bias_gradient(grad_x_hat, W_enc, sums.bias, centred=centred),
     )
+
+
+def bias_gradient(
+    grad_x_hat: Float[Tensor, "n d_out"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    bias: Float[Tensor, "d_sae"],
+    *,
+    centred: bool,
+) -> Float[Tensor, "d_out"]:
+    """dL/db_dec, with the part through the encoder where that multiplies x - b_dec.
+
+    Args:
+        bias: dL/db_enc.
+    """
+    own = grad_x_hat.sum(0)
+    return own - W_enc @ bias if centred else own
 
 
 def sum_entries(
     code: SparseCode,
     grad_values: Float[Tensor, "entries"],
     x_centred: Float[Tensor, "n d_in"],
-    grad_x_hat: Float[Tensor, "n d_in"],
+    grad_x_hat: Float[Tensor, "n d_out"],
     *,
     decoder: bool = True,
     out: Gradients | None = None,

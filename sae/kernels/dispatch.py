@@ -124,17 +124,18 @@ def decode(
 def gradients(
     code: SparseCode,
     x_centred: Float[Tensor, "n d_in"],
-    grad_x_hat: Float[Tensor, "n d_in"],
+    grad_x_hat: Float[Tensor, "n d_out"],
     W_enc: Float[Tensor, "d_in d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
+    W_dec: Float[Tensor, "d_sae d_out"],
     *,
     decoder: bool = True,
+    centred: bool = True,
     out: Gradients | None = None,
 ) -> Gradients:
-    """See `sae.kernels.backward.gradients`."""
+    """See `sae.kernels.backward.gradients`; with widths that differ, of a transcoder, it is always that."""
     kernels = _kernels_for(W_dec)
-    if kernels is None:
-        return backward.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder, out=out)
+    if kernels is None or x_centred.shape[1] != grad_x_hat.shape[1]:
+        return backward.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder, centred=centred, out=out)
     with torch.cuda.device_of(W_dec):
-        made: Gradients = kernels.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder)
+        made: Gradients = kernels.gradients(code, x_centred, grad_x_hat, W_enc, W_dec, decoder=decoder, centred=centred)
     return made

@@ -201,6 +201,10 @@ class ThresholdRule(Rule):
     def threshold(self, trained: Tensors, W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, "d_sae"]:
         """The thresholds in training."""
 
+    def rescale_(self, trained: Tensors, factor: Float[Tensor, ""]) -> None:
+        """Changes the trained tensors, in place, as becomes pre-activations that all are `factor` times what they
+        were."""
+
     def bandwidth_at(self, d_in: int) -> float:
         """Width of the window around the threshold, for activations of mean norm sqrt(d_in); 0 for none."""
         return 0.0

@@ -76,6 +76,10 @@ class JumpReLU(ThresholdRule):
         """exp(log_threshold)."""
         return trained["log_threshold"].exp()
 
+    def rescale_(self, trained: Tensors, factor: Float[Tensor, ""]) -> None:
+        """Multiplies the thresholds, in place."""
+        trained["log_threshold"].add_(factor.log())
+
     def bandwidth_at(self, d_in: int) -> float:
         """The bandwidth times sqrt(d_in)."""
         return self.bandwidth * math.sqrt(d_in)

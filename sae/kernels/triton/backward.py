@@ -18,18 +18,21 @@ def gradients(
     W_dec: Float[Tensor, "d_sae d_in"],
     *,
     decoder: bool = True,
+    centred: bool = True,
     sizes: KernelSizes = SIZES,
 ) -> Gradients:
     """Gradients of a loss with dL/dx_hat = `grad_x_hat`, in fp32; bitwise the same on every repeat.
 
     Args:
-        x_centred: what was encoded, x - b_dec; bf16 halves what is read, as it does for `grad_x_hat`.
+        x_centred: what was encoded; bf16 halves what is read, as it does for `grad_x_hat`.
         decoder: whether the decoder's gradient is wanted (a frozen decoder has none).
+        centred: whether x - b_dec was encoded, so that b_dec has a gradient through it.
     """
     one = torch.ones((), device=W_dec.device)
     made = feature_gradients(
         by_feature(code), grad_x_hat.contiguous(), x_centred.contiguous(), one, W_dec, decoder=decoder, sizes=sizes
     )
-    through_x = torch.mv(W_enc, made.b_enc.to(W_enc.dtype)).float()
-    b_dec = grad_x_hat.sum(0, dtype=torch.float32) - through_x
+    b_dec = grad_x_hat.sum(0, dtype=torch.float32)
+    if centred:
+        b_dec -= torch.mv(W_enc, made.b_enc.to(W_enc.dtype)).float()
     return Gradients(W_enc=made.W_enc.T, W_dec=made.W_dec, b_enc=made.b_enc, b_dec=b_dec)

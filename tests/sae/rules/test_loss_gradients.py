@@ -1,4 +1,7 @@
-"""Gradients of a whole training step, rule by rule and loss by loss, against float64 autograd of dense formulas."""
+"""Gradients of a whole training step, rule by rule and loss by loss, against float64 autograd of dense formulas.
+
+Transcoders, with and without a skip, go through the same formulas with a target of another width and no b_dec in z.
+"""
 
 from dataclasses import replace
 
@@ -25,9 +28,11 @@ from sae.rules import (
     TopK,
 )
 from sae.rules.feature_choice import water_fill
+from sae.source import Pair
 from sae.state import TrainingState
 
 N, D, F, K = 40, 10, 70, 5
+D_OUT = 7
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 CODE_RULES = [
     TopK(K),
@@ -56,19 +61,21 @@ def config_of(rule: Rule, **settings: object) -> TrainConfig:
 class Step:
     """One step of a state in float64 with random parameters and some dead features; keeps what Adam would get."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, transcoder: bool = False) -> None:
+        width = D_OUT if transcoder else D
         generator = torch.Generator().manual_seed(11)
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         self.config = config
-        self.x, self.g = randn(N, D), randn(N, D)
-        state = TrainingState(config, D, torch.device("cpu"))
+        self.x, self.g, self.target = randn(N, D), randn(N, width), randn(N, width) if transcoder else None
+        state = TrainingState(config, Pair("in", "out", D, D_OUT) if transcoder else D, torch.device("cpu"))
         state.sae.double()
         for parameter in state.sae.parameters():
             parameter.data.copy_(randn(*parameter.shape))
         state.input_scale = torch.tensor(0.8, dtype=torch.float64)
+        state.output_scale = torch.tensor(1.7, dtype=torch.float64) if transcoder else state.input_scale
         state.own = {name: tensor.double() for name, tensor in state.own.items()}
         state.density = torch.rand(F, generator=generator, dtype=torch.float64)
         state.density[::7] *= 1e-4
@@ -78,7 +85,7 @@ class Step:
         self.parameters = {name: p.detach().clone().requires_grad_() for name, p in state.sae.named_parameters()}
         self.own = {name: tensor.clone().requires_grad_() for name, tensor in state.own.items()}
         step = PlainStep(state)
-        self.done, aux_loss = step.differentiate(self.x, STEP, self.g)
+        self.done, aux_loss = step.differentiate(self.x, STEP, self.g, self.target)
         step.count(self.done, aux_loss, STEP)
         self.totals = state.totals
 
@@ -86,7 +93,11 @@ class Step:
         """The objective by its dense formulas; gradients flow to `parameters` and `own`."""
         config, p = self.config, self.parameters
         x = self.x * 0.8
-        z = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+        z = (x - (p["b_dec"] if self.target is None else 0)) @ p["W_enc"] + p["b_enc"]
+        if self.target is not None:
+            # What is left for the features and b_dec; it has the spread of the target itself.
+            self.spread = self._spread(self.target * 1.7)
+            x = self.target * 1.7 - (x @ p["W_skip"].T if "W_skip" in p else 0)
         if isinstance(config.rule, ThresholdRule):
             a, objective = self._threshold_objective(config.rule, x, z)
         else:
@@ -114,21 +125,25 @@ class Step:
         return (kept != 0).double()
 
     def _error(self, x: Tensor, a: Tensor) -> Tensor:
-        p, variance = self.parameters, (x - x.mean(dim=0)).square().sum()
+        p, variance = self.parameters, self._spread(x) if self.target is None else self.spread
         errors = [
             (x - a[:, :width] @ p["W_dec"][:width] - p["b_dec"]).square().sum() / variance
             for width in self.config.widths or (F,)
         ]
         return torch.stack(errors).mean()
 
+    @staticmethod
+    def _spread(x: Tensor) -> Tensor:
+        return (x - x.mean(dim=0)).square().sum()
+
     def _threshold_objective(self, rule: ThresholdRule, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.config.sparsity_at(STEP)
         if isinstance(rule, ReLU):
             a = z.relu()
-            return a, self._error(x, a) + weight / D**0.5 * a.abs().sum(dim=1).mean()
+            return a, self._error(x, a) + weight / self.g.shape[1] ** 0.5 * a.abs().sum(dim=1).mean()
         assert isinstance(rule, JumpReLU)
         theta = self.own["log_threshold"].exp()
-        bandwidth = rule.bandwidth * D**0.5
+        bandwidth = rule.bandwidth * self.g.shape[1] ** 0.5
         active, window = (z > theta).detach().double(), ((z - theta).abs() < bandwidth / 2).detach().double()
         # Zero in value; its derivative is the estimator's, the paper's equations 11 and 12.
         moved = window / bandwidth * (theta - theta.detach())
@@ -166,9 +181,9 @@ def naive_rare(density: Tensor, dead: Tensor) -> Tensor:
     return torch.from_numpy(eta < losses.ZIPF_GAMMA * np.exp(level + slope * np.log(rank))) | ~torch.from_numpy(fires)
 
 
-def assert_step_equals_autograd(config: TrainConfig) -> Step:
+def assert_step_equals_autograd(config: TrainConfig, *, transcoder: bool = False) -> Step:
     config.check()
-    step = Step(config)
+    step = Step(config, transcoder=transcoder)
     objective = step.reference()
     objective.backward()
     done = step.done
@@ -226,6 +241,30 @@ def test_threshold_rules_in_chunks(rule: ThresholdRule, aux: str, dense_share: f
     assert_step_equals_autograd(config)
     assert set(ways) == {0.0: {"add_dense"}, 0.53: {"add_dense", "collect"}, 1.0: {"collect"}}[dense_share]
     assert_step_equals_autograd(replace(config, frozen_decoder=True))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("rule", [*CODE_RULES, *THRESHOLD_RULES], ids=repr)
+def test_a_transcoder_of_every_rule(rule: Rule, skip: bool) -> None:
+    step = assert_step_equals_autograd(config_of(rule, skip=skip, aux="aux_k"), transcoder=True)
+    assert step.done.gradients.b_dec.shape == (D_OUT,)
+    assert ("W_skip" in step.parameters) == skip
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_skip_is_in_every_prefix_and_at_both_k(frozen: bool) -> None:
+    settings = {"matryoshka": (4, 20), "multi_k": 1 / 8, "anneal_from_k": 12, "aux": "aux_zipf"}
+    config = config_of(TopK(K), skip=True, frozen_decoder=frozen, **settings)
+    assert_step_equals_autograd(config, transcoder=True)
+
+
+@pytest.mark.parametrize("dense_share", [0.0, 0.53, 1.0], ids=["dense", "mixed", "sparse"])
+def test_a_jumprelu_transcoder_with_a_skip_in_chunks(dense_share: float, monkeypatch) -> None:
+    monkeypatch.setattr(score_chunks, "CPU_BUFFER_ENTRIES", 1)
+    monkeypatch.setattr(score_chunks, "CPU_MIN_ROWS", 3)
+    monkeypatch.setattr(passes, "DENSE_SHARE", dense_share)
+    config = config_of(JumpReLU(bandwidth=0.2, initial_threshold=0.1), skip=True, sparsity_coefficient=0.7)
+    assert_step_equals_autograd(config, transcoder=True)
 
 
 def test_aux_zipf_with_the_dead_as_its_set_is_aux_k() -> None:

@@ -63,7 +63,7 @@ def test_the_floor_of_a_sample_is_that_of_training_batch_by_batch() -> None:
 
 def test_an_sae_that_fails_in_a_step_leaves_the_others_running(planted: Callable[[], BatchSource]) -> None:
     def step_of(state: TrainingState) -> Step:
-        def failing(batch: Tensor, step: int, gradients: Tensor | None) -> None:
+        def failing(batch: Tensor, step: int, *others: object, **named: object) -> None:
             raise torch.OutOfMemoryError("out of memory")
 
         return failing if state.config.name == "b" else PlainStep(state)
