@@ -10,10 +10,10 @@ One file a method; below them stand passes with hooks (`passes`, `sweeps`, `edge
 `graph/` holds attribution graphs of a single prompt, over transcoders.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae.errors import InputError
+from sae.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from circuits.ablation import ablate_heads
@@ -82,14 +82,5 @@ __all__ = [
     "repeated_tokens",
     "task_names",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded when asked for: the names of tasks, which the command line lists, do not wait for torch.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+# Loaded when asked for: the names of tasks, which the command line lists, do not wait for torch.
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -5,10 +5,10 @@ sae = SAE.load("saes/my-sae")
 code = sae.encode(activations)      # the active features of every token
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae.errors import InputError
+from sae.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from sae.code import SparseCode
@@ -78,14 +78,5 @@ _ELSEWHERE = {
     "load_transcoders": "sae.transcoder_set",
     "train": "sae.training",
 }
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded when asked for: whoever wants InputError alone, such as the command line, does not wait for torch.
-    if name in __all__:
-        return getattr(import_module(_ELSEWHERE.get(name, "sae.rules")), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+# Loaded when asked for: whoever wants InputError alone, such as the command line, does not wait for torch.
+__getattr__, __dir__ = lazy_exports(__name__, {name: _ELSEWHERE.get(name, "sae.rules") for name in __all__})

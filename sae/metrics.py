@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.directions import cosine_blocks
 
 DENSE_ABOVE = 0.1
 """A feature is called dense when it fires on more than this share of tokens."""
@@ -146,22 +147,18 @@ def density_histogram(density: Float[Tensor, "d_sae"], tokens: int) -> list[dict
 
 
 @torch.no_grad()
-def decoder_cosine_maxima(
-    W_dec: Float[Tensor, "d_sae d_in"], *, signed: bool = False, chunk: int = 1024
-) -> Float[Tensor, "d_sae"]:
+def decoder_cosine_maxima(W_dec: Float[Tensor, "d_sae d_in"], *, signed: bool = False) -> Float[Tensor, "d_sae"]:
     """For every feature the largest cosine of its decoder row with another feature's.
 
     Args:
         W_dec: decoder rows.
         signed: whether activations have both signs: then opposed rows are one feature twice, and cosines are absolute.
     """
-    rows = torch.nn.functional.normalize(W_dec.float(), dim=1)
     maxima = []
-    for first in range(0, rows.shape[0], chunk):
-        cosines = rows[first : first + chunk] @ rows.T
+    for first, cosines in cosine_blocks(W_dec, W_dec):
         if signed:
             cosines = cosines.abs()
-        own = torch.arange(cosines.shape[0], device=rows.device)
+        own = torch.arange(len(cosines), device=cosines.device)
         cosines[own, first + own] = -torch.inf
         maxima.append(cosines.amax(dim=1))
     return torch.cat(maxima)

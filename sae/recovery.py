@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.directions import cosines
 from sae.errors import InputError
 from sae.model import SAE
 
@@ -70,16 +71,15 @@ def recovery(
             f"do not go with an SAE of width {sae.d_in}: expected [features, d_in], [n, d_in], [n, features]"
         )
     signed = sae.rule.signed
-    cosines = direction_cosines(directions.to(sae.W_dec), sae.W_dec)
-    similarity = cosines.abs() if signed else cosines
+    found = cosines(directions.to(sae.W_dec), sae.W_dec)
+    similarity = found.abs() if signed else found
     match = assign(similarity)
-    found = match >= 0
-    rows = torch.nonzero(found).squeeze(1)
+    rows = torch.nonzero(match >= 0).squeeze(1)
     matched = torch.zeros_like(similarity[:, 0])
     matched[rows] = similarity[rows, match[rows]]
     turned = torch.ones_like(matched)
     if signed:
-        turned[rows] = cosines[rows, match[rows]].sign()
+        turned[rows] = found[rows, match[rows]].sign()
     counts = torch.zeros(3, directions.shape[0], dtype=torch.int64, device=matched.device)
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=matched.device)
     for start in range(0, x.shape[0], BATCH_ROWS):
@@ -100,11 +100,6 @@ def recovery(
         cosine=matched.cpu(),
         feature_f1=feature_f1.cpu(),
     )
-
-
-def direction_cosines(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-    """Cosines between the rows of a and those of b."""
-    return torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T
 
 
 def assign(similarity: Float[Tensor, "n m"]) -> Int[Tensor, "n"]:

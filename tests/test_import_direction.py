@@ -7,12 +7,15 @@
 5. A file name stands for one role: `report.py` runs and stores, `figures.py` draws; no other name twice in workbench/.
 6. Only cli/ and show/ print (the app has Streamlit for it), and only show/ knows colours.
 7. No file over 450 lines, no function over 70.
+8. Every global name that code reads is bound somewhere: ruff and mypy cannot say, for jaxtyping's axes are names too.
 """
 
 import ast
+import builtins
 import json
 import re
 import subprocess
+import symtable
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -200,6 +203,35 @@ def test_only_show_knows_colours() -> None:
         path = str(file.relative_to(REPOSITORY))
         found = colour.search(file.read_text(encoding="utf-8"))
         assert found is None or path.startswith("workbench/show/"), f"{path} has the colour {found and found[0]}"
+
+
+def unbound(file: Path) -> set[str]:
+    """Names that a file's code reads as globals and that neither it nor Python binds; annotations in strings do not
+    count."""
+    bound, read = set(dir(builtins)) | {"__file__"}, set()
+    top = symtable.symtable(file.read_text(encoding="utf-8"), str(file), "exec")
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            # An inner `:=` binds globally too.
+            if table is top or symbol.is_global():
+                binds = symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
+                (bound if binds else read).add(symbol.get_name())
+    return read - bound
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_every_global_name_is_bound(package: str) -> None:
+    wrong = {str(file.relative_to(REPOSITORY)): names for file in files_of(package) if (names := unbound(file))}
+    assert not wrong
+
+
+def test_the_search_for_unbound_names_finds_them(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text("import os\n\ndef f(x):\n    return os.path, len(x), Gone, [y for y in x]\n")
+    assert unbound(file) == {"Gone"}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

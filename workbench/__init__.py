@@ -4,10 +4,10 @@ from workbench import Workspace, load_model
 """
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae.errors import InputError
+from sae.lazy import lazy_exports
 
 # OpenMP's threads spin while they wait, so two processes on the same cores (the app beside a training run, two
 # commands) starve each other and each takes many times as long; threads that sleep share them, and a process alone is
@@ -52,14 +52,5 @@ __all__ = [
     "open_corpus",
     "parse_sweep",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded when asked for: the command line answers Ctrl-C with one line from its start, and torch takes a second.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+# Loaded when asked for: the command line answers Ctrl-C with one line from its start, and torch takes a second.
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

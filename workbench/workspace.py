@@ -57,10 +57,7 @@ class Workspace(Catalog):
         """Harvests activations into the workspace, resuming an unfinished harvest of the same name and settings.
 
         Args:
-            name: the harvest's name.
-            config: model, corpus, hook points and sizes.
-            model: a model already loaded from `config.model`, to save loading it again.
-            device: `auto`, `cpu`, `cuda`, `cuda:1`, ...; used when `model` is not given.
+            model: a model already loaded from `config.model`; `device` is used when it is not given.
             on_estimate: called with rows, bytes, free disk and time before anything is written.
             on_progress: called after every block.
 
@@ -70,46 +67,28 @@ class Workspace(Catalog):
         Raises:
             InputError: bad names or settings, too little disk, an existing harvest with other settings.
         """
-        from workbench.harvest.run import estimate, run_harvest
-        from workbench.models.load import load_model
-        from workbench.text.corpora import open_corpus
+        from workbench.harvest.run import harvest_into
 
-        config = config.absolute()
         folder = new_folder(self.harvest_folder(name))
-        model = model or load_model(config.model, device=device, dtype=config.model_dtype)
-        corpus = open_corpus(config.corpus, text_field=config.text_field)
-        if on_estimate is not None:
-            on_estimate(estimate(model, corpus, config, folder))
-        return run_harvest(model, corpus, config, folder, on_progress=on_progress)
+        return harvest_into(
+            folder, config, model=model, device=device, on_estimate=on_estimate, on_progress=on_progress
+        )
 
     def estimate_harvest(self, name: str, config: "HarvestConfig", *, device: str = "auto") -> "HarvestEstimate":
         """Rows, bytes, free disk and time of a harvest, without making it."""
-        from workbench.harvest.run import estimate
-        from workbench.models.load import load_model
-        from workbench.text.corpora import open_corpus
+        from workbench.harvest.run import estimate_into
 
-        corpus = open_corpus(config.corpus, text_field=config.text_field)
-        model = load_model(config.model, device=device, dtype=config.model_dtype)
-        return estimate(model, corpus, config.absolute(), self.harvest_folder(name))
+        return estimate_into(self.harvest_folder(name), config, device=device)
 
     # Training
 
-    def train(
-        self,
-        run: str,
-        harvest: str,
-        configs: "Sequence[TrainConfig]",
-        *,
-        hook: str | None = None,
-        device: str = "auto",
-        on_metrics: "Callable[[StepMetrics], None] | None" = None,
-    ) -> "list[SAE]":
-        """Trains SAEs side by side as `train_all` does, and fails when one of them fails.
+    def train(self, run: str, harvest: str, configs: "Sequence[TrainConfig]", **settings: Any) -> "list[SAE]":
+        """Trains SAEs side by side as `train_all` does, which says the settings, and fails when one of them fails.
 
         Raises:
             InputError: as `train_all`, and an SAE that failed to train, once the others are saved.
         """
-        trained = self.train_all(run, harvest, configs, hook=hook, device=device, on_metrics=on_metrics)
+        trained = self.train_all(run, harvest, configs, **settings)
         failed = [f"{result.config.name}: {result.error}" for result in trained if result.error]
         if failed:
             raise InputError("; ".join(failed))
@@ -125,25 +104,11 @@ class Workspace(Catalog):
         device: str = "auto",
         on_metrics: "Callable[[StepMetrics], None] | None" = None,
     ) -> "list[TrainedSAE]":
-        """Trains SAEs side by side on one stream of a harvest's activations and saves them.
-
-        An unfinished run of the same name and settings is resumed from its last checkpoint; a finished one
-        returns its SAEs at once.
-
-        Args:
-            run: the run's name; the SAEs are saved under their configurations' names.
-            harvest: name of a finished harvest.
-            configs: one configuration per SAE.
-            hook: hook point to train on; may be left out when the harvest has only one.
-            device: `auto`, `cpu`, `cuda`, ...
-            on_metrics: called with every SAE's metrics as they are reported.
+        """Trains SAEs side by side on one stream of a harvest's activations and saves them. A run that was interrupted
+        goes on, a finished one returns its SAEs at once; arguments and InputErrors as `workbench.saes.train.train_all`.
 
         Returns:
-            One entry per configuration, in their order: the SAE, or the reason why there is none. An SAE that
-            fails leaves the others running.
-
-        Raises:
-            InputError: unknown harvest or hook, or names taken.
+            One entry per configuration, in their order: the SAE, or the reason why there is none.
         """
         from workbench.saes.train import train_all
 
@@ -202,42 +167,12 @@ class Workspace(Catalog):
 
     # Evaluation
 
-    def evaluate(
-        self,
-        names: Sequence[str],
-        *,
-        model: "LoadedModel | None" = None,
-        corpus: str | None = None,
-        text_field: str | None = None,
-        max_tokens: int = 65_536,
-        device: str = "auto",
-        reuse: bool = False,
-        count_bos: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> "list[Evaluation]":
-        """Evaluates SAEs on held-out documents and stores the results (kind `evaluation`, one per SAE).
-
-        Args:
-            names: SAEs of this workspace made from the same model.
-            model: the model, already loaded; otherwise the one they were made from is loaded.
-            corpus: corpus whose held-out documents are used; the harvest's own when left out.
-            text_field: field that holds its text; the harvest's when left out.
-            max_tokens: number of held-out tokens.
-            reuse: take what is stored where the SAE, the held-out text and the versions are the same.
-            count_bos: read BOS through the SAEs too, and count it, as SAEBench does.
-            on_progress: called with (tokens done, tokens in all).
-
-        Raises:
-            InputError: no or unknown SAEs, SAEs of several models, or one without a harvest and no corpus named.
-        """
+    def evaluate(self, names: Sequence[str], **settings: Any) -> "list[Evaluation]":
+        """Evaluates SAEs on held-out documents and stores the results (kind `evaluation`, one per SAE); settings and
+        InputErrors as `workbench.saes.evaluate.evaluate`."""
         from workbench.saes.evaluate import evaluate
 
-        if not names:
-            raise InputError("no SAEs to evaluate: name at least one")
-        return evaluate(
-            self, names, model=model, corpus=corpus, text_field=text_field, max_tokens=max_tokens, device=device,
-            reuse=reuse, count_bos=count_bos, on_progress=on_progress,
-        )  # fmt: skip
+        return evaluate(self, names, **settings)
 
     def compare(self, names: Sequence[str] = ()) -> "pd.DataFrame":
         """The SAEs named, or all, side by side with their stored evaluations; see `saes.comparison.compare`."""
@@ -253,19 +188,12 @@ class Workspace(Catalog):
 
     # Features
 
-    def build_index(
-        self,
-        sae: str,
-        *,
-        harvest: str | None = None,
-        max_rows: int | None = None,
-        device: str = "auto",
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> "IndexSummary":
-        """Indexes an SAE's features on a harvest; see `workbench.features.index.build.build_index`."""
+    def build_index(self, sae: str, **settings: Any) -> "IndexSummary":
+        """Indexes an SAE's features on a harvest; settings, such as a loaded `model`, and InputErrors as
+        `workbench.features.index.build.build_index`."""
         from workbench.features.index.build import build_index
 
-        return build_index(self, sae, harvest=harvest, max_rows=max_rows, device=device, on_progress=on_progress)
+        return build_index(self, sae, **settings)
 
     def index(self, sae: str) -> "FeatureIndex":
         """The feature index of an SAE, for reading. Raises InputError when it has none."""
@@ -290,14 +218,10 @@ class Workspace(Catalog):
         """Which of an SAE's features fire on which concepts, and what probes reach; stored as kind `concepts`.
 
         Args:
-            sae: its name.
-            harvest: whose tokens are used; the one it was trained on when left out.
             table: concepts of your own, columns row (of the harvest) and concept; from the corpus when left out.
             language: how documents are read.
-            on_progress: called with (tokens done, tokens in all).
 
-        Raises:
-            InputError: as `workbench.features.concepts.report.align_sae`.
+        The others, and the InputErrors, are those of `workbench.features.concepts.report.align_sae`.
         """
         from workbench.features.concepts.report import align_sae
         from workbench.models.devices import choose_device
@@ -357,11 +281,9 @@ class Workspace(Catalog):
         """Continues a prompt with and without an edit of one feature; see `workbench.features.steering`.
 
         Args:
-            kind: `add`, `clamp` or `ablate`.
             strength: in units of the feature's maximum in the index, of its activations where there is none.
             where: `everywhere`, or `generated` for positions that predict a generated token.
             keep_error: whether what the SAE fails to reconstruct stays.
-            model: the SAE's model, already loaded; otherwise the one it was trained on is loaded.
             temperature: 0 takes the likeliest token.
             seed: of the sampling noise, the same for both texts.
 
@@ -383,11 +305,60 @@ class Workspace(Catalog):
 
         return report_heads(self, name, model, **settings)
 
+    def retrieval(self, name: str, model: "LoadedModel", **settings: Any) -> "Result":
+        """Masks retrieval heads; settings and InputErrors as `workbench.circuits.needles.report_retrieval`."""
+        from workbench.circuits.needles import report_retrieval
+
+        return report_retrieval(self, name, model, **settings)
+
     def circuit(self, model: "LoadedModel", task: "Task | str", method: str = "ig-inputs", **settings: Any) -> "Result":
         """The circuit of a task by a method; settings and InputErrors as `workbench.circuits.report.run_method`."""
         from workbench.circuits.report import run_method
 
         return run_method(self, model, task, method, **settings)
+
+    def agreement(
+        self, model: "LoadedModel", task: "Task | str", *, name: str | None = None, **settings: Any
+    ) -> "Result":
+        """How well EAP's variants agree with patching every edge exactly, as `TASK-agreement`; settings and InputErrors
+        as `workbench.circuits.agreement.report_agreement`."""
+        from workbench.circuits.agreement import report_agreement
+        from workbench.circuits.report import result_name
+        from workbench.circuits.task import Task
+
+        task = Task(task) if isinstance(task, str) else task
+        return report_agreement(self, name or result_name(task, "agreement"), model, task, **settings)
+
+    def dfa(
+        self,
+        sae: str,
+        text: str,
+        model: "LoadedModel",
+        *,
+        name: str | None = None,
+        residuals: Sequence[str] = (),
+        **settings: Any,
+    ) -> "Result":
+        """A feature of an attention-output SAE by source token and head, as `dfa-SAE`; settings and InputErrors as
+        `workbench.circuits.attention_saes.report_dfa`.
+
+        Args:
+            residuals: residual SAEs to go on through, by name.
+        """
+        from workbench.circuits.attention_saes import report_dfa
+
+        loaded = {item: self.sae(item, device=str(model.device)) for item in (sae, *residuals)}
+        below = {item: loaded[item] for item in residuals}
+        return report_dfa(self, name or f"dfa-{sae}", model, (sae, loaded[sae]), text, residuals=below, **settings)
+
+    def published_table(
+        self, which: str, model: "LoadedModel", *, name: str | None = None, **settings: Any
+    ) -> "Result":
+        """A published circuit beside what the methods find, as `table-WHICH`; settings and InputErrors as
+        `workbench.circuits.tables.report_table`."""
+        from workbench.circuits.tables import report_table
+
+        return report_table(self, name or f"table-{which}", model, which, **settings)
 
     def sparsity(self, name: str, model: "LoadedModel", corpus: "Corpus", **settings: Any) -> "list[Result]":
         """How little of a model is used, and what using less costs; one result for each part, all under `name`.
@@ -399,6 +370,19 @@ class Workspace(Catalog):
 
         return report_all(self, name, model, corpus, **settings)
 
+    def sparsity_part(self, part: str, name: str, model: "LoadedModel", corpus: "Corpus", **settings: Any) -> "Result":
+        """One part of it: `measure`, `enforce`, `attention`, `heads` or `sae`; settings and InputErrors as
+        `workbench.sparsity.report.report_part`."""
+        from workbench.sparsity.report import report_part
+
+        return report_part(self, part, name, model, corpus, **settings)
+
+    def compare_sparsity(self, names: Sequence[str] = ()) -> "pd.DataFrame":
+        """The sparsity reports named, or all, side by side; see `workbench.sparsity.compare.compare`."""
+        from workbench.sparsity.compare import compare
+
+        return compare(self, names)
+
     # SQL and upkeep
 
     def sql(self, query: str, harvest: str | None = None) -> "Answer":
@@ -409,17 +393,15 @@ class Workspace(Catalog):
         as `"KIND.NAME".table`; the tables of every feature index, as `"index.SAE".table`.
 
         Args:
-            query: one statement.
+            query: one SELECT.
             harvest: the harvest the unqualified names speak of; may be left out when there is only one.
 
         Raises:
             InputError: SQL that is wrong, writes, or reaches outside the workspace.
         """
-        from workbench.catalog import sql as queries
+        from workbench.catalog.sql import ask
 
-        harvests = [self.open_harvest(name) for name in self.harvests()]
-        with queries.connect(harvests, default=harvest, files=self.databases()) as connection:
-            return queries.run(connection, query)
+        return ask(self, query, harvest)
 
     def gc(
         self,

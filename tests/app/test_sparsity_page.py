@@ -37,7 +37,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(0)))
         sae.W_enc.copy_(sae.W_dec.T)
-    report_saes(space, "a", model, {"s": sae}, corpus, **small)
+    report_saes(space, "a", model, corpus, saes={"s": sae}, **small)
     report_mlps(space, "b", model, corpus, max_tokens=64, context_len=32)
     return space.path
 

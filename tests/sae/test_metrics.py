@@ -75,13 +75,14 @@ def test_density_histogram_counts_every_feature_that_fires_once() -> None:
     assert counts[-0.25] == 1  # 1 closes the last bin
 
 
-def test_decoder_cosine_maxima_ignore_the_feature_itself() -> None:
+def test_decoder_cosine_maxima_ignore_the_feature_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.directions.ROWS_AT_ONCE", 32)
     W_dec = torch.randn(70, 8, generator=torch.Generator().manual_seed(4))
     W_dec[69] = -2 * W_dec[0]
     unit = W_dec / W_dec.norm(dim=1, keepdim=True)
     cosines = (unit @ unit.T).fill_diagonal_(-2)
-    torch.testing.assert_close(decoder_cosine_maxima(W_dec, chunk=32), cosines.amax(1))
+    torch.testing.assert_close(decoder_cosine_maxima(W_dec), cosines.amax(1))
     # Under a signed rule the opposed row is the same feature again.
     absolute = cosines.abs().fill_diagonal_(-2).amax(1)
-    torch.testing.assert_close(decoder_cosine_maxima(W_dec, signed=True, chunk=32), absolute)
+    torch.testing.assert_close(decoder_cosine_maxima(W_dec, signed=True), absolute)
     assert absolute[0] == pytest.approx(1)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from workbench import Catalog, Workspace
+from sae.errors import InputError
+from workbench import Catalog, Workspace, open_corpus
 from workbench.circuits.heads import report_heads
 from workbench.circuits.report import run_method
 from workbench.circuits.task import Task
@@ -24,6 +25,20 @@ def test_circuit_verbs_store_what_the_analyses_store(tmp_path: Path, demo: Loade
     assert space.circuit(demo, small, name="e", options={"steps": 1, "fractions": [0.5]}).kind == "circuit-edges"
     # What is stored is opened, not made again.
     assert space.circuit(demo, "induction", "attribution", name="c").created == found.created
+
+
+def test_what_a_verb_refuses_is_one_line(tmp_path: Path, demo: LoadedModel) -> None:
+    space = Workspace(tmp_path / "w")
+    with pytest.raises(InputError, match="no SAEs to evaluate"):
+        space.evaluate([])
+    with pytest.raises(InputError, match="no part 'mlp' of a sparsity report: choose measure, enforce, attention"):
+        space.sparsity_part("mlp", "r", demo, open_corpus("python-stdlib"))
+    with pytest.raises(InputError, match="no sparsity report in this workspace"):
+        space.compare_sparsity()
+    with pytest.raises(InputError, match="the published ioi circuit is one of gpt2"):
+        space.published_table("ioi", demo)
+    with pytest.raises(InputError, match="no SAE 'gone'"):
+        space.dfa("gone", "text", demo)
 
 
 def test_a_catalog_and_a_workspace_open_the_same_folder(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 from duckdb.func import PythonUDFType
 
 from sae.errors import InputError
+from workbench.catalog.catalog import Catalog
 from workbench.harvest.reading import Harvest, Vectors
 from workbench.harvest.record import GRADIENT
 
@@ -115,6 +116,13 @@ def connect(
         connection.close()
         raise InputError(f"cannot open the workspace for SQL: {_one_line(error)}; run `workbench doctor`") from None
     return connection
+
+
+def ask(catalog: Catalog, sql: str, harvest: str | None = None) -> Answer:
+    """Runs one SELECT over everything in a workspace; see `Workspace.sql`, and `connect` and `run` for InputErrors."""
+    harvests = [catalog.open_harvest(name) for name in catalog.harvests()]
+    with connect(harvests, default=harvest, files=catalog.databases()) as connection:
+        return run(connection, sql)
 
 
 def run(

@@ -139,14 +139,14 @@ class OnTask(Analysis):
 
     def run(self, method: str, options: dict[str, Any], saes: list[str] | None = None) -> None:
         """Runs a method, or opens its stored result, and shows it."""
-        from workbench.circuits.report import checked, run_method
+        from workbench.circuits.report import checked
         from workbench.circuits.stored import note_of, table_of
 
         asked = self.asked()
         checked(asked, method, saes or [], options)
         with self.bar(method) as on_progress:
-            result = run_method(
-                self.workspace(), self.load(), asked, method, name=self.name, saes=saes or [], options=options,
+            result = self.workspace().circuit(
+                self.load(), asked, method, name=self.name, saes=saes or [], options=options,
                 batch_size=self.batch_size, on_progress=on_progress,
             )  # fmt: skip
         self.show(result, {table: table_of(result, table) for table in SHOWN[result.kind]})
@@ -163,12 +163,10 @@ def heads(
     needles: Annotated[int, typer.Option(help="Needle tests for retrieval heads; 0 leaves them out.", min=0)] = 128,
 ) -> None:
     """Score every head: previous token, duplicate, induction, copying, retrieval, sink, entropy; composition."""
-    from workbench.circuits.heads import report_heads
-
     with run.bar("heads") as on_progress:
-        result = report_heads(
-            run.workspace(), run.name or f"heads-{Path(run.model).name}", run.load(), n=rows, length=length,
-            needles=needles, on_progress=on_progress,
+        result = run.workspace().heads(
+            run.name or f"heads-{Path(run.model).name}", run.load(), n=rows, length=length, needles=needles,
+            on_progress=on_progress,
         )  # fmt: skip
     scores = result.table("scores").drop(columns=["layer", "head"])
     composition = result.table("composition").sort_values("score", ascending=False)
@@ -204,12 +202,10 @@ def retrieval(
     seed: SeedOption = 0,
 ) -> None:
     """Mask retrieval heads: how much of a needle is found without them, beside random heads."""
-    from workbench.circuits.needles import report_retrieval
-
     with run.bar("retrieval") as on_progress:
-        result = report_retrieval(
-            run.workspace(), run.name or f"retrieval-{Path(run.model).name}", run.load(), needles=needles,
-            draws=draws, seed=seed, on_progress=on_progress,
+        result = run.workspace().retrieval(
+            run.name or f"retrieval-{Path(run.model).name}", run.load(), needles=needles, draws=draws, seed=seed,
+            on_progress=on_progress,
         )  # fmt: skip
     heads = result.table("heads").drop(columns=["layer", "head"]).sort_values("evidence", ascending=False)
     masks = result.table("masks")
@@ -313,14 +309,9 @@ def dfa(
     ] = None,
 ) -> None:
     """Split an attention-output feature's activation by source token and head, and go on through residual SAEs."""
-    from workbench.circuits.attention_saes import report_dfa
-
-    workspace, model = open_workspace(run.folder), run.load()
-    place = str(model.device)
-    result = report_dfa(
-        workspace, run.name or f"dfa-{sae}", model, (sae, workspace.sae(sae, device=place)), text, feature=feature,
-        position=position, residuals={item: workspace.sae(item, device=place) for item in residual or []},
-    )  # fmt: skip
+    result = open_workspace(run.folder).dfa(
+        sae, text, run.load(), name=run.name, feature=feature, position=position, residuals=residual or []
+    )
     tables = ["summary", "heads", "by_head", *(["steps"] if residual else [])]
     run.show(result, {table: result.table(table) for table in tables})
 
@@ -340,14 +331,11 @@ def evaluate(
     Correlations with the exact effects of all edges, and without the edge of largest effect (pearson_rest); CPR and
     CMD. What one draw says is not what the next says: read the spread.
     """
-    from workbench.circuits.agreement import report_agreement
-    from workbench.circuits.report import result_name
-
     asked = run.asked()
     with run.bar("evaluate") as on_progress:
-        result = report_agreement(
-            run.workspace(), run.name or result_name(asked, "agreement"), run.load(), asked, draws=draws,
-            exact_prompts=exact_prompts, steps=steps or 5, batch_size=run.batch_size, on_progress=on_progress,
+        result = run.workspace().agreement(
+            run.load(), asked, name=run.name, draws=draws, exact_prompts=exact_prompts, steps=steps or 5,
+            batch_size=run.batch_size, on_progress=on_progress,
         )  # fmt: skip
     run.show(result, {"methods": result.table("methods"), "draws": result.table("draws")})
 
@@ -367,12 +355,12 @@ def table(
     ] = None,
 ) -> None:
     """Print a published circuit beside what the methods find here: ROC AUC against its heads."""
-    from workbench.circuits.tables import load_published_model, report_table
+    from workbench.circuits.tables import load_published_model
 
     with run.bar("table") as on_progress:
-        result = report_table(
-            run.workspace(), run.name or f"table-{which}", load_published_model(model, run.device), which, n=prompts,
-            seeds=seeds, data=data, on_progress=on_progress,
+        result = run.workspace().published_table(
+            which, load_published_model(model, run.device), name=run.name, n=prompts, seeds=seeds, data=data,
+            on_progress=on_progress,
         )  # fmt: skip
     run.show(result, {"published": result.table("published"), "heads": result.table("heads")})
 

@@ -47,9 +47,10 @@ def sharing(kind: type, *, omit: Collection[str] = (), **defaults: Any) -> Calla
             )
             for field in shared
         ]  # fmt: skip
-        parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *offered]
-        # Arguments, which have no default, come first in the help as on the command line.
-        parameters.sort(key=lambda one: one.default is not inspect.Parameter.empty)
+        own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
+        # Arguments, which have no default, come first in the help as on the command line; of them the shared ones.
+        arguments = [one for one in (*offered, *own) if one.default is inspect.Parameter.empty]
+        parameters = [*arguments, *(one for one in (*own, *offered) if one not in arguments)]
         with_shared.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         with_shared.__annotations__ = {one.name: one.annotation for one in parameters}
         with_shared.__name__, with_shared.__doc__ = command.__name__, command.__doc__

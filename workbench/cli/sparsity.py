@@ -1,7 +1,8 @@
 """Commands on activation sparsity: sparsity measure, enforce, attention, heads, sae, report, compare."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,12 +21,16 @@ from workbench.cli.options import (
     open_workspace,
 )
 from workbench.cli.output import print_frame, print_result
+from workbench.cli.shared import sharing
 from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.catalog.results import Result
+    from workbench.models.load import LoadedModel
+    from workbench.text.corpora import Corpus
+    from workbench.workspace import Workspace
 
 POINT_COLUMNS = ["method", "level", "sparsity", "added_nats", "kl", "flops_saved"]
 COST_COLUMNS = ["method", "cost", "level", "sparsity", "added_nats", "flops_saved"]
@@ -44,36 +49,60 @@ def register(app: typer.Typer) -> None:
     app.add_typer(commands)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What every measurement of a model on text takes, and how it is made."""
+
+    name: ResultArgument
+    model: MeasuredOption = None
+    corpus: CorpusOption = "python-stdlib"
+    text_field: TextFieldOption = "text"
+    tokens: TokensOption = 8192
+    context: ContextOption = 256
+    folder: WorkspaceOption = DEFAULT_WORKSPACE
+    device: DeviceOption = "auto"
+    as_json: JsonOption = False
+
+    def workspace(self) -> "Workspace":
+        """The workspace, made where there is none."""
+        from workbench.workspace import Workspace
+
+        return Workspace(self.folder)
+
+    def load(self, spec: str) -> "tuple[LoadedModel, Corpus]":
+        """Model and corpus."""
+        from workbench.models.load import load_model
+        from workbench.text.corpora import open_corpus
+
+        return load_model(spec, device=self.device), open_corpus(self.corpus, text_field=self.text_field)
+
+    def run(self, part: str, spec: str | None = None, **settings: Any) -> "Result":
+        """Makes a part of a report, or opens it as stored. `spec` is the model where the name cannot be one."""
+        name, spec = (self.name, spec) if spec is not None else measured(self.name, self.model)
+        workspace = self.workspace()
+        with ProgressBar(f"sparsity {part}", self.tokens, enabled=not self.as_json) as bar:
+            return workspace.sparsity_part(
+                part, name, *self.load(spec), max_tokens=self.tokens, context_len=self.context,
+                on_progress=bar.report, **settings,
+            )  # fmt: skip
+
+    def show(self, result: "Result", tables: list[str]) -> None:
+        """Prints the small tables of a result, of the points the columns that fit."""
+        found = {table: result.table(table) for table in tables if table != "ppl" or result.parameters["ps"]}
+        print_result(result, found, self.as_json, columns={"points": POINT_COLUMNS, "costs": COST_COLUMNS}, turn=True)
+
+
 @commands.command()
-def measure(
-    name: ResultArgument,
-    model: MeasuredOption = None,
-    corpus: CorpusOption = "python-stdlib",
-    text_field: TextFieldOption = "text",
-    tokens: TokensOption = 100_000,
-    context: ContextOption = 256,
-    folder: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
+@sharing(Measurement, tokens=100_000)
+def measure(run: Measurement) -> None:
     """Measure how sparsely each MLP is used: zeros, mass, firing densities, dead neurons, massive activations."""
-    from workbench.models.load import load_model
-    from workbench.sparsity.report import report_mlps
-    from workbench.text.corpora import open_corpus
-    from workbench.workspace import Workspace
-
-    name, spec = measured(name, model)
-    with ProgressBar("sparsity measure", tokens, enabled=not as_json) as bar:
-        result = report_mlps(
-            Workspace(folder), name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field),
-            max_tokens=tokens, context_len=context, on_progress=bar.report,
-        )  # fmt: skip
-    _show(result, ["layers", "residual"], as_json)
+    run.show(run.run("measure"), ["layers", "residual"])
 
 
 @commands.command()
+@sharing(Measurement)
 def enforce(
-    name: ResultArgument,
+    run: Measurement,
     method: Annotated[
         list[str] | None,
         typer.Option("--method", metavar="METHOD", help="Method; repeat for several, all when left out."),
@@ -82,35 +111,18 @@ def enforce(
         list[float],
         typer.Option("--p", metavar="SHARE", help="PPL-p%: growth of the perplexity allowed; repeat for several."),
     ] = [0.01, 0.05, 0.1],  # noqa: B006
-    model: MeasuredOption = None,
-    corpus: CorpusOption = "python-stdlib",
-    text_field: TextFieldOption = "text",
-    tokens: TokensOption = 8192,
-    context: ContextOption = 256,
-    folder: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Set activations to zero while the model runs, by every method, and measure what that costs on held-out tokens."""
-    from workbench.models.load import load_model
     from workbench.sparsity.methods import METHODS, method_named
-    from workbench.sparsity.report import report_curves
-    from workbench.text.corpora import open_corpus
-    from workbench.workspace import Workspace
 
-    name, spec = measured(name, model)
     methods = [method_named(item).name for item in method or METHODS]
-    with ProgressBar("sparsity enforce", tokens, enabled=not as_json) as bar:
-        result = report_curves(
-            Workspace(folder), name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field),
-            methods=methods, ps=p, max_tokens=tokens, context_len=context, on_progress=bar.report,
-        )  # fmt: skip
-    _show(result, ["points", "costs", "ppl"], as_json)
+    run.show(run.run("enforce", methods=methods, ps=p), ["points", "costs", "ppl"])
 
 
 @commands.command()
+@sharing(Measurement)
 def attention(
-    name: ResultArgument,
+    run: Measurement,
     budget: Annotated[
         list[int], typer.Option("--budget", metavar="KEYS", help="Keys that a query may look at; repeat for several.")
     ] = [8, 16, 32, 64, 128],  # noqa: B006
@@ -118,38 +130,21 @@ def attention(
         list[str] | None,
         typer.Option("--task", metavar="TASK", help="Task of `circuits tasks` to restrict too; repeat for several."),
     ] = None,
-    model: MeasuredOption = None,
-    corpus: CorpusOption = "python-stdlib",
-    text_field: TextFieldOption = "text",
-    tokens: TokensOption = 8192,
-    context: ContextOption = 256,
-    folder: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Measure how much attention patterns of keys keep, and the loss when every head is restricted to them."""
     from workbench.circuits.task import Task
-    from workbench.models.load import load_model
-    from workbench.sparsity.report import report_attention
-    from workbench.text.corpora import open_corpus
-    from workbench.workspace import Workspace
 
-    name, spec = measured(name, model)
-    with ProgressBar("sparsity attention", tokens, enabled=not as_json) as bar:
-        result = report_attention(
-            Workspace(folder), name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field),
-            budgets=budget, tasks=[Task(item) for item in task or []], max_tokens=tokens, context_len=context,
-            on_progress=bar.report,
-        )  # fmt: skip
-    if as_json:
+    result = run.run("attention", budgets=budget, tasks=[Task(item) for item in task or []])
+    if run.as_json:
         print_result(result, {table: result.table(table) for table in ("curves", *(("tasks",) if task else ()))}, True)
         return
     print_result(result, _attention_tables(result), False)
 
 
 @commands.command()
+@sharing(Measurement, tokens=2048)
 def heads(
-    name: ResultArgument,
+    run: Measurement,
     pattern: Annotated[str, typer.Option(metavar="PATTERN", help="Pattern of keys; see `sparsity attention`.")] = (
         "sink + local"
     ),
@@ -159,29 +154,10 @@ def heads(
     ] = "dropped",
     draws: Annotated[int, typer.Option(help="Draws of random heads that are left whole.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="Seed of these draws.")] = 0,
-    model: MeasuredOption = None,
-    corpus: CorpusOption = "python-stdlib",
-    text_field: TextFieldOption = "text",
-    tokens: TokensOption = 2048,
-    context: ContextOption = 256,
-    folder: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Restrict and remove one head at a time, one layer at a time, and all heads but the most sensitive."""
-    from workbench.models.load import load_model
-    from workbench.sparsity.report import report_heads
-    from workbench.text.corpora import open_corpus
-    from workbench.workspace import Workspace
-
-    name, spec = measured(name, model)
-    with ProgressBar("sparsity heads", tokens, enabled=not as_json) as bar:
-        result = report_heads(
-            Workspace(folder), name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field),
-            pattern=pattern, budget=budget, rest=rest, draws=draws, seed=seed, max_tokens=tokens, context_len=context,
-            on_progress=bar.report,
-        )  # fmt: skip
-    if as_json:
+    result = run.run("heads", pattern=pattern, budget=budget, rest=rest, draws=draws, seed=seed)
+    if run.as_json:
         print_result(result, {table: result.table(table) for table in ("heads", "layers", "curve")}, True)
         return
     curve = result.table("curve").groupby(["order", "whole"], sort=False)["added_nats"]
@@ -190,64 +166,35 @@ def heads(
 
 
 @commands.command()
+@sharing(Measurement, tokens=32_768)
 def sae(
-    name: ResultArgument,
+    run: Measurement,
     saes: Annotated[
         list[str], typer.Argument(metavar="SAE...", help="Names of SAEs that read one hook point of the model.")
     ],
-    model: MeasuredOption = None,
-    corpus: CorpusOption = "python-stdlib",
-    text_field: TextFieldOption = "text",
-    tokens: TokensOption = 32_768,
-    context: ContextOption = 256,
-    folder: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Measure how sparse SAE codes are, and how few terms reconstruct a token in them and in other bases."""
-    from workbench.models.load import load_model
-    from workbench.sparsity.report import report_saes
-    from workbench.text.corpora import open_corpus
-
-    workspace = open_workspace(folder)
+    workspace = open_workspace(run.folder)
     loaded = {item: workspace.sae(item) for item in saes}
-    spec = model or workspace.origin(saes[0]).model or "demo"
-    with ProgressBar("sparsity sae", tokens, enabled=not as_json) as bar:
-        result = report_saes(
-            workspace, name, load_model(spec, device=device), loaded, open_corpus(corpus, text_field=text_field),
-            max_tokens=tokens, context_len=context, on_progress=bar.report,
-        )  # fmt: skip
-    _show(result, ["summary", "terms"], as_json)
+    spec = run.model or workspace.origin(saes[0]).model or "demo"
+    run.show(run.run("sae", spec, saes=loaded), ["summary", "terms"])
 
 
 @commands.command()
+@sharing(Measurement, tokens=100_000)
 def report(
-    name: ResultArgument,
+    run: Measurement,
     sae: Annotated[
         list[str] | None, typer.Option("--sae", metavar="NAME", help="SAE to include; repeat for several.")
     ] = None,
-    model: MeasuredOption = None,
-    corpus: CorpusOption = "python-stdlib",
-    text_field: TextFieldOption = "text",
-    tokens: TokensOption = 100_000,
     ppl: Annotated[
         bool, typer.Option("--ppl/--no-ppl", help="PPL-p%; leave it out for a model hardly trained.")
     ] = True,
     heldout: Annotated[int, typer.Option(help="Held-out tokens of the curves, attention and SAEs.", min=2)] = 8192,
-    context: ContextOption = 256,
-    folder: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Run measure, enforce, attention, heads and, with --sae, sae under one name; parts stored already are kept."""
-    from workbench.models.load import load_model
-    from workbench.sparsity.compare import compare as compared
-    from workbench.sparsity.report import report_all
-    from workbench.text.corpora import open_corpus
-    from workbench.workspace import Workspace
-
-    name, spec = measured(name, model)
-    workspace = Workspace(folder)
+    name, spec = measured(run.name, run.model)
+    workspace = run.workspace()
     loaded = {item: workspace.sae(item) for item in sae or []}
     with ExitStack() as stack:
         bars: dict[str, ProgressBar] = {}
@@ -256,15 +203,14 @@ def report(
             if part not in bars:
                 # One bar at a time: the part before has finished.
                 stack.close()
-                bars[part] = stack.enter_context(ProgressBar(f"sparsity {part}", total, enabled=not as_json))
+                bars[part] = stack.enter_context(ProgressBar(f"sparsity {part}", total, enabled=not run.as_json))
             bars[part].report(done, total)
 
-        report_all(
-            workspace, name, load_model(spec, device=device), open_corpus(corpus, text_field=text_field), saes=loaded,
-            ps=(0.01, 0.05, 0.1) if ppl else (), max_tokens=tokens, heldout_tokens=heldout, context_len=context,
-            on_progress=on_progress,
+        workspace.sparsity(
+            name, *run.load(spec), saes=loaded, ps=(0.01, 0.05, 0.1) if ppl else (), max_tokens=run.tokens,
+            heldout_tokens=heldout, context_len=run.context, on_progress=on_progress,
         )  # fmt: skip
-    print_frame("sparsity", compared(workspace, [name]), as_json, turned=True)
+    print_frame("sparsity", workspace.compare_sparsity([name]), run.as_json, turned=True)
 
 
 @commands.command()
@@ -276,13 +222,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Set reports of several models, checkpoints or corpora side by side."""
-    from sae.errors import InputError
-    from workbench.sparsity.compare import compare as compared
-
-    found = compared(open_workspace(folder), names)
-    if found.empty:
-        raise InputError("no sparsity report in this workspace: make one with `workbench sparsity report NAME`")
-    print_frame("sparsity", found, as_json, turned=True)
+    print_frame("sparsity", open_workspace(folder).compare_sparsity(names or ()), as_json, turned=True)
 
 
 def _attention_tables(result: "Result") -> "dict[str, pd.DataFrame]":
@@ -308,9 +248,3 @@ def _by_budget(table: "pd.DataFrame", index: list[str], values: str) -> "pd.Data
     turned = table.pivot(index=index, columns="budget", values=values)
     order = table[index].drop_duplicates().set_index(index).index
     return turned.loc[order].rename(columns=str).reset_index()
-
-
-def _show(result: "Result", tables: list[str], as_json: bool) -> None:
-    """The small tables of a result, of the points the columns that fit."""
-    found = {table: result.table(table) for table in tables if table != "ppl" or result.parameters["ps"]}
-    print_result(result, found, as_json, columns={"points": POINT_COLUMNS, "costs": COST_COLUMNS}, turn=True)

@@ -37,10 +37,10 @@ from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, SP
 from workbench.harvest.writing import BlockWriter
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
-from workbench.models.load import DTYPES, LoadedModel
+from workbench.models.load import DTYPES, LoadedModel, load_model
 from workbench.models.places import HookSpec
 from workbench.show.progress import format_bytes
-from workbench.text.corpora import Corpus, Document, Split
+from workbench.text.corpora import Corpus, Document, Split, open_corpus
 from workbench.text.packing import FLAG_PADDING, PackedBatch, pack
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
@@ -350,6 +350,31 @@ def _part(batches: Iterator[PackedBatch], start: int, stop: int) -> Iterator[Pac
             n = stop - first
             yield PackedBatch(batch.tokens[:n], batch.doc[:n], batch.pos[:n], batch.flags[:n])
         first += len(batch.tokens)
+
+
+def harvest_into(
+    folder: Path,
+    config: HarvestConfig,
+    *,
+    model: LoadedModel | None = None,
+    device: str = "auto",
+    on_estimate: Callable[[HarvestEstimate], None] | None = None,
+    on_progress: Callable[[HarvestProgress], None] | None = None,
+) -> Harvest:
+    """Opens what the configuration names and harvests into a folder; see `Workspace.harvest`."""
+    config = config.absolute()
+    model = model or load_model(config.model, device=device, dtype=config.model_dtype)
+    corpus = open_corpus(config.corpus, text_field=config.text_field)
+    if on_estimate is not None:
+        on_estimate(estimate(model, corpus, config, folder))
+    return run_harvest(model, corpus, config, folder, on_progress=on_progress)
+
+
+def estimate_into(folder: Path, config: HarvestConfig, *, device: str = "auto") -> HarvestEstimate:
+    """Opens what the configuration names and estimates its harvest into a folder."""
+    corpus = open_corpus(config.corpus, text_field=config.text_field)
+    model = load_model(config.model, device=device, dtype=config.model_dtype)
+    return estimate(model, corpus, config.absolute(), folder)
 
 
 def run_batch(model: LoadedModel, plan: HarvestPlan, batch: PackedBatch) -> dict[str, Tensor]:

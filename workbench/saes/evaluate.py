@@ -28,16 +28,32 @@ def evaluate(
     catalog: Catalog,
     names: Sequence[str],
     *,
-    model: LoadedModel | None,
-    corpus: str | None,
-    text_field: str | None,
-    max_tokens: int,
-    device: str,
-    reuse: bool,
+    model: LoadedModel | None = None,
+    corpus: str | None = None,
+    text_field: str | None = None,
+    max_tokens: int = 65_536,
+    device: str = "auto",
+    reuse: bool = False,
     count_bos: bool = False,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Evaluation]:
-    """Evaluates SAEs and stores the results; see `Workspace.evaluate`, also for the InputErrors."""
+    """Evaluates SAEs on held-out documents and stores the results, one per SAE.
+
+    Args:
+        names: SAEs made from the same model.
+        model: the model, already loaded; otherwise the one they were made from is loaded.
+        corpus: corpus whose held-out documents are used; the harvest's own when left out.
+        text_field: field that holds its text; the harvest's when left out.
+        max_tokens: number of held-out tokens.
+        reuse: take what is stored where the SAE, the held-out text and the versions are the same.
+        count_bos: read BOS through the SAEs too, and count it, as SAEBench does.
+        on_progress: called with (tokens done, tokens in all).
+
+    Raises:
+        InputError: no or unknown SAEs, SAEs of several models, or one without a harvest and no corpus named.
+    """
+    if not names:
+        raise InputError("no SAEs to evaluate: name at least one")
     origins = {name: catalog.origin(name) for name in names}
     origin = _common_origin(origins)
     wanted = corpus or origin.corpus

@@ -8,7 +8,7 @@ differ in width. Between seeds of one configuration, the share of features with 
 is how much of a dictionary does not depend on the start (Paulo and Belrose 2025, arXiv 2501.16615, who match one to
 one).
 
-Memory: d_sae of B times `FEATURES_AT_ONCE` cosines at a time.
+Memory: d_sae of B times `sae.directions.ROWS_AT_ONCE` cosines at a time.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
 
+from sae.directions import cosine_blocks
 from sae.errors import InputError
 from sae.model import SAE
 from sae.recovery import RECOVERED_ABOVE
@@ -28,8 +28,6 @@ from workbench.catalog.catalog import Catalog
 from workbench.show.colours import series_colour
 
 BINS = 50
-FEATURES_AT_ONCE = 1024
-"""Rows of a [d_sae, d_sae] matrix of cosines that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,6 @@ class Overlap:
         )  # fmt: skip
 
 
-def unit_rows(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
-    """Decoder rows scaled to unit norm; a row of zeros stays one."""
-    norm = W_dec.norm(dim=1, keepdim=True)
-    return W_dec / torch.where(norm > 0, norm, 1)
-
-
 @torch.no_grad()
 def overlap(a: SAE, b: SAE, names: tuple[str, str] = ("A", "B")) -> Overlap:
     """Best partners between two SAEs; see the module's description.
@@ -106,13 +98,11 @@ def overlap(a: SAE, b: SAE, names: tuple[str, str] = ("A", "B")) -> Overlap:
                 f"{names[0]} {what} {mine}, {names[1]} {other}, so their directions have nothing in common: "
                 "choose SAEs of one model and width"
             )
-    left, right = unit_rows(a.W_dec.float()), unit_rows(b.W_dec.float())
     either_signed = a.rule.signed or b.rule.signed
-    best_b = torch.full((len(right),), -torch.inf, device=right.device)
-    in_a = torch.zeros(len(right), dtype=torch.int64, device=right.device)
+    best_b = torch.full((b.d_sae,), -torch.inf, device=b.W_dec.device)
+    in_a = torch.zeros(b.d_sae, dtype=torch.int64, device=b.W_dec.device)
     best_a, in_b = [], []
-    for first in range(0, len(left), FEATURES_AT_ONCE):
-        cosine = left[first : first + FEATURES_AT_ONCE] @ right.T
+    for first, cosine in cosine_blocks(a.W_dec, b.W_dec):
         if either_signed:
             cosine = cosine.abs()
         value, index = cosine.max(dim=1)

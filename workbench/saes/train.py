@@ -44,7 +44,19 @@ def train_all(
     device: str = "auto",
     on_metrics: OnMetrics | None = None,
 ) -> list[TrainedSAE]:
-    """Trains SAEs side by side and saves them; see the module's description, and `Workspace.train_all`.
+    """Trains SAEs side by side and saves them; see the module's description.
+
+    Args:
+        run: the run's name; the SAEs are saved under their configurations' names.
+        harvest: name of a finished harvest.
+        configs: one configuration per SAE.
+        hook: hook point to train on; may be left out when the harvest has only one.
+        device: `auto`, `cpu`, `cuda`, ...
+        on_metrics: called with every SAE's metrics as they are reported.
+
+    Returns:
+        One entry per configuration, in their order: the SAE, or the reason why there is none. An SAE that fails leaves
+        the others running.
 
     Raises:
         InputError: unknown harvest or hook, names taken, a finished run whose SAE was removed, or too little memory.

@@ -45,16 +45,19 @@ def report_parts(catalog: Catalog, name: str) -> dict[str, Result]:
     return parts
 
 
-def compare(catalog: Catalog, names: Sequence[str] | None = None) -> pd.DataFrame:
+def compare(catalog: Catalog, names: Sequence[str] = ()) -> pd.DataFrame:
     """One row per report; NaN where a report lacks a part.
 
     Args:
         names: all when left out.
 
     Raises:
-        InputError: a name without a report.
+        InputError: a name without a report, or a workspace without reports.
     """
-    return pd.DataFrame([_row(name, report_parts(catalog, name)) for name in names or report_names(catalog)])
+    names = names or report_names(catalog)
+    if not names:
+        raise InputError("no sparsity report in this workspace: make one with `workbench sparsity report NAME`")
+    return pd.DataFrame([_row(name, report_parts(catalog, name)) for name in names])
 
 
 def _row(name: str, parts: Mapping[str, Result]) -> dict[str, Any]:

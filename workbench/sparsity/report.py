@@ -232,9 +232,9 @@ def report_saes(
     catalog: Catalog,
     name: str,
     model: LoadedModel,
-    saes: Mapping[str, SAE],
     corpus: Corpus,
     *,
+    saes: Mapping[str, SAE],
     max_tokens: int = 32_768,
     context_len: int = 256,
     on_progress: OnProgress | None = None,
@@ -263,6 +263,24 @@ def report_saes(
     return catalog.results.get_or_make(
         SAES, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus, saes=saes), make=make
     )
+
+
+PARTS: Mapping[str, Callable[..., Result]] = {
+    "measure": report_mlps, "enforce": report_curves, "attention": report_attention, "heads": report_heads,
+    "sae": report_saes,
+}  # fmt: skip
+"""The measurements by the names of their commands."""
+
+
+def report_part(catalog: Catalog, part: str, name: str, model: LoadedModel, corpus: Corpus, **settings: Any) -> Result:
+    """One measurement by its name in PARTS, with the settings of its function.
+
+    Raises:
+        InputError: an unknown part, or as its function.
+    """
+    if part not in PARTS:
+        raise InputError(f"no part {part!r} of a sparsity report: choose {', '.join(PARTS)}")
+    return PARTS[part](catalog, name, model, corpus, **settings)
 
 
 def report_all(
@@ -314,7 +332,7 @@ def report_all(
         ),
     ]
     if saes:
-        results.append(report_saes(catalog, name, model, saes, corpus, **held, on_progress=of("sae")))
+        results.append(report_saes(catalog, name, model, corpus, saes=saes, **held, on_progress=of("sae")))
     return results
 
 

@@ -8,8 +8,11 @@ import torch
 
 from sae import SAE, TopK
 from sae.errors import InputError
+from sae.metrics import decoder_cosine_maxima
+from sae.recovery import recovery
 from sae.rules.abstopk import AbsTopK
 from workbench import Workspace
+from workbench.features.index.geometry import decoder_neighbours
 from workbench.saes.overlap import overlap, overlap_of
 
 
@@ -22,7 +25,7 @@ def random_sae(d_sae: int, seed: int, rule: TopK | AbsTopK | None = None, d_in: 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_partners_are_those_of_all_pairs_in_float64(signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workbench.saes.overlap.FEATURES_AT_ONCE", 7)
+    monkeypatch.setattr("sae.directions.ROWS_AT_ONCE", 7)
     a, b = random_sae(30, 0, AbsTopK(2) if signed else TopK(2)), random_sae(44, 1)
     left, right = (sae.W_dec.detach().double().numpy() for sae in (a, b))
     cosine = np.array([[x @ y / np.sqrt((x @ x) * (y @ y)) for y in right] for x in left])
@@ -33,6 +36,22 @@ def test_partners_are_those_of_all_pairs_in_float64(signed: bool, monkeypatch: p
     assert found.partner_in_a.tolist() == cosine.argmax(axis=0).tolist()
     np.testing.assert_allclose(found.cosine_a, cosine.max(axis=1), atol=1e-6)
     np.testing.assert_allclose(found.cosine_b, cosine.max(axis=0), atol=1e-6)
+
+
+def test_every_caller_shows_the_same_cosines() -> None:
+    """Overlap, recovery, evaluation and the index say of one pair of directions the same, also of a row of zeros."""
+    a, b = random_sae(30, 0), random_sae(44, 1)
+    with torch.no_grad():
+        for sae in (a, b):
+            sae.W_dec[3] = 0
+    x, active = torch.randn(8, 12), torch.zeros(8, 30)
+    found, recovered = overlap(a, b), recovery(b, a.W_dec.detach(), x, active)
+    assert found.mean_max_cosine[0] == pytest.approx(recovered.mean_max_cosine, rel=1e-6)
+    assert overlap(a, b).cosine_a[3] == 0
+    # Among an SAE's own rows: the nearest by size that is not opposed is the largest.
+    nearest, _ = decoder_neighbours(b.W_dec, n=43)
+    torch.testing.assert_close(nearest.amax(dim=1), decoder_cosine_maxima(b.W_dec))
+    assert (decoder_neighbours(b.W_dec, n=43)[0][3] == 0).all()
 
 
 def test_a_shuffled_and_scaled_copy_overlaps_wholly() -> None:

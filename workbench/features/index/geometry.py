@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.saes.overlap import FEATURES_AT_ONCE, unit_rows
+from sae.directions import cosine_blocks, unit_rows
 
 NEIGHBOURS = 10
 FEWEST_FOR_UMAP = 64
@@ -28,11 +28,9 @@ def decoder_neighbours(
     W_dec: Float[Tensor, "d_sae d_in"], n: int = NEIGHBOURS
 ) -> tuple[Float[Tensor, "d_sae n"], Int[Tensor, "d_sae n"]]:
     """(cosine, feature) of the n nearest, nearest first; n is lowered to d_sae - 1."""
-    unit = unit_rows(W_dec)
-    n = min(n, len(unit) - 1)
+    n = min(n, len(W_dec) - 1)
     cosines, features = [], []
-    for first in range(0, len(unit), FEATURES_AT_ONCE):
-        cosine = unit[first : first + FEATURES_AT_ONCE] @ unit.T
+    for first, cosine in cosine_blocks(W_dec, W_dec):
         own = torch.arange(len(cosine), device=cosine.device)
         size = cosine.abs()
         size[own, first + own] = -1

@@ -9,8 +9,9 @@ import torch
 from circuits.dfa import head_shares
 from circuits.effective_weights import effective_unembedding
 from sae import SAE, TopK
+from sae.directions import unit_rows
 from sae.errors import InputError
-from workbench.features.index.geometry import decoder_map, decoder_neighbours, principal_map, unit_rows
+from workbench.features.index.geometry import decoder_map, decoder_neighbours, principal_map
 from workbench.features.index.logits import TOKENS, effects_of, logit_effects, output_directions
 from workbench.features.index.statistics import BINS
 from workbench.models.load import LoadedModel
@@ -27,7 +28,7 @@ def W_dec() -> torch.Tensor:
 def test_neighbours_are_the_largest_absolute_cosines(
     at_once: int, W_dec: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workbench.features.index.geometry.FEATURES_AT_ONCE", at_once)
+    monkeypatch.setattr("sae.directions.ROWS_AT_ONCE", at_once)
     cosine, other = decoder_neighbours(W_dec, 6)
     W = W_dec.double().numpy()
     for feature in range(len(W)):
