@@ -15,10 +15,12 @@ first tenth, against the bare step's on batches that lie on the device.
 import argparse
 import importlib
 import json
+import math
 import platform
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,8 @@ from synthetic_harvest import HOOK, synthetic_harvest
 from torch import Tensor
 
 from sae.config import TrainConfig
-from sae.rules import AbsTopK, BatchTopK, FeatureChoice, GradientTopK, Rule, TopK
+from sae.rules import AbsTopK, BatchTopK, FeatureChoice, GradientTopK, JumpReLU, ReLU, Rule, TopK
+from sae.state import TrainingState
 from sae.training import StepMetrics, train
 from workbench.bench.arms import FLOOR, LR, OURS, SIZES, Arm, Size, Step, arms, batches, ours, torch_arms
 from workbench.bench.timing import Measured, measure
@@ -36,6 +39,8 @@ from workbench.harvest.loader import ActivationLoader
 FLOPS, BYTES = 790e12, 4.3e12
 TRAINER_STEPS = {"S": 2000, "M": 400, "L": 200}
 TRAINER_ROWS = 2**20
+# Width of the window of JumpReLU's arm: little more than k entries a token count, as late in training.
+SPARSE = 0.001
 
 
 def roofline(size: Size) -> float:
@@ -73,17 +78,37 @@ def all_arms(size: Size, example: Tensor) -> dict[str, Arm]:
         "feature choice": FeatureChoice(size.k, mutual_share=0.0),
         "gradient rule": GradientTopK(size.k),
     }
+    prefixes = tuple(size.d_sae // share for share in (16, 4, 1))
+    losses: dict[str, dict[str, Any]] = {
+        "Matryoshka": {"matryoshka": prefixes},
+        "Matryoshka BatchTopK": {"matryoshka": prefixes, "rule": BatchTopK(size.k)},
+        "multi-k": {"multi_k": 1 / 8},
+        "JumpReLU": {"rule": JumpReLU(SPARSE, threshold_of(size, example))},
+        "JumpReLU, dense": {"rule": JumpReLU()},
+        "ReLU, dense": {"rule": ReLU()},
+    }
 
-    def with_rule(rule: Rule) -> Arm:
-        return lambda: ours(size, example, rule)
+    def with_settings(settings: dict[str, Any]) -> Arm:
+        return lambda: ours(size, example, **settings)
 
     return {
         **arms(size, example),
-        **{f"{OURS}, {name}": with_rule(rule) for name, rule in rules.items()},
+        **{f"{OURS}, {name}": with_settings({"rule": rule}) for name, rule in rules.items()},
+        **{f"{OURS}, {name}": with_settings(settings) for name, settings in losses.items()},
         f"{OURS}, no graph": lambda: bare(size),
         f"{OURS}, clipped": lambda: bare(size, clip=1.0),
         **torch_arms(size, example.device),
     }
+
+
+def threshold_of(size: Size, example: Tensor) -> float:
+    """The threshold that k entries a token of a fresh SAE exceed, for activations of mean norm 1."""
+    config = TrainConfig(name="bench", d_sae=size.d_sae, total_tokens=1, b_dec_init="mean")
+    state = TrainingState(config, size.d_in, example.device)
+    state.initialise(example)
+    x = example[:512] * state.input_scale - state.sae.b_dec
+    z = (x @ state.sae.W_enc.detach()).flatten()
+    return float(z.topk(size.k * len(x)).values[-1]) / math.sqrt(size.d_in)
 
 
 def trainer_rate(size: Size, n_steps: int, folder: Path) -> float:

@@ -1,4 +1,4 @@
-"""The training step on an NVIDIA GPU, made of `sae.kernels.triton`: what `sae.plain_step` does, for most rules of a k.
+"""The training step on an NVIDIA GPU, made of `sae.kernels.triton`: what `sae.plain_step` does, for nearly every rule.
 
 1. A step is planned from what the host knows: the rule that chooses, with its k, and room for the features to revive,
    of which the last report told the number. Those that die between two reports beyond that room wait for the next.
@@ -6,39 +6,54 @@
    warms up; then the step is captured as a CUDA graph and replayed.
 3. Everything that changes from step to step - learning rate, Adam's corrections, the densities' rate - is read from
    a table on the device, uploaded ahead. A step waits for nothing, but where a rule's encoder has to ask the device in
-   its midst (`FusedEncoder.settle`): then it is two graphs, one that encodes and one that learns from the code.
+   its midst (`FusedEncoder.settle`, `sae.fused_thresholds`): then it is two graphs, one that encodes and one that
+   learns from the code.
 
 Weights and Adam's moments are fp32 and lie where `TrainingState` has them: checkpoints and finished SAEs are the
 same. The bf16 shadows that products read are made anew when training starts or resumes; they are a function of the
 weights. Adam runs feature by feature while a gradient is made; where gradients are clipped, which needs the norm of
-all of them, they are written to memory first. Not fused, and so on the plain path: ReLU and JumpReLU, Matryoshka,
-multi-k, more than 512 entries a token, rules without a fused encoder, and machines without triton.
+all of them, they are written to memory first. Not fused, and so on the plain path: a k above 512, more than 16
+reconstructions of a token (prefixes, and twice as many with multi-k), rules without a fused encoder, and machines
+without triton.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import kernels
 from sae.code import SparseCode
 from sae.config import TrainConfig
-from sae.plain_step import PlainStep
-from sae.rules import CodeRule, FusedEncoder, FusedInputs
+from sae.fused_parts import Part, Program
+from sae.fused_thresholds import ThresholdProgram
+from sae.plain_step import MULTI_K, PlainStep
+from sae.rules import CodeRule, FusedEncoder, FusedInputs, Rule, ThresholdRule
 from sae.state import TrainingState
 
 if TYPE_CHECKING:
-    from sae.kernels.triton import AuxGradients, Centred, KernelSizes, Parameters, StepResult
+    from sae.kernels.triton import (
+        AdamStep,
+        AuxGradients,
+        Centred,
+        KernelSizes,
+        Nesting,
+        Parameters,
+        StepResult,
+    )
 
+Narrow = Callable[[SparseCode], Bool[Tensor, "entries"]]
+"""The entries of a code at a larger k that the code at k has too."""
 EPS = 1e-8
 """Adam's, as torch has it."""
 TABLE_STEPS = 1024
 """Steps whose scalars are uploaded at once."""
-WARM_UP = 3
-"""Steps of a plan before it is captured."""
+MAX_RECONSTRUCTIONS = 16
+"""Reconstructions whose sums a kernel's program holds in registers."""
 
 
 class Step(Protocol):
@@ -64,44 +79,28 @@ def new_step(state: TrainingState) -> Step:
 def can_be_fused(config: TrainConfig) -> bool:
     """Whether the fused step can train this on a GPU; see the module's description for what it cannot."""
     rule = config.rule
+    if isinstance(rule, ThresholdRule):
+        return True
     if not isinstance(rule, CodeRule) or not rule.has_fused_encoder():
         return False
-    if config.widths or config.multi_k:
+    if max(1, len(config.widths)) * (2 if config.multi_k else 1) > MAX_RECONSTRUCTIONS:
         return False
-    return max(rule.k, config.anneal_from_k or 0) <= kernels.MAX_K
+    largest = max(rule.k, config.anneal_from_k or 0) * (MULTI_K if config.multi_k else 1)
+    return min(largest, config.d_sae) <= kernels.MAX_K
 
 
-@dataclass(frozen=True)
-class Program:
-    """A step in parts, between which the host looks at what the first has made."""
-
-    parts: tuple[Callable[[], object], ...]
-    between: Callable[[], None] | None = None
-
-    def __call__(self) -> None:
-        first, *rest = self.parts
-        first()
-        if self.between is not None:
-            self.between()
-        for part in rest:
-            part()
-
-    def captured(self) -> "Program":
-        """The same with each part as a CUDA graph."""
-        from sae.kernels.triton import GraphedStep
-
-        graphs: list[GraphedStep] = []
-        for part in self.parts:
-            graphs.append(GraphedStep(part, warm_up=0, after=graphs[-1] if graphs else None))
-        return Program(tuple(graphs), self.between)
+def _first_entries(code: SparseCode, k: int) -> Bool[Tensor, "entries"]:
+    """The first k entries of every token of a code that has as many of each."""
+    n, width = code.values.shape
+    return (torch.arange(width, device=code.values.device) < k).expand(n, width).reshape(-1)
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """What a step does, as far as its kernels and their memory depend on it."""
 
-    rule: CodeRule
-    """The rule that chooses, at the step's k."""
+    rule: Rule
+    """The rule that chooses, at the step's k if it has one."""
     bucket: int
     """Room for features to revive; 0 for no auxiliary loss."""
 
@@ -132,8 +131,8 @@ class FusedStep:
         on_gpu = state.device.type == "cuda"
         self.precision = precision or (torch.bfloat16 if on_gpu else torch.float32)
         self.min_bucket, self.capture, self.sizes = min_bucket, capture and on_gpu, sizes or SIZES
-        # This step's learning rate and corrections for Adam, and the rate of the running densities.
-        self.scalars = torch.zeros(3, device=state.device)
+        # This step's learning rate and correction for Adam, the running densities' rate, and the penalty's weight.
+        self.scalars = torch.zeros(4, device=state.device)
         self._aux_loss = torch.zeros((), device=state.device)
         self._table: tuple[int, Tensor] | None = None
         self._parameters: Parameters | None = None
@@ -141,15 +140,13 @@ class FusedStep:
         self._gradients: Tensor | None = None
         self._made: tuple[Centred, SparseCode] | None = None
         self._plan: StepPlan | None = None
-        self._encoder: FusedEncoder | None = None
-        self._run: Program | None = None
-        self._graph: Program | None = None
-        self._repeats = 0
+        self._program: Program | ThresholdProgram | None = None
+        self._nesting = self._new_nesting()
 
     @property
     def is_captured(self) -> bool:
         """Whether the last step's plan is replayed as CUDA graphs."""
-        return self._graph is not None
+        return self._program is not None and self._program.is_captured
 
     @torch.no_grad()
     def __call__(
@@ -165,24 +162,21 @@ class FusedStep:
             self._receive(batch, gradients)
             self._set_scalars(step)
             plan = self.plan_of(step)
-            if plan != self._plan:
-                self._encoder = plan.rule.fused_encoder(self._inputs())
-                self._plan, self._run, self._graph, self._repeats = plan, self._program(self._encoder, plan), None, 0
-            assert self._run is not None
-            assert self._encoder is not None
-            if self._graph is None and self._repeats >= WARM_UP and self.capture and self._encoder.captured:
-                self._graph = self._run.captured()
-            self._repeats += 1
-            (self._graph or self._run)()
+            if self._program is None or plan != self._plan:
+                # The old one's graphs and memory go before the new one takes its own.
+                self._program = None
+                self._plan, self._program = plan, self._new_program(plan)
+            self._program()
 
     def plan_of(self, step: int) -> StepPlan:
         """What a step does; asks the device where the number of features to revive is not known."""
         config = self.state.config
-        assert isinstance(config.rule, CodeRule)
         bucket = 0
         n_revivable = self.state.last_revivable() if config.has_aux(step) else 0
         if n_revivable:
             bucket = min(config.d_sae, max(self.min_bucket, 1 << (n_revivable - 1).bit_length()))
+        if not isinstance(config.rule, CodeRule):
+            return StepPlan(config.rule, bucket)
         return StepPlan(config.rule.stage(step / config.n_steps).at_k(config.k_at(step)), bucket)
 
     def _receive(self, batch: Float[Tensor, "n d_in"], gradients: Float[Tensor, "n d_in"] | None) -> None:
@@ -207,28 +201,48 @@ class FusedStep:
         self.scalars.copy_(self._table[1][step - first])
         self.state.last_lr = config.lr_at(step)
 
-    def _scalars_at(self, step: int) -> tuple[float, float, float]:
+    def _scalars_at(self, step: int) -> tuple[float, float, float, float]:
         from sae.kernels.triton import step_scalars
 
         config = self.state.config
-        return (*step_scalars(config.lr_at(step), step + 1, config.betas), config.density_rate(step))
+        sparsity = config.sparsity_at(step) if isinstance(config.rule, ThresholdRule) else 0.0
+        return (*step_scalars(config.lr_at(step), step + 1, config.betas), config.density_rate(step), sparsity)
 
-    def _inputs(self) -> FusedInputs:
+    def _new_nesting(self) -> "Nesting | None":
+        from sae.kernels.triton import Nesting
+
+        config = self.state.config
+        if not config.widths and not config.multi_k:
+            return None
+        return Nesting.of(config.d_sae, config.widths, config.multi_k, self.state.device)
+
+    def _encoders(self, rule: CodeRule) -> tuple[FusedEncoder, Narrow | None]:
+        """What encodes: with multi-k at the larger k, and then also what finds the code at the rule's own in it."""
         config, density = self.state.config, self.state.density
-        shadows = self._shadowed().shadows
-        return FusedInputs(config.batch_size, config.d_sae, shadows, density, self._gradients, self.sizes)
+        inputs = FusedInputs(
+            config.batch_size, config.d_sae, self.shadowed().shadows, density, self._gradients, self.sizes
+        )  # fmt: skip
+        encoder = rule.fused_encoder(inputs)
+        if not config.multi_k:
+            return encoder, None
+        narrow = encoder.narrow or partial(_first_entries, k=rule.k)
+        return rule.at_k(min(MULTI_K * rule.k, config.d_sae)).fused_encoder(inputs), narrow
 
-    def _program(self, encoder: FusedEncoder, plan: StepPlan) -> Program:
+    def _new_program(self, plan: StepPlan) -> "Program | ThresholdProgram":
         """The step of a plan; every tensor it meets belongs to this step or its state."""
-        parameters = self._shadowed()
+        if not isinstance(plan.rule, CodeRule):
+            return ThresholdProgram(self, plan)
+        parameters = self.shadowed()
         weights = parameters.padded_enc.T, parameters.b_enc
+        encoder, narrow = self._encoders(plan.rule)
+        capture = self.capture and encoder.captured
 
         def encode() -> None:
-            centred = self._centre()
+            centred = self.centre()
             self._made = centred, encoder.encode(centred.x, *weights)
 
         def learn() -> None:
-            self._learn(plan)
+            self._learn(plan, narrow)
 
         if encoder.settle is None:
 
@@ -236,53 +250,78 @@ class FusedStep:
                 encode()
                 learn()
 
-            return Program((whole,))
+            return Program((Part(whole, capture=capture),))
         settle = encoder.settle
 
         def look() -> None:
             assert self._made is not None
             settle(self._made[0].x, *weights)
 
-        return Program((encode, learn), look)
+        first = Part(encode, capture=capture)
+        return Program((first, Part(learn, capture=capture, after=first)), look)
 
-    def _centre(self) -> "Centred":
+    def centre(self) -> "Centred":
+        """The batch with b_dec subtracted."""
         from sae.kernels import triton as fast
 
         assert self._batch is not None
-        parameters = self._shadowed()
+        parameters = self.shadowed()
         return fast.centre(self._batch, self.state.input_scale, parameters.b_dec, parameters.shadows.dtype)
 
-    def _learn(self, plan: StepPlan) -> None:
-        """All that follows the encoder."""
+    def _learn(self, plan: StepPlan, narrow: Narrow | None) -> None:
+        """All that follows the encoder, for a rule with a k."""
         from sae.kernels import triton as fast
 
         assert self._made is not None
         centred, code = self._made
-        state, config, parameters = self.state, self.state.config, self._shadowed()
+        config = self.state.config
+        kept = None if narrow is None else narrow(code)
+        parts = None if self._nesting is None else self._nesting.parts_of(code, kept)
+        result = fast.learn(
+            centred, code, self.shadowed(), self.state.tokens_since_fired, self.adam(),
+            decoder=not config.frozen_decoder, clip=config.clip_grad_norm, aux=self.aux(plan), parts=parts,
+            sizes=self.sizes,
+        )  # fmt: skip
+        self.record(result, plan)
 
-        def aux(result: "StepResult") -> "AuxGradients":
+    def adam(self) -> "AdamStep":
+        """This step's constants."""
+        from sae.kernels.triton import AdamStep
+
+        return AdamStep(self.scalars[:2], *self.state.config.betas, EPS)
+
+    def aux(self, plan: StepPlan) -> "Callable[[StepResult], AuxGradients] | None":
+        """What makes the auxiliary loss's gradients, where a step has one."""
+        from sae.kernels import triton as fast
+
+        if not plan.bucket:
+            return None
+        state = self.state
+
+        def make(result: "StepResult") -> "AuxGradients":
             made, loss = fast.aux_gradients(
-                parameters, state.revivable(), result.residual, result.x_centred, plan.bucket, config.aux_coefficient,
-                signed=plan.rule.signed,
+                self.shadowed(), state.revivable(), result.residual, result.x_centred, plan.bucket,
+                state.config.aux_coefficient, signed=plan.rule.signed,
             )  # fmt: skip
             self._aux_loss.copy_(loss)
             return made
 
-        result = fast.learn(
-            centred, code, parameters, state.tokens_since_fired,
-            fast.AdamStep(self.scalars[:2], *config.betas, EPS),
-            decoder=not config.frozen_decoder, clip=config.clip_grad_norm, aux=aux if plan.bucket else None,
-            sizes=self.sizes,
-        )  # fmt: skip
+        return make
+
+    def record(self, result: "StepResult", plan: StepPlan, penalty: Tensor | float = 0.0) -> None:
+        """Counts a step of Adam's, and adds what it has made to the sums of the next report.
+
+        Args:
+            penalty: part of the loss that is no error.
+        """
+        state, variance = self.state, result.total_variance
         torch._foreach_add_([state.adam.state[tensor]["step"] for tensor in state.trained.values()], 1)
-        squared_error, variance = result.squared_error, result.total_variance
-        aux_loss = self._aux_loss if plan.bucket else None
         state.record(
-            squared_error / variance, squared_error, variance, result.firings, config.batch_size, self.scalars[2],
-            aux_loss,
+            result.loss / variance + penalty, result.squared_error, variance, result.firings,
+            state.config.batch_size, self.scalars[2], self._aux_loss if plan.bucket else None,
         )  # fmt: skip
 
-    def _shadowed(self) -> "Parameters":
+    def shadowed(self) -> "Parameters":
         """The parameters with shadows of their present values; made once, then kept up by every step."""
         if self._parameters is None:
             from sae.kernels.triton import Moments, Parameters

@@ -135,7 +135,7 @@ def threshold_pass(
     threshold: Float[Tensor, "d_sae"],
     *,
     bandwidth: float = 0.0,
-    shrinkage: float = 0.0,
+    shrinkage: float | Tensor = 0.0,
     decoder: bool = True,
 ) -> ThresholdPass:
     """Error and gradients of a = z 1[z > threshold] for thresholds that are not negative.
@@ -161,7 +161,14 @@ def threshold_pass(
 
 class _Accumulator:
     def __init__(
-        self, sae: SAE, y: Tensor, x_centred: Tensor, threshold: Tensor, bandwidth: float, shrink: float, decoder: bool
+        self,
+        sae: SAE,
+        y: Tensor,
+        x_centred: Tensor,
+        threshold: Tensor,
+        bandwidth: float,
+        shrink: float | Tensor,
+        decoder: bool,
     ) -> None:
         self.sae, self.y, self.x_centred, self.skipped = sae, y, x_centred, _skipped(sae, x_centred)
         self.threshold, self.bandwidth, self.shrink, self.decoder = threshold, bandwidth, shrink, decoder

@@ -10,8 +10,9 @@ Training differs in two ways. A `CodeRule` chooses a code from the whole batch, 
 chose. A `ThresholdRule` compares every pre-activation with a threshold, and a token at a time is all it needs;
 `sae.passes` runs both.
 
-On a GPU the fused step (`sae.fused_step`) trains the code rules that say how, by `fused_encoder`; all others take the
-plain one.
+On a GPU the fused step (`sae.fused_step`) trains the code rules that say how, by `fused_encoder`, and rules with
+thresholds: there the penalty's coefficient is a tensor on the device, and what a rule makes of it must not wait for
+the device. All others take the plain one.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -83,6 +84,9 @@ class FusedEncoder:
     have to be put right in its memory after asking the device; None where it never has to."""
     captured: bool = True
     """Whether `encode` can be captured as a CUDA graph: it must not ask the device."""
+    narrow: Callable[[SparseCode], Bool[Tensor, "entries"]] | None = None
+    """Which entries of a batch's code by the same rule at a larger k are those at this rule's k, without asking the
+    device; None where they are the first k of every token."""
 
 
 @dataclass(frozen=True)
@@ -209,15 +213,17 @@ class ThresholdRule(Rule):
         """Width of the window around the threshold, for activations of mean norm sqrt(d_in); 0 for none."""
         return 0.0
 
-    def shrinkage(self, coefficient: float, d_in: int) -> float:
+    def shrinkage(self, coefficient: float | Tensor, d_in: int) -> float | Tensor:
         """Gradient of the penalty with respect to every active |a|, times the number of tokens."""
         return 0.0
 
     @abstractmethod
-    def penalty(self, sums: ActiveSums, coefficient: float, d_in: int) -> Float[Tensor, ""]:
+    def penalty(self, sums: ActiveSums, coefficient: float | Tensor, d_in: int) -> Float[Tensor, ""]:
         """The penalty."""
 
-    def own_gradients(self, trained: Tensors, sums: ActiveSums, coefficient: float, d_in: int) -> dict[str, Tensor]:
+    def own_gradients(
+        self, trained: Tensors, sums: ActiveSums, coefficient: float | Tensor, d_in: int
+    ) -> dict[str, Tensor]:
         """Gradients of loss and penalty with respect to the trained tensors."""
         return {}
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -57,7 +57,11 @@ class BatchTopK(CodeRule):
             waiting = partial(fast.batch_topk_encode, n_entries=n_entries, absolute=self.signed, sizes=inputs.sizes)
             return FusedEncoder(waiting, captured=False)
         listing = fast.Listing(n_entries, absolute=self.signed, sizes=inputs.sizes)
-        return FusedEncoder(listing.encode, listing.settle)
+
+        def narrow(code: SparseCode) -> Bool[Tensor, "entries"]:
+            return fast.largest(code.values, n_entries)
+
+        return FusedEncoder(listing.encode, listing.settle, narrow=narrow)
 
     def new_state(self, d_sae: int) -> dict[str, Tensor]:
         """A threshold, the same for every feature."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -87,8 +87,11 @@ class FeatureChoice(CodeRule):
             budgets = self.assign(on_device, inputs.density)
             return fast.feature_topk_encode(x, W_enc, b_enc, budgets, n_entries=n_entries, sizes=inputs.sizes)
 
+        def narrow(code: SparseCode) -> Bool[Tensor, "entries"]:
+            return fast.best_of_features(code, self.assign(on_device, inputs.density))
+
         # Of more tokens the plain encoder takes care, which waits for the device.
-        return FusedEncoder(encode, captured=inputs.n_tokens <= fast.MAX_TOKENS)
+        return FusedEncoder(encode, captured=inputs.n_tokens <= fast.MAX_TOKENS, narrow=narrow)
 
     def shares(self, d_sae: int, n: int) -> Int[Tensor, "d_sae"]:
         """Tokens of a batch of n that the commonest feature chooses, the second, ...: the same at every step."""

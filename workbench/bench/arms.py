@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +82,11 @@ def batches(
     return made
 
 
-def ours(size: Size, example: Float[Tensor, "batch d_in"], rule: Rule | None = None) -> Step:
-    """The trainer's step with a selection rule, TopK unless told."""
+def ours(size: Size, example: Float[Tensor, "batch d_in"], rule: Rule | None = None, **settings: Any) -> Step:
+    """The trainer's step with a selection rule, TopK unless told, and other settings of `TrainConfig`."""
     config = TrainConfig(
         name="bench", d_sae=size.d_sae, rule=rule or TopK(size.k), batch_size=size.batch, total_tokens=10**9,
-        aux="none", b_dec_init="mean", lr=LR,
+        aux="none", b_dec_init="mean", lr=LR, **settings,
     )  # fmt: skip
     state = TrainingState(config, size.d_in, example.device)
     state.initialise(example)

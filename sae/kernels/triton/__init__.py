@@ -16,14 +16,27 @@ from sae.kernels.triton.batch import (
     Listed,
     Listing,
     batch_topk_encode,
+    best_of_features,
     feature_topk_encode,
+    largest,
     list_batch_topk,
 )
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
-from sae.kernels.triton.features import AuxGradients, FeatureGradients
+from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
+from sae.kernels.triton.nested import Nesting, Parts
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, decode, residual
-from sae.kernels.triton.step import GraphedStep, StepResult, learn, topk_rule, training_step
+from sae.kernels.triton.step import (
+    GraphedStep,
+    OwnTensor,
+    StepResult,
+    ThresholdTerms,
+    learn,
+    learn_densely,
+    topk_rule,
+    training_step,
+)
+from sae.kernels.triton.threshold import ListedAbove, entries_of, list_above
 from sae.kernels.triton.update import (
     AdamStep,
     Moments,
@@ -45,19 +58,30 @@ __all__ = [
     "GraphedStep",
     "KernelSizes",
     "Listed",
+    "ListedAbove",
     "Listing",
     "Moments",
+    "Nesting",
+    "OwnTensor",
     "Parameters",
+    "Parts",
     "StepResult",
+    "ThresholdTerms",
+    "WindowSums",
     "aux_gradients",
     "batch_topk_encode",
+    "best_of_features",
     "centre",
     "clip_factor",
     "decode",
+    "entries_of",
     "feature_topk_encode",
     "gradient_topk_encode",
     "gradients",
+    "largest",
     "learn",
+    "learn_densely",
+    "list_above",
     "list_batch_topk",
     "paired_topk_encode",
     "residual",

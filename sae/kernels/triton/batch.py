@@ -161,16 +161,22 @@ def list_batch_topk(
     holds = (counter <= slots) & ((counter >= n_entries) | (threshold <= 0))
     places, order = torch.sort(places)
     values = values[order]
-    ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    lowest = torch.sort(ranked).values[slots - n_entries]
-    above, equal = ranked > lowest, ranked == lowest
-    kept = above | (equal & (equal.cumsum(0) <= n_entries - above.sum()))
+    kept = largest(values, n_entries)
     # Exactly n_entries are kept; the others' slots are one past the end.
     slot = torch.where(kept, kept.cumsum(0) - 1, n_entries)
     value, place = values.new_zeros(n_entries + 1), places.new_zeros(n_entries + 1)
     value.scatter_(0, slot, values)
     place.scatter_(0, slot, places)
     return Listed(_ragged(place[:-1], value[:-1], n, d_sae), holds)
+
+
+def largest(values: Float[Tensor, "entries"], n: int) -> Bool[Tensor, "entries"]:
+    """The `n` of largest magnitude, at most all; of equal ones the first, and NaN above all."""
+    n = min(n, values.shape[0])
+    ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    lowest = torch.sort(ranked).values[values.shape[0] - n]
+    above, equal = ranked > lowest, ranked == lowest
+    return above | (equal & (equal.cumsum(0) <= n - above.sum()))
 
 
 def _threshold(
@@ -312,3 +318,19 @@ def feature_topk_encode(
         )  # fmt: skip
     places, order = torch.sort(places)
     return _ragged(places, values[order], n, d_sae)
+
+
+def best_of_features(code: SparseCode, budgets: Int[Tensor, "d_sae"]) -> Bool[Tensor, "entries"]:
+    """Every feature's `budgets[i]` largest entries of a ragged code; of equal ones the first, and NaN above all.
+
+    Args:
+        code: with positive values.
+    """
+    ranked = code.values.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    by_value = torch.sort(ranked, descending=True, stable=True).indices
+    feature = torch.where(code.values != 0, code.indices, code.d_sae).to(narrowest(code.d_sae))
+    ordered, order = torch.sort(feature[by_value], stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(code.d_sae + 1, dtype=ordered.dtype, device=ordered.device))
+    rank = torch.arange(len(ordered), device=ordered.device) - starts[ordered.long()]
+    kept = rank < torch.nn.functional.pad(budgets, (0, 1))[ordered.long()]
+    return torch.empty_like(kept).index_copy_(0, by_value[order], kept)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -48,13 +48,34 @@ class FeatureOrder:
     value: Float[Tensor, "entries"]
     feature: Int[Tensor, "entries"]
     offsets: Int[Tensor, "d_sae+1"]
+    firings: Int[Tensor, "d_sae"]
+    """Tokens on which each feature is active."""
+    row: Int[Tensor, "entries"] | None = None
+    """Row of the residuals that an entry works for, where it is not its token's."""
+    near: Float[Tensor, "entries"] | None = None
+    """1 where an entry is in its threshold's window, for rules that have one; entries may then have value 0."""
+
+    @property
+    def rows(self) -> Int[Tensor, "entries"]:
+        """Row of the residuals that each entry works for."""
+        return self.token if self.row is None else self.row
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """Sums over the entries in the window of each feature's threshold."""
+
+    count: Float[Tensor, "d_sae"]
+    gradient: Float[Tensor, "d_sae"]
+    """Of da before `shrink` is added."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """What the sums over columns are made of; da and the two sums include `scale`, the windows' W_dec does not."""
+    """What the sums over columns are made of; da and the sums include `scale`, the windows' W_dec does not."""
 
     da: Float[Tensor, "entries"]
+    """The gradient to each activation, with `shrink`; 0 where an entry is not active."""
     b_enc: Float[Tensor, "d_sae"]
     """Its gradient."""
     along: Float[Tensor, "d_sae"]
@@ -62,12 +83,28 @@ class Products:
     window_dec: Float[Tensor, "windows d"]
     """Sums over the windows of entries that lie inside one segment; other rows are not written."""
     window_enc: Float[Tensor, "windows d"]
+    thresholds: WindowSums
 
 
-def by_feature(code: SparseCode) -> FeatureOrder:
-    """Stable order of a code's active entries by feature; no host synchronisation."""
+def by_feature(
+    code: SparseCode,
+    cells: Int[Tensor, "entries"] | None = None,
+    counted: Bool[Tensor, "entries"] | None = None,
+    real: Bool[Tensor, "entries"] | None = None,
+    near: Bool[Tensor, "entries"] | None = None,
+) -> FeatureOrder:
+    """Stable order of a code's entries by feature; no host synchronisation.
+
+    Args:
+        cells: which of several residuals each entry works for; they lie one after the other.
+        counted: entries that count as firings; None for all.
+        real: entries to keep; None for those that are active.
+        near: entries in their threshold's window.
+    """
     value = code.values.reshape(-1)
-    feature = torch.where(value != 0, code.indices.reshape(-1), code.d_sae).to(narrowest(code.d_sae))
+    feature = torch.where(value != 0 if real is None else real, code.indices.reshape(-1), code.d_sae).to(
+        narrowest(code.d_sae)
+    )
     ordered, order = torch.sort(feature, stable=True)
     if code.offsets is None:
         token = order // code.values.shape[1]
@@ -75,7 +112,13 @@ def by_feature(code: SparseCode) -> FeatureOrder:
         token = torch.searchsorted(code.offsets, order, right=True) - 1
     edges = torch.arange(code.d_sae + 1, dtype=feature.dtype, device=feature.device)
     offsets = torch.searchsorted(ordered, edges, out_int32=True)
-    return FeatureOrder(token.to(torch.int32), value[order], ordered.to(torch.int32), offsets)
+    firings = offsets.diff()
+    if counted is not None:
+        before = torch.nn.functional.pad((counted & (value != 0))[order].cumsum(0, dtype=torch.int32), (1, 0))
+        firings = before[offsets[1:]] - before[offsets[:-1]]
+    row = None if cells is None else (cells[order].long() * code.n_tokens + token).to(torch.int32)
+    close = None if near is None else near[order].float()
+    return FeatureOrder(token.to(torch.int32), value[order], ordered.to(torch.int32), offsets, firings, row, close)
 
 
 def narrowest(largest: int) -> torch.dtype:
@@ -85,25 +128,31 @@ def narrowest(largest: int) -> torch.dtype:
 
 @triton.jit
 def _entry_products(
-    da, row, token, R, scale, d, start, stop, ENTRIES: tl.constexpr, SLICE: tl.constexpr
+    da, raw, w_row, row, value, R, scale, shrink, d, start, stop,
+    THRESHOLD: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """da of the entries start ... stop - 1, whose feature's decoder row is at `row`."""
+    """da of the entries start ... stop - 1, whose feature's decoder row is at `w_row`."""
     for first in range(start, stop, ENTRIES):
         slot = first + tl.arange(0, ENTRIES)
-        t = tl.load(token + slot, mask=slot < stop, other=0).to(tl.int64)
+        t = tl.load(row + slot, mask=slot < stop, other=0).to(tl.int64)
         total = tl.zeros([ENTRIES, SLICE], tl.float32)
         for left in range(0, d, SLICE):
             columns = left + tl.arange(0, SLICE)
             mask = (slot < stop)[:, None] & (columns < d)[None, :]
-            w = tl.load(row + columns, mask=columns < d, other=0.0).to(tl.float32)
+            w = tl.load(w_row + columns, mask=columns < d, other=0.0).to(tl.float32)
             g = tl.load(R + t[:, None] * d + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             total += g * w[None, :]
-        tl.store(da + slot, tl.sum(total, 1) * scale, mask=slot < stop)
+        p = tl.sum(total, 1) * scale
+        if THRESHOLD:
+            tl.store(raw + slot, p, mask=slot < stop)
+            a = tl.load(value + slot, mask=slot < stop, other=0.0)
+            p = tl.where(a != 0, p + shrink, 0.0)
+        tl.store(da + slot, p, mask=slot < stop)
 
 
 @triton.jit
 def _add_entries(
-    dec, enc, token, value, da, R, X, d, columns, start, stop, ENTRIES: tl.constexpr
+    dec, enc, token, row, value, da, R, X, d, columns, start, stop, NESTED: tl.constexpr, ENTRIES: tl.constexpr
 ):  # fmt: skip
     """Adds the entries start ... stop - 1 to a slice of the two sums of their feature."""
     for first in range(start, stop, ENTRIES):
@@ -112,8 +161,13 @@ def _add_entries(
         a = tl.load(value + slot, mask=slot < stop, other=0.0)
         p = tl.load(da + slot, mask=slot < stop, other=0.0)
         at = t[:, None] * d + columns[None, :]
-        mask = (slot < stop)[:, None] & (columns < d)[None, :]
-        g = tl.load(R + at, mask=mask, other=0.0).to(tl.float32)
+        # A threshold's entries that are not active have no part in these sums.
+        mask = (a != 0)[:, None] & (columns < d)[None, :]
+        at_row = at
+        if NESTED:
+            r = tl.load(row + slot, mask=slot < stop, other=0).to(tl.int64)
+            at_row = r[:, None] * d + columns[None, :]
+        g = tl.load(R + at_row, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
         dec += tl.sum(g * a[:, None], 0)
         enc += tl.sum(x * p[:, None], 0)
@@ -122,8 +176,9 @@ def _add_entries(
 
 @triton.jit
 def _window_kernel(
-    token, value, feature, R, X, scale, W_dec, da, window_dec, window_enc, d_sae, units,
-    ALIGN: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    token, row, value, feature, R, X, scale, shrink, W_dec, da, raw, window_dec, window_enc, d_sae, units,
+    ALIGN: tl.constexpr, NESTED: tl.constexpr, THRESHOLD: tl.constexpr, WINDOW: tl.constexpr,
+    ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     d = units * ALIGN
     window = tl.program_id(0)
@@ -131,13 +186,18 @@ def _window_kernel(
     f = tl.load(feature + start)
     if (f < d_sae) & (f == tl.load(feature + start + WINDOW - 1)):
         stop = start + WINDOW
-        _entry_products(da, W_dec + f.to(tl.int64) * d, token, R, tl.load(scale), d, start, stop, ENTRIES, SLICE)
+        _entry_products(
+            da, raw, W_dec + f.to(tl.int64) * d, row, value, R, tl.load(scale), tl.load(shrink), d, start, stop,
+            THRESHOLD, ENTRIES, SLICE,
+        )  # fmt: skip
         tl.debug_barrier()
         for left in range(0, d, SLICE):
             columns = left + tl.arange(0, SLICE)
             dec = tl.zeros([SLICE], tl.float32)
             enc = tl.zeros([SLICE], tl.float32)
-            dec, enc = _add_entries(dec, enc, token, value, da, R, X, d, columns, start, stop, ENTRIES)
+            dec, enc = _add_entries(
+                dec, enc, token, row, value, da, R, X, d, columns, start, stop, NESTED, ENTRIES
+            )  # fmt: skip
             at = window.to(tl.int64) * d + columns
             tl.store(window_dec + at, dec, mask=columns < d)
             tl.store(window_enc + at, enc, mask=columns < d)
@@ -157,59 +217,72 @@ def _segment(offsets, f, WINDOW: tl.constexpr):
 
 @triton.jit
 def _product_kernel(
-    offsets, token, value, R, scale, W_dec, da, grad_bias, along, units,
-    ALIGN: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    offsets, row, value, near, R, scale, shrink, W_dec, da, raw, sums, d_sae, units,
+    ALIGN: tl.constexpr, THRESHOLD: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
+    """sums: of da, of value times da, and for thresholds the size of the window and its sum of da."""
     d = units * ALIGN
     f = tl.program_id(0)
     start, head, _, _, tail, stop = _segment(offsets, f, WINDOW)
-    row = W_dec + f.to(tl.int64) * d
+    w_row = W_dec + f.to(tl.int64) * d
     factor = tl.load(scale)
-    _entry_products(da, row, token, R, factor, d, start, head, ENTRIES, SLICE)
-    _entry_products(da, row, token, R, factor, d, tail, stop, ENTRIES, SLICE)
+    less = tl.load(shrink)
+    _entry_products(da, raw, w_row, row, value, R, factor, less, d, start, head, THRESHOLD, ENTRIES, SLICE)
+    _entry_products(da, raw, w_row, row, value, R, factor, less, d, tail, stop, THRESHOLD, ENTRIES, SLICE)
     tl.debug_barrier()
     total = tl.zeros([WINDOW], tl.float32)
     total_along = tl.zeros([WINDOW], tl.float32)
+    count = tl.zeros([WINDOW], tl.float32)
+    total_near = tl.zeros([WINDOW], tl.float32)
     for first in range(start, stop, WINDOW):
         slot = first + tl.arange(0, WINDOW)
         p = tl.load(da + slot, mask=slot < stop, other=0.0)
         total += p
+        if THRESHOLD:
+            p = tl.load(raw + slot, mask=slot < stop, other=0.0)
+            close = tl.load(near + slot, mask=slot < stop, other=0.0)
+            count += close
+            total_near += tl.where(close > 0, p, 0.0)
         total_along += p * tl.load(value + slot, mask=slot < stop, other=0.0)
-    tl.store(grad_bias + f, tl.sum(total))
-    tl.store(along + f, tl.sum(total_along))
+    tl.store(sums + f, tl.sum(total))
+    tl.store(sums + d_sae + f, tl.sum(total_along))
+    if THRESHOLD:
+        tl.store(sums + 2 * d_sae + f, tl.sum(count))
+        tl.store(sums + 3 * d_sae + f, tl.sum(total_near))
 
 
 @triton.jit
 def gradient_slice(
-    f, offsets, token, value, da, R, X, scale, window_dec, window_enc, d, columns,
-    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    f, offsets, token, row, value, da, R, X, scale, window_dec, window_enc, d, columns,
+    NESTED: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """A slice of the gradients of feature f's rows of W_dec and W_enc."""
     start, head, first, last, tail, stop = _segment(offsets, f, WINDOW)
     dec = tl.zeros([SLICE], tl.float32)
     enc = tl.zeros([SLICE], tl.float32)
-    dec, enc = _add_entries(dec, enc, token, value, da, R, X, d, columns, start, head, ENTRIES)
+    dec, enc = _add_entries(dec, enc, token, row, value, da, R, X, d, columns, start, head, NESTED, ENTRIES)
     for window in range(first, last):
         at = window * d + columns
         dec += tl.load(window_dec + at, mask=columns < d, other=0.0)
         enc += tl.load(window_enc + at, mask=columns < d, other=0.0)
-    dec, enc = _add_entries(dec, enc, token, value, da, R, X, d, columns, tail, stop, ENTRIES)
+    dec, enc = _add_entries(dec, enc, token, row, value, da, R, X, d, columns, tail, stop, NESTED, ENTRIES)
     return dec * scale, enc
 
 
 @triton.jit
 def _gradient_kernel(
-    offsets, token, value, da, R, X, scale, window_dec, window_enc, aux_slot, aux_dec, aux_enc, W_dec, along,
-    grad_dec, grad_enc, squares, units, ALIGN: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr,
-    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    offsets, token, row, value, da, R, X, scale, window_dec, window_enc, aux_slot, aux_dec, aux_enc, W_dec, along,
+    grad_dec, grad_enc, squares, units,
+    ALIGN: tl.constexpr, NESTED: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr, WINDOW: tl.constexpr,
+    ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     d = units * ALIGN
     f = tl.program_id(0)
     columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     inside = columns < d
     dec, enc = gradient_slice(
-        f, offsets, token, value, da, R, X, tl.load(scale), window_dec, window_enc, d, columns,
-        WINDOW, ENTRIES, SLICE,
+        f, offsets, token, row, value, da, R, X, tl.load(scale), window_dec, window_enc, d, columns,
+        NESTED, WINDOW, ENTRIES, SLICE,
     )  # fmt: skip
     if AUX:
         slot = tl.load(aux_slot + f)
@@ -235,11 +308,12 @@ def row_slice(d: int) -> int:
 
 def products(
     order: FeatureOrder,
-    residual: Float[Tensor, "n d"],
+    residual: Float[Tensor, "rows d"],
     x_centred: Float[Tensor, "n d"],
     scale: Float[Tensor, ""],
     W_dec: Float[Tensor, "d_sae d"],
     *,
+    shrink: Float[Tensor, ""] | None = None,
     sizes: KernelSizes = SIZES,
 ) -> Products:
     """Products of every entry, their sums of every feature, and the sums over full windows.
@@ -247,24 +321,31 @@ def products(
     Args:
         residual: `scale` times it is the gradient to x_hat.
         W_dec: in the precision that the decoder read it in.
+        shrink: added to the gradient of every active entry, where `order` is of a rule with thresholds.
     """
     d_sae, d = W_dec.shape
     n_entries = order.token.shape[0]
     n_windows = n_entries // sizes.window
     da = torch.empty(n_entries, dtype=torch.float32, device=W_dec.device)
-    sums = torch.empty(2, d_sae, dtype=torch.float32, device=W_dec.device)
+    sums = torch.empty(4, d_sae, dtype=torch.float32, device=W_dec.device)
     windows = torch.empty(2, n_windows, d, dtype=torch.float32, device=W_dec.device)
+    near = order.near
+    raw = da if near is None else torch.empty_like(da)
+    less = scale if shrink is None else shrink
+    constants = {
+        "ALIGN": alignment(d), "THRESHOLD": near is not None, "WINDOW": sizes.window, "ENTRIES": ENTRIES,
+        "SLICE": row_slice(d), "num_warps": 1,
+    }  # fmt: skip
     if n_windows:
         _window_kernel[(n_windows,)](
-            order.token, order.value, order.feature, residual, x_centred, scale, W_dec, da, windows[0], windows[1],
-            d_sae, d // alignment(d),
-            ALIGN=alignment(d), WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+            order.token, order.rows, order.value, order.feature, residual, x_centred, scale, less, W_dec, da, raw,
+            windows[0], windows[1], d_sae, d // alignment(d), NESTED=order.row is not None, **constants,
         )  # fmt: skip
     _product_kernel[(d_sae,)](
-        order.offsets, order.token, order.value, residual, scale, W_dec, da, sums[0], sums[1], d // alignment(d),
-        ALIGN=alignment(d), WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        order.offsets, order.rows, order.value, da if near is None else near, residual, scale, less, W_dec, da, raw,
+        sums, d_sae, d // alignment(d), **constants,
     )  # fmt: skip
-    return Products(da, sums[0], sums[1], windows[0], windows[1])
+    return Products(da, sums[0], sums[1], windows[0], windows[1], WindowSums(sums[2], sums[3]))
 
 
 @dataclass(frozen=True)
@@ -277,6 +358,8 @@ class FeatureGradients:
     b_enc: Float[Tensor, "d_sae"]
     squares: Float[Tensor, "d_sae slices"]
     """Sums of the squares of slices of both rows; of W_dec's, of the part across W_dec[f]."""
+    thresholds: WindowSums
+    """Where the rule has thresholds."""
 
 
 @dataclass(frozen=True)
@@ -300,18 +383,19 @@ class AuxGradients:
 
 def feature_gradients(
     order: FeatureOrder,
-    residual: Float[Tensor, "n d"],
+    residual: Float[Tensor, "rows d"],
     x_centred: Float[Tensor, "n d"],
     scale: Float[Tensor, ""],
     W_dec: Float[Tensor, "d_sae d"],
     *,
     decoder: bool = True,
     aux: AuxGradients | None = None,
+    shrink: Float[Tensor, ""] | None = None,
     sizes: KernelSizes = SIZES,
 ) -> FeatureGradients:
     """Gradients of all parameters but b_dec, in memory; `aux`'s are among them."""
     d_sae, d = W_dec.shape
-    made = products(order, residual, x_centred, scale, W_dec, sizes=sizes)
+    made = products(order, residual, x_centred, scale, W_dec, shrink=shrink, sizes=sizes)
     grad_enc = torch.empty(d_sae, d, dtype=torch.float32, device=W_dec.device)
     grad_dec = torch.empty_like(grad_enc) if decoder else None
     slices = triton.cdiv(d, row_slice(d))
@@ -321,10 +405,10 @@ def feature_gradients(
     if aux is not None:
         bias, along = bias + aux.of_feature(aux.b_enc), along + aux.of_feature(aux.along)
     _gradient_kernel[(d_sae, slices)](
-        order.offsets, order.token, order.value, made.da, residual, x_centred, scale, made.window_dec,
+        order.offsets, order.token, order.rows, order.value, made.da, residual, x_centred, scale, made.window_dec,
         made.window_enc, *extra, W_dec, along, grad_enc if grad_dec is None else grad_dec, grad_enc, squares,
         d // alignment(d),
-        ALIGN=alignment(d), DECODER=decoder, AUX=aux is not None, WINDOW=sizes.window, ENTRIES=ENTRIES,
-        SLICE=row_slice(d), num_warps=1,
+        ALIGN=alignment(d), NESTED=order.row is not None, DECODER=decoder, AUX=aux is not None,
+        WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
-    return FeatureGradients(grad_dec, grad_enc, bias, squares)
+    return FeatureGradients(grad_dec, grad_enc, bias, squares, made.thresholds)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelSizes:
-    """Sums differ in their rounding with `window`; results do not depend on the others."""
+    """Sums differ in their rounding with `window` and `dense_share`; results do not depend on the others."""
 
     window: int = 32
     """Entries of a feature that are summed by a program of their own; a power of two."""
@@ -13,6 +13,8 @@ class KernelSizes:
     """Rows below which the encoder's product no longer fills the device."""
     candidates: int = 4
     """Candidates of a row of the first chunk, as a multiple of the mean number of entries (BatchTopK)."""
+    dense_share: int = 128
+    """A threshold rule's batch of which more than one entry in so many counts is learnt by dense products."""
 
 
 SIZES = KernelSizes()

@@ -1,31 +1,42 @@
-"""One training step of a TopK or AbsTopK SAE without host synchronisation, as a whole or as a CUDA graph.
+"""One training step on a sparse code without host synchronisation, as a whole or as a CUDA graph.
 
-    centre -> encode -> residual -> entries by feature -> gradients with Adam -> sums for the report
+    centre -> encode -> residual, or several -> entries by feature -> gradients with Adam -> sums for the report
 
-Loss: the batch's normalised squared error, as in `sae.losses`.
+Loss: the batch's normalised squared error, or a sum of several, as in `sae.losses`.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.kernels.triton.dense import dense_pass
 from sae.kernels.triton.encode import topk_encode
-from sae.kernels.triton.features import AuxGradients, by_feature, feature_gradients
+from sae.kernels.triton.features import (
+    AuxGradients,
+    FeatureGradients,
+    FeatureOrder,
+    WindowSums,
+    by_feature,
+    feature_gradients,
+)
+from sae.kernels.triton.nested import Parts, nested_residuals
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
 from sae.kernels.triton.update import (
     AdamStep,
+    Moments,
     Parameters,
     clip_factor,
     through_encoder,
     update_from_code,
     update_from_gradients,
+    update_vector,
 )
 
 Encoder = Callable[[Tensor, Tensor, Tensor], SparseCode]
@@ -36,13 +47,45 @@ Encoder = Callable[[Tensor, Tensor, Tensor], SparseCode]
 class StepResult:
     """What a step leaves behind for reports and auxiliary losses; all on the device."""
 
-    code: SparseCode
     x_centred: Float[Tensor, "n d"]
     residual: Float[Tensor, "n d"]
+    """Of the whole reconstruction."""
     squared_error: Float[Tensor, ""]
+    """Of that."""
+    loss: Float[Tensor, ""]
+    """What is minimised, times the variance: the squared error, unless a loss has several reconstructions."""
     total_variance: Float[Tensor, ""]
     firings: Int[Tensor, "d_sae"]
     """Tokens on which each feature is active."""
+
+
+@dataclass(frozen=True)
+class OwnTensor:
+    """A tensor of a rule's own that Adam moves, of any shape."""
+
+    parameter: Tensor
+    gradient: Tensor
+    moments: Moments
+
+    def move(self, adam: AdamStep, factor: Float[Tensor, ""] | None = None) -> None:
+        """One step with the gradient, or a multiple of it."""
+        gradient = self.gradient if factor is None else self.gradient * factor
+        moments = Moments(self.moments.mean.view(-1), self.moments.square.view(-1))
+        update_vector(self.parameter.view(-1), gradient.reshape(-1), moments, adam)
+
+
+@dataclass(frozen=True)
+class ThresholdTerms:
+    """What a rule with thresholds adds to a step."""
+
+    shrink: Float[Tensor, ""]
+    """Added to the gradient of every active entry."""
+    own: Callable[[WindowSums, Tensor, Tensor], Sequence[OwnTensor]]
+    """(sums over the windows, firings [d_sae], sum of all activations) -> the rule's tensors with their gradients."""
+    real: Bool[Tensor, "entries"] | None = None
+    """Which places of the code hold an entry, active or not; None where there is no code."""
+    near: Bool[Tensor, "entries"] | None = None
+    """Which lie in their threshold's window."""
 
 
 def topk_rule(k: int, *, absolute: bool = False, sizes: KernelSizes = SIZES) -> Encoder:
@@ -80,6 +123,8 @@ def learn(
     decoder: bool = True,
     clip: float | None = None,
     aux: Callable[[StepResult], AuxGradients] | None = None,
+    parts: Parts | None = None,
+    thresholds: ThresholdTerms | None = None,
     sizes: KernelSizes = SIZES,
 ) -> StepResult:
     """What follows the encoder in a step: decoding, backward and update.
@@ -89,29 +134,99 @@ def learn(
         clip: largest norm of all gradients together, for a loss that is squared error a token; they are written to
             memory before the update, which needs their norm.
         aux: makes the gradients of an auxiliary loss from the forward pass.
+        parts: of the code, where the loss has several reconstructions.
+        thresholds: of the code, where it is made by thresholds.
     """
-    p = parameters
-    fit = residual(code, p.shadow_dec, centred.x, p.shadow_dec.dtype)
-    order = by_feature(code)
-    firings = order.offsets.diff()
-    result = StepResult(code, centred.x, fit.residual, fit.squared_error, centred.total_variance, firings)
+    p, n = parameters, code.n_tokens
+    result, order, errors = _forward(centred, code, p, parts, thresholds)
     scale = (-2 / centred.total_variance).float()
     extra = None if aux is None else aux(result)
+    shrink = None if thresholds is None else thresholds.shrink
     if clip is None:
-        update_from_code(
-            p, order, fit.residual, centred.x, scale, tokens_since_fired, adam,
-            decoder=decoder, aux=extra, sizes=sizes,
+        windows = update_from_code(
+            p, order, errors, centred.x, scale, tokens_since_fired, adam,
+            decoder=decoder, aux=extra, shrink=shrink, sizes=sizes,
         )  # fmt: skip
+        for own in () if thresholds is None else thresholds.own(windows, order.firings, code.values.sum()):
+            own.move(adam)
         return result
     made = feature_gradients(
-        order, fit.residual, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, sizes=sizes
+        order, errors, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
     )
-    grad_b_dec = fit.residual.sum(0, dtype=torch.float32) * scale - through_encoder(made.b_enc, p.shadow_enc)
-    tokens_since_fired.add_(code.n_tokens).masked_fill_(firings > 0, 0)
-    # The loss is a share of the batch's variance; the limit is for squared error a token.
-    factor = clip_factor(made, grad_b_dec, clip * code.n_tokens / centred.total_variance)
-    update_from_gradients(p, made, grad_b_dec, adam, factor)
+    owned = () if thresholds is None else thresholds.own(made.thresholds, order.firings, code.values.sum())
+    grad_b_dec = errors[:n].sum(0, dtype=torch.float32) * scale - through_encoder(made.b_enc, p.shadow_enc)
+    tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
+    _update_from_memory(p, made, grad_b_dec, owned, adam, clip * n / centred.total_variance)
     return result
+
+
+def learn_densely(
+    centred: Centred,
+    parameters: Parameters,
+    threshold: Float[Tensor, "d_sae"],
+    bandwidth: float,
+    terms: ThresholdTerms,
+    tokens_since_fired: Int[Tensor, "d_sae"],
+    adam: AdamStep,
+    *,
+    decoder: bool = True,
+    clip: float | None = None,
+    aux: Callable[[StepResult], AuxGradients] | None = None,
+) -> StepResult:
+    """A step of a rule with thresholds by dense products; the options are those of `learn`.
+
+    Args:
+        bandwidth: width of the window around the thresholds; 0 for none.
+    """
+    p, n = parameters, centred.x.shape[0]
+    scale = (-2 / centred.total_variance).float()
+    made = dense_pass(centred.x, p, threshold, scale, terms.shrink, bandwidth)
+    error = made.squared_error
+    result = StepResult(centred.x, made.residual, error, error, centred.total_variance, made.firings)
+    gradients = made.gradients(p, None if aux is None else aux(result), decoder=decoder, squares=clip is not None)
+    grad_b_dec = made.residual.sum(0, dtype=torch.float32) * scale - through_encoder(gradients.b_enc, p.shadow_enc)
+    tokens_since_fired.add_(n).masked_fill_(made.firings > 0, 0)
+    owned = terms.own(made.windows, made.firings, made.magnitude)
+    limit = None if clip is None else clip * n / centred.total_variance
+    _update_from_memory(p, gradients, grad_b_dec, owned, adam, limit)
+    return result
+
+
+def _update_from_memory(
+    p: Parameters,
+    made: FeatureGradients,
+    grad_b_dec: Float[Tensor, "d"],
+    owned: Sequence[OwnTensor],
+    adam: AdamStep,
+    limit: Float[Tensor, ""] | None,
+) -> None:
+    """One step of everything, the common norm of all gradients at most `limit`."""
+    factor = torch.ones((), device=grad_b_dec.device)
+    if limit is not None:
+        # The loss is a share of the batch's variance; the limit given to users is for squared error a token.
+        factor = clip_factor(made, [grad_b_dec, *(own.gradient for own in owned)], limit)
+    update_from_gradients(p, made, grad_b_dec, adam, factor)
+    for own in owned:
+        own.move(adam, factor)
+
+
+def _forward(
+    centred: Centred, code: SparseCode, p: Parameters, parts: Parts | None, thresholds: ThresholdTerms | None
+) -> tuple[StepResult, FeatureOrder, Tensor]:
+    """What a code leaves of a batch, its entries in the order of features, and the residuals that they work for."""
+    dtype, variance = p.shadow_dec.dtype, centred.total_variance
+    if parts is None:
+        fit = residual(code, p.shadow_dec, centred.x, dtype)
+        if thresholds is None:
+            order = by_feature(code)
+        else:
+            order = by_feature(code, counted=code.values != 0, real=thresholds.real, near=thresholds.near)
+        error = fit.squared_error
+        return StepResult(centred.x, fit.residual, error, error, variance, order.firings), order, fit.residual
+    nested = nested_residuals(code, parts, p.shadow_dec, centred.x)
+    order = by_feature(code, parts.cells, parts.narrow)
+    error, loss = nested.squared_error, nested.loss
+    return StepResult(centred.x, nested.residual, error, loss, variance, order.firings), order, nested.by_cell
 
 
 class GraphedStep:

@@ -18,6 +18,7 @@ lr / (1 - beta1^t) and sqrt(1 - beta2^t) come from device memory, so that a capt
 # mypy: allow-untyped-defs
 # (kernels' arguments are pointers and numbers of the compiled language)
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ from sae.kernels.triton.features import (
     AuxGradients,
     FeatureGradients,
     FeatureOrder,
+    WindowSums,
     gradient_slice,
     products,
     row_slice,
@@ -161,10 +163,10 @@ def _finish_rows(row, shadow, squares, d, SLICE: tl.constexpr):
 
 @triton.jit
 def _fused_kernel(
-    offsets, token, value, da, R, X, scale, grad_bias, along, window_dec, window_enc,
+    offsets, firings, token, row, value, da, R, X, scale, grad_bias, along, window_dec, window_enc,
     aux_slot, aux_dec, aux_enc, aux_bias, W_dec, W_enc, b_enc, m_dec, v_dec, m_enc, v_enc, m_bias, v_bias,
     shadow_dec, shadow_enc, since_fired, scalars, n_tokens, units, beta1, beta2, rest1, rest2, eps,
-    ALIGN: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr, WINDOW: tl.constexpr,
+    ALIGN: tl.constexpr, NESTED: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr, WINDOW: tl.constexpr,
     ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     d = units * ALIGN
@@ -192,8 +194,9 @@ def _fused_kernel(
         inside = columns < d
         at = base + columns
         dec, enc = gradient_slice(
-            f, offsets, token, value, da, R, X, factor, window_dec, window_enc, d, columns, WINDOW, ENTRIES, SLICE
-        )
+            f, offsets, token, row, value, da, R, X, factor, window_dec, window_enc, d, columns,
+            NESTED, WINDOW, ENTRIES, SLICE,
+        )  # fmt: skip
         if AUX:  # noqa: SIM102 - known when the kernel is compiled, as the next is not
             if slot >= 0:
                 dec += tl.load(aux_dec + extra + columns, mask=inside, other=0.0)
@@ -211,7 +214,7 @@ def _fused_kernel(
         _finish_rows(W_dec + base, shadow_dec + base, squares, d, SLICE)
     b = tl.load(b_enc + f)
     tl.store(b_enc + f, _adam(b, bias, m_bias, v_bias, f, f >= 0, rate, root, beta1, beta2, rest1, rest2, eps))
-    fired = tl.load(offsets + f + 1) > tl.load(offsets + f)
+    fired = tl.load(firings + f) > 0
     tl.store(since_fired + f, tl.where(fired, 0, tl.load(since_fired + f) + n_tokens))
 
 
@@ -303,14 +306,17 @@ def update_vector(
     )  # fmt: skip
 
 
-def clip_factor(
-    gradients: FeatureGradients, grad_b_dec: Float[Tensor, "d"], limit: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
+def clip_factor(gradients: FeatureGradients, others: Sequence[Tensor], limit: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """What all gradients are multiplied with so that their common norm is at most `limit`; 1 where it is.
 
     Of W_dec's gradient the part across its unit rows counts, which is all that the update takes.
+
+    Args:
+        others: gradients of other tensors, of any shape.
     """
-    squares = gradients.squares.sum(dtype=torch.float64) + gradients.b_enc.square().sum() + grad_b_dec.square().sum()
+    squares = gradients.squares.sum(dtype=torch.float64)
+    for gradient in (gradients.b_enc, *others):
+        squares += gradient.square().sum()
     norm = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return (limit / norm).clamp_max(1).float()
 
@@ -339,7 +345,7 @@ def update_from_gradients(
 def update_from_code(
     parameters: Parameters,
     order: FeatureOrder,
-    residual: Float[Tensor, "n d"],
+    residual: Float[Tensor, "rows d"],
     x_centred: Float[Tensor, "n d"],
     scale: Float[Tensor, ""],
     tokens_since_fired: Int[Tensor, "d_sae"],
@@ -347,28 +353,34 @@ def update_from_code(
     *,
     decoder: bool = True,
     aux: AuxGradients | None = None,
+    shrink: Float[Tensor, ""] | None = None,
     sizes: KernelSizes = SIZES,
-) -> None:
-    """One step of every parameter from the sparse code, without gradients in memory.
+) -> WindowSums:
+    """One step of every parameter from the sparse code, without gradients in memory; returns the thresholds' sums.
 
     Args:
-        residual: x - x_hat; `scale` times it is the gradient to x_hat.
+        residual: x - x_hat; `scale` times it is the gradient to x_hat. Where entries work for different ones, the
+            first n rows are those of b_dec.
         tokens_since_fired: set to 0 for features that fired, else increased by the batch's tokens.
+        shrink: as for `products`.
     """
     p = parameters
     d_sae, d = p.W_dec.shape
-    made = products(order, residual, x_centred, scale, p.shadow_dec, sizes=sizes)
+    n_tokens = x_centred.shape[0]
+    made = products(order, residual, x_centred, scale, p.shadow_dec, shrink=shrink, sizes=sizes)
     through_x = through_encoder(made.b_enc, p.shadow_enc)
     extra = (p.W_dec,) * 4 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc)
     _fused_kernel[(d_sae,)](
-        order.offsets, order.token, order.value, made.da, residual, x_centred, scale, made.b_enc, made.along,
+        order.offsets, order.firings, order.token, order.rows, order.value, made.da, residual, x_centred, scale,
+        made.b_enc, made.along,
         made.window_dec, made.window_enc, *extra, p.W_dec, p.W_enc, p.b_enc,
         p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.m_b_enc.mean, p.m_b_enc.square,
-        p.shadow_dec, p.shadow_enc, tokens_since_fired, adam.scalars, residual.shape[0],
-        d // alignment(d), *adam.constants, ALIGN=alignment(d), DECODER=decoder, AUX=aux is not None,
-        WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        p.shadow_dec, p.shadow_enc, tokens_since_fired, adam.scalars, n_tokens,
+        d // alignment(d), *adam.constants, ALIGN=alignment(d), NESTED=order.row is not None, DECODER=decoder,
+        AUX=aux is not None, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
-    grad_b_dec = residual.sum(0, dtype=torch.float32) * scale - through_x
+    grad_b_dec = residual[:n_tokens].sum(0, dtype=torch.float32) * scale - through_x
     if aux is not None:
         grad_b_dec -= aux.through_x
     update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)
+    return made.thresholds

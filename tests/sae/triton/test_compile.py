@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 # Pointers that are not to fp32, and numbers.
 NAMES = {
     "*bf16": "R X x out centred shadow_dec shadow_enc",
-    "*i32": "ranks groups counter places token feature offsets aux_slot",
+    "*i32": "ranks groups counter places token row cells feature offsets firings aux_slot",
     "*i64": "part_indices indices candidates budgets starts since_fired",
     "i32": "stride n_columns k n units d_sae first width slots n_tokens size",
     "fp32": "beta beta1 beta2 rest1 rest2 eps",
@@ -75,12 +75,12 @@ def columns(d: int) -> dict[str, Any]:
     return {"ALIGN": alignment(d)}
 
 
-def by_feature(d: int) -> dict[str, Any]:
+def by_feature(d: int, nested: bool = False) -> dict[str, Any]:
     """Constants of the kernels that go through the entries of a feature."""
     from sae.kernels.triton.features import ENTRIES, row_slice
     from sae.kernels.triton.sizes import SIZES
 
-    return {"WINDOW": SIZES.window, "ENTRIES": ENTRIES, "SLICE": row_slice(d), **columns(d)}
+    return {"NESTED": nested, "WINDOW": SIZES.window, "ENTRIES": ENTRIES, "SLICE": row_slice(d), **columns(d)}
 
 
 @pytest.fixture
@@ -133,6 +133,20 @@ def test_decode_stays_in_registers_and_reads_rows_by_vectors(d: int, ragged: boo
     assert not re.search(r"ld\.global\S*\.b16", ptx)
 
 
+@pytest.mark.parametrize("cells", [3, 10, 16])
+def test_nested_residuals_stay_in_registers(cells: int, folder: Path) -> None:
+    from sae.kernels.triton.nested import ENTRIES, _nested_kernel
+    from sae.kernels.triton.sparse import SLICE
+
+    constants = {
+        "RAGGED": False, "CELLS": cells, "ROOM": 4 if cells == 3 else 16, "MAIN": 2, "ENTRIES": ENTRIES,
+        "SLICE": SLICE, **columns(768),
+    }  # fmt: skip
+    types = {"W_dec": "*bf16", "residual": "*bf16", "offsets": "*i64"}
+    ptx = check(_nested_kernel, constants, 1, folder, types)
+    assert not re.search(r"ld\.global\S*\.b16", ptx)
+
+
 def test_centring_stays_in_registers(folder: Path) -> None:
     from sae.kernels.triton.sparse import CENTRE_ROWS, SLICE, _centre_kernel
 
@@ -144,7 +158,8 @@ def test_window_sums_and_products_stay_in_registers(d: int, folder: Path) -> Non
     from sae.kernels.triton.features import _product_kernel, _window_kernel
 
     for kernel in (_window_kernel, _product_kernel):
-        ptx = check(kernel, by_feature(d), 1, folder, {"W_dec": "*bf16"}, aligned=d % 256 == 0)
+        constants = {name: value for name, value in by_feature(d).items() if name in kernel.arg_names}
+        ptx = check(kernel, constants, 1, folder, {"W_dec": "*bf16"}, aligned=d % 256 == 0)
         assert not re.search(r"ld\.global\S*\.b16", ptx)
 
 
@@ -156,12 +171,13 @@ def test_gradients_stay_in_registers(d: int, aux: bool, folder: Path) -> None:
     check(_gradient_kernel, {"DECODER": True, "AUX": aux, **by_feature(d)}, 1, folder, {"W_dec": "*bf16"})
 
 
-@pytest.mark.parametrize("aux", [False, True])
+@pytest.mark.parametrize(("aux", "nested"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("d", WIDTHS)
-def test_fused_update_stays_in_registers(d: int, aux: bool, folder: Path) -> None:
+def test_fused_update_stays_in_registers(d: int, aux: bool, nested: bool, folder: Path) -> None:
     from sae.kernels.triton.update import _fused_kernel
 
-    ptx = check(_fused_kernel, {"DECODER": True, "AUX": aux, **by_feature(d)}, 1, folder, aligned=d % 256 == 0)
+    constants = {"DECODER": True, "AUX": aux, **by_feature(d, nested)}
+    ptx = check(_fused_kernel, constants, 1, folder, aligned=d % 256 == 0)
     assert not re.search(r"ld\.global\S*\.b16", ptx)
 
 

@@ -50,9 +50,14 @@ SMALL = fast.KernelSizes(window=8, min_rows=7, candidates=8)
 """Windows and chunks that a tiny batch fills."""
 
 
-def exact(state: TrainingState) -> FusedStep:
-    """The fused step with fp32 products and little room for the dead, whatever the device."""
-    return FusedStep(state, precision=torch.float32, min_bucket=4, sizes=SMALL)
+def exact(state: TrainingState, *, dense: bool = False) -> FusedStep:
+    """The fused step with fp32 products and little room for the dead, whatever the device.
+
+    Args:
+        dense: whether rules with thresholds always take, or never, the dense products.
+    """
+    sizes = replace(SMALL, dense_share=10**6 if dense else 1)
+    return FusedStep(state, precision=torch.float32, min_bucket=4, sizes=sizes)
 
 
 Stream = Callable[[], GradientSource]
@@ -98,6 +103,11 @@ def trajectory(
 
 CASES = [(rule, "aux-k") for rule in RULES] + [
     (TopK(4), "clip"), (TopK(4), "aux-k clip"), (BatchTopK(3), "frozen clip"),
+    (JumpReLU(), ""), (JumpReLU(), "dense"), (JumpReLU(target_l0=2.0), "aux-k clip"), (JumpReLU(), "aux-k dense clip"),
+    (ReLU(), "frozen clip"), (ReLU(), "dense frozen clip"),
+    (TopK(4), "nested"), (TopK(4), "anneal nested multi"), (AbsTopK(4), "frozen nested multi"),
+    (BatchTopK(3), "nested multi clip"), (BatchAbsTopK(3), "multi"),
+    (FeatureChoice(3, mutual_share=0.4), "nested multi"), (GradientTopK(4, beta=0.7), "aux-k nested multi"),
     (TopK(4), ""), (TopK(4), "frozen"), (AbsTopK(4), "aux-zipf"), (FeatureChoice(3, mutual_share=0.4), "aux-zipf"),
 ]  # fmt: skip
 
@@ -106,10 +116,14 @@ CASES = [(rule, "aux-k") for rule in RULES] + [
 def test_fused_steps_follow_plain_ones(rule: Rule, change: str, stream: Stream, device: torch.device) -> None:
     kind = change.partition(" ")[0]
     config = replace(CONFIG, rule=rule, aux={"aux-k": "aux_k", "aux-zipf": "aux_zipf"}.get(kind, "none"))
-    clip = 0.3 if "clip" in change else None
-    config = replace(config, frozen_decoder=kind == "frozen", aux_coefficient=0.5, clip_grad_norm=clip)
+    words = change.split()
+    config = replace(
+        config, frozen_decoder="frozen" in words, aux_coefficient=0.5, clip_grad_norm=0.3 if "clip" in words else None,
+        matryoshka=(3, 7) if "nested" in words else (), multi_k=0.4 if "multi" in words else 0.0,
+        anneal_from_k=6 if "anneal" in words else None,
+    )  # fmt: skip
     expected = trajectory(config, stream(), torch.device("cpu"), PlainStep)
-    made = trajectory(config, stream(), device, exact)
+    made = trajectory(config, stream(), device, partial(exact, dense="dense" in words))
     plain, fused = expected.state, made.state
     for name, start in expected.start.items():
         ours, reference = (getattr(state.sae, name).detach().cpu() for state in (fused, plain))
@@ -192,7 +206,8 @@ def test_the_plan_changes_with_k_with_the_choosing_side_and_with_the_number_of_t
 @pytest.mark.parametrize(
     "change",
     [
-        {"rule": ReLU()}, {"rule": JumpReLU()}, {"matryoshka": (10,)}, {"multi_k": 0.1},
+        {"matryoshka": tuple(range(1, 9)), "multi_k": 0.1},
+        {"rule": TopK(129), "multi_k": 0.1, "d_sae": 600},
         {"rule": TopK(513), "d_sae": 600}, {"rule": TopK(4), "anneal_from_k": 513, "d_sae": 600},
     ],
 )  # fmt: skip

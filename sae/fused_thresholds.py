@@ -1,0 +1,129 @@
+"""The fused step of a rule that compares with thresholds, of which no k bounds the entries: JumpReLU and ReLU.
+
+1. The entries that count - active ones, and those in their threshold's window - are listed.
+2. The host asks how many there are, and
+3. the batch is learnt from them, in memory for a power of two; or, where more than one entry in
+   `KernelSizes.dense_share` counts, as at the start of training, by dense products.
+
+Which of the two depends on the batch and the weights alone, and the power of two leaves no trace in the results, so a
+resumed run ends in the same bits.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae.fused_parts import Part
+from sae.rules import ActiveSums, ThresholdRule
+
+if TYPE_CHECKING:
+    from sae.fused_step import FusedStep, StepPlan
+    from sae.kernels.triton import Centred, ListedAbove, OwnTensor, WindowSums
+
+MIN_PLACES = 2**14
+
+
+class ThresholdProgram:
+    """Steps of one plan.
+
+    Args:
+        step: whose steps they are.
+        plan: of a rule with thresholds.
+    """
+
+    def __init__(self, step: "FusedStep", plan: "StepPlan") -> None:
+        assert isinstance(plan.rule, ThresholdRule)
+        self.step, self.plan, self.rule = step, plan, plan.rule
+        state, config = step.state, step.state.config
+        self.d_in, self.n_tokens = state.sae.d_in, config.batch_size
+        self.bandwidth = self.rule.bandwidth_at(self.d_in)
+        self.slots = config.batch_size * config.d_sae // step.sizes.dense_share
+        self.coefficient = step.scalars[3]
+        self.penalty = torch.zeros((), device=state.device)
+        self._listed: tuple[Centred, Tensor, ListedAbove] | None = None
+        self._list = Part(self._make_list, capture=step.capture)
+        self._learn: Part | None = None
+        self._places = 0
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the last step was replayed; one by dense products never is."""
+        return self._learn is not None and self._learn.graph is not None
+
+    def __call__(self) -> None:
+        """Makes a step."""
+        self._list()
+        assert self._listed is not None
+        count = int(self._listed[2].counter)
+        if count > self.slots:
+            self._learn, self._places = None, 0
+            self._learn_densely()
+            return
+        wanted = min(self.slots, max(MIN_PLACES, 1 << (max(count, 1) - 1).bit_length()))
+        # A count near a power of two must not have the step captured again and again.
+        if self._learn is None or self._places < wanted or self._places > 4 * wanted:
+            self._learn, self._places = None, wanted
+            self._learn = Part(partial(self._learn_from, wanted), capture=self.step.capture, after=self._list)
+        self._learn()
+
+    def _make_list(self) -> None:
+        from sae.kernels import triton as fast
+
+        centred, parameters = self.step.centre(), self.step.shadowed()
+        threshold = self.rule.threshold(self.step.state.own, self.step.state.sae.W_enc)
+        listed = fast.list_above(
+            centred.x, parameters.padded_enc.T, parameters.b_enc, threshold - self.bandwidth / 2, self.slots,
+            sizes=self.step.sizes,
+        )  # fmt: skip
+        self._listed = centred, threshold, listed
+
+    def _learn_from(self, places: int) -> None:
+        from sae.kernels import triton as fast
+
+        assert self._listed is not None
+        centred, threshold, listed = self._listed
+        step, config = self.step, self.step.state.config
+        entries = fast.entries_of(listed, places)
+        theta = threshold[entries.feature]
+        # Written so that NaN is active, as everywhere: it is seen, and not hidden.
+        code = entries.code(entries.real & ~(entries.z <= theta), config.d_sae)
+        near = entries.real & ((entries.z - theta).abs() < self.bandwidth / 2)
+        terms = fast.ThresholdTerms(self._shrink(), self._own, entries.real, near)
+        result = fast.learn(
+            centred, code, step.shadowed(), step.state.tokens_since_fired, step.adam(),
+            decoder=not config.frozen_decoder, clip=config.clip_grad_norm, aux=step.aux(self.plan), thresholds=terms,
+            sizes=step.sizes,
+        )  # fmt: skip
+        step.record(result, self.plan, self.penalty)
+
+    def _learn_densely(self) -> None:
+        from sae.kernels import triton as fast
+
+        assert self._listed is not None
+        centred, threshold, _ = self._listed
+        step, config = self.step, self.step.state.config
+        result = fast.learn_densely(
+            centred, step.shadowed(), threshold, self.bandwidth, fast.ThresholdTerms(self._shrink(), self._own),
+            step.state.tokens_since_fired, step.adam(),
+            decoder=not config.frozen_decoder, clip=config.clip_grad_norm, aux=step.aux(self.plan),
+        )  # fmt: skip
+        step.record(result, self.plan, self.penalty)
+
+    def _shrink(self) -> Tensor:
+        return torch.zeros_like(self.coefficient) + self.rule.shrinkage(self.coefficient, self.d_in) / self.n_tokens
+
+    def _own(self, windows: "WindowSums", firings: Tensor, magnitude: Tensor) -> list["OwnTensor"]:
+        """The rule's tensors with their gradients; notes the penalty."""
+        from sae.kernels.triton import Moments, OwnTensor
+
+        state, active = self.step.state, firings.sum().float()
+        sums = ActiveSums(self.n_tokens, active, magnitude, windows.count, windows.gradient)
+        self.penalty.copy_(self.rule.penalty(sums, self.coefficient, self.d_in))
+        gradients = self.rule.own_gradients(state.own, sums, self.coefficient, self.d_in)
+        made = []
+        for name, parameter in state.own.items():
+            kept = state.adam.state[parameter]
+            made.append(OwnTensor(parameter, gradients[name], Moments(kept["exp_avg"], kept["exp_avg_sq"])))
+        return made
