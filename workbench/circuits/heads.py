@@ -32,11 +32,14 @@ from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
 from workbench.models.load import LoadedModel
+from workbench.models.memory import attention_bytes, check_fits_memory
 from workbench.models.prompt_text import token_pieces
 
 HEADS = "circuit-heads"
 SCORES = (*COLUMNS, "retrieval", "retrieval_steps", "evidence")
 DIVERGING = ("copying", "sink_excess", "evidence")
+BATCH = 8
+"""Rows whose attention is held at once."""
 MAX_PROMPT = 256
 NEEDLE_KEY, NEEDLE_LENGTH = 8, 4
 
@@ -60,7 +63,7 @@ def report_heads(
         needles: needle tests of 64 tokens at several depths; 0 leaves retrieval out.
 
     Raises:
-        InputError: a vocabulary or context too small for the rows.
+        InputError: a vocabulary or context too small for the rows, or rows whose attention memory cannot hold.
     """
     if n < 1 or length < 2 or needles < 0:
         raise InputError(
@@ -72,10 +75,16 @@ def report_heads(
         )
 
     def make() -> Made:
+        positions = 2 * length + 1
+        check_fits_memory(
+            f"scoring heads on rows of {positions} tokens",
+            attention_bytes(model, min(n, BATCH), positions) // 2 * model.info.n_layers, model.device,
+            "use shorter or fewer rows",
+        )  # fmt: skip
         steps = stages(on_progress, 4)
         vocabulary = usable_tokens(model)
         rows = repeated_tokens(vocabulary, model.bos_id, n, length, seed).to(model.device)
-        scores = head_scores(model.bridge, rows)
+        scores = head_scores(model.bridge, rows, batch_size=BATCH)
         steps[0](1, 1)
         table = scores.table()
         drawn = {score: figures.head_heatmap(scores[score], score, diverging=score in DIVERGING) for score in COLUMNS}

@@ -33,9 +33,10 @@ from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
 from workbench.circuits.dictionary import dictionary_tables
-from workbench.circuits.methods import DICTIONARY, METHODS, Method, method_named
+from workbench.circuits.methods import DICTIONARY, EDGES, METHODS, Method, method_named
 from workbench.circuits.task import Task, attributes_fingerprint, fingerprint
 from workbench.models.load import LoadedModel
+from workbench.models.memory import attention_bytes, check_fits_memory
 
 RANKINGS: tuple[Ranking, ...] = ("absolute", "signed")
 
@@ -81,9 +82,18 @@ def run_method(
     if known.kind == DICTIONARY:
         # A file may give the same tokens other attributes.
         parameters["attributes"] = attributes_fingerprint(prompts)
+
+    def make() -> Made:
+        check_fits_memory(
+            f"{known.title} on {len(prompts)} prompts", least_bytes(known, model, prompts, batch_size), model.device,
+            "use fewer or shorter prompts, or a smaller batch size",
+        )  # fmt: skip
+        made: Made = known.run(run, **asked)
+        return made
+
     return stored_on_task(
         catalog, known.kind, name or result_name(task, method), model, task, {task.seed: prompts}, metric, parameters,
-        lambda: known.run(run, **asked), saes=loaded,
+        make, saes=loaded,
     )  # fmt: skip
 
 
@@ -104,6 +114,24 @@ def checked(
     if known.metric not in (None, task.metric or known.metric):
         raise InputError(f"{known.title} splits the {known.metric}: leave the metric out")
     return known, asked
+
+
+def least_bytes(method: Method, model: LoadedModel, prompts: PromptSet, batch_size: int) -> int:
+    """Memory that a method takes at least: attention of one layer, and what it keeps of a batch of prompts.
+
+    Edge methods keep what every writer writes on both prompts and the difference, and those of gradients every layer's
+    attention pattern; `exact` takes all prompts in one pass. The others keep the heads' outputs of both prompts.
+    """
+    info, p = model.info, prompts.clean.shape[1]
+    exact = method.name == "exact"
+    n = len(prompts) if exact else min(batch_size, len(prompts))
+    needed = attention_bytes(model, n, p)
+    if method.kind == EDGES:
+        writers = 1 + info.n_layers * (info.n_heads + 1)
+        needed += 3 * writers * n * p * info.d_model * model.dtype.itemsize
+        needed += 0 if exact else info.n_layers * attention_bytes(model, n, p) // 2
+        return needed
+    return needed + 2 * info.n_layers * n * p * info.d_attention * model.dtype.itemsize
 
 
 def result_name(task: Task, method: str) -> str:

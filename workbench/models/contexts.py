@@ -62,7 +62,7 @@ def context_batches(
     left = max_tokens // context_len
     if left < 1:
         raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: ask for more tokens")
-    per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.info.d_vocab) // context_len)
+    per_batch = contexts_per_batch(model, context_len)
     any_counted = False
     for packed in pack(corpus.documents(split), model.tokenizer, model.bos_id, context_len, per_batch):
         model.check_tokens(int(packed.tokens.max()))
@@ -78,6 +78,11 @@ def context_batches(
             break
     if not any_counted:
         raise InputError(f"corpus {corpus.name} has no {split} tokens to measure on: give it more documents")
+
+
+def contexts_per_batch(model: LoadedModel, context_len: int) -> int:
+    """Contexts of one pass."""
+    return max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.info.d_vocab) // context_len)
 
 
 @torch.no_grad()

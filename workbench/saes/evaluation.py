@@ -38,9 +38,10 @@ from sae.errors import InputError
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.model import SAE
 from workbench.models.capture import capture
-from workbench.models.contexts import ContextBatch, context_batches, losses
+from workbench.models.contexts import ContextBatch, context_batches, contexts_per_batch, losses
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.memory import attention_bytes, check_fits_memory, logit_bytes
 from workbench.models.places import HookSpec
 from workbench.text.corpora import Corpus
 
@@ -105,9 +106,10 @@ def evaluate_sae(
 
     Raises:
         InputError: an SAE whose hook point or width does not fit the model, contexts longer than the model takes, or
-            too few held-out tokens.
+            too few held-out tokens, or passes that memory cannot hold.
     """
     hooks = [_hook_of(model, sae) for sae in saes]
+    _check_memory(model, saes, hooks, context_len)
     batches = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
     if count_bos:
         batches = [replace(batch, ordinary=batch.doc >= 0) for batch in batches]
@@ -135,6 +137,23 @@ def evaluate_sae(
         _summary(sae, hook, number, loss, metric, note)
         for number, (sae, hook, metric) in enumerate(zip(saes, hooks, metrics, strict=True))
     ]
+
+
+def _check_memory(model: LoadedModel, saes: Sequence[SAE], hooks: Sequence[HookSpec], context_len: int) -> None:
+    """The largest pass reads through an SAE beside the clean logits and activations of its batch."""
+    n = contexts_per_batch(model, context_len)
+    widths = {hook.name: hook.width for hook in hooks}
+    moved = [sae for sae in saes if sae.W_dec.device != model.device]
+    needed = (
+        2 * logit_bytes(model, n, context_len)
+        + attention_bytes(model, n, context_len)
+        + n * context_len * sum(widths.values()) * model.dtype.itemsize
+        + sum(2 * sae.W_dec.numel() * sae.W_dec.element_size() for sae in moved)
+    )
+    check_fits_memory(
+        f"evaluating {len(saes)} SAE{'s' if len(saes) > 1 else ''} on contexts of {context_len} tokens", needed,
+        model.device, "use shorter contexts, or evaluate fewer SAEs at a time",
+    )  # fmt: skip
 
 
 def _note(clean: float, n_out: int, d_vocab: int) -> str:

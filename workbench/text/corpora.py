@@ -16,6 +16,7 @@ and rows of a hub dataset keep their own order. Nothing is held in memory but th
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -152,7 +153,7 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
         raise InputError(f"{spec} holds no corpus files: expected {', '.join(sorted(SUFFIXES))}")
     if any(_suffix(file) in JSON_LINES | {".parquet"} for file in files):
         for file in present:
-            if _suffix(file) in BESIDE_DATA:
+            if _suffix(file) in BESIDE_DATA or (_suffix(file) == ".json" and _holds_rows(file, text_field)):
                 raise InputError(
                     f"{spec} holds {file.name} beside data that is read, and {file.suffix} files are not read: convert "
                     "it to JSON lines or Parquet, or move it out of the folder"
@@ -175,6 +176,19 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
 
     contents = [f"{name}:{_file_digest(file)}" for name, file in named]
     return Corpus(spec, entries, hash_split, _digest([text_field, *contents]), text_field)
+
+
+def _holds_rows(file: Path, text_field: str) -> bool:
+    """Whether a .json file is more of the data, by its beginning: a list, or an object with a text in the field.
+
+    Others describe the data, as in folders of datasets.
+    """
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(1 << 16).decode("utf-8-sig", errors="replace").lstrip()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+    return start.startswith("[") or re.search(rf'"{re.escape(text_field)}"\s*:\s*"', start) is not None
 
 
 def _suffix(file: Path) -> str:

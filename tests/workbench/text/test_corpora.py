@@ -213,3 +213,14 @@ def test_data_beside_data_that_is_read_is_not_left_out_silently(left_out: str, t
     (tmp_path / left_out).write_bytes(b"text")
     with pytest.raises(InputError, match=f"holds {Path(left_out).name} beside data that is read"):
         open_corpus(str(tmp_path))
+
+
+def test_json_files_beside_data_are_refused_where_they_hold_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(number)}) + "\n" for number in range(40)))
+    (tmp_path / "dataset_info.json").write_text('{"features": {"text": {"dtype": "string"}}}')
+    whole = both_splits(open_corpus(str(tmp_path)))
+    assert sum(map(len, whole.values())) == 40
+    for rows in ('[{"text": "one"}]', '{"text": "one"}\n{"text": "two"}\n', '\ufeff {"data": [{"text": "one"}]}'):
+        (tmp_path / "more.json").write_text(rows)
+        with pytest.raises(InputError, match=r"holds more\.json beside data that is read"):
+            open_corpus(str(tmp_path))

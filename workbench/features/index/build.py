@@ -39,6 +39,7 @@ from workbench.features.index.statistics import BINS, QUANTILES, feature_statist
 from workbench.harvest.reading import Harvest
 from workbench.models.devices import choose_device
 from workbench.models.load import load_model
+from workbench.models.memory import check_fits_memory
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 ENTRIES_AT_ONCE = 1 << 22
 MAX_ROWS = 2**31 - 1
+BYTES_PER_ROW = 2 * (8 + 32)
+"""Two numbers of Python in lists, each beside its pointer."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def build_index(
         on_progress: called with (rows encoded, rows in all).
 
     Raises:
-        InputError: an unknown SAE or harvest, a harvest without the SAE's hook point or of another width, or a disk
-            that is full.
+        InputError: an unknown SAE or harvest, a harvest without the SAE's hook point or of another width, more rows or
+            features than memory holds, or a disk that is full.
 
     A model that cannot be loaded costs the logit effects only; the summary and the index say so.
     """
@@ -102,6 +105,7 @@ def build_index(
     # What lacked its model is built again once the model can be had.
     if same and (read_meta(path)["missing"] is None or _why_missing(source, sae, model, device) is not None):
         return _summary(path, {})
+    _check_memory(sae, source, n_rows)
     partial = path.with_suffix(".partial")
     with RunLock(partial):
         build = _Build(source, sae, settings, partial, model, device)
@@ -230,6 +234,17 @@ def _check(sae: SAE, name: str, harvest: Harvest) -> None:
             f"SAE {name!r} reads activations of width {sae.d_in}, harvest {harvest.name!r} has {width}: "
             "it was trained on another model; name another --harvest"
         )
+
+
+def _check_memory(sae: SAE, harvest: Harvest, n_rows: int) -> None:
+    """A span, every row's token and document as Python's numbers, or the decoder twice in double precision."""
+    vectors = harvest.vectors(sae.hook_name)
+    span = min(n_rows, segments_module.SPAN_ROWS) * vectors.width * next(vectors.pieces(0, 1)).element_size()
+    check_fits_memory(f"indexing {n_rows:,} rows", max(span, n_rows * BYTES_PER_ROW), "cpu", "index fewer with --rows")
+    check_fits_memory(
+        f"the map of {sae.d_sae:,} features", 2 * 8 * sae.W_dec.numel(), sae.W_dec.device,
+        "use an SAE with fewer, or free memory",
+    )  # fmt: skip
 
 
 def _why_missing(source: Harvest, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:
