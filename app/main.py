@@ -19,6 +19,22 @@ ORDER = {
     "Sparsity": "blur_on", "SQL": "database",
 }  # fmt: skip
 
+# Streamlit leaves more room around things than a page of data wants; columns of containers with these keys stand below
+# each other in a narrow window.
+LAYOUT = """
+.stAppHeader { height: 2.2rem; min-height: 2.2rem }
+.stMainBlockContainer { padding: 2.4rem 2rem 2rem }
+.stMainBlockContainer [data-testid=stVerticalBlock] { gap: 0.6rem }
+.stMainBlockContainer h1 { font-size: 1.7rem; padding: 0.2rem 0 }
+.stMainBlockContainer h3 { font-size: 1.3rem; padding: 0.1rem 0 }
+@media (max-width: 1000px) {
+  .stMainBlockContainer { padding: 2.4rem 1rem 1rem }
+  :is(.st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] {
+    flex-wrap: wrap }
+  :is(.st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > * > [data-testid=stColumn] { min-width: 100% }
+}
+"""
+
 
 def pages() -> list[st.Page]:
     """The pages whose file exists, in the order of ORDER."""
@@ -34,6 +50,7 @@ def pages() -> list[st.Page]:
 
 # A sidebar of 200 pixels leaves a window of 800 room for the page.
 st.set_page_config(initial_sidebar_state=200)
+st.html(f"<style>{LAYOUT}</style>")
 page = st.navigation(pages())
 st.set_page_config(page_title=f"{page.title} · Workbench", page_icon="🔬", layout="wide")
 try:

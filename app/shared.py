@@ -103,9 +103,10 @@ def loaded_model(name: str) -> LoadedModel:
     return load_model(name)
 
 
-def open_feature(sae: str, feature: int) -> None:
-    """Goes to the page of a feature."""
-    st.switch_page(Path(__file__).with_name("pages") / "Feature.py", query_params={"sae": sae, "feature": str(feature)})
+def switch_page(page: str, **query: Any) -> None:
+    """Goes to another page with its state, such as `switch_page("Feature", sae="mine", feature=3)`."""
+    path = Path(__file__).with_name("pages") / f"{page}.py"
+    st.switch_page(path, query_params={name: str(value) for name, value in query.items()})
 
 
 def page_link(page: str, label: str, **query: Any) -> None:

@@ -4,8 +4,10 @@ import random
 from collections.abc import Sequence
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from app.shared import choose_index, loaded_model, open_workspace, page_link, plain
+from app.examples import example_rows
+from app.shared import choose_index, loaded_model, open_workspace, page_link, plain, switch_page
 from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits.attention_saes import attribute
@@ -13,11 +15,14 @@ from workbench.features.index import figures
 from workbench.features.index.feature import Feature, TokenEffect
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.on_text import LiveText, activations_on_text
-from workbench.features.index.page import example_html, group_html
+from workbench.features.index.page import example_html
 from workbench.models.prompt_text import MAX_CHARACTERS, MAX_TOKENS
 from workbench.show.html import STYLE, visible
 
 BOOKMARKS = "bookmarks"
+PLAIN = {"displayModeBar": False}
+# Pixels that a histogram beside the examples is high.
+SMALL = 170
 
 
 def main() -> None:
@@ -27,32 +32,47 @@ def main() -> None:
     with picker:
         index = choose_index(workspace)
     with browse:
-        number = choose_feature(index)
+        number, mark = choose_feature(index)
     feature = index.feature(number)
-    title, mark = st.columns([6, 1], vertical_alignment="bottom")
-    title.header(f"{feature.sae} / {feature.feature}")
     with mark:
         bookmark(workspace, feature)
-    if feature.title:
-        st.text(feature.title)
-    if feature.dead:
-        st.warning("Dead: this feature fires on none of the indexed tokens.")
-    left, right = st.columns([1, 2], gap="medium")
+    headline(feature)
+    with st.container(key="beside"):
+        left, right = st.columns([5, 2], gap="medium")
     with left:
-        written(workspace, feature)
-        related(feature)
-        card(feature, workspace)
-    with right:
         tested = own_text(workspace, index, feature)
         if tested is not None and feature.heads:
             sources(workspace, feature, tested)
-        logits(feature)
-        histograms(feature, tested)
         examples(workspace, index, feature)
+    with right:
+        histograms(feature, tested)
+        logits(feature)
+    with st.container(key="below"):
+        close, notes, about = st.columns([5, 4, 3], gap="medium")
+    with close:
+        related(feature)
+    with notes:
+        written(workspace, feature)
+    with about:
+        card(feature, workspace)
 
 
-def choose_feature(index: FeatureIndex) -> int:
-    """The feature's number, kept in the URL as `feature`, with buttons to go on from it."""
+def headline(feature: Feature) -> None:
+    """Number and name of the feature, and how often it fires."""
+    stats = feature.stats
+    signs = f", {stats.negative:,} of them negative" if feature.signed else ""
+    st.subheader(f"{feature.sae} / {feature.feature}")
+    st.text(feature.name)
+    st.caption(
+        f"fires on **{stats.density:.3%}** of {feature.n_tokens:,} tokens ({stats.firings:,}{signs}) · "
+        + plain(f"{feature.hook} of {feature.model}")
+    )
+    if feature.dead:
+        st.warning("Dead: this feature fires on none of the indexed tokens.")
+
+
+def choose_feature(index: FeatureIndex) -> tuple[int, DeltaGenerator]:
+    """The feature's number, kept in the URL as `feature`, with buttons to go on from it, and room for one more."""
     last = index.d_sae - 1
     asked = st.query_params.get("feature", "0")
     if not (asked.isdecimal() and int(asked) <= last):
@@ -69,12 +89,12 @@ def choose_feature(index: FeatureIndex) -> int:
     def go(to: int) -> None:
         st.query_params["feature"] = str(to % index.d_sae)
 
-    box, before, after, anywhere = st.columns([2, 1, 1, 1], vertical_alignment="bottom")
+    box, before, after, anywhere, room = st.columns([3, 1, 1, 1, 1], vertical_alignment="bottom")
     box.number_input("Feature", 0, last, step=1, key="feature", on_change=follow)
     before.button("←", help="previous feature", on_click=go, args=(number - 1,), width="stretch")
     after.button("→", help="next feature", on_click=go, args=(number + 1,), width="stretch")
     anywhere.button("⚄", help="any feature", on_click=go, args=(random.randrange(index.d_sae),), width="stretch")
-    return number
+    return number, room
 
 
 def bookmark(workspace: Workspace, feature: Feature) -> None:
@@ -103,7 +123,7 @@ def written(workspace: Workspace, feature: Feature) -> None:
 
     st.text_input(
         "Label", feature.label or "", max_chars=200, key=f"label {place}", on_change=save_label,
-        placeholder=feature.title or "what this feature stands for",
+        placeholder=feature.name,
     )  # fmt: skip
     for concept in feature.concepts:
         sign = "negative activations " if concept.sign < 0 else ""
@@ -140,9 +160,9 @@ def written(workspace: Workspace, feature: Feature) -> None:
 def related(feature: Feature) -> None:
     """Features close in direction and in time, each a link; heads of an attention SAE."""
     st.markdown("**Nearest decoder directions** · cosine")
-    links(feature.sae, [(near.feature, near.title, f"{near.cosine:+.2f}") for near in feature.neighbours])
+    links(feature.sae, [(near.feature, near.name, f"{near.cosine:+.2f}") for near in feature.neighbours])
     st.markdown("**Fires together with** · phi, PMI")
-    together = [(other.feature, other.title, f"{other.phi:.2f}, {other.pmi:.1f}") for other in feature.coactivations]
+    together = [(other.feature, other.name, f"{other.phi:.2f}, {other.pmi:.1f}") for other in feature.coactivations]
     links(feature.sae, together)
     if not together:
         st.caption("No feature fires with it on three tokens or more.")
@@ -151,11 +171,10 @@ def related(feature: Feature) -> None:
         st.bar_chart({"share": feature.heads}, height=160, x_label="head", y_label="share")
 
 
-def links(sae: str, targets: Sequence[tuple[int, str | None, str]]) -> None:
+def links(sae: str, targets: Sequence[tuple[int, str, str]]) -> None:
     """One link a feature."""
-    for number, label, value in targets[:6]:
-        name = plain(f"{number} {label or ''}".strip())
-        page_link("Feature", f"{name} · {value}", sae=sae, feature=number)
+    for number, name, value in targets[:6]:
+        page_link("Feature", f"{value} · {number} {plain(name)}", sae=sae, feature=number)
 
 
 def card(feature: Feature, workspace: Workspace) -> None:
@@ -173,7 +192,10 @@ def card(feature: Feature, workspace: Workspace) -> None:
 
 def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> LiveText | None:
     """The box for a text of one's own, kept in the URL as `text`; what the feature does on it."""
-    text = st.text_area("Test on my text", key="text", bind="query-params", height=68)
+    text = st.text_input(
+        "Test on my text", key="text", bind="query-params", label_visibility="collapsed",
+        placeholder="Test on my text: type and press Enter",
+    )  # fmt: skip
     if not text:
         return None
     try:
@@ -201,7 +223,7 @@ def sources(workspace: Workspace, feature: Feature, tested: LiveText) -> None:
         st.error(f"The feature cannot be attributed here: {plain(str(error))}")
         return
     st.markdown("**Where it reads from**")
-    st.plotly_chart(figure, key="sources", config={"displayModeBar": False})
+    st.plotly_chart(figure, key="sources", config=PLAIN)
     st.caption(
         f"What every head brings from every token to the pre-activation {found.pre_activation:.3g} at "
         f"{plain(repr(tested.example.tokens[peak]))}; {found.constant:+.3g} of it is constant."
@@ -213,11 +235,11 @@ def logits(feature: Feature) -> None:
     if feature.logits is None:
         st.caption(f"No logit effects: {plain(feature.missing or '')}")
         return
-    for column, title, effects in zip(
-        st.columns(2), ("Promotes", "Suppresses"), (feature.promotes, feature.suppresses), strict=True
-    ):
-        column.markdown(f"**{title}**")
-        column.html(STYLE + f'<div class="wbf"><table>{"".join(map(effect_row, effects))}</table></div>')
+    sides = "".join(
+        f"<div><h3>{title}</h3><table>{''.join(map(effect_row, effects))}</table></div>"
+        for title, effects in (("Promotes", feature.promotes), ("Suppresses", feature.suppresses))
+    )
+    st.html(f'{STYLE}<div class="wbf"><div class="cols">{sides}</div></div>')
 
 
 def effect_row(effect: TokenEffect) -> str:
@@ -227,32 +249,44 @@ def effect_row(effect: TokenEffect) -> str:
 
 def histograms(feature: Feature, tested: LiveText | None) -> None:
     """Distributions of its activations, with the tested text's marked, and of its logit effects."""
-    stats = feature.stats
-    signs = f", {stats.negative:,} of them negative" if feature.signed else ""
-    st.markdown(f"Fires on **{stats.density:.3%}** of tokens ({stats.firings:,}{signs})")
-    plain_plot = {"displayModeBar": False}
-    activations, effects = st.columns(2)
+    drawn = {}
     if not feature.dead:
         mark = tested.example.activation if tested is not None and tested.example.activation else None
-        activations.plotly_chart(figures.activation_histogram(feature, mark), key="activations", config=plain_plot)
+        drawn["activations"] = figures.activation_histogram(feature, mark)
     if feature.logits is not None:
-        effects.plotly_chart(figures.logit_histogram(feature), key="logits", config=plain_plot)
+        drawn["logits"] = figures.logit_histogram(feature)
+    for key, figure in drawn.items():
+        st.plotly_chart(figure.update_layout(height=SMALL), key=key, config=PLAIN)
 
 
 def examples(workspace: Workspace, index: FeatureIndex, feature: Feature) -> None:
-    """Groups of examples, the strongest first; a click on a row shows all of its text."""
-    if feature.groups:
-        if st.toggle("Effect on the loss", help="Runs the model on every example with the feature taken out; hover a "
-                     "token to read how much its loss rises.", key="loss"):  # fmt: skip
-            try:
-                with st.spinner("Running the model ..."):
-                    feature = with_loss_effects(
-                        index, feature, loaded_model(feature.model), workspace.sae(feature.sae)
-                    )  # fmt: skip
-            except InputError as error:
-                st.error(f"The loss cannot be measured here: {plain(str(error))}")
-        groups = "".join(group_html(group, feature) for group in feature.groups)
-        st.html(f'{STYLE}<div class="wbf">{groups}</div>')
+    """Groups of examples, the strongest first; a click on a row shows all of its text and what can be done with it."""
+    if not feature.groups:
+        return
+    if st.toggle("Effect on the loss", help="Runs the model on every example with the feature taken out; hover a "
+                 "token to read how much its loss rises.", key="loss"):  # fmt: skip
+        try:
+            with st.spinner("Running the model ..."):
+                feature = with_loss_effects(index, feature, loaded_model(feature.model), workspace.sae(feature.sae))
+        except InputError as error:
+            st.error(f"The loss cannot be measured here: {plain(str(error))}")
+    asked = example_rows(feature, key="examples")
+    if asked is None:
+        return
+    if asked.what == "document":
+        whole_document(index, feature, asked.row)
+        return
+    text = next("".join(one.tokens) for group in feature.groups for one in group.examples if one.row == asked.row)
+    page = "Steering" if asked.what == "steer" else "Prompt"
+    switch_page(page, sae=feature.sae, feature=feature.feature, prompt=text)
+
+
+@st.dialog("Whole document", width="large")
+def whole_document(index: FeatureIndex, feature: Feature, row: int) -> None:
+    """The document around an example, as far as it was harvested, with the feature's activations."""
+    example = index.document(feature.feature, row)
+    strongest = max(abs(feature.stats.minimum or 0), abs(feature.stats.maximum or 0))
+    st.html(f'{STYLE}<div class="wbf">{example_html(example, strongest, opened=True)}</div>')
 
 
 main()

@@ -6,7 +6,7 @@ import json
 import pandas as pd
 import streamlit as st
 
-from app.shared import choose_index, open_feature, open_workspace, plain
+from app.shared import choose_index, open_workspace, plain, switch_page
 from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.features.index import figures
@@ -16,7 +16,7 @@ from workbench.features.index.query import listed_features
 DENSE = 0.1
 # What tells features apart at a glance comes first: a narrow window shows only the first columns.
 COLUMNS = {
-    "feature": "feature", "label": "label", "where": "found in", "peak_tokens": "fires on", "top_token": "promotes",
+    "feature": "feature", "name": "name", "where": "found in", "peak_tokens": "fires on", "top_token": "promotes",
     "concept": "best concept", "concept_f1": "F1", "density": "density", "strongest": "strongest",
     "firings": "firings", "positive_share": "positive share", "mean": "mean", "skewness": "skewness",
     "logit_skewness": "logit skew", "logit_kurtosis": "logit kurtosis", "best_phi": "best phi",
@@ -43,7 +43,7 @@ def main() -> None:
             height=560, column_config={"density": st.column_config.NumberColumn(format="%.3g")},
         )  # fmt: skip
         if rows := event["selection"]["rows"]:
-            open_feature(index.sae, int(table["feature"].iloc[rows[0]]))
+            switch_page("Feature", sae=index.sae, feature=int(table["feature"].iloc[rows[0]]))
         save(workspace, index, table, chosen_list)
     with in_map:
         st.caption("Decoder directions in two dimensions. Click a point to open it, or draw around several.")
@@ -150,7 +150,7 @@ def select(index: FeatureIndex, table: pd.DataFrame, figure: object, name: str) 
     # Streamlit hands a row of customdata over as a dictionary by position.
     chosen = [int(point["customdata"]["0"]) for point in event["selection"]["points"] if "customdata" in point]
     if len(chosen) == 1:
-        open_feature(index.sae, chosen[0])
+        switch_page("Feature", sae=index.sae, feature=chosen[0])
     if chosen:
         rows = table[table["feature"].isin(chosen)]
         st.dataframe(rows[[column for column in COLUMNS if column in rows]].rename(columns=COLUMNS), hide_index=True)

@@ -108,8 +108,8 @@ def tokens(reading: PromptReading, position: int | None, feature: int | None) ->
     else:
         values, strongest = reading.activations(feature).tolist(), reading.strongest(feature)
         unit = f"feature {feature}"
-        label = reading.known.labels[feature] if reading.known else ""
-        st.caption(plain(f"Feature {feature} {label}".strip() + f", full colour at {strongest:.3g}."))
+        name = reading.known.names[feature] if reading.known else ""
+        st.caption(plain(f"Feature {feature} {name}".strip() + f", full colour at {strongest:.3g}."))
     token_row(
         reading.texts, values, strongest, selected=position, unit=unit, key="tokens",
         on_click=lambda at: _set("token", None if at == position else at),
@@ -139,8 +139,8 @@ def features(reading: PromptReading, position: int | None) -> None:
         st.info("No feature is left: show dense features.")
         return
     if reading.known is None:
-        table = table.drop(columns=["label", "density"])
-        st.caption(f"Labels and densities come with an index: `workbench index {reading.sae}`.")
+        table = table.drop(columns=["name", "density"])
+        st.caption(f"Names and densities come with an index: `workbench index {reading.sae}`.")
     table = table.head(SHOWN)
     if "token" in table:
         table = table.assign(token=[repr(text) for text in table["token"]])

@@ -36,7 +36,7 @@ def main() -> None:
             if live.known
             else "without an index, strength is in activation units"
         )
-        st.caption(plain(f"Feature {feature} {live.label(feature)}".strip() + f": {maximum}."))
+        st.caption(plain(f"Feature {feature}: {live.feature_name(feature) or 'no index, no name'}" + f": {maximum}."))
         if not prompt:
             st.info("Type a prompt to see how the model goes on from it with and without the feature.")
             return

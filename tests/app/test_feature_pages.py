@@ -1,5 +1,7 @@
 """The Features and Feature pages in their states, run by Streamlit's own test harness."""
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,11 @@ def busiest(space: Workspace) -> int:
     return int(FeatureIndex.open(space, "s").table().sort_values("firings")["feature"].iloc[-1])
 
 
+def rows_of_examples(page: AppTest) -> str:
+    """HTML of the component that shows them."""
+    return str(json.loads(page.get("bidi_component")[0].proto.json)["html"])
+
+
 @pytest.mark.parametrize("page", ["Features", "Feature"])
 def test_without_an_index_the_page_says_what_to_do(page: str, tmp_path: Path, open_page: OpenPage) -> None:
     empty = Workspace(tmp_path / "empty")
@@ -71,7 +78,7 @@ def test_search_shows_where_it_found_the_text(space: Workspace, open_page: OpenP
     page = open_page("Features", space, search="own label")
     assert not page.exception
     assert page.text_input(key="search").value == "own label"
-    assert page.dataframe[0].value[["feature", "found in", "label"]].to_numpy().tolist() == [
+    assert page.dataframe[0].value[["feature", "found in", "name"]].to_numpy().tolist() == [
         [busiest, "label", "my own label"]
     ]
     page.text_input(key="search").set_value("no such text").run()
@@ -81,16 +88,16 @@ def test_search_shows_where_it_found_the_text(space: Workspace, open_page: OpenP
 def test_a_feature_is_shown_from_its_link(space: Workspace, open_page: OpenPage, busiest: int) -> None:
     page = open_page("Feature", space, sae="s", feature=str(busiest))
     assert not page.exception
-    assert page.header[0].value == f"s / {busiest}"
-    html = "".join(element.proto.body for element in page.get("html"))
-    assert "strength quantile" in html
+    assert page.subheader[0].value == f"s / {busiest}"
+    html = rows_of_examples(page)
+    assert re.search(r"strength quantile .* · 4 of \d+, \d+\.\d% of its activations", html)
     assert "&lt;" in html
     assert "<script" not in html
     assert len(page.get("plotly_chart")) == 2
     page.button[1].click().run()
-    assert page.header[0].value == f"s / {(busiest + 1) % 48}"
+    assert page.subheader[0].value == f"s / {(busiest + 1) % 48}"
     page.button[0].click().run()
-    assert page.header[0].value == f"s / {busiest}"
+    assert page.subheader[0].value == f"s / {busiest}"
 
 
 def test_a_dead_feature_says_so(space: Workspace, open_page: OpenPage) -> None:
@@ -110,7 +117,7 @@ def test_a_link_to_what_is_not_there_says_so(
     page = open_page("Feature", space, **query)
     assert not page.exception
     assert message in page.warning[0].value
-    assert page.header[0].value == "s / 0"
+    assert page.subheader[0].value == "s / 0"
 
 
 def score_concepts(space: Workspace, feature: int, f1: float) -> None:
@@ -126,16 +133,16 @@ def test_a_concept_labels_a_feature_that_nobody_labelled(space: Workspace, open_
     page = open_page("Feature", space, sae="s", feature=str(busiest))
     assert not page.exception
     assert page.text[0].value == "string_literal"
-    evidence = page.caption[0].value
+    evidence = " ".join(caption.value for caption in page.caption)
     assert "F1 **0.80** on held-out documents" in evidence
     assert "precision 0.75, recall 0.50" in evidence
     table = open_page("Features", space, sae="s", search="STRING_lit").dataframe[0].value
-    assert table[["feature", "found in", "label", "F1"]].to_numpy().tolist() == [
+    assert table[["feature", "found in", "name", "F1"]].to_numpy().tolist() == [
         [busiest, "label", "string_literal", 0.8]
     ]
     Notes(space.path).set_label("s", busiest, "mine")
     index = FeatureIndex.open(space, "s")
-    assert index.titles()[busiest] == index.feature(busiest).title == "mine"
+    assert index.titles()[busiest] == index.feature(busiest).name == "mine"
     assert [concept.name for concept in index.feature(busiest).concepts] == ["string_literal", "comment"]
     assert "string_literal" in index.feature(busiest).to_html()
 
@@ -144,7 +151,7 @@ def test_a_concept_told_badly_is_no_label(space: Workspace, busiest: int) -> Non
     score_concepts(space, busiest, 0.3)
     index = FeatureIndex.open(space, "s")
     assert busiest not in index.titles()
-    assert index.feature(busiest).title is None
+    assert index.feature(busiest).name.startswith('fires on "')
     assert index.feature(busiest).concepts[0].f1 == 0.3
 
 
@@ -194,7 +201,7 @@ def test_my_text_is_run_through_model_and_sae(space: Workspace, open_page: OpenP
     html = "".join(element.proto.body for element in page.get("html"))
     assert "your text" in html
     assert "<script" not in html
-    page.text_area(key="text").set_value("x = 1\n" * 4000).run()
+    page.text_input(key="text").set_value("x = 1\n" * 4000).run()
     assert "Only the beginning was read" in page.info[0].value
 
 
@@ -223,7 +230,7 @@ def test_a_point_clicked_in_the_map_leads_to_its_feature(space: Workspace, open_
     page.session_state["map s"] = {"selection": {"points": points[:1], "point_indices": [0], "box": [], "lasso": []}}
     page.run()
     assert not page.exception
-    assert page.header[0].value == f"s / {busiest}"
+    assert page.subheader[0].value == f"s / {busiest}"
 
 
 def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, open_page: OpenPage) -> None:
@@ -244,7 +251,7 @@ def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, open_page
     page = open_page("Feature", space, sae="z", feature=str(feature))
     assert not page.exception
     without = len(page.get("plotly_chart"))
-    page.text_area(key="text").set_value("def f(x):\n    return x").run()
+    page.text_input(key="text").set_value("def f(x): return x").run()
     assert not page.exception
     assert len(page.get("plotly_chart")) == without + 1
     assert any("**Where it reads from**" in shown.value for shown in page.markdown)
@@ -252,7 +259,7 @@ def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, open_page
 
 def test_hovering_a_token_tells_its_effect_on_the_loss(space: Workspace, busiest: int, open_page: OpenPage) -> None:
     page = open_page("Feature", space, sae="s", feature=str(busiest))
-    assert not any("nats of loss" in shown.value for shown in page.get("html"))
+    assert "nats of loss" not in rows_of_examples(page)
     page.toggle(key="loss").set_value(True).run()
     assert not page.exception
-    assert any("nats of loss" in shown.value for shown in page.get("html"))
+    assert "nats of loss" in rows_of_examples(page)

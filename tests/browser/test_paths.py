@@ -182,6 +182,47 @@ def test_an_example_opens_on_a_click_and_shows_every_character(address: str, pag
     assert re.search(r"\.txt, token \d+, row \d+", place.inner_text())
 
 
+def test_examples_come_first_and_lead_on(address: str, page: Any, folder: Path, busiest: int) -> None:
+    index = FeatureIndex.open(Workspace(folder), "s")
+    strongest = index.feature(busiest).groups[0].examples[0]
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto(link(address, "Feature", sae="s", feature=busiest))
+    example = page.locator("details.ex").first
+    example.wait_for()
+    # On a screen of a laptop, above everything else one may read.
+    assert example.bounding_box()["y"] < 450
+    page.get_by_text(f"12 of {index.feature(busiest).stats.firings}", exact=False).first.wait_for()
+    example.locator("summary").click()
+    example.get_by_role("button", name="copy").click()
+    example.get_by_role("button", name="copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "".join(strongest.tokens)
+    example.get_by_role("button", name="whole document").click()
+    whole = "".join(index.document(busiest, strongest.row).tokens)
+    assert page.get_by_role("dialog").locator("details.ex > .text").inner_text().strip() == whole.strip()
+    page.keyboard.press("Escape")
+    example.get_by_role("button", name="use as prompt").click()
+    page.wait_for_url(re.compile(f"Prompt.*feature={busiest}"))
+    page.locator(".row span[data-at='0']").wait_for()
+    page.wait_for_function(
+        "text => document.querySelector('textarea[aria-label=Prompt]')?.value === text", arg="".join(strongest.tokens)
+    )
+    page.go_back()
+    example = page.locator("details.ex").first
+    example.locator("summary").click()
+    example.get_by_role("button", name="steer with it").click()
+    page.wait_for_url(re.compile(f"Steering.*feature={busiest}"))
+
+
+def test_features_nobody_labelled_have_names(address: str, page: Any, folder: Path, busiest: int) -> None:
+    index = FeatureIndex.open(Workspace(folder), "s")
+    near = index.feature(busiest).neighbours[0]
+    assert near.name == index.names([near.feature])[near.feature]
+    page.goto(link(address, "Feature", sae="s", feature=busiest))
+    page.get_by_role("link", name=f"{near.feature} {near.name}").first.click()
+    page.wait_for_url(re.compile(f"feature={near.feature}(&|$)"))
+    page.get_by_test_id("stText").filter(has_text=near.name).first.wait_for()
+
+
 def test_next_feature_and_bookmark(address: str, page: Any, folder: Path, busiest: int) -> None:
     page.goto(link(address, "Feature", sae="s", feature=busiest))
     after = (busiest + 1) % 48

@@ -115,7 +115,7 @@ def _chosen(
 def _print(item: "Feature") -> None:
     """A feature as text: headline, logits, strongest examples, neighbours."""
     stats = item.stats
-    name = f"{item.sae} {item.feature}" + (f": {shorten(item.title)}" if item.title else "")
+    name = f"{item.sae} {item.feature}: {shorten(item.name)}"
     if item.dead:
         print(f"{name}  dead: fires on none of {item.n_tokens:,} tokens")
     else:
@@ -132,8 +132,10 @@ def _print(item: "Feature") -> None:
             at = example.peak
             before, after = "".join(example.tokens[max(0, at - 10) : at]), "".join(example.tokens[at + 1 : at + 6])
             print(f"  {example.activation:8.2f}  {shorten(f'{before}[[{example.tokens[at]}]]{after}')}")
-    print("  near " + ", ".join(f"{near.feature} ({near.cosine:+.2f})" for near in item.neighbours[:6]))
-    print("  with " + ", ".join(f"{other.feature} (phi {other.phi:.2f})" for other in item.coactivations[:6]))
+    for near in item.neighbours[:4]:
+        print(f"  near {near.feature:6d}  {near.cosine:+.2f}  {shorten(near.name)}")
+    for other in item.coactivations[:4]:
+        print(f"  with {other.feature:6d}  phi {other.phi:.2f}  {shorten(other.name)}")
     if (told := item.explanation) is not None and told.explanation:
         score = f" (detection {told.score:.2f}, chance 0.50)" if told.score is not None else ""
         print(f"  explained by {told.model}: {shorten(told.explanation)}{score}")

@@ -1,7 +1,7 @@
 """A workspace's SAEs on text of one's own: prompts read, features steered; see `prompts`, `steering`.
 
 The model is the one the SAE was trained on (its provenance, else its own configuration). What the index knows comes
-along where there is one: labels, densities, and the feature's maximum as the unit of steering.
+along where there is one: names, densities, and the feature's maximum as the unit of steering.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class LiveSAE:
         edit.check(self.sae.d_sae)
         return steer(
             self.model, self.sae, edit, text, unit=self.unit(edit.feature), name=self.name,
-            label=self.label(edit.feature) or None, new_tokens=new_tokens, temperature=temperature, seed=seed,
+            label=self.feature_name(edit.feature), new_tokens=new_tokens, temperature=temperature, seed=seed,
         )  # fmt: skip
 
     def unit(self, feature: int) -> float:
@@ -46,9 +46,9 @@ class LiveSAE:
         maximum = self.known.strongest[feature] if self.known else np.nan
         return float(maximum) if np.isfinite(maximum) else 1.0
 
-    def label(self, feature: int) -> str:
-        """The feature's label, empty where there is none."""
-        return self.known.labels[feature] if self.known else ""
+    def feature_name(self, feature: int) -> str | None:
+        """What to call a feature; None without an index."""
+        return self.known.names[feature] if self.known else None
 
 
 def model_name(catalog: Catalog, sae: str) -> str:
@@ -71,11 +71,9 @@ def model_of(catalog: Catalog, sae: str, model: LoadedModel | None = None, devic
 
 
 def known_features(index: FeatureIndex) -> KnownFeatures:
-    """Labels, densities and maxima of all features."""
+    """Names, densities and maxima of all features."""
     table = index.table()
-    return KnownFeatures(
-        [label or "" for label in table["label"]], table["density"].to_numpy(float), table["strongest"].to_numpy(float)
-    )
+    return KnownFeatures(table["name"].tolist(), table["density"].to_numpy(float), table["strongest"].to_numpy(float))
 
 
 def open_live(catalog: Catalog, sae: str, *, model: LoadedModel | None = None, device: str = "auto") -> LiveSAE:

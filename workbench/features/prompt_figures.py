@@ -48,7 +48,7 @@ def prompt_heatmap(
     numbers = [int(number) for number in table["feature"]]
     values = np.array([reading.activations(number) for number in numbers]).reshape(len(numbers), len(reading.texts))
     strongest = float(np.abs(values).max(initial=0)) or 1.0
-    names = [f"{number} {label}".strip() for number, label in zip(numbers, table["label"], strict=True)]
+    names = [f"{number} {name}".strip() for number, name in zip(numbers, table["name"], strict=True)]
     signed = bool((values < 0).any())
     figure = go.Figure(
         go.Heatmap(

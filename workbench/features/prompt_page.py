@@ -15,7 +15,7 @@ def reading_html(reading: PromptReading) -> str:
     for item in reading.features().head(SHOWN).to_dict("records"):
         number = int(item["feature"])
         rows.append(
-            f'<details class="ex"><summary><span class="chip">{number}</span>{escape(item["label"])} '
+            f'<details class="ex"><summary><span class="chip">{number}</span>{escape(item["name"])} '
             f'{visible(item["token"])} {item["activation"]:.3g} <span class="dim">fires on {item["fires"]} of '
             f"{len(reading.tokens)} tokens</span></summary>{feature_html(reading, number)}</details>"
         )

@@ -54,8 +54,8 @@ RANKINGS: tuple[Ranking, ...] = ("max", "mean", "rare")
 class KnownFeatures:
     """What an index knows of every feature of the SAE, in their order."""
 
-    labels: list[str]
-    """Empty where there is none."""
+    names: list[str]
+    """What to call it (`FeatureIndex.names`)."""
     density: Float[NDArray, "d_sae"]
     strongest: Float[NDArray, "d_sae"]
     """Largest |activation|; NaN for dead features."""
@@ -123,8 +123,8 @@ class PromptReading:
             max_density: leaves out features that fire on a larger share of the index's tokens.
 
         Returns:
-            Columns feature, label, activation (the strongest, with its sign), position (of it), token, mean (of
-            |activation| over all tokens), fires (number of tokens), density, score (what it is ranked by). Label and
+            Columns feature, name, activation (the strongest, with its sign), position (of it), token, mean (of
+            |activation| over all tokens), fires (number of tokens), density, score (what it is ranked by). Name and
             density are empty without an index.
 
         Raises:
@@ -142,7 +142,7 @@ class PromptReading:
         table["fires"] = grouped.size()
         table = self._described(table.reset_index(), max_density)
         table["score"] = self._score(table, by)
-        columns = ["feature", "label", "activation", "position", "token", "mean", "fires", "density", "score"]
+        columns = ["feature", "name", "activation", "position", "token", "mean", "fires", "density", "score"]
         return table.sort_values(["score", "feature"], ascending=[False, True], ignore_index=True)[columns]
 
     def at(self, position: int, *, target: int | None = None, max_density: float = 1.0) -> pd.DataFrame:
@@ -154,7 +154,7 @@ class PromptReading:
             max_density: as in `features`.
 
         Returns:
-            Columns feature, label, activation, density, attribution (logits; NaN where `missing` says why).
+            Columns feature, name, activation, density, attribution (logits; NaN where `missing` says why).
         """
         self._check(position)
         mine = self.position == position
@@ -163,7 +163,7 @@ class PromptReading:
         table["attribution"] = self.attribution(position, wanted) if self.missing is None else np.nan
         table = self._described(table, max_density)
         order = table["activation"].abs().sort_values(ascending=False, kind="stable").index
-        return table.loc[order, ["feature", "label", "activation", "density", "attribution"]].reset_index(drop=True)
+        return table.loc[order, ["feature", "name", "activation", "density", "attribution"]].reset_index(drop=True)
 
     def attribution(self, position: int, target: int) -> Float[NDArray, "active_here"]:
         """Direct logit attribution to `target` of the features that fire at `position`, in the order of `feature`.
@@ -202,11 +202,11 @@ class PromptReading:
             raise InputError(f"position {position} does not exist: the prompt has tokens 0 to {len(self.tokens) - 1}")
 
     def _described(self, table: pd.DataFrame, max_density: float) -> pd.DataFrame:
-        """Adds label and density, and leaves out dense features."""
+        """Adds name and density, and leaves out dense features."""
         if self.known is None:
-            return table.assign(label="", density=np.nan)
+            return table.assign(name="", density=np.nan)
         number = table["feature"].to_numpy()
-        table = table.assign(label=[self.known.labels[at] for at in number], density=self.known.density[number])
+        table = table.assign(name=[self.known.names[at] for at in number], density=self.known.density[number])
         if not 0 <= max_density <= 1:
             raise InputError(f"a share of tokens lies between 0 and 1, got a largest density of {max_density}")
         return table[table["density"] <= max_density]
@@ -235,7 +235,7 @@ def read_prompt(
         sae: the SAE, on any device.
         text: the prompt.
         name: the SAE's name.
-        known: labels and densities of its features, for ranking and reading.
+        known: names and densities of its features, for ranking and reading.
 
     Raises:
         InputError: a text without tokens, or an SAE of another model.

@@ -11,21 +11,27 @@ from workbench.show.colours import background, sign_colour
 
 STYLE = """<style>
 .wbf{font:14px/1.45 system-ui,sans-serif;color-scheme:light dark;max-width:1200px}
-.wbf h2{margin:.2em 0}.wbf h3{margin:1em 0 .3em;font-size:1em}
-.wbf .cols{display:flex;flex-wrap:wrap;gap:24px}.wbf .left{flex:1 1 260px}.wbf .right{flex:2 1 480px;min-width:0}
+.wbf h2{margin:.2em 0}.wbf h3{margin:.9em 0 .3em;padding:0;font-size:1em!important;line-height:1.3}
+.wbf h3 .dim{font-weight:400}
+.wbf .cols{display:flex;flex-wrap:wrap;gap:4px 20px}.wbf .left{flex:1 1 260px}.wbf .right{flex:2 1 480px;min-width:0}
 .wbf table{border-collapse:collapse}.wbf td{padding:1px 10px 1px 0;text-align:left}.wbf td.n{text-align:right;
 font-variant-numeric:tabular-nums}
 .wbf .tok,.wbf .text{font-family:ui-monospace,monospace;font-size:12.5px;white-space:break-spaces;
 overflow-wrap:anywhere}
-.wbf .ex{border-top:1px solid #8884;padding:3px 0}.wbf .ex summary{cursor:pointer;list-style-position:outside}
-.wbf .chip{display:inline-block;min-width:4.5em;padding:0 6px;margin-right:8px;border-radius:4px;background:#8882;
-font-family:ui-monospace,monospace;font-size:12px}
-.wbf .peak{outline:1px solid currentColor;border-radius:2px}.wbf .dim{opacity:.65}
+.wbf .ex{border-top:1px solid #8884;padding:2px 0}
+.wbf .ex summary{cursor:pointer;display:flex;align-items:baseline;gap:8px}.wbf .ex[open]{padding-bottom:8px}
+.wbf .chip{flex:0 0 9.5em;overflow:hidden;text-overflow:ellipsis;padding:0 6px;border-radius:4px;background:#8882;
+font-family:ui-monospace,monospace;font-size:12px;white-space:pre}
+.wbf .around{flex:1;min-width:0;display:flex;font-family:ui-monospace,monospace;font-size:12.5px;white-space:pre}
+.wbf .around i{font-style:inherit}.wbf .around>span{flex:1 1 0;overflow:hidden}
+.wbf .around>span:first-child{flex:1.4 1 0;display:flex;justify-content:flex-end}
+.wbf .peak{outline:1px solid currentColor;border-radius:2px}.wbf .dim{opacity:.65}.wbf .space{opacity:.4}
 .wbf .dead{padding:8px 12px;border-left:4px solid #d90;background:#d902}
 .wbf svg{width:100%;height:74px;display:block}.wbf .ends{display:flex;justify-content:space-between;font-size:12px}
 </style>"""
 
 
+_SPACE = '<span class="space">␣</span>'
 JOINERS = "\u200c\u200d"
 """Invisible, and part of how the characters beside them are written."""
 
@@ -44,8 +50,18 @@ def document_html(title: str, body: str) -> str:
 
 
 def visible(text: str) -> str:
-    """A token that stands alone, escaped: line breaks and tabs as marks, and spaces where there is nothing else."""
-    return escape(one_line("␣" * len(text) if text and not text.strip(" ") else text))
+    """A token that stands alone, as HTML: with the marks of `marked`, the spaces at its ends dim."""
+    inner = text.strip(" ")
+    if not inner:
+        return escape(marked(text))
+    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
+    return _SPACE * before + escape(one_line(inner)) + _SPACE * after
+
+
+def marked(text: str) -> str:
+    """A token that stands alone, not escaped: marks for line breaks and tabs, and for spaces where there is nothing
+    else; what cannot be seen is spelled out."""
+    return one_line("␣" * len(text) if text and not text.strip(" ") else text)
 
 
 def one_line(text: str) -> str:
@@ -57,7 +73,7 @@ def one_line(text: str) -> str:
 
 def plotly_text(text: str) -> str:
     """A token for Plotly, which reads a little HTML in texts but shows the entities of quotes as they are."""
-    return visible(text).replace("&quot;", '"').replace("&#x27;", "'")
+    return escape(marked(text), quote=False)
 
 
 def token_html(

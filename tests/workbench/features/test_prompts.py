@@ -86,7 +86,7 @@ def test_rankings_are_their_formulas(gpt2_model: LoadedModel, by: str) -> None:
         assert row.activation == dense[row.position, row.feature]
         assert abs(row.activation) == np.abs(dense[:, row.feature]).max()
         assert row.fires == (dense[:, row.feature] != 0).sum()
-        assert row.label == f"label {row.feature}"
+        assert row.name == f"label {row.feature}"
     rare = reading.features(by, max_density=0.1)  # type: ignore[arg-type]
     assert rare["feature"].tolist() == [f for f in table["feature"] if known().density[f] <= 0.1]
 

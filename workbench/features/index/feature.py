@@ -40,6 +40,8 @@ class ExampleGroup:
     high: float
     share: float
     """Share of the feature's activations, of either sign, in this group; NaN for the strongest contexts."""
+    count: int
+    """Activations in this group; for the strongest contexts all of their sign."""
     examples: list[Example]
 
 
@@ -94,7 +96,7 @@ class Neighbour:
 
     feature: int
     cosine: float
-    title: str | None
+    name: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Coactivation:
     phi: float
     pmi: float
     """Nats."""
-    title: str | None
+    name: str
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,9 @@ class Feature:
     rule: str
     n_tokens: int
     """Tokens the index covers."""
+    name: str
+    """What to call it: the label people wrote, else an explanation or a concept that tells well enough where it fires,
+    else what it fires on and promotes (`FeatureIndex.names`)."""
     label: str | None
     """What people wrote."""
     notes: list[str]
@@ -180,11 +185,6 @@ class Feature:
         return self.stats.firings == 0
 
     @property
-    def title(self) -> str | None:
-        """The label people wrote, else an explanation or a concept that tells well enough where it fires."""
-        return self.label or label_of(self.explanation, self.concepts)
-
-    @property
     def signed(self) -> bool:
         """Whether it has negative activations."""
         return self.stats.negative > 0
@@ -206,8 +206,7 @@ class Feature:
 
     def __repr__(self) -> str:
         # Everything else takes pages: `to_dict` gives it.
-        label = f" ({self.title})" if self.title else ""
-        return f"Feature({self.sae!r}, {self.feature}){label}: fires on {self.stats.density:.4%} of tokens"
+        return f"Feature({self.sae!r}, {self.feature}) ({self.name}): on {self.stats.density:.4%} of tokens"
 
     def _repr_html_(self) -> str:
         from workbench.features.index.page import fragment

@@ -5,7 +5,7 @@ background says how strongly the feature fires on it, green for positive and red
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from workbench.features.index.feature import Example, ExampleGroup, Feature, TokenEffect
@@ -29,9 +29,8 @@ def fragment(feature: Feature) -> str:
 
 def _body(feature: Feature) -> str:
     stats = feature.stats
-    label = f": {escape(feature.title)}" if feature.title else ""
     head = (
-        f"<h2>{escape(feature.sae)} / {feature.feature}{label}</h2>"
+        f"<h2>{escape(feature.sae)} / {feature.feature}: {escape(feature.name)}</h2>"
         f'<div class="dim">{escape(feature.model)}, {escape(feature.hook)}, {escape(feature.rule)}, '
         f"{feature.n_tokens:,} tokens</div>"
     )
@@ -86,9 +85,9 @@ def _numbers(feature: Feature) -> str:
 
 
 def _related(feature: Feature) -> str:
-    near = [(f"{item.feature} {item.title or ''}", f"{item.cosine:+.2f}") for item in feature.neighbours]
+    near = [(f"{item.feature} {item.name}", f"{item.cosine:+.2f}") for item in feature.neighbours]
     together = [
-        (f"{item.feature} {item.title or ''}", f"phi {item.phi:.2f}, PMI {item.pmi:.1f}, {item.together:,} tokens")
+        (f"{item.feature} {item.name}", f"phi {item.phi:.2f}, PMI {item.pmi:.1f}, {item.together:,} tokens")
         for item in feature.coactivations
     ]
     heads = [(f"head {number}", f"{share:.1%}") for number, share in enumerate(feature.heads)]
@@ -114,29 +113,40 @@ def _logits(feature: Feature) -> str:
     return f'<div class="cols">{sides}</div>'
 
 
-def group_html(group: ExampleGroup, feature: Feature) -> str:
-    """Heading and example rows of a group."""
+def group_html(group: ExampleGroup, feature: Feature, tools: str = "") -> str:
+    """Heading and example rows of a group.
+
+    Args:
+        tools: HTML behind the place of every example.
+    """
     strongest = max(abs(feature.stats.minimum or 0), abs(feature.stats.maximum or 0))
     sign = "-" if group.sign < 0 else ""
+    shown = group.examples[:EXAMPLES_OPEN]
     share = "" if math.isnan(group.share) else f", {group.share:.1%} of its activations"
-    title = f"{group.title}{' (negative)' if group.sign < 0 else ''}: {sign}{group.low:.3g} to {sign}{group.high:.3g}"
-    rows = "".join(example_html(example, strongest) for example in group.examples[:EXAMPLES_OPEN])
-    return f"<h3>{escape(title + share)}</h3>{rows}"
+    name = f"{group.title}{' (negative)' if group.sign < 0 else ''}"
+    range_, count = f"{sign}{group.low:.3g} to {sign}{group.high:.3g}", f"{len(shown):,} of {group.count:,}{share}"
+    rows = "".join(example_html(example, strongest, tools=tools) for example in shown)
+    return f'<h3>{escape(name)} <span class="dim">{escape(range_)} · {escape(count)}</span></h3>{rows}'
 
 
-def example_html(example: Example, strongest: float, *, opened: bool = False) -> str:
-    """One row: peak token and value, the text close to it, and on a click (or `opened`) all of it and its place."""
-    peak = example.peak
-    near = range(max(0, peak - 12), min(len(example.tokens), peak + 7))
-    short = "".join(_character(example, group, strongest, flat=True) for group in characters(example.tokens, near))
-    every = characters(example.tokens, range(len(example.tokens)))
-    whole = "".join(_character(example, group, strongest) for group in every)
+def example_html(example: Example, strongest: float, *, opened: bool = False, tools: str = "") -> str:
+    """One row: peak token and value, the text on either side of it, and on a click (or `opened`) all of it and its
+    place."""
+    peak, n = example.peak, len(example.tokens)
+    middle = characters(example.tokens, [peak])[0]
+
+    def part(at: Iterable[int], flat: bool) -> str:
+        groups = characters(example.tokens, at)
+        return "".join(_character(example, group, strongest, flat=flat) for group in groups)
+
+    before, after = part(range(middle[0]), flat=True), part(range(middle[-1] + 1, n), flat=True)
     chip = f'<span class="chip">{visible(piece_at(example.tokens, peak))} {example.activation:.2f}</span>'
     row = f", row {example.row}" if example.row >= 0 else ""
-    place = f'<div class="dim">{escape(example.document)}, token {example.pos}{row}</div>'
+    place = f'<div class="dim">{escape(example.document)}, token {example.pos}{row}{tools}</div>'
     return (
-        f'<details class="ex"{" open" if opened else ""}><summary>{chip}<span class="text">{short}</span></summary>'
-        f'<div class="text">{whole}</div>{place}</details>'
+        f'<details class="ex" data-row="{example.row}"{" open" if opened else ""}><summary>{chip}'
+        f'<span class="around"><span><span>{before}</span></span><i>{part(middle, flat=True)}</i><span>{after}</span>'
+        f'</span></summary><div class="text">{part(range(n), flat=False)}</div>{place}</details>'
     )
 
 

@@ -41,6 +41,7 @@ from workbench.features.index.feature import (
     label_of,
 )
 from workbench.features.index.geometry import MapMethod
+from workbench.features.index.names import DEAD, descriptions
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
 from workbench.text.packing import NO_TEXT
 from workbench.text.token_bytes import alone, joined
@@ -148,6 +149,18 @@ class FeatureIndex:
     def _query(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
         return self._run(sql, list(parameters)).fetchall()
 
+    def names(self, numbers: Sequence[int] | None = None) -> dict[int, str]:
+        """What to call features, each of them: its title, else what it fires on and promotes
+        (`workbench.features.index.names`).
+
+        Args:
+            numbers: which features; all when left out.
+        """
+        titles = self.titles()
+        wanted = range(self.d_sae) if numbers is None else numbers
+        found = descriptions(self._query, f"SELECT token, text, bytes FROM {self._words}", numbers)
+        return {number: titles.get(number) or found.get(number, DEAD) for number in wanted}
+
     def titles(self) -> dict[int, str]:
         """What features are called: the labels people wrote; where there is none, explanations, then concepts."""
         named = self._concepts.keys() | self._explanations.keys()
@@ -163,7 +176,6 @@ class FeatureIndex:
     def feature(self, number: int) -> Feature:
         """Everything known of one feature. Raises InputError for one that does not exist."""
         self.check([number])
-        labels = self.titles()
         stats = self._stats(number)
         norm, cosine = self._query("SELECT norm, encoder_cosine FROM decoder_map WHERE feature = ?", number)[0]
         logits = self._query(
@@ -175,6 +187,11 @@ class FeatureIndex:
             number,
         )
         rule = dict(self.meta["rule"])
+        near = self._query("SELECT other, cosine FROM decoder_neighbours WHERE feature = ? ORDER BY rank", number)
+        together = self._query(
+            "SELECT other, together, phi, pmi FROM coactivations WHERE feature = ? ORDER BY rank", number
+        )
+        names = self.names([number, *(row[0] for row in near + together)])
         return Feature(
             sae=self.sae,
             feature=number,
@@ -182,27 +199,18 @@ class FeatureIndex:
             hook=self.settings["hook"],
             rule=" ".join([rule.pop("name"), *(f"{key}={value}" for key, value in rule.items())]),
             n_tokens=self.n_tokens,
+            name=names[number],
             label=self._notes.label(self.sae, number),
             concepts=self._concepts.get(number, []),
             explanation=self._explanations.get(number),
             notes=[note.text for note in self._notes.notes(self.sae, number)],
             stats=stats,
-            groups=self._groups(number, stats.firings),
+            groups=self._groups(number, stats),
             logits=LogitStats(*logits[0]) if logits else None,
             promotes=[_effect(*found) for sign, *found in effects if sign > 0],
             suppresses=[_effect(*found) for sign, *found in effects if sign < 0],
-            neighbours=[
-                Neighbour(other, value, labels.get(other))
-                for other, value in self._query(
-                    "SELECT other, cosine FROM decoder_neighbours WHERE feature = ? ORDER BY rank", number
-                )
-            ],
-            coactivations=[
-                Coactivation(other, together, phi, pmi, labels.get(other))
-                for other, together, phi, pmi in self._query(
-                    "SELECT other, together, phi, pmi FROM coactivations WHERE feature = ? ORDER BY rank", number
-                )
-            ],
+            neighbours=[Neighbour(other, cosine, names[other]) for other, cosine in near],
+            coactivations=[Coactivation(other, tokens, phi, pmi, names[other]) for other, tokens, phi, pmi in together],
             heads=[row[0] for row in self._query("SELECT share FROM feature_heads WHERE feature = ?", number)],
             decoder_norm=norm,
             encoder_cosine=cosine,
@@ -217,7 +225,7 @@ class FeatureIndex:
         found["quantiles"] = dict(zip(shares, found["quantiles"], strict=True)) if found["quantiles"] else {}
         return FeatureStats(**found)
 
-    def _groups(self, number: int, firings: int) -> list[ExampleGroup]:
+    def _groups(self, number: int, stats: FeatureStats) -> list[ExampleGroup]:
         """Strongest contexts of either sign, then intervals from strong to weak."""
         chosen = self._query(
             'SELECT sign, "interval", row, activation FROM feature_examples WHERE feature = ? '
@@ -239,18 +247,21 @@ class FeatureIndex:
             if interval == -1:
                 title = "strongest" if sign > 0 else "most negative"
                 strength = [abs(example.activation) for example in shown]
-                groups.append(ExampleGroup(sign, title, min(strength), max(strength), float("nan"), shown))
+                of = stats.positive if sign > 0 else stats.negative
+                groups.append(ExampleGroup(sign, title, min(strength), max(strength), float("nan"), of, shown))
             else:
                 count, low, high = intervals[sign, interval]
                 cuts = self.meta["cuts"]
                 title = f"strength quantile {cuts[interval]:g} to {cuts[interval + 1]:g}"
-                groups.append(ExampleGroup(sign, title, low, high, count / firings, shown))
+                groups.append(ExampleGroup(sign, title, low, high, count / stats.firings, count, shown))
         return groups
 
-    def _examples(self, number: int, places: list[tuple[int, float]]) -> list[Example]:
-        """Texts around rows, within their context and document."""
+    def _examples(
+        self, number: int, places: list[tuple[int, float]], spans: list[tuple[int, int]] | None = None
+    ) -> list[Example]:
+        """Texts around rows, within their context and document, or over `spans` of rows."""
         context = self.meta["context_len"]
-        spans = [
+        spans = spans or [
             (max(row // context * context, row - TOKENS_BEFORE),
              min((row // context + 1) * context, row + TOKENS_AFTER + 1))
             for row, _ in places
@@ -293,6 +304,16 @@ class FeatureIndex:
             )
         return found
 
+    def document(self, number: int, row: int) -> Example:
+        """The whole document around a row, as far as the harvest has it, with a feature's activations. Raises
+        InputError for a row there is not."""
+        found = self._query("SELECT doc FROM tokens WHERE row = ?", row)
+        if not found:
+            raise InputError(f"there is no row {row}: {self.sae} was indexed on {self.n_tokens:,} tokens")
+        first, last = self._query("SELECT min(row), max(row) + 1 FROM tokens WHERE doc = ?", found[0][0])[0]
+        value = self._query("SELECT activation FROM feature_activations WHERE feature = ? AND row = ?", number, row)
+        return self._examples(number, [(row, value[0][0] if value else 0.0)], [(first, last)])[0]
+
     def silent_examples(self, number: int, n: int, seed: int = 0) -> list[Example]:
         """Up to `n` texts of the harvest, drawn at random, in which a feature does not fire; the same for a seed."""
         rows = self._query("SELECT max(row) + 1 FROM tokens")[0][0]
@@ -315,8 +336,9 @@ class FeatureIndex:
         return torch.tensor([found[number] for number in numbers])
 
     def table(self) -> pd.DataFrame:
-        """All features, one row each: label, best concept, density, firings, moments, extremes, logit skew, map.
+        """All features, one row each: name, label, best concept, density, firings, moments, extremes, logits, map.
 
+        `name` is what to call it (`names`), never empty.
         `label` is what people wrote, else the explanation where its score is high enough, else the best concept where
         its held-out F1 is; `concept` and `concept_f1` are there when the SAE was aligned with concepts.
         """
@@ -344,10 +366,12 @@ class FeatureIndex:
         ]
         titles = self.titles()
         best = {number: concepts[0] for number, concepts in self._concepts.items()}
-        table.insert(1, "label", [titles.get(feature, "") for feature in table["feature"]])
+        names = self.names()
+        table.insert(1, "name", [names[feature] for feature in table["feature"]])
+        table.insert(2, "label", [titles.get(feature, "") for feature in table["feature"]])
         if best:
-            table.insert(2, "concept", [best[f].name if f in best else "" for f in table["feature"]])
-            table.insert(3, "concept_f1", [best[f].f1 if f in best else math.nan for f in table["feature"]])
+            table.insert(3, "concept", [best[f].name if f in best else "" for f in table["feature"]])
+            table.insert(4, "concept_f1", [best[f].f1 if f in best else math.nan for f in table["feature"]])
         return table
 
     def search(self, text: str, limit: int = MAX_HITS) -> pd.DataFrame:

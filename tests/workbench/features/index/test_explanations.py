@@ -118,7 +118,7 @@ def test_a_good_explanation_labels_the_feature_and_a_bad_one_shows(space: Worksp
     firing = {"".join(example.tokens) for group in feature.groups for example in group.examples}
     explain_features(space, "s", [busiest], Answering(lambda text: "yes" if text in firing else "no"))
     index = FeatureIndex.open(space, "s")
-    assert index.titles()[busiest] == index.feature(busiest).title == "Odd words"
+    assert index.titles()[busiest] == index.feature(busiest).name == "Odd words"
     assert index.search("odd w")["feature"].tolist() == [busiest]
     assert "Odd words" in index.feature(busiest).to_html()
     explain_features(space, "s", [busiest], Answering(lambda text: "yes", "worse"))

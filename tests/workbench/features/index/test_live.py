@@ -31,7 +31,7 @@ def test_a_workspace_brings_labels_densities_and_maxima(space: Workspace, gpt2_m
     Notes(space.path).set_label("s", feature, "mine")
     reading = space.prompt("s", TEXT, model=gpt2_model)
     found = reading.features("rare").set_index("feature")
-    assert found.loc[feature, "label"] == "mine"
+    assert found.loc[feature, "name"] == "mine"
     assert found["density"].tolist() == table["density"][found.index].tolist()
     steering = space.steer("s", feature, TEXT, model=gpt2_model, new_tokens=2)
     assert steering.label == "mine"

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.page import document, fragment
 from workbench.features.index.query import FeatureIndex
 from workbench.models.load import LoadedModel
+from workbench.show.html import marked
 
 from .conftest import DEAD, HOOK
 
@@ -103,10 +105,44 @@ class Tags(HTMLParser):
 def hostile(text: str) -> Feature:
     example = Example(0, text, 0, -2.0, ["a", text, "é\u0301👩\u200d🔬"], [0.0, -2.0, 1.0], 1)
     stats = FeatureStats(3, 1, 0.1, 0.0, 1.0, None, None, -2.0, 1.0, {"0.5": 1.0}, [2] + [0] * 38 + [1])
-    group = ExampleGroup(-1, text, 1.0, 2.0, 0.5, [example])
+    group = ExampleGroup(-1, text, 1.0, 2.0, 0.5, 2, [example])
     return Feature(
-        text, 7, text, text, text, 30, text, [text], stats, [group], None, [], [], [], [], [], 1.0, None, text
+        text, 7, text, text, text, 30, text, text, [text], stats, [group], None, [], [], [], [], [], 1.0, None, text
     )  # fmt: skip
+
+
+def test_a_name_says_what_a_feature_fires_on_and_promotes(index: FeatureIndex) -> None:
+    """From the rows of the examples and the logit effects, counted here one by one."""
+    names, table = index.names(), index.table()
+    assert list(names) == list(range(index.d_sae))
+    assert table["name"].tolist() == list(names.values())
+    for number in table.query("firings > 0")["feature"].head(10).tolist():
+        feature = index.feature(number)
+        peaks = [
+            example.tokens[example.peak]
+            for group in feature.groups
+            if group.title in ("strongest", "most negative")
+            for example in group.examples[:8]
+        ]
+        counts = Counter(peaks)
+        most = max(counts.values())
+        assert names[number].startswith(tuple(f'fires on "{marked(one)}"' for one in peaks if counts[one] == most))
+        assert names[number].endswith(f'promotes "{marked(feature.promotes[0].text)}"')
+        assert feature.name == names[number] == index.names([number])[number]
+    for number in table.query("firings == 0")["feature"].tolist():
+        assert names[number] == "dead"
+
+
+def test_a_document_is_whole(index: FeatureIndex, busiest: Feature) -> None:
+    example = busiest.groups[0].examples[0]
+    whole = index.document(busiest.feature, example.row)
+    assert whole.document == example.document
+    assert whole.tokens[whole.peak] == example.tokens[example.peak]
+    assert whole.activations[whole.peak] == example.activation
+    assert "".join(example.tokens) in "".join(whole.tokens)
+    assert len(whole.tokens) > len(example.tokens)
+    with pytest.raises(InputError, match="no row 1000000000"):
+        index.document(busiest.feature, 10**9)
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "&lt;b&gt;</title>"])

@@ -1,0 +1,101 @@
+"""What a feature is called where nobody named it: what it fires on and what it promotes, as far as the index tells.
+
+1. Of its `PEAKS` strongest contexts the tokens at the peak, the most frequent first; those that differ in case or in
+   the spaces around them alone are one. `WORDS` of them are kept.
+2. The token whose logit it raises most, where the SAE writes to the residual stream.
+3. `fires on "as", "except" · promotes "ync"`; a feature that never fires is `dead`.
+
+A token that holds a part of a character is shown as the whole character at the place of its peak.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from workbench.show.html import marked
+from workbench.text.token_bytes import MAX_PIECES, alone, joined, piece_at
+
+PEAKS, WORDS = 8, 2
+DEAD = "dead"
+
+Query = Callable[..., list[tuple[Any, ...]]]
+"""SQL and its parameters to rows."""
+
+
+def described(fires_on: Sequence[str], promotes: Sequence[str]) -> str:
+    """The words of step 3; `DEAD` without any token it fires on."""
+    if not fires_on:
+        return DEAD
+    promoted = f" · promotes {quoted(promotes[0])}" if promotes else ""
+    return f"fires on {', '.join(map(quoted, fires_on))}{promoted}"
+
+
+def quoted(token: str) -> str:
+    """A token in quotes, with marks for what cannot be seen."""
+    return f'"{marked(token)}"'
+
+
+def descriptions(query: Query, words: str, numbers: Sequence[int] | None) -> dict[int, str]:
+    """What features are called by the index alone.
+
+    Args:
+        query: runs SQL on the index.
+        words: SQL that gives text and bytes of a token.
+        numbers: which features; all when left out.
+    """
+    wanted, parameters = ("TRUE", []) if numbers is None else ("feature IN (SELECT unnest(?))", [list(numbers)])
+    peaks = query(
+        f"""
+        SELECT feature, list({{'row': row, 'text': text, 'bytes': bytes}} ORDER BY n DESC, token)
+        FROM (SELECT feature, token, count(*) AS n, min(row) AS row
+              FROM (SELECT feature, row FROM feature_examples WHERE "interval" = -1 AND rank < {PEAKS} AND {wanted})
+              JOIN tokens USING (row) GROUP BY feature, token)
+        LEFT JOIN ({words}) USING (token) GROUP BY feature
+        """,
+        *parameters,
+    )
+    promoted = query(
+        f"SELECT feature, text, bytes FROM logit_effects LEFT JOIN ({words}) USING (token) "
+        f"WHERE sign = 1 AND rank = 0 AND {wanted}",
+        *parameters,
+    )
+    whole = _whole_characters(query, words, (one["row"] for _, found in peaks for one in found if one["bytes"]))
+    fires_on = {
+        feature: _distinct(whole.get(one["row"], one["text"] or "") for one in found) for feature, found in peaks
+    }
+    promotes = {feature: [alone(text or "", part)] for feature, text, part in promoted}
+    names = fires_on if numbers is None else numbers
+    return {feature: described(fires_on.get(feature, []), promotes.get(feature, [])) for feature in names}
+
+
+def _distinct(tokens: Iterable[str]) -> list[str]:
+    kept: dict[str, str] = {}
+    for token in tokens:
+        kept.setdefault(token.strip().lower() or token, token)
+    return list(kept.values())[:WORDS]
+
+
+def _whole_characters(query: Query, words: str, rows: Iterable[int]) -> dict[int, str]:
+    """The character that each row's token is a part of."""
+    at = sorted(set(rows))
+    near = sorted({other for row in at for other in range(max(0, row - MAX_PIECES), row + MAX_PIECES + 1)})
+    if not near:
+        return {}
+    found = {
+        row: (text or "", part, doc)
+        for row, text, part, doc in query(
+            f"SELECT row, text, bytes, doc FROM tokens LEFT JOIN ({words}) USING (token) "
+            "WHERE row IN (SELECT unnest(?))",
+            near,
+        )
+    }
+    whole = {}
+    for row in at:
+        document = found[row][2]
+        shown = [
+            other
+            for other in range(row - MAX_PIECES, row + MAX_PIECES + 1)
+            if other in found and found[other][2] == document
+        ]
+        pieces = joined([found[other][0] for other in shown], [found[other][1] for other in shown])
+        whole[row] = piece_at(pieces, shown.index(row))
+    return whole
