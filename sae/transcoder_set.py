@@ -81,7 +81,7 @@ class TranscoderSet:
         """Writes the set to the folder `path`; see the module's description."""
         path = Path(path)
         for layer, coder in self.coders.items():
-            coder.save(path / _folder(layer))
+            coder.save(path / folder_of(layer))
         description = {
             "schema": SCHEMA, "layers": len(self), "model_name": self.model_name, "metadata": self.metadata,
         }  # fmt: skip
@@ -96,7 +96,7 @@ class TranscoderSet:
         """
         path = Path(path)
         if not (path / FILE).is_file():
-            raise InputError(f"{path} is no set of transcoders: a folder with {FILE} and {_folder(0)} is expected")
+            raise InputError(f"{path} is no set of transcoders: a folder with {FILE} and {folder_of(0)} is expected")
         description = read_json(path / FILE)
         if description.get("schema") != SCHEMA:
             raise InputError(
@@ -106,10 +106,10 @@ class TranscoderSet:
         layers = description.get("layers")
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise InputError(f"{path / FILE} has layers = {layers!r}: expected how many there are")
-        missing = [_folder(layer) for layer in range(layers) if not (path / _folder(layer)).is_dir()]
+        missing = [folder_of(layer) for layer in range(layers) if not (path / folder_of(layer)).is_dir()]
         if missing:
             raise InputError(f"the set of transcoders {path} of {layers} layers lacks {missing[0]}: copy it again")
-        coders = {layer: Transcoder.load(path / _folder(layer), device) for layer in range(layers)}
+        coders = {layer: Transcoder.load(path / folder_of(layer), device) for layer in range(layers)}
         return cls(coders, metadata=description.get("metadata") or {})
 
 
@@ -122,5 +122,6 @@ def load_transcoders(path: Path | str, device: torch.device | str = "cpu") -> Tr
     return TranscoderSet.load(path, device)
 
 
-def _folder(layer: int) -> str:
+def folder_of(layer: int) -> str:
+    """Name of a layer's folder in a set's."""
     return f"layer_{layer}"

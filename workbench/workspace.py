@@ -101,30 +101,37 @@ class Workspace(Catalog):
         configs: "Sequence[TrainConfig]",
         *,
         hook: str | None = None,
+        target_hook: str | None = None,
         device: str = "auto",
         on_metrics: "Callable[[StepMetrics], None] | None" = None,
     ) -> "list[TrainedSAE]":
-        """Trains SAEs side by side on one stream of a harvest's activations and saves them. A run that was interrupted
-        goes on, a finished one returns its SAEs at once; arguments and InputErrors as `workbench.saes.train.train_all`.
+        """Trains SAEs or transcoders side by side on one stream of a harvest's activations and saves them. A run that
+        was interrupted goes on, a finished one returns its SAEs at once; arguments and InputErrors as
+        `workbench.saes.train.train_all`.
 
         Returns:
             One entry per configuration, in their order: the SAE, or the reason why there is none.
         """
         from workbench.saes.train import train_all
 
-        return train_all(self, run, harvest, configs, hook=hook, device=device, on_metrics=on_metrics)
+        return train_all(
+            self, run, harvest, configs, hook=hook, target_hook=target_hook, device=device, on_metrics=on_metrics
+        )
 
     def estimate_training(
-        self, harvest: str, configs: "Sequence[TrainConfig]", *, hook: str | None = None, device: str = "auto"
+        self, harvest: str, configs: "Sequence[TrainConfig]", *, device: str = "auto", **hooks: str | None
     ) -> "SweepEstimate":
         """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
+
+        Args:
+            hooks: `hook` and `target_hook`, as for `train_all`.
 
         Raises:
             InputError: unknown harvest or hook, or too little memory.
         """
         from workbench.saes.train import estimate_training
 
-        return estimate_training(self, harvest, configs, hook=hook, device=device)
+        return estimate_training(self, harvest, configs, device=device, **hooks)
 
     # SAEs
 

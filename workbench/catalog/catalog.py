@@ -3,7 +3,8 @@
     workspace.json      schema version
     harvests/NAME/      activation blocks and their DuckDB file
     runs/NAME/          training runs: checkpoints, live metrics, the finished record
-    saes/NAME/          one SAE each, in SAELens' own format, with `provenance.json`
+    saes/NAME/          one SAE or transcoder each, in SAELens' own format, with `provenance.json`
+    transcoders/NAME/   sets of transcoders, a folder like those of SAEs for every layer
     indexes/SAE.duckdb  where every feature of an SAE fires
     results/KIND/       what analyses produced, one DuckDB file each
     notes.duckdb        labels, notes and lists that people wrote
@@ -15,6 +16,7 @@ each of them.
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,16 +30,19 @@ from workbench.catalog.runs import Run, RunSummary
 from workbench.catalog.summaries import (
     HarvestSummary,
     SAESummary,
+    TranscoderSetSummary,
     harvest_summaries,
     run_summaries,
     sae_folders,
     sae_summaries,
+    transcoder_set_summaries,
 )
 from workbench.disk.descriptions import read_description, write_description
 from workbench.disk.names import check_name, new_folder
 
 if TYPE_CHECKING:
     from sae.model import SAE
+    from sae.transcoder_set import TranscoderSet
     from workbench.harvest.reading import Harvest
     from workbench.text.corpora import Corpus
 
@@ -139,8 +144,12 @@ class Catalog:
         return sae_summaries(self.path, self.results)
 
     def sae_folder(self, name: str) -> Path:
-        """Where the SAE `name` lies or would lie."""
-        return self.path / "saes" / check_name(name, "SAE name")
+        """Where the SAE `name` lies or would lie; `SET.layer_3` is a layer of a set of transcoders."""
+        check_name(name, "SAE name")
+        of_set, _, layer = name.rpartition(".")
+        if of_set and (self.path / "transcoders" / of_set / layer).is_dir():
+            return self.path / "transcoders" / of_set / layer
+        return self.path / "saes" / name
 
     def sae(self, name: str, device: str = "cpu") -> "SAE":
         """Loads an SAE. Raises InputError naming those there are."""
@@ -175,20 +184,46 @@ class Catalog:
             InputError: the name is taken, or the disk is full or not writable.
         """
         self.check_new_sae(name)
-        folder = self.sae_folder(name)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = folder.with_name(f"{name}.{os.getpid()}.tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+
+        def write(partial: Path) -> None:
             sae.save(partial)
             write_description(partial / "provenance.json", provenance)
-            os.replace(partial, folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(
-                f"cannot save SAE {name!r} in {folder}: {reason}; mend that and repeat the command"
-            ) from None
+
+        _save_whole(self.sae_folder(name), f"SAE {name!r}", write)
+
+    def transcoder_folder(self, name: str) -> Path:
+        """Where the set of transcoders `name` lies or would lie."""
+        return self.path / "transcoders" / check_name(name, "name of a set of transcoders")
+
+    def transcoder_sets(self) -> list[TranscoderSetSummary]:
+        """The sets of transcoders of the workspace."""
+        return transcoder_set_summaries(self.path)
+
+    def transcoders(self, name: str, device: str = "cpu") -> "TranscoderSet":
+        """Loads a set of transcoders. Raises InputError naming those there are."""
+        from sae.transcoder_set import load_transcoders
+
+        known = [summary.name for summary in self.transcoder_sets()]
+        if name not in known:
+            raise InputError(f"no set of transcoders {name!r} in {self.path}: it has {', '.join(known) or 'none'}")
+        return load_transcoders(self.transcoder_folder(name), device)
+
+    def add_transcoders(self, name: str, coders: "TranscoderSet", provenance: Sequence[Record]) -> None:
+        """Saves a set of transcoders under a new name, with the record of what each layer was made from.
+
+        Raises:
+            InputError: the name is taken, or the disk is full or not writable.
+        """
+        folder = self.transcoder_folder(name)
+        if new_folder(folder).exists():
+            raise InputError(f"the set of transcoders {name!r} exists: choose another --name, or remove {folder}")
+
+        def write(partial: Path) -> None:
+            coders.save(partial)
+            for layer, record in zip(coders, provenance, strict=True):
+                write_description(partial / f"layer_{layer}" / "provenance.json", record)
+
+        _save_whole(folder, f"the set of transcoders {name!r}", write)
 
     def _require_sae(self, name: str) -> Path:
         folder = self.sae_folder(name)
@@ -227,3 +262,17 @@ class Catalog:
             if name in origin.saes:
                 made.append(file)
         return made
+
+
+def _save_whole(folder: Path, what: str, write: Callable[[Path], None]) -> None:
+    """Has `write` fill a temporary folder beside `folder` and renames it. Raises InputError when that fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write(partial)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"cannot save {what} in {folder}: {reason}; mend that and repeat the command") from None

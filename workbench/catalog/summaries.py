@@ -49,6 +49,23 @@ class SAESummary:
         return self.architecture if self.k is None else f"{self.architecture} k={self.k}"
 
 
+@dataclass(frozen=True)
+class TranscoderSetSummary:
+    """A set of transcoders as `workbench info` and the app list it."""
+
+    name: str
+    layers: int
+    """0 for one that cannot be read."""
+    rule: str
+    """How the first layer encodes; `damaged` for one that cannot be read."""
+    d_sae: int
+    model: str
+    hook: str
+    """Hook point that the first layer reads."""
+    target_hook: str
+    """Hook point that it predicts."""
+
+
 def harvest_summaries(workspace: Path) -> list[HarvestSummary]:
     """The harvests of a workspace, finished or not; one that cannot be read is listed as damaged."""
     summaries = []
@@ -110,6 +127,30 @@ def _sae_summary(folder: Path, results: ResultStore) -> SAESummary:
         )
     except (InputError, KeyError, AttributeError):
         return SAESummary(folder.name, DAMAGED, None, 0, 0, "", "", None)
+
+
+def transcoder_set_summaries(workspace: Path) -> list[TranscoderSetSummary]:
+    """The sets of transcoders of a workspace; one that cannot be read is listed as damaged."""
+    folders = (file.parent for file in sorted(workspace.glob("transcoders/*/transcoders.json")))
+    return [_transcoder_set_summary(folder) for folder in folders if not folder.name.endswith(".tmp")]
+
+
+def _transcoder_set_summary(folder: Path) -> TranscoderSetSummary:
+    try:
+        description = read_description(folder / "transcoders.json")
+        config = read_description(folder / "layer_0" / "cfg.json")
+        k = config.get("k")
+        return TranscoderSetSummary(
+            name=folder.name,
+            layers=description["layers"],
+            rule=config["architecture"] if k is None else f"{config['architecture']} k={k}",
+            d_sae=config["d_sae"],
+            model=description["model_name"],
+            hook=config["metadata"]["hook_name"],
+            target_hook=config["metadata"]["hook_name_out"],
+        )
+    except (InputError, KeyError, TypeError):
+        return TranscoderSetSummary(folder.name, 0, DAMAGED, 0, "", "", "")
 
 
 def _evaluation(sae: str, results: ResultStore) -> dict[str, Any] | None:

@@ -20,10 +20,10 @@ def register(app: typer.Typer) -> None:
 
 
 def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
-    """List what the workspace holds: harvests, training runs and SAEs with their evaluations."""
+    """List what the workspace holds: harvests, training runs, SAEs with their evaluations, sets of transcoders."""
     workspace = open_workspace(folder)
     harvests = workspace.harvest_summaries()
-    runs, saes = workspace.runs(), workspace.saes()
+    runs, saes, sets = workspace.runs(), workspace.saes(), workspace.transcoder_sets()
     if as_json:
         print_json(
             {
@@ -31,6 +31,7 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
                 "harvests": [dataclasses.asdict(item) for item in harvests],
                 "runs": [dataclasses.asdict(item) for item in runs],
                 "saes": [dataclasses.asdict(item) for item in saes],
+                "transcoder_sets": [dataclasses.asdict(item) for item in sets],
             }
         )
         return
@@ -59,6 +60,12 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
             for item in saes
         ],
     )
+    if sets:
+        print_table(
+            "Sets of transcoders",
+            ["name", "layers", "rule", "features", "model", "layer 0 reads", "layer 0 predicts"],
+            [[item.name, item.layers, item.rule, item.d_sae, item.model, item.hook, item.target_hook] for item in sets],
+        )
 
 
 def sql(

@@ -36,6 +36,13 @@ RULE_NAMES = (
 """Written out: asking the registry would load torch for --help."""
 
 
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Hook point to predict: trains transcoders. With a * for the layer in --hook and here, a set of them, one "
+        "a layer."
+    ),
+]
 RuleOption = Annotated[
     list[str],
     typer.Option("--rule", metavar="RULE", help=f"Selection rule: {RULE_NAMES}; repeat for several SAEs."),
@@ -75,6 +82,7 @@ def train(
     harvest: Annotated[str, typer.Argument(help="Name of a finished harvest.")],
     name: Annotated[str, typer.Option(help="Name of the SAE and of the run.")],
     hook: Annotated[str | None, typer.Option(help="Hook point; needed when the harvest has several.")] = None,
+    target_hook: TargetOption = None,
     sweep: SweepOption = None,
     rule: RuleOption = ["topk"],  # noqa: B006
     k: KOption = [32],  # noqa: B006
@@ -84,6 +92,7 @@ def train(
     tokens: TrainedTokensOption = None,
     lr: RateOption = None,
     batch_size: Annotated[int, typer.Option(help="Tokens per step.", min=1)] = 4096,
+    skip: Annotated[bool, typer.Option("--skip", help="Give transcoders a linear path beside the features.")] = False,
     baseline: BaselineOption = False,
     estimate_only: Annotated[bool, typer.Option(help="Print memory and time, and stop.")] = False,
     evaluate_after: EvaluateOption = False,
@@ -91,7 +100,7 @@ def train(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train SAEs on a harvest, several side by side on one stream of batches.
+    """Train SAEs or transcoders on a harvest, several side by side on one stream of batches.
 
     Without --sweep, one SAE per --rule, --k (or --sparsity) and --seed. A sweep file holds training settings and, in
     [[rule]] tables, selection rules with theirs; a list of values makes an SAE for each. An SAE that fails leaves the
@@ -106,7 +115,7 @@ def train(
         refuse_with_sweep(context)
         asked = read_sweep(sweep)
     else:
-        shared = {"d_sae": d_sae, "batch_size": batch_size} | ({} if lr is None else {"lr": lr})
+        shared = {"d_sae": d_sae, "batch_size": batch_size, "skip": skip} | ({} if lr is None else {"lr": lr})
         tables = rule_tables(context, rule, k, sparsity)
         asked = parse_sweep({**shared, "seed": seed, "rule": tables}, where="the command")
     if tokens is not None and asked.tokens is not None:
@@ -115,14 +124,15 @@ def train(
     configs = asked.configs(name, total)
     if baseline:
         configs.append(replace(configs[0], name=f"{name}-random-decoder", frozen_decoder=True))
+    hooks = {"hook": hook, "target_hook": target_hook}
     if sweep is not None or estimate_only:
-        estimate = workspace.estimate_training(harvest, configs, hook=hook, device=device)
+        estimate = workspace.estimate_training(harvest, configs, **hooks, device=device)
         if estimate_only:
             print_json(asdict(estimate)) if as_json else print(describe_training(estimate))
             return
         if not as_json:
             print(describe_training(estimate))
-    trained = train_with_progress(workspace, name, harvest, configs, hook, device, quiet=as_json)
+    trained = train_with_progress(workspace, name, harvest, configs, device, quiet=as_json, **hooks)
     made = [result.config.name for result in trained if not result.error]
     found = {}
     if evaluate_after and made:
@@ -150,7 +160,7 @@ def outcomes(
         row = last.loc[sae]
         numbers = {key: float(row[key]) for key in ("fvu", "l0", "dead_share", "seconds")}
         nats = {"added_nats": evaluations[sae].added_nats} if sae in evaluations else {}
-        place = {"name": sae, "path": str(workspace.path / "saes" / sae), "tokens": int(row["tokens"])}
+        place = {"name": sae, "path": str(workspace.sae_folder(sae)), "tokens": int(row["tokens"])}
         found.append({**place, **numbers, **nats})
     return found
 
@@ -217,7 +227,7 @@ def rule_tables(
 
 SINGLE_OPTIONS = {
     "rule": "--rule", "k": "--k", "sparsity": "--sparsity", "d_sae": "--d-sae", "seed": "--seed", "lr": "--lr",
-    "batch_size": "--batch-size",
+    "batch_size": "--batch-size", "skip": "--skip",
 }  # fmt: skip
 FILE_KEYS = {"rule": '[[rule]] with name = "..."', "sparsity": "sparsity_coefficient = ..."}
 
@@ -241,10 +251,10 @@ def train_with_progress(
     name: str,
     harvest: str,
     configs: "list[TrainConfig]",
-    hook: str | None,
     device: str,
     *,
     quiet: bool,
+    **hooks: str | None,
 ) -> "list[TrainedSAE]":
     """Trains behind a progress bar that shows the first SAE still running."""
     with ProgressBar("train", configs[0].total_tokens, enabled=not quiet) as bar:
@@ -257,7 +267,7 @@ def train_with_progress(
                 furthest = metrics.tokens
                 bar.update(metrics.tokens, describe_metrics(metrics))
 
-        return workspace.train_all(name, harvest, configs, hook=hook, device=device, on_metrics=on_metrics)
+        return workspace.train_all(name, harvest, configs, **hooks, device=device, on_metrics=on_metrics)
 
 
 def describe_training(estimate: "SweepEstimate") -> str:

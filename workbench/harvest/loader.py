@@ -1,8 +1,8 @@
 """Shuffled batches from a harvest, endless and exactly resumable.
 
 1. The rows are cut into blocks of 512; each epoch permutes the blocks.
-2. A chunk is the next 256 blocks (131,072 rows): read contiguously, flagged rows (BOS, padding) left out, its rows
-   permuted. Batches are taken from the chunk in turn.
+2. A chunk is the next 256 blocks (131,072 rows), fewer where more than two hook points are read together: read
+   contiguously, flagged rows (BOS, padding) left out, its rows permuted. Batches are taken from the chunk in turn.
 
 Reading stays sequential within a block, yet a batch mixes rows from all over the harvest. The stream is a function
 of (seed, epoch, chunk, offset), the whole of its state, and the same on every device. The next chunk is read while
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
@@ -49,44 +50,41 @@ class _Chunk:
     """When the copy to a GPU is done."""
 
 
-class ActivationLoader:
-    """Batches of one hook point's activations; a `sae.BatchSource`.
+class RowLoader:
+    """Rows of several vectors of one harvest, in one shuffled order.
 
     Args:
         harvest: where the rows lie.
-        hook: hook point.
+        sources: the vectors, by what of the harvest they are.
+        usable: the rows to take.
+        name: of the stream, in the states that it gives.
         seed: of the permutations.
-        device: where batches are delivered, in the stored precision.
-        with_gradients: `next_pair` gives gradients beside activations, and rows without a gradient are left out.
+        device: where rows are delivered, in the stored precision.
 
     Raises:
-        InputError: a hook point or gradients that the harvest does not have, or no usable rows.
+        InputError: no usable rows.
     """
 
     def __init__(
         self,
         harvest: Harvest,
-        hook: str,
+        sources: Sequence[Vectors],
+        usable: Bool[NDArray, "rows"],
         *,
+        name: str,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        with_gradients: bool = False,
     ) -> None:
-        self._sources: list[Vectors] = [harvest.vectors(hook)]
-        self._usable = harvest.ordinary
-        if with_gradients:
-            if not harvest.has_gradients:
-                raise InputError(f"harvest {harvest.name!r} has no gradients: harvest again with --gradients")
-            self._sources.append(harvest.vectors(hook + GRADIENT))
-            self._gradient_scale = harvest.gradient_scale(hook)
-            self._usable = harvest.flags == FLAG_OK
+        self._sources, self._usable = list(sources), usable
         if not self._usable.any():
             raise InputError(f"harvest {harvest.name!r} holds only BOS and padding: harvest more text")
-        self._name, self._n_rows = f"{harvest.name}/{hook}", harvest.n_rows
+        self._name, self._n_rows = f"{harvest.name}/{name}", harvest.n_rows
         self._seed, self._device = seed, torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        # Many vectors are read in shorter chunks, so that these take no more memory than those of two.
+        self._chunk_blocks = max(1, CHUNK_BLOCKS * 2 // max(2, len(self._sources)))
         self._n_blocks = -(-self._n_rows // BLOCK_ROWS)
-        self._n_chunks = -(-self._n_blocks // CHUNK_BLOCKS)
+        self._n_chunks = -(-self._n_blocks // self._chunk_blocks)
         # All reading is done in this one thread, so reads never overlap.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="activation-loader")
         self._buffers: dict[int, list[Tensor]] = {}
@@ -94,23 +92,7 @@ class ActivationLoader:
         self._chunk: _Chunk | None = None
         self._next: tuple[tuple[int, int], Future[_Chunk]] | None = None
 
-    @property
-    def d_in(self) -> int:
-        """Width of the activations."""
-        return self._sources[0].width
-
-    def next_batch(self, n: int) -> Float[Tensor, "n d_in"]:
-        """The next n rows of the stream."""
-        return self._next_rows(n, self._sources[:1])[0]
-
-    def next_pair(self, n: int) -> Pair:
-        """The next n rows of the stream with their gradients. Raises InputError unless made with `with_gradients`."""
-        if len(self._sources) == 1:
-            raise InputError("this loader reads no gradients: make it with with_gradients=True")
-        activations, gradients = self._next_rows(n, self._sources)
-        return Pair(activations, gradients.float() / self._gradient_scale)
-
-    def sample(self, n: int) -> Float[Tensor, "m d_in"]:
+    def _sampled(self, n: int) -> Int[np.ndarray, "m"]:
         """At most n usable rows drawn without replacement, always the same for a harvest and n, in harvest order."""
         generator = np.random.default_rng(0)
         # Drawing rows and dropping the flagged needs no list of all usable ones, which may be hundreds of millions.
@@ -120,7 +102,7 @@ class ActivationLoader:
             drawn = np.flatnonzero(self._usable)
         if len(drawn) > n:
             drawn = np.sort(generator.choice(drawn, size=n, replace=False))
-        return self._sources[0].rows(drawn).to(self._device)
+        return drawn
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, and what it is a cursor of."""
@@ -180,7 +162,7 @@ class ActivationLoader:
 
     def _read(self, epoch: int, number: int, buffer: int) -> _Chunk:
         blocks = _generator(self._seed, epoch, -1).permutation(self._n_blocks)
-        mine = blocks[number * CHUNK_BLOCKS : (number + 1) * CHUNK_BLOCKS]
+        mine = blocks[number * self._chunk_blocks : (number + 1) * self._chunk_blocks]
         spans = [(int(b) * BLOCK_ROWS, min((int(b) + 1) * BLOCK_ROWS, self._n_rows)) for b in mine]
         columns = [
             _copy_spans(source, spans, memory)
@@ -197,7 +179,7 @@ class ActivationLoader:
 
     def _host_memory(self, buffer: int) -> list[Float[Tensor, "rows d_in"]]:
         """Room for a chunk, by source."""
-        rows = min(self._n_rows, BLOCK_ROWS * CHUNK_BLOCKS)
+        rows = min(self._n_rows, BLOCK_ROWS * self._chunk_blocks)
         shapes = [(rows, source.width, source.dtype) for source in self._sources]
         if self._stream is not None:
             # torch hands pinned memory out again, and only once the copies from it are done.
@@ -206,6 +188,63 @@ class ActivationLoader:
             # Kept, since the first touch of fresh memory costs several times what filling it costs.
             self._buffers[buffer] = [torch.empty(rows, width, dtype=dtype) for rows, width, dtype in shapes]
         return self._buffers[buffer]
+
+
+class ActivationLoader(RowLoader):
+    """Batches of one hook point's activations; a `sae.BatchSource`.
+
+    Args:
+        harvest: where the rows lie.
+        hook: hook point.
+        seed: of the permutations.
+        device: where batches are delivered, in the stored precision.
+        with_gradients: `next_pair` gives gradients beside activations, and rows without a gradient are left out.
+
+    Raises:
+        InputError: a hook point or gradients that the harvest does not have, or no usable rows.
+    """
+
+    def __init__(
+        self,
+        harvest: Harvest,
+        hook: str,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        with_gradients: bool = False,
+    ) -> None:
+        sources, usable = [harvest.vectors(hook)], harvest.ordinary
+        if with_gradients:
+            sources.append(gradients_at(harvest, hook))
+            self._gradient_scale, usable = harvest.gradient_scale(hook), harvest.flags == FLAG_OK
+        super().__init__(harvest, sources, usable, name=hook, seed=seed, device=device)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._sources[0].width
+
+    def next_batch(self, n: int) -> Float[Tensor, "n d_in"]:
+        """The next n rows of the stream."""
+        return self._next_rows(n, self._sources[:1])[0]
+
+    def next_pair(self, n: int) -> Pair:
+        """The next n rows of the stream with their gradients. Raises InputError unless made with `with_gradients`."""
+        if len(self._sources) == 1:
+            raise InputError("this loader reads no gradients: make it with with_gradients=True")
+        activations, gradients = self._next_rows(n, self._sources)
+        return Pair(activations, gradients.float() / self._gradient_scale)
+
+    def sample(self, n: int) -> Float[Tensor, "m d_in"]:
+        """At most n usable rows drawn without replacement, always the same for a harvest and n, in harvest order."""
+        return self._sources[0].rows(self._sampled(n)).to(self._device)
+
+
+def gradients_at(harvest: Harvest, hook: str) -> Vectors:
+    """The stored gradients at a hook point. Raises InputError where the harvest has none."""
+    if not harvest.has_gradients:
+        raise InputError(f"harvest {harvest.name!r} has no gradients: harvest again with --gradients")
+    return harvest.vectors(hook + GRADIENT)
 
 
 def _copy_spans(

@@ -31,7 +31,7 @@ import torch
 from sae import rules
 from sae.config import TrainConfig
 from sae.errors import InputError
-from sae.source import BatchSource
+from sae.source import BatchSource, TargetSource
 from sae.training import StepMetrics, train
 from workbench.disk.names import check_name
 from workbench.models.devices import free_bytes
@@ -207,22 +207,28 @@ class SweepEstimate:
             )
 
 
-def memory(configs: Sequence[TrainConfig], d_in: int) -> int:
+def memory(configs: Sequence[TrainConfig], d_in: int, d_out: int) -> int:
     """Bytes of SAEs in training and of one step: gradients, the batch, its residual and its active rows."""
-    parameters = sum(2 * d_in * config.d_sae + config.d_sae + d_in for config in configs)
-    step = max(4 * config.batch_size * d_in * 6 for config in configs)
+    parameters = sum(_parameters(config, d_in, d_out) for config in configs)
+    step = max(4 * config.batch_size * (d_in + d_out) * 3 for config in configs)
     return BYTES_PER_PARAMETER * parameters + step
 
 
-def check_memory(configs: Sequence[TrainConfig], d_in: int, device: torch.device | str) -> None:
+def _parameters(config: TrainConfig, d_in: int, d_out: int) -> int:
+    return (d_in + d_out + 1) * config.d_sae + d_out + d_in * d_out * config.skip
+
+
+def check_memory(configs: Sequence[TrainConfig], d_in: int, d_out: int, device: torch.device | str) -> None:
     """Raises InputError, with what they take, when the device cannot hold these SAEs until they are finished."""
     where = torch.device(device)
-    widest = max(2 * d_in * config.d_sae + config.d_sae + d_in for config in configs)
+    widest = max(_parameters(config, d_in, d_out) for config in configs)
     finishing = BYTES_OF_FINISHING * widest if where.type == "cpu" else 0
-    SweepEstimate(len(configs), memory(configs, d_in) + finishing, free_bytes(where), 0.0).check()
+    SweepEstimate(len(configs), memory(configs, d_in, d_out) + finishing, free_bytes(where), 0.0).check()
 
 
-def estimate(configs: Sequence[TrainConfig], source: BatchSource, *, device: torch.device | str) -> SweepEstimate:
+def estimate(
+    configs: Sequence[TrainConfig], source: BatchSource | TargetSource, *, device: torch.device | str
+) -> SweepEstimate:
     """Memory and time of training `configs` on one stream.
 
     Args:
@@ -234,7 +240,8 @@ def estimate(configs: Sequence[TrainConfig], source: BatchSource, *, device: tor
         InputError: more memory than the device has free, before the trial.
     """
     where = torch.device(device)
-    needed = SweepEstimate(len(configs), memory(configs, source.d_in), free_bytes(where), 0.0)
+    widths = (source.d_in, source.d_in) if not isinstance(source, TargetSource) else _first_widths(source)
+    needed = SweepEstimate(len(configs), memory(configs, *widths), free_bytes(where), 0.0)
     needed.check()
     kinds: dict[str, float] = {}
     seconds = 0.0
@@ -246,7 +253,11 @@ def estimate(configs: Sequence[TrainConfig], source: BatchSource, *, device: tor
     return replace(needed, seconds=seconds)
 
 
-def _seconds_per_step(config: TrainConfig, source: BatchSource, device: torch.device) -> float:
+def _first_widths(source: TargetSource) -> tuple[int, int]:
+    return source.pairs[0].d_in, source.pairs[0].d_out
+
+
+def _seconds_per_step(config: TrainConfig, source: BatchSource | TargetSource, device: torch.device) -> float:
     """Steps of a run cut short after TRIAL_STEPS; reports come after every step and wait for the device."""
     reports: list[StepMetrics] = []
     trial = replace(config, total_tokens=TRIAL_STEPS * config.batch_size, dead_after_tokens=config.dead_after)

@@ -1,9 +1,10 @@
-"""Training runs of a workspace: SAEs side by side on one stream of a harvest's activations.
+"""Training runs of a workspace: SAEs, or transcoders, side by side on one stream of a harvest's activations.
 
 1. The run's record is written first; a run of the same name and settings is resumed, or answered at once when it is
    finished.
 2. Under the run's lock the trainer streams batches, reports metrics and leaves checkpoints (`sae.train`).
-3. Every SAE is saved under its configuration's name with what it was made from; the metrics move into the run's
+3. Every SAE is saved under its configuration's name with what it was made from, the transcoders of a set together
+   under the set's name; the metrics move into the run's
    DuckDB file, which marks it as finished; the checkpoints go.
 
 A kill between saving the SAEs and finishing the run leaves some that are this run's own: they are kept. A run that
@@ -15,20 +16,26 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 from sae import checkpoint
 from sae.config import TrainConfig
 from sae.errors import InputError
+from sae.model import SAE
 from sae.training import StepMetrics, TrainedSAE, check_configs, train
+from sae.transcoder import Transcoder
+from sae.transcoder_set import TranscoderSet, folder_of
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import versions
 from workbench.catalog.runs import Run
 from workbench.disk.locks import RunLock
 from workbench.disk.names import new_folder
 from workbench.harvest.loader import ActivationLoader
+from workbench.harvest.pairs import PairLoader
 from workbench.harvest.reading import Harvest
 from workbench.models.devices import choose_device
+from workbench.saes.hook_pairs import HookPairs, choose_pairs
 from workbench.saes.sweeps import SweepEstimate, check_memory, estimate
 
 OnMetrics = Callable[[StepMetrics], None]
@@ -41,6 +48,7 @@ def train_all(
     configs: Sequence[TrainConfig],
     *,
     hook: str | None = None,
+    target_hook: str | None = None,
     device: str = "auto",
     on_metrics: OnMetrics | None = None,
 ) -> list[TrainedSAE]:
@@ -51,6 +59,8 @@ def train_all(
         harvest: name of a finished harvest.
         configs: one configuration per SAE.
         hook: hook point to train on; may be left out when the harvest has only one.
+        target_hook: hook point that transcoders predict. With a * for the layer in both, one configuration makes a set,
+            a transcoder for every layer, saved as one thing.
         device: `auto`, `cpu`, `cuda`, ...
         on_metrics: called with every SAE's metrics as they are reported.
 
@@ -62,16 +72,19 @@ def train_all(
         InputError: unknown harvest or hook, names taken, a finished run whose SAE was removed, or too little memory.
     """
     source = catalog.open_harvest(harvest)
-    hook = choose_hook(source, hook)
+    places = choose_pairs(source, hook, target_hook)
     chosen = str(choose_device(device))
+    configs = _of_layers(configs, places)
     check_configs(configs)
-    check_memory(configs, source.vectors(hook).width, chosen)
+    check_memory(configs, *places.widths(source), chosen)
     record = Run(new_folder(catalog.run_folder(run)))
     if record.failed:
         shutil.rmtree(record.folder)
     description = {
-        "harvest": harvest, "hook": hook, "device": chosen, "configs": [config.to_dict() for config in configs],
+        "harvest": harvest, "hook": places.hook, "device": chosen, "configs": [config.to_dict() for config in configs],
     }  # fmt: skip
+    if places.target_hook is not None:
+        description["target_hook"] = places.target_hook
     if record.finished:
         record.start(description)
         return _finished(catalog, record, configs)
@@ -81,7 +94,7 @@ def train_all(
             catalog.check_new_sae(config.name)
     resuming = record.start(description)
     try:
-        trained = _run(catalog, record, source, hook, configs, chosen, resuming, done, on_metrics)
+        trained = _run(catalog, record, source, places, configs, chosen, resuming, done, on_metrics)
     except InputError:
         if not resuming and not len(record.metrics()):
             shutil.rmtree(record.folder)
@@ -93,7 +106,7 @@ def _run(
     catalog: Catalog,
     record: Run,
     source: Harvest,
-    hook: str,
+    places: HookPairs,
     configs: Sequence[TrainConfig],
     device: str,
     resuming: bool,
@@ -103,15 +116,12 @@ def _run(
     """Steps 2 and 3 of the module's description; `done` are SAEs that this run has saved before."""
     with RunLock(record.folder):
         try:
-            trained = _train(record, source, hook, configs, device, resuming, on_metrics)
+            trained = _train(record, source, places, configs, device, resuming, on_metrics)
         except RuntimeError as error:
             # Out of memory, say; beside others the trainer takes out the one it happens to.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             trained = [TrainedSAE(config, None, reason) for config in configs]
-        provenance = {"run": record.name, "harvest": source.provenance(), "hook": hook, "versions": versions()}
-        for result in trained:
-            if result.sae is not None and result.config.name not in done:
-                catalog.add_sae(result.config.name, result.sae, {**provenance, "training": result.config.to_dict()})
+        trained = _save(catalog, record, source, trained, done, as_set=places.is_set)
         record.finish(
             [config.to_dict() for config in configs],
             errors={result.config.name: result.error for result in trained if result.error},
@@ -121,7 +131,13 @@ def _run(
 
 
 def estimate_training(
-    catalog: Catalog, harvest: str, configs: Sequence[TrainConfig], *, hook: str | None = None, device: str = "auto"
+    catalog: Catalog,
+    harvest: str,
+    configs: Sequence[TrainConfig],
+    *,
+    hook: str | None = None,
+    target_hook: str | None = None,
+    device: str = "auto",
 ) -> SweepEstimate:
     """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
 
@@ -130,24 +146,52 @@ def estimate_training(
     """
     source = catalog.open_harvest(harvest)
     chosen = str(choose_device(device))
-    return estimate(configs, _loader(source, choose_hook(source, hook), configs, chosen), device=chosen)
+    places = choose_pairs(source, hook, target_hook)
+    configs = _of_layers(configs, places)
+    return estimate(configs, _loader(source, places, configs, chosen), device=chosen)
 
 
-def choose_hook(harvest: Harvest, hook: str | None) -> str:
-    """The hook point asked for, or the only one. Raises InputError naming those there are."""
-    if hook is None and len(harvest.hooks) == 1:
-        return harvest.hooks[0]
-    if hook is None or hook not in harvest.hooks:
-        problem = "has several hook points" if hook is None else f"has no hook point {hook!r}"
-        known = ", ".join(harvest.hooks)
-        raise InputError(f"harvest {harvest.name!r} {problem}: choose one of {known} with --hook")
-    return hook
+def _of_layers(configs: Sequence[TrainConfig], places: HookPairs) -> list[TrainConfig]:
+    """The configurations, of a set one for every layer. Raises InputError for several sets at once."""
+    if not places.is_set:
+        return list(configs)
+    if len(configs) > 1:
+        raise InputError(f"one set of transcoders at a time: got settings for {len(configs)}")
+    (config,) = configs
+    return [replace(config, name=f"{config.name}.{folder_of(layer)}") for layer in range(len(places.pairs))]
+
+
+def _save(
+    catalog: Catalog, record: Run, source: Harvest, trained: list[TrainedSAE], done: Set[str], *, as_set: bool
+) -> list[TrainedSAE]:
+    """Saves what was trained and is not there yet, and returns what became of it all: of a set all or nothing."""
+
+    def provenance(sae: SAE, config: TrainConfig) -> dict[str, Any]:
+        target = {"target_hook": sae.target_hook_name} if isinstance(sae, Transcoder) else {}
+        made = {"run": record.name, "harvest": source.provenance(), "hook": sae.hook_name, **target}
+        return {**made, "versions": versions(), "training": config.to_dict()}
+
+    if not as_set:
+        for result in trained:
+            if result.sae is not None and result.config.name not in done:
+                catalog.add_sae(result.config.name, result.sae, provenance(result.sae, result.config))
+        return trained
+    failed = next((result for result in trained if result.error), None)
+    if failed is not None:
+        reason = f"a set needs all its layers, and {failed.config.name} failed ({failed.error})"
+        return [replace(result, sae=None, error=result.error or reason) for result in trained]
+    if done != {result.config.name for result in trained}:
+        coders = {layer: result.sae for layer, result in enumerate(trained) if isinstance(result.sae, Transcoder)}
+        records = [provenance(coder, trained[layer].config) for layer, coder in coders.items()]
+        name = trained[0].config.name.removesuffix(f".{folder_of(0)}")
+        catalog.add_transcoders(name, TranscoderSet(coders), records)
+    return trained
 
 
 def _train(
     record: Run,
     source: Harvest,
-    hook: str,
+    places: HookPairs,
     configs: Sequence[TrainConfig],
     device: str,
     resuming: bool,
@@ -164,19 +208,22 @@ def _train(
 
     return train(
         configs,
-        _loader(source, hook, configs, device),
+        _loader(source, places, configs, device),
+        pairs=places.of_configs,
         device=device,
         checkpoint_dir=record.checkpoints,
         resume=resuming,
         on_metrics=report,
-        hook_name=hook,
+        hook_name=places.hook,
         model_name=source.model["name"],
     )
 
 
-def _loader(source: Harvest, hook: str, configs: Sequence[TrainConfig], device: str) -> ActivationLoader:
-    with_gradients = any(config.rule.needs_gradients for config in configs)
-    return ActivationLoader(source, hook, seed=configs[0].seed, device=device, with_gradients=with_gradients)
+def _loader(
+    source: Harvest, places: HookPairs, configs: Sequence[TrainConfig], device: str
+) -> ActivationLoader | PairLoader:
+    gradients = any(config.rule.needs_gradients for config in configs)
+    return places.loader(source, configs[0].seed, device, gradients=gradients)
 
 
 def _finished(catalog: Catalog, record: Run, configs: Sequence[TrainConfig]) -> list[TrainedSAE]:

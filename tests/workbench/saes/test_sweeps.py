@@ -160,7 +160,7 @@ def test_the_memory_estimate_counts_what_training_holds() -> None:
     ]
     held += [value for value in vars(step.gradients).values() if isinstance(value, torch.Tensor)]
     bytes_held = sum(tensor.nbytes for tensor in held)
-    assert bytes_held <= memory([config], 32) <= 1.2 * bytes_held
+    assert bytes_held <= memory([config], 32, 32) <= 1.2 * bytes_held
 
 
 def test_more_memory_than_is_free_is_refused() -> None:
@@ -242,5 +242,5 @@ def test_an_estimate_alone_trains_nothing(
     assert run(train_arguments(workspace, sweep, "--estimate-only", "--json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["saes"] == 2
-    assert found["bytes"] == memory(read_sweep(sweep).configs("s", 1), 16)
+    assert found["bytes"] == memory(read_sweep(sweep).configs("s", 1), 16, 16)
     assert workspace.runs() == []
