@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.blocks import mlp_input
-from circuits.edges import check_readers, read_through, stacked, writer_names, written_and_logits
+from circuits.edges import read_through, reader_names, stacked, unread, writer_names, written_and_logits
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, Graph, graph_of
 from circuits.passes import Hook, OnProgress, answer_logits, probed, taking
@@ -59,14 +59,13 @@ def attribute_edges(
 
     Raises:
         InputError: an unknown variant, fewer than one step, or see `circuits.nodes.graph_of`,
-            `circuits.edges.check_readers` and `circuits.edges.stacked`.
+            `circuits.edges.unread` and `circuits.edges.stacked`.
     """
     if variant not in ("eap", "ig-inputs", "ig-activations"):
         raise InputError(f"unknown variant {variant!r}: choose eap, ig-inputs or ig-activations")
     if steps < 1:
         raise InputError(f"the integral needs at least one step, got {steps}")
     graph = graph_of(bridge)
-    check_readers(bridge)
     total = torch.zeros(len(graph.writers), len(graph.readers), dtype=torch.float64)
     clean = corrupted = 0.0
     for number, batch in enumerate(prompts.batches(batch_size)):
@@ -108,9 +107,7 @@ def gradient_run(bridge: Bridge, graph: Graph, prompts: PromptSet, metric: Metri
     mlps = [mlp_input(block) for block in bridge.blocks]
     probes: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
-    names = [f"blocks.{layer}.attn.{part}.hook_out" for layer in range(graph.n_layers) for part in "qkv"]
-    names += [f"blocks.{layer}.{point}" for layer, (point, _) in enumerate(mlps)]
-    names.append("ln_final.hook_in")
+    names = [*reader_names(bridge), "ln_final.hook_in"]
     streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(graph.n_layers)]
     with torch.enable_grad():
         with (
@@ -118,6 +115,9 @@ def gradient_run(bridge: Bridge, graph: Graph, prompts: PromptSet, metric: Metri
             taking(bridge, {*writer_names(graph.n_layers), *streams}, found),
         ):
             value = metric(answer_logits(bridge, prompts.clean, prompts.last), prompts).sum()
+        for name in names:
+            if name not in probes:
+                raise unread(name)
         pulled = torch.autograd.grad(value, [probes[name] for name in names])
     found = {name: tensor.detach() for name, tensor in found.items()}
     at = dict(zip(names, pulled, strict=True))

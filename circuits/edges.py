@@ -92,15 +92,18 @@ def _check_sum(
         )
 
 
-def check_readers(bridge: Bridge) -> None:
-    """Raises InputError where a reader has no hook point of its own: a hook there would change nothing, silently."""
-    for layer, block in enumerate(bridge.blocks):
-        for name in (*(f"attn.{part}.hook_out" for part in "qkv"), mlp_input(block)[0]):
-            if f"blocks.{layer}.{name}" not in bridge.hook_dict:
-                raise InputError(
-                    f"this model has nothing at blocks.{layer}.{name} (latent attention makes queries, keys and values "
-                    "by more than a matrix each), so it has no edges: use patching, ablation or direct attribution"
-                )
+def unread(name: str) -> InputError:
+    """What is raised where a reader's hook point never acts: an edge to it would be patched by nothing, silently."""
+    return InputError(
+        f"this model has nothing at {name}: its attention runs in one piece or makes queries, keys and values by more "
+        "than a matrix each, so it has no edges; use patching, ablation or direct attribution"
+    )
+
+
+def reader_names(bridge: Bridge) -> list[str]:
+    """Hook points of queries, keys, values and MLPs, layer by layer."""
+    places = [(*(f"attn.{part}.hook_out" for part in "qkv"), mlp_input(block)[0]) for block in bridge.blocks]
+    return [f"blocks.{layer}.{name}" for layer, names in enumerate(places) for name in names]
 
 
 def read_through(
@@ -138,7 +141,6 @@ def edge_hooks(
     patched: Float[Tensor, "writers readers"] | Float[Tensor, "n writers readers"],
 ) -> list[Hook]:
     """The hooks that patch edges; for one forward pass, in which they keep what writers have written."""
-    check_readers(bridge)
     work = _PatchedPass(bridge, graph, alternative, patched)
     hooks: list[Hook] = []
     for layer in range(graph.n_layers):
@@ -157,6 +159,7 @@ class _PatchedPass:
         self.mask: Float[Tensor, "n writers readers"] = mask.expand(alternative.shape[1], *mask.shape[-2:])
         self.differences: list[Float[Tensor, "n pos d_model"]] = []
         self.stream: Tensor | None = None
+        self.unread = dict.fromkeys(reader_names(bridge))
 
     def write(self, *outputs: Float[Tensor, "n pos d_model"]) -> None:
         for output in outputs:
@@ -177,17 +180,22 @@ class _PatchedPass:
         return f"blocks.{layer}.hook_resid_pre", start
 
     def attention_input(self, layer: int, part: str) -> Hook:
+        name = f"blocks.{layer}.attn.{part}.hook_out"
+
         def read(value: Tensor, hook: Any) -> Tensor | None:
+            self.unread.pop(name, None)
             delta = self.change(self.graph.reader_columns(layer, part))
             assert self.stream is not None
             return None if delta is None else read_through(self.bridge, layer, part, self.stream[:, :, None] + delta)
 
-        return f"blocks.{layer}.attn.{part}.hook_out", read
+        return name, read
 
     def mlp_input(self, layer: int) -> Hook:
         point, norm = mlp_input(self.bridge.blocks[layer])
+        name = f"blocks.{layer}.{point}"
 
         def read(value: Tensor, hook: Any) -> Tensor | None:
+            self.unread.pop(name, None)
             delta = self.change(self.graph.reader_columns(layer, "m"), self.graph.n_upstream(f"m{layer}"))
             if delta is None:
                 return None
@@ -196,7 +204,7 @@ class _PatchedPass:
             assert self.stream is not None
             return normed(norm, self.stream + delta[:, :, 0])
 
-        return f"blocks.{layer}.{point}", read
+        return name, read
 
     def attention_output(self, layer: int) -> Hook:
         def wrote(value: Tensor, hook: Any) -> None:
@@ -211,5 +219,7 @@ class _PatchedPass:
         return f"blocks.{layer}.hook_mlp_out", wrote
 
     def final(self, value: Tensor, hook: Any) -> Tensor | None:
+        if self.unread:
+            raise unread(next(iter(self.unread)))
         delta = self.change(slice(len(self.graph.readers) - 1, None))
         return None if delta is None else value + delta[:, :, 0]

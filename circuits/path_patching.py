@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.blocks import mlp_input, norm_before, normed
-from circuits.edges import check_readers, stacked, writer_names, written
+from circuits.edges import reader_names, stacked, unread, writer_names, written
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, graph_of, head_names, parse
 from circuits.passes import Hook, OnProgress, activations, answer_logits, taking
@@ -102,17 +102,22 @@ def patch_edges(
         edges: names; every edge unless given, at one forward pass from its reader on each.
     """
     graph = graph_of(bridge)
-    check_readers(bridge)
     if edges is None:
         chosen = [(int(row), int(column)) for row, column in torch.nonzero(graph.exists)]
     else:
         chosen = [graph.edge(name) for name in edges]
     streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(graph.n_layers)]
     found: dict[str, Tensor] = {}
+    seen: set[str] = set()
     with ExitStack() as stack:
+        watching = [(name, lambda value, hook, name=name: seen.add(name)) for name in reader_names(bridge)]
+        stack.enter_context(bridge.hooks(fwd_hooks=watching))
         recorded = [stack.enter_context(recorded_block(bridge, layer)) for layer in range(graph.n_layers)]
         stack.enter_context(taking(bridge, [*streams, *writer_names(graph.n_layers)], found))
         logits = answer_logits(bridge, prompts.clean, prompts.last)
+    for name in reader_names(bridge):
+        if name not in seen:
+            raise unread(name)
     clean = metric(logits, prompts)
     corrupted = metric(answer_logits(bridge, prompts.corrupted, prompts.last), prompts)
     change = written(bridge, prompts.corrupted) - stacked(bridge, found)
