@@ -11,6 +11,9 @@ decide. Means over seeds with their standard deviations.
 
     signed_widths  AbsTopK with n latents against TopK with n and 2n on signed codes
     dead_features  latents that die with aux-k, aux-zipf and neither, and under feature choice
+    spare_latents  the same with eight latents a feature, which have nothing to do
+    quiet_few      the quiet feature among 32 of which 3 fire
+    quiet_room     and among 64 of which 3 fire
 
     python benchmarks/planted.py [--seeds 3] [--steps 600] [--cases zipf signed ...] [--json]
 """
@@ -134,6 +137,21 @@ def signed_widths(planting: Planting, steps: int, seed: int) -> list[TrainConfig
 
 def dead_features(planting: Planting, steps: int, seed: int) -> list[TrainConfig]:
     """As many latents as features and a learning rate at which some die."""
+    return _auxiliary(planting.n_features, steps, seed, lr=2e-2)
+
+
+def spare_latents(planting: Planting, steps: int, seed: int) -> list[TrainConfig]:
+    """Eight latents a feature at the learning rate of the other cases."""
+    return _auxiliary(8 * planting.n_features, steps, seed)
+
+
+def quiet_feature(planting: Planting, steps: int, seed: int) -> list[TrainConfig]:
+    """The rule that sees gradients beside the one that does not."""
+    width = planting.n_features * 3 // 2
+    return [config(name, rule, width, steps, seed) for name, rule in (("topk", TopK(K)), ("gradient", GradientTopK(K)))]
+
+
+def _auxiliary(width: int, steps: int, seed: int, **changes: Any) -> list[TrainConfig]:
     arms: dict[str, tuple[Rule, AuxKind]] = {
         "topk, no aux": (TopK(K), "none"),
         "topk, aux_k": (TopK(K), "aux_k"),
@@ -141,15 +159,16 @@ def dead_features(planting: Planting, steps: int, seed: int) -> list[TrainConfig
         "feature choice, no aux": (FeatureChoice(K), "none"),
         "feature choice, aux_zipf": (FeatureChoice(K), "aux_zipf"),
     }
-    return [
-        config(name, rule, planting.n_features, steps, seed, aux=aux, lr=2e-2) for name, (rule, aux) in arms.items()
-    ]
+    return [config(name, rule, width, steps, seed, aux=aux, **changes) for name, (rule, aux) in arms.items()]
 
 
 ARMS: dict[str, tuple[Planting, Make]] = {
     **{name: (planting, every_rule) for name, planting in CASES.items()},
     "signed_widths": (CASES["signed"], signed_widths),
     "dead_features": (replace(BASE, n_features=256, l0=4.0, zipf=1.0), dead_features),
+    "spare_latents": (BASE, spare_latents),
+    "quiet_few": (replace(CASES["quiet"], n_features=32, l0=3.0), quiet_feature),
+    "quiet_room": (replace(CASES["quiet"], l0=3.0), quiet_feature),
 }
 
 

@@ -15,9 +15,10 @@ select by magnitude and keep signs.
 
 aux-zipf (named in Ayonrinde 2024, arXiv 2411.02124; its formula is not public, this one is "reconstructed"): aux-k
 with U in place of D. With eta the features' running densities, log eta is regressed on log rank over the features
-that fire at all, which gives the density each rank lets expect, and U are the features that have fallen far below it:
+that are not dead, which gives the density each rank lets expect, and U are the features that have fallen far below it
+or never fired:
 
-    U = {i : eta_i < gamma eta_hat(rank of i)},    gamma = 1/10
+    U = {i : eta_i < gamma eta_hat(rank of i) or eta_i = 0},    gamma = 1/10
 
 Matryoshka (arXiv 2503.17547): every prefix of the features, of widths w_1 < ... < w_m = d_sae, reconstructs x:
 

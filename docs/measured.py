@@ -1,0 +1,209 @@
+"""Which tables of the documentation are older than the code they measure.
+
+Every table of measured numbers is followed by a record, one for all tables of its section since the last:
+
+    <!-- measured
+    command: python benchmarks/planted.py --cases dead_features
+    on: 2026-11-27, 75adaf2
+    code: benchmarks/planted.py 1a2b3c4d, sae/losses.py:rare_features 5e6f7a8b
+    -->
+
+`on` is the date and the commit. `code` names what the numbers rest on, files or names in files (`PATH:Class.method`),
+with digests of what they said then: of their text without docstrings, comments, imports, annotations, white space and
+trailing commas, so that an edit of these makes no table old. Name the formula and the benchmark's settings, not all
+that they call. Timings have no `code`: they belong to the machine and the day that the page names.
+
+A table is older than its code where a digest has changed. Then
+
+    python docs/measured.py                                  # names such tables, and measured ones without a record
+    python docs/measured.py --stamp docs/methods/planted.md  # after measuring the page again: digests, date and commit
+
+or, where it cannot be measured again now, a line `older: WORDS` in the record, and the same words on the page for its
+readers.
+"""
+
+import argparse
+import ast
+import datetime
+import hashlib
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+RECORD = re.compile(r"<!-- measured\n(.*?)-->", re.DOTALL)
+NUMBER = re.compile(r"[-+]?\d")
+PLACE = re.compile(r"(?P<path>[\w/.-]+?)(?::(?P<name>[\w.]+))? (?P<digest>[0-9a-f]{8})$")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a page."""
+
+    line: int
+    """Of the page, from 1."""
+    fields: dict[str, str]
+
+    def code(self) -> list[tuple[str, str | None, str]]:
+        """(path, name or None for the whole file, digest) of everything measured."""
+        found = []
+        for entry in filter(None, self.fields.get("code", "").split(", ")):
+            place = PLACE.match(entry)
+            if place is None:
+                raise ValueError(f"line {self.line}: {entry!r} is not PATH DIGEST or PATH:NAME DIGEST")
+            found.append((place["path"], place["name"], place["digest"]))
+        return found
+
+
+def digest(source: str, name: str | None = None) -> str | None:
+    """Of a file's code or of one of its top-level definitions; None where it has none of that name."""
+    tree = ast.parse(source)
+    lines = [bytearray(line, "utf-8") for line in source.splitlines(keepends=True)]
+
+    def blank(first: int, start: int, last: int | None, end: int | None) -> None:
+        assert last is not None
+        for number in range(first, last + 1):
+            line = lines[number - 1]
+            begin, stop = start if number == first else 0, (end or 0) if number == last else len(line)
+            line[begin:stop] = b" " * (stop - begin)
+
+    chosen = tree.body if name is None else _defined(tree.body, name)
+    if not chosen:
+        return None
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant(value=str())):
+                blank(node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)
+            case ast.arg(annotation=ast.expr() as kind):
+                blank(node.lineno, node.col_offset + len(node.arg.encode()), kind.end_lineno, kind.end_col_offset)
+            case ast.AnnAssign(target=target, annotation=kind):
+                blank(target.end_lineno or 0, target.end_col_offset or 0, kind.end_lineno, kind.end_col_offset)
+            case ast.FunctionDef(returns=ast.expr() as kind):
+                blank(kind.lineno, kind.col_offset, kind.end_lineno, kind.end_col_offset)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            start = len(token.line[: token.start[1]].encode())
+            blank(token.start[0], start, token.start[0], start + len(token.string.encode()))
+    parts = []
+    for node in chosen:
+        decorators = getattr(node, "decorator_list", [])
+        first = min([node.lineno, *(one.lineno for one in decorators)])
+        parts.append(b"".join(lines[first - 1 : node.end_lineno]))
+    text_of = re.sub(rb"\s+", b"", b"\n".join(parts))
+    return hashlib.sha256(re.sub(rb",(?=[)\]}])|->", b"", text_of)).hexdigest()[:8]
+
+
+def _defined(body: list[ast.stmt], name: str) -> list[ast.stmt]:
+    """The statements that define a name, `Class.method` among them."""
+    first, _, rest = name.partition(".")
+    found = [node for node in body if first in _names(node)]
+    return [inner for node in found for inner in _defined(getattr(node, "body", []), rest)] if rest else found
+
+
+def _names(node: ast.stmt) -> set[str]:
+    """What a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def records(text: str) -> list[Record]:
+    """The records of a page, in order."""
+    found = []
+    for match in RECORD.finditer(text):
+        pairs = (line.split(": ", 1) for line in match[1].strip().splitlines())
+        found.append(Record(text.count("\n", 0, match.start()) + 1, {pair[0]: pair[-1] for pair in pairs}))
+    return found
+
+
+def measured_tables(text: str) -> Iterator[int]:
+    """Lines on which tables begin more than half of whose cells, titles aside, begin with a number."""
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if not line.startswith("|") or (number and lines[number - 1].startswith("|")):
+            continue
+        end = next((i for i in range(number, len(lines)) if not lines[i].startswith("|")), len(lines))
+        cells = [cell.strip() for row in lines[number + 2 : end] for cell in row.strip("|").split("|")[1:]]
+        if 2 * sum(bool(NUMBER.match(cell)) for cell in cells) > len(cells):
+            yield number + 1
+
+
+def complaints(text: str) -> list[str]:
+    """One line for every measured table without a record, and for every record that is older than its code."""
+    found = []
+    kept = records(text)
+    headings = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("#")]
+    for table in measured_tables(text):
+        section_end = next((number for number in headings if number > table), sys.maxsize)
+        if not any(table < record.line < section_end for record in kept):
+            found.append(f"line {table}: no record follows this table: see docs/measured.py")
+    visible = " ".join(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).split())
+    for record in kept:
+        older = record.fields.get("older")
+        if older is not None and older not in visible:
+            found.append(f"line {record.line}: the page does not tell its readers {older!r}")
+        if not {"command", "on"} <= record.fields.keys():
+            found.append(f"line {record.line}: the record names no command or no date")
+        for path, name, stamped in record.code():
+            file = REPOSITORY / path
+            now = digest(file.read_text(encoding="utf-8"), name) if file.is_file() else None
+            place = f"{path}:{name}" if name else path
+            if now is None:
+                found.append(f"line {record.line}: {place} is no longer there")
+            elif now != stamped and older is None:
+                command = record.fields.get("command")
+                found.append(f"line {record.line}: {place} has changed since this was measured: {command}")
+    return found
+
+
+def stamped(text: str, line: int | None, on: str) -> str:
+    """The page with new dates and digests: of all records, or of the first one after a line."""
+    chosen = [record for record in records(text) if line is None or record.line >= line][: None if line is None else 1]
+    lines = {record.line for record in chosen}
+
+    def renew(match: re.Match[str]) -> str:
+        if text.count("\n", 0, match.start()) + 1 not in lines:
+            return match[0]
+        record = records(match[0])[0]
+        entries = []
+        for path, name, _ in record.code():
+            now = digest((REPOSITORY / path).read_text(encoding="utf-8"), name)
+            entries.append(f"{path}:{name} {now}" if name else f"{path} {now}")
+        fields = {**record.fields, "on": on} | ({"code": ", ".join(entries)} if entries else {})
+        fields.pop("older", None)
+        return "<!-- measured\n" + "".join(f"{key}: {value}\n" for key, value in fields.items()) + "-->"
+
+    return RECORD.sub(renew, text)
+
+
+def pages() -> list[Path]:
+    """The pages of the documentation."""
+    return sorted(page for page in (REPOSITORY / "docs").rglob("*.md") if "_build" not in page.parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stamp", metavar="PAGE[:LINE]", help="a page, or its first record from a line on")
+    options = parser.parse_args()
+    if options.stamp:
+        name, _, line = options.stamp.partition(":")
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        on = f"{datetime.date.today()}, {commit.stdout.strip()}"
+        page = Path(name)
+        page.write_text(stamped(page.read_text(encoding="utf-8"), int(line) if line else None, on), encoding="utf-8")
+        return
+    found = [
+        f"{page.relative_to(REPOSITORY)}, {one}" for page in pages() for one in complaints(page.read_text("utf-8"))
+    ]
+    print("\n".join(found) or "Every measured table has a record, and none is older than its code.")
+    raise SystemExit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Tables of measured numbers name their command, and none is older than the code it measures."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+SOURCE = '''"""What it does."""
+
+import math
+
+LEAST = 0.1
+
+
+def share(a, b):
+    """Of a in b."""
+    # The floor matters.
+    return max(a / b, LEAST)
+'''
+TABLE = "# Title\n\n| rule | a |\n|---|---|\n| topk | 0.5 ± 0.1 |\n\n"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(DOCS), *sys.path])
+    import measured  # type: ignore[import-not-found]
+
+    return measured  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_no_table_is_older_than_its_code(measured: ModuleType, page: Path) -> None:
+    found = measured.complaints(page.read_text(encoding="utf-8")) if "_build" not in page.parts else []
+    assert not found, "\n".join([f"{page.name}:", *found])
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        SOURCE.replace("What it does.", "In other words."),
+        SOURCE.replace("    # The floor matters.\n", ""),
+        SOURCE.replace("import math", "import math\nfrom os import path"),
+        SOURCE.replace("def share(a, b)", "def share(a: float, b: Float[Tensor, 'n']) -> float"),
+        SOURCE.replace("max(a / b, LEAST)", "max(\n        a / b,\n        LEAST,\n    )"),
+    ],
+    ids=["docstring", "comment", "import", "annotation", "format"],
+)
+def test_what_computes_nothing_does_not_count(measured: ModuleType, edited: str) -> None:
+    assert edited != SOURCE
+    for name in (None, "share"):
+        assert measured.digest(edited, name) == measured.digest(SOURCE, name)
+
+
+def test_what_computes_counts_where_it_is_named(measured: ModuleType) -> None:
+    edited = SOURCE.replace("0.1", "0.2")
+    assert measured.digest(edited) != measured.digest(SOURCE)
+    assert measured.digest(edited, "LEAST") != measured.digest(SOURCE, "LEAST")
+    assert measured.digest(edited, "share") == measured.digest(SOURCE, "share")
+    assert measured.digest(SOURCE.replace("a / b", "b / a"), "share") != measured.digest(SOURCE, "share")
+    assert measured.digest(SOURCE, "no") is None
+
+
+def test_methods_are_named_by_their_class(measured: ModuleType) -> None:
+    source = "class Rule:\n    def select(self):\n        return 1\n\n    def encode(self):\n        return 2\n"
+    edited = source.replace("return 2", "return 3")
+    assert measured.digest(edited, "Rule.select") == measured.digest(source, "Rule.select")
+    assert measured.digest(edited, "Rule.encode") != measured.digest(source, "Rule.encode")
+    assert measured.digest(source, "Rule.no") is None
+
+
+def test_old_tables_are_told_until_they_are_measured_again(
+    measured: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measured, "REPOSITORY", tmp_path)
+    (tmp_path / "code.py").write_text(SOURCE)
+    record = "<!-- measured\ncommand: python code.py\non: 2026-01-01, 1234567\ncode: code.py:share 00000000{}\n-->\n"
+    assert measured.complaints(TABLE) == ["line 3: no record follows this table: see docs/measured.py"]
+    assert measured.complaints(TABLE + "# Next\n" + record.format("")) != []
+    page = TABLE + record.format("")
+    assert measured.complaints(page) == [
+        "line 7: code.py:share has changed since this was measured: python code.py"
+    ]  # fmt: skip
+    older = TABLE + record.format("\nolder: measured before the floor")
+    assert measured.complaints(older) == ["line 7: the page does not tell its readers 'measured before the floor'"]
+    assert measured.complaints(older + "These numbers were measured before\nthe floor.") == []
+    again = measured.stamped(older, 5, "2026-02-01, 7654321")
+    assert measured.complaints(again) == []
+    assert "on: 2026-02-01, 7654321" in again
+    assert "older" not in again
+    (tmp_path / "code.py").unlink()
+    assert measured.complaints(again) == ["line 7: code.py:share is no longer there"]
