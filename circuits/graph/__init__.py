@@ -5,11 +5,12 @@ graph = attribute(bridge, "def add(self, x):\\n    self.", transcoders)
 graph.scores(), graph.prune().table()
 
 `frozen` holds a model on a prompt, `adjoint` makes edges, `attribute` the graph of them, `influence` and `pruning` say
-what matters in it.
+what matters in it, `interventions` what changing its features really does.
 """
 
 from circuits.graph.attribute import attribute
 from circuits.graph.graph import Graph, Nodes
 from circuits.graph.influence import Scores
+from circuits.graph.interventions import Intervention, generate, intervene, supernode_edges
 
-__all__ = ["Graph", "Nodes", "Scores", "attribute"]
+__all__ = ["Graph", "Intervention", "Nodes", "Scores", "attribute", "generate", "intervene", "supernode_edges"]

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.graph.frozen import Frozen
+from circuits.graph.frozen import Frozen, FrozenLayer
 from sae.errors import InputError
 from sae.transcoder import Transcoder
 
@@ -204,9 +204,9 @@ def logit_rows(
     frozen = sources.frozen
     last = len(frozen.layers) - 1
     position = torch.full((len(vectors),), sources.n_pos - 1, device=vectors.device)
-    G = vectors.new_zeros(len(vectors), sources.n_pos, vectors.shape[1])
-    G[:, -1] = frozen.final.adjoint_at(vectors, position)
-    edges = vectors.new_zeros(len(vectors), sources.n_columns)
+    G = vectors.new_zeros(sources.n_pos, len(vectors), vectors.shape[1])
+    G[-1] = frozen.final.adjoint_at(vectors, position)
+    edges = vectors.new_zeros(sources.n_columns, len(vectors))
     bias = constants + vectors @ frozen.final.shift
     return _down(sources, last, G, edges, bias)
 
@@ -230,50 +230,83 @@ def _carried(
     """Edges and biases of targets whose gradient stands at one position before the MLP of a layer."""
     frozen = sources.frozen
     rows = torch.arange(len(g), device=g.device)
-    edges = g.new_zeros(len(g), sources.n_columns)
+    edges = g.new_zeros(sources.n_columns, len(g))
     if frozen.parallel:
-        G = g.new_zeros(len(g), n, g.shape[1])
-        G[rows, position] = g
+        if not layer:
+            return _at_embedding(frozen, g, position, None, edges, bias)
+        G = g.new_zeros(n, len(g), g.shape[1])
     else:
         own = frozen.layers[layer]
         bias = bias + (g * own.constant[position]).sum(dim=1)
-        G = own.adjoint_at(g, position, n)
-        G[rows, position] += g
-    if layer:
-        return _down(sources, layer - 1, G, edges, bias)
-    return _at_embedding(frozen, G, edges, bias)
-
-
-def _down(
-    sources: Sources, layer: int, G: Float[Tensor, "batch pos d"], edges: Tensor, bias: Tensor
-) -> tuple[Float[Tensor, "batch columns"], Float[Tensor, "batch"]]:
-    """Meets what every layer from `layer` down writes with G, the gradient after it."""
-    frozen, n = sources.frozen, G.shape[1]
-    for number in range(layer, -1, -1):
-        own, held = sources.layers[number], frozen.layers[number]
-        met = torch.bmm(own.written[:n], G.permute(1, 2, 0))
-        slots, first = own.filled.shape[1], sources.first(number)
-        met_features = met[:, :slots][own.filled[:n]]
-        edges[:, first : first + len(met_features)] = met_features.T
-        errors = first + len(own.feature)
-        edges[:, errors : errors + n] = met[:, slots].T
-        bias = bias + met[:, slots + 1].sum(dim=0)
-        through = torch.zeros_like(G)
-        if own.W_skip is not None:
-            through = (G * own.coded[:n, None]) @ own.W_skip
-            through = held.mlp_norm.adjoint(through) if own.normed else through
-        if frozen.parallel:
-            G = G + held.adjoint(G) + through
-        else:
-            G = G + through
-            bias = bias + (G * held.constant[:n]).sum(dim=(1, 2))
-            G = G + held.adjoint(G)
-    return _at_embedding(frozen, G, edges, bias)
+        read, weight = own.read_by_heads(g, position), own.mixing[:, position, :n]
+        if not layer:
+            return _at_embedding(frozen, g, position, (read, weight), edges, bias)
+        G = torch.bmm(weight.permute(1, 2, 0), read).transpose(0, 1).contiguous()
+    G[position, rows] += g
+    return _down(sources, layer - 1, G, edges, bias)
 
 
 def _at_embedding(
-    frozen: Frozen, G: Float[Tensor, "batch pos d"], edges: Tensor, bias: Tensor
+    frozen: Frozen, g: Float[Tensor, "batch d"], position: Int[Tensor, "batch"], attended: tuple[Tensor, Tensor] | None,
+    edges: Tensor, bias: Tensor,
+) -> tuple[Float[Tensor, "batch columns"], Float[Tensor, "batch"]]:  # fmt: skip
+    """Step 3 at the first layer, where only the embedding is left to meet: g at its position, and through each head."""
+    rows = torch.arange(len(g), device=g.device)
+    for leaf, into in ((frozen.embedded, edges), (frozen.positions, None)):
+        met = g.new_zeros(len(leaf), len(g))
+        met[position, rows] = (g * leaf[position]).sum(dim=1)
+        if attended is not None:
+            read, weight = attended
+            n = weight.shape[2]
+            met[:n] += ((read @ leaf[:n].T) * weight.transpose(0, 1)).sum(dim=1).T
+        if into is None:
+            bias = bias + met.sum(dim=0)
+        else:
+            into[: len(met)] = met
+    return edges.T, bias
+
+
+def _down(
+    sources: Sources, layer: int, G: Float[Tensor, "pos batch d"], edges: Tensor, bias: Tensor
 ) -> tuple[Float[Tensor, "batch columns"], Float[Tensor, "batch"]]:
-    n = G.shape[1]
-    edges[:, :n] = (G * frozen.embedded[:n]).sum(dim=2)
-    return edges, bias + (G * frozen.positions[:n]).sum(dim=(1, 2))
+    """Meets what every layer from `layer` down writes with G, the gradient after it; `edges` is [columns, batch]."""
+    frozen, n = sources.frozen, len(G)
+    for number in range(layer, -1, -1):
+        own, held = sources.layers[number], frozen.layers[number]
+        met = torch.bmm(own.written[:n], G.mT)
+        slots, first = own.filled.shape[1], sources.first(number)
+        features = met[:, :slots][own.filled[:n]]
+        edges[first : first + len(features)] = features
+        errors = first + len(own.feature)
+        edges[errors : errors + n] = met[:, slots]
+        bias = bias + met[:, slots + 1].sum(dim=0)
+        before = _through_skip(own, held, G)
+        if not frozen.parallel:
+            G = before
+            bias = bias + torch.einsum("nbd,nd->b", G, held.constant[:n])
+        spread = held.spread(G)
+        if not number:
+            break
+        G = torch.addmm(before.flatten(0, 1), spread.flatten(0, 1), held.reader.T).view(G.shape)
+    # What attention of the first layer reads is met through its values, which saves the largest product.
+    for leaf, into in ((frozen.embedded, edges), (frozen.positions, None)):
+        values = leaf[:n] @ held.reader
+        met = torch.einsum("nbd,nd->nb", before, leaf[:n]) + torch.einsum("nbz,nz->nb", spread, values)
+        if into is None:
+            bias = bias + met.sum(dim=0)
+        else:
+            into[:n] = met
+    return edges.T, bias
+
+
+def _through_skip(
+    own: LayerSources, held: FrozenLayer, G: Float[Tensor, "pos batch d"]
+) -> Float[Tensor, "pos batch d"]:
+    """G and what a transcoder's linear skip adds to it."""
+    if own.W_skip is None:
+        return G
+    n, weight = len(G), own.coded[: len(G)].to(G)
+    skip = own.W_skip
+    if own.normed:
+        skip, weight = held.mlp_norm.into(skip.T).T, weight / held.mlp_norm.scale[:n]
+    return torch.addmm(G.flatten(0, 1), (G * weight[:, None, None]).flatten(0, 1), skip).view(G.shape)

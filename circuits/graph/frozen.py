@@ -19,6 +19,7 @@ Tracing"; the layout of the equations is ours.)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ class FrozenNorm:
         """`adjoint` of vectors that stand at one position each."""
         return self._centred(u * self.gain) / self.scale[positions, None]
 
+    def into(self, W: Float[Tensor, "d_model d_out"]) -> Float[Tensor, "d_model d_out"]:
+        """C diag(gain) W: what reads v / scale as W reads `linear(v)`."""
+        return self._centred((self.gain[:, None] * W).T).T
+
     def _centred(self, v: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
         return v - v.mean(dim=-1, keepdim=True) if self.centred else v
 
@@ -88,23 +93,31 @@ class FrozenLayer:
         written = torch.einsum("...qhz,hzd->...qd", mixed, self.W_O[heads])
         return written if self.after is None else self.after.linear(written)
 
-    def adjoint(self, g: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The transpose of `attention`; of the first positions where g holds no more."""
-        n, (heads, d_head, _) = g.shape[1], self.W_O.shape
-        u = g if self.after is None else self.after.adjoint(g)
-        asked = (u.flatten(0, 1) @ self.W_O.flatten(0, 1).T).view(-1, n, heads, d_head)
-        spread = torch.matmul(self.pattern[:, :n, :n].mT, asked.transpose(1, 2))
-        read = spread.transpose(1, 2).reshape(-1, heads * d_head) @ self.W_V.flatten(1).T
-        return self.before.adjoint(read.view(g.shape))
+    @cached_property
+    def reader(self) -> Float[Tensor, "d_model heads*d_head"]:
+        """W_V as it reads the residual stream over its scale: the gain and the centring of the norm in it."""
+        return self.before.into(self.W_V.flatten(1))
 
-    def adjoint_at(
-        self, g: Float[Tensor, "batch d_model"], positions: Int[Tensor, "batch"], n: int
-    ) -> Float[Tensor, "batch n d_model"]:
-        """`adjoint` of vectors that stand at one position each, at the first n positions: a head's row at a time."""
+    @cached_property
+    def mixing(self) -> Float[Tensor, "heads query key"]:
+        """The pattern over the scale of each key."""
+        return self.pattern / self.before.scale
+
+    def spread(self, G: Float[Tensor, "pos batch d_model"]) -> Float[Tensor, "pos batch heads*d_head"]:
+        """Gradients at the first positions carried back through W_O and the pattern, in front of `reader`."""
+        n, (heads, d_head, _) = len(G), self.W_O.shape
+        u = G if self.after is None else self.after.adjoint(G.transpose(0, 1)).transpose(0, 1)
+        asked = (u.reshape(-1, u.shape[2]) @ self.W_O.flatten(0, 1).T).view(n, -1, heads, d_head)
+        carried = torch.bmm(self.mixing[:, :n, :n].mT, asked.permute(2, 0, 1, 3).reshape(heads, n, -1))
+        return carried.view(heads, n, -1, d_head).permute(1, 2, 0, 3).reshape(n, -1, heads * d_head)
+
+    def read_by_heads(
+        self, g: Float[Tensor, "batch d_model"], positions: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch heads d_model"]:
+        """The direction that each head reads for vectors that stand at one position each: W_V W_O^T g."""
         u = g if self.after is None else self.after.adjoint_at(g, positions)
         asked = torch.einsum("bd,hzd->hbz", u, self.W_O)
-        read = torch.einsum("hbz,dhz->bhd", asked, self.W_V)
-        return self.before.adjoint(torch.bmm(self.pattern[:, positions, :n].permute(1, 2, 0), read))
+        return torch.bmm(asked, self.reader.view(len(g[0]), *self.W_O.shape[:2]).permute(1, 2, 0)).transpose(0, 1)
 
 
 @dataclass(frozen=True)

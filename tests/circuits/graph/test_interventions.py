@@ -1,0 +1,105 @@
+"""Interventions on the same random models: predicted beside observed, and what is refused."""
+
+import pytest
+import torch
+
+from circuits.graph.graph import ERROR, FEATURE, LOGIT
+from circuits.graph.interventions import generate, intervene, predicted_through, supernode_edges
+from sae.errors import InputError
+
+from .conftest import Case
+
+
+def a_feature(case: Case, layer: int) -> str:
+    nodes = case.graph.nodes
+    found = ((nodes.kind == FEATURE) & (nodes.layer == layer) & (nodes.position == 6)).nonzero()[0]
+    return nodes.names[int(found)]
+
+
+def test_a_factor_of_one_changes_nothing(case: Case) -> None:
+    for effects in ("direct", "through"):
+        found = intervene(case.bridge, case.graph, case.coders, {a_feature(case, 0): 1.0}, effects=effects)
+        assert found.nodes["observed"].abs().max() < 1e-5
+        assert found.nodes["predicted"].abs().max() == 0
+        assert (found.next_tokens["before"] - found.next_tokens["after"]).abs().max() < 1e-6
+
+
+def test_direct_effects_are_linear_in_small_changes_and_reach_no_earlier_node(case: Case) -> None:
+    name = a_feature(case, 1)
+    left = []
+    for step in (1e-3, 5e-4):
+        found = intervene(case.bridge, case.graph, case.coders, {name: 1 + step}, effects="direct").nodes
+        left.append(found["observed"] / step)
+        column = case.graph.edges[:, case.graph.node(name)]
+        torch.testing.assert_close(torch.tensor(found["predicted"].to_numpy()) / step, column)
+    scale = left[1].abs().max()
+    assert (left[0] - left[1]).abs().max() < 0.02 * max(scale, 1.0)
+    unmoved = torch.tensor((found["predicted"] == 0).tolist())
+    layers = case.graph.nodes.layer[case.graph.targets]
+    earlier = layers <= 1
+    assert bool(unmoved[earlier].all())
+    assert torch.tensor(found["observed"].to_numpy())[earlier].abs().max() < 1e-5
+
+
+def test_effects_over_every_path_are_the_inverse_of_the_relative_edges(case: Case) -> None:
+    graph = case.graph
+    name = a_feature(case, 0)
+    node, n = graph.node(name), graph.n_sources
+    relative = torch.zeros(n, n, dtype=torch.float64)
+    inside = graph.targets < n
+    relative[graph.targets[inside]] = graph.edges[inside] / graph.nodes.activation[graph.targets[inside], None]
+    relative[node] = 0.0
+    start = torch.zeros(n, dtype=torch.float64)
+    start[node] = -1.0
+    moved = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - relative, start)
+    found = predicted_through(graph, {node: 0.0})
+    logits = graph.nodes.kind[graph.targets] == LOGIT
+    torch.testing.assert_close(found[logits], graph.edges[logits] @ moved)
+
+
+def test_a_held_feature_is_where_it_is_held_and_errors_can_be_taken_out(case: Case) -> None:
+    graph = case.graph
+    error = graph.nodes.names[int(((graph.nodes.kind == ERROR) & (graph.nodes.position == 3)).nonzero()[0])]
+    found = intervene(
+        case.bridge, graph, case.coders, {a_feature(case, 0): 3.0, error: 0.0}, effects="direct", freeze_attention=False
+    )
+    assert found.nodes["observed"].abs().max() > 1e-3
+    assert found.table()["observed"].abs().iloc[0] >= found.table()["observed"].abs().iloc[-1]
+    assert found.next_tokens["before"].sum() <= 1 + 1e-9
+    assert -1 <= found.agreement() <= 1
+
+
+def test_generation_under_a_change_begins_from_the_same_model(case: Case) -> None:
+    if case.family != "llama":
+        pytest.skip("one family will do")
+    plain, same = generate(case.bridge, case.graph, case.coders, {a_feature(case, 0): 1.0}, 5)
+    assert plain == same
+    _, other = generate(case.bridge, case.graph, case.coders, {a_feature(case, 0): 200.0}, 5)
+    assert other != plain
+    with pytest.raises(InputError, match="do not fit"):
+        generate(case.bridge, case.graph, case.coders, {a_feature(case, 0): 0.0}, 500)
+
+
+def test_edges_of_supernodes_are_sums_of_edges(case: Case) -> None:
+    graph = case.graph
+    logit = graph.nodes.names[-1]
+    sources = [a_feature(case, 0), a_feature(case, 1)]
+    table = supernode_edges(graph, {"why": sources, "said": [logit]})
+    assert len(table) == 1
+    row = graph.edges[graph.row[graph.node(logit)]]
+    columns = [graph.node(name) for name in sources]
+    assert table["weight"][0] == pytest.approx(float(row[columns].sum()))
+    assert table["share"][0] == pytest.approx(float(row[columns].abs().sum() / row.abs().sum()))
+    with pytest.raises(InputError, match="two supernodes"):
+        supernode_edges(graph, {"a": sources, "b": sources[:1]})
+
+
+def test_what_cannot_be_changed_is_refused(case: Case) -> None:
+    graph = case.graph
+    for changes, said in (({}, "at least one"), ({"token/1": 0.0}, "cannot be changed"), ({"f9/9/9": 0.0}, "no node")):
+        with pytest.raises(InputError, match=said):
+            intervene(case.bridge, graph, case.coders, changes)
+    with pytest.raises(InputError, match="finite"):
+        intervene(case.bridge, graph, case.coders, {a_feature(case, 0): float("nan")})
+    with pytest.raises(InputError, match="no transcoder of it"):
+        intervene(case.bridge, graph, {1: case.coders[1]}, {a_feature(case, 0): 0.0})
