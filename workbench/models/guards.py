@@ -63,9 +63,7 @@ def _checked(model: LoadedModel) -> Checks:
         raise InputError(
             f"TransformerLens' {model.info.architecture} has no list of blocks to read from: not supported"
         )
-    _place_loose_mlps(bridge)
-    # Only explicit attention hands its pattern on.
-    bridge.original_model.set_attn_implementation("eager")
+    prepare(bridge, delegated=False)
     tokens = random_tokens(model)
     logits = model.hf(tokens, use_cache=False).logits
     delegated, wrong = _mended(bridge, tokens, logits, model.info.architecture)
@@ -88,6 +86,15 @@ def _checked(model: LoadedModel) -> Checks:
         editable_patterns=not wrong and _pattern_edits_act(bridge, tokens, logits),
         unread=_unread(bridge, native.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post"), logits, model.dtype),
     )  # fmt: skip
+
+
+def prepare(bridge: Any, *, delegated: bool) -> None:
+    """What is done to every bridge before it is used, and its attention delegated where it was found to need it."""
+    _place_loose_mlps(bridge)
+    # Only explicit attention hands its pattern on.
+    bridge.original_model.set_attn_implementation("eager")
+    if delegated:
+        delegate_attention(bridge)
 
 
 def _place_loose_mlps(bridge: Bridge) -> None:

@@ -21,7 +21,7 @@ from circuits.nodes import Bridge
 from sae.errors import InputError
 from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate, weight_files, weights_sha256
 from workbench.models.devices import choose_device, free_bytes
-from workbench.models.guards import check
+from workbench.models.kept_checks import kept_or_measured
 from workbench.models.model import LoadedModel, ModelInfo
 
 __all__ = ["DTYPES", "LoadedModel", "ModelInfo", "load_model"]
@@ -61,7 +61,7 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         weights_sha256=weights_sha256(weights), checkpoint_dtype=str(stored).removeprefix("torch."), device=str(place),
     )  # fmt: skip
     loaded = LoadedModel(info, hf, bridge, tokenizer, bos_id)
-    return dataclasses.replace(loaded, checks=check(loaded))
+    return dataclasses.replace(loaded, checks=kept_or_measured(loaded))
 
 
 def _refuse_too_large(
