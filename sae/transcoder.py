@@ -84,10 +84,10 @@ class Transcoder(SAE):
         Args:
             code: of x, where it is known, or one that was edited.
         """
-        y_hat = self.decode(self.encode(x) if code is None else code)
+        y_hat = self.decode(self.encode(x) if code is None else code).reshape(*x.shape[:-1], self.d_out)
         if self.W_skip is not None:
-            y_hat = y_hat + self.skip(x.reshape(-1, self.d_in)).to(y_hat.dtype)
-        return y_hat.to(x.dtype).reshape(*x.shape[:-1], self.d_out)
+            y_hat = y_hat + self.skip(x).to(y_hat.dtype)
+        return y_hat.to(x.dtype)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """As `predict`."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
     from workbench.saes.evaluation import Evaluation
     from workbench.saes.overlap import Overlap
+    from workbench.saes.replacement import Replacement
     from workbench.saes.sweeps import SweepEstimate
     from workbench.text.corpora import Corpus
 
@@ -180,6 +181,13 @@ class Workspace(Catalog):
         from workbench.saes.evaluate import evaluate
 
         return evaluate(self, names, **settings)
+
+    def evaluate_transcoders(self, name: str, **settings: Any) -> "Replacement":
+        """Measures a set of transcoders in place of all its targets at once (kind `replacement`); settings and
+        InputErrors as `workbench.saes.evaluate.evaluate_set`."""
+        from workbench.saes.evaluate import evaluate_set
+
+        return evaluate_set(self, name, **settings)
 
     def compare(self, names: Sequence[str] = ()) -> "pd.DataFrame":
         """The SAEs named, or all, side by side with their stored evaluations; see `saes.comparison.compare`."""

@@ -47,6 +47,7 @@ def test_the_prediction_is_the_formula_and_b_dec_stays_out_of_the_encoder(skip: 
     else:
         assert not coder.skip(x).any()
     torch.testing.assert_close(coder(x), y)
+    torch.testing.assert_close(coder.predict(x.reshape(3, 10, D_IN)), y.reshape(3, 10, D_OUT))
     torch.testing.assert_close(coder.predict(x.reshape(3, 10, D_IN), coder.encode(x)), y.reshape(3, 10, D_OUT))
     assert coder(x.double()).dtype == torch.float64
     assert coder(x).shape[-1] == coder.d_out == D_OUT

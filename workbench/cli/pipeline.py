@@ -1,5 +1,6 @@
 """Commands of the pipeline but for training: demo, harvest, evaluate."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -130,6 +131,8 @@ def describe_estimate(estimate: "HarvestEstimate") -> str:
     )
 
 
+SKIP_SHARE = "skip share"
+"""A row that only transcoders with a skip have."""
 EVALUATION_COLUMNS = {
     "L0": "l0",
     "FVU": "fvu",
@@ -144,12 +147,28 @@ EVALUATION_COLUMNS = {
     "recovered (mean)": "loss_recovered_mean",
     "KL": "kl",
     "KL score": "kl_score",
+    SKIP_SHARE: "skip_share",
     "dead": "dead_share",
 }
 
 
+TOGETHER = {
+    "CE clean": "ce_clean",
+    "CE replaced": "ce_replaced",
+    "added nats": "added_nats",
+    "added nats (zero)": "added_nats_zero",
+    "added nats (mean)": "added_nats_mean",
+    "KL": "kl",
+    "KL (zero)": "kl_zero",
+    "KL (mean)": "kl_mean",
+}
+"""Rows of what a set of transcoders costs with all its layers at once."""
+
+
 def evaluate(
-    saes: Annotated[list[str], typer.Argument(metavar="SAE...", help="Names of SAEs made from one model.")],
+    saes: Annotated[
+        list[str], typer.Argument(metavar="SAE...", help="Names of SAEs, transcoders or sets made from one model.")
+    ],
     corpus: Annotated[str | None, typer.Option(help="Corpus; the harvest's own when left out.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Field holding the text; the harvest's when left out.")] = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=2)] = EVALUATION_TOKENS,
@@ -158,16 +177,25 @@ def evaluate(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure SAEs on held-out documents: sparsity, reconstruction, and what splicing them costs the model."""
+    """Measure SAEs on held-out documents: sparsity, reconstruction, and what splicing them costs the model.
+
+    A transcoder's prediction takes the place of what it predicts; a set is measured layer by layer and all at once.
+    """
+    from workbench.saes.evaluate import with_layers
+
     workspace = open_workspace(folder)
-    found = evaluate_saes(
-        workspace, saes, quiet=as_json, corpus=corpus, text_field=text_field, max_tokens=tokens, device=device,
-        count_bos=count_bos,
-    )  # fmt: skip
+    named = with_layers(workspace, saes)
+    text: dict[str, Any] = {"corpus": corpus, "text_field": text_field, "device": device}
+    found = evaluate_saes(workspace, named, quiet=as_json, max_tokens=tokens, count_bos=count_bos, **text)
+    sets = [name for name in dict.fromkeys(saes) if name not in found]
+    together = {name: workspace.evaluate_transcoders(name, max_tokens=tokens, **text) for name in sets}
     if as_json:
-        print_json({name: item.to_dict() for name, item in found.items()})
-    else:
-        print_evaluations(found)
+        print_json({name: item.to_dict() for name, item in (found | together).items()})
+        return
+    print_evaluations(found)
+    if together:
+        rows = [[title, *(item.to_dict()[key] for item in together.values())] for title, key in TOGETHER.items()]
+        print_table("All layers at once", ["", *together], rows)
 
 
 def evaluate_saes(
@@ -182,6 +210,8 @@ def evaluate_saes(
 def print_evaluations(found: "dict[str, Evaluation]") -> None:
     """One row per metric of EVALUATION_COLUMNS, one column per SAE: it fits a narrow terminal."""
     rows = [[title, *(getattr(item, key) for item in found.values())] for title, key in EVALUATION_COLUMNS.items()]
+    if all(math.isnan(item.skip_share) for item in found.values()):
+        rows = [row for row in rows if row[0] != SKIP_SHARE]
     print_table("Held-out evaluation", ["", *found], rows)
     for note, names in _by_note(found).items():
         print(f"{', '.join(names)}: {note}.")

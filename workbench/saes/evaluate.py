@@ -4,6 +4,8 @@ One result of kind `evaluation` per SAE, with the tables `metrics` (sae and ever
 `evaluation.Evaluation`) and `density_histogram` (log10_density, features, sae). It is found again, and not
 measured again, while the SAE's provenance, the held-out text (by the corpus' fingerprint) and the versions are the
 same.
+
+A set of transcoders is evaluated layer by layer, and with all its layers at once: one result of kind `replacement`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +14,16 @@ from typing import Any
 import pandas as pd
 
 from sae.errors import InputError
+from sae.transcoder_set import folder_of
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import ResultStore
 from workbench.models.load import LoadedModel, load_model
 from workbench.saes.evaluation import Evaluation, evaluate_sae
+from workbench.saes.replacement import Replacement, evaluate_replacement
 from workbench.text.corpora import Corpus, open_corpus
 
-KIND = "evaluation"
+KIND, REPLACEMENT = "evaluation", "replacement"
 CONTEXT_LEN = 256
 """Context length for SAEs that came without a harvest, where the model takes it."""
 
@@ -76,6 +80,61 @@ def evaluate(
             _store(catalog.results, name, evaluation, asked, measured[name])
             done[name] = evaluation
     return [found for name in names if (found := done[name]) is not None]
+
+
+def with_layers(catalog: Catalog, names: Sequence[str]) -> list[str]:
+    """The names, those of sets of transcoders as the names of their layers."""
+    layers = {summary.name: summary.layers for summary in catalog.transcoder_sets()}
+    known = {summary.name for summary in catalog.saes()}
+    found: list[str] = []
+    for name in names:
+        of_set = name in layers and name not in known
+        found += [f"{name}.{folder_of(layer)}" for layer in range(layers[name])] if of_set else [name]
+    return found
+
+
+def evaluate_set(
+    catalog: Catalog,
+    name: str,
+    *,
+    model: LoadedModel | None = None,
+    corpus: str | None = None,
+    text_field: str | None = None,
+    max_tokens: int = 65_536,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Replacement:
+    """Measures a set of transcoders in place of all its targets at once, and stores the result.
+
+    Args:
+        name: of the set.
+        model, corpus, text_field, max_tokens, device, on_progress: as for `evaluate`.
+
+    Raises:
+        InputError: an unknown set, one that says no model, no harvest and no corpus named, or as
+            `workbench.saes.replacement.evaluate_replacement`.
+    """
+    coders = catalog.transcoders(name)
+    layers = with_layers(catalog, [name])
+    origin = _common_origin({layer: catalog.origin(layer) for layer in layers})
+    wanted = corpus or origin.corpus
+    if wanted is None:
+        raise InputError(f"the set {name!r} has no harvest here: name a corpus to evaluate it on with --corpus")
+    opened = open_corpus(wanted, text_field=text_field or origin.text_field)
+    loaded = model or load_model(origin.model, device=device)
+    origin.check_model(loaded, "these transcoders")
+    found = evaluate_replacement(
+        loaded, list(coders.coders.values()), opened, max_tokens=max_tokens,
+        context_len=origin.context_len or min(CONTEXT_LEN, loaded.info.n_ctx), on_progress=on_progress,
+    )  # fmt: skip
+    catalog.results.save(
+        REPLACEMENT,
+        name,
+        parameters={"transcoders": name, "corpus": wanted, "split": "heldout", "max_tokens": max_tokens},
+        provenance=Origin.of_measurement(loaded, corpus=opened, transcoders={name: coders.fingerprint()}).record,
+        tables={"metrics": pd.DataFrame([{"transcoders": name, **found.to_dict()}])},
+    )
+    return found
 
 
 def _common_origin(origins: Mapping[str, Origin]) -> Origin:

@@ -11,6 +11,10 @@ For every batch of held-out contexts, with H the next-token cross-entropy in nat
     loss recovered  (H_0 - H*) / (H_0 - H), and the same with H_mean
     KL score        1 - KL(clean || spliced) / KL(clean || zeros)
 
+A transcoder is measured where it writes: x is encoded at its hook point, its prediction stands beside the value at its
+target, and takes that value's place. With a skip, the share of the target's variance that goes with what the skip adds
+is measured too: skip share = 1 - Var(y - x W_skip^T) / Var(y). `workbench.saes.replacement` has all layers at once.
+
 BOS and padding are neither replaced nor counted: a position counts when its own token and the next are ordinary. With
 `count_bos` BOS is an ordinary token, as SAEBench has it by default.
 
@@ -37,6 +41,7 @@ from circuits.splice import splice
 from sae.errors import InputError
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.model import SAE
+from sae.transcoder import Transcoder
 from workbench.models.capture import capture
 from workbench.models.contexts import ContextBatch, context_batches, contexts_per_batch, losses
 from workbench.models.hooks import resolve_hook
@@ -78,6 +83,8 @@ class Evaluation:
     reconstruction_bias: float = math.nan
     kl_zero: float = math.nan
     kl_score: float = math.nan
+    skip_share: float = math.nan
+    """For a transcoder with a skip; see the module's description."""
     note: str = ""
     """What to know before reading the losses; empty where there is nothing."""
 
@@ -99,7 +106,7 @@ def evaluate_sae(
     """Evaluates SAEs of one model on the held-out documents of a corpus; see the module's description.
 
     Args:
-        saes: their `hook_name` says where they read; several may share one.
+        saes: or transcoders; their `hook_name` says where they read, several may share one.
         max_tokens: held-out rows to use, rounded down to whole contexts.
         count_bos: read BOS through the SAE too, and count it.
         on_progress: called with (rows done, rows in all).
@@ -108,33 +115,35 @@ def evaluate_sae(
         InputError: an SAE whose hook point or width does not fit the model, contexts longer than the model takes, or
             too few held-out tokens, or passes that memory cannot hold.
     """
-    hooks = [_hook_of(model, sae) for sae in saes]
-    _check_memory(model, saes, hooks, context_len)
+    reads = [_hook_of(model, sae) for sae in saes]
+    hooks = [writing_hook(model, sae) for sae in saes]
+    _check_memory(model, saes, [*reads, *hooks], context_len)
     batches = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
     if count_bos:
         batches = [replace(batch, ordinary=batch.doc >= 0) for batch in batches]
     total = sum(batch.tokens.numel() for batch in batches)
     saes = [_on_device(sae, batches[0].tokens.device) for sae in saes]
-    means = _means(model, batches, hooks)
+    means = means_at(model, batches, hooks)
     metrics = [
-        ReconstructionMetrics(sae.d_in, sae.d_sae, model.device, mean=means[hook.name])
+        ReconstructionMetrics(sae.d_out, sae.d_sae, model.device, mean=means[hook.name])
         for sae, hook in zip(saes, hooks, strict=True)
     ]
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=model.device))
     done = 0
     with torch.no_grad():
         for batch in batches:
-            _measure(model, batch, saes, hooks, means, metrics, sums)
+            _measure(model, batch, saes, reads, hooks, means, metrics, sums)
             done += batch.tokens.numel()
             if on_progress is not None:
                 on_progress(done, total)
+    skip_shares = [_skip_share(sums, number) for number in range(len(saes))]
     n_out = int(sums.pop("n_out"))
     loss = {name: (value / sums["count"]).item() for name, value in sums.items()}
     if n_out != model.info.d_vocab:
         loss = {name: value if name.startswith("kl") else math.nan for name, value in loss.items()}
     note = _note(loss["clean"], n_out, model.info.d_vocab)
     return [
-        _summary(sae, hook, number, loss, metric, note)
+        replace(_summary(sae, hook, number, loss, metric, note), skip_share=skip_shares[number])
         for number, (sae, hook, metric) in enumerate(zip(saes, hooks, metrics, strict=True))
     ]
 
@@ -182,12 +191,29 @@ def _hook_of(model: LoadedModel, sae: SAE) -> HookSpec:
     return hook
 
 
+def writing_hook(model: LoadedModel, sae: SAE) -> HookSpec:
+    """The hook point whose value an SAE's reconstruction, or a transcoder's prediction, takes the place of.
+
+    Raises:
+        InputError: the model has no such hook point, or one of another width.
+    """
+    if not isinstance(sae, Transcoder):
+        return _hook_of(model, sae)
+    hook = resolve_hook(model, sae.target_hook_name)
+    if hook.width != sae.d_out:
+        raise InputError(
+            f"the transcoder writes {sae.d_out} values and {hook.name} of {model.info.name} has {hook.width}: "
+            "it belongs to another model"
+        )
+    return hook
+
+
 def _on_device(sae: SAE, device: torch.device) -> SAE:
     """The SAE itself, or a copy: the caller's stays where it is."""
     return sae if sae.W_dec.device == device else copy.deepcopy(sae).to(device)
 
 
-def _means(
+def means_at(
     model: LoadedModel, batches: Sequence[ContextBatch], hooks: Sequence[HookSpec]
 ) -> dict[str, Float[Tensor, "width"]]:
     """Mean activation at each hook point over the ordinary tokens."""
@@ -242,6 +268,7 @@ def _measure(
     model: LoadedModel,
     batch: ContextBatch,
     saes: Sequence[SAE],
+    reads: Sequence[HookSpec],
     hooks: Sequence[HookSpec],
     means: dict[str, Tensor],
     metrics: Sequence[ReconstructionMetrics],
@@ -249,7 +276,7 @@ def _measure(
 ) -> None:
     """Adds one batch to the metrics and sums."""
     distinct = list({hook.name: hook for hook in hooks}.values())
-    clean = _clean_pass(model, batch, distinct)
+    clean = _clean_pass(model, batch, list({hook.name: hook for hook in (*reads, *hooks)}.values()))
     n_out = clean.logits.shape[-1]
     # Where the logits are of something else than tokens, only their divergence is used.
     batch_of_losses = replace(batch, tokens=batch.tokens.clamp(max=n_out - 1))
@@ -271,14 +298,37 @@ def _measure(
         sums[f"zero {hook.name}"] += zero[0]
         sums[f"kl zero {hook.name}"] += zero[1]
         sums[f"mean {hook.name}"] += losses(batch_of_losses, passed_through(hook, mean.expand_as))[0]
-    for number, (sae, hook) in enumerate(zip(saes, hooks, strict=True)):
-        x = clean.x[hook.name]
+    for number, (sae, read, hook) in enumerate(zip(saes, reads, hooks, strict=True)):
+        x, y = clean.x[read.name], clean.x[hook.name]
         code = sae.encode(x)
         x_hat = sae.decode(code)
-        metrics[number].update(x, code, x_hat)
+        if isinstance(sae, Transcoder) and sae.W_skip is not None:
+            skipped = sae.skip(x)
+            x_hat = x_hat + skipped.to(x_hat.dtype)
+            _add_spread(sums, f"skip {number} target", y.double() - means[hook.name])
+            _add_spread(sums, f"skip {number} rest", (y - skipped).double() - means[hook.name])
+        metrics[number].update(y, code, x_hat)
         cross_entropy, divergence = losses(batch_of_losses, passed_through(hook, _constant(x_hat)), clean.logits)
         sums[f"spliced {number}"] += cross_entropy
         sums[f"kl {number}"] += divergence
+
+
+def _add_spread(sums: dict[str, Tensor], name: str, rows: Float[Tensor, "n width"]) -> None:
+    """Adds the sum, the sum of squares and the number of rows that a variance is made of."""
+    sums[f"{name} sum"] = sums[f"{name} sum"] + rows.sum(dim=0)
+    sums[f"{name} squares"] += rows.square().sum()
+    sums[f"{name} rows"] += len(rows)
+
+
+def _skip_share(sums: dict[str, Tensor], number: int) -> float:
+    """1 - Var(y - skip) / Var(y); NaN without a skip. Takes its sums out."""
+    found = []
+    for name in (f"skip {number} target", f"skip {number} rest"):
+        if f"{name} rows" not in sums:
+            return math.nan
+        total, squares, rows = (sums.pop(f"{name} {part}") for part in ("sum", "squares", "rows"))
+        found.append(float(squares - total.square().sum() / rows))
+    return 1 - found[1] / found[0]
 
 
 def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:

@@ -31,10 +31,9 @@ class HookPairs:
         """Whether it is one transcoder for every layer."""
         return EVERY_LAYER in self.hook
 
-    @property
-    def of_configs(self) -> list[int] | None:
-        """For the configurations of a set, which of the pairs each goes between; None where there is one pair."""
-        return list(range(len(self.pairs))) if self.is_set else None
+    def pairs_of(self, n_configs: int) -> list[int] | None:
+        """For every configuration, those of a set in a row, which of the pairs it goes between; None for one pair."""
+        return [number % len(self.pairs) for number in range(n_configs)] if self.is_set else None
 
     def loader(self, harvest: Harvest, seed: int, device: str, *, gradients: bool) -> ActivationLoader | PairLoader:
         """The stream of the harvest that a run draws from."""

@@ -152,19 +152,17 @@ def estimate_training(
 
 
 def _of_layers(configs: Sequence[TrainConfig], places: HookPairs) -> list[TrainConfig]:
-    """The configurations, of a set one for every layer. Raises InputError for several sets at once."""
+    """The configurations, of sets one for every layer."""
     if not places.is_set:
         return list(configs)
-    if len(configs) > 1:
-        raise InputError(f"one set of transcoders at a time: got settings for {len(configs)}")
-    (config,) = configs
-    return [replace(config, name=f"{config.name}.{folder_of(layer)}") for layer in range(len(places.pairs))]
+    layers = range(len(places.pairs))
+    return [replace(config, name=f"{config.name}.{folder_of(i)}") for config in configs for i in layers]
 
 
 def _save(
     catalog: Catalog, record: Run, source: Harvest, trained: list[TrainedSAE], done: Set[str], *, as_set: bool
 ) -> list[TrainedSAE]:
-    """Saves what was trained and is not there yet, and returns what became of it all: of a set all or nothing."""
+    """Saves what was trained and is not there yet, and returns what became of it all."""
 
     def provenance(sae: SAE, config: TrainConfig) -> dict[str, Any]:
         target = {"target_hook": sae.target_hook_name} if isinstance(sae, Transcoder) else {}
@@ -176,16 +174,21 @@ def _save(
             if result.sae is not None and result.config.name not in done:
                 catalog.add_sae(result.config.name, result.sae, provenance(result.sae, result.config))
         return trained
-    failed = next((result for result in trained if result.error), None)
-    if failed is not None:
-        reason = f"a set needs all its layers, and {failed.config.name} failed ({failed.error})"
-        return [replace(result, sae=None, error=result.error or reason) for result in trained]
-    if done != {result.config.name for result in trained}:
-        coders = {layer: result.sae for layer, result in enumerate(trained) if isinstance(result.sae, Transcoder)}
-        records = [provenance(coder, trained[layer].config) for layer, coder in coders.items()]
-        name = trained[0].config.name.removesuffix(f".{folder_of(0)}")
-        catalog.add_transcoders(name, TranscoderSet(coders), records)
-    return trained
+    sets: dict[str, list[TrainedSAE]] = {}
+    for result in trained:
+        sets.setdefault(result.config.name.rpartition(".")[0], []).append(result)
+    saved = []
+    for name, layers in sets.items():
+        failed = next((result for result in layers if result.error), None)
+        if failed is not None:
+            reason = f"a set needs all its layers, and {failed.config.name} failed ({failed.error})"
+            layers = [replace(result, sae=None, error=result.error or reason) for result in layers]
+        elif layers[0].config.name not in done:
+            coders = {layer: result.sae for layer, result in enumerate(layers) if isinstance(result.sae, Transcoder)}
+            records = [provenance(coder, layers[layer].config) for layer, coder in coders.items()]
+            catalog.add_transcoders(name, TranscoderSet(coders), records)
+        saved += layers
+    return saved
 
 
 def _train(
@@ -209,7 +212,7 @@ def _train(
     return train(
         configs,
         _loader(source, places, configs, device),
-        pairs=places.of_configs,
+        pairs=places.pairs_of(len(configs)),
         device=device,
         checkpoint_dir=record.checkpoints,
         resume=resuming,

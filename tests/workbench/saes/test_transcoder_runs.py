@@ -97,9 +97,11 @@ def test_a_layer_of_a_set_is_the_transcoder_trained_alone(workspace: Workspace) 
 
 def test_the_command_trains_a_set_with_a_skip(workspace: Workspace, capsys) -> None:
     arguments = ["train", "h", "--name", "s", "--hook", SET["hook"], "--target-hook", SET["target_hook"], "--k", "3"]
-    arguments += ["--d-sae", "16", "--tokens", "256", "--batch-size", "64", "--skip", "--workspace"]
+    arguments += ["--d-sae", "16", "--tokens", "256", "--batch-size", "64", "--skip", "--baseline", "--workspace"]
     assert run([*arguments, str(workspace.path), "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["saes"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["saes"]) == 6
+    assert [summary.name for summary in workspace.transcoder_sets()] == ["s", "s-random-decoder"]
+    assert workspace.sae("s-random-decoder.layer_2").hook_name == "blocks.2.mlp.hook_in"
     assert all(coder.W_skip is not None for coder in workspace.transcoders("s").coders.values())
 
 
@@ -128,8 +130,6 @@ def test_a_set_with_a_missing_layer_two_sets_or_missing_gradients_give_one_line(
     make_harvest(vectors((0, 2)), name="ws/harvests/gap")
     with pytest.raises(InputError, match=r"'gap' has no blocks\.1\.mlp\.hook_in, and a set .* every layer from 0 to 2"):
         workspace.train_all("r", "gap", [CONFIG], **SET, device="cpu")
-    with pytest.raises(InputError, match="one set of transcoders at a time: got settings for 2"):
-        workspace.train_all("r", "h", [CONFIG, CONFIG], **SET, device="cpu")
     by_gradient = TrainConfig(name="g", total_tokens=512, batch_size=128, d_sae=24, rule=GradientTopK(3))
     with pytest.raises(InputError, match="has no gradients: harvest again with --gradients"):
         workspace.train_all("r", "h", [by_gradient], **SET, device="cpu")

@@ -1,0 +1,124 @@
+"""What a model loses when transcoders stand in for all its MLPs at once.
+
+Each coder reads what its layer reads in the changed pass, so that errors add up along the layers. Beside it: zeros, and
+the mean of each target over the same held-out tokens, in place of all targets at once. With H the next-token
+cross-entropy in nats over the counted positions (`workbench.saes.evaluation` has the conventions):
+
+    added nats    H(all replaced) - H(clean)
+    KL            KL(clean || all replaced)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.splice import splice
+from sae.transcoder import Transcoder
+from workbench.models.contexts import ContextBatch, context_batches, losses
+from workbench.models.load import LoadedModel
+from workbench.saes.evaluation import means_at, writing_hook
+from workbench.text.corpora import Corpus
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Losses in nats a token with all layers' targets replaced at once."""
+
+    layers: int
+    tokens: int
+    ce_clean: float
+    ce_replaced: float
+    ce_zero: float
+    ce_mean: float
+    kl: float
+    kl_zero: float
+    kl_mean: float
+
+    @property
+    def added_nats(self) -> float:
+        """By the coders."""
+        return self.ce_replaced - self.ce_clean
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers by name, for JSON."""
+        return {
+            **asdict(self),
+            "added_nats": self.added_nats,
+            "added_nats_zero": self.ce_zero - self.ce_clean,
+            "added_nats_mean": self.ce_mean - self.ce_clean,
+        }
+
+
+def evaluate_replacement(
+    model: LoadedModel,
+    coders: Sequence[Transcoder],
+    corpus: Corpus,
+    *,
+    max_tokens: int = 65_536,
+    context_len: int = 256,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Replacement:
+    """Measures the model with the targets of all coders replaced; see the module's description.
+
+    Args:
+        coders: one a layer; BOS and padding keep their values.
+        max_tokens: held-out rows to use, rounded down to whole contexts.
+        on_progress: called with (rows done, rows in all).
+
+    Raises:
+        InputError: a coder whose hook points or widths do not fit the model, or too few held-out tokens.
+    """
+    hooks = [writing_hook(model, coder) for coder in coders]
+    batches = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+    coders = [coder.to(model.device) for coder in coders]
+    means = means_at(model, batches, hooks)
+    ways: list[Way] = [
+        {hook.name: (coder.hook_name, coder.predict) for hook, coder in zip(hooks, coders, strict=True)},
+        {hook.name: (hook.name, torch.zeros_like) for hook in hooks},
+        {hook.name: (hook.name, means[hook.name].expand_as) for hook in hooks},
+    ]
+    total, done = sum(batch.tokens.numel() for batch in batches), 0
+    sums = torch.zeros(4, 2, dtype=torch.float64, device=model.device)
+    counted = 0
+    with torch.no_grad():
+        for batch in batches:
+            clean = replaced_logits(model, batch, {})
+            logits = [clean, *(replaced_logits(model, batch, way) for way in ways)]
+            sums += torch.stack([torch.stack(losses(batch, found, clean)) for found in logits])
+            counted += int(batch.counted.sum())
+            done += batch.tokens.numel()
+            if on_progress is not None:
+                on_progress(done, total)
+    loss, divergence = (sums / counted).T.tolist()
+    return Replacement(len(coders), counted, *loss, *divergence[1:])
+
+
+Way = Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]
+"""By target, the hook point that is read and the function of its [n, width] values that is written."""
+
+
+def replaced_logits(model: LoadedModel, batch: ContextBatch, way: Way) -> Float[Tensor, "batch pos vocab"]:
+    """Logits of a pass with every target of `way` replaced on the ordinary tokens; each reads what is there in it."""
+    with ExitStack() as stack:
+        for target, (read, function) in way.items():
+            if read == target:
+                stack.enter_context(splice(model.bridge, target, function, keep=~batch.ordinary))
+                continue
+            seen: list[Tensor] = []
+
+            def record(value: Tensor, seen: list[Tensor] = seen) -> Tensor:
+                seen[:] = [value]
+                return value
+
+            def write(_: Tensor, seen: list[Tensor] = seen, function: Callable[[Tensor], Tensor] = function) -> Tensor:
+                return function(seen[0])
+
+            stack.enter_context(splice(model.bridge, read, record, keep=~batch.ordinary))
+            stack.enter_context(splice(model.bridge, target, write, keep=~batch.ordinary))
+        logits: Tensor = model.bridge(batch.tokens, return_type="logits")
+        return logits
