@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint notebooks docs dist app clean help
+.PHONY: demo test test-workbench test-others lint notebooks docs dist app clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -45,8 +45,18 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two halves of about the same length beside each other; most tests keep one core busy.
 test: lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 test-workbench test-others
+
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+WORKBENCH := tests/workbench tests/app
+
+test-workbench: $(VENV)/.dev
+	$(PYTEST) $(WORKBENCH)
+
+test-others: $(VENV)/.dev
+	$(PYTEST) $(addprefix --ignore=,$(WORKBENCH))
 
 notebooks: $(VENV)/.dev
 	rm -rf notebooks/workspace notebooks/own

@@ -186,29 +186,38 @@ def test_the_splits_of_a_harvest_share_no_document(tmp_path: Path, tiny_gpt2: Pa
     assert not documents["train"] & documents["heldout"]
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_a_harvest_and_a_run_that_were_stopped_end_in_the_same_bytes(
-    signal_number: int, tmp_path: Path, tiny_gpt2: Path, corpus: Path
-) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    # Long enough that the signal comes before its end, however fast the machine.
-    long = tmp_path / "long"
-    long.mkdir()
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """Long enough that a signal comes before a harvest's end, however fast the machine."""
+    long = tmp_path_factory.mktemp("long")
     for file in corpus.iterdir():
         for copy in range(8):
             (long / f"{copy}-{file.name}").write_bytes(file.read_bytes())
-    assert run(harvest_arguments(whole, tiny_gpt2, long, 200_000)) == 0
-    code = killed_after(
-        harvest_arguments(stopped, tiny_gpt2, long, 200_000), stopped / "harvests/h/harvest.json", signal_number
-    )
-    assert code in (-signal_number, 130)
-    assert run(harvest_arguments(stopped, tiny_gpt2, long, 200_000)) == 0
+    return long
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, long_corpus: Path) -> Path:
+    """A workspace in which nothing was stopped."""
+    path = tmp_path_factory.mktemp("unstopped") / "w"
+    assert run(harvest_arguments(path, tiny_gpt2, long_corpus, 200_000)) == 0
+    assert run(train_arguments(path, 150_000)) == 0
+    return path
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_harvest_and_a_run_that_were_stopped_end_in_the_same_bytes(
+    signal_number: int, tmp_path: Path, tiny_gpt2: Path, long_corpus: Path, whole: Path
+) -> None:
+    stopped = tmp_path / "stopped"
+    again = harvest_arguments(stopped, tiny_gpt2, long_corpus, 200_000)
+    assert killed_after(again, stopped / "harvests/h/harvest.json", signal_number) in (-signal_number, 130)
+    assert run(again) == 0
     assert tree(whole, "harvests/h/blocks/*/*") == tree(stopped, "harvests/h/blocks/*/*")
 
-    assert run(train_arguments(whole, 150_000)) == 0
-    code = killed_after(train_arguments(stopped, 150_000), stopped / "runs/s/metrics.jsonl", signal_number)
-    assert code in (-signal_number, 130)
-    assert run(train_arguments(stopped, 150_000)) == 0
+    again = train_arguments(stopped, 150_000)
+    assert killed_after(again, stopped / "runs/s/metrics.jsonl", signal_number) in (-signal_number, 130)
+    assert run(again) == 0
     assert tree(whole, "saes/s/sae_weights.safetensors") == tree(stopped, "saes/s/sae_weights.safetensors")
     curves = [Workspace(path).run("s").metrics().drop(columns="seconds") for path in (whole, stopped)]
     assert curves[0].equals(curves[1])
