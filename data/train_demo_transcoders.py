@@ -1,0 +1,99 @@
+"""Trains a transcoder for every MLP of the demo model and writes the set, in half precision, to data/demo_transcoders.
+
+    python data/train_demo_transcoders.py                                  # the interpreter's standard library, a GPU
+    python data/train_demo_transcoders.py --rows 200000 --tokens 800000    # what a CPU does in minutes
+    python data/train_demo_transcoders.py --corpus FOLDER --rows 14000000 --tokens 60000000
+    python data/train_demo_transcoders.py --trained workspace/transcoders/mlps      # a set that lies in a workspace
+
+1. What every MLP reads and what it adds to the residual stream is harvested in one pass.
+2. One transcoder a layer trains on one stream of it, TopK.
+3. The set is rounded to half precision and written with training.json, which says what made it.
+
+`evaluate_demo_transcoders.py` measures it.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae import TopK, TranscoderSet, load_transcoders
+from sae.config import TrainConfig
+from sae.training import StepMetrics
+from workbench.disk.descriptions import read_description
+from workbench.harvest.run import HarvestConfig
+from workbench.workspace import Workspace
+
+OUT = Path(__file__).resolve().parent / "demo_transcoders"
+LAYERS = 4
+READS, PREDICTS = "blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out"
+NAME = "mlps"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        trained = arguments.trained or train(Workspace(Path(folder) / "workspace"), arguments)
+        bundle(trained, arguments.out)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", default="python-stdlib", help="as `workbench harvest` takes it")
+    parser.add_argument("--rows", type=int, default=2_000_000, help="activations to harvest")
+    parser.add_argument("--tokens", type=int, default=40_000_000, help="tokens to train on, in several epochs")
+    parser.add_argument("--features", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--lr", type=float, help="peak learning rate; the default by width when left out")
+    parser.add_argument("--skip", action="store_true", help="with a linear path beside the features")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--trained", type=Path, help="a set that is trained already")
+    parser.add_argument("--out", type=Path, default=OUT)
+    return parser.parse_args()
+
+
+def train(workspace: Workspace, arguments: argparse.Namespace) -> Path:
+    """Harvests and trains; the folder of the set."""
+    hooks = [pattern.replace("*", str(layer)) for layer in range(LAYERS) for pattern in (READS, PREDICTS)]
+    harvest = HarvestConfig(
+        model="demo", corpus=arguments.corpus, hooks=tuple(hooks), max_tokens=arguments.rows, dtype="float16"
+    )
+    workspace.harvest(NAME, harvest, device=arguments.device)
+    config = TrainConfig(
+        name=NAME, total_tokens=arguments.tokens, d_sae=arguments.features, rule=TopK(arguments.k), lr=arguments.lr,
+        skip=arguments.skip,
+    )  # fmt: skip
+    workspace.train(NAME, NAME, [config], hook=READS, target_hook=PREDICTS, device=arguments.device, on_metrics=_report)
+    return workspace.transcoder_folder(NAME)
+
+
+def _report(metrics: StepMetrics) -> None:
+    if metrics.tokens == metrics.total_tokens:
+        print(f"{metrics.name}: FVU {metrics.fvu:.4f}, dead {metrics.dead_share:.1%}, {metrics.seconds:.0f} s")
+
+
+def bundle(trained: Path, out: Path) -> None:
+    """Writes the set in half precision, with what its first layer's record says about how it was made."""
+    coders = load_transcoders(trained)
+    record = read_description(trained / "layer_0" / "provenance.json")
+    training = {key: value for key, value in record["training"].items() if key != "name"}
+    halves = {layer: coder.to(torch.float16) for layer, coder in coders.coders.items()}
+    for coder in halves.values():
+        coder.model_name = "demo"
+    TranscoderSet(halves).save(out)
+    harvest = record["harvest"]
+    made: dict[str, Any] = {
+        "training": training,
+        "corpus": Path(harvest["config"]["corpus"]).name,
+        "rows": harvest["config"]["max_tokens"],
+        "model_weights_sha256": harvest["model"]["weights_sha256"],
+        "versions": record["versions"],
+    }
+    (out / "training.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
