@@ -332,6 +332,12 @@ class Workspace(Catalog):
 
         return run_method(self, model, task, method, **settings)
 
+    def graph(self, name: str, model: "LoadedModel", prompt: str, **settings: Any) -> "Result":
+        """The attribution graph of a prompt; settings and InputErrors as `workbench.circuits.graphs.make_graph`."""
+        from workbench.circuits.graphs import make_graph
+
+        return make_graph(self, name, model, prompt, **settings)
+
     def agreement(
         self, model: "LoadedModel", task: "Task | str", *, name: str | None = None, **settings: Any
     ) -> "Result":

@@ -11,6 +11,7 @@ from torch import Tensor
 from circuits.dfa import FeatureAttribution
 from circuits.faithfulness import FaithfulnessCurve
 from circuits.feature_circuits import ERROR, FeatureCircuit
+from circuits.graph.graph import KINDS, Graph
 from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
 from workbench.show.colours import MARK, PALETTE, series_colour
@@ -278,3 +279,63 @@ def attribution_map(found: FeatureAttribution, tokens: Sequence[str]) -> go.Figu
     title = f"feature {found.feature} at position {found.destination}: pre-activation {found.pre_activation:.3g}"
     figure.update_xaxes(title_text="source")
     return figure.update_layout(title=title, height=120 + 25 * found.values.shape[1], margin={**MARGIN, "b": 110})
+
+
+SYMBOLS = {"token": "square", "feature": "circle", "error": "diamond-open", "logit": "star"}
+MOST_EDGES = 2000
+"""That a figure draws: the strongest by their share of what feeds their targets."""
+
+
+def attribution_figure(graph: Graph) -> go.Figure:
+    """An attribution graph: layers upwards, tokens across, edges that serve and that oppose in their colours."""
+    x, y = _places(graph)
+    figure = go.Figure()
+    share = graph.edges.abs() / graph.edges.abs().sum(dim=1, keepdim=True).clamp(min=1e-30)
+    best = share.flatten().topk(min(MOST_EDGES, int((share > 0).sum()))).indices
+    row, source = best // share.shape[1], best % share.shape[1]
+    target = graph.targets[row]
+    for title, colour, chosen in (
+        ("serves", SERVES, graph.edges[row, source] > 0), ("opposes", OPPOSES, graph.edges[row, source] < 0),
+    ):  # fmt: skip
+        ends = [torch.stack([at[source[chosen]], at[target[chosen]]], dim=1) for at in (x, y)]
+        lines = [[value for pair in one.tolist() for value in (*pair, None)] for one in ends]
+        figure.add_scatter(
+            x=lines[0],
+            y=lines[1],
+            mode="lines",
+            name=title,
+            hoverinfo="skip",
+            line={"width": 0.6, "color": colour},
+            opacity=0.35,
+        )
+    names = graph.nodes.names
+    for number, kind in enumerate(KINDS):
+        nodes = (graph.nodes.kind == number).nonzero().squeeze(1)
+        text = [f"{names[node]} on {graph.texts[int(graph.nodes.position[node])]!r}" for node in nodes.tolist()]
+        figure.add_scatter(
+            x=x[nodes].tolist(),
+            y=y[nodes].tolist(),
+            mode="markers",
+            name=kind,
+            text=text,
+            customdata=[[names[node], float(graph.influence[node])] for node in nodes.tolist()],
+            hovertemplate="%{text}<br>influence %{customdata[1]:.3g}<extra></extra>",
+            marker={"symbol": SYMBOLS[kind], "size": 8, "color": series_colour(number)},
+        )
+    figure.update_xaxes(tickvals=list(range(len(graph.texts))), ticktext=list(graph.texts), tickangle=-45)
+    layers = int(graph.nodes.layer.max())
+    figure.update_yaxes(tickvals=list(range(-1, layers + 1)), ticktext=["token", *map(str, range(layers)), "logit"])
+    return figure.update_layout(height=560, margin=MARGIN, legend={"orientation": "h"})
+
+
+def _places(graph: Graph) -> tuple[Float[Tensor, "nodes"], Float[Tensor, "nodes"]]:
+    """Where nodes stand: those of one layer and token side by side."""
+    nodes = graph.nodes
+    key = nodes.layer * len(graph.texts) + nodes.position
+    order = torch.argsort(key, stable=True)
+    _, counts = torch.unique_consecutive(key[order], return_counts=True)
+    rank = torch.cat([torch.arange(int(count)) for count in counts])
+    size = counts.repeat_interleave(counts)
+    offset = torch.empty(len(nodes), dtype=torch.float64)
+    offset[order] = 0.8 * (rank.double() + 0.5) / size - 0.4
+    return nodes.position + offset, nodes.layer.double()

@@ -22,6 +22,7 @@ from workbench.cli import (
     concepts,
     exchange,
     explain,
+    graph,
     index,
     inspection,
     live,
@@ -51,6 +52,7 @@ index.register(app)
 sparsity.register(app)
 bench.register(app)
 circuits.register(app)
+graph.register(app)
 concepts.register(app)
 explain.register(app)
 live.register(app)

@@ -12,6 +12,13 @@ def demo_model_dir() -> Path:
     return _folder("the demo model", "demo_model", "data/demo_model", "config.json")
 
 
+def demo_transcoders_dir() -> Path:
+    """Folder of the demo model's transcoders. Raises InputError when this installation has none."""
+    return _folder(
+        "the demo model's set of transcoders", "demo_transcoders", "data/demo_transcoders", "transcoders.json"
+    )
+
+
 def app_dir() -> Path:
     """Folder of the web app's package, `app`. Raises InputError when this installation has none."""
     return _folder("the web app", "app", "app", "main.py")

@@ -1,0 +1,207 @@
+"""Attribution graphs of a workspace: stored, read again, as JSON and back, on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.errors import InputError
+from sae.rules import TopK
+from sae.transcoder import Transcoder
+from sae.transcoder_set import TranscoderSet
+from workbench.circuits.graph_json import check_document, from_document, supernodes_of, to_document
+from workbench.circuits.graphs import GRAPH, attribute, intervene_on, make_graph, open_graph, transcoders_for
+from workbench.cli.main import run
+from workbench.models.load import LoadedModel
+from workbench.workspace import Workspace
+
+PROMPT = "def add(self, x):\n    self."
+
+
+def coders_of(model: LoadedModel, name: str) -> TranscoderSet:
+    """Random transcoders of every layer."""
+    width, coders = model.info.d_model, {}
+    for layer in range(model.info.n_layers):
+        coder = Transcoder(
+            width, width, 40, TopK(3), hook_name=f"blocks.{layer}.mlp.hook_in",
+            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name=name,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(layer)
+        for parameter in coder.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        coders[layer] = coder.requires_grad_(False)
+    return TranscoderSet(coders)
+
+
+@pytest.fixture(scope="module")
+def graphs(small: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("graphs") / "w")
+    workspace.add_transcoders("mine", coders_of(small, small.info.name), [{}, {}])
+    workspace.graph("add", small, PROMPT)
+    return workspace
+
+
+def test_a_stored_graph_adds_up_and_is_the_part_of_the_graph_that_it_says(
+    graphs: Workspace, small: LoadedModel
+) -> None:
+    whole = attribute(small, PROMPT, graphs.transcoders("mine"))
+    assert "".join(whole.texts[1:]) == PROMPT
+    stored = open_graph(graphs, "add")
+    assert stored.texts == whole.texts
+    assert stored.logit_texts == whole.logit_texts
+    wanted = whole.prune(0.95, 0.99)
+    assert stored.nodes.names == wanted.nodes.names
+    torch.testing.assert_close(stored.edges, wanted.edges.double())
+    z = stored.nodes.z[stored.targets]
+    assert (stored.edges.sum(dim=1) + stored.rest + stored.bias - z).abs().max() < 1e-4
+    result = graphs.results.open(GRAPH, "add")
+    kept = set(result.table("nodes").query("kept")["node"])
+    assert kept == set(whole.prune().nodes.names)
+    answer = graphs.sql('SELECT count(*) AS n FROM "graph.add".edges WHERE kept')
+    assert answer.rows == [(int((whole.prune().edges != 0).sum()),)]
+    assert list(result.table("scores")["graph"]) == ["whole", "stored", "pruned"]
+    assert len(stored.figure(0.8).data) >= 4
+
+
+def test_asked_for_again_it_is_opened_and_not_made(graphs: Workspace, small: LoadedModel) -> None:
+    first = graphs.results.open(GRAPH, "add").path.stat().st_mtime_ns
+    assert make_graph(graphs, "add", small, PROMPT).path.stat().st_mtime_ns == first
+
+
+def test_the_document_is_valid_and_comes_back(graphs: Workspace) -> None:
+    graph = open_graph(graphs, "add").prune()
+    features = [name for name in graph.nodes.names if name.startswith("f")][:2]
+    document = json.loads(json.dumps(to_document(graph, "add", "demo", supernodes={"both": features}, pinned=features)))
+    check_document(document)
+    kinds = {node["feature_type"] for node in document["nodes"]}
+    assert {"embedding", "logit", "cross layer transcoder"} <= kinds
+    logit = next(node for node in document["nodes"] if node["feature_type"] == "logit")
+    assert logit["clerp"].startswith('Output "')
+    assert "(p=" in logit["clerp"]
+    back = from_document(document)
+    assert back.nodes.names == graph.nodes.names
+    torch.testing.assert_close(back.edges, graph.edges)
+    assert back.logit_texts == graph.logit_texts
+    assert supernodes_of(document) == {"both": features}
+    assert (
+        to_document(back, "add", "demo", supernodes={"both": features}, pinned=features)["links"] == document["links"]
+    )
+
+
+def test_the_document_has_what_the_published_schema_asks_for(graphs: Workspace) -> None:
+    """Types and required keys as in Neuronpedia's graph-schema.json, written out."""
+    document = to_document(open_graph(graphs, "add"), "add", "demo")
+    assert all(isinstance(document["metadata"][key], str) for key in ("slug", "scan", "prompt"))
+    assert all(isinstance(token, str) for token in document["metadata"]["prompt_tokens"])
+    for node in document["nodes"]:
+        assert isinstance(node["feature"], int)
+        assert isinstance(node["layer"], str)
+        assert isinstance(node["ctx_idx"], int)
+        assert all(isinstance(node[key], str) for key in ("node_id", "feature_type", "jsNodeId", "clerp"))
+        assert node["influence"] is None or 0 < node["influence"] <= 1 + 1e-9
+        assert node["activation"] is None or isinstance(node["activation"], float)
+    for link in document["links"]:
+        assert isinstance(link["source"], str)
+        assert isinstance(link["target"], str)
+        assert isinstance(link["weight"], float)
+
+
+def test_foreign_and_damaged_documents_are_refused_with_the_place(graphs: Workspace, tmp_path: Path) -> None:
+    good = to_document(open_graph(graphs, "add").prune(), "add", "demo")
+
+    def broken(change: str) -> dict:
+        document = json.loads(json.dumps(good))
+        exec(change, {"d": document})
+        return document
+
+    for change, said in (
+        ("del d['links']", "lacks 'links'"),
+        ("del d['metadata']['slug']", "metadata lacks 'slug'"),
+        ("del d['nodes'][3]['clerp']", r"nodes\[3\] lacks 'clerp'"),
+        ("d['nodes'][3]['feature_type'] = 'lorsa'", r"nodes\[3\] is a 'lorsa'"),
+        ("d['nodes'][3]['ctx_idx'] = 999", "position 999"),
+        ("d['nodes'][3]['node_id'] = d['nodes'][2]['node_id']", "of a node before it"),
+        ("d['links'][0]['source'] = 'nowhere'", "no node"),
+        ("d['links'][0]['weight'] = 'heavy'", "'heavy'"),
+        ("d['links'][0]['target'] = d['nodes'][0]['node_id']", "edges lead to later layers"),
+    ):
+        with pytest.raises(InputError, match=said):
+            from_document(broken(change))
+    file = tmp_path / "no.json"
+    file.write_text("{")
+    assert run(["graph", "import", str(file), "--name", "no", "--workspace", str(graphs.path)]) == 2
+
+
+def test_errors_in_the_older_form_are_read(graphs: Workspace) -> None:
+    document = to_document(open_graph(graphs, "add"), "add", "demo")
+    new = {}
+    for node in document["nodes"]:
+        if node["feature_type"] == "mlp reconstruction error":
+            new[node["node_id"]] = f"0_{node['layer']}_{node['ctx_idx']}"
+            # As written there, an id may collide with a feature of layer 0: those are left as they are.
+    taken = {node["node_id"] for node in document["nodes"]}
+    new = {old: name for old, name in new.items() if name not in taken}
+    assert new
+    renamed = json.loads(json.dumps(document))
+    for node in renamed["nodes"]:
+        node["node_id"] = new.get(node["node_id"], node["node_id"])
+    for link in renamed["links"]:
+        link["source"] = new.get(link["source"], link["source"])
+    assert from_document(renamed).nodes.names == from_document(document).nodes.names
+
+
+def test_sets_of_other_models_and_models_without_one_are_refused(
+    graphs: Workspace, small: LoadedModel, demo: LoadedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="of another model"):
+        transcoders_for(graphs, demo, "mine")
+    with pytest.raises(InputError, match="no set of transcoders"):
+        transcoders_for(graphs, small, "other")
+    with pytest.raises(InputError, match="train one"):
+        transcoders_for(Workspace(tmp_path / "w"), small)
+    with pytest.raises(InputError, match="shorten it"):
+        attribute(small, "x = 1\n" * 200, graphs.transcoders("mine"))
+
+
+def test_the_command_line_makes_shows_prunes_changes_and_exports(
+    graphs: Workspace, small: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--workspace", str(graphs.path)]
+    assert run(["graph", "x = [1, 2", "--name", "list", "--model", small.info.name, *place]) == 0
+    assert "Stored as graph result 'list'" in capsys.readouterr().out
+    assert run(["graph", "show", "list", "--json", *place]) == 0
+    nodes = json.loads(capsys.readouterr().out)["nodes"]
+    feature = next(node["node"] for node in nodes if node["kind"] == "feature")
+    assert run(["graph", "show", "list", "--node", feature, *place]) == 0
+    assert f"inputs of {feature}" in capsys.readouterr().out
+    assert run(["graph", "prune", "list", "--nodes", "0.6", *place]) == 0
+    assert "replacement" in capsys.readouterr().out
+    change = ["--change", f"{feature}=0", "--generate", "2", "--device", "cpu"]
+    assert run(["graph", "intervene", "list", *change, "--json", *place]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["generated"]) == 2
+    assert found["nodes"]
+    file = tmp_path / "list.json"
+    assert run(["graph", "export", "list", str(file), *place]) == 0
+    assert run(["graph", "import", str(file), "--name", "again", *place]) == 0
+    assert run(["graph", "intervene", "again", *change, *place]) == 2
+    assert "was imported" in capsys.readouterr().err
+    assert run(["graph", "intervene", "list", "--change", feature, *place]) == 2
+    assert "NODE=FACTOR" in capsys.readouterr().err
+
+
+def test_an_intervention_on_replaced_transcoders_is_refused(graphs: Workspace, small: LoadedModel) -> None:
+    feature = next(name for name in open_graph(graphs, "add").nodes.names if name.startswith("f"))
+    found, *_ = intervene_on(graphs, "add", {feature: 0.0}, model=small)
+    assert found.nodes["observed"].abs().max() > 0
+    file = graphs.transcoder_folder("mine") / "layer_0" / "sae_weights.safetensors"
+    before = file.read_bytes()
+    try:
+        other = coders_of(small, small.info.name)
+        other[0].b_enc.data += 1
+        other[0].save(file.parent)
+        with pytest.raises(InputError, match="have been replaced"):
+            intervene_on(graphs, "add", {feature: 0.0}, model=small)
+    finally:
+        file.write_bytes(before)

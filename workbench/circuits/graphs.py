@@ -1,0 +1,271 @@
+"""Attribution graphs of a model's prompts: made from text, stored as tables of a workspace, read again.
+
+A `graph` result holds the part of a graph that bears `STORED` of all influence:
+
+    nodes    id, node, kind, layer, position, feature, token, text, activation, z, bias, rest, influence, kept
+    edges    source, target (ids of nodes), weight, kept
+    targets  token, text, p: the logits
+    prompt   position, token, text
+    settings one row
+    scores   graph (whole, stored, pruned), nodes, edges, replacement, completeness, completeness_targets, bias_share
+
+`kept` is what pruning at 0.8 of the nodes' and 0.98 of the edges' influence keeps. What the stored part leaves out is
+in `rest`, so that a target's edges, rest and bias add up to its z in the file too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+
+import circuits.graph
+from circuits.graph.graph import FEATURE, KINDS, LOGIT, Graph, Nodes
+from circuits.graph.interventions import Effects, Intervention, intervene
+from circuits.passes import OnProgress
+from sae.errors import InputError
+from sae.transcoder import Transcoder
+from sae.transcoder_set import TranscoderSet, load_transcoders
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Made, Result
+from workbench.circuits.figures import attribution_figure
+from workbench.models.bundled import demo_transcoders_dir
+from workbench.models.load import LoadedModel, load_model
+from workbench.models.prompt_text import encode_prompt, token_pieces
+
+GRAPH = "graph"
+"""The kind of result."""
+STORED = 0.95, 0.99
+"""Shares of the nodes' and the edges' influence that are stored."""
+KEPT = 0.8, 0.98
+Coders = Mapping[int, Transcoder] | TranscoderSet
+
+
+@dataclass(frozen=True)
+class PromptGraph(Graph):
+    """A graph with its figure."""
+
+    logit_texts: tuple[str, ...] = ()
+    """Of the tokens whose logits are nodes."""
+
+    def text_of(self, name: str) -> str:
+        """The token at which a node stands; of a logit, the token that it is of. Raises InputError for no node."""
+        node = self.node(name)
+        if node >= self.n_sources and self.logit_texts:
+            return self.logit_texts[node - self.n_sources]
+        return self.texts[int(self.nodes.position[node])]
+
+    def figure(self, node_share: float | None = None) -> go.Figure:
+        """Layers upwards and tokens across; pruned first to a share of the influence, where it is given."""
+        return attribution_figure(self if node_share is None else self.prune(node_share))
+
+
+def attribute(model: LoadedModel, prompt: str, transcoders: Coders, **settings: Any) -> PromptGraph:
+    """The attribution graph of the token after a prompt; settings as `circuits.graph.attribute`.
+
+    Raises:
+        InputError: as `circuits.graph.attribute`, or transcoders that are of another model.
+    """
+    ids, truncated = encode_prompt(model, prompt)
+    if truncated:
+        raise InputError(f"the prompt has more tokens than {model.info.name} takes ({model.info.n_ctx}): shorten it")
+    tokens = torch.tensor([model.bos_id, *ids], device=model.device)
+    graph = circuits.graph.attribute(model.bridge, tokens, transcoders, bos_id=model.bos_id, **settings)
+    texts = ("BOS", *token_pieces(model, ids))
+    said = tuple(model.text([token]) for token in graph.nodes.token[graph.n_sources :].tolist())
+    return PromptGraph(**{**vars_of(graph), "texts": texts}, logit_texts=said)
+
+
+def vars_of(graph: Graph) -> dict[str, Any]:
+    """The fields of a graph."""
+    return {name: getattr(graph, name) for name in Graph.__dataclass_fields__}
+
+
+def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = None) -> tuple[str, TranscoderSet]:
+    """The named set of transcoders; else the workspace's latest of the model; else those that come with the demo model.
+
+    Raises:
+        InputError: no such set, or a set of another model.
+    """
+    device = str(model.device)
+    if name is not None and name != "bundled":
+        found = catalog.transcoders(name, device)
+        if len(found) > model.info.n_layers or found[0].W_enc.shape[0] != model.info.d_model:
+            raise InputError(
+                f"the set of transcoders {name!r} has {len(found)} layers of width {found[0].W_enc.shape[0]}, "
+                f"{model.info.name} has {model.info.n_layers} of width {model.info.d_model}: it is of another model"
+            )
+        return name, found
+    if name is None:
+        for summary in reversed(catalog.transcoder_sets()):
+            coders = catalog.transcoders(summary.name, device)
+            if coders.model_name == model.info.name:
+                return summary.name, coders
+        if model.info.source != "bundled":
+            raise InputError(
+                f"there is no set of transcoders of {model.info.name} in {catalog.path}: train one with `workbench "
+                "train ... --hook 'blocks.*.mlp.hook_in' --target-hook 'blocks.*.hook_mlp_out'`"
+            )
+    return "bundled", load_transcoders(demo_transcoders_dir(), device)
+
+
+def make_graph(
+    catalog: Catalog,
+    name: str,
+    model: LoadedModel,
+    prompt: str,
+    *,
+    transcoders: str | None = None,
+    max_features: int = 5000,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Makes the graph of a prompt and stores it, or opens the one that is stored.
+
+    Args:
+        transcoders: name of a set; see `transcoders_for`.
+
+    Raises:
+        InputError: as `attribute` and `transcoders_for`.
+    """
+    label, coders = transcoders_for(catalog, model, transcoders)
+    record = {"name": label, "fingerprint": coders.fingerprint()}
+    origin = Origin.of_measurement(model, transcoders=record)
+
+    def make() -> Made:
+        whole = attribute(model, prompt, coders, max_features=max_features, on_progress=on_progress)
+        return graph_tables(whole), {"graph": whole.prune(*KEPT).figure()}
+
+    parameters = {"prompt": prompt, "transcoders": label, "max_features": max_features}
+    return catalog.results.get_or_make(GRAPH, name, parameters=parameters, origin=origin, make=make)
+
+
+def graph_tables(whole: PromptGraph) -> dict[str, pd.DataFrame]:
+    """The tables of a graph; see the module's description."""
+    stored = whole.prune(*STORED)
+    pruned = whole.prune(*KEPT)
+    scores = pd.DataFrame(
+        [
+            {
+                "graph": title,
+                "nodes": len(graph.nodes),
+                "edges": int((graph.edges != 0).sum()),
+                **asdict(graph.scores()),
+            }
+            for title, graph in (("whole", whole), ("stored", stored), ("pruned", pruned))
+        ]
+    )
+    return {**tables_of(stored, pruned), "scores": scores}
+
+
+def tables_of(graph: PromptGraph, pruned: Graph) -> dict[str, pd.DataFrame]:
+    """nodes, edges, targets, prompt and settings of a graph, `kept` by what a part of it has."""
+    nodes = graph.nodes
+    frame = pd.DataFrame(
+        {
+            "id": np.arange(len(nodes)), "node": nodes.names, "kind": [KINDS[kind] for kind in nodes.kind.tolist()],
+            "layer": nodes.layer.numpy(), "position": nodes.position.numpy(), "feature": nodes.feature.numpy(),
+            "token": nodes.token.numpy(), "text": [graph.texts[at] for at in nodes.position.tolist()],
+            "activation": nodes.activation.double().numpy(), "z": nodes.z.double().numpy(),
+        }
+    )  # fmt: skip
+    for title, values in (("bias", graph.bias), ("rest", graph.rest)):
+        column = torch.full((len(nodes),), torch.nan, dtype=torch.float64)
+        column[graph.targets] = values.double()
+        frame[title] = column.numpy()
+    frame["influence"] = graph.influence.double().numpy()
+    frame["kept"] = frame["node"].isin(list(pruned.number))
+    row, source = graph.edges.nonzero(as_tuple=True)
+    kept = torch.zeros(graph.edges.shape, dtype=torch.bool)
+    at = torch.tensor([graph.number.get(name, -1) for name in pruned.nodes.names])
+    rows, columns = pruned.edges.nonzero(as_tuple=True)
+    row_of = torch.full((len(nodes),), -1)
+    row_of[graph.targets] = torch.arange(len(graph.targets))
+    there = (at[pruned.targets[rows]] >= 0) & (at[columns] >= 0)
+    kept[row_of[at[pruned.targets[rows]][there]], at[columns][there]] = True
+    edges = pd.DataFrame(
+        {
+            "source": source.numpy(), "target": graph.targets[row].numpy(),
+            "weight": graph.edges[row, source].double().numpy(), "kept": kept[row, source].numpy(),
+        }
+    )  # fmt: skip
+    logits = nodes.kind == LOGIT
+    targets = pd.DataFrame(
+        {"token": nodes.token[logits].numpy(), "text": [graph.text_of(name) for name in nodes.names[graph.n_sources :]],
+         "p": nodes.activation[logits].double().numpy()}
+    )  # fmt: skip
+    prompt = pd.DataFrame({"position": np.arange(len(graph.tokens)), "token": graph.tokens, "text": graph.texts})
+    settings = pd.DataFrame([dict(graph.settings)])
+    return {"nodes": frame, "edges": edges, "targets": targets, "prompt": prompt, "settings": settings}
+
+
+def open_graph(catalog: Catalog, name: str) -> PromptGraph:
+    """A stored graph. Raises InputError naming those there are."""
+    result = catalog.results.open(GRAPH, name)
+    tables = {title: result.table(title) for title in ("nodes", "edges", "targets", "prompt", "settings")}
+    return graph_of_tables(tables)
+
+
+def graph_of_tables(tables: Mapping[str, pd.DataFrame]) -> PromptGraph:
+    """A graph from its tables."""
+    frame = tables["nodes"].sort_values("id")
+    kind = torch.tensor([KINDS.index(kind) for kind in frame["kind"]])
+
+    def column(title: str) -> torch.Tensor:
+        return torch.tensor(frame[title].to_numpy(dtype=float), dtype=torch.float64)
+
+    whole = {title: column(title).long() for title in ("layer", "position", "feature", "token")}
+    nodes = Nodes(kind, **whole, activation=column("activation"), z=column("z"))
+    is_target = (kind == FEATURE) | (kind == LOGIT)
+    row = torch.full((len(kind),), -1)
+    row[is_target] = torch.arange(int(is_target.sum()))
+    edges = torch.zeros(int(is_target.sum()), int((kind != LOGIT).sum()), dtype=torch.float64)
+    source, target = (torch.tensor(tables["edges"][title].to_numpy()).long() for title in ("source", "target"))
+    edges[row[target], source] = torch.tensor(tables["edges"]["weight"].to_numpy(), dtype=torch.float64)
+    prompt = tables["prompt"].sort_values("position")
+    settings = {key: value.item() if hasattr(value, "item") else value
+                for key, value in tables["settings"].iloc[0].items()}  # fmt: skip
+    return PromptGraph(
+        tuple(prompt["token"].tolist()), tuple(prompt["text"].tolist()), nodes, edges, column("bias")[is_target],
+        column("rest")[is_target], column("influence"), settings, tuple(tables["targets"]["text"]),
+    )  # fmt: skip
+
+
+def intervene_on(
+    catalog: Catalog,
+    name: str,
+    changes: Mapping[str, float],
+    *,
+    effects: Effects = "through",
+    freeze_attention: bool = True,
+    device: str = "auto",
+    model: LoadedModel | None = None,
+) -> tuple[Intervention, LoadedModel, PromptGraph, TranscoderSet]:
+    """An intervention on a stored graph, with the model, the graph and the transcoders that it was made with.
+
+    Args:
+        model: the graph's model, where it is loaded already.
+
+    Raises:
+        InputError: no such graph, one that was imported, transcoders that are gone or have been replaced, or as
+            `circuits.graph.interventions.intervene`.
+    """
+    result = catalog.results.open(GRAPH, name)
+    graph = open_graph(catalog, name)
+    for node in changes:
+        graph.node(node)
+    made_with = result.provenance.get("transcoders")
+    if not isinstance(made_with, dict):
+        raise InputError(f"graph {name!r} was imported: interventions need a model and transcoders that are here")
+    found = load_model(result.origin.model, device=device) if model is None else model
+    result.origin.check_model(found, f"graph {name!r}")
+    _, coders = transcoders_for(catalog, found, made_with["name"])
+    if coders.fingerprint() != made_with["fingerprint"]:
+        raise InputError(f"the transcoders {made_with['name']!r} of graph {name!r} have been replaced: make it again")
+    done = intervene(
+        found.bridge, graph, coders, changes, effects=effects, freeze_attention=freeze_attention
+    )  # fmt: skip
+    return done, found, graph, coders

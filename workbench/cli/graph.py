@@ -1,0 +1,220 @@
+"""`workbench graph`: a prompt makes an attribution graph; show, prune, intervene, export and import use it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from sae.errors import InputError
+from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, ModelOption, WorkspaceOption
+from workbench.cli.output import print_frame, print_json, print_result, writing
+from workbench.show.progress import ProgressBar
+
+
+class _PromptFirst(typer.core.TyperGroup):
+    """A group whose first argument may be a prompt: `workbench graph "text" --name NAME`, with `make` left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts `make` before a first argument that is no command."""
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+commands = typer.Typer(
+    name="graph",
+    cls=_PromptFirst,
+    help='Why the model says its next token: `workbench graph "def add(self" --name add`.',
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+)
+GraphArgument = Annotated[str, typer.Argument(help="Name of a stored graph.")]
+TranscodersOption = Annotated[
+    str | None,
+    typer.Option(help="A set of transcoders of the workspace, or bundled; the model's latest when left out."),
+]
+NodeShareOption = Annotated[float, typer.Option("--nodes", help="Share of the influence that kept nodes hold.")]
+EdgeShareOption = Annotated[float, typer.Option("--edges", help="Share of the influence that kept edges hold.")]
+TopOption = Annotated[int, typer.Option(help="Rows of each table to print.", min=1)]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.add_typer(commands)
+
+
+@commands.command()
+def make(
+    prompt: Annotated[str, typer.Argument(help="The text whose next token is asked about.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the graph.")],
+    model: ModelOption = "demo",
+    transcoders: TranscodersOption = None,
+    max_features: Annotated[int, typer.Option(help="Features that become nodes, at most.", min=1)] = 5000,
+    top: TopOption = 20,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Make the graph of a prompt and store it; the word `make` may be left out."""
+    from workbench.models.load import load_model
+    from workbench.workspace import Workspace
+
+    if not prompt:
+        raise InputError("the prompt is empty: type the text whose next token is asked about")
+    workspace, loaded = Workspace(folder), load_model(model, device=device)
+    with ProgressBar("graph", 1, enabled=not as_json, unit="nodes") as bar:
+        result = workspace.graph(
+            name, loaded, prompt, transcoders=transcoders, max_features=max_features, on_progress=bar.report
+        )
+    print_result(result, _shown(result), as_json, top=top)
+
+
+@commands.command()
+def show(
+    name: GraphArgument,
+    node: Annotated[
+        str | None, typer.Option(help="A node, such as f2/1041/7: its strongest inputs and outputs.")
+    ] = None,
+    top: TopOption = 20,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a stored graph, or the strongest inputs and outputs of one of its nodes."""
+    from workbench.circuits.graphs import GRAPH, open_graph
+    from workbench.workspace import Workspace
+
+    workspace = Workspace(folder, create=False)
+    if node is None:
+        result = workspace.results.open(GRAPH, name)
+        print_result(result, _shown(result), as_json, top=top)
+        return
+    graph = open_graph(workspace, name)
+    at = graph.node(node)
+    tables = {}
+    if at in graph.row:
+        tables["inputs"] = graph.inputs(node, top)
+    if at < graph.n_sources:
+        tables["outputs"] = graph.outputs(node, top)
+    if as_json:
+        print_json({title: table.to_dict("records") for title, table in tables.items()})
+        return
+    for title, table in tables.items():
+        print_frame(f"{title} of {node}", table, as_json=False)
+
+
+@commands.command()
+def prune(
+    name: GraphArgument,
+    nodes: NodeShareOption = 0.8,
+    edges: EdgeShareOption = 0.98,
+    top: TopOption = 20,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """The fewest nodes and edges of a stored graph that hold a share of its influence."""
+    from workbench.circuits.graphs import open_graph
+    from workbench.workspace import Workspace
+
+    pruned = open_graph(Workspace(folder, create=False), name).prune(nodes, edges)
+    found, links, scores = pruned.table(), pruned.edge_table(), asdict(pruned.scores())
+    if as_json:
+        print_json({"nodes": found.to_dict("records"), "edges": links.to_dict("records"), "scores": scores})
+        return
+    columns = ["node", "text", "activation", "influence"]
+    print_frame("nodes", found, as_json=False, titles={column: column for column in columns}, top=top)
+    print_frame("edges", links, as_json=False, top=top)
+    print(", ".join(f"{title} {value:.3f}" for title, value in scores.items()))
+
+
+@commands.command()
+def intervene(
+    name: GraphArgument,
+    change: Annotated[
+        list[str], typer.Option("--change", help="NODE=FACTOR, such as f2/1041/7=0 to ablate; several times for more.")
+    ],
+    direct: Annotated[bool, typer.Option("--direct", help="Hold every MLP: the effects over own edges alone.")] = False,
+    free_attention: Annotated[bool, typer.Option("--free-attention", help="Let attention patterns move.")] = False,
+    tokens: Annotated[int, typer.Option("--generate", help="Tokens to go on for, with and without.", min=0)] = 0,
+    top: TopOption = 20,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Multiply features of a stored graph and see what really moves, beside what the graph says."""
+    from circuits.graph import generate
+    from workbench.circuits.graphs import intervene_on
+    from workbench.workspace import Workspace
+
+    changes = dict(map(_change, change))
+    found, model, graph, coders = intervene_on(
+        Workspace(folder, create=False), name, changes, effects="direct" if direct else "through",
+        freeze_attention=not free_attention, device=device,
+    )  # fmt: skip
+    nodes, nexts = found.table(), found.next_tokens
+    texts = generate(model.bridge, graph, coders, changes, tokens) if tokens else None
+    if as_json:
+        print_json(
+            {"nodes": nodes.to_dict("records"), "next_tokens": nexts.to_dict("records"),
+             "spearman": found.agreement(), "generated": texts}
+        )  # fmt: skip
+        return
+    print_frame("next tokens", nexts, as_json=False)
+    print_frame("nodes", nodes, as_json=False, top=top)
+    print(f"Spearman's correlation of predicted and observed effects: {found.agreement():.3f}")
+    if texts is not None:
+        print(f"Without: {texts[0]!r}\nWith:    {texts[1]!r}")
+
+
+@commands.command("export")
+def export_graph(
+    name: GraphArgument,
+    file: Annotated[Path, typer.Argument(help="JSON file to write.")],
+    nodes: NodeShareOption = 0.8,
+    edges: EdgeShareOption = 0.98,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+) -> None:
+    """Write a stored graph, pruned, as circuit-tracer's and Neuronpedia's JSON."""
+    from workbench.circuits.graph_json import to_document
+    from workbench.circuits.graphs import GRAPH, open_graph
+    from workbench.workspace import Workspace
+
+    workspace = Workspace(folder, create=False)
+    graph = open_graph(workspace, name).prune(nodes, edges)
+    scan = workspace.results.open(GRAPH, name).origin.model or str(graph.settings.get("scan", ""))
+    with writing(file):
+        file.write_text(json.dumps(to_document(graph, name, scan)), encoding="utf-8")
+    print(f"{len(graph.nodes):,} nodes in {file}")
+
+
+@commands.command("import")
+def import_graph(
+    file: Annotated[Path, typer.Argument(help="JSON file of circuit-tracer or Neuronpedia.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the graph.")],
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+) -> None:
+    """Store a graph that circuit-tracer, Neuronpedia or another workspace wrote as JSON."""
+    from workbench.circuits.graph_json import store_document
+    from workbench.workspace import Workspace
+
+    result = store_document(Workspace(folder), name, file)
+    print(f"Stored as {result.kind} result {result.name!r} in {result.path}")
+
+
+def _shown(result: Any) -> dict[str, Any]:
+    nodes = result.table("nodes").sort_values("influence", ascending=False)
+    columns = ["node", "kind", "layer", "position", "text", "activation", "z", "influence", "kept"]
+    return {"scores": result.table("scores"), "next tokens": result.table("targets"), "nodes": nodes[columns]}
+
+
+def _change(text: str) -> tuple[str, float]:
+    node, found, factor = text.partition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        found = ""
+    if not found:
+        raise InputError(f"{text!r} is no change: write NODE=FACTOR, such as f2/1041/7=0")
+    return node, value
