@@ -198,8 +198,10 @@ def test_no_statement_writes_to_the_files_that_are_attached(
 
 
 @pytest.mark.parametrize(
-    "sql", ["DESCRIBE activations", "SHOW TABLES", "SUMMARIZE tokens", "FROM tokens", "VALUES (1)"]
-)
+    "sql",
+    ["DESCRIBE activations", "SHOW TABLES", "SHOW ALL TABLES", "SUMMARIZE tokens", "FROM tokens", "VALUES (1)",
+     "SELECT ['a', 'b', 'c', 'd', 'e', 'f'] AS texts", "SELECT list(text) FROM activations"],
+)  # fmt: skip
 def test_statements_that_only_look_are_taken(sql: str, connection: duckdb.DuckDBPyConnection) -> None:
     assert query.run(connection, sql).rows
 

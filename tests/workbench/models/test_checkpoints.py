@@ -34,6 +34,8 @@ def test_a_hub_name_without_a_network_is_one_line_after_one_question(monkeypatch
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         {"quant_method": "gptq", "bits": 4, "group_size": 128},
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
     ],
 )
 def test_a_quantized_folder_is_one_line(quantization: dict[str, Any], tiny_gpt2: Path, tmp_path: Path) -> None:

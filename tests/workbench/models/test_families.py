@@ -408,7 +408,10 @@ def test_a_bridge_that_cannot_be_mended_is_refused_and_harvests_still_work(famil
     assert torch.equal(capture(model, tokens, [hook]).activations[hook.name], seen(model, "model.layers.1", tokens))
 
 
-@pytest.mark.parametrize("architecture", ["FalconH1ForCausalLM", "OPTForCausalLM", "Qwen3NextForCausalLM"])
+PART = ["FalconH1ForCausalLM", "JambaForCausalLM", "OPTForCausalLM", "Qwen3NextForCausalLM"]
+
+
+@pytest.mark.parametrize("architecture", PART)
 def test_what_a_family_does_not_have_is_refused_and_nothing_else_is_raised(architecture: str) -> None:
     """A part of what `python -m benchmarks.families` does for every family."""
     said, faults = tried(architecture)

@@ -1,13 +1,12 @@
-"""Models that cannot be loaded, or whose weights are packed, are one line; kinds of tiny models made on the spot."""
+"""Variants of families that cannot be wrapped, or whose attention runs in one piece: tiny models made on the spot."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.families import prompts_of, save_tiny, splicing
+from benchmarks.families import prompts_of, save_tiny, splicing, tiny_sae
 from circuits.attribution import logit_attribution
 from circuits.eap import attribute_edges
 from circuits.edges import patched_logits, written
@@ -15,26 +14,9 @@ from circuits.nodes import graph_of
 from circuits.path_patching import patch_edges
 from circuits.scores import EdgeScores
 from sae import InputError
+from workbench.features.index.logits import effects_of
+from workbench.features.prompts import read_prompt
 from workbench.models.load import load_model
-
-PACKED = {
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
-    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
-
-
-@pytest.mark.parametrize("method", PACKED)
-def test_packed_weights_are_refused_by_their_method(method: str, tmp_path: Path) -> None:
-    folder = save_tiny("LlamaForCausalLM", tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": PACKED[method]}))
-    with pytest.raises(InputError, match=rf"is quantized \({method}\).*give the unquantized weights") as caught:
-        load_model(str(folder), device="cpu")
-    assert "\n" not in str(caught.value)
-
 
 UNWRAPPED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Falcon 40B": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}, "split_sizes"),
@@ -74,3 +56,19 @@ def test_attention_in_one_piece_has_direct_terms_and_its_edges_are_refused(tmp_p
     for run in (lambda: attribute_edges(bridge, prompts), lambda: patch_edges(bridge, prompts), through_edges):
         with pytest.raises(InputError, match=r"nothing at blocks\.0\.attn\.q\.hook_out"):
             run()
+
+
+@pytest.mark.parametrize("architecture", ["CohereForCausalLM", "OlmoForCausalLM"])
+def test_norms_without_weight_or_bias_are_indexed_and_prompted(architecture: str, tmp_path: Path) -> None:
+    model = load_model(str(save_tiny(architecture, tmp_path)), device="cpu")
+    sae = tiny_sae(model, f"blocks.{model.info.n_layers - 1}.hook_resid_post", 32)
+    assert read_prompt(model, sae, "def area(width):").missing is None
+    rows, gain = sae.W_dec.detach(), getattr(model.hf.model.norm, "weight", None)
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    scale = getattr(model.hf.config, "logit_scale", 1.0)
+    effects = scale * (centred if gain is None else centred * gain) @ model.hf.lm_head.weight.T
+    effects = effects - effects.mean(dim=1, keepdim=True)
+    found = next(iter(effects_of(model, sae)))
+    wanted = effects.max(dim=1)
+    assert found.top[:, 0].tolist() == wanted.indices[: len(found.top)].tolist()
+    assert found.top_effect[:, 0].tolist() == pytest.approx(wanted.values[: len(found.top)].tolist(), rel=1e-4)
