@@ -106,7 +106,7 @@ def threshold_of(size: Size, example: Tensor) -> float:
     config = TrainConfig(name="bench", d_sae=size.d_sae, total_tokens=1, b_dec_init="mean")
     state = TrainingState(config, size.d_in, example.device)
     state.initialise(example)
-    x = example[:512] * state.input_scale - state.sae.b_dec
+    x = example[:512] * state.input_scale - state.sae.b_dec.detach()
     z = (x @ state.sae.W_enc.detach()).flatten()
     return float(z.topk(size.k * len(x)).values[-1]) / math.sqrt(size.d_in)
 

@@ -6,7 +6,8 @@
    `KernelSizes.dense_share` counts, as at the start of training, by dense products.
 
 Which of the two depends on the batch and the weights alone, and the power of two leaves no trace in the results, so a
-resumed run ends in the same bits.
+resumed run ends in the same bits. After a dense batch the next one is taken for dense too, which saves its list: the
+dense pass counts what a list would have found, and where that was not too long it is thrown away.
 """
 
 from functools import partial
@@ -20,7 +21,7 @@ from sae.rules import ActiveSums, ThresholdRule
 
 if TYPE_CHECKING:
     from sae.fused_step import FusedStep, StepPlan
-    from sae.kernels.triton import Centred, ListedAbove, OwnTensor, WindowSums
+    from sae.kernels.triton import Centred, DensePass, ListedAbove, OwnTensor, WindowSums
 
 MIN_PLACES = 2**14
 
@@ -46,14 +47,19 @@ class ThresholdProgram:
         self._list = Part(self._make_list, capture=step.capture)
         self._learn: Part | None = None
         self._places = 0
+        self._dense: tuple[Part, Part] | None = None
+        self._passed: tuple[Centred, DensePass] | None = None
 
     @property
     def is_captured(self) -> bool:
-        """Whether the last step was replayed; one by dense products never is."""
-        return self._learn is not None and self._learn.graph is not None
+        """Whether what the last step learnt by is replayed."""
+        last = self._learn if self._dense is None else self._dense[1]
+        return last is not None and last.graph is not None
 
     def __call__(self) -> None:
         """Makes a step."""
+        if self._dense is not None and self._learn_densely():
+            return
         self._list()
         assert self._listed is not None
         count = int(self._listed[2].counter)
@@ -68,11 +74,14 @@ class ThresholdProgram:
             self._learn = Part(partial(self._learn_from, wanted), capture=self.step.capture, after=self._list)
         self._learn()
 
+    def _threshold(self) -> Tensor:
+        return self.rule.threshold(self.step.state.own, self.step.state.sae.W_enc)
+
     def _make_list(self) -> None:
         from sae.kernels import triton as fast
 
         centred, parameters = self.step.centre(), self.step.shadowed()
-        threshold = self.rule.threshold(self.step.state.own, self.step.state.sae.W_enc)
+        threshold = self._threshold()
         listed = fast.list_above(
             centred.x, parameters.padded_enc.T, parameters.b_enc, threshold - self.bandwidth / 2, self.slots,
             sizes=self.step.sizes,
@@ -98,15 +107,40 @@ class ThresholdProgram:
         )  # fmt: skip
         step.record(result, self.plan, self.penalty)
 
-    def _learn_densely(self) -> None:
+    def _learn_densely(self) -> bool:
+        """Makes the step by dense products, unless too little of the batch counts; whether it did."""
+        if self._dense is None:
+            first = Part(self._make_pass, capture=self.step.capture)
+            self._dense = first, Part(self._learn_from_pass, capture=self.step.capture, after=first)
+        first, learn = self._dense
+        first()
+        assert self._passed is not None
+        if int(self._passed[1].counter) <= self.slots:
+            # Their memory, some of [n, d_sae], is not kept for a dense batch that may come later.
+            self._dense = self._passed = None
+            return False
+        learn()
+        return True
+
+    def _make_pass(self) -> None:
         from sae.kernels import triton as fast
 
-        assert self._listed is not None
-        centred, threshold, _ = self._listed
+        centred = self.step.centre()
+        scale = (-2 / centred.total_variance).float()
+        made = fast.dense_pass(
+            centred.x, self.step.shadowed(), self._threshold(), scale, self._shrink(), self.bandwidth,
+            sizes=self.step.sizes,
+        )  # fmt: skip
+        self._passed = centred, made
+
+    def _learn_from_pass(self) -> None:
+        from sae.kernels import triton as fast
+
+        assert self._passed is not None
         step, config = self.step, self.step.state.config
+        terms = fast.ThresholdTerms(self._shrink(), self._own)
         result = fast.learn_densely(
-            centred, step.shadowed(), threshold, self.bandwidth, fast.ThresholdTerms(self._shrink(), self._own),
-            step.state.tokens_since_fired, step.adam(),
+            *self._passed, step.shadowed(), terms, step.state.tokens_since_fired, step.adam(),
             decoder=not config.frozen_decoder, clip=config.clip_grad_norm, aux=step.aux(self.plan),
         )  # fmt: skip
         step.record(result, self.plan, self.penalty)

@@ -41,7 +41,7 @@ def measure(
     Args:
         data: batches [n, d], all on one device.
         rounds: counted ones, at least 2.
-        on_left_out: told the name of an arm that does not run here, and why.
+        on_left_out: told the name of an arm that does not run here, or fails in a later round, and why.
     """
     device = data[0].device
     steps: dict[str, Step] = {}
@@ -50,11 +50,19 @@ def measure(
         try:
             steps[name], peaks[name] = _made(make, data)
         except Exception as error:  # a library that does not run here is left out and named
-            on_left_out(name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            on_left_out(name, _reason(error))
+            _release(device)
     milliseconds: dict[str, list[Callable[[], float]]] = {name: [] for name in steps}
     for number in range(rounds):
-        for name, step in steps.items():
-            milliseconds[name].append(_timed(step, data[number % len(data)]))
+        for name in list(steps):
+            try:
+                milliseconds[name].append(_timed(steps[name], data[number % len(data)]))
+            except Exception as error:  # as one that wants more memory beside the others than it did alone
+                peak = peaks[name]
+                needs = "" if peak is None else f"; its step and state take {peak / 2**30:.1f} GiB"
+                on_left_out(name, f"in round {number + 1}, {_reason(error)}{needs}")
+                del steps[name], milliseconds[name]
+                _release(device)
         if device.type == "cuda":
             torch.cuda.synchronize()
     results = {}
@@ -64,6 +72,16 @@ def measure(
         median = statistics.median(times)
         results[name] = Measured(median, tenths[0], tenths[-1], size.batch / median * 1e3, peaks[name])
     return results
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _release(device: torch.device) -> None:
+    """Gives the memory of an arm that was left out to the others."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _made(make: Arm, data: Sequence[Tensor]) -> tuple[Step, int | None]:

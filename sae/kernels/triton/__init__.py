@@ -21,6 +21,7 @@ from sae.kernels.triton.batch import (
     largest,
     list_batch_topk,
 )
+from sae.kernels.triton.dense import DensePass, dense_pass
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
 from sae.kernels.triton.nested import Nesting, Parts
@@ -54,6 +55,7 @@ __all__ = [
     "AdamStep",
     "AuxGradients",
     "Centred",
+    "DensePass",
     "FeatureGradients",
     "GraphedStep",
     "KernelSizes",
@@ -74,6 +76,7 @@ __all__ = [
     "centre",
     "clip_factor",
     "decode",
+    "dense_pass",
     "entries_of",
     "feature_topk_encode",
     "gradient_topk_encode",

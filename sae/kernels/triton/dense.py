@@ -18,14 +18,15 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.triton.encode import padded_product, product, score_buffer
+from sae.kernels.triton.encode import chunk_rows, padded_product, product, score_buffer
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.threshold import above
 from sae.kernels.triton.update import Parameters
 
 # Scores held at once, in fp32, and twice in the precision of products.
 DENSE_ENTRIES = 2**29
-COLUMNS, ROWS = 256, 64
+COLUMNS, ROWS = 512, 64
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class DensePass:
     firings: Int[Tensor, "d_sae"]
     magnitude: Float[Tensor, ""]
     """Sum of all activations."""
+    counter: Float[Tensor, ""]
+    """Entries that count, exactly as many as `list_above` finds."""
 
     def gradients(self, p: Parameters, aux: AuxGradients | None, *, decoder: bool, squares: bool) -> FeatureGradients:
         """The gradients that the update takes, `aux`'s among them.
@@ -80,13 +83,15 @@ def _activate_kernel(Z, bias, threshold, A, width, d_sae, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mask_kernel(
-    Z, bias, threshold, G, shrinkage, sums, n_rows, width, d_sae, half_window, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    Z, bias, threshold, lower, G, shrinkage, sums, n_rows, width, d_sae, half_window,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Takes da in G and leaves the gradient to z there; six sums over a block of rows, column by column."""
+    """Takes da in G and leaves the gradient to z there; seven sums over a block of rows, column by column."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d_sae
     offset = tl.load(bias + columns, mask=inside, other=0.0)
     lowest = tl.load(threshold + columns, mask=inside, other=0.0)
+    counted_above = tl.load(lower + columns, mask=inside, other=0.0)
     shrink = tl.load(shrinkage)
     total = tl.zeros([BLOCK], tl.float32)
     along = tl.zeros([BLOCK], tl.float32)
@@ -94,6 +99,7 @@ def _mask_kernel(
     window_total = tl.zeros([BLOCK], tl.float32)
     firings = tl.zeros([BLOCK], tl.float32)
     magnitude = tl.zeros([BLOCK], tl.float32)
+    counted = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(1) * ROWS
     at = first.to(tl.int64) * width + columns
     for _ in range(first, tl.minimum(first + ROWS, n_rows)):
@@ -109,6 +115,7 @@ def _mask_kernel(
         window_total += tl.where(near, p, 0.0)
         firings += active.to(tl.float32)
         magnitude += tl.where(active, z, 0.0)
+        counted += (above(z, counted_above) & inside).to(tl.float32)
         at += width
     blocks = tl.num_programs(1)
     at = tl.program_id(1).to(tl.int64) * width + columns
@@ -119,6 +126,7 @@ def _mask_kernel(
     tl.store(sums + 3 * every + at, window_total, mask=columns < width)
     tl.store(sums + 4 * every + at, firings, mask=columns < width)
     tl.store(sums + 5 * every + at, magnitude, mask=columns < width)
+    tl.store(sums + 6 * every + at, counted, mask=columns < width)
 
 
 def dense_pass(
@@ -128,6 +136,8 @@ def dense_pass(
     scale: Float[Tensor, ""],
     shrink: Float[Tensor, ""],
     bandwidth: float,
+    *,
+    sizes: KernelSizes = SIZES,
 ) -> DensePass:
     """Forward and backward pass of a batch.
 
@@ -140,18 +150,23 @@ def dense_pass(
     n, d_sae, d = x.shape[0], p.W_dec.shape[0], x.shape[1]
     encoder, decoder = p.shadows
     width = decoder.shape[0]
-    rows = min(n, max(1, DENSE_ENTRIES // width))
+    at_once = chunk_rows(n, sizes)
+    rows = min(n, max(1, DENSE_ENTRIES // width // at_once) * at_once)
     z, bias = score_buffer(rows, p.b_enc)
+    lower = threshold - bandwidth / 2
     a, g = (torch.empty(rows, width, dtype=x.dtype, device=x.device) for _ in range(2))
     x_hat, residual = torch.empty(rows, d, device=x.device), torch.empty_like(x)
-    grad_enc, grad_dec = (torch.zeros(width, d, device=x.device) for _ in range(2))
-    sums = torch.zeros(6, width, dtype=torch.float64, device=x.device)
+    grad_enc, grad_dec = (torch.empty(width, d, device=x.device) for _ in range(2))
+    sums = torch.zeros(7, width, dtype=torch.float64, device=x.device)
     squared_error = torch.zeros((), dtype=torch.float64, device=x.device)
     grid_columns = triton.cdiv(width, COLUMNS)
     for first in range(0, n, rows):
         part, m = x[first : first + rows], min(rows, n - first)
-        padded_product(part, encoder.T, z[:m], d_sae)
-        _activate_kernel[(m, grid_columns)](z, bias, threshold, a, width, d_sae, BLOCK=COLUMNS, num_warps=2)
+        # The same products as `list_above` makes, to the bit: both must find as many entries that count.
+        for start in range(0, m, at_once):
+            piece = slice(start, min(start + at_once, m))
+            padded_product(part[piece], encoder.T, z[piece], d_sae)
+        _activate_kernel[(m, grid_columns)](z, bias, threshold, a, width, d_sae, BLOCK=COLUMNS, num_warps=4)
         product(a[:m], decoder, x_hat[:m])
         error = part.float() - x_hat[:m]
         squared_error += error.square().sum(dtype=torch.float64)
@@ -159,18 +174,19 @@ def dense_pass(
         scaled = (error * scale).to(x.dtype)
         torch.mm(scaled, decoder.T, out=g[:m])
         blocks = triton.cdiv(m, ROWS)
-        partial = torch.empty(6, blocks, width, device=x.device)
+        partial = torch.empty(7, blocks, width, device=x.device)
         _mask_kernel[(grid_columns, blocks)](
-            z, bias, threshold, g, shrink, partial, m, width, d_sae, bandwidth / 2,
-            ROWS=ROWS, BLOCK=COLUMNS, num_warps=2,
+            z, bias, threshold, lower, g, shrink, partial, m, width, d_sae, bandwidth / 2,
+            ROWS=ROWS, BLOCK=COLUMNS, num_warps=4,
         )  # fmt: skip
         sums += partial.sum(1, dtype=torch.float64)
         _add_product(grad_enc, g[:m].T, part, first == 0)
         _add_product(grad_dec, a[:m].T, scaled, first == 0)
-    total, along, window, window_total, firings, magnitude = sums[:, :d_sae]
+    total, along, window, window_total, firings, magnitude, counted = sums[:, :d_sae]
     return DensePass(
         residual, squared_error, grad_enc[:d_sae], grad_dec[:d_sae], total.float(), along.float(),
         WindowSums(window.float(), window_total.float()), firings.int(), magnitude.sum().float(),
+        counted.sum(),
     )  # fmt: skip
 
 

@@ -83,7 +83,8 @@ class Products:
     window_dec: Float[Tensor, "windows d"]
     """Sums over the windows of entries that lie inside one segment; other rows are not written."""
     window_enc: Float[Tensor, "windows d"]
-    thresholds: WindowSums
+    thresholds: WindowSums | None
+    """None where the rule has none."""
 
 
 def by_feature(
@@ -345,7 +346,9 @@ def products(
         order.offsets, order.rows, order.value, da if near is None else near, residual, scale, less, W_dec, da, raw,
         sums, d_sae, d // alignment(d), **constants,
     )  # fmt: skip
-    return Products(da, sums[0], sums[1], windows[0], windows[1], WindowSums(sums[2], sums[3]))
+    return Products(
+        da, sums[0], sums[1], windows[0], windows[1], None if near is None else WindowSums(sums[2], sums[3])
+    )
 
 
 @dataclass(frozen=True)
@@ -358,8 +361,8 @@ class FeatureGradients:
     b_enc: Float[Tensor, "d_sae"]
     squares: Float[Tensor, "d_sae slices"]
     """Sums of the squares of slices of both rows; of W_dec's, of the part across W_dec[f]."""
-    thresholds: WindowSums
-    """Where the rule has thresholds."""
+    thresholds: WindowSums | None
+    """None where the rule has none."""
 
 
 @dataclass(frozen=True)

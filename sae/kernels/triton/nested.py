@@ -29,7 +29,7 @@ from sae.code import SparseCode
 from sae.kernels.triton.sparse import SLICE, alignment
 
 # Entries whose rows are loaded at once.
-ENTRIES = 4
+ENTRIES = 8
 
 
 @dataclass(frozen=True)

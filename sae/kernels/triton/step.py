@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels.triton.dense import dense_pass
+from sae.kernels.triton.dense import DensePass
 from sae.kernels.triton.encode import topk_encode
 from sae.kernels.triton.features import (
     AuxGradients,
@@ -147,24 +147,29 @@ def learn(
             p, order, errors, centred.x, scale, tokens_since_fired, adam,
             decoder=decoder, aux=extra, shrink=shrink, sizes=sizes,
         )  # fmt: skip
-        for own in () if thresholds is None else thresholds.own(windows, order.firings, code.values.sum()):
+        for own in _owned(thresholds, windows, order, code):
             own.move(adam)
         return result
     made = feature_gradients(
         order, errors, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
     )
-    owned = () if thresholds is None else thresholds.own(made.thresholds, order.firings, code.values.sum())
+    owned = _owned(thresholds, made.thresholds, order, code)
     grad_b_dec = errors[:n].sum(0, dtype=torch.float32) * scale - through_encoder(made.b_enc, p.shadow_enc)
     tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
     _update_from_memory(p, made, grad_b_dec, owned, adam, clip * n / centred.total_variance)
     return result
 
 
+def _owned(
+    thresholds: ThresholdTerms | None, windows: WindowSums | None, order: FeatureOrder, code: SparseCode
+) -> Sequence[OwnTensor]:
+    return () if thresholds is None or windows is None else thresholds.own(windows, order.firings, code.values.sum())
+
+
 def learn_densely(
     centred: Centred,
+    made: DensePass,
     parameters: Parameters,
-    threshold: Float[Tensor, "d_sae"],
-    bandwidth: float,
     terms: ThresholdTerms,
     tokens_since_fired: Int[Tensor, "d_sae"],
     adam: AdamStep,
@@ -173,14 +178,9 @@ def learn_densely(
     clip: float | None = None,
     aux: Callable[[StepResult], AuxGradients] | None = None,
 ) -> StepResult:
-    """A step of a rule with thresholds by dense products; the options are those of `learn`.
-
-    Args:
-        bandwidth: width of the window around the thresholds; 0 for none.
-    """
+    """What follows the dense pass of a batch in a step; the options are those of `learn`."""
     p, n = parameters, centred.x.shape[0]
     scale = (-2 / centred.total_variance).float()
-    made = dense_pass(centred.x, p, threshold, scale, terms.shrink, bandwidth)
     error = made.squared_error
     result = StepResult(centred.x, made.residual, error, error, centred.total_variance, made.firings)
     gradients = made.gradients(p, None if aux is None else aux(result), decoder=decoder, squares=clip is not None)

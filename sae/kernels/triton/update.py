@@ -355,7 +355,7 @@ def update_from_code(
     aux: AuxGradients | None = None,
     shrink: Float[Tensor, ""] | None = None,
     sizes: KernelSizes = SIZES,
-) -> WindowSums:
+) -> WindowSums | None:
     """One step of every parameter from the sparse code, without gradients in memory; returns the thresholds' sums.
 
     Args:
