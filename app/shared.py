@@ -8,8 +8,9 @@ from typing import Any
 import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
-from workbench import FeatureIndex, InputError, LoadedModel, Workspace, load_model
+from workbench import FeatureIndex, InputError, LoadedModel, Workspace, load_model, reload_model
 from workbench.features.index.titles import concepts_path, explanations_path
+from workbench.models.load_own import must_be_given
 
 FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "runs/*/run.duckdb", "results/*/*.duckdb",
             "indexes/*.duckdb")  # fmt: skip
@@ -100,7 +101,9 @@ def _opened(workspace: str, name: str, versions: tuple[int, ...]) -> FeatureInde
 @st.cache_resource(max_entries=1, show_spinner="Loading the model ...")
 def loaded_model(name: str) -> LoadedModel:
     """A model, loaded once for all pages and sessions."""
-    return load_model(name)
+    if len(sys.argv) > 2 and must_be_given(name):
+        return load_model(sys.argv[2])
+    return reload_model(name)
 
 
 def switch_page(page: str, **query: Any) -> None:

@@ -207,7 +207,7 @@ def evaluation(model: LoadedModel) -> None:
 
 def heads(model: LoadedModel) -> None:
     """Every head is scored."""
-    head_scores(model.bridge, repeated_tokens(range(5, 500), model.bos_id, n=2, length=8).to(model.device))
+    head_scores(model.bridge, repeated_tokens(range(5, 500), model.bos_id or 0, n=2, length=8).to(model.device))
 
 
 def prompts_of(model: LoadedModel) -> PromptSet:

@@ -27,7 +27,7 @@ from circuits.nodes import head_name, head_names
 from circuits.patching import patch_activations
 from circuits.prompts import PromptSet
 from circuits.tasks import make_task
-from workbench.circuits.heads import usable_tokens
+from workbench.circuits.heads import first_and_others
 from workbench.models.load import LoadedModel, load_model
 from workbench.show.colours import PALETTE
 
@@ -68,7 +68,8 @@ def second_repeat_losses(model: LoadedModel, rows: torch.Tensor, prompts: Prompt
 def measure(model: LoadedModel, n: int, seed: int) -> tuple[pd.DataFrame, list[FaithfulnessCurve], dict[str, float]]:
     """One draw: one row a head and one column a method; the curves of EAP and EAP-IG; the metric on either prompts."""
     prompts = make_task("induction", model.tokenizer, model.bos_id, n, seed)
-    rows = repeated_tokens(usable_tokens(model), model.bos_id, n, seed=seed)
+    first, vocabulary = first_and_others(model)
+    rows = repeated_tokens(vocabulary, first, n, seed=seed)
     scores = head_scores(model.bridge, rows).table().set_index("node")
     table = scores[["previous_token", "induction"]].copy()
     table["repeat loss"] = pd.Series(second_repeat_losses(model, rows, prompts))

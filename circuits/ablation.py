@@ -112,7 +112,7 @@ def head_means(
     count = 0
     for batch in prompts.batches(batch_size):
         positions = torch.arange(batch.clean.shape[1], device=batch.clean.device)
-        real = (positions > 0) & (positions <= batch.last[:, None])
+        real = (positions >= prompts.n_bos) & (positions <= batch.last[:, None])
         count += len(batch) if by_position else int(real.sum())
         for name, value in activations(bridge, batch.clean, _z_names(bridge)).items():
             summed = (value if by_position else value[real]).double().sum(dim=0)

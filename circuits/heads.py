@@ -138,9 +138,14 @@ def pattern_sums(
 
 @torch.no_grad()
 def copying_scores(bridge: Bridge, layer: int) -> Float[Tensor, "heads"]:
-    """Eigenvalue positivity of every head's full OV circuit, in float64; see the module's docstring."""
+    """Eigenvalue positivity of every head's full OV circuit, in float64; see the module's docstring.
+
+    NaN where the outputs are no tokens: there is nothing to copy.
+    """
     W_U = effective_weights(bridge, "unembed").W
     W_E = bridge.embed.original_component.weight.to(W_U.dtype)
+    if W_U.shape[1] < W_E.shape[0]:
+        return torch.full((bridge.cfg.n_heads,), float("nan"), dtype=torch.float64)
     shared = (W_U[:, : W_E.shape[0]] @ W_E).double().cpu()
     W_V = effective_weights(bridge, "v", layer).W.double().cpu()
     W_O = head_weights(bridge, layer).double().cpu()

@@ -136,14 +136,18 @@ def parse(name: str) -> tuple[str, int, int | None]:
     return "a", int(found[1]), int(found[2])
 
 
-def graph_of(bridge: Bridge) -> Graph:
+def graph_of(bridge: Bridge, *, heads_alone: bool = False) -> Graph:
     """The graph of a model.
+
+    Args:
+        heads_alone: only heads are asked about, so that blocks need no MLP.
 
     Raises:
         InputError: blocks without attention heads or MLP.
     """
+    parts = {"attn": "attention heads"} | ({} if heads_alone else {"mlp": "MLP"})
     for layer, block in enumerate(bridge.blocks):
-        for part, name in (("attn", "attention heads"), ("mlp", "MLP")):
+        for part, name in parts.items():
             if not hasattr(block, part):
                 raise InputError(f"layer {layer} of this model has no {name}, so it is no graph of heads and MLPs")
     shape = bridge.cfg

@@ -4,8 +4,8 @@ Both kinds are
 
     N(x) = (x - c mean(x)) / scale(x) * gain + shift        scale(x) = sqrt(mean((x - c mean(x))^2) + eps)
 
-with c = 1 for LayerNorm and 0 for RMSNorm. Families store the gain as it is, less one, or not at all; so nothing is
-read from weights or configurations, it is measured (reconstructed):
+with c = 1 for LayerNorm and 0 for RMSNorm; a model without norms has N(x) = x, with scale 1. Families store the gain as
+it is, less one, or not at all; so nothing is read from weights or configurations, it is measured (reconstructed):
 
 1. shift = N(0);
 2. gain from x = 32 (+1, -1, +1, ...), whose mean is 0 and whose scale is 32, eps apart;
@@ -28,15 +28,19 @@ LARGE, SMALL = 32.0, 1e-3
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm or RMSNorm; see the module's description."""
+    """A LayerNorm, an RMSNorm, or none; see the module's description."""
 
     gain: Float[Tensor, "d_model"]
     shift: Float[Tensor, "d_model"]
     centred: bool
     eps: float
+    divides: bool = True
+    """False where there is no norm: the scale is 1."""
 
     def scale(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n"]:
         """What it divides by."""
+        if not self.divides:
+            return x.new_ones(x.shape[:-1])
         return (self._centred(x).square().mean(dim=-1) + self.eps).sqrt()
 
     def through(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
@@ -76,6 +80,9 @@ def measured_norm(component: Any, like: Float[Tensor, "d_model"]) -> Norm:
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
     width = like.shape[0]
+    x = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(like.device) + 0.5
+    if torch.equal(normed(x), x.to(like).to(normed(x).dtype)):
+        return Norm(torch.ones_like(x), torch.zeros_like(x), centred=False, eps=0.0, divides=False)
     signs = torch.ones(width, device=like.device)
     signs[1::2] = -1.0
     if width % 2:
@@ -92,7 +99,6 @@ def measured_norm(component: Any, like: Float[Tensor, "d_model"]) -> Norm:
     eps = max(0.0, small * (1 / shrunk**2 - 1)) if shrunk > 0 else 0.0
     gain = gain * (1 + eps / (LARGE**2 * signs.square().mean().item())) ** 0.5
     found = Norm(gain, shift, centred, eps)
-    x = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(like.device) + 0.5
     error = (normed(x) - found.through(x.to(gain))).norm() / normed(x).norm()
     if not error <= max(1e-3, 16 * torch.finfo(like.dtype).eps):
         raise InputError(f"{type(module).__name__} is neither LayerNorm nor RMSNorm: weights are not read through it")

@@ -25,7 +25,7 @@ def ov_effects(bridge: Bridge, head: str, tokens: Sequence[int]) -> Float[Tensor
     Raises:
         InputError: no such head, or see `circuits.nodes.graph_of`.
     """
-    graph = graph_of(bridge)
+    graph = graph_of(bridge, heads_alone=True)
     layer, number = graph.head(head)
     W_U = effective_weights(bridge, "unembed").W
     W_V = effective_weights(bridge, "v", layer).W[:, number // (graph.n_heads // graph.n_kv_heads)]

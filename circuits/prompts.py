@@ -40,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Tokens of a task's prompts, BOS first."""
+    """Tokens of a task's prompts, BOS first where the model has one."""
 
     name: str
     clean: Int[Tensor, "n pos"]
@@ -53,6 +53,8 @@ class PromptSet:
     """The usual one: a name in `circuits.metrics.METRICS`."""
     attributes: Mapping[str, Sequence[tuple[Any, Any]]] = field(default_factory=dict)
     """Of every attribute its value in each clean prompt and in the corrupted one; empty where none is known."""
+    n_bos: int = 1
+    """Tokens before each prompt's text: 1, or 0 for a model without BOS."""
 
     def __len__(self) -> int:
         return self.clean.shape[0]
@@ -86,8 +88,8 @@ class PromptSet:
         for i, last in enumerate(self.last.tolist()):
             rows.append(
                 {
-                    "clean": tokenizer.decode(self.clean[i, 1 : last + 1].tolist()),
-                    "corrupted": tokenizer.decode(self.corrupted[i, 1 : last + 1].tolist()),
+                    "clean": tokenizer.decode(self.clean[i, self.n_bos : last + 1].tolist()),
+                    "corrupted": tokenizer.decode(self.corrupted[i, self.n_bos : last + 1].tolist()),
                     "answers": [tokenizer.decode([t]) for t in self.answers[i].tolist() if t != NO_TOKEN],
                     "wrong": [tokenizer.decode([t]) for t in self.wrong[i].tolist() if t != NO_TOKEN],
                     "tokens": last + 1,
@@ -97,7 +99,7 @@ class PromptSet:
 
 
 def encode(
-    name: str, prompts: Iterable[Prompt], tokenizer: Any, bos_id: int, metric: str = "logit_difference"
+    name: str, prompts: Iterable[Prompt], tokenizer: Any, bos_id: int | None, metric: str = "logit_difference"
 ) -> PromptSet:
     """Tokens of text prompts.
 
@@ -122,8 +124,9 @@ def encode(
                     f"task {name}: {text!r} merges with the end of its prompt {prompt.clean!r} under this tokenizer: "
                     "end the prompt where a token ends"
                 )
-        clean.append([bos_id, *first])
-        corrupted.append([bos_id, *second])
+        before = [] if bos_id is None else [bos_id]
+        clean.append([*before, *first])
+        corrupted.append([*before, *second])
         answers.append([one_token(name, tokenizer, text) for text in prompt.answers])
         wrong.append([one_token(name, tokenizer, text) for text in prompt.wrong])
     made = from_ids(name, clean, corrupted, answers, wrong, bos_id, metric)
@@ -152,7 +155,7 @@ def from_ids(
     corrupted: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     wrong: Sequence[Sequence[int]],
-    bos_id: int,
+    bos_id: int | None,
     metric: str = "logit_difference",
 ) -> PromptSet:
     """A prompt set from token ids; prompts hold their BOS already.
@@ -174,18 +177,30 @@ def from_ids(
             raise InputError(f"task {name}: prompt {i} needs at least one answer and one wrong answer")
     return PromptSet(
         name,
-        _padded(clean, bos_id),
-        _padded(corrupted, bos_id),
+        _padded(clean, bos_id or 0),
+        _padded(corrupted, bos_id or 0),
         torch.tensor([len(row) - 1 for row in clean]),
         _padded(answers, NO_TOKEN),
         _padded(wrong, NO_TOKEN),
         metric,
+        n_bos=int(bos_id is not None),
     )
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, without BOS; the text of a special token, such as a chat marker, is that one token."""
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
+    """Token ids of a text, without BOS; the text of a special token, such as a chat marker, is that one token.
+
+    Raises:
+        InputError: text that a vocabulary of words or numbers does not have.
+    """
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
+    except Exception as error:  # tokenizers raise nothing more special
+        if "Missing [UNK]" not in str(error):
+            raise
+        raise InputError(
+            f"{text[:40]!r} holds what this model has no token for: it reads texts like {tokenizer.decode([0, 1, 2])!r}"
+        ) from None
 
 
 def one_token(name: str, tokenizer: Any, text: str) -> int:

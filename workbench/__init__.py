@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from workbench.catalog.results import Result
     from workbench.features.index.query import FeatureIndex
     from workbench.harvest.run import HarvestConfig
-    from workbench.models.load import LoadedModel, load_model
+    from workbench.models.load import LoadedModel, load_model, reload_model
+    from workbench.models.own import OwnModel
     from workbench.saes.sweeps import parse_sweep
     from workbench.text.corpora import Corpus, open_corpus
     from workbench.workspace import Workspace
@@ -32,9 +33,11 @@ _HOMES = {
     "HarvestConfig": "workbench.harvest.run",
     "LoadedModel": "workbench.models.load",
     "Origin": "workbench.catalog.origin",
+    "OwnModel": "workbench.models.own",
     "Result": "workbench.catalog.results",
     "Workspace": "workbench.workspace",
     "load_model": "workbench.models.load",
+    "reload_model": "workbench.models.load",
     "open_corpus": "workbench.text.corpora",
     "parse_sweep": "workbench.saes.sweeps",
 }
@@ -46,11 +49,13 @@ __all__ = [
     "InputError",
     "LoadedModel",
     "Origin",
+    "OwnModel",
     "Result",
     "Workspace",
     "load_model",
     "open_corpus",
     "parse_sweep",
+    "reload_model",
 ]
 # Loaded when asked for: the command line answers Ctrl-C with one line from its start, and torch takes a second.
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -51,6 +51,7 @@ class Workspace(Catalog):
         config: "HarvestConfig",
         *,
         model: "LoadedModel | None" = None,
+        corpus: "Corpus | None" = None,
         device: str = "auto",
         on_estimate: "Callable[[HarvestEstimate], None] | None" = None,
         on_progress: "Callable[[HarvestProgress], None] | None" = None,
@@ -58,7 +59,8 @@ class Workspace(Catalog):
         """Harvests activations into the workspace, resuming an unfinished harvest of the same name and settings.
 
         Args:
-            model: a model already loaded from `config.model`; `device` is used when it is not given.
+            model: already loaded from `config.model`, or one of your own of that name; `device` is used without it.
+            corpus: likewise, from `config.corpus`.
             on_estimate: called with rows, bytes, free disk and time before anything is written.
             on_progress: called after every block.
 
@@ -72,8 +74,9 @@ class Workspace(Catalog):
 
         folder = new_folder(self.harvest_folder(name))
         return harvest_into(
-            folder, config, model=model, device=device, on_estimate=on_estimate, on_progress=on_progress
-        )
+            folder, config, model=model, corpus=corpus, device=device, on_estimate=on_estimate,
+            on_progress=on_progress,
+        )  # fmt: skip
 
     def estimate_harvest(self, name: str, config: "HarvestConfig", *, device: str = "auto") -> "HarvestEstimate":
         """Rows, bytes, free disk and time of a harvest, without making it."""

@@ -104,7 +104,7 @@ def tokens(reading: PromptReading, position: int | None, feature: int | None) ->
     if feature is None:
         # Red marks what surprised the model.
         values, strongest, unit = [-loss for loss in reading.losses.tolist()], 10.0, "log probability (nats)"
-        st.caption(f"Red: how much each token surprised the model, {reading.losses.mean():.3f} nats on average.")
+        st.caption(f"Red: how much each token surprised the model, {reading.mean_loss:.3f} nats on average.")
     else:
         values, strongest = reading.activations(feature).tolist(), reading.strongest(feature)
         unit = f"feature {feature}"

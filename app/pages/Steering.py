@@ -116,10 +116,10 @@ def show(found: Steering) -> None:
         st.caption("Both texts are the same: the edit changes none of the tokens chosen.")
     divergence, loss = st.columns(2)
     divergence.metric("KL (nats)", f"{found.kl.mean():.4f}", help="mean over the prompt's tokens")
-    change = float(found.steered_loss.mean() - found.clean_loss.mean())
+    change = found.mean_losses[1] - found.mean_losses[0]
     loss.metric(
         "Loss (nats)",
-        f"{found.steered_loss.mean():.3f}",
+        f"{found.mean_losses[1]:.3f}",
         f"{change:+.4f}",
         delta_color="inverse",
         help="mean over the prompt's tokens",

@@ -22,7 +22,7 @@ from sae.errors import InputError
 if TYPE_CHECKING:
     from circuits.prompts import PromptSet
 
-TaskMaker = Callable[[Any, int, int, int], "PromptSet"]
+TaskMaker = Callable[[Any, int | None, int, int], "PromptSet"]
 """Of (tokenizer, bos_id, n, seed)."""
 TASKS: dict[str, str] = {
     "induction": "circuits.tasks.induction:induction",
@@ -74,7 +74,7 @@ def check_task(name: str) -> None:
         raise InputError(f"unknown task {name!r}: choose {', '.join(task_names())}, or give a .jsonl file")
 
 
-def make_task(name: str, tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> "PromptSet":
+def make_task(name: str, tokenizer: Any, bos_id: int | None, n: int = 64, seed: int = 0) -> "PromptSet":
     """A task by name, or a user's task from the path of a JSONL file (all of its prompts).
 
     Raises:

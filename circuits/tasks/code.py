@@ -15,7 +15,7 @@ from circuits.tasks.docstring import WORDS
 from sae.errors import InputError
 
 
-def brackets(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptSet:
+def brackets(tokenizer: Any, bos_id: int | None, n: int = 64, seed: int = 0) -> PromptSet:
     """Close the bracket that was opened last: square or round, directly or inside another one."""
     frames = (
         "{x} = {o}{y}, {z}",
@@ -36,7 +36,7 @@ def brackets(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptS
     return _collected("brackets", tokenizer, bos_id, n, seed, one)
 
 
-def argument(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptSet:
+def argument(tokenizer: Any, bos_id: int | None, n: int = 64, seed: int = 0) -> PromptSet:
     """Pass on the second argument of the function being defined."""
 
     def one(draw: random.Random, words: Sequence[str]) -> Prompt:
@@ -51,7 +51,7 @@ def argument(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptS
     return _collected("argument", tokenizer, bos_id, n, seed, one)
 
 
-def self_attribute(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptSet:
+def self_attribute(tokenizer: Any, bos_id: int | None, n: int = 64, seed: int = 0) -> PromptSet:
     """Assign to an attribute the argument of the same name."""
 
     def one(draw: random.Random, words: Sequence[str]) -> Prompt:
@@ -70,7 +70,7 @@ def self_attribute(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> P
 def _collected(
     name: str,
     tokenizer: Any,
-    bos_id: int,
+    bos_id: int | None,
     n: int,
     seed: int,
     one: Callable[[random.Random, Sequence[str]], Prompt],

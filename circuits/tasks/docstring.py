@@ -28,7 +28,7 @@ WORDS = (
 
 
 def docstring(
-    tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0, *, words: Sequence[str] = WORDS, n_known: int = 2
+    tokenizer: Any, bos_id: int | None, n: int = 64, seed: int = 0, *, words: Sequence[str] = WORDS, n_known: int = 2
 ) -> PromptSet:
     """Prompts of random argument names.
 

@@ -13,7 +13,7 @@ from sae.errors import InputError
 NOUNS = ("war", "siege", "reign", "voyage", "famine", "campaign", "trial", "expedition", "strike", "plague")
 
 
-def greater_than(tokenizer: Any, bos_id: int, n: int = 64, seed: int = 0) -> PromptSet:
+def greater_than(tokenizer: Any, bos_id: int | None, n: int = 64, seed: int = 0) -> PromptSet:
     """Prompts of random events and years.
 
     Raises:

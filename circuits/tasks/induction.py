@@ -21,7 +21,7 @@ from sae.errors import InputError
 
 def induction(
     tokenizer: Any,
-    bos_id: int,
+    bos_id: int | None,
     n: int = 64,
     seed: int = 0,
     *,
@@ -57,8 +57,9 @@ def induction(
         swapped[place], swapped[other] = swapped[other], swapped[place]
         # Up to b as the clean first part has it, on either side: only what precedes c and f differs.
         repeat = first[: place + 1]
-        clean.append([bos_id, *first, *repeat])
-        corrupted.append([bos_id, *swapped, *repeat])
+        before = [] if bos_id is None else [bos_id]
+        clean.append([*before, *first, *repeat])
+        corrupted.append([*before, *swapped, *repeat])
         answers.append([first[place + 1]])
         wrong.append([first[other + 1]])
     return from_ids("induction", clean, corrupted, answers, wrong, bos_id)

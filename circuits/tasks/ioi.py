@@ -34,7 +34,7 @@ TEMPLATES = (
 
 def ioi(
     tokenizer: Any,
-    bos_id: int,
+    bos_id: int | None,
     n: int = 64,
     seed: int = 0,
     *,

@@ -19,7 +19,7 @@ from sae.errors import InputError
 FIELDS = ("clean", "corrupted", "answers", "wrong")
 
 
-def user_task(path: Path | str, tokenizer: Any, bos_id: int) -> PromptSet:
+def user_task(path: Path | str, tokenizer: Any, bos_id: int | None) -> PromptSet:
     """Reads a task; its name is that of the file.
 
     Raises:

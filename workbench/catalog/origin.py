@@ -58,6 +58,8 @@ class Origin:
     harvest: str | None = None
     hook: str = ""
     context_len: int | None = None
+    separate: bool = False
+    """Whether its contexts hold parts of one document each."""
     run: str | None = None
     """The training run that made it."""
     training: Record = field(default_factory=dict)
@@ -86,6 +88,7 @@ class Origin:
             harvest=harvest.get("name"),
             hook=record.get("hook", hook),
             context_len=config.get("context_len"),
+            separate=config.get("separate", False),
             run=record.get("run"),
             training=_mapping(record, "training"),
             imported=_mapping(record, "imported") or None,

@@ -38,7 +38,7 @@ def attribute(
     """What every head brings from every token to a feature's pre-activation at a position, and its figure.
 
     Args:
-        ids: of the text's tokens, BOS first.
+        ids: of the text's tokens, BOS first where the model has one.
 
     Raises:
         InputError: as `circuits.dfa.direct_feature_attribution`.
@@ -49,7 +49,7 @@ def attribute(
 
 
 def _texts(model: LoadedModel, ids: Sequence[int]) -> list[str]:
-    return ["BOS", *token_pieces(model, list(ids[1:]))]
+    return [*["BOS"][: model.n_bos], *token_pieces(model, list(ids[model.n_bos :]))]
 
 
 def report_dfa(
@@ -77,9 +77,9 @@ def report_dfa(
     label, attention = sae
     layer = attention_layer(attention)
     ids = model.encode(text)
-    if not ids or len(ids) + 1 > model.info.n_ctx:
-        raise InputError(f"the text has {len(ids)} tokens and should have 1 to {model.info.n_ctx - 1}")
-    tokens = torch.tensor([model.bos_id, *ids], device=model.device)
+    if not ids or len(ids) + model.n_bos > model.info.n_ctx:
+        raise InputError(f"the text has {len(ids)} tokens and should have 1 to {model.info.n_ctx - model.n_bos}")
+    tokens = torch.tensor(model.begun(ids), device=model.device)
     if feature is None:
         feature = strongest_feature(model, attention, tokens, position)
     below = {residual_layer(residual): residual for residual in (residuals or {}).values()}

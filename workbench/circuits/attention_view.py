@@ -85,17 +85,17 @@ def attention_view(
     ids = model.encode(text)
     if not ids:
         raise InputError("the text holds no token: type something")
-    graph = graph_of(model.bridge)
+    graph = graph_of(model.bridge, heads_alone=True)
     for name in (head, other):
         if name is not None:
             graph.head(name)
     names = head_names(model.info.n_layers, model.info.n_heads)
     limit = min(most, model.info.n_ctx, int((2 * MOST_BYTES / len(names)) ** 0.5)) - 1
-    row = [model.bos_id, *ids[:limit]]
+    row = model.begun(ids[:limit])
     hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.info.n_layers)]
     found = activations(model.bridge, torch.tensor([row], device=model.device), hooks)
     patterns = torch.cat([found[hook][0].float().cpu() for hook in hooks])
-    tokens = ["BOS", *token_pieces(model, row[1:])]
+    tokens = [*["BOS"][: model.n_bos], *token_pieces(model, row[model.n_bos :])]
     return AttentionView(tokens, names, patterns, head, other, len(ids) > limit)
 
 

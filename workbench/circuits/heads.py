@@ -82,14 +82,14 @@ def report_heads(
             "use shorter or fewer rows",
         )  # fmt: skip
         steps = stages(on_progress, 4)
-        vocabulary = usable_tokens(model)
-        rows = repeated_tokens(vocabulary, model.bos_id, n, length, seed).to(model.device)
+        first, vocabulary = first_and_others(model)
+        rows = repeated_tokens(vocabulary, first, n, length, seed).to(model.device)
         scores = head_scores(model.bridge, rows, batch_size=BATCH)
         steps[0](1, 1)
         table = scores.table()
         drawn = {score: figures.head_heatmap(scores[score], score, diverging=score in DIVERGING) for score in COLUMNS}
         if needles:
-            tests = needle_rows(model, vocabulary, needles, seed)
+            tests = needle_rows(model, vocabulary, first, needles, seed)
             found = retrieval_scores(model.bridge, tests)
             table["retrieval"] = found.values.flatten().tolist()
             table["retrieval_steps"] = found.steps.flatten().tolist()
@@ -99,7 +99,7 @@ def report_heads(
         steps[1](1, 1)
         tables = {"scores": table}
         if len(vocabulary) >= 36 and model.info.n_ctx >= 36:
-            tables["prefixes"] = prefix_induction(model.bridge, vocabulary, model.bos_id, n=n, seed=seed).table()
+            tables["prefixes"] = prefix_induction(model.bridge, vocabulary, first, n=n, seed=seed).table()
         steps[2](1, 1)
         composed = [composition_scores(model.bridge, kind).table().assign(kind=kind) for kind in ("q", "k", "v")]
         tables["composition"] = pd.concat(composed, ignore_index=True)
@@ -111,14 +111,23 @@ def report_heads(
     return catalog.results.get_or_make(HEADS, name, parameters=parameters, origin=origin, make=make)
 
 
+def first_and_others(model: LoadedModel) -> tuple[int, list[int]]:
+    """The token that rows begin with, and those that the rest of them is drawn from.
+
+    The first is BOS; for a model without, a token of the vocabulary that stands nowhere else.
+    """
+    vocabulary = usable_tokens(model)
+    return (vocabulary.pop() if model.bos_id is None else model.bos_id), vocabulary
+
+
 def usable_tokens(model: LoadedModel) -> list[int]:
     """Tokens that stand for text: all but the tokenizer's special ones."""
     special = set(model.tokenizer.all_special_ids) | {model.bos_id}
     return [token for token in range(min(len(model.tokenizer), model.info.d_vocab)) if token not in special]
 
 
-def needle_rows(model: LoadedModel, vocabulary: list[int], n: int, seed: int) -> list[Needle]:
-    """Needle tests: BOS, random tokens, key and needle at one of `n` depths, random tokens, the key again.
+def needle_rows(model: LoadedModel, vocabulary: list[int], first: int, n: int, seed: int) -> list[Needle]:
+    """Needle tests: `first`, random tokens, key and needle at one of `n` depths, random tokens, the key again.
 
     Raises:
         InputError: a context or a vocabulary too small for them.
@@ -137,7 +146,7 @@ def needle_rows(model: LoadedModel, vocabulary: list[int], n: int, seed: int) ->
         drawn = tokens[torch.randperm(len(tokens), generator=generator)[:needed]].tolist()
         key, needle, hay = drawn[:NEEDLE_KEY], drawn[NEEDLE_KEY : NEEDLE_KEY + NEEDLE_LENGTH], drawn[-filler:]
         place = round(number / max(n - 1, 1) * filler)
-        row = [model.bos_id, *hay[:place], *key, *needle, *hay[place:], *key]
+        row = [first, *hay[:place], *key, *needle, *hay[place:], *key]
         tests.append(Needle(torch.tensor(row), 1 + place + NEEDLE_KEY, NEEDLE_LENGTH, NEEDLE_KEY, NEEDLE_KEY))
     return tests
 
@@ -150,7 +159,8 @@ class HeadOnText:
     tokens: list[str]
     pattern: Float[Tensor, "q k"]
     copies: pd.DataFrame
-    """Columns token, rank (of the token's own logit among all, 1 is best), promotes (five tokens), suppresses."""
+    """Columns token, rank (of the token's own logit among all, 1 is best; none where outputs are no tokens), promotes
+    (five tokens), suppresses."""
     truncated: bool
 
     def figure(self) -> go.Figure:
@@ -168,23 +178,30 @@ def head_on_text(model: LoadedModel, head: str, text: str, *, most: int = MAX_PR
     ids = model.encode(text)
     if not ids:
         raise InputError("the text holds no token: type something")
-    layer, number = graph_of(model.bridge).head(head)
+    layer, number = graph_of(model.bridge, heads_alone=True).head(head)
     limit = min(most, model.info.n_ctx) - 1
-    row = [model.bos_id, *ids[:limit]]
+    row = model.begun(ids[:limit])
     hook = f"blocks.{layer}.attn.hook_pattern"
     pattern = activations(model.bridge, torch.tensor([row], device=model.device), [hook])[hook][0, number]
-    distinct = list(dict.fromkeys(row[1:]))
+    distinct = list(dict.fromkeys(ids[:limit]))
     effects = ov_effects(model.bridge, head, distinct)
-    own = effects.gather(1, torch.tensor(distinct, device=effects.device)[:, None])
-    ranks = (effects > own).sum(dim=1) + 1
-    best, worst = effects.topk(5, dim=1).indices.tolist(), (-effects).topk(5, dim=1).indices.tolist()
+    n_out = effects.shape[1]
+    if n_out == model.info.d_vocab:
+        own = effects.gather(1, torch.tensor(distinct, device=effects.device)[:, None])
+        ranks = ((effects > own).sum(dim=1) + 1).tolist()
+    else:
+        ranks = [None] * len(distinct)
+    best, worst = (
+        effects.topk(min(5, n_out), dim=1).indices.tolist(),
+        (-effects).topk(min(5, n_out), dim=1).indices.tolist(),
+    )
     copies = pd.DataFrame(
         {
             "token": [model.token_alone(token) for token in distinct],
-            "own rank": ranks.tolist(),
-            "promotes": [" ".join(repr(model.token_alone(token)) for token in found) for found in best],
-            "suppresses": [" ".join(repr(model.token_alone(token)) for token in found) for found in worst],
+            "own rank": ranks,
+            "promotes": [" ".join(repr(model.label_of(token, n_out)) for token in found) for found in best],
+            "suppresses": [" ".join(repr(model.label_of(token, n_out)) for token in found) for found in worst],
         }
     )
-    texts = ["BOS", *token_pieces(model, row[1:])]
+    texts = [*["BOS"][: model.n_bos], *token_pieces(model, ids[:limit])]
     return HeadOnText(head, texts, pattern.float().cpu(), copies, len(ids) > limit)

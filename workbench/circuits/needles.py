@@ -32,7 +32,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.circuits.heads import needle_rows, usable_tokens
+from workbench.circuits.heads import first_and_others, needle_rows
 from workbench.models.load import LoadedModel
 
 RETRIEVAL = "circuit-retrieval"
@@ -72,8 +72,8 @@ def report_retrieval(
 
 def _scored_and_masked(model: LoadedModel, needles: int, draws: int, seed: int, on_progress: OnProgress | None) -> Made:
     """Tables and figures of the module's description."""
-    vocabulary = usable_tokens(model)
-    scored, judged = (needle_rows(model, vocabulary, needles, seed + place) for place in (0, 1))
+    first, vocabulary = first_and_others(model)
+    scored, judged = (needle_rows(model, vocabulary, first, needles, seed + place) for place in (0, 1))
     found = retrieval_scores(model.bridge, scored)
     if not found.successful:
         raise InputError(

@@ -9,9 +9,11 @@ from sae.errors import InputError
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
     DeviceOption,
+    GivenModelOption,
     JsonOption,
     SAEArgument,
     WorkspaceOption,
+    give_model,
     open_workspace,
 )
 from workbench.cli.output import print_frame, print_json, records
@@ -61,6 +63,7 @@ def concepts(
     ] = None,
     language: Annotated[Language, typer.Option(help="How documents are read.")] = "auto",
     top: Annotated[int, typer.Option(help="Features to list, best first.", min=1)] = 20,
+    model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -71,6 +74,7 @@ def concepts(
     and can be queried as "concepts.SAE".
     """
     workspace = open_workspace(folder)
+    give_model(workspace, [sae], model, device)
     given = None if table is None else read_table(table)
     with ProgressBar("concepts", 1, enabled=not as_json) as bar:
         report = workspace.concepts(

@@ -11,9 +11,11 @@ from sae.errors import InputError
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
     DeviceOption,
+    GivenModelOption,
     JsonOption,
     SAEArgument,
     WorkspaceOption,
+    give_model,
     open_workspace,
 )
 from workbench.cli.output import print_frame, print_json, shorten, write_page, writing
@@ -36,6 +38,7 @@ def make_index(
     harvest: Annotated[str | None, typer.Option(help="Harvest to index; the SAE's own when left out.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of the harvest at most; all when left out.", min=1)] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    model: GivenModelOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -44,6 +47,7 @@ def make_index(
     Interrupted, it goes on where it stopped when the same command is repeated.
     """
     workspace = open_workspace(folder)
+    give_model(workspace, [sae], model, device)
     with ProgressBar("index", 1, enabled=not as_json) as bar:
         made = workspace.build_index(sae, harvest=harvest, max_rows=rows, device=device, on_progress=bar.report)
     if as_json:

@@ -10,9 +10,11 @@ from workbench.cli.options import (
     DEFAULT_WORKSPACE,
     MOST_SEED,
     DeviceOption,
+    GivenModelOption,
     JsonOption,
     SAEArgument,
     WorkspaceOption,
+    give_model,
     open_workspace,
 )
 from workbench.cli.output import print_frame, print_json, records, shorten
@@ -43,6 +45,7 @@ def prompt(
     token: Annotated[int | None, typer.Option(help="Features of this token alone, counted from 0.", min=0)] = None,
     target: Annotated[str | None, typer.Option(help="Next token to attribute; the likeliest when left out.")] = None,
     max_density: Annotated[float, typer.Option(help="Leave out features that fire on a larger share.")] = 1.0,
+    model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -50,7 +53,9 @@ def prompt(
     """Show which features fire on a prompt, and at a token what they do to the next one."""
     if target is not None and token is None:
         raise InputError("--target needs --token: which token's features are attributed")
-    reading = open_workspace(folder).prompt(sae, text, device=device)
+    workspace = open_workspace(folder)
+    give_model(workspace, [sae], model, device)
+    reading = workspace.prompt(sae, text, device=device)
     if token is not None:
         wanted = None if target is None else reading.target(target)
         table = reading.at(token, target=wanted, max_density=max_density)
@@ -62,7 +67,7 @@ def prompt(
     if reading.truncated:
         print(f"Only the beginning was read: {len(reading.tokens):,} tokens")
     if token is None:
-        title = f"{len(table):,} features fire on {len(reading.tokens)} tokens, loss {reading.losses.mean():.3f} nats"
+        title = f"{len(table):,} features fire on {len(reading.tokens)} tokens, loss {reading.mean_loss:.3f} nats"
     else:
         likely = "  ".join(
             f"{text!r} {share:.2f}"
@@ -86,12 +91,15 @@ def steer(
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, the same for both texts.", min=0, max=MOST_SEED)] = 0,
+    model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with and without a feature added, clamped or ablated, from the same seed."""
-    found = open_workspace(folder).steer(
+    workspace = open_workspace(folder)
+    give_model(workspace, [sae], model, device)
+    found = workspace.steer(
         sae, feature, prompt, kind=kind, strength=strength, where=where,
         keep_error=keep_error, device=device, new_tokens=tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
@@ -104,10 +112,7 @@ def steer(
     print(f"steered  {shorten(found.steered)}")
     if not math.isnan(found.clean_nats):
         print(f"under the unedited model {found.clean_nats:.2f} and {found.steered_nats:.2f} nats a token")
-    print(
-        f"on the prompt KL {found.kl.mean():.4f} nats, loss {found.clean_loss.mean():.3f} to "
-        f"{found.steered_loss.mean():.3f}"
-    )
+    print(f"on the prompt KL {found.kl.mean():.4f} nats, loss {found.mean_losses[0]:.3f} to {found.mean_losses[1]:.3f}")
     columns = ["text", "clean", "steered", "difference"]
     print_frame("Next token after the prompt", found.next_tokens[columns], as_json=False)
 

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share. What can be checked without loading anything is checked here."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,6 +9,7 @@ import typer
 from sae.errors import InputError
 
 if TYPE_CHECKING:
+    from workbench.models.load import LoadedModel
     from workbench.workspace import Workspace
 
 
@@ -32,12 +34,15 @@ SAEArgument = Annotated[str, typer.Argument(help="Name of an SAE.")]
 ResultArgument = Annotated[
     str, typer.Argument(help="Name of the result; asked for again alike, it is shown as stored, else replaced.")
 ]
-ModelOption = Annotated[str, typer.Option(help="demo, a local Hugging Face folder, or a hub name.")]
-MeasuredOption = Annotated[
-    str | None, typer.Option(help="demo, a local Hugging Face folder, or a hub name; NAME when left out.")
+MODELS = "demo, a local Hugging Face folder, a hub name, a HookedTransformer's checkpoint, or FILE.py:FUNCTION"
+ModelOption = Annotated[str, typer.Option(help=f"{MODELS}.")]
+MeasuredOption = Annotated[str | None, typer.Option(help=f"{MODELS}; NAME when left out.")]
+GivenModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="The SAE's model, where it has to be given again: FILE.py:FUNCTION, which is run."),
 ]
 CorpusOption = Annotated[
-    str, typer.Option(help="python-stdlib, a text/JSONL/Parquet file or folder, or a hub dataset.")
+    str, typer.Option(help="python-stdlib, a text/JSONL/Parquet/npy file or folder, or a hub dataset.")
 ]
 TextFieldOption = Annotated[str, typer.Option(help="Field holding the text in JSONL, Parquet and hub datasets.")]
 TokensOption = Annotated[int, typer.Option(help="Tokens to run on.", min=2)]
@@ -49,6 +54,27 @@ MOST_TOKENS = 10**13
 """No run ends that has more before it."""
 DEFAULT_WORKSPACE = Path("workspace")
 DEMO_WORKSPACE = Path("demo-workspace")
+
+
+_held: "list[LoadedModel]" = []
+
+
+def give_model(workspace: "Workspace", saes: Sequence[str], model: str | None, device: str) -> None:
+    """Loads the model of some SAEs where it has to be given again, and holds on to it until the command ends.
+
+    Raises:
+        InputError: a model that cannot be loaded, or one with other weights than the SAEs'.
+    """
+    if model is None:
+        return
+    from workbench.models.load import load_model
+    from workbench.models.load_own import remembered
+
+    loaded = load_model(model, device=device)
+    for sae in saes:
+        origin = workspace.origin(sae)
+        origin.check_model(loaded, f"SAE {sae!r}")
+        _held.append(remembered(loaded, origin.model))
 
 
 def measured(name: str, model: str | None) -> tuple[str, str]:

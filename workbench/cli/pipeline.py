@@ -10,13 +10,16 @@ import typer
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
     DEMO_WORKSPACE,
+    MODELS,
     ContextOption,
     CorpusOption,
     DeviceOption,
+    GivenModelOption,
     JsonOption,
     Precision,
     TextFieldOption,
     WorkspaceOption,
+    give_model,
     harvested,
     open_workspace,
 )
@@ -66,9 +69,7 @@ def harvest(
             "--hook", metavar="HOOK", help="Hook point, such as blocks.2.hook_resid_post; repeat for several."
         ),
     ],
-    model: Annotated[
-        str | None, typer.Option(help="demo, a local Hugging Face folder, or a hub name; demo when left out.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"{MODELS}; demo when left out.")] = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
     tokens: Annotated[int, typer.Option(help="Tokens to harvest at most.", min=1)] = 2_000_000,
@@ -81,6 +82,9 @@ def harvest(
     model_dtype: Annotated[
         Precision, typer.Option(help="Precision the model runs in; auto is float32 on a CPU, else its own.")
     ] = "auto",
+    separate: Annotated[
+        bool, typer.Option("--separate", help="No context holds parts of two documents; the rest is padding.")
+    ] = False,
     gradients: Annotated[bool, typer.Option(help="Also store gradients of the summed next-token loss.")] = False,
     estimate_only: Annotated[bool, typer.Option(help="Print rows, bytes and time, and stop.")] = False,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -97,6 +101,7 @@ def harvest(
     config = HarvestConfig(
         model=harvested(name, model), corpus=corpus, text_field=text_field, hooks=tuple(hook), context_len=context,
         max_tokens=tokens, split=split, dtype=dtype, model_dtype=model_dtype, gradients=gradients,
+        separate=separate,
     )  # fmt: skip
     workspace = Workspace(folder)
     if estimate_only:
@@ -173,6 +178,7 @@ def evaluate(
     text_field: Annotated[str | None, typer.Option(help="Field holding the text; the harvest's when left out.")] = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=2)] = EVALUATION_TOKENS,
     count_bos: Annotated[bool, typer.Option("--count-bos", help="Count BOS as SAEBench does; left out else.")] = False,
+    model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -184,6 +190,7 @@ def evaluate(
     from workbench.saes.evaluate import with_layers
 
     workspace = open_workspace(folder)
+    give_model(workspace, saes, model, device)
     named = with_layers(workspace, saes)
     text: dict[str, Any] = {"corpus": corpus, "text_field": text_field, "device": device}
     found = evaluate_saes(workspace, named, quiet=as_json, max_tokens=tokens, count_bos=count_bos, **text)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sae.errors import InputError
-from workbench.cli.options import DEFAULT_WORKSPACE, WorkspaceOption, open_workspace
+from workbench.cli.options import DEFAULT_WORKSPACE, GivenModelOption, WorkspaceOption, open_workspace
 
 
 def register(app: typer.Typer) -> None:
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def open_app(
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    model: GivenModelOption = None,
     port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 8501,
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
 ) -> None:
@@ -38,7 +39,7 @@ def open_app(
         "--server.address", "localhost", "--server.port", str(port),
         "--server.headless", "false" if browser else "true", "--browser.gatherUsageStats", "false",
         "--client.toolbarMode", "viewer",
-        "--", str(workspace.path),
+        "--", str(workspace.path), *([] if model is None else [model]),
     ]  # fmt: skip
     # In this process's place, so that whatever ends the command ends the server.
     os.execv(sys.executable, command)

@@ -14,7 +14,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.features.index.query import FeatureIndex
 from workbench.features.prompts import KnownFeatures, PromptReading, read_prompt
 from workbench.features.steering import Edit, Steering, steer
-from workbench.models.load import LoadedModel, load_model
+from workbench.models.load import LoadedModel, reload_model
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def model_of(catalog: Catalog, sae: str, model: LoadedModel | None = None, devic
     Raises:
         InputError: a model that cannot be loaded, or one with other weights.
     """
-    loaded = model or load_model(model_name(catalog, sae), device=device)
+    loaded = model or reload_model(model_name(catalog, sae), device=device)
     catalog.origin(sae).check_model(loaded, f"SAE {sae!r}")
     return loaded
 

@@ -22,7 +22,7 @@ def reading_html(reading: PromptReading) -> str:
     cut = " (only its beginning was read)" if reading.truncated else ""
     head = (
         f"<h2>{escape(reading.sae or reading.hook)}: {len(reading.tokens)} tokens{cut}</h2>"
-        f'<div class="dim">{escape(reading.model)}, {escape(reading.hook)}, mean loss {reading.losses.mean():.3f} '
+        f'<div class="dim">{escape(reading.model)}, {escape(reading.hook)}, mean loss {reading.mean_loss:.3f} '
         f"nats</div>"
     )
     return f'{STYLE}<div class="wbf">{head}{"".join(rows) or "<p>No feature fires.</p>"}</div>'

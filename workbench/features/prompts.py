@@ -38,7 +38,7 @@ from sae.model import SAE
 from workbench.features.index.logits import output_directions
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
-from workbench.models.prompt_text import encode_prompt, next_log_probabilities, token_pieces
+from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, token_losses, token_pieces
 from workbench.models.readout import final_scale, unembedding
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class PromptReading:
     texts: list[str]
     """Of each token; a character that several tokens share stands at the first of them."""
     losses: Float[NDArray, "n"]
-    """Nats of each token given those before it."""
+    """Nats of each token given those before it; NaN for one that nothing predicts."""
     next_tokens: Int[NDArray, "n PREDICTIONS"]
     """Most likely tokens after each position, the likeliest first."""
     next_texts: list[list[str]]
@@ -98,8 +98,13 @@ class PromptReading:
     def __repr__(self) -> str:
         return (
             f"PromptReading({self.sae!r}): {len(self.tokens)} tokens, {len(self._active)} features fire, "
-            f"mean loss {self.losses.mean():.3f} nats"
+            f"mean loss {self.mean_loss:.3f} nats"
         )
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats a token, over those that something predicts; NaN where nothing predicts any."""
+        return mean_loss(self.losses)
 
     def activations(self, feature: int) -> Float[NDArray, "n"]:
         """One feature's activation on every token, 0 where it does not fire. Raises InputError for one there is not."""
@@ -242,10 +247,11 @@ def read_prompt(
     """
     hook = resolve_hook(model, sae.hook_name)
     ids, truncated = encode_prompt(model, text)
-    tokens = torch.tensor([[model.bos_id, *ids]], device=model.device)
+    tokens = torch.tensor([model.begun(ids)], device=model.device)
+    read = slice(model.n_bos, None)
     last = model.checks.hooks.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post", hook)
     values = capture(model, tokens, [hook, last]).activations
-    x = values[hook.name][0, 1:]
+    x = values[hook.name][0, read]
     position, feature, activation = (
         part.cpu().numpy() for part in sae.encode(x.to(sae.W_dec.device, torch.float32)).entries()
     )
@@ -253,17 +259,18 @@ def read_prompt(
     directions, scale, missing = None, None, None
     try:
         directions = output_directions(model, sae)[torch.from_numpy(active).to(model.device)]
-        scale = final_scale(model, values[last.name][0, 1:])
+        scale = final_scale(model, values[last.name][0, read])
     except InputError as error:
         missing = str(error)
     log_probabilities = next_log_probabilities(model.hf(tokens, use_cache=False).logits[0])
-    losses = -log_probabilities[:-1].gather(1, tokens[0, 1:, None])[:, 0]
-    likeliest = log_probabilities[1:].topk(min(PREDICTIONS, log_probabilities.shape[1]), dim=1)
+    losses = token_losses(model, log_probabilities, tokens[0])[read]
+    n_out = log_probabilities.shape[1]
+    likeliest = log_probabilities[read].topk(min(PREDICTIONS, n_out), dim=1)
     next_tokens = likeliest.indices.cpu().numpy()
     return PromptReading(
         sae=name, model=model.info.name, hook=hook.name, d_sae=sae.d_sae, text=model.text(ids), truncated=truncated,
-        tokens=ids, texts=token_pieces(model, ids), losses=losses.cpu().numpy(), next_tokens=next_tokens,
-        next_texts=[[model.text([token]) for token in row] for row in next_tokens.tolist()],
+        tokens=ids, texts=token_pieces(model, ids), losses=losses.numpy(), next_tokens=next_tokens,
+        next_texts=[[model.label_of(token, n_out) for token in row] for row in next_tokens.tolist()],
         next_probabilities=likeliest.values.exp().cpu().numpy(), position=position, feature=feature,
         activation=activation.astype(np.float64), known=known, missing=missing, _directions=directions,
         _active=active, _scale=scale, _loaded=model,

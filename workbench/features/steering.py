@@ -35,7 +35,7 @@ from circuits.splice import splice
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.models.hooks import resolve_hook
-from workbench.models.prompt_text import encode_prompt, next_log_probabilities, token_pieces
+from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, token_losses, token_pieces
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
@@ -104,9 +104,14 @@ class Steering:
     def __repr__(self) -> str:
         return (
             f"Steering({self.sae!r}, {self.edit}): KL {self.kl.mean():.4f} nats, "
-            f"loss {self.clean_loss.mean():.3f} -> {self.steered_loss.mean():.3f}\n"
+            f"loss {self.mean_losses[0]:.3f} -> {self.mean_losses[1]:.3f}\n"
             f"clean:   {self.clean!r}\nsteered: {self.steered!r}"
         )
+
+    @property
+    def mean_losses(self) -> tuple[float, float]:
+        """Nats a token of the prompt without and with the edit."""
+        return mean_loss(self.clean_loss), mean_loss(self.steered_loss)
 
     def _repr_html_(self) -> str:
         from workbench.features.steering_page import steering_html
@@ -151,11 +156,12 @@ def steer(
     if not (temperature >= 0 and np.isfinite(temperature)):
         raise InputError(f"a temperature of {temperature} samples nothing: give 0 or more")
     ids, truncated = encode_prompt(model, prompt, room=1 + new_tokens)
-    tokens = torch.tensor([[model.bos_id, *ids]], device=model.device)
-    with edited(model, sae, edit, unit, first=None if edit.where == "everywhere" else len(ids)):
+    tokens = torch.tensor([model.begun(ids)], device=model.device)
+    with edited(model, sae, edit, unit, first=None if edit.where == "everywhere" else tokens.shape[1] - 1):
         after = next_log_probabilities(model.bridge(tokens)[0])
     before = next_log_probabilities(model.bridge(tokens)[0])
-    targets = tokens[0, 1:, None]
+    read = slice(model.n_bos, None)
+    clean_loss, steered_loss = (token_losses(model, row, tokens[0]).numpy()[read] for row in (before, after))
     noise = _gumbel(new_tokens, model.info.d_vocab, seed) if temperature else None
     clean = _generate(model, tokens, new_tokens, temperature, noise)
     steered = _generate(model, tokens, new_tokens, temperature, noise, (sae, edit, unit))
@@ -163,9 +169,8 @@ def steer(
     return Steering(
         sae=name, model=model.info.name, edit=edit, unit=unit, label=label, prompt=model.text(ids),
         truncated=truncated, texts=token_pieces(model, ids), clean=model.text(clean), steered=model.text(steered),
-        clean_nats=_nats(model, tokens, clean), steered_nats=_nats(model, tokens, steered), kl=kl[1:].cpu().numpy(),
-        clean_loss=-before[:-1].gather(1, targets)[:, 0].cpu().numpy(),
-        steered_loss=-after[:-1].gather(1, targets)[:, 0].cpu().numpy(),
+        clean_nats=_nats(model, tokens, clean), steered_nats=_nats(model, tokens, steered), kl=kl[read].cpu().numpy(),
+        clean_loss=clean_loss, steered_loss=steered_loss,
         next_tokens=_shifts(model, before[-1], after[-1]),
     )  # fmt: skip
 
@@ -191,7 +196,7 @@ def edited(
         )
 
     def function(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
-        return apply_edit(sae, edit, unit, x, from_row=0 if first is None else max(0, first - 1))
+        return apply_edit(sae, edit, unit, x, from_row=0 if first is None else max(0, first - model.n_bos))
 
     with splice(model.bridge, hook.name, function, bos_id=model.bos_id):
         yield

@@ -27,7 +27,7 @@ def steering_html(steering: Steering) -> str:
     return (
         f'{STYLE}<div class="wbf"><h2>{escape(steering.sae)} / {edit.feature}{label}: {edit.kind}{amount}</h2>'
         f'<div class="dim">{edit.where}, {kept}; on the prompt KL {steering.kl.mean():.4f} nats, loss '
-        f"{steering.clean_loss.mean():.3f} to {steering.steered_loss.mean():.3f} nats</div>"
+        f"{steering.mean_losses[0]:.3f} to {steering.mean_losses[1]:.3f} nats</div>"
         f'<div class="cols">{cells}</div><h3>Next token after the prompt</h3>'
         f"<table><tr><td></td><td>clean</td><td>steered</td></tr>{rows}</table></div>"
     )

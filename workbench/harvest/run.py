@@ -38,10 +38,11 @@ from workbench.harvest.writing import BlockWriter
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import DTYPES, LoadedModel, load_model
+from workbench.models.load_own import absolute_function, is_function
 from workbench.models.places import HookSpec
 from workbench.show.progress import format_bytes
 from workbench.text.corpora import Corpus, Document, Split, open_corpus
-from workbench.text.packing import FLAG_PADDING, PackedBatch, pack
+from workbench.text.packing import FLAG_PADDING, PackedBatch, pack, refuse_padding
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
 BLOCK_ROWS = 32_768
@@ -73,11 +74,15 @@ class HarvestConfig:
     """Precision the model runs in; `auto` is its own on a GPU and float32 on a CPU."""
     gradients: bool = False
     """Also store the gradient of the summed next-token loss at every hook point."""
+    separate: bool = False
+    """No context holds parts of two documents; what is left of a document's last one is padding."""
 
     def absolute(self) -> "HarvestConfig":
         """The same with paths that mean the same wherever the workspace is opened from."""
 
         def resolved(spec: str, own: str) -> str:
+            if is_function(spec):
+                return absolute_function(spec)
             path = Path(spec).expanduser()
             return str(path.resolve()) if spec and spec != own and path.exists() else spec
 
@@ -202,7 +207,9 @@ def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: 
 
 def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> float:
     documents = corpus.documents(config.split)
-    batches = pack(documents, model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts)
+    batches = pack(
+        documents, model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts, separate=config.separate
+    )
     fastest = math.inf
     # The first batch warms up; the fastest of the others is what the rest will take.
     for _, batch in zip(range(TRIAL_BATCHES + 1), batches, strict=False):
@@ -270,9 +277,11 @@ def run_harvest(
 
 def _description(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> dict[str, Any]:
     """What `harvest.json` records. All but `made_with` must be the same for a harvest to be resumed."""
+    # Recorded where it is not as it always was, so that harvests begun before there was a choice go on.
+    recorded = {key: value for key, value in asdict(config).items() if value or key != "separate"}
     description = {
         "schema": SCHEMA,
-        "config": asdict(config),
+        "config": recorded,
         "model": model.info.to_dict(),
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "hooks": [hook.name for hook in plan.hooks],
@@ -323,7 +332,7 @@ def _fill(
             yield document
 
     packed = pack(
-        documents(), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts,
+        documents(), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts, separate=config.separate,
         split_special_tokens=SPECIAL_TOKENS not in read_description(writer.folder / DESCRIPTION),
     )  # fmt: skip
     report()
@@ -357,6 +366,7 @@ def harvest_into(
     config: HarvestConfig,
     *,
     model: LoadedModel | None = None,
+    corpus: Corpus | None = None,
     device: str = "auto",
     on_estimate: Callable[[HarvestEstimate], None] | None = None,
     on_progress: Callable[[HarvestProgress], None] | None = None,
@@ -364,7 +374,7 @@ def harvest_into(
     """Opens what the configuration names and harvests into a folder; see `Workspace.harvest`."""
     config = config.absolute()
     model = model or load_model(config.model, device=device, dtype=config.model_dtype)
-    corpus = open_corpus(config.corpus, text_field=config.text_field)
+    corpus = corpus or open_corpus(config.corpus, text_field=config.text_field)
     if on_estimate is not None:
         on_estimate(estimate(model, corpus, config, folder))
     return run_harvest(model, corpus, config, folder, on_progress=on_progress)
@@ -380,6 +390,8 @@ def estimate_into(folder: Path, config: HarvestConfig, *, device: str = "auto") 
 def run_batch(model: LoadedModel, plan: HarvestPlan, batch: PackedBatch) -> dict[str, Tensor]:
     """Values by hook (gradients by `HOOK.grad`), [rows, width], as the model computed them, on its device."""
     model.check_tokens(int(batch.tokens.max()))
+    if not model.causal:
+        refuse_padding(batch)
     tokens = torch.from_numpy(batch.tokens).to(model.device, torch.int64, non_blocking=True)
     counted = None
     if plan.gradients:

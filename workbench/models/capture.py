@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sae.errors import InputError
 from workbench.models.model import LoadedModel
-from workbench.models.places import HookSpec
+from workbench.models.places import HookSpec, first_input
 
 FP16_LOSS_SCALE = 256.0
 """The backward pass of a float16 model runs on loss x this, so that small gradients do not underflow."""
@@ -157,8 +157,7 @@ def hooked(model: LoadedModel, hooks: Sequence[HookSpec], keep: Keep) -> Iterato
 
 def _register(module: nn.Module, hook: HookSpec, keep: Keep) -> RemovableHandle:
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Blocks and attention modules get the hidden states first or by name, depending on the architecture.
-        keep(hook, args[0] if args else kwargs["hidden_states"])
+        keep(hook, first_input(args, kwargs))
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         keep(hook, output[0] if isinstance(output, tuple | list) else output)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.errors import InputError
 from workbench.models.model import LoadedModel
 from workbench.text.corpora import Corpus, Split
-from workbench.text.packing import is_ordinary, pack
+from workbench.text.packing import is_ordinary, pack, refuse_padding
 
 BATCH_TOKENS = 4096
 BATCH_LOGITS = 1 << 26
@@ -47,9 +47,12 @@ class ContextBatch:
 
 
 def context_batches(
-    model: LoadedModel, corpus: Corpus, split: Split, *, max_tokens: int, context_len: int
+    model: LoadedModel, corpus: Corpus, split: Split, *, max_tokens: int, context_len: int, separate: bool = False
 ) -> Iterator[ContextBatch]:
     """Contexts of one side of a corpus, at most `max_tokens` rows rounded down to whole contexts, streamed.
+
+    Args:
+        separate: no context holds parts of two documents.
 
     Raises:
         InputError: contexts that the model does not take, too few tokens for one, or a corpus without any text.
@@ -64,8 +67,11 @@ def context_batches(
         raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: ask for more tokens")
     per_batch = contexts_per_batch(model, context_len)
     any_counted = False
-    for packed in pack(corpus.documents(split), model.tokenizer, model.bos_id, context_len, per_batch):
+    documents = corpus.documents(split)
+    for packed in pack(documents, model.tokenizer, model.bos_id, context_len, per_batch, separate=separate):
         model.check_tokens(int(packed.tokens.max()))
+        if not model.causal:
+            refuse_padding(packed)
         tokens, ordinary, doc, pos = (
             torch.from_numpy(array[:left]).to(model.device)
             for array in (packed.tokens, is_ordinary(packed.flags), packed.doc, packed.pos)

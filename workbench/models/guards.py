@@ -44,9 +44,9 @@ def check(model: LoadedModel) -> Checks:
         InputError: a bridge without blocks, where nothing could be read.
     """
     hf: Any = model.hf
-    fast = hf.config._attn_implementation
+    fast = getattr(getattr(hf, "config", None), "_attn_implementation", None)
     # In half precision a router sends tokens elsewhere for the rounding of another attention: both run the same.
-    explicit = torch.finfo(model.dtype).eps > torch.finfo(torch.float32).eps
+    explicit = fast is not None and torch.finfo(model.dtype).eps > torch.finfo(torch.float32).eps
     try:
         if explicit:
             hf.set_attn_implementation("eager")
@@ -91,8 +91,9 @@ def _checked(model: LoadedModel) -> Checks:
 def prepare(bridge: Any, *, delegated: bool) -> None:
     """What is done to every bridge before it is used, and its attention delegated where it was found to need it."""
     _place_loose_mlps(bridge)
-    # Only explicit attention hands its pattern on.
-    bridge.original_model.set_attn_implementation("eager")
+    if hasattr(bridge.original_model, "set_attn_implementation"):
+        # Only explicit attention hands its pattern on.
+        bridge.original_model.set_attn_implementation("eager")
     if delegated:
         delegate_attention(bridge)
 
@@ -109,7 +110,8 @@ def random_tokens(model: LoadedModel) -> Int[Tensor, "1 pos"]:
     """BOS and random tokens of the vocabulary, always the same for a model."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.info.d_vocab, (1, min(TOKENS, model.info.n_ctx)), generator=generator)
-    tokens[0, 0] = model.bos_id
+    if model.bos_id is not None:
+        tokens[0, 0] = model.bos_id
     return tokens.to(model.device)
 
 

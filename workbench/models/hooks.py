@@ -16,6 +16,12 @@ def resolve_hook(model: LoadedModel, name: str) -> HookSpec:
             does not have or whose value is not what its name says.
     """
     info = model.info
+    if name in model.checks.hooks:
+        return model.checks.hooks[name]
+    if not info.n_layers:
+        if name in model.checks.refused:
+            raise InputError(f"{name}: {model.checks.refused[name]}")
+        raise InputError(f"unknown hook point {name!r}: {info.name} names {', '.join(model.checks.hooks)}")
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if match is None or match[2] not in KINDS.values():
         layer = min(int(match[1]), info.n_layers - 1) if match else 0

@@ -1,4 +1,5 @@
-"""Loading a transformer: `demo`, a local Hugging Face folder, or a name on the Hugging Face hub.
+"""Loading a model: `demo`, a local Hugging Face folder, a name on the hub, a HookedTransformer's checkpoint, a Python
+function that makes one, or a live object (`workbench.models.own`).
 
 A model is loaded once and held twice without using memory twice: the bare Hugging Face module, which runs at full
 speed (harvests use it with native hooks), and a TransformerBridge around a copy that shares every weight tensor
@@ -22,20 +23,26 @@ from sae.errors import InputError
 from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate, weight_files, weights_sha256
 from workbench.models.devices import choose_device, free_bytes
 from workbench.models.kept_checks import kept_or_measured
+from workbench.models.load_own import is_causal, load_own, own_model, recorded_model, remembered
 from workbench.models.model import LoadedModel, ModelInfo
+from workbench.models.own import OwnModel
 
 __all__ = ["DTYPES", "LoadedModel", "ModelInfo", "load_model"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(spec: str | nn.Module | OwnModel, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Loads a model.
 
     Args:
-        spec: `demo`, a local Hugging Face folder (offline), or a name on the hub (network, or its local cache).
-        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
-        dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on CUDA, float32 on a CPU.
+        spec: `demo`, a local Hugging Face folder (offline), a name on the hub (network, or its local cache), a
+            HookedTransformer's checkpoint (`workbench.models.hooked`), `path/to/file.py:function`, which is run and
+            gives one of what follows, a HookedTransformer, a TransformerBridge, or an `OwnModel`. A live object is put
+            into evaluation mode.
+        device: `auto` (CUDA where there is one; where it lies for a live object), `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on CUDA, float32 on a CPU; a live
+            object's own.
 
     Raises:
         InputError: nothing at the folder or name, no network, no usable tokenizer, weights that are not
@@ -44,6 +51,10 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    if (own := own_model(spec)) is not None:
+        wanted = None if device == "auto" and own.source == "live" else place
+        return remembered(load_own(own, wanted, DTYPES.get(dtype)))
+    assert isinstance(spec, str), "own_model knows every other kind"
     location, source = locate(spec)
     config = from_pretrained(AutoConfig, location, spec)
     _refuse_quantized(config, spec)
@@ -62,6 +73,15 @@ def load_model(spec: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     )  # fmt: skip
     loaded = LoadedModel(info, hf, bridge, tokenizer, bos_id)
     return dataclasses.replace(loaded, checks=kept_or_measured(loaded))
+
+
+def reload_model(name: str, device: str = "auto") -> LoadedModel:
+    """The model that a workspace recorded by this name; one of your own that this process has loaded is found again.
+
+    Raises:
+        InputError: as `load_model`, and a live object or a function's model that has to be given again.
+    """
+    return recorded_model(name) or load_model(name, device=device)
 
 
 def _refuse_too_large(
@@ -149,27 +169,16 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase, config: Any, spec: str) -> int:
 
 def _refuse_unusable(hf: Any, tokenizer: PreTrainedTokenizerBase, bos_id: int, spec: str) -> None:
     """Raises InputError for a model or tokenizer that nothing here could work with."""
-    if not _is_causal(hf):
+    n_embedded = hf.get_input_embeddings().weight.shape[0]
+    if not is_causal(hf, n_embedded):
         raise InputError(
             f"{spec} ({type(hf).__name__}) lets tokens see later ones: it is an encoder, no causal language model"
         )
-    n_embedded = hf.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > n_embedded or bos_id >= n_embedded:
         raise InputError(
             f"the tokenizer of {spec} has {max(tokenizer.vocab_size, bos_id + 1)} tokens, the embedding of the model "
             f"{n_embedded} rows: it belongs to another model"
         )
-
-
-@torch.inference_mode()
-def _is_causal(hf: Any) -> bool:
-    """Whether the first token's logits do not depend on the second: encoders load as language models too."""
-    last = hf.get_input_embeddings().weight.shape[0] - 1
-    logits = hf(torch.tensor([[0, 0], [0, last]], device=next(hf.parameters()).device), use_cache=False).logits[:, 0]
-    scale = logits.abs().max()
-    # Rounding alone, since both are computed in one batch.
-    rounding = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
-    return not bool(torch.isfinite(scale)) or bool((logits[0] - logits[1]).abs().max() <= rounding * scale)
 
 
 def _bridge(spec: str, location: str, hf: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Bridge:

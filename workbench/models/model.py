@@ -48,13 +48,14 @@ class ModelInfo:
     name: str
     """As the user gave it."""
     source: str
-    """`bundled`, `folder` or `hub`."""
+    """`bundled`, `folder`, `hub`, `file` (a checkpoint of a HookedTransformer), `python` or `live`."""
     revision: str | None
     """Commit on the hub, where there is one."""
     weights_sha256: str
-    """Over the safetensors files, see `weights_sha256`; does not depend on the precision the model runs in."""
+    """Over the checkpoint's files, see `weights_sha256`, and so the same in every precision the model runs in; over the
+    tensors in memory for a live model."""
     processing: str
-    """`raw`: no folding, no centring."""
+    """`raw`: no folding, no centring; `as given`: whatever was done to a live model before."""
     architecture: str
     checkpoint_dtype: str
     """Precision of the weights as stored."""
@@ -62,6 +63,7 @@ class ModelInfo:
     """Precision the model runs in."""
     device: str
     n_layers: int
+    """0, like all sizes of blocks and heads, for a module that is known by its hook points alone."""
     d_model: int
     n_heads: int
     d_head: int
@@ -74,12 +76,12 @@ class ModelInfo:
     transformer_lens: str
 
     @classmethod
-    def of(cls, hf: Any, bridge: Bridge, **recorded: Any) -> "ModelInfo":
+    def of(cls, hf: Any, bridge: Bridge, *, processing: str = "raw", **recorded: Any) -> "ModelInfo":
         """The shape of a module and its bridge, with what is `recorded` of where the weights came from."""
         shape = bridge.cfg
         return cls(
-            processing="raw",
-            architecture=type(hf).__name__,
+            processing=processing,
+            architecture=type(getattr(hf, "called", hf)).__name__,
             dtype=str(next(hf.parameters()).dtype).removeprefix("torch."),
             n_layers=shape.n_layers,
             d_model=shape.d_model,
@@ -109,10 +111,13 @@ class LoadedModel:
     structure: Bridge
     """TransformerBridge over the same weights, for its names and shapes; `bridge` is the one to run."""
     tokenizer: PreTrainedTokenizerBase
-    bos_id: int
-    """Token put before every document and context; the end-of-text token where the tokenizer has no BOS."""
+    bos_id: int | None
+    """Token put before every document and context; the end-of-text token where the tokenizer has no BOS. None for a
+    model of one's own that knows none."""
     checks: Checks = UNCHECKED
     """What a few random tokens showed of it."""
+    causal: bool = True
+    """Whether no token sees later ones."""
 
     @property
     def bridge(self) -> Bridge:
@@ -124,7 +129,7 @@ class LoadedModel:
     def component(self, path: str) -> nn.Module | None:
         """The bare module at a TransformerLens path such as `blocks.0.attn.o`, None where this model has none."""
         try:
-            found: nn.Module | None = self.structure.adapter.get_component(self.hf, path)
+            found: nn.Module | None = self.structure.adapter.get_component(getattr(self.hf, "called", self.hf), path)
         except (ValueError, AttributeError, KeyError, IndexError):
             return None
         return found if isinstance(found, nn.Module) else None
@@ -155,10 +160,26 @@ class LoadedModel:
         return alone(text, part_bytes(self.tokenizer, token, text))
 
     @cached_property
-    def _anchor(self) -> tuple[int, str]:
-        """A token that texts are decoded after, and its own text."""
-        token = self.encode("a")[-1]
-        return token, self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    def _anchor(self) -> tuple[list[int], str]:
+        """A token that texts are decoded after, and its own text; none where "a" is no text of the vocabulary."""
+        try:
+            tokens = self.encode("a")[-1:]
+        except InputError:
+            return [], ""
+        return tokens, self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    @property
+    def n_bos(self) -> int:
+        """Tokens that stand before a text: 1, or 0 for a model without BOS."""
+        return int(self.bos_id is not None)
+
+    def begun(self, tokens: Sequence[int]) -> list[int]:
+        """A row of tokens as the model reads it: after BOS, where it has one."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *tokens]
+
+    def label_of(self, output: int, n_out: int) -> str:
+        """What one of its `n_out` logits stands for: a token's text, or a number where they are no vocabulary."""
+        return self.token_alone(output) if n_out == self.info.d_vocab else f"output {output}"
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, without BOS; the text of a special token, such as a chat marker, is that one token."""
@@ -176,5 +197,5 @@ class LoadedModel:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Text of some tokens in the middle of a text: SentencePiece tokenizers drop a space at its start."""
-        token, before = self._anchor
-        return self.tokenizer.decode([token, *tokens], clean_up_tokenization_spaces=False).removeprefix(before)
+        anchor, before = self._anchor
+        return self.tokenizer.decode([*anchor, *tokens], clean_up_tokenization_spaces=False).removeprefix(before)

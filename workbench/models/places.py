@@ -17,7 +17,7 @@ and whether a contribution is what is added, is measured when a model is loaded 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from circuits.nodes import Bridge
 
@@ -49,6 +49,11 @@ class HookSpec:
     """What the module's value is multiplied by before it is added to the residual stream."""
     overwritten: bool = False
     """Whether the model goes on to write into the value's tensor (Falcon adds attention's output to the MLP's)."""
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module reads: blocks and attention modules get it first or by name, depending on the architecture."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
 
 
 def bridge_hooks(bridge: Bridge, n_layers: int) -> tuple[dict[str, HookSpec], dict[str, str]]:

@@ -4,8 +4,10 @@
 2. Tokens are shown as text, the bytes of a character that several tokens share joined at the first of them.
 """
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
@@ -44,3 +46,19 @@ def next_log_probabilities(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n
     if logits.dtype in (torch.float32, torch.float64):
         return logits.log_softmax(dim=1)
     return torch.cat([rows.float().log_softmax(dim=1) for rows in logits.split(LOGIT_ROWS)])
+
+
+def token_losses(
+    model: LoadedModel, log_probabilities: Float[Tensor, "pos vocab"], tokens: Int[Tensor, "pos"]
+) -> Float[Tensor, "pos"]:
+    """Nats of every token given those before it; NaN for the first, and for all where logits are of something else."""
+    losses = torch.full(tokens.shape, float("nan"), dtype=log_probabilities.dtype)
+    if log_probabilities.shape[1] == model.info.d_vocab:
+        losses[1:] = -log_probabilities[:-1].gather(1, tokens[1:, None])[:, 0].cpu()
+    return losses
+
+
+def mean_loss(losses: Float[NDArray, "n"]) -> float:
+    """Nats a token, over those that something predicts; NaN where nothing predicts any."""
+    predicted = losses[np.isfinite(losses)]
+    return float(predicted.mean()) if len(predicted) else float("nan")

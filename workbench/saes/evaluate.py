@@ -18,7 +18,7 @@ from sae.transcoder_set import folder_of
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import ResultStore
-from workbench.models.load import LoadedModel, load_model
+from workbench.models.load import LoadedModel, reload_model
 from workbench.saes.evaluation import Evaluation, evaluate_sae
 from workbench.saes.replacement import Replacement, evaluate_replacement
 from workbench.text.corpora import Corpus, open_corpus
@@ -33,7 +33,7 @@ def evaluate(
     names: Sequence[str],
     *,
     model: LoadedModel | None = None,
-    corpus: str | None = None,
+    corpus: Corpus | str | None = None,
     text_field: str | None = None,
     max_tokens: int = 65_536,
     device: str = "auto",
@@ -64,7 +64,11 @@ def evaluate(
     if wanted is None:
         raise InputError(f"SAE {names[0]!r} has no harvest here: name a corpus to evaluate it on with --corpus")
     opened = open_corpus(wanted, text_field=text_field or origin.text_field)
-    asked: dict[str, Any] = {"corpus": wanted, "split": "heldout", "max_tokens": max_tokens}
+    asked: dict[str, Any] = {
+        "corpus": wanted if isinstance(wanted, str) else opened.name,
+        "split": "heldout",
+        "max_tokens": max_tokens,
+    }
     if count_bos:
         asked["count_bos"] = True
     text = {"name": opened.name, "fingerprint": opened.fingerprint}
@@ -73,7 +77,7 @@ def evaluate(
         name: _stored(catalog.results, name, asked, measured[name]) if reuse else None for name in names
     }
     if missing := [name for name, found in done.items() if found is None]:
-        loaded = model or load_model(origin.model, device=device)
+        loaded = model or reload_model(origin.model, device=device)
         origin.check_model(loaded, "these SAEs")
         fresh = _measure(catalog, missing, loaded, opened, origin, asked, on_progress)
         for name, evaluation in zip(missing, fresh, strict=True):
@@ -121,7 +125,7 @@ def evaluate_set(
     if wanted is None:
         raise InputError(f"the set {name!r} has no harvest here: name a corpus to evaluate it on with --corpus")
     opened = open_corpus(wanted, text_field=text_field or origin.text_field)
-    loaded = model or load_model(origin.model, device=device)
+    loaded = model or reload_model(origin.model, device=device)
     origin.check_model(loaded, "these transcoders")
     found = evaluate_replacement(
         loaded, list(coders.coders.values()), opened, max_tokens=max_tokens,
@@ -162,6 +166,7 @@ def _measure(
         corpus,
         max_tokens=asked["max_tokens"],
         count_bos=asked.get("count_bos", False),
+        separate=origin.separate,
         context_len=origin.context_len or min(CONTEXT_LEN, model.info.n_ctx),
         on_progress=on_progress,
     )

@@ -100,6 +100,7 @@ def evaluate_sae(
     *,
     max_tokens: int = 65_536,
     context_len: int = 256,
+    separate: bool = False,
     count_bos: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Evaluation]:
@@ -108,6 +109,7 @@ def evaluate_sae(
     Args:
         saes: or transcoders; their `hook_name` says where they read, several may share one.
         max_tokens: held-out rows to use, rounded down to whole contexts.
+        separate: no context holds parts of two documents.
         count_bos: read BOS through the SAE too, and count it.
         on_progress: called with (rows done, rows in all).
 
@@ -118,7 +120,8 @@ def evaluate_sae(
     reads = [_hook_of(model, sae) for sae in saes]
     hooks = [writing_hook(model, sae) for sae in saes]
     _check_memory(model, saes, [*reads, *hooks], context_len)
-    batches = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+    sizes = {"max_tokens": max_tokens, "context_len": context_len}
+    batches = list(context_batches(model, corpus, "heldout", separate=separate, **sizes))
     if count_bos:
         batches = [replace(batch, ordinary=batch.doc >= 0) for batch in batches]
     total = sum(batch.tokens.numel() for batch in batches)
@@ -141,7 +144,7 @@ def evaluate_sae(
     loss = {name: (value / sums["count"]).item() for name, value in sums.items()}
     if n_out != model.info.d_vocab:
         loss = {name: value if name.startswith("kl") else math.nan for name, value in loss.items()}
-    note = _note(loss["clean"], n_out, model.info.d_vocab)
+    note = _note(model, loss["clean"], n_out)
     return [
         replace(_summary(sae, hook, number, loss, metric, note), skip_share=skip_shares[number])
         for number, (sae, hook, metric) in enumerate(zip(saes, hooks, metrics, strict=True))
@@ -165,13 +168,16 @@ def _check_memory(model: LoadedModel, saes: Sequence[SAE], hooks: Sequence[HookS
     )  # fmt: skip
 
 
-def _note(clean: float, n_out: int, d_vocab: int) -> str:
-    """What there is to say about the losses of a model of `n_out` logits over a vocabulary of `d_vocab`."""
+def _note(model: LoadedModel, clean: float, n_out: int) -> str:
+    """What there is to say about the losses of a model of `n_out` logits."""
+    d_vocab = model.info.d_vocab
     if n_out != d_vocab:
         return (
             f"the model gives {n_out:,} logits for a vocabulary of {d_vocab:,}: it predicts something else than the "
             "next token, so there are no losses; the KL is of what it does predict"
         )
+    if not model.causal:
+        return "this model lets tokens see later ones, so its loss on the next token is not one of predicting it"
     if not clean <= math.log(n_out):
         return (
             f"the model's own loss, {clean:.3g} nats, is worse than guessing among {n_out:,} tokens "
@@ -240,8 +246,10 @@ class _CleanPass:
     """What the last block before each hook's layer handed on."""
 
 
-def _last_block_before(hook: HookSpec) -> int:
-    """The last block that a change at the hook point leaves as it is; -1 if there is none."""
+def _last_block_before(model: LoadedModel, hook: HookSpec) -> int:
+    """The last block that a change at the hook point leaves as it is; -1 if there is none, or none is known."""
+    if not hasattr(model.structure, "blocks"):
+        return -1
     return hook.layer if hook.kind == "resid_post" else hook.layer - 1
 
 
@@ -250,7 +258,7 @@ def _clean_pass(model: LoadedModel, batch: ContextBatch, hooks: Sequence[HookSpe
     with ExitStack() as stack:
         blocks = {
             layer: stack.enter_context(recorded_block(model.bridge, layer))
-            for layer in {_last_block_before(hook) for hook in hooks}
+            for layer in {_last_block_before(model, hook) for hook in hooks}
             if layer >= 0
         }
         for hook in hooks:
@@ -286,7 +294,7 @@ def _measure(
 
     def passed_through(hook: HookSpec, function: Callable[[Tensor], Tensor]) -> Tensor:
         with ExitStack() as stack:
-            before = _last_block_before(hook)
+            before = _last_block_before(model, hook)
             if before >= 0:
                 stack.enter_context(resumed_after(model.bridge, before, clean.blocks[before]))
             stack.enter_context(splice(model.bridge, hook.name, function, keep=~batch.ordinary))

@@ -76,7 +76,7 @@ def enforced(
     driven: dict[str, Tensor] = {}
 
     def see_tokens(_: nn.Module, args: tuple[Any, ...]) -> None:
-        ordinary[:] = [args[0] != model.bos_id]
+        ordinary[:] = [args[0] != (-1 if model.bos_id is None else model.bos_id)]
 
     def see_drive(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
@@ -267,11 +267,11 @@ def generate(
         raise InputError(
             f"the prompt has {len(ids)} tokens and {model.info.name} takes {model.info.n_ctx - 1}: shorten it"
         )
-    tokens = torch.tensor([[model.bos_id, *ids]], device=model.device)
+    tokens = torch.tensor([model.begun(ids)], device=model.device)
     hf: Any = model.hf
     with enforced(model, calibration, method.keeps(level, calibration)):
         made = hf.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=min(new_tokens, room), do_sample=False,
             pad_token_id=model.bos_id,
         )  # fmt: skip
-    return str(model.tokenizer.decode(made[0, len(ids) + 1 :]))
+    return str(model.tokenizer.decode(made[0, tokens.shape[1] :]))

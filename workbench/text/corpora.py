@@ -4,11 +4,13 @@
 
 - `python-stdlib`: the source of the running interpreter's own standard library, split as the demo model's was;
 - a file or folder of text (.txt, .md, .py, ...), JSON lines (.jsonl) or Parquet (.parquet);
+- a file of token ids (.npy): [documents, tokens], or [tokens] of one document;
 - the name of a dataset on the Hugging Face hub (`owner/name`, or `owner/name:configuration`), streamed (network).
 
 A text file is split at lines that hold only `<|endoftext|>`, where it has them, and is one document otherwise. A row
-of JSON lines, Parquet or a hub dataset is a document. A tenth of the documents is held out, chosen by a hash of the
-document's name, so the choice does not depend on the others. A corpus of one document holds out its last tenth.
+of JSON lines, Parquet or a hub dataset is a document, and may be a list of token ids in place of text;
+`Corpus.of_tokens` takes token ids from Python. A tenth of the documents is held out, chosen by a hash of the document's
+name, so the choice does not depend on the others. A corpus of one document holds out its last tenth.
 
 Files come in the order of a hash of their names, so that the first N tokens are a fair sample; documents in a file
 and rows of a hub dataset keep their own order. Nothing is held in memory but the document being read.
@@ -17,11 +19,14 @@ and rows of a hub dataset keep their own order. Nothing is held in memory but th
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sae.errors import InputError
 from workbench.text.python_source import split_of, stdlib_files
@@ -31,11 +36,18 @@ SEPARATOR = "<|endoftext|>"
 HELD_OUT_ONE_IN = 10
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py", ".html", ".tex", ".c", ".js", ".ts", ".rs", ".go"}
 JSON_LINES = {".jsonl", ".ndjson"}
-SUFFIXES = TEXT_SUFFIXES | JSON_LINES | {".parquet"}
+SUFFIXES = TEXT_SUFFIXES | JSON_LINES | {".parquet", ".npy"}
 OTHER_FORMATS = {".json", ".csv", ".tsv", ".xml", ".gz", ".zst", ".zip", ".arrow"}
 """Would be read as text with all their marks: better refused."""
 BESIDE_DATA = {".csv", ".tsv", ".gz", ".zst", ".arrow"}
 """More of the same data, most likely, in a folder that holds JSON lines or Parquet."""
+
+
+IDENTIFIED_BY = 1024
+"""Documents of a Python iterable that its fingerprint is taken of: it may have no end."""
+
+Content: TypeAlias = str | NDArray[np.int32]
+"""Of a document: its text, or its token ids."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class Document:
     """Its number in the corpus; the same whichever split is read."""
     name: str
     text: str
+    """Empty where token ids are given in its place."""
+    tokens: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class Entry:
     """A document before it is read."""
 
     name: str
-    read: Callable[[], str]
+    read: Callable[[], Content]
 
 
 class Corpus:
@@ -88,24 +102,43 @@ class Corpus:
     def documents(self, split: Split) -> Iterator[Document]:
         """The documents of one side of the split, always in the same order. Raises InputError when there are none."""
         if self._single is not None:
-            text = self._single.read()
-            cut = len(text) - len(text) // HELD_OUT_ONE_IN
-            yield Document(0, self._single.name, text[:cut] if split == "train" else text[cut:])
+            content = self._single.read()
+            cut = len(content) - len(content) // HELD_OUT_ONE_IN
+            yield _document(0, self._single.name, content[:cut] if split == "train" else content[cut:])
             return
         total = found = 0
         for total, entry in enumerate(self._entries(), start=1):
             if self._split(entry.name) == split:
                 found += 1
-                yield Document(total - 1, entry.name, entry.read())
+                yield _document(total - 1, entry.name, entry.read())
         if not found:
             raise InputError(
                 f"corpus {self.name} has {total} documents and none of them is in its {split} split: "
                 "give it more documents"
             )
 
+    @classmethod
+    def of_tokens(cls, name: str, documents: Callable[[], Iterable[Sequence[int]]]) -> "Corpus":
+        """A corpus of token ids from Python, known by its first `IDENTIFIED_BY` documents.
 
-def open_corpus(spec: str, *, text_field: str = "text") -> Corpus:
-    """Opens a corpus; see the module's description.
+        Args:
+            name: as it is recorded; what is made from it needs the corpus itself again.
+            documents: starts a new pass over all documents, always the same in the same order.
+
+        Raises:
+            InputError: no documents, or one that is no list of token ids.
+        """
+
+        def entries() -> Iterator[Entry]:
+            for number, tokens in enumerate(documents()):
+                yield _entry(f"{name}#{number}", _token_ids(tokens, f"corpus {name}, document {number}"))
+
+        first = [str(np.asarray(entry.read()).tolist()) for entry in islice(entries(), IDENTIFIED_BY)]
+        return cls(name, entries, hash_split, _digest([name, *first]))
+
+
+def open_corpus(spec: str | Corpus, *, text_field: str = "text") -> Corpus:
+    """Opens a corpus; see the module's description. One that is open already is given back.
 
     Args:
         text_field: field that holds the text in JSON lines, Parquet and hub datasets.
@@ -114,6 +147,8 @@ def open_corpus(spec: str, *, text_field: str = "text") -> Corpus:
         InputError: nothing there, no documents, a missing field, text that is not UTF-8, or broken JSON. What only
             shows later in a file is raised while its documents are read.
     """
+    if isinstance(spec, Corpus):
+        return spec
     if spec == "python-stdlib":
         return _python_stdlib()
     if not spec.strip():
@@ -129,6 +164,10 @@ def open_corpus(spec: str, *, text_field: str = "text") -> Corpus:
 def hash_split(name: str) -> Split:
     """Side of the split by a hash of the document's name: one in ten is held out."""
     return "heldout" if int(_digest([name])[:8], 16) % HELD_OUT_ONE_IN == 0 else "train"
+
+
+def _document(index: int, name: str, content: Content) -> Document:
+    return Document(index, name, content) if isinstance(content, str) else Document(index, name, "", content)
 
 
 def _digest(parts: list[str]) -> str:
@@ -167,7 +206,9 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
 
     def entries() -> Iterator[Entry]:
         for name, file in named:
-            if _suffix(file) == ".parquet":
+            if _suffix(file) == ".npy":
+                yield from _array_entries(file, name)
+            elif _suffix(file) == ".parquet":
                 yield from _parquet_entries(file, name, text_field)
             elif _suffix(file) in JSON_LINES:
                 yield from _jsonl_entries(file, name, text_field)
@@ -242,8 +283,22 @@ def _jsonl_entries(file: Path, name: str, text_field: str) -> Iterator[Entry]:
             raise InputError(f"{where}: not JSON ({reason}); every line must be one object") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with a field {text_field!r}, got {type(row).__name__}")
-        if text := _field(row, text_field, where):
-            yield _entry(f"{name}#{number}", text)
+        if len(content := _field(row, text_field, where)):
+            yield _entry(f"{name}#{number}", content)
+
+
+def _array_entries(file: Path, name: str) -> Iterator[Entry]:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file} is damaged or no NumPy array of numbers ({str(error).splitlines()[0]})") from None
+    if array.ndim not in (1, 2):
+        raise InputError(f"{file} has shape {list(array.shape)}: expected [documents, tokens], or [tokens] of one")
+    if array.ndim == 1:
+        yield _entry(name, _token_ids(array, str(file)))
+        return
+    for number, row in enumerate(array, start=1):
+        yield _entry(f"{name}#{number}", _token_ids(row, f"{file}, row {number}"))
 
 
 def _parquet_entries(file: Path, name: str, text_field: str) -> Iterator[Entry]:
@@ -269,8 +324,8 @@ def _parquet_entries(file: Path, name: str, text_field: str) -> Iterator[Entry]:
                 return
             for value in batch.column(0).to_pylist():
                 number += 1
-                if text := _text(value, text_field, f"{file}, row {number}"):
-                    yield _entry(f"{name}#{number}", text)
+                if len(content := _content(value, text_field, f"{file}, row {number}")):
+                    yield _entry(f"{name}#{number}", content)
 
 
 def _hub(spec: str, text_field: str) -> Corpus:
@@ -296,31 +351,46 @@ def streamed(name: str, rows: Any, text_field: str, revision: str) -> Corpus:
 
     def entries() -> Iterator[Entry]:
         for number, row in enumerate(rows):
-            if text := _field(row, text_field, f"{name}, row {number}"):
-                yield _entry(f"{name}#{number}", text)
+            if len(content := _field(row, text_field, f"{name}, row {number}")):
+                yield _entry(f"{name}#{number}", content)
 
     return Corpus(name, entries, hash_split, _digest([name, revision, text_field]), text_field)
 
 
-def _entry(name: str, text: str) -> Entry:
-    return Entry(name, lambda: text)
+def _entry(name: str, content: Content) -> Entry:
+    return Entry(name, lambda: content)
 
 
-def _field(row: dict[str, Any], text_field: str, where: str) -> str:
+def _field(row: dict[str, Any], text_field: str, where: str) -> Content:
     if text_field not in row:
         raise InputError(_no_field(where, text_field, list(row)))
-    return _text(row[text_field], text_field, where)
+    return _content(row[text_field], text_field, where)
 
 
-def _text(value: Any, text_field: str, where: str) -> str:
-    """The text of a field; a missing value is an empty document, which is left out."""
+def _content(value: Any, text_field: str, where: str) -> Content:
+    """The text or token ids of a field; a missing value is an empty document, which is left out."""
     if value is None:
         return ""
+    if isinstance(value, list):
+        return _token_ids(value, where)
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {text_field!r} holds {type(value).__name__}, expected text")
+        raise InputError(f"{where}: field {text_field!r} holds {type(value).__name__}, expected text or token ids")
     if not _is_unicode(value):
         raise InputError(f"{where}: field {text_field!r} holds half of a surrogate pair, no character; mend the text")
     return value
+
+
+def _token_ids(value: Sequence[int] | NDArray[Any], where: str) -> NDArray[np.int32]:
+    """Token ids as an array. Raises InputError for what are none."""
+    try:
+        ids = np.asarray(value)
+    except ValueError:
+        ids = np.empty((0, 0))
+    if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
+        raise InputError(f"{where}: expected a list of token ids, got {ids.dtype} of {ids.ndim} dimensions")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < 2**31:
+        raise InputError(f"{where}: token ids are whole numbers from 0 on, this document has {ids.min()}")
+    return ids.astype(np.int32)
 
 
 def _is_unicode(text: str) -> bool:

@@ -4,6 +4,9 @@ The token stream is `BOS document BOS document ...`. It is cut into contexts of 
 starts with BOS: where the cut falls inside a document, a BOS is put in front of the rest. The last context is
 padded with BOS, flagged as padding. Every row knows its document and its position in it, so boundaries are kept.
 
+Kept separate, every document begins a context and what is left of its last one is padding. A model without BOS gets
+none: documents follow each other as they are, and padding is token 0.
+
 The text of a special token, such as a chat marker, is that one token, in documents as in prompts. So a document that
 writes the BOS token's text holds that token: it is flagged as BOS wherever it stands, and not put in front twice.
 """
@@ -54,18 +57,30 @@ class PackedBatch:
     """FLAG_... bits; 0 for an ordinary token."""
 
 
+def refuse_padding(batch: PackedBatch) -> None:
+    """Raises InputError for contexts with padding, which a model whose tokens see later ones would read."""
+    if (batch.flags & FLAG_PADDING).any():
+        raise InputError(
+            "this model lets tokens see later ones, so it would read the padding after a document's end: give "
+            "documents that fill their contexts, or a context as long as they are"
+        )
+
+
 def pack(
     documents: Iterable[Document],
     tokenizer: PreTrainedTokenizerBase,
-    bos_id: int,
+    bos_id: int | None,
     context_len: int,
     batch_contexts: int,
     *,
+    separate: bool = False,
     split_special_tokens: bool = False,
 ) -> Iterator[PackedBatch]:
     """Yields batches of `batch_contexts` contexts (the last may be smaller); the same for the same input.
 
     Args:
+        bos_id: None for a model that knows none.
+        separate: no context holds parts of two documents.
         split_special_tokens: the text of a special token is its characters, as in harvests begun before it was one.
 
     Raises:
@@ -74,7 +89,7 @@ def pack(
     if context_len < 2:
         raise InputError(f"a context must hold BOS and at least one token, got context length {context_len}")
     contexts: list[NDArray[np.int32]] = []
-    for context in _contexts(_encoded(documents, tokenizer, split_special_tokens), bos_id, context_len):
+    for context in _contexts(_encoded(documents, tokenizer, split_special_tokens), bos_id, context_len, separate):
         contexts.append(context)
         if len(contexts) == batch_contexts:
             yield _batch(contexts)
@@ -93,7 +108,9 @@ class _Piece:
     ids: NDArray[np.int32]
 
 
-def _contexts(pieces: Iterable[_Piece], bos_id: int, context_len: int) -> Iterator[NDArray[np.int32]]:
+def _contexts(
+    pieces: Iterable[_Piece], bos_id: int | None, context_len: int, separate: bool
+) -> Iterator[NDArray[np.int32]]:
     """Contexts as [4, context_len] arrays: tokens, doc, pos, flags."""
     context = np.empty((4, context_len), dtype=np.int32)
     filled = 0
@@ -102,12 +119,12 @@ def _contexts(pieces: Iterable[_Piece], bos_id: int, context_len: int) -> Iterat
         begins = piece.first == 0
         start = int(begins and len(ids) > 0 and ids[0] == bos_id)
         while start < len(ids):
-            if begins and filled >= context_len - 1:
+            if begins and filled and (separate or (bos_id is not None and filled >= context_len - 1)):
                 # No room for BOS and a token: the place left, if any, is padding.
                 context[:, filled:] = _padding(bos_id, context_len - filled)
                 yield context.copy()
                 filled = 0
-            if begins or filled == 0:
+            if bos_id is not None and (begins or filled == 0):
                 context[:, filled] = (bos_id, index, -1, FLAG_BOS)
                 filled += 1
             begins = False
@@ -116,7 +133,7 @@ def _contexts(pieces: Iterable[_Piece], bos_id: int, context_len: int) -> Iterat
             context[0, filled:end] = some
             context[1, filled:end] = index
             context[2, filled:end] = piece.first + np.arange(start, start + len(some))
-            context[3, filled:end] = np.where(some == bos_id, FLAG_BOS, FLAG_OK)
+            context[3, filled:end] = FLAG_OK if bos_id is None else np.where(some == bos_id, FLAG_BOS, FLAG_OK)
             filled, start = end, start + len(some)
             if filled == context_len:
                 yield context.copy()
@@ -137,8 +154,10 @@ def _encoded(
                 yield _Piece(some[0], first, ids)
                 first += len(ids)
             continue
-        texts = [document.text for document in some]
-        for document, whole in zip(some, _token_ids(tokenizer, texts, split_special_tokens), strict=True):
+        texts = [document.text for document in some if document.tokens is None]
+        encoded = iter(_token_ids(tokenizer, texts, split_special_tokens) if texts else [])
+        for document in some:
+            whole = next(encoded) if document.tokens is None else document.tokens
             yield _Piece(document, 0, np.asarray(whole, dtype=np.int32))
 
 
@@ -169,7 +188,15 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], split_speci
         return cast(list[list[int]], encoded)
     # The same ids as from the tokenizer's own call, without character offsets: two thirds of the time.
     backend = _backend(tokenizer, split_special_tokens)
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # tokenizers raise nothing more special
+        if "Missing [UNK]" not in str(error):
+            raise
+        raise InputError(
+            f"the corpus holds text that this model has no token for (one of {texts[0][:40]!r} and the documents after "
+            f"it): it reads texts like {tokenizer.decode([0, 1, 2])!r}; give token ids (.npy) instead"
+        ) from None
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> Tokenizer:
@@ -180,8 +207,8 @@ def _backend(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> 
     return backend
 
 
-def _padding(bos_id: int, count: int) -> NDArray[np.int32]:
-    return np.repeat(np.array([[bos_id], [-1], [-1], [FLAG_PADDING]], dtype=np.int32), count, axis=1)
+def _padding(bos_id: int | None, count: int) -> NDArray[np.int32]:
+    return np.repeat(np.array([[bos_id or 0], [-1], [-1], [FLAG_PADDING]], dtype=np.int32), count, axis=1)
 
 
 def _batch(contexts: list[NDArray[np.int32]]) -> PackedBatch:

@@ -47,3 +47,42 @@ def test_a_harvest_is_not_called_after_a_model_that_it_is_not_of(tmp_path: Path,
     assert run(["harvest", "gpt2", "--hook", "blocks.0.hook_resid_post", "--workspace", str(tmp_path / "w")]) == 2
     said = capsys.readouterr().err
     assert "'gpt2' is the harvest's name and reads as a model: say which is meant, --model gpt2 or --model demo" in said
+
+
+def test_a_model_made_by_a_function_is_given_again_where_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+
+    from workbench.models import load_own
+
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\nfrom workbench import OwnModel\n\n"
+        "def make():\n    torch.manual_seed(0)\n"
+        "    body = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 9))\n"
+        "    return OwnModel(body, 9, 12, {'embedded': '0'})\n"
+    )
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 9, (90, 12)))
+    monkeypatch.chdir(tmp_path)
+    harvest = [
+        "harvest",
+        "h",
+        "--model",
+        "mine.py:make",
+        "--corpus",
+        "ids.npy",
+        "--hook",
+        "embedded",
+        "--context",
+        "12",
+    ]
+    assert run([*harvest, "--tokens", "600"]) == 0
+    assert run(["train", "h", "--name", "s", "--d-sae", "16", "--k", "2", "--batch-size", "64", "--tokens", "512"]) == 0
+    # Another process: nothing is held any more.
+    load_own._loaded.clear()
+    capsys.readouterr()
+    assert run(["prompt", "s", "1 2 3"]) == 2
+    assert "run only when you name it" in capsys.readouterr().err
+    for command in (["evaluate", "s", "--tokens", "60"], ["index", "s"], ["prompt", "s", "1 2 3"]):
+        assert run([*command, "--model", "mine.py:make"]) == 0, capsys.readouterr().err
+        load_own._loaded.clear()

@@ -21,7 +21,7 @@ from workbench.catalog.origin import versions
 from workbench.features.concepts.alignment import Alignment, align
 from workbench.features.concepts.probes import ProbeScores, probe
 from workbench.features.concepts.truth import ConceptTruth, Language, from_corpus, from_table
-from workbench.models.load import LoadedModel, load_model
+from workbench.models.load import LoadedModel, reload_model
 from workbench.saes.overlap import Overlap, overlap_of
 
 KIND, STABILITY_KIND = "concepts", "stability"
@@ -68,7 +68,7 @@ def truth_of(
         InputError: no such harvest, or a corpus or tokenizer that changed.
     """
     source = catalog.open_harvest(harvest)
-    loaded = model or load_model(source.config["model"], device="cpu")
+    loaded = model or reload_model(source.config["model"], device="cpu")
     return from_corpus(source, catalog.corpus_of(source), loaded.tokenizer, language, on_progress)
 
 

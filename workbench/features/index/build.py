@@ -38,7 +38,7 @@ from workbench.features.index.segments import Segments, write_segments
 from workbench.features.index.statistics import BINS, QUANTILES, feature_statistics, value_order
 from workbench.harvest.reading import Harvest
 from workbench.models.devices import choose_device
-from workbench.models.load import load_model
+from workbench.models.load import reload_model
 from workbench.models.memory import check_fits_memory
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class _Build:
         """What the weights say; returns why there are no logit effects, and how the map was made."""
         missing = n_heads = None
         try:
-            model = self.model or load_model(self.source.config["model"], device=self.device)
+            model = self.model or reload_model(self.source.config["model"], device=self.device)
             n_heads = model.info.n_heads
             for effects in effects_of(model, self.sae):
                 schema.insert_logit_effects(connection, effects)
@@ -250,7 +250,7 @@ def _check_memory(sae: SAE, harvest: Harvest, n_rows: int) -> None:
 def _why_missing(source: Harvest, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:
     """Why logit effects cannot be computed; None when they can."""
     try:
-        output_directions(model or load_model(source.config["model"], device=device), sae)
+        output_directions(model or reload_model(source.config["model"], device=device), sae)
     except InputError as error:
         return str(error)
     return None

@@ -29,7 +29,7 @@ class LiveText:
     example: Example
     """The whole text as one example; its peak is where the feature fires most strongly."""
     ids: list[int]
-    """Token ids, BOS first: one more than the example has tokens."""
+    """Token ids, BOS first where the model has one: one more than the example has tokens."""
     truncated: bool
     """Whether only the beginning of the text was read."""
 
@@ -50,8 +50,8 @@ def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str)
         raise InputError(f"feature {feature} does not exist: this SAE has features 0 to {sae.d_sae - 1}")
     hook = resolve_hook(model, sae.hook_name)
     kept, truncated = encode_prompt(model, text)
-    tokens = torch.tensor([[model.bos_id, *kept]], device=model.device)
-    x = capture(model, tokens, [hook]).activations[hook.name].flatten(0, 1)[1:]
+    tokens = torch.tensor([model.begun(kept)], device=model.device)
+    x = capture(model, tokens, [hook]).activations[hook.name].flatten(0, 1)[model.n_bos :]
     code = sae.encode(x.to(sae.W_dec.device, torch.float32))
     token, index, value = code.entries()
     activations = torch.zeros(len(kept), device=value.device)
@@ -59,10 +59,10 @@ def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str)
     activations[token[mine]] = value[mine].float()
     values = activations.tolist()
     peak = int(activations.abs().argmax())
-    effects = loss_effects(model, sae, feature, tokens)[0, 1:].tolist()
+    effects = loss_effects(model, sae, feature, tokens)[0, model.n_bos :].tolist()
     example = Example(
         row=-1, document="your text", pos=peak, activation=values[peak],
         tokens=token_pieces(model, kept), activations=values, peak=peak,
         effects=effects,
     )  # fmt: skip
-    return LiveText(example, [model.bos_id, *kept], truncated)
+    return LiveText(example, model.begun(kept), truncated)

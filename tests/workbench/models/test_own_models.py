@@ -1,0 +1,337 @@
+"""Models of one's own, made here: HookedTransformers and plain modules, from loading to patching."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from circuits.heads import head_scores
+from circuits.patching import patch_activations
+from circuits.prompts import from_ids
+from sae import InputError, TopK
+from sae.config import TrainConfig
+from workbench import Corpus, HarvestConfig, LoadedModel, OwnModel, Workspace, load_model, reload_model
+from workbench.circuits.heads import head_on_text
+from workbench.models.capture import capture
+from workbench.models.hooks import resolve_hook
+
+LENGTH = 21
+KINDS: dict[str, dict[str, Any]] = {
+    "no norm": {"normalization_type": None},
+    "classes": {"normalization_type": None, "attention_dir": "bidirectional", "d_vocab_out": 5},
+    "attention only": {"attn_only": True, "d_vocab_out": 30},
+    "rotary, grouped": {"positional_embedding_type": "rotary", "rotary_dim": 4, "n_key_value_heads": 2},
+    "gated": {"gated_mlp": True, "act_fn": "silu", "normalization_type": "RMS"},
+}
+
+
+def hooked_transformer(**changes: Any) -> HookedTransformer:
+    """A random HookedTransformer in which nothing but the gate's bias, which no model has, is zero."""
+    shape: dict[str, Any] = {
+        "n_layers": 2, "d_model": 32, "n_ctx": LENGTH, "d_head": 12, "n_heads": 4, "d_mlp": 48, "d_vocab": 30,
+        "act_fn": "relu", "seed": 0, "device": "cpu",
+    }  # fmt: skip
+    model = HookedTransformer(HookedTransformerConfig(**(shape | changes)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not (model.cfg.gated_mlp and name.endswith("mlp.b_in")):
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+class CharacterModel(nn.Module):
+    """A recurrent model of characters with nothing of a transformer."""
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_tokens, 16)
+        self.body = nn.GRU(16, 24, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 24))
+        self.out = nn.Linear(24, n_tokens)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        states, _ = self.body(self.embedding(tokens))
+        return self.out(states + self.mlp(states))
+
+
+CHARACTERS = "abcdefgh .\n"
+
+
+def character_model() -> OwnModel:
+    """A `CharacterModel` with its description."""
+    torch.manual_seed(0)
+    hooks = {"mlp": "mlp", "hidden": "mlp.2:input", "states": "body"}
+    return OwnModel(
+        CharacterModel(len(CHARACTERS)), len(CHARACTERS), 64, hooks, vocabulary=CHARACTERS, name="characters"
+    )
+
+
+def sequences(n: int = 80, length: int = LENGTH, d_vocab: int = 30) -> np.ndarray:
+    """Random token ids, none of them 0."""
+    return np.random.default_rng(0).integers(1, d_vocab, (n, length))
+
+
+def rows(length: int = 9, d_vocab: int = 30) -> Int[Tensor, "3 pos"]:
+    """Tokens to compare passes on."""
+    return torch.from_numpy(sequences(3, length, d_vocab))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hooked_transformer_computes_what_it_did(kind: str) -> None:
+    model = hooked_transformer(**KINDS[kind])
+    loaded = load_model(model)
+    tokens = rows()
+    wanted, cache = model.run_with_cache(tokens)
+    scale = wanted.abs().max()
+    assert (loaded.hf(tokens).logits - wanted).abs().max() <= 1e-5 * scale
+    assert (loaded.bridge(tokens) - wanted).abs().max() <= 1e-5 * scale
+    assert loaded.causal == (kind != "classes")
+    hooks = list(loaded.checks.hooks.values())
+    assert len(hooks) == (8 if kind == "attention only" else 16)
+    for name, value in capture(loaded, tokens, hooks).activations.items():
+        if not name.endswith("mlp.hook_in"):
+            found = cache[name].flatten(2)
+            assert (value - found).abs().max() <= 1e-5 * found.abs().max(), name
+
+
+def test_patterns_of_a_hooked_transformer_can_be_edited() -> None:
+    model = hooked_transformer(normalization_type=None)
+    loaded = load_model(model)
+    tokens = rows()
+    name = "blocks.1.attn.hook_pattern"
+
+    def first_only(pattern: Tensor, hook: Any) -> Tensor:
+        changed = torch.zeros_like(pattern)
+        changed[..., 0] = 1
+        return changed
+
+    wanted = model.run_with_hooks(tokens, fwd_hooks=[(name, first_only)])
+    with loaded.bridge.hooks(fwd_hooks=[(name, first_only)]):
+        found = loaded.bridge(tokens)
+    assert loaded.checks.editable_patterns
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (found - model(tokens)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("form", ["joined", "beside", "safetensors", "folder"])
+def test_a_checkpoint_of_state_dict_and_configuration_loads(form: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = hooked_transformer(normalization_type=None)
+    state, config = model.state_dict(), model.cfg.to_dict()
+    path = tmp_path / "model.pt"
+    if form == "joined":
+        torch.save({"state_dict": state, "config": config}, path)
+    else:
+        path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pt")
+        kept = {key: value.contiguous() for key, value in state.items()}
+        save_file(kept, path) if form == "safetensors" else torch.save(state, path)
+        name = "cfg.json" if form == "folder" else "weights.json"
+        plain = {key: value for key, value in config.items() if isinstance(value, str | int | float | None)}
+        (tmp_path / name).write_text(json.dumps(plain))
+    loaded = load_model(str(tmp_path if form == "folder" else path))
+    tokens = rows()
+    assert (loaded.hf(tokens).logits - model(tokens)).abs().max() <= 1e-5 * model(tokens).abs().max()
+    assert loaded.info.source == "file"
+    assert loaded.encode("3 4 29") == [3, 4, 29]
+
+
+def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
+    model = hooked_transformer(normalization_type=None)
+    torch.save(model.state_dict(), tmp_path / "alone.pt")
+    with pytest.raises(InputError, match="without a configuration"):
+        load_model(str(tmp_path / "alone.pt"))
+    config = model.cfg.to_dict()
+    torch.save({"state_dict": model.state_dict(), "config": config | {"d_mlp": 7}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"is no HookedTransformer: .*size mismatch"):
+        load_model(str(tmp_path / "other.pt"))
+    (tmp_path / "broken.pt").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="cannot read"):
+        load_model(str(tmp_path / "broken.pt"))
+    with pytest.raises(InputError, match="of a kind that is not loaded here"):
+        load_model(hooked_transformer(act_fn="solu_ln"))
+
+
+def made(folder: Path, model: LoadedModel, hook: str, corpus: Corpus, context: int) -> tuple[Workspace, Any]:
+    """A workspace with a harvest `h` and an SAE `s`, and the SAE's evaluation."""
+    space = Workspace(folder)
+    config = HarvestConfig(model.info.name, corpus.name, (hook,), context_len=context, max_tokens=context * 60)
+    harvest = space.harvest("h", config, model=model, corpus=corpus)
+    assert harvest.n_rows == 60 * context
+    space.train("r", "h", [TrainConfig("s", 1280, d_sae=32, rule=TopK(4), batch_size=128)], hook=hook)
+    return space, space.evaluate(["s"], model=model, corpus=corpus, max_tokens=context * 10)[0]
+
+
+def token_corpus(name: str = "ids", length: int = LENGTH, d_vocab: int = 30) -> Corpus:
+    """Random sequences from Python."""
+    return Corpus.of_tokens(name, lambda: iter(sequences(120, length, d_vocab)))
+
+
+@pytest.mark.parametrize("kind", ["no norm", "classes", "attention only"])
+def test_a_hooked_transformer_goes_all_the_way_without_a_tokenizer(kind: str, tmp_path: Path) -> None:
+    model = load_model(hooked_transformer(**KINDS[kind]))
+    hook = "blocks.0.hook_resid_post"
+    space, evaluation = made(tmp_path / "w", model, hook, token_corpus(), LENGTH)
+    harvest = space.open_harvest("h")
+    stored = harvest.vectors(hook).rows(np.arange(LENGTH))
+    first = next(iter(token_corpus().documents("train"))).tokens
+    assert first is not None
+    tokens = torch.from_numpy(first).long()[None]
+    assert torch.allclose(stored, capture(model, tokens, [resolve_hook(model, hook)]).activations[hook][0], atol=1e-5)
+    assert harvest.n_trainable_rows == harvest.n_rows
+    assert np.isfinite(evaluation.fvu)
+    assert evaluation.kl > 0
+    assert np.isnan(evaluation.ce_clean) == (kind == "classes")
+    index = space.build_index("s")
+    assert index.activations > 0
+    reading = space.prompt("s", "3 7 3 9")
+    assert reading.tokens == [3, 7, 3, 9]
+    assert reading.texts == ["3", "7", "3", "9"]
+    assert np.isnan(reading.losses[0])
+    assert np.isnan(reading.losses[1]) == (kind == "classes")
+    scores = head_scores(model.bridge, tokens)
+    assert scores.values.shape[:2] == (2, 4)
+    assert head_on_text(model, "a1.h0", "3 7 3 9").pattern.shape == (4, 4)
+
+
+def test_patching_a_model_of_classes_is_that_of_its_own_hooks() -> None:
+    model = hooked_transformer(**KINDS["classes"])
+    loaded = load_model(model)
+    clean, corrupted = sequences(4, 6), sequences(8, 6)[4:]
+    prompts = from_ids("parity", clean.tolist(), corrupted.tolist(), [[1]] * 4, [[2]] * 4, None)
+    scores = patch_activations(loaded.bridge, prompts, site="mlp_out")
+    cache = model.run_with_cache(torch.from_numpy(clean))[1]
+
+    def metric(logits: Tensor) -> float:
+        return float((logits[:, -1, 1] - logits[:, -1, 2]).mean())
+
+    base = metric(model(torch.from_numpy(corrupted)))
+    for layer, found in enumerate(scores.scores.tolist()):
+        name = f"blocks.{layer}.hook_mlp_out"
+        put = [(name, lambda value, hook: cache[hook.name])]
+        assert found == pytest.approx(
+            metric(model.run_with_hooks(torch.from_numpy(corrupted), fwd_hooks=put)) - base, abs=1e-4
+        )
+
+
+def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
+    own = character_model()
+    model = load_model(own)
+    texts = np.random.default_rng(0).choice(list(CHARACTERS[:-1]), (200, 40))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": "".join(row)}) + "\n" for row in texts))
+    from workbench import open_corpus
+
+    corpus = open_corpus(str(tmp_path / "texts.jsonl"))
+    space, evaluation = made(tmp_path / "w", model, "mlp", corpus, 20)
+    tokens = torch.tensor([model.encode("abc. a")])
+    with torch.no_grad():
+        states, _ = own.module.body(own.module.embedding(tokens))
+        wanted = own.module.mlp(states)
+    assert torch.equal(capture(model, tokens, [resolve_hook(model, "mlp")]).activations["mlp"], wanted)
+    # Spliced by hand: the SAE's reconstruction in place of what the MLP gives.
+    sae = space.sae("s")
+    with torch.no_grad():
+        by_hand = own.module.out(states + sae(wanted.flatten(0, 1)).view_as(wanted))
+        from circuits.splice import splice
+
+        with splice(model.bridge, "mlp", sae):
+            assert torch.allclose(model.bridge(tokens), by_hand, atol=1e-6)
+    assert evaluation.added_nats == evaluation.ce_spliced - evaluation.ce_clean
+    assert space.build_index("s").missing is not None
+    reading = space.prompt("s", "abc. a")
+    assert reading.texts == list("abc. a")
+    steered = space.steer("s", 0, "abc", strength=3.0, new_tokens=4)
+    assert len(steered.texts) == 3
+    with pytest.raises(InputError, match="no token for"):
+        space.prompt("s", "xyz")
+
+
+def test_what_a_plain_module_lacks_is_said_in_one_line() -> None:
+    model = load_model(character_model())
+    for act in (
+        lambda: head_scores(model.bridge, rows(9, 11)),
+        lambda: head_on_text(model, "a0.h0", "abc"),
+        lambda: resolve_hook(model, "blocks.0.hook_resid_post"),
+    ):
+        with pytest.raises(InputError) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="known by its hook points alone"):
+        head_scores(model.bridge, rows(9, 11))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hooks": {}}, "names no hook points"),
+        ({"hooks": {"x": "nowhere"}}, "no submodule 'nowhere'"),
+        ({"hooks": {"x": "mlp:middle"}}, "expected :input or :output"),
+        ({"hooks": {"x": "out.nothing"}}, "no submodule"),
+        ({"vocabulary": "ab"}, "the vocabulary has 2 tokens, the model 11"),
+        ({"d_vocab": None}, "say how many tokens"),
+        ({"call": lambda module, tokens: (1, 2)}, "gives a tuple for tokens"),
+        ({"module": nn.Flatten()}, "has no weights"),
+        ({"module": "text"}, "expected a HookedTransformer"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match=message):
+        load_model(replace(character_model(), **changes))
+
+
+def test_a_function_in_a_file_gives_a_model_and_is_run_only_when_it_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\nfrom workbench import OwnModel\n\n"
+        "def model():\n    torch.manual_seed(0)\n"
+        "    body = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7))\n"
+        "    return OwnModel(body, 7, 16, {'embedded': '0'})\n\ndef broken():\n    raise ValueError('no weights')\n"
+    )
+    spec = f"{file}:model"
+    with pytest.raises(InputError, match="run only when you name it"):
+        reload_model(spec)
+    model = load_model(spec)
+    assert model.info.source == "python"
+    assert reload_model(spec) is model
+    with pytest.raises(InputError, match="failed: ValueError: no weights"):
+        load_model(f"{file}:broken")
+    with pytest.raises(InputError, match="has no function 'other': it has"):
+        load_model(f"{file}:other")
+    with pytest.raises(InputError, match="no file"):
+        load_model(f"{tmp_path}/nowhere.py:model")
+
+
+def test_a_live_model_is_known_by_its_weights(tmp_path: Path) -> None:
+    model = load_model(character_model())
+    made(tmp_path / "w", model, "mlp", token_corpus(length=20, d_vocab=11), 20)
+    changed = character_model()
+    with torch.no_grad():
+        changed.module.out.bias[0] += 1  # type: ignore[union-attr]
+    other = load_model(changed)
+    assert other.info.weights_sha256 != model.info.weights_sha256
+    with pytest.raises(InputError, match="other weights"):
+        Workspace(tmp_path / "w").prompt("s", "abc")
+    del other, model
+    with pytest.raises(InputError, match="given as an object"):
+        reload_model("live:characters")
+
+
+def test_a_live_bridge_is_used_as_it_is() -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_native(
+        {"n_layers": 2, "d_model": 16, "n_ctx": 12, "d_head": 8, "n_heads": 2, "d_vocab": 20, "act_fn": "relu"}
+    )
+    model = load_model(bridge)
+    tokens = rows(6, 20)
+    assert torch.allclose(model.hf(tokens).logits, bridge(tokens), atol=1e-6)
+    assert "blocks.1.hook_resid_post" in model.checks.hooks

@@ -1,0 +1,288 @@
+"""Loading models of one's own: live objects, HookedTransformers' checkpoints, and Python functions that make them.
+
+1. What is given becomes an `OwnModel` with its name, where it came from and the hash of its weights.
+2. A HookedTransformer gets a TransformerBridge (`workbench.models.hooked`), a TransformerBridge is its own, and any
+   other module has the hook points that its description names.
+3. A few random tokens show what works, as for every model (`workbench.models.guards`).
+
+A workspace records a live object by name (`live:NAME`), and a function by its file. Neither is a checkpoint that could
+be opened again, and a function's file is run when it is named, never because a workspace names it: `recorded_model`
+finds those that this process has loaded, and says otherwise how to give them.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from sae.errors import InputError
+from workbench.models.checkpoints import weights_sha256
+from workbench.models.guards import TOKENS, check
+from workbench.models.hooked import SUFFIXES, is_checkpoint, native_pair, read_checkpoint
+from workbench.models.model import Checks, LoadedModel, ModelInfo
+from workbench.models.own import Called, ModuleBridge, OwnModel, described_hooks, tensors_sha256
+from workbench.models.vocabulary import word_tokenizer
+
+LIVE = "live:"
+_loaded: "WeakValueDictionary[str, LoadedModel]" = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model of one's own before it is loaded."""
+
+    own: OwnModel
+    name: str
+    source: Literal["live", "python", "file"]
+    sha256: str
+
+
+def own_model(spec: "str | nn.Module | OwnModel") -> Given | None:
+    """A model of one's own, None for the name of a Hugging Face model.
+
+    Raises:
+        InputError: a file or function that gives none.
+    """
+    if not isinstance(spec, str):
+        own = _described(spec, f"load_model got a {type(spec).__name__}")
+        return Given(own, LIVE + own.name, "live", tensors_sha256(own.module))
+    if is_function(spec):
+        own = _described(_made_by(spec), f"{spec} gives a {{}}")
+        return Given(own, absolute_function(spec), "python", tensors_sha256(own.module))
+    file = _checkpoint_file(Path(spec).expanduser())
+    if file is None:
+        return None
+    return Given(OwnModel(read_checkpoint(file), name=spec), spec, "file", weights_sha256([file]))
+
+
+def is_function(spec: str) -> bool:
+    """Whether a model's name is `file.py:function`."""
+    file, colon, function = spec.rpartition(":")
+    return bool(colon) and file.endswith(".py") and function.isidentifier()
+
+
+def absolute_function(spec: str) -> str:
+    """`file.py:function` as it means the same from everywhere."""
+    file, _, function = spec.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{function}"
+
+
+def must_be_given(name: str) -> bool:
+    """Whether a recorded name does not bring its model back."""
+    return name.startswith(LIVE) or is_function(name)
+
+
+def remembered(model: LoadedModel, recorded: str | None = None) -> LoadedModel:
+    """The model, found again by `recorded_model` as long as somebody holds it.
+
+    Args:
+        recorded: under this name too.
+    """
+    if must_be_given(model.info.name):
+        _loaded[model.info.name] = model
+    if recorded is not None:
+        _loaded[recorded] = model
+    return model
+
+
+def recorded_model(name: str) -> LoadedModel | None:
+    """A model that this process has loaded and that its name alone does not bring back; None for other names.
+
+    Raises:
+        InputError: one that has to be given again.
+    """
+    if name in _loaded:
+        return _loaded[name]
+    if name.startswith(LIVE):
+        raise InputError(
+            f"the model {name.removeprefix(LIVE)!r} was given as an object, which a workspace does not keep: load it "
+            "again with load_model and hold on to it, or give it as --model FILE.py:FUNCTION"
+        )
+    if is_function(name):
+        raise InputError(
+            f"the model is made by Python that is run only when you name it: give it again, --model {name}, or in "
+            f"Python load_model({name!r})"
+        )
+    return None
+
+
+def _checkpoint_file(path: Path) -> Path | None:
+    """The weights of a HookedTransformer at a path, a file or a folder without a model of Hugging Face's."""
+    if is_checkpoint(path):
+        return path
+    if not path.is_dir() or (path / "tokenizer_config.json").is_file():
+        return None
+    config = path / "config.json"
+    if config.is_file() and any(
+        word in config.read_text(errors="replace") for word in ('"model_type"', '"architectures"')
+    ):
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if len(files) > 1:
+        raise InputError(f"{path} holds {len(files)} files of weights: name one, such as {files[0]}")
+    return files[0] if files else None
+
+
+def _made_by(spec: str) -> Any:
+    """What a function in a Python file gives. Raises InputError when there is none or it fails."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"no file {file}: --model takes path/to/file.py:function")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None, "a path that ends in .py has a loader"
+    assert module_spec.loader is not None, "likewise"
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        module_spec.loader.exec_module(module)
+        function = getattr(module, name, None)
+        if not callable(function):
+            functions = [
+                known for known, value in vars(module).items() if callable(value) and not known.startswith("_")
+            ]
+            raise InputError(f"{file} has no function {name!r}: it has {', '.join(functions) or 'none'}")
+        return function()
+    except InputError:
+        raise
+    except Exception as error:  # the user's own code
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{spec} failed: {type(error).__name__}: {reason}") from None
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+def _described(given: Any, what: str) -> OwnModel:
+    own = given if isinstance(given, OwnModel) else OwnModel(given, name=_name_of(given))
+    if not isinstance(own.module, nn.Module):
+        raise InputError(
+            f"{what.format(type(own.module).__name__)}: expected a HookedTransformer, a TransformerBridge, or a torch "
+            "module with its description, workbench.OwnModel(module, d_vocab=..., n_ctx=..., hooks=...)"
+        )
+    return own
+
+
+def _name_of(module: Any) -> str:
+    return str(getattr(getattr(module, "cfg", None), "model_name", None) or type(module).__name__)
+
+
+def load_own(given: Given, place: torch.device | None, dtype: torch.dtype | None) -> LoadedModel:
+    """Loads a model of one's own.
+
+    Args:
+        place: where it goes; None leaves it where it is.
+        dtype: its precision; None leaves it as it is.
+
+    Raises:
+        InputError: a description that does not fit the module, or a HookedTransformer of an unknown kind.
+    """
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+    own = given.own
+    stored = next((value.dtype for value in own.module.parameters()), None)
+    if stored is None:
+        raise InputError(f"{own.name} has no weights")
+    module: Any = own.module.eval()
+    # One at a time: a HookedTransformer takes no more.
+    for wanted in (place, dtype):
+        module = module if wanted is None else module.to(wanted)
+    recorded = {
+        "name": given.name, "source": given.source, "revision": None, "weights_sha256": given.sha256,
+        "checkpoint_dtype": str(stored).removeprefix("torch."), "device": str(next(module.parameters()).device),
+    }  # fmt: skip
+    if isinstance(module, HookedTransformer | TransformerBridge):
+        if own.hooks or own.call:
+            raise InputError(f"{own.name} is a {type(module).__name__}, which has its hook points: name none")
+        return _transformer(own, module, recorded)
+    return _module(own, recorded)
+
+
+def _transformer(own: OwnModel, module: Any, recorded: dict[str, Any]) -> LoadedModel:
+    """A HookedTransformer or a TransformerBridge."""
+    shape = module.cfg
+    tokenizer = own.tokenizer or (None if own.vocabulary else module.tokenizer)
+    bos_id = own.bos_id
+    if bos_id is None and own.tokenizer is None and tokenizer is not None:
+        bos_id = tokenizer.bos_token_id
+    if hasattr(module, "original_model"):
+        bare, bridge, processing = module.original_model, module, "as given"
+    else:
+        (bare, bridge), processing = native_pair(module, own.name), "raw"
+    hf = Called(bare, shape.d_vocab)
+    info = ModelInfo.of(hf, bridge, processing=processing, **recorded)
+    loaded = LoadedModel(
+        info,
+        hf,
+        bridge,
+        tokenizer or word_tokenizer(own.vocabulary, shape.d_vocab),
+        bos_id,
+        causal=is_causal(hf, info.d_vocab),
+    )
+    return dataclasses.replace(loaded, checks=check(loaded))
+
+
+def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
+    """Any other module."""
+    if own.d_vocab is None or own.n_ctx is None:
+        raise InputError(f"{own.name}: say how many tokens it reads and how long a sequence, d_vocab=..., n_ctx=...")
+    hooks = described_hooks(own)
+    hf = Called(own.module, own.d_vocab, own.call)
+    blocks: dict[str, Any] = dict.fromkeys(("n_layers", "d_model", "n_heads", "d_head", "d_attention", "d_mlp"), 0)
+    info = ModelInfo(
+        processing="as given", architecture=type(own.module).__name__,
+        dtype=str(next(own.module.parameters()).dtype).removeprefix("torch."), n_ctx=own.n_ctx, d_vocab=own.d_vocab,
+        parallel_attention=False, transformer_lens=version("transformer-lens"), **blocks, **recorded,
+    )  # fmt: skip
+    loaded = LoadedModel(
+        info, hf, ModuleBridge(hf, hooks), own.tokenizer or word_tokenizer(own.vocabulary, own.d_vocab), own.bos_id,
+        causal=is_causal(hf, own.d_vocab),
+    )  # fmt: skip
+    return dataclasses.replace(loaded, checks=_checked(loaded, hooks))
+
+
+def _checked(model: LoadedModel, hooks: dict[str, Any]) -> Checks:
+    """Which described hook points hold one vector a token."""
+    from workbench.models.capture import hooked
+    from workbench.models.places import HookSpec
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.info.d_vocab, (2, min(TOKENS, model.info.n_ctx)), generator=generator).to(model.device)
+    values: dict[str, Any] = {}
+
+    def keep(hook: HookSpec, value: Any) -> None:
+        values[hook.name] = value
+
+    with hooked(model, list(hooks.values()), keep), torch.no_grad():
+        model.hf(tokens)
+    usable, refused = {}, {}
+    for name, hook in hooks.items():
+        value = values.get(name)
+        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[:2] == tokens.shape:
+            usable[name] = dataclasses.replace(hook, width=value.shape[-1])
+        else:
+            found = "nothing" if value is None else f"shape {list(getattr(value, 'shape', []))}"
+            refused[name] = f"{hook.component} gives {found} there, expected [batch, pos, width]"
+    if not usable:
+        raise InputError(f"{model.info.name} has no usable hook point: {'; '.join(refused.values())}")
+    unread = f"the unembedding of {model.info.architecture} is not known, so nothing is read through it"
+    return Checks(usable, refused, None, delegated=False, cached=False, editable_patterns=False, unread=unread)
+
+
+@torch.inference_mode()
+def is_causal(hf: Any, d_vocab: int) -> bool:
+    """Whether the first token's logits do not depend on the second: encoders load as language models too."""
+    logits = hf(torch.tensor([[0, 0], [0, d_vocab - 1]], device=next(hf.parameters()).device), use_cache=False).logits[
+        :, 0
+    ]
+    scale = logits.abs().max()
+    # Rounding alone, since both are computed in one batch.
+    rounding = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
+    return not bool(torch.isfinite(scale)) or bool((logits[0] - logits[1]).abs().max() <= rounding * scale)
