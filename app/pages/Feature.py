@@ -36,6 +36,9 @@ def main() -> None:
     feature = index.feature(number)
     with mark:
         bookmark(workspace, feature)
+    if "search" in st.query_params:
+        kept = {name: st.query_params[name] for name in ("sae", "search", "by", "all") if name in st.query_params}
+        page_link("Features", f"← search for {plain(repr(kept['search']))}", **kept)
     headline(feature)
     with st.container(key="beside"):
         left, right = st.columns([5, 2], gap="medium")

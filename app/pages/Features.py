@@ -2,18 +2,21 @@
 
 import io
 import json
+from typing import get_args
 
 import pandas as pd
 import streamlit as st
 
-from app.shared import choose_index, open_workspace, plain, switch_page
+from app.shared import choose_index, open_index, open_workspace, plain, switch_page
 from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.features.index import figures
 from workbench.features.index.page import document
 from workbench.features.index.query import listed_features
+from workbench.features.index.search import By, said, search_features
 
 DENSE = 0.1
+SEARCH = ("search", "by", "all")
 # What tells features apart at a glance comes first: a narrow window shows only the first columns.
 COLUMNS = {
     "feature": "feature", "name": "name", "where": "found in", "peak_tokens": "fires on", "top_token": "promotes",
@@ -32,19 +35,22 @@ def main() -> None:
     chosen_list = choose_list(workspace)
     table = chosen_features(workspace, index, chosen_list)
     if table.empty:
-        st.info("No feature matches. Search for another text, or show dense and dead features.")
+        st.info("No feature matches. Search for another text, in all SAEs, or show dense and dead features.")
         return
     in_table, in_map, in_spectrum = st.tabs(["Table", "Map", "Density"])
     with in_table:
         st.caption(f"{len(table):,} features. Select a row to open it; click a column's head to sort.")
-        shown = table[[column for column in COLUMNS if column in table]].rename(columns=COLUMNS)
+        # Which SAE a feature is of is said where there are several.
+        wanted = ["sae", *COLUMNS] if table["sae"].nunique() > 1 else list(COLUMNS)
+        shown = table[[column for column in wanted if column in table]].rename(columns=COLUMNS)
         event = st.dataframe(
             shown, hide_index=True, key=f"table {index.sae}", on_select="rerun", selection_mode="single-row",
             height=560, column_config={"density": st.column_config.NumberColumn(format="%.3g")},
         )  # fmt: skip
         if rows := event["selection"]["rows"]:
-            switch_page("Feature", sae=index.sae, feature=int(table["feature"].iloc[rows[0]]))
+            open_feature(table["sae"].iloc[rows[0]], int(table["feature"].iloc[rows[0]]))
         save(workspace, index, table, chosen_list)
+    table = table[table["sae"] == index.sae]
     with in_map:
         st.caption("Decoder directions in two dimensions. Click a point to open it, or draw around several.")
         select(index, table, figures.decoder_map(table, method=index.map_method), "map")
@@ -55,6 +61,27 @@ def main() -> None:
             st.info("None of these features fires.")
 
 
+def open_feature(sae: str, feature: int) -> None:
+    """Goes to the page of a feature.
+
+    The search goes along in the URL: Streamlit first puts the new state under this page and then changes the page, so
+    that the way Back leads over the new state.
+    """
+    kept = {name: value for name, value in st.query_params.items() if name in SEARCH}
+    switch_page("Feature", **kept, sae=sae, feature=feature)
+
+
+def follow() -> None:
+    """Brings the search of the boxes into the URL."""
+    state = st.session_state
+    said = {"search": state["search"], "by": "words" if state["by"] == "words" else "", "all": "true" * state["all"]}
+    for name, value in said.items():
+        if value:
+            st.query_params[name] = value
+        else:
+            st.query_params.pop(name, None)
+
+
 def choose_list(workspace: Workspace) -> str | None:
     """One of the lists people made, kept in the URL as `list`; nothing is shown before there is one."""
     lists = Notes(workspace.path).lists()
@@ -63,18 +90,29 @@ def choose_list(workspace: Workspace) -> str | None:
 
 def chosen_features(workspace: Workspace, index: FeatureIndex, chosen_list: str | None) -> pd.DataFrame:
     """The table's rows that the search and the filters leave."""
-    text, dense, dead = st.columns([4, 1, 1], vertical_alignment="bottom")
-    searched = text.text_input(
-        "Search", key="search", bind="query-params", placeholder="in labels, peak tokens, promoted tokens, examples"
+    # The URL decides: unlike that of a bound widget, its part of the URL can go along to a feature (`open_feature`).
+    values = {"search": "", "by": "text", "all": ""} | {
+        name: value for name, value in st.query_params.items() if name in SEARCH
+    }
+    st.session_state["search"] = values["search"]
+    st.session_state["by"] = "words" if values["by"] == "words" else "text"
+    st.session_state["all"] = values["all"] == "true"
+    searched = st.text_input(
+        "Search", key="search", on_change=follow, placeholder="in labels, peak tokens, promoted tokens, examples"
     )
-    hide_dense = dense.checkbox(
-        "hide dense", key="hide_dense", bind="query-params", help=f"those that fire on over {DENSE:.0%} of tokens"
-    )
-    hide_dead = dead.checkbox("hide dead", value=True, key="hide_dead", bind="query-params")
-    table = index.table()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        by: By = st.segmented_control(
+            "Search for", get_args(By), key="by", on_change=follow, required=True, label_visibility="collapsed",
+            help="text: as it is typed; words: features about any of them, best first (tf-idf)",
+        ) or "text"  # fmt: skip
+        everywhere = st.checkbox("all SAEs", key="all", on_change=follow, disabled=len(workspace.indexes()) < 2)
+        hide_dense = st.checkbox(
+            "hide dense", key="hide_dense", bind="query-params", help=f"those that fire on over {DENSE:.0%} of tokens"
+        )
+        hide_dead = st.checkbox("hide dead", value=True, key="hide_dead", bind="query-params")
+    table = index.table().assign(sae=index.sae)
     if searched.strip():
-        found = index.search(searched)[["feature", "where"]]
-        table = found.merge(table, on="feature", how="left", sort=False)
+        table = search(workspace, index, searched, by, everywhere)
     if hide_dense:
         table = table[table["density"] <= DENSE]
     if hide_dead:
@@ -83,6 +121,22 @@ def chosen_features(workspace: Workspace, index: FeatureIndex, chosen_list: str 
         members = [number for sae, number in Notes(workspace.path).members(chosen_list) if sae == index.sae]
         table = table[table["feature"].isin(members)]
     return filtered(table).reset_index(drop=True)
+
+
+def search(workspace: Workspace, index: FeatureIndex, text: str, by: By, everywhere: bool) -> pd.DataFrame:
+    """Rows of the features found, in this SAE or in all, best first; says how many there are in all."""
+    try:
+        found = search_features(workspace, text, saes=None if everywhere else [index.sae], by=by)
+    except InputError as error:
+        st.warning(plain(str(error)))
+        return index.table().head(0)
+    st.caption(plain(f"{said(found)} with {text!r} in label, tokens or examples".capitalize()))
+    if not found.n:
+        return index.table().head(0)
+    tables = [open_index(workspace, name).table().assign(sae=name) for name in found.table["sae"].unique()]
+    return found.table[["sae", "feature", "where"]].merge(
+        pd.concat(tables), on=["sae", "feature"], how="left", sort=False
+    )
 
 
 def filtered(table: pd.DataFrame) -> pd.DataFrame:
@@ -150,7 +204,7 @@ def select(index: FeatureIndex, table: pd.DataFrame, figure: object, name: str) 
     # Streamlit hands a row of customdata over as a dictionary by position.
     chosen = [int(point["customdata"]["0"]) for point in event["selection"]["points"] if "customdata" in point]
     if len(chosen) == 1:
-        switch_page("Feature", sae=index.sae, feature=chosen[0])
+        open_feature(index.sae, chosen[0])
     if chosen:
         rows = table[table["feature"].isin(chosen)]
         st.dataframe(rows[[column for column in COLUMNS if column in rows]].rename(columns=COLUMNS), hide_index=True)

@@ -127,6 +127,25 @@ def test_search_is_kept_in_the_url(address: str, page: Any) -> None:
     assert page.get_by_role("textbox", name="Search").input_value() == "nothing has this text"
 
 
+def test_back_from_a_feature_keeps_the_search(address: str, page: Any) -> None:
+    page.goto(link(address, "Features", sae="s"))
+    page.get_by_role("textbox", name="Search").fill("script")
+    page.keyboard.press("Enter")
+    page.get_by_text("with 'script' in label, tokens or examples").wait_for()
+    page.wait_for_url(re.compile("search=script"))
+    settled(page)
+    # The table is a canvas: its first row lies under the head, the boxes of selection at the left.
+    box = page.get_by_test_id("stDataFrame").first.bounding_box()
+    page.mouse.click(box["x"] + 15, box["y"] + 52)
+    page.wait_for_url(re.compile("/Feature\\?"))
+    page.locator("details.ex").first.wait_for()
+    page.go_back()
+    page.get_by_text("with 'script' in label, tokens or examples").wait_for()
+    assert page.get_by_role("textbox", name="Search").input_value() == "script"
+    settled(page)
+    assert "search=script" in page.url
+
+
 def test_a_point_of_the_map_opens_its_feature(address: str, page: Any) -> None:
     page.goto(link(address, "Features", sae="s"))
     page.get_by_role("tab", name="Map").click()

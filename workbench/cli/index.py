@@ -18,13 +18,18 @@ from workbench.cli.options import (
     give_model,
     open_workspace,
 )
-from workbench.cli.output import print_frame, print_json, shorten, write_page, writing
+from workbench.cli.output import print_frame, print_json, records, shorten, write_page, writing
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from workbench.features.index.feature import Feature
     from workbench.features.index.query import FeatureIndex
+    from workbench.features.index.search import By
     from workbench.workspace import Workspace
+
+SHOWN = 30
+FOUND = {"sae": "SAE", "feature": "feature", "name": "name", "where": "found in", "hits": "in examples",
+         "firings": "firings"}  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -61,9 +66,10 @@ def make_index(
 
 
 def feature(
-    sae: Annotated[str, typer.Argument(help="Name of an indexed SAE.")],
+    sae: Annotated[str | None, typer.Argument(help="Name of an indexed SAE; searches go through all without.")] = None,
     number: Annotated[int | None, typer.Argument(help="Feature to show.")] = None,
     search: Annotated[str | None, typer.Option(help="List features with this text in label, tokens or texts.")] = None,
+    words: Annotated[str | None, typer.Option(help="List features about these words, best first.")] = None,
     member_of: Annotated[str | None, typer.Option("--list", help="The features of a list instead of one.")] = None,
     label: Annotated[str | None, typer.Option(help="Label the feature; an empty text removes its label.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
@@ -77,9 +83,16 @@ def feature(
 
     if label is not None and number is None:
         raise InputError("--label needs the number of the feature to label")
-    if number is None and search is None and member_of is None and table is None:
-        raise InputError("name a feature's number, or use --search, --list or --table")
+    if number is None and search is None and words is None and member_of is None and table is None:
+        raise InputError("name a feature's number, or use --search, --words, --list or --table")
+    if search is not None and words is not None:
+        raise InputError("search for a text or for words, not for both at once: leave --search or --words out")
     workspace = open_workspace(folder)
+    if search is not None or words is not None:
+        _search(workspace, sae, search or words or "", "text" if words is None else "words", as_json)
+        return
+    if sae is None:
+        raise InputError("name the SAE: `workbench feature NAME ...`; a search goes through all without")
     with closing(workspace.index(sae)) as index:
         if label is not None and number is not None:
             index.feature(number)
@@ -87,9 +100,6 @@ def feature(
         if table is not None:
             with writing(table):
                 index.write_table(table)
-        if search is not None:
-            print_frame(f"Features with {search!r}", index.search(search), as_json)
-            return
         chosen = _chosen(workspace, index, number, member_of)
     if html is not None:
         write_page(html, document(chosen, member_of))
@@ -103,6 +113,19 @@ def feature(
     if html is None:
         for item in chosen:
             _print(item)
+
+
+def _search(workspace: "Workspace", sae: str | None, text: str, by: "By", as_json: bool) -> None:
+    """Features of one SAE or of all that say a text or are about words, and how many more there are."""
+    from workbench.features.index.search import said, search_features
+
+    found = search_features(workspace, text, saes=None if sae is None else [sae], by=by)
+    if as_json:
+        print_json(records(found.table))
+    elif not found.n:
+        print(f"No feature has {text!r} in its label, tokens or examples")
+    else:
+        print_frame(f"{said(found)} with {text!r}".capitalize(), found.table, as_json, titles=FOUND, top=SHOWN)
 
 
 def _chosen(

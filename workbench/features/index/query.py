@@ -42,6 +42,7 @@ from workbench.features.index.feature import (
 )
 from workbench.features.index.geometry import MapMethod
 from workbench.features.index.names import DEAD, descriptions
+from workbench.features.index.search import MAX_HITS, By, search_index
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
 from workbench.text.packing import NO_TEXT
 from workbench.text.token_bytes import alone, joined
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TOKENS_BEFORE, TOKENS_AFTER = 24, 12
-MAX_HITS = 200
 
 
 def listed_features(catalog: Catalog, name: str) -> list[Feature]:
@@ -342,7 +342,7 @@ class FeatureIndex:
         `label` is what people wrote, else the explanation where its score is high enough, else the best concept where
         its held-out F1 is; `concept` and `concept_f1` are there when the SAE was aligned with concepts.
         """
-        table = self._run(
+        table = self.frame(
             f"""
             SELECT s.feature, s.density, s.firings, s.positive / nullif(s.firings, 0) AS positive_share, s.mean, s.std,
                    s.skewness, s.kurtosis, s.minimum, s.maximum, greatest(abs(s.minimum), abs(s.maximum)) AS strongest,
@@ -358,7 +358,7 @@ class FeatureIndex:
             JOIN feature_texts t ON t.feature = s.feature
             ORDER BY s.feature
             """
-        ).df()
+        )
         parts = [bytes(part) if isinstance(part, bytes | bytearray) else None for part in table.pop("top_bytes")]
         table["top_token"] = [
             alone(text, part) if isinstance(text, str) else text
@@ -374,33 +374,21 @@ class FeatureIndex:
             table.insert(4, "concept_f1", [best[f].f1 if f in best else math.nan for f in table["feature"]])
         return table
 
-    def search(self, text: str, limit: int = MAX_HITS) -> pd.DataFrame:
-        """Features whose label, peak tokens, promoted tokens or example texts contain `text`, in any case.
+    def search(self, text: str, limit: int = MAX_HITS, *, by: By = "text") -> pd.DataFrame:
+        """Features that say a text, or are about words (`workbench.features.index.search`).
 
         Returns:
-            Columns feature, where (`label`, `peak`, `promoted`, `example`: the best place), hits (occurrences in the
-            examples), firings; labels first, then peaks, promoted tokens, examples, more occurrences first.
+            Columns sae, feature, name, where (`label`, `peak`, `promoted`, `example`: the best place), hits
+            (occurrences in the examples), firings, by words also score; best first.
 
         Raises:
-            InputError: an empty text.
+            InputError: an empty text, or an unknown way.
         """
-        if not text.strip():
-            raise InputError("an empty search finds everything: type some text")
-        needle = text.lower()
-        labelled = [f for f, label in self.titles().items() if needle in label.lower()]
-        return self._run(
-            """
-                SELECT feature, CASE WHEN labelled THEN 'label' WHEN contains(peaks, $needle) THEN 'peak'
-                       WHEN contains(promoted, $needle) THEN 'promoted' ELSE 'example' END AS "where",
-                       (length(examples) - length(replace(examples, $needle, ''))) // length($needle) AS hits, firings
-                FROM (SELECT *, list_contains($labelled, feature) AS labelled FROM feature_texts)
-                JOIN feature_stats USING (feature)
-                WHERE labelled OR contains(peaks, $needle) OR contains(promoted, $needle) OR contains(examples, $needle)
-                ORDER BY list_position(['label', 'peak', 'promoted', 'example'], "where"), hits DESC, feature
-                LIMIT $limit
-                """,
-            {"needle": needle, "labelled": labelled, "limit": limit},
-        ).df()
+        return search_index(self, text, by=by, limit=limit).table
+
+    def frame(self, sql: str, parameters: Any = None) -> pd.DataFrame:
+        """What a query on the index's tables gives."""
+        return self._run(sql, parameters).df()
 
     def write_table(self, path: "Path") -> None:
         """Writes `table()` as a Parquet file."""

@@ -52,7 +52,10 @@ def test_labels_lists_and_search(space: Workspace, tmp_path: Path, capsys: pytes
     output_of(capsys, "feature", "s", "7", "--label", "Seventh heaven", *where)
     found = json.loads(output_of(capsys, "feature", "s", "--search", "heaven", "--json", *where))
     assert [(row["feature"], row["where"]) for row in found] == [(7, "label")]
-    assert "7" in output_of(capsys, "feature", "s", "--search", "heaven", *where)
+    # Without an SAE all of them are searched.
+    assert "Seventh heaven" in output_of(capsys, "feature", "--search", "heaven", *where)
+    assert "Seventh heaven" in output_of(capsys, "feature", "--words", "hell heaven", *where)
+    assert "No feature has 'purgatory'" in output_of(capsys, "feature", "s", "--search", "purgatory", *where)
     for number in (7, DEAD):
         Notes(space.path).add_to_list("mine", "s", number)
     listed = json.loads(output_of(capsys, "feature", "s", "--list", "mine", "--json", *where))

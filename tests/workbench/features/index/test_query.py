@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from workbench.features.index.feature import Example, ExampleGroup, Feature, Fea
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.page import document, fragment
 from workbench.features.index.query import FeatureIndex
+from workbench.features.index.search import said, search_features
 from workbench.models.load import LoadedModel
 from workbench.show.html import marked
 
@@ -194,6 +196,59 @@ def test_search_finds_labels_then_peaks_then_texts(index: FeatureIndex, busiest:
         index.search("  ")
     Notes(space.path).set_label("s", DEAD, "")
     assert index.search("unused").empty
+
+
+def test_words_are_ranked_by_the_formula(index: FeatureIndex, busiest: Feature, space: Workspace) -> None:
+    """BM25F as the module states it, in plain Python over the texts of every feature."""
+    Notes(space.path).set_label("s", busiest.feature, "returns of scripts")
+    with duckdb.connect(str(index.path), read_only=True) as connection:
+        texts = {
+            feature: ["", *fields]
+            for feature, *fields in connection.execute(
+                "SELECT feature, peaks, promoted, examples FROM feature_texts"
+            ).fetchall()
+        }
+    texts[busiest.feature][0] = "returns of scripts"
+    lengths = [[len(fields[at]) for fields in texts.values() if fields[at]] for at in range(4)]
+    mean = [sum(found) / len(found) for found in lengths]
+    expected = dict.fromkeys(texts, 0.0)
+    for word in ("return", "script"):
+        tf = {
+            feature: sum(
+                weight * len(re.findall(rf"(?<![a-z0-9]){word}", text)) / (0.25 + 0.75 * len(text) / average)
+                for weight, text, average in zip((3, 3, 1, 1), fields, mean, strict=True)
+                if text
+            )
+            for feature, fields in texts.items()
+        }
+        n = sum(value > 0 for value in tf.values())
+        for feature, value in tf.items():
+            expected[feature] += np.log(1 + (len(texts) - n + 0.5) / (n + 0.5)) * value / (1.2 + value)
+    found = index.search("Return, script", by="words", limit=1000)
+    assert found.set_index("feature")["where"][busiest.feature] == "label"
+    assert found["score"].is_monotonic_decreasing
+    positive = {feature: score for feature, score in expected.items() if score > 0}
+    assert dict(zip(found["feature"], found["score"], strict=True)) == pytest.approx(positive)
+    with pytest.raises(InputError, match="no word in"):
+        index.search("%_%", by="words")
+    Notes(space.path).set_label("s", busiest.feature, "")
+
+
+def test_all_saes_are_searched_and_the_count_is_of_all(index: FeatureIndex, space: Workspace) -> None:
+    shutil.copytree(space.path, other := space.path.parent / "other")
+    shutil.copy(other / "indexes" / "s.duckdb", other / "indexes" / "t.duckdb")
+    with duckdb.connect(str(other / "indexes" / "t.duckdb")) as connection:
+        connection.execute(
+            'UPDATE meta SET value = replace(value::VARCHAR, \'"sae": "s"\', \'"sae": "t"\') WHERE key = \'settings\''
+        )
+    one = search_features(space, "script", limit=1000)
+    both = search_features(Workspace(other), "script", limit=5)
+    assert both.n == 2 * one.n
+    assert len(both.table) == 5
+    assert said(both) == f"first 5 of {both.n} features"
+    assert both.table["sae"].tolist()[:2] == ["s", "t"]
+    assert (both.table["name"] != "").all()
+    assert said(search_features(space, "no such text")) == "no feature"
 
 
 def test_the_table_goes_to_parquet(index: FeatureIndex, tmp_path: Path) -> None:
