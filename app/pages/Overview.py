@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app.shared import open_workspace
+from app.shared import open_workspace, plain
 from workbench import Workspace
 from workbench.saes import figures
 
@@ -70,8 +70,11 @@ def runs(workspace: Workspace) -> None:
     if not summaries:
         st.info("No training run yet.")
         return
+    errors = {run.name: run.errors for run in summaries}
     states = {run.name: f"{run.name} ({run.state})" for run in summaries}
     chosen = st.selectbox("Run", list(states), format_func=states.__getitem__, index=len(states) - 1)
+    for sae, error in errors[chosen].items():
+        st.error(plain(f"{sae} failed: {error}"))
     metrics = workspace.run(chosen).metrics()
     if metrics.empty:
         st.info("This run has not reported yet.")

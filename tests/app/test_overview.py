@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from app.shared import plain
 from sae import SAE, TopK
 from workbench import Workspace
 
@@ -51,6 +52,16 @@ def test_a_run_without_reports_says_so(workspace: Workspace, open_page: OpenPage
     page = open_page("Overview", workspace)
     assert not page.exception
     assert "has not reported yet" in page.info[-1].value
+
+
+def test_a_run_that_failed_says_so_and_why(workspace: Workspace, open_page: OpenPage) -> None:
+    start_run(workspace, 2)
+    run = workspace.run("r")
+    run.finish(run.description["configs"], errors={"s": "the loss stopped being finite"})
+    page = open_page("Overview", workspace)
+    assert not page.exception
+    assert page.selectbox[0].options == ["r (failed)"]
+    assert page.error[0].value == plain("s failed: the loss stopped being finite")
 
 
 def test_saes_are_listed_with_their_evaluation(workspace: Workspace, open_page: OpenPage) -> None:

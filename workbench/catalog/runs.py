@@ -12,7 +12,7 @@ A run lies at `runs/<name>/`:
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,17 @@ class RunSummary:
     total_tokens: int
     damaged: bool = False
     """Cannot be read; `workbench doctor` says why."""
-    failed: int = 0
-    """SAEs that came to nothing; `Run.errors` says why."""
+    errors: Mapping[str, str] = field(default_factory=dict)
+    """Why SAEs came to nothing, by name."""
 
     @property
     def state(self) -> str:
         """`finished`, `failed`, how many of it failed, `damaged`, or how much of it is trained."""
         if self.damaged:
             return "damaged"
-        if self.failed:
-            return "failed" if self.failed == len(self.saes) else f"{self.failed} of {len(self.saes)} failed"
+        if self.errors:
+            failed, n = len(self.errors), len(self.saes)
+            return "failed" if failed == n else f"{failed} of {n} failed"
         return "finished" if self.finished else f"{self.tokens / self.total_tokens:.0%} trained"
 
 
@@ -165,7 +166,7 @@ class Run:
             finished=self.finished,
             tokens=int(metrics["tokens"].max()) if len(metrics) else 0,
             total_tokens=max(config["total_tokens"] for config in description["configs"]),
-            failed=len(self.errors()) if self.finished else 0,
+            errors=self.errors() if self.finished else {},
         )
 
     def _live_records(self) -> list[dict[str, Any]]:

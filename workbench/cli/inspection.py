@@ -51,6 +51,9 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
             [run.name, run.harvest, run.hook, "\n".join(run.saes), run.tokens, run.state] for run in runs
         ],
     )  # fmt: skip
+    for run in runs:
+        for sae, error in run.errors.items():
+            print(f"  {sae} of {run.name} failed: {error}")
     print_table(
         "SAEs",
         ["name", "hook", "features", "L0", "FVU", "+ nats", "recovered"],

@@ -167,6 +167,8 @@ def test_a_run_that_failed_says_why_and_frees_its_name(path: Path, capsys: pytes
     assert "1 of 1 SAEs failed (diverged: the loss stopped being finite" in said
     assert "the name 'diverged' is free again" in said
     assert next(item for item in Workspace(path).runs() if item.name == "diverged").state == "failed"
+    assert run(["info", "--workspace", str(path)]) == 0
+    assert "diverged of diverged failed: the loss stopped being finite" in capsys.readouterr().out
     assert run(training(path, "diverged")) == 0
     assert next(item for item in Workspace(path).runs() if item.name == "diverged").state == "finished"
 
