@@ -100,6 +100,15 @@ def test_feature_choice_columns_have_exactly_their_budget_or_all_positives(n: in
     assert shares[order].diff().max() <= (1 if budgets == "uniform" else 0)
 
 
+@pytest.mark.parametrize("budgets", ["uniform", "zipf"])
+def test_a_share_at_four_times_k_is_no_smaller(budgets: str) -> None:
+    """So that the code at k lies in the one at 4 k, which multi-k on a GPU relies on."""
+    for d_sae, n, k in itertools.product((12, 100, 1000), (16, 60, 300), (1, 3, 8)):
+        if k * n >= d_sae:
+            rule = FeatureChoice(k, budgets)
+            assert bool((rule.shares(d_sae, n) <= rule.at_k(min(4 * k, d_sae)).shares(d_sae, n)).all())
+
+
 def test_feature_choice_begins_as_mutual_choice() -> None:
     rule = FeatureChoice(4, mutual_share=0.5)
     early, late = batch_of(50, progress=0.49), batch_of(50, progress=0.5)
