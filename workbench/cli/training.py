@@ -3,7 +3,7 @@
 The options say what a sweep file says and go the same way (`workbench.saes.sweeps`).
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,13 +20,14 @@ from workbench.cli.options import (
 )
 from workbench.cli.output import print_json, print_table
 from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations
+from workbench.cli.shared import sharing
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from sae.config import TrainConfig
     from sae.training import StepMetrics, TrainedSAE
     from workbench.saes.evaluation import Evaluation
-    from workbench.saes.sweeps import SweepEstimate
+    from workbench.saes.sweeps import Sweep, SweepEstimate
     from workbench.workspace import Workspace
 
 RULE_NAMES = (
@@ -77,29 +78,65 @@ def register(app: typer.Typer) -> None:
     app.command()(train)
 
 
-def train(
-    context: typer.Context,
-    harvest: Annotated[str, typer.Argument(help="Name of a finished harvest.")],
-    name: Annotated[str, typer.Option(help="Name of the SAE and of the run.")],
-    hook: Annotated[str | None, typer.Option(help="Hook point; needed when the harvest has several.")] = None,
-    target_hook: TargetOption = None,
-    sweep: SweepOption = None,
-    rule: RuleOption = ["topk"],  # noqa: B006
-    k: KOption = [32],  # noqa: B006
-    sparsity: SparsityOption = None,
-    d_sae: Annotated[int, typer.Option(help="Number of features.", min=1)] = 4096,
-    seed: SeedOption = [0],  # noqa: B006
-    tokens: TrainedTokensOption = None,
-    lr: RateOption = None,
-    batch_size: Annotated[int, typer.Option(help="Tokens per step.", min=1)] = 4096,
-    skip: Annotated[bool, typer.Option("--skip", help="Give transcoders a linear path beside the features.")] = False,
-    baseline: BaselineOption = False,
-    estimate_only: Annotated[bool, typer.Option(help="Print memory and time, and stop.")] = False,
-    evaluate_after: EvaluateOption = False,
-    folder: WorkspaceOption = DEFAULT_WORKSPACE,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What `workbench train` is asked for."""
+
+    harvest: Annotated[str, typer.Argument(help="Name of a finished harvest.")]
+    name: Annotated[str, typer.Option(help="Name of the SAE and of the run.")]
+    hook: Annotated[str | None, typer.Option(help="Hook point; needed when the harvest has several.")] = None
+    target_hook: TargetOption = None
+    sweep: SweepOption = None
+    rule: RuleOption
+    k: KOption
+    sparsity: SparsityOption = None
+    d_sae: Annotated[int, typer.Option(help="Number of features.", min=1)] = 4096
+    seed: SeedOption
+    tokens: TrainedTokensOption = None
+    lr: RateOption = None
+    batch_size: Annotated[int, typer.Option(help="Tokens per step.", min=1)] = 4096
+    skip: Annotated[bool, typer.Option("--skip", help="Give transcoders a linear path beside the features.")] = False
+    baseline: BaselineOption = False
+    estimate_only: Annotated[bool, typer.Option(help="Print memory and time, and stop.")] = False
+    evaluate_after: EvaluateOption = False
+    folder: WorkspaceOption = DEFAULT_WORKSPACE
+    device: DeviceOption = "auto"
+    as_json: JsonOption = False
+
+    @property
+    def placed(self) -> dict[str, Any]:
+        """What is read and written, and where it is computed."""
+        return {"hook": self.hook, "target_hook": self.target_hook, "device": self.device}
+
+    def asked(self, context: typer.Context) -> "Sweep":
+        """What the sweep file says, else what the options say in its place.
+
+        Raises:
+            InputError: options that the file or the rules named leave no room for.
+        """
+        from workbench.saes.sweeps import parse_sweep, read_sweep
+
+        if self.sweep is not None:
+            refuse_with_sweep(context)
+            asked = read_sweep(self.sweep)
+            if self.tokens is not None and asked.tokens is not None:
+                raise InputError(f"{self.sweep} says how many tokens: leave --tokens out")
+            return asked
+        shared: dict[str, Any] = {"d_sae": self.d_sae, "batch_size": self.batch_size, "skip": self.skip}
+        shared |= {} if self.lr is None else {"lr": self.lr}
+        tables = rule_tables(context, self.rule, self.k, self.sparsity)
+        return parse_sweep({**shared, "seed": self.seed, "rule": tables}, where="the command")
+
+    def configs(self, asked: "Sweep", total: int) -> "list[TrainConfig]":
+        """One configuration an SAE, the baseline last."""
+        configs = asked.configs(self.name, total)
+        if self.baseline:
+            configs.append(replace(configs[0], name=f"{self.name}-random-decoder", frozen_decoder=True))
+        return configs
+
+
+@sharing(Training, rule=["topk"], k=[32], seed=[0])
+def train(run: Training, context: typer.Context) -> None:
     """Train SAEs or transcoders on a harvest, several side by side on one stream of batches.
 
     Without --sweep, one SAE per --rule, --k (or --sparsity) and --seed. A sweep file holds training settings and, in
@@ -108,43 +145,33 @@ def train(
 
     Interrupted, it goes on from the last checkpoint when the same command is repeated.
     """
-    from workbench.saes.sweeps import parse_sweep, read_sweep
-
-    workspace = open_workspace(folder)
-    if sweep is not None:
-        refuse_with_sweep(context)
-        asked = read_sweep(sweep)
-    else:
-        shared = {"d_sae": d_sae, "batch_size": batch_size, "skip": skip} | ({} if lr is None else {"lr": lr})
-        tables = rule_tables(context, rule, k, sparsity)
-        asked = parse_sweep({**shared, "seed": seed, "rule": tables}, where="the command")
-    if tokens is not None and asked.tokens is not None:
-        raise InputError(f"{sweep} says how many tokens: leave --tokens out")
-    total = tokens or asked.tokens or workspace.open_harvest(harvest).n_trainable_rows
-    configs = asked.configs(name, total)
-    if baseline:
-        configs.append(replace(configs[0], name=f"{name}-random-decoder", frozen_decoder=True))
-    hooks = {"hook": hook, "target_hook": target_hook}
-    if sweep is not None or estimate_only:
-        estimate = workspace.estimate_training(harvest, configs, **hooks, device=device)
-        if estimate_only:
-            print_json(asdict(estimate)) if as_json else print(describe_training(estimate))
-            return
-        if not as_json:
+    workspace = open_workspace(run.folder)
+    asked = run.asked(context)
+    total = run.tokens or asked.tokens or workspace.open_harvest(run.harvest).n_trainable_rows
+    configs = run.configs(asked, total)
+    if run.sweep is not None or run.estimate_only:
+        estimate = workspace.estimate_training(run.harvest, configs, **run.placed)
+        if not run.as_json:
             print(describe_training(estimate))
-    trained = train_with_progress(workspace, name, harvest, configs, device, quiet=as_json, **hooks)
+        elif run.estimate_only:
+            print_json(asdict(estimate))
+        if run.estimate_only:
+            return
+    trained = train_with_progress(workspace, run, configs)
     made = [result.config.name for result in trained if not result.error]
     found = {}
-    if evaluate_after and made:
-        found = evaluate_saes(workspace, made, max_tokens=EVALUATION_TOKENS, device=device, reuse=True, quiet=as_json)
-    outcome = outcomes(workspace, name, made, found)
-    if as_json:
+    if run.evaluate_after and made:
+        found = evaluate_saes(
+            workspace, made, max_tokens=EVALUATION_TOKENS, device=run.device, reuse=True, quiet=run.as_json
+        )
+    outcome = outcomes(workspace, run.name, made, found)
+    if run.as_json:
         evaluations = {"evaluations": {sae: item.to_dict() for sae, item in found.items()}} if found else {}
         failed = {result.config.name: result.error for result in trained if result.error}
-        print_json({"run": name, "saes": outcome, "failed": failed, **evaluations})
+        print_json({"run": run.name, "saes": outcome, "failed": failed, **evaluations})
     elif made:
         conclude(workspace, outcome, found, asked_tokens=total)
-    refuse_failures(workspace, name, trained)
+    refuse_failures(workspace, run.name, trained)
 
 
 def outcomes(
@@ -246,18 +273,9 @@ def refuse_with_sweep(context: typer.Context) -> None:
             raise InputError(f"{option} does not go with --sweep: write {key} into the file")
 
 
-def train_with_progress(
-    workspace: "Workspace",
-    name: str,
-    harvest: str,
-    configs: "list[TrainConfig]",
-    device: str,
-    *,
-    quiet: bool,
-    **hooks: str | None,
-) -> "list[TrainedSAE]":
+def train_with_progress(workspace: "Workspace", run: Training, configs: "list[TrainConfig]") -> "list[TrainedSAE]":
     """Trains behind a progress bar that shows the first SAE still running."""
-    with ProgressBar("train", configs[0].total_tokens, enabled=not quiet) as bar:
+    with ProgressBar("train", configs[0].total_tokens, enabled=not run.as_json) as bar:
         furthest = 0
 
         def on_metrics(metrics: "StepMetrics") -> None:
@@ -267,7 +285,7 @@ def train_with_progress(
                 furthest = metrics.tokens
                 bar.update(metrics.tokens, describe_metrics(metrics))
 
-        return workspace.train_all(name, harvest, configs, **hooks, device=device, on_metrics=on_metrics)
+        return workspace.train_all(run.name, run.harvest, configs, **run.placed, on_metrics=on_metrics)
 
 
 def describe_training(estimate: "SweepEstimate") -> str:
