@@ -51,6 +51,25 @@ def test_an_arm_that_does_not_run_is_named_and_the_others_are_timed() -> None:
     assert bench_arms.FLOOR in results
 
 
+def test_an_arm_that_fails_in_a_later_round_is_named_and_the_others_are_timed() -> None:
+    """As one that runs out of memory beside the others."""
+    data = bench_arms.batches(TINY, torch.device("cpu"))
+    rounds = iter(range(4))
+
+    def greedy() -> bench_arms.Step:
+        def step(batch: torch.Tensor) -> None:
+            if next(rounds) == 3:
+                raise torch.OutOfMemoryError("out of memory\nlong story")
+
+        return step
+
+    left_out: dict[str, str] = {}
+    arms = {"greedy": greedy, bench_arms.OURS: lambda: bench_arms.ours(TINY, data[0])}
+    results = measure(TINY, arms, data, 3, left_out.__setitem__)
+    assert left_out == {"greedy": "in round 2, OutOfMemoryError: out of memory"}
+    assert list(results) == [bench_arms.OURS]
+
+
 def test_the_command_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "demo", "--rounds", "2", "--device", "cpu", "--json"]) in (0, None)
     report = json.loads(capsys.readouterr().out)

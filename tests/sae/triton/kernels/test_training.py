@@ -103,10 +103,10 @@ def trajectory(
 
 CASES = [(rule, "aux-k") for rule in RULES] + [
     (TopK(4), "clip"), (TopK(4), "aux-k clip"), (BatchTopK(3), "frozen clip"),
-    (JumpReLU(), ""), (JumpReLU(), "dense"), (JumpReLU(target_l0=2.0), "aux-k clip"), (JumpReLU(), "aux-k dense clip"),
+    (JumpReLU(), ""), (JumpReLU(target_l0=2.0), "aux-k clip"), (JumpReLU(), "aux-k dense clip"),
     (ReLU(), "frozen clip"), (ReLU(), "dense frozen clip"),
-    (TopK(4), "nested"), (TopK(4), "anneal nested multi"), (AbsTopK(4), "frozen nested multi"),
-    (BatchTopK(3), "nested multi clip"), (BatchAbsTopK(3), "multi"),
+    (TopK(4), "anneal nested multi"), (AbsTopK(4), "frozen nested multi"),
+    (BatchTopK(3), "nested multi clip"),
     (FeatureChoice(3, mutual_share=0.4), "nested multi"), (GradientTopK(4, beta=0.7), "aux-k nested multi"),
     (TopK(4), ""), (TopK(4), "frozen"), (AbsTopK(4), "aux-zipf"), (FeatureChoice(3, mutual_share=0.4), "aux-zipf"),
 ]  # fmt: skip
