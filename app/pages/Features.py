@@ -12,8 +12,8 @@ from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.features.index import figures
 from workbench.features.index.page import document
-from workbench.features.index.query import listed_features
-from workbench.features.index.search import By, said, search_features
+from workbench.features.index.query import listed_features, search_features
+from workbench.features.index.search import By, said
 
 DENSE = 0.1
 SEARCH = ("search", "by", "all")

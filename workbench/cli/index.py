@@ -117,7 +117,8 @@ def feature(
 
 def _search(workspace: "Workspace", sae: str | None, text: str, by: "By", as_json: bool) -> None:
     """Features of one SAE or of all that say a text or are about words, and how many more there are."""
-    from workbench.features.index.search import said, search_features
+    from workbench.features.index.query import search_features
+    from workbench.features.index.search import said
 
     found = search_features(workspace, text, saes=None if sae is None else [sae], by=by)
     if as_json:
@@ -143,12 +144,13 @@ def _print(item: "Feature") -> None:
     """A feature as text: headline, logits, strongest examples, neighbours."""
     stats = item.stats
     name = f"{item.sae} {item.feature}: {shorten(item.name)}"
+    print(name)
     if item.dead:
-        print(f"{name}  dead: fires on none of {item.n_tokens:,} tokens")
+        print(f"  dead: fires on none of {item.n_tokens:,} tokens")
     else:
         signs = f", {stats.negative:,} of them negative" if item.signed else ""
         print(
-            f"{name}  fires on {stats.density:.3%} of {item.n_tokens:,} tokens ({stats.firings:,}{signs}), "
+            f"  fires on {stats.density:.3%} of {item.n_tokens:,} tokens ({stats.firings:,}{signs}), "
             f"from {stats.minimum:.3g} to {stats.maximum:.3g}"
         )
     for title, effects in (("promotes", item.promotes), ("suppresses", item.suppresses)):

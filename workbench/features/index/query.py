@@ -14,6 +14,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -40,9 +41,9 @@ from workbench.features.index.feature import (
     TokenEffect,
     label_of,
 )
+from workbench.features.index.feature_names import DEAD, descriptions
 from workbench.features.index.geometry import MapMethod
-from workbench.features.index.names import DEAD, descriptions
-from workbench.features.index.search import MAX_HITS, By, search_index
+from workbench.features.index.search import MAX_HITS, By, Found, find, together
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
 from workbench.text.packing import NO_TEXT
 from workbench.text.token_bytes import alone, joined
@@ -68,6 +69,28 @@ def listed_features(catalog: Catalog, name: str) -> list[Feature]:
     finally:
         for index in indexes.values():
             index.close()
+
+
+def search_features(
+    catalog: Catalog, text: str, *, saes: Sequence[str] | None = None, by: By = "text", limit: int = MAX_HITS
+) -> Found:
+    """Searches the indexes of a workspace; see `workbench.features.index.search`.
+
+    Args:
+        saes: whose indexes; all there are when left out.
+        limit: features that are returned at most.
+
+    Raises:
+        InputError: no index, or as `FeatureIndex.find`.
+    """
+    names = catalog.indexes() if saes is None else saes
+    if not names:
+        raise InputError("no SAE has an index: make one with `workbench index`")
+    found = []
+    for name in names:
+        with closing(FeatureIndex.open(catalog, name)) as index:
+            found.append(index.find(text, limit, by=by))
+    return together(found, limit)
 
 
 def _effect(token: int, text: str | None, effect: float, part: bytes | None) -> TokenEffect:
@@ -151,7 +174,7 @@ class FeatureIndex:
 
     def names(self, numbers: Sequence[int] | None = None) -> dict[int, str]:
         """What to call features, each of them: its title, else what it fires on and promotes
-        (`workbench.features.index.names`).
+        (`workbench.features.index.feature_names`).
 
         Args:
             numbers: which features; all when left out.
@@ -375,16 +398,21 @@ class FeatureIndex:
         return table
 
     def search(self, text: str, limit: int = MAX_HITS, *, by: By = "text") -> pd.DataFrame:
-        """Features that say a text, or are about words (`workbench.features.index.search`).
+        """Features that say a text, or are about words: the table of `find`."""
+        return self.find(text, limit, by=by).table
 
-        Returns:
-            Columns sae, feature, name, where (`label`, `peak`, `promoted`, `example`: the best place), hits
-            (occurrences in the examples), firings, by words also score; best first.
+    def find(self, text: str, limit: int = MAX_HITS, *, by: By = "text") -> Found:
+        """Features that say a text, or are about words (`workbench.features.index.search`), and how many there are.
 
         Raises:
-            InputError: an empty text, or an unknown way.
+            InputError: an empty text, no word in it, or an unknown way.
         """
-        return search_index(self, text, by=by, limit=limit).table
+        found = find(self.frame, self.titles(), text, by)
+        shown = found.head(limit).copy()
+        names = self.names(shown["feature"].tolist())
+        shown.insert(0, "sae", self.sae)
+        shown.insert(2, "name", [names[feature] for feature in shown["feature"]])
+        return Found(shown, len(found))
 
     def frame(self, sql: str, parameters: Any = None) -> pd.DataFrame:
         """What a query on the index's tables gives."""

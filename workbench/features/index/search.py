@@ -14,20 +14,17 @@ begins with it, so that `return` finds `returned`; the parts of `snake_case` are
 """
 
 import re
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from sae.errors import InputError
-from workbench.catalog.catalog import Catalog
 
-if TYPE_CHECKING:
-    from workbench.features.index.query import FeatureIndex
-
+Frame = Callable[[str, dict[str, Any]], pd.DataFrame]
 By = Literal["text", "words"]
 PLACES = ("label", "peak", "promoted", "example")
 WEIGHTS = (3.0, 3.0, 1.0, 1.0)
@@ -61,51 +58,37 @@ def said(found: Found) -> str:
     return f"first {shown:,} of {found.n:,} features" if shown < found.n else f"{found.n:,} features"
 
 
-def search_features(
-    catalog: Catalog, text: str, *, saes: list[str] | None = None, by: By = "text", limit: int = MAX_HITS
-) -> Found:
-    """Searches the indexes of a workspace; see the module's description.
+def find(frame: Frame, titles: Mapping[int, str], text: str, by: By) -> pd.DataFrame:
+    """All features of an index that are found; see the module's description.
 
     Args:
-        saes: whose indexes; all there are when left out.
-        limit: features that are returned at most.
+        frame: runs SQL with named parameters on the index.
+        titles: of its features.
+
+    Returns:
+        Columns feature, where, hits, firings, by words also score; best first.
 
     Raises:
-        InputError: no index, an empty text, or no word in it.
+        InputError: an empty text, no word in it, or an unknown way.
     """
-    from workbench.features.index.query import FeatureIndex
-
-    names = catalog.indexes() if saes is None else saes
-    if not names:
-        raise InputError("no SAE has an index: make one with `workbench index`")
-    parts = []
-    for name in names:
-        with closing(FeatureIndex.open(catalog, name)) as index:
-            parts.append(search_index(index, text, by=by, limit=limit))
-    table = pd.concat([part.table for part in parts], ignore_index=True)
-    place = table["where"].map(PLACES.index)
-    order = [-table["score"]] if by == "words" else [place, -table["hits"]]
-    ranked = table.iloc[np.lexsort([table["feature"], *reversed(order)])]
-    return Found(ranked.head(limit).reset_index(drop=True), sum(part.n for part in parts))
-
-
-def search_index(index: "FeatureIndex", text: str, *, by: By = "text", limit: int = MAX_HITS) -> Found:
-    """Searches one index; see the module's description. Raises InputError for an empty text or an unknown way."""
     if not text.strip():
         raise InputError("an empty search finds everything: type some text")
     if by not in get_args(By):
         raise InputError(f"no search by {by!r}: choose {' or '.join(get_args(By))}")
-    found = (_containing if by == "text" else _ranked)(index, text.lower())
-    shown = found.head(limit).copy()
-    names = index.names(shown["feature"].tolist())
-    shown.insert(0, "sae", index.sae)
-    shown.insert(2, "name", [names[feature] for feature in shown["feature"]])
-    return Found(shown, len(found))
+    return (_containing if by == "text" else _ranked)(frame, titles, text.lower())
 
 
-def _containing(index: "FeatureIndex", needle: str) -> pd.DataFrame:
-    labelled = [feature for feature, title in index.titles().items() if needle in title.lower()]
-    return index.frame(
+def together(found: Sequence[Found], limit: int) -> Found:
+    """What was found in several indexes as one, best first, `limit` of them."""
+    table = pd.concat([part.table for part in found], ignore_index=True)
+    order = [-table["score"]] if "score" in table else [table["where"].map(PLACES.index), -table["hits"]]
+    ranked = table.iloc[np.lexsort([table["feature"], *reversed(order)])]
+    return Found(ranked.head(limit).reset_index(drop=True), sum(part.n for part in found))
+
+
+def _containing(frame: Frame, titles: Mapping[int, str], needle: str) -> pd.DataFrame:
+    labelled = [feature for feature, title in titles.items() if needle in title.lower()]
+    return frame(
         """
         SELECT feature, CASE WHEN labelled THEN 'label' WHEN contains(peaks, $needle) THEN 'peak'
                WHEN contains(promoted, $needle) THEN 'promoted' ELSE 'example' END AS "where",
@@ -119,7 +102,7 @@ def _containing(index: "FeatureIndex", needle: str) -> pd.DataFrame:
     )
 
 
-def _ranked(index: "FeatureIndex", text: str) -> pd.DataFrame:
+def _ranked(frame: Frame, titles: Mapping[int, str], text: str) -> pd.DataFrame:
     words = list(dict.fromkeys(re.findall(r"[^\W_]+", text)))[:MAX_WORDS]
     if not words:
         raise InputError(f"there is no word in {text!r}: search for the text as it is")
@@ -130,8 +113,7 @@ def _ranked(index: "FeatureIndex", text: str) -> pd.DataFrame:
         for field in ("title", "peaks", "promoted", "examples")
         for number in range(len(words))
     )
-    titles = index.titles()
-    frame = index.frame(
+    table = frame(
         f"""
         SELECT feature, firings, [length(title), length(peaks), length(promoted), length(examples)] AS lengths,
                [{counted}] AS counts
@@ -142,11 +124,11 @@ def _ranked(index: "FeatureIndex", text: str) -> pd.DataFrame:
         {f"word{number}": pattern for number, pattern in enumerate(patterns)}
         | {"features": list(titles), "titles": list(titles.values())},
     )
-    counts = np.array(frame["counts"].tolist(), float).reshape(len(frame), len(PLACES), len(words))
-    frame["score"] = bm25f(counts, np.array(frame["lengths"].tolist(), float))
-    frame["where"] = [PLACES[at] for at in counts.any(axis=2).argmax(axis=1)]
-    frame["hits"] = counts[:, -1].sum(axis=1).astype(int)
-    kept = frame[frame["score"] > 0].sort_values(["score", "feature"], ascending=[False, True], ignore_index=True)
+    counts = np.array(table["counts"].tolist(), float).reshape(len(table), len(PLACES), len(words))
+    table["score"] = bm25f(counts, np.array(table["lengths"].tolist(), float))
+    table["where"] = [PLACES[at] for at in counts.any(axis=2).argmax(axis=1)]
+    table["hits"] = counts[:, -1].sum(axis=1).astype(int)
+    kept = table[table["score"] > 0].sort_values(["score", "feature"], ascending=[False, True], ignore_index=True)
     return kept[["feature", "where", "hits", "firings", "score"]]
 
 

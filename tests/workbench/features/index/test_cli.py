@@ -35,7 +35,7 @@ def test_a_feature_is_shown_and_exported(space: Workspace, tmp_path: Path, capsy
     number = int(index.table().sort_values("firings")["feature"].iloc[-1])
     where = ("--workspace", str(space.path))
     shown = output_of(capsys, "feature", "s", str(number), *where)
-    assert shown.startswith(f"s {number}  fires on ")
+    assert shown.startswith(f"s {number}: {index.names([number])[number]}\n  fires on ")
     assert "[[" in shown
     assert "dead: fires on none" in output_of(capsys, "feature", "s", str(DEAD), *where)
     assert json.loads(output_of(capsys, "feature", "s", str(number), "--json", *where)) == json.loads(

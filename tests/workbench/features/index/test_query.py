@@ -22,8 +22,8 @@ from workbench.features.index.build import build_index
 from workbench.features.index.feature import Example, ExampleGroup, Feature, FeatureStats
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.page import document, fragment
-from workbench.features.index.query import FeatureIndex
-from workbench.features.index.search import said, search_features
+from workbench.features.index.query import FeatureIndex, search_features
+from workbench.features.index.search import said
 from workbench.models.load import LoadedModel
 from workbench.show.html import marked
 
