@@ -375,6 +375,14 @@ class Workspace(Catalog):
         below = {item: loaded[item] for item in residuals}
         return report_dfa(self, name or f"dfa-{sae}", model, (sae, loaded[sae]), text, residuals=below, **settings)
 
+    def head_features(self, sae: str, model: "LoadedModel", *, name: str | None = None, **settings: Any) -> "Result":
+        """What each head of an indexed attention-output SAE is for, as `head-features-SAE`; settings and InputErrors as
+        `workbench.circuits.head_features.report_head_features`."""
+        from workbench.circuits.head_features import report_head_features
+
+        loaded = self.sae(sae, device=str(model.device))
+        return report_head_features(self, name or f"head-features-{sae}", model, (sae, loaded), **settings)
+
     def published_table(
         self, which: str, model: "LoadedModel", *, name: str | None = None, **settings: Any
     ) -> "Result":

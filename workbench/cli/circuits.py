@@ -317,6 +317,22 @@ def dfa(
 
 
 @commands.command()
+@sharing(Analysis)
+def head_features(
+    run: Analysis,
+    sae: Annotated[str, typer.Argument(help="Name of an SAE on attn.hook_z that has an index.")],
+    n: Annotated[int, typer.Option("-n", help="Features of a head.", min=1)] = 10,
+    texts: Annotated[int, typer.Option(help="Contexts in which a feature is traced back.", min=1)] = 8,
+) -> None:
+    """Say what each head is for: its strongest features, how many meanings they have, and how far back they look."""
+    with run.bar("features") as on_progress:
+        result = run.workspace().head_features(
+            sae, run.load(), name=run.name, n=n, texts=texts, on_progress=on_progress
+        )  # fmt: skip
+    run.show(result, {table: result.table(table) for table in ("heads", "features")})
+
+
+@commands.command()
 @sharing(OnTask, prompts=8)
 def evaluate(
     run: OnTask,

@@ -1,5 +1,6 @@
 """An attention-output SAE trained on a real harvest, and its features taken apart, end to end."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.rules import TopK
 from workbench.circuits.attention_saes import report_dfa
+from workbench.circuits.head_features import family, polysemantic_share, reach_of
 from workbench.cli.main import run
 from workbench.features.index.query import FeatureIndex
 from workbench.harvest.run import HarvestConfig
@@ -50,6 +52,46 @@ def test_the_index_and_the_attribution_show_the_same_shares_of_heads(trained: Wo
     result = report_dfa(trained, "shares", demo, ("attention", trained.sae("attention")), TEXT, feature=7)
     assert len(on_page) == demo.info.n_heads
     assert result.table("heads").decoder_share.tolist() == pytest.approx(on_page, rel=1e-6)
+
+
+def test_heads_are_told_by_their_features(trained: Workspace, demo: LoadedModel) -> None:
+    trained.build_index("attention", device="cpu")
+    result = trained.head_features("attention", demo, n=4, texts=2)
+    features, heads = result.table("features"), result.table("heads")
+    sae = trained.sae("attention")
+    shares = head_shares(sae.W_dec, demo.info.n_heads)
+    index = FeatureIndex.open(trained, "attention")
+    fires = torch.tensor(index.table().sort_values("feature")["firings"].tolist()) > 0
+    for head in range(demo.info.n_heads):
+        own = features[features.node == f"a2.h{head}"]
+        expected = torch.where(fires, shares[:, head], -1).topk(4).indices.tolist()
+        assert own.feature.tolist() == expected
+    assert heads[["induction", "short", "long"]].sum(axis=1).tolist() == [4] * demo.info.n_heads
+    # Nobody aligned it with concepts.
+    assert heads.meanings.tolist() == [0] * demo.info.n_heads
+    # The context ends at the peak: the feature has its strongest activation there.
+    feature = int(features.feature[0])
+    for tokens in index.strongest_contexts(feature, 2):
+        z = activations(demo.bridge, tokens[None], [ATTENTION])[ATTENTION][0].flatten(1)
+        values = sae.encode(z).to_dense()[1:, feature]
+        assert int(values.argmax()) == len(tokens) - 2
+    with pytest.raises(InputError, match="not 0 and 8"):
+        trained.head_features("attention", demo, n=0)
+
+
+def test_how_far_a_feature_looks_back_is_weighted_by_what_sources_bring() -> None:
+    tokens = torch.tensor([0, 5, 7, 9, 5])
+    # Half from the token after the earlier 5, half from the query's own; BOS and what works against it do not count.
+    distance, induction = reach_of(torch.tensor([9.0, -3.0, 2.0, 0.0, 2.0]), tokens)
+    assert (distance, induction) == (1.0, 0.5)
+    assert family(1.0, 0.5) == "short"
+    assert family(1.0, 0.51) == "induction"
+    assert family(8.1, 0.0) == "long"
+    assert family(*reach_of(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), tokens)) == ""
+
+
+def test_polysemantic_heads_have_more_than_one_meaning() -> None:
+    assert polysemantic_share(pd.DataFrame({"meanings": [0, 1, 2, 3]})) == pytest.approx(2 / 3)
 
 
 def test_a_features_activation_is_the_sum_of_its_parts_at_every_level(trained: Workspace, demo: LoadedModel) -> None:

@@ -1,0 +1,146 @@
+"""What a head is for, by the features of an attention-output SAE that read from it most, stored as
+`circuit-head-features`.
+
+1. Of every head its features: those that fire with the largest share of the head in their decoder row's squared norm,
+   with what they are called and their best concept (`workbench concepts`).
+2. Of every such feature how far back it looks, from direct feature attribution (`circuits.dfa`) at the strongest tokens
+   of its strongest contexts. Each source s but BOS weighs w_s, its positive part over all heads; then
+
+       distance    sum_s w_s (t - s) / sum_s w_s, mean over the contexts: tokens from source to destination t
+       induction   share of the weight on sources whose token before is the token at t: what followed it earlier
+       family      induction where that share is above one half, else short up to 8 tokens of distance, else long
+
+3. Of every head its number of meanings: different best concepts among the features that have one.
+
+(Kissane et al. 2024, arXiv 2406.17759, read these families off by eye and call a head polysemantic where its features
+mean several things; the measure and both bounds are reconstructed.)
+
+Tables: `features` (node, rank, feature, share, name, concept, f1, distance, induction, family), `heads` (node, layer,
+head, features, with_concept, meanings, and how many of each family).
+"""
+
+import math
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.dfa import attention_layer, direct_feature_attribution
+from circuits.nodes import head_name
+from circuits.passes import OnProgress
+from sae.errors import InputError
+from sae.model import SAE
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Made, Result
+from workbench.features.index.query import FeatureIndex
+from workbench.models.load import LoadedModel
+
+HEAD_FEATURES = "circuit-head-features"
+SHORT = 8
+"""Tokens of mean distance up to which a feature looks back a short way."""
+FAMILIES = ("induction", "short", "long")
+
+
+def report_head_features(
+    catalog: Catalog,
+    name: str,
+    model: LoadedModel,
+    sae: tuple[str, SAE],
+    *,
+    n: int = 10,
+    texts: int = 8,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Surveys the heads of an attention-output SAE that has an index, and stores the tables.
+
+    Args:
+        sae: its name and itself.
+        n: features of a head.
+        texts: strongest contexts of a feature in which it is traced back.
+
+    Raises:
+        InputError: an SAE of another hook point or without an index, or nothing asked for.
+    """
+    label, attention = sae
+    layer = attention_layer(attention)
+    if n < 1 or texts < 1:
+        raise InputError(
+            f"a survey needs at least one feature of a head and one text of a feature, not {n} and {texts}"
+        )
+    index = FeatureIndex.open(catalog, label)
+
+    def make() -> Made:
+        found = {head: index.of_head(head, n) for head in range(model.info.n_heads)}
+        features = pd.concat([table.assign(node=head_name(layer, head)) for head, table in found.items()])
+        reach: dict[int, tuple[float, float]] = {}
+        wanted = list(dict.fromkeys(features["feature"].tolist()))
+        for done, feature in enumerate(wanted, 1):
+            reach[feature] = looks_back(model, attention, index, feature, texts)
+            if on_progress is not None:
+                on_progress(done, len(wanted))
+        for column, part in (("distance", 0), ("induction", 1)):
+            features[column] = [reach[feature][part] for feature in features["feature"]]
+        features["family"] = [family(*reach[feature]) for feature in features["feature"]]
+        features.insert(0, "node", features.pop("node"))
+        return {"features": features.reset_index(drop=True), "heads": _heads(features, layer)}, {}
+
+    parameters = {"sae": label, "n": n, "texts": texts, "built": index.settings}
+    origin = Origin.of_measurement(model, saes={label: attention})
+    try:
+        return catalog.results.get_or_make(HEAD_FEATURES, name, parameters=parameters, origin=origin, make=make)
+    finally:
+        index.close()
+
+
+def looks_back(model: LoadedModel, sae: SAE, index: FeatureIndex, feature: int, texts: int) -> tuple[float, float]:
+    """Mean distance of a feature's sources and their induction share; NaN where nothing but BOS feeds it."""
+    found = []
+    for tokens in index.strongest_contexts(feature, texts):
+        split = direct_feature_attribution(model.bridge, sae, tokens.to(model.device), feature)
+        # A negative activation is brought about by negative terms.
+        value = split.by_source() * math.copysign(1, split.pre_activation)
+        found.append(reach_of(value.cpu(), tokens))
+    kept = torch.tensor([one for one in found if not math.isnan(one[0])], dtype=torch.float64)
+    return (math.nan, math.nan) if not len(kept) else tuple(kept.mean(dim=0).tolist())  # type: ignore[return-value]
+
+
+def reach_of(value: Float[Tensor, "pos"], tokens: Int[Tensor, "pos"]) -> tuple[float, float]:
+    """Distance and induction share of one context's last token, from what its sources bring; see the module."""
+    weight = value.double().clamp_min(0)
+    weight[0] = 0
+    total = weight.sum()
+    if total == 0:
+        return math.nan, math.nan
+    weight = weight / total
+    back = len(tokens) - 1 - torch.arange(len(tokens), dtype=torch.float64)
+    follows = torch.zeros(len(tokens), dtype=torch.bool)
+    # BOS is no earlier occurrence, nor is a token at its own position.
+    follows[2:] = tokens[1:-1] == tokens[-1]
+    return float(weight @ back), float(weight[follows].sum())
+
+
+def family(distance: float, induction: float) -> str:
+    """One of FAMILIES; empty where nothing but BOS feeds the feature."""
+    if math.isnan(distance):
+        return ""
+    return "induction" if induction > 0.5 else "short" if distance <= SHORT else "long"
+
+
+def _heads(features: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """One row a head."""
+    rows = []
+    for head, (node, own) in enumerate(features.groupby("node", sort=False)):
+        concepts = own["concept"].dropna()
+        rows.append(
+            {"node": node, "layer": layer, "head": head, "features": len(own), "with_concept": len(concepts),
+             "meanings": concepts.nunique(), **{kind: int((own["family"] == kind).sum()) for kind in FAMILIES}}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def polysemantic_share(heads: pd.DataFrame) -> float:
+    """Share of heads with more than one meaning, among those with any; NaN where none has. Args: the table `heads`."""
+    known = heads[heads["meanings"] > 0]
+    return float((known["meanings"] > 1).mean()) if len(known) else math.nan
