@@ -2,11 +2,12 @@
 
 import streamlit as st
 
-from app.shared import loaded_model, open_workspace, plain
+from app.shared import loaded_model, open_workspace, page_link, plain
 from workbench import InputError, Result, Workspace
 from workbench.circuits import attention_view as attention
 from workbench.circuits import heads as views
 from workbench.circuits.attention_view import AttentionView
+from workbench.circuits.head_features import FAMILIES, HEAD_FEATURES
 from workbench.circuits.heads import DIVERGING, HEADS, SCORES, HeadOnText, report_heads
 from workbench.circuits.methods import DISCRETE, NODES
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
@@ -31,6 +32,7 @@ def main() -> None:
         st.subheader(head)
         scores(result, head)
     on_text(model, head)
+    features(workspace, model, head)
     composition(result, head)
 
 
@@ -189,6 +191,26 @@ def view_on_text(model: str, text: str) -> AttentionView:
 def head_on_text(model: str, head: str, text: str) -> HeadOnText:
     """One forward pass, kept."""
     return views.head_on_text(loaded_model(model), head, text)
+
+
+def features(workspace: Workspace, model: ModelInfo, head: str) -> None:
+    """The features that read from the head most, of every survey of its layer, each a link to its page."""
+    for result in workspace.results.find(HEAD_FEATURES):
+        own = result.table("features").query("node == @head")
+        if result.origin.weights_sha256 != model.weights_sha256 or own.empty:
+            continue
+        sae = str(result.parameters["sae"])
+        of_head = result.table("heads").set_index("node").loc[head]
+        st.subheader(f"Features of {plain(sae)}")
+        st.caption(
+            f"{of_head['meanings']} meanings among {of_head['with_concept']} features with a concept; "
+            + ", ".join(f"{of_head[kind]} {kind}" for kind in FAMILIES)
+        )
+        for row in own.itertuples():
+            label = (
+                f"{row.share:.0%} · {row.feature} {plain(str(row.name))} · {row.family}, {row.distance:.1f} tokens back"
+            )
+            page_link("Feature", label, sae=sae, feature=row.feature)
 
 
 def composition(result: Result, head: str) -> None:

@@ -255,6 +255,15 @@ def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, open_page
     assert not page.exception
     assert len(page.get("plotly_chart")) == without + 1
     assert any("**Where it reads from**" in shown.value for shown in page.markdown)
+    # The other way round: the features of a head, on its own page.
+    space.heads("heads", model, n=2, needles=0)
+    own = space.head_features("z", model, n=2, texts=1).table("features").query("node == 'a2.h1'")
+    heads = open_page("Heads", space, head="a2.h1")
+    assert not heads.exception
+    assert "Features of z" in [shown.value for shown in heads.subheader]
+    labels = [link.proto.label for link in heads.get("page_link")]
+    for feature in own.feature:
+        assert any(f" · {feature} " in label for label in labels)
 
 
 def test_hovering_a_token_tells_its_effect_on_the_loss(space: Workspace, busiest: int, open_page: OpenPage) -> None:

@@ -103,7 +103,7 @@ def looks_back(model: LoadedModel, sae: SAE, index: FeatureIndex, feature: int, 
         value = split.by_source() * math.copysign(1, split.pre_activation)
         found.append(reach_of(value.cpu(), tokens))
     kept = torch.tensor([one for one in found if not math.isnan(one[0])], dtype=torch.float64)
-    return (math.nan, math.nan) if not len(kept) else tuple(kept.mean(dim=0).tolist())  # type: ignore[return-value]
+    return (math.nan, math.nan) if not len(kept) else tuple(kept.mean(dim=0).tolist())
 
 
 def reach_of(value: Float[Tensor, "pos"], tokens: Int[Tensor, "pos"]) -> tuple[float, float]:
