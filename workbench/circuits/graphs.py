@@ -24,7 +24,7 @@ import torch
 
 import circuits.graph
 from circuits.graph.graph import FEATURE, KINDS, LOGIT, Graph, Nodes
-from circuits.graph.interventions import Effects, Intervention, intervene
+from circuits.graph.interventions import Effects, Intervention, intervene, supernode_edges
 from circuits.passes import OnProgress
 from sae.errors import InputError
 from sae.transcoder import Transcoder
@@ -36,6 +36,8 @@ from workbench.circuits.figures import attribution_figure
 from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.prompt_text import encode_prompt, token_pieces
+
+__all__ = ["GRAPH", "PromptGraph", "attribute", "intervene_on", "make_graph", "open_graph", "supernode_edges"]
 
 GRAPH = "graph"
 """The kind of result."""

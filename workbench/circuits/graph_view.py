@@ -1,0 +1,249 @@
+"""An attribution graph to look into: layers upwards, tokens across, as HTML with a script of its own.
+
+Hovering a node says what it is and draws its strongest edges; a click opens it, with Shift it is pinned or let go. The
+opened node's strongest inputs and outputs stand beside the graph, and a click on one of them opens that. Nodes lie on a
+canvas, so that ten thousand stay fluid. Edges are drawn for the node under the mouse or the opened one, and between
+pinned nodes; blue ones serve, red ones oppose.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.graph.graph import ERROR, LOGIT, TOKEN
+from workbench.circuits.graphs import PromptGraph
+from workbench.show.colours import PALETTE
+from workbench.show.html import one_line
+
+STRONGEST = 12
+"""Inputs and outputs of a node that are drawn and listed."""
+
+
+def view_data(
+    graph: PromptGraph,
+    *,
+    labels: Mapping[str, str] | None = None,
+    opened: str | None = None,
+    pinned: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """What SCRIPT draws: plain values.
+
+    Args:
+        labels: of nodes, by name.
+        opened: the node whose inputs and outputs are listed.
+        pinned: nodes that stay marked.
+        groups: supernodes: members by title.
+    """
+    nodes, names = graph.nodes, graph.nodes.names
+    of_group = {name: title for title, members in (groups or {}).items() for name in members}
+    inputs, outputs = _strongest(graph.edges), _strongest(graph.edges.T)
+    rows = graph.row
+    items = []
+    for node, name in enumerate(names):
+        kind = int(nodes.kind[node])
+        said = (labels or {}).get(name, "")
+        items.append(
+            {
+                "name": name, "kind": kind, "layer": int(nodes.layer[node]), "at": int(nodes.position[node]),
+                "title": _title(graph, node, said), "group": of_group.get(name, ""),
+                "influence": float(graph.influence[node]),
+                "in": inputs[rows[node]] if node in rows else [],
+                "out": [[int(graph.targets[row]), weight] for row, weight in outputs[node]]
+                if node < graph.n_sources else [],
+            }
+        )  # fmt: skip
+    number = graph.number
+    return {
+        "nodes": items, "tokens": [one_line(text) or "·" for text in graph.texts],
+        "layers": int(nodes.layer.max()), "colours": list(PALETTE),
+        "opened": number.get(opened) if opened else None,
+        "pinned": [number[name] for name in pinned if name in number],
+    }  # fmt: skip
+
+
+def _title(graph: PromptGraph, node: int, label: str) -> str:
+    """What a node is, in words."""
+    kind, value = int(graph.nodes.kind[node]), float(graph.nodes.activation[node])
+    name = graph.nodes.names[node]
+    text = repr(one_line(graph.text_of(name)) or "·")
+    if kind == TOKEN:
+        return f"token {text}"
+    if kind == LOGIT:
+        return f"says {text}, p = {value:.3f}"
+    if kind == ERROR:
+        return f"error of layer {int(graph.nodes.layer[node])} on {text}"
+    return f"{label or name} on {text}, activation {value:.3g}"
+
+
+def _strongest(edges: Float[Tensor, "rows columns"]) -> list[list[list[Any]]]:
+    """Of every row the columns and weights of its strongest entries."""
+    best = edges.abs().topk(min(STRONGEST, edges.shape[1]), dim=1).indices
+    weights = edges.gather(1, best)
+    return [
+        [[column, weight] for column, weight in zip(row, values, strict=True) if weight]
+        for row, values in zip(best.tolist(), weights.tolist(), strict=True)
+    ]
+
+
+NEAR = '<div class="near"></div>'
+ROOT = f'<div class="graph"><div class="drawn"><canvas></canvas><div class="said"></div></div>{NEAR}</div>'
+CSS = """
+.graph { font: 13px/1.4 system-ui, sans-serif; color: var(--st-text-color, currentColor); display: flex;
+  flex-wrap: wrap; gap: 14px }
+.graph .drawn { flex: 3 1 560px; min-width: 0; position: relative }
+.graph canvas { width: 100%; height: 520px; display: block; cursor: pointer }
+.graph .said { min-height: 1.5em; overflow-wrap: anywhere }
+.graph .near { flex: 1 1 230px; min-width: 0; max-height: 550px; overflow-y: auto }
+.graph .near b { display: block; margin: 6px 0 2px; overflow-wrap: anywhere }
+.graph .near button { display: flex; width: 100%; gap: 8px; text-align: left; border: 0; background: none;
+  padding: 2px 4px; color: inherit; font: inherit; cursor: pointer; border-radius: 3px }
+.graph .near button:hover, .graph .near button:focus { background: #8882 }
+.graph .near button span:first-child { flex: 0 0 56px; text-align: right; font-variant-numeric: tabular-nums }
+.graph .near button span:last-child { overflow-wrap: anywhere; min-width: 0 }
+"""
+SCRIPT = """
+function drawGraph(root, data, tell) {
+  const canvas = root.querySelector("canvas"), said = root.querySelector(".said"), near = root.querySelector(".near");
+  const nodes = data.nodes, [serves, opposes] = data.colours, pinned = new Set(data.pinned);
+  let opened = data.opened, hovered = null, places = [];
+  const text = getComputedStyle(root).color;
+  const LEFT = 46, TOP = 14, BOTTOM = 62;
+
+  function layout() {
+    const ratio = window.devicePixelRatio || 1, box = canvas.getBoundingClientRect();
+    canvas.width = box.width * ratio; canvas.height = box.height * ratio;
+    const cells = new Map();
+    nodes.forEach((node, i) => {
+      const key = node.layer + ":" + node.at;
+      (cells.get(key) ?? cells.set(key, []).get(key)).push(i);
+    });
+    const wide = (box.width - LEFT - 8) / data.tokens.length, high = (box.height - TOP - BOTTOM) / (data.layers + 2);
+    places = new Array(nodes.length);
+    for (const members of cells.values()) {
+      const across = Math.max(1, Math.min(members.length, Math.floor(wide * 0.86 / 9) || 1));
+      const down = Math.ceil(members.length / across);
+      members.forEach((i, n) => {
+        const column = n % across, row = Math.floor(n / across);
+        const right = (column - (Math.min(across, members.length) - 1) / 2) * Math.min(9, wide * 0.86 / across);
+        const below = (row - (down - 1) / 2) * Math.min(9, high * 0.86 / down);
+        const level = data.layers - nodes[i].layer + 0.5;
+        places[i] = [LEFT + wide * (nodes[i].at + 0.5) + right, TOP + high * level + below];
+      });
+    }
+    paint();
+  }
+
+  function edge(context, from, to, weight, strongest) {
+    const [x, y] = places[from], [u, v] = places[to];
+    context.strokeStyle = weight > 0 ? serves : opposes;
+    context.globalAlpha = 0.25 + 0.7 * Math.abs(weight) / strongest;
+    context.lineWidth = 0.8 + 2 * Math.abs(weight) / strongest;
+    context.beginPath(); context.moveTo(x, y);
+    context.bezierCurveTo(x, (y + v) / 2, u, (y + v) / 2, u, v); context.stroke();
+  }
+
+  function paint() {
+    const context = canvas.getContext("2d"), ratio = window.devicePixelRatio || 1;
+    const width = canvas.width / ratio, height = canvas.height / ratio;
+    context.setTransform(ratio, 0, 0, ratio, 0, 0); context.clearRect(0, 0, width, height);
+    context.fillStyle = text; context.font = "11px system-ui, sans-serif"; context.textBaseline = "middle";
+    const high = (height - TOP - BOTTOM) / (data.layers + 2), wide = (width - LEFT - 8) / data.tokens.length;
+    for (let layer = -1; layer <= data.layers; layer++) {
+      const y = TOP + high * (data.layers - layer + 0.5);
+      context.globalAlpha = 0.7;
+      context.fillText(layer < 0 ? "token" : layer === data.layers ? "logit" : "layer " + layer, 2, y);
+      context.globalAlpha = 0.08; context.fillRect(LEFT, y + high / 2 - 0.5, width - LEFT, 1);
+    }
+    context.globalAlpha = 0.85;
+    const every = Math.max(1, Math.ceil(13 / wide));
+    data.tokens.forEach((token, at) => {
+      if (at % every) return;
+      context.save(); context.translate(LEFT + wide * (at + 0.5), height - BOTTOM + 6); context.rotate(0.9);
+      context.fillText(token.slice(0, 9), 0, 0); context.restore();
+    });
+    const centre = hovered ?? opened;
+    const shown = [];
+    if (centre !== null) {
+      nodes[centre].in.forEach(([from, weight]) => shown.push([from, centre, weight]));
+      nodes[centre].out.forEach(([to, weight]) => shown.push([centre, to, weight]));
+    }
+    for (const to of pinned) nodes[to].in.forEach(([from, weight]) => {
+      if (pinned.has(from)) shown.push([from, to, weight]);
+    });
+    const strongest = Math.max(1e-12, ...shown.map(([, , weight]) => Math.abs(weight)));
+    shown.forEach(([from, to, weight]) => edge(context, from, to, weight, strongest));
+    const most = Math.max(1e-12, ...nodes.filter((node) => node.kind !== 3).map((node) => node.influence));
+    nodes.forEach((node, i) => {
+      const [x, y] = places[i], size = i === centre ? 5 : 3.4;
+      context.globalAlpha = 0.35 + 0.65 * Math.sqrt(Math.min(1, node.influence / most));
+      context.fillStyle = data.colours[[7, 0, 5, 6][node.kind]];
+      context.beginPath();
+      if (node.kind === 1) context.arc(x, y, size, 0, 7); else context.rect(x - size, y - size, 2 * size, 2 * size);
+      context.fill();
+      if (pinned.has(i) || i === opened) {
+        context.globalAlpha = 1; context.strokeStyle = text; context.lineWidth = i === opened ? 2.2 : 1.3;
+        context.stroke();
+      }
+      if (node.group) {
+        context.globalAlpha = 0.9; context.fillStyle = text; context.fillText(node.group.slice(0, 18), x + 7, y - 7);
+      }
+    });
+    context.globalAlpha = 1;
+  }
+
+  function under(event) {
+    const box = canvas.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
+    let best = null, least = 100;
+    places.forEach(([u, v], i) => {
+      const far = (u - x) ** 2 + (v - y) ** 2;
+      if (far < least) { least = far; best = i; }
+    });
+    return best;
+  }
+
+  function list() {
+    if (opened === null) {
+      near.textContent = "Click a node for its strongest inputs and outputs, with Shift to pin it.";
+      return;
+    }
+    const heading = (words) => { const b = document.createElement("b"); b.textContent = words; return b; };
+    const line = ([other, weight]) => {
+      const [button, number, name] = ["button", "span", "span"].map((tag) => document.createElement(tag));
+      number.textContent = weight.toPrecision(3); number.style.color = weight > 0 ? serves : opposes;
+      name.textContent = nodes[other].title; button.append(number, name);
+      button.onclick = () => open(other);
+      button.onmouseenter = () => { hovered = other; paint(); };
+      button.onmouseleave = () => { hovered = null; paint(); };
+      return button;
+    };
+    const pin = document.createElement("button");
+    pin.append(pinned.has(opened) ? "Let go" : "Pin"); pin.className = "pin";
+    pin.onclick = () => toggle(opened);
+    near.replaceChildren(heading(nodes[opened].title), pin, heading("strongest inputs"), ...nodes[opened].in.map(line),
+      heading("strongest outputs"), ...nodes[opened].out.map(line));
+  }
+
+  const report = () => tell({ opened: opened === null ? null : nodes[opened].name,
+    pinned: [...pinned].map((i) => nodes[i].name) });
+  function open(i) { opened = i; hovered = null; list(); paint(); report(); }
+  function toggle(i) { if (!pinned.delete(i)) pinned.add(i); list(); paint(); report(); }
+  canvas.onmousemove = (event) => {
+    const found = under(event);
+    if (found === hovered) return;
+    hovered = found; said.textContent = found === null ? "" : nodes[found].title; paint();
+  };
+  canvas.onmouseleave = () => { hovered = null; said.textContent = ""; paint(); };
+  canvas.onclick = (event) => {
+    const found = under(event);
+    if (found === null) return;
+    if (event.shiftKey) toggle(found); else open(found);
+  };
+  list();
+  const watch = new ResizeObserver(layout);
+  watch.observe(canvas);
+  return () => watch.disconnect();
+}
+"""
