@@ -114,11 +114,15 @@ class TranscoderSet:
 
 
 def load_transcoders(path: Path | str, device: torch.device | str = "cpu") -> TranscoderSet:
-    """Reads a set of transcoders, one a layer, from its folder.
+    """Reads a set of transcoders, one a layer, from its folder: one of this project or of circuit-tracer.
 
     Raises:
-        InputError: as `TranscoderSet.load`.
+        InputError: as `TranscoderSet.load`, or `sae.formats.circuit_tracer.load`.
     """
+    from sae.formats import circuit_tracer
+
+    if (Path(path) / circuit_tracer.CONFIG).is_file():
+        return circuit_tracer.load(Path(path)).to(device)
     return TranscoderSet.load(path, device)
 
 

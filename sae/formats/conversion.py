@@ -27,6 +27,7 @@ from torch import Tensor
 from sae import rules
 from sae.errors import InputError
 from sae.model import SAE
+from sae.transcoder import Transcoder
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,32 @@ class Weights:
 
     W_enc: Float[Tensor, "d_in d_sae"]
     b_enc: Float[Tensor, "d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, "d_in"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, "d_out"]
     rule: rules.Rule
     threshold: Float[Tensor, "d_sae"] | None = None
     """For rules that compare pre-activations with a threshold."""
+    is_transcoder: bool = False
+    """Whether it predicts another activation: nothing is subtracted from the input then."""
+    W_skip: Float[Tensor, "d_out d_in"] | None = None
+    """A transcoder's, added as x W_skip^T."""
 
     def check(self, where: str) -> None:
         """Raises InputError when shapes or number formats do not fit together; `where` begins the message."""
         tensors = {"encoder": self.W_enc, "encoder bias": self.b_enc, "decoder": self.W_dec, "decoder bias": self.b_dec}
         if self.threshold is not None:
             tensors["threshold"] = self.threshold
+        if self.W_skip is not None:
+            tensors["skip"] = self.W_skip
         for name, tensor in tensors.items():
             if not tensor.dtype.is_floating_point:
                 raise InputError(f"{where}: the {name} holds {tensor.dtype}: expected floating-point numbers")
         if self.W_enc.ndim != 2:
             raise InputError(f"{where}: the encoder has shape {list(self.W_enc.shape)}: expected two dimensions")
         d_in, d_sae = self.W_enc.shape
-        expected = {"encoder bias": [d_sae], "decoder": [d_sae, d_in], "decoder bias": [d_in], "threshold": [d_sae]}
+        d_out = self.W_dec.shape[-1] if self.is_transcoder else d_in
+        expected = {"encoder bias": [d_sae], "decoder": [d_sae, d_out], "decoder bias": [d_out], "threshold": [d_sae]}
+        expected["skip"] = [d_out, d_in]
         for name, tensor in tensors.items():
             if list(tensor.shape) != expected.get(name, [d_in, d_sae]):
                 raise InputError(
@@ -96,8 +105,10 @@ def gated(
     return Weights(_times(W_enc, factor), magnitude, W_dec, b_dec, rules.JumpReLU(), threshold.to(_precision(W_enc)))
 
 
-def build(weights: Weights, *, hook_name: str, model_name: str, metadata: dict[str, Any]) -> SAE:
-    """The SAE of these weights, decoder rows of unit norm where that changes nothing else."""
+def build(
+    weights: Weights, *, hook_name: str, model_name: str, metadata: dict[str, Any], target_hook_name: str = ""
+) -> SAE:
+    """The SAE, or transcoder, of these weights, decoder rows of unit norm where that changes nothing else."""
     norms, tolerance = _norms(weights), _tolerance(weights)
     # Such a rule compares features with each other, and scaling them apart changes what it selects.
     compares = isinstance(weights.rule, rules.CodeRule) and weights.threshold is None
@@ -109,9 +120,13 @@ def build(weights: Weights, *, hook_name: str, model_name: str, metadata: dict[s
     d_in, d_sae = weights.W_enc.shape
     options: dict[str, Any] = {"hook_name": hook_name, "model_name": model_name, "metadata": metadata}
     tensors = [weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec]
-    tensors += [] if weights.threshold is None else [weights.threshold]
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    sae = SAE(d_in, d_sae, weights.rule, dtype=dtype, **options)
+    tensors += [each for each in (weights.threshold, weights.W_skip) if each is not None]
+    options["dtype"] = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    if weights.is_transcoder:
+        widths, skip = (d_in, weights.W_dec.shape[1], d_sae), weights.W_skip is not None
+        sae: SAE = Transcoder(*widths, weights.rule, skip=skip, target_hook_name=target_hook_name, **options)
+    else:
+        sae = SAE(d_in, d_sae, weights.rule, **options)
     with torch.no_grad():
         sae.W_enc.copy_(weights.W_enc)
         sae.b_enc.copy_(weights.b_enc)
@@ -119,6 +134,8 @@ def build(weights: Weights, *, hook_name: str, model_name: str, metadata: dict[s
         sae.b_dec.copy_(weights.b_dec)
         if weights.threshold is not None:
             sae.state["threshold"].copy_(weights.threshold)
+        if weights.W_skip is not None:
+            sae.get_parameter("W_skip").copy_(weights.W_skip)
     return sae
 
 
@@ -160,8 +177,14 @@ def _precision(tensor: Tensor) -> torch.dtype:
 def weights_of(sae: SAE) -> Weights:
     """The weights of an SAE, on the CPU, for an export."""
     parts = {name: getattr(sae, name).detach().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    threshold = sae.state.get("threshold")
-    return Weights(**parts, rule=sae.rule, threshold=None if threshold is None else threshold.detach().cpu())
+    threshold, skip = sae.state.get("threshold"), sae.W_skip if isinstance(sae, Transcoder) else None
+    return Weights(
+        **parts,
+        rule=sae.rule,
+        threshold=None if threshold is None else threshold.detach().cpu(),
+        is_transcoder=isinstance(sae, Transcoder),
+        W_skip=None if skip is None else skip.detach().cpu(),
+    )
 
 
 def topk_of(rule: rules.Rule) -> int | None:

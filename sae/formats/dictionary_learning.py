@@ -29,6 +29,7 @@ from sae.files import write_atomically
 from sae.formats.conversion import Weights, build, gated, not_subtracting, refuse, subtracting, topk_of, weights_of
 from sae.formats.reading import read_json, read_pickle
 from sae.model import SAE
+from sae.transcoder import Transcoder
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _SUBMODULE = re.compile(r"resid_post_layer_(\d+)")
@@ -147,8 +148,10 @@ def save(sae: SAE, path: Path) -> None:
     as BatchTopKSAE, thresholds as JumpReluAutoEncoder.
 
     Raises:
-        InputError: a rule that is none of these.
+        InputError: a rule that is none of these, or a transcoder.
     """
+    if isinstance(sae, Transcoder):
+        raise InputError("dictionary_learning cannot express a transcoder: export it to saelens or sparsify")
     class_name, state = _state_of(sae)
     block = re.fullmatch(r"blocks\.(\d+)\.(.*)", sae.hook_name)
     resid_post = block is not None and block[2] == "hook_resid_post"

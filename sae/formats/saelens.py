@@ -111,7 +111,8 @@ def _rule_fields(sae: SAE) -> dict[str, Any]:
     """Configuration keys for the rule: those of SAELens, and ours where they leave something open."""
     rule = sae.rule
     written: dict[str, Any] = {"k": rule.k} if rule.saelens in K_ARCHITECTURES and isinstance(rule, CodeRule) else {}
-    if rule.saelens is None or ARCHITECTURES[rule.saelens](**written) != rule:
+    foreign = isinstance(sae, Transcoder) and rule.saelens in K_ARCHITECTURES
+    if foreign or rule.saelens is None or ARCHITECTURES[rule.saelens](**written) != rule:
         written["rule"] = rules.to_dict(rule)
     numbers = {name: tensor.item() for name, tensor in sae.state.items() if tensor.dim() == 0}
     return {**written, "rule_state": numbers} if numbers else written

@@ -7,6 +7,7 @@ The native format (`sae.formats.saelens`) is the part of SAELens' that needs no 
   folding is exact for it too;
 - `gated`: y = (x - b) W fires where y + b_gate > 0, at relu(e^r y + b_mag): thresholds, as in dictionary_learning;
 - configurations from before 6.0 (`sae.formats.saelens_old`);
+- transcoders: the prediction's hook point is `metadata.hook_name_out`, W_skip is added as x W_skip^T;
 - `normalize_activations` that scales every token by its own norm, an SAE of one head, a finetuning's scaling factor:
   no SAE here has these, and they are refused by name.
 """
@@ -20,7 +21,7 @@ from sae import rules
 from sae.errors import InputError
 from sae.formats import saelens_old
 from sae.formats.conversion import Weights, build, fold, gated, subtracting
-from sae.formats.saelens import DTYPES
+from sae.formats.saelens import DTYPES, TRANSCODER
 from sae.model import SAE
 
 _LINEAR = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -30,6 +31,10 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "abstopk": _LINEAR,
     "jumprelu": (*_LINEAR, "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+    "transcoder": _LINEAR,
+    "skip_transcoder": (*_LINEAR, "W_skip"),
+    "jumprelu_transcoder": (*_LINEAR, "threshold"),
+    "jumprelu_skip_transcoder": (*_LINEAR, "threshold", "W_skip"),
 }
 """SAELens' architectures that can be expressed here, and the tensors of each."""
 
@@ -58,6 +63,7 @@ def from_parts(
     _refuse(config, metadata, where)
     weights = _weights(config, _tensors(config, state, where), where)
     hook, model = metadata.pop("hook_name", ""), metadata.pop("model_name", "")
+    target = metadata.pop("hook_name_out", "") or ""
     for key in ("sae_lens_version", "sae_lens_training_version"):
         metadata.pop(key, None)
     return build(
@@ -65,6 +71,7 @@ def from_parts(
         hook_name=hook if hook_name is None else hook_name,
         model_name=model if model_name is None else model_name,
         metadata={**metadata, "imported_from": f"SAELens {config['architecture']}"},
+        target_hook_name=target if weights.is_transcoder else "",
     )
 
 
@@ -85,9 +92,19 @@ def _refuse(config: Mapping[str, Any], metadata: Mapping[str, Any], where: str) 
             f"{where} reads head {metadata['hook_head_index']} of {metadata.get('hook_name', 'its hook point')} alone "
             "(hook_head_index), which is not supported: SAEs here read all heads"
         )
+    if architecture.endswith(TRANSCODER):
+        if config.get("apply_b_dec_to_input"):
+            raise InputError(
+                f"{where} is a transcoder with apply_b_dec_to_input, which takes one activation's bias from another: "
+                "expected false"
+            )
+        return
     written = metadata.get("hook_name_out") or metadata.get("hook_name")
     if config.get("is_transcoder") or written != metadata.get("hook_name"):
-        raise InputError(f"{where} is a transcoder, which predicts another activation than it reads: only SAEs load")
+        raise InputError(
+            f"{where} is a transcoder, which predicts another activation than it reads, of the architecture "
+            f"{architecture!r}: expected one of SAELens' for transcoders"
+        )
 
 
 def _tensors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -122,6 +139,13 @@ def _tensors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str)
 def _weights(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> Weights:
     architecture = config["architecture"]
     W_enc, W_dec, b_dec = state["W_enc"], state["W_dec"], state["b_dec"]
+    if architecture.endswith(TRANSCODER):
+        threshold = state["threshold"].clamp_min(0) if "threshold" in state else None
+        rule: rules.Rule = rules.ReLU() if threshold is None else rules.JumpReLU()
+        skip = state.get("W_skip")
+        weights = Weights(W_enc, state["b_enc"], W_dec, b_dec, rule, threshold, is_transcoder=True, W_skip=skip)
+        weights.check(where)
+        return weights
     if architecture == "gated":
         weights = gated(W_enc, W_dec, b_dec, gate=state["b_gate"], magnitude=state["b_mag"], scale=state["r_mag"])
     else:

@@ -5,6 +5,9 @@
 
     a = topk_k(relu((x - b_dec) encoder.weight^T + encoder.bias)),   x_hat = a W_dec + b_dec
 
+A transcoder (`transcode`) predicts a module's output from its input: b_dec is not subtracted, and with
+`skip_connection` x W_skip^T, W_skip [d, d], is added to what it decodes.
+
 The folder's name is the hook point as the model's own module path, `layers.5` being the residual stream after block 5;
 a run's own folder above holds config.json with the model's name.
 """
@@ -25,6 +28,8 @@ from sae.model import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+SKIP = "W_skip"
+_MLP = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.mlp")
 _BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)")
 
 
@@ -35,41 +40,52 @@ def load(path: Path, *, hook_name: str | None = None, model_name: str | None = N
         hook_name, model_name: what the SAE reads, where the folder's name and its parent do not say.
 
     Raises:
-        InputError: missing or damaged files; a transcoder, a skip connection or groupmax, which are no TopK SAEs.
+        InputError: missing or damaged files; a skip connection in an SAE, or groupmax, which is no TopK.
     """
     config = read_json(path / CONFIG)
     _refuse(path, config)
     tensors = read_safetensors(path / WEIGHTS)
-    missing = [name for name in NAMES if name not in tensors]
-    unknown = sorted(tensors.keys() - set(NAMES))
-    if missing or unknown:
+    names = (*NAMES, SKIP) if config.get("skip_connection") else NAMES
+    if tensors.keys() != set(names):
         raise InputError(
-            f"{path / WEIGHTS} holds {', '.join(sorted(tensors))}: expected {', '.join(NAMES)}, as sparsify writes them"
+            f"{path / WEIGHTS} holds {', '.join(sorted(tensors))}: expected {', '.join(names)}, as sparsify writes them"
         )
     k = config.get("k")
     if not isinstance(k, int):
         raise InputError(f"{path / CONFIG} has k = {k!r}: expected a whole number")
+    transcode = bool(config.get("transcode"))
     weights = Weights(
-        tensors["encoder.weight"].T, tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], rules.TopK(k)
-    )
+        tensors["encoder.weight"].T, tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], rules.TopK(k),
+        is_transcoder=transcode, W_skip=tensors.get(SKIP),
+    )  # fmt: skip
     weights.check(str(path))
+    of_mlp = _MLP.fullmatch(path.name) if transcode else None
+    own = f"blocks.{of_mlp[1]}.mlp.hook_in" if of_mlp else "" if transcode else _hook_of(path.name)
     return build(
         weights,
-        hook_name=hook_name if hook_name is not None else _hook_of(path.name),
+        hook_name=hook_name if hook_name is not None else own,
+        target_hook_name=f"blocks.{of_mlp[1]}.hook_mlp_out" if of_mlp else "",
         model_name=model_name if model_name is not None else _model_of(path.parent),
         metadata={"imported_from": "sparsify"},
     )
 
 
 def save(sae: SAE, path: Path) -> None:
-    """Writes an SAE to the folder `path`. Raises InputError for a rule other than TopK."""
+    """Writes an SAE, or a transcoder between activations of one width, to the folder `path`.
+
+    Raises:
+        InputError: a rule other than TopK, or a transcoder whose widths differ.
+    """
     k = topk_of(sae.rule)
     if k is None:
         raise refuse(sae, "sparsify", "topk")
     weights = weights_of(sae)
+    if sae.d_in != sae.d_out:
+        raise InputError(f"sparsify's transcoders have one width: this one reads {sae.d_in} and predicts {sae.d_out}")
     config = {
         "activation": "topk", "expansion_factor": max(1, sae.d_sae // sae.d_in), "normalize_decoder": True,
-        "num_latents": sae.d_sae, "k": k, "multi_topk": False, "skip_connection": False, "transcode": False,
+        "num_latents": sae.d_sae, "k": k, "multi_topk": False,
+        "skip_connection": weights.W_skip is not None, "transcode": weights.is_transcoder,
         "d_in": sae.d_in,
     }  # fmt: skip
     tensors = {
@@ -77,17 +93,15 @@ def save(sae: SAE, path: Path) -> None:
         "encoder.bias": weights.b_enc,
         "W_dec": weights.W_dec.contiguous(),
         "b_dec": weights.b_dec,
-    }
+    } | ({} if weights.W_skip is None else {SKIP: weights.W_skip.contiguous()})
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     write_atomically(path / CONFIG, lambda file: file.write_text(json.dumps(config), encoding="utf-8"))
 
 
 def _refuse(path: Path, config: dict[str, Any]) -> None:
-    if config.get("transcode"):
-        raise InputError(f"{path} is a transcoder, which predicts another activation than it reads: only SAEs load")
-    if config.get("skip_connection"):
-        raise InputError(f"{path} has a skip connection, which an SAE here cannot express")
+    if config.get("skip_connection") and not config.get("transcode"):
+        raise InputError(f"{path} has a skip connection, which only a transcoder here can express")
     if config.get("signed"):
         raise InputError(f"{path} was made with the option signed of an early sparsify, which is not supported")
     activation = config.get("activation", "topk")

@@ -12,6 +12,7 @@ from sae import rules
 from sae.errors import InputError
 from sae.formats.foreign import export, load_foreign, recognise
 from sae.model import SAE
+from sae.transcoder import Transcoder
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import versions
 from workbench.saes.pretrained import load_pretrained
@@ -39,8 +40,16 @@ def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any]) -> 
         raise InputError("the SAE does not say which hook point it reads: give one, as --hook blocks.5.hook_mlp_out")
     if not sae.model_name:
         raise InputError("the SAE does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
+    target = {}
+    if isinstance(sae, Transcoder):
+        if not sae.target_hook_name:
+            raise InputError(
+                "the transcoder does not say which hook point it predicts: name it in its cfg.json, as "
+                "metadata.hook_name_out; of sparsify's, folders of MLPs say it, such as layers.5.mlp"
+            )
+        target = {"target_hook": sae.target_hook_name}
     identity = {"rule": rules.to_dict(sae.rule), "fingerprint": sae.fingerprint()}
-    provenance = {"imported": {**origin, **identity}, "hook": sae.hook_name}
+    provenance = {"imported": {**origin, **identity}, "hook": sae.hook_name, **target}
     catalog.add_sae(name, sae, {**provenance, "versions": versions()})
     return sae
 

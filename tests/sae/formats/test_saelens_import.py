@@ -67,8 +67,10 @@ def test_what_cannot_be_expressed_is_refused_by_name(randomise: Any) -> None:
     config, state = peer.cfg.to_dict(), peer.state_dict()
     with pytest.raises(InputError, match="here has normalize_activations = 'layer_norm', which is not supported"):
         from_parts({**config, "normalize_activations": "layer_norm"}, state, "here")
-    with pytest.raises(InputError, match="here holds a 'transcoder' SAE, which is not supported: supported are"):
-        from_parts({**config, "architecture": "transcoder"}, state, "here")
+    with pytest.raises(InputError, match="here holds a 'temporal' SAE, which is not supported: supported are"):
+        from_parts({**config, "architecture": "temporal"}, state, "here")
+    with pytest.raises(InputError, match="here is a transcoder with apply_b_dec_to_input"):
+        from_parts({**config, "architecture": "transcoder", "apply_b_dec_to_input": True}, state, "here")
     with pytest.raises(InputError, match="here lacks b_gate: it is not a SAELens gated SAE"):
         from_parts({**config, "architecture": "gated"}, state, "here")
     with pytest.raises(InputError, match=r"here: the decoder has shape \[64, 15\]"):

@@ -112,7 +112,7 @@ def change(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"transcode": True}, "is a transcoder"),
+        ({"transcode": True, "skip_connection": True}, "expected .*W_skip, as sparsify writes them"),
         ({"skip_connection": True}, "has a skip connection"),
         ({"activation": "groupmax"}, "uses the activation 'groupmax', which is not supported"),
         ({"signed": True}, "option signed"),
@@ -127,7 +127,7 @@ def test_what_is_no_topk_sae_is_refused_by_name(folder: Path, changes: dict, exp
     assert "\n" not in str(error.value)
 
 
-def test_a_real_transcoder_with_skip_connection_is_refused(sparsify, tmp_path: Path) -> None:
+def test_a_skip_connection_in_an_sae_is_refused(sparsify, tmp_path: Path) -> None:
     config = sparsify.SparseCoderConfig(num_latents=64, k=6, skip_connection=True)
     sparsify.SparseCoder(16, config).save_to_disk(tmp_path / "layers.2")
     with pytest.raises(InputError, match="skip connection"):

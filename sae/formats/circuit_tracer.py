@@ -1,0 +1,168 @@
+"""Sets of transcoders of circuit-tracer: one folder, one file a layer.
+
+    config.yaml               model_kind: transcoder_set, model_name, feature_input_hook, feature_output_hook, and for
+                              TopK activation: topk, k
+    layer_{i}.safetensors     W_enc [F, d], b_enc [F], W_dec [F, d], b_dec [d]; with thresholds
+                              activation_function.threshold [F], with a skip W_skip [d, d]
+
+W_skip is added as x W_skip^T. The hook points are names within a block, such as mlp.hook_in and hook_mlp_out. k is read
+from config.yaml, or from a scalar tensor `k` beside the weights; on writing there is no such tensor, since
+circuit-tracer's own loader refuses it. Its TopK takes the k largest pre-activations whether positive or not, that here
+the k largest positive ones: they differ where a token has fewer than k.
+
+`ln2.hook_normalized`, which Gemma Scope's transcoders read, lies before the norm's gain and mlp.hook_in after it
+(`after_gain`).
+"""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae import rules
+from sae.errors import InputError
+from sae.files import write_atomically
+from sae.formats.conversion import Weights, build, topk_of, weights_of
+from sae.formats.reading import read_safetensors
+from sae.transcoder import Transcoder
+from sae.transcoder_set import TranscoderSet
+
+CONFIG = "config.yaml"
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+THRESHOLD, SKIP = "activation_function.threshold", "W_skip"
+_FILE = re.compile(r"layer_(\d+)\.safetensors")
+_LINE = re.compile(r"([A-Za-z_]\w*)\s*:\s*(.*?)\s*")
+_BLOCK = re.compile(r"blocks\.\d+\.(.+)")
+
+
+def load(path: Path) -> TranscoderSet:
+    """Reads a set from its folder.
+
+    Raises:
+        InputError: no such set, another kind of model, a missing layer, or a file that is damaged or of another format.
+    """
+    config = _read_config(path / CONFIG)
+    if config.get("model_kind") != "transcoder_set":
+        raise InputError(f"{path / CONFIG} has model_kind = {config.get('model_kind')!r}: expected 'transcoder_set'")
+    files = {int(found[1]): file for file in path.iterdir() if (found := _FILE.fullmatch(file.name))}
+    if not files:
+        raise InputError(f"{path} has no layer_0.safetensors: copy the set again, with its weights")
+    return TranscoderSet({layer: _read_layer(file, layer, config) for layer, file in files.items()})
+
+
+def _read_layer(file: Path, layer: int, config: dict[str, str]) -> Transcoder:
+    tensors = read_safetensors(file)
+    k = config.get("k") or (str(int(tensors["k"])) if "k" in tensors else None)
+    unknown = sorted(tensors.keys() - {*NAMES, THRESHOLD, SKIP, "k"})
+    missing = [name for name in NAMES if name not in tensors]
+    if missing or unknown:
+        raise InputError(f"{file} holds {', '.join(sorted(tensors))}: expected {', '.join(NAMES)} of a transcoder")
+    threshold = tensors.get(THRESHOLD)
+    if threshold is not None:
+        rule: rules.Rule = rules.JumpReLU()
+    elif k is not None:
+        if not k.isdigit():
+            raise InputError(f"{file.with_name(CONFIG)} has k = {k!r}: expected a whole number")
+        rule = rules.TopK(int(k))
+    else:
+        rule = rules.ReLU()
+    weights = Weights(
+        tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], rule,
+        None if threshold is None else threshold.clamp_min(0), is_transcoder=True, W_skip=tensors.get(SKIP),
+    )  # fmt: skip
+    weights.check(str(file))
+    made = build(
+        weights,
+        hook_name=f"blocks.{layer}.{config.get('feature_input_hook', '')}",
+        target_hook_name=f"blocks.{layer}.{config.get('feature_output_hook', '')}",
+        model_name=config.get("model_name", ""),
+        metadata={"imported_from": "circuit-tracer"},
+    )
+    assert isinstance(made, Transcoder)
+    return made
+
+
+def save(coders: TranscoderSet, path: Path) -> None:
+    """Writes a set to the folder `path`, made if needed.
+
+    Raises:
+        InputError: coders of several rules, a rule that the format cannot express, widths that differ, or hook points
+            that are not the same place of every block.
+    """
+    described: dict[str, Any] = {"model_kind": "transcoder_set", "model_name": coders.model_name}
+    described["feature_input_hook"] = _common([coder.hook_name for coder in coders.coders.values()])
+    described["feature_output_hook"] = _common([coder.target_hook_name for coder in coders.coders.values()])
+    rules_of = {json.dumps(rules.to_dict(coder.rule), sort_keys=True) for coder in coders.coders.values()}
+    if len(rules_of) > 1:
+        raise InputError("circuit-tracer's sets have one rule for all layers, and these have several")
+    if any(coder.d_in != coder.d_out for coder in coders.coders.values()):
+        raise InputError("circuit-tracer's transcoders have one width: one of these reads another than it predicts")
+    rule = coders[0].rule
+    if (k := topk_of(rule)) is not None:
+        described |= {"activation": "topk", "k": k}
+    elif rule.saelens not in ("jumprelu", "standard"):
+        raise InputError(f"circuit-tracer cannot express the rule {rule.name}: it can express relu, jumprelu and topk")
+    path.mkdir(parents=True, exist_ok=True)
+    for layer, coder in coders.coders.items():
+        weights = weights_of(coder)
+        tensors = {"W_enc": weights.W_enc.T, "b_enc": weights.b_enc, "W_dec": weights.W_dec, "b_dec": weights.b_dec}
+        tensors |= {} if weights.threshold is None else {THRESHOLD: weights.threshold}
+        tensors |= {} if weights.W_skip is None else {SKIP: weights.W_skip}
+        owned = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(path / f"layer_{layer}.safetensors", partial(save_file, owned))
+    # JSON's strings and numbers are YAML's.
+    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in described.items())
+    write_atomically(path / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def after_gain(coder: Transcoder, gain: Float[Tensor, "d_in"]) -> Transcoder:
+    """A transcoder that reads a normalised activation before the norm's gain, as one that reads it after.
+
+        W_enc' = diag(1 / gain) W_enc,    W_skip' = W_skip diag(1 / gain)
+
+    Args:
+        gain: what the norm multiplies with; 1 + weight in Gemma.
+
+    Raises:
+        InputError: a gain of another width, or with zeros, behind which the activation is lost.
+    """
+    if gain.shape != (coder.d_in,) or not bool((gain != 0).all()):
+        raise InputError(f"the norm's gain must have {coder.d_in} entries and none that is zero")
+    moved = Transcoder(
+        coder.d_in, coder.d_out, coder.d_sae, coder.rule, skip=coder.W_skip is not None,
+        hook_name=coder.hook_name.replace("ln2.hook_normalized", "mlp.hook_in"),
+        target_hook_name=coder.target_hook_name, model_name=coder.model_name, metadata=coder.metadata,
+        device=coder.W_enc.device, dtype=coder.W_enc.dtype,
+    )  # fmt: skip
+    moved.load_state_dict(coder.state_dict())
+    with torch.no_grad():
+        moved.W_enc.div_(gain[:, None])
+        if moved.W_skip is not None:
+            moved.W_skip.div_(gain)
+    return moved
+
+
+def _common(hooks: list[str]) -> str:
+    """The name within the block that all these hook points have."""
+    places = {found[1] if (found := _BLOCK.fullmatch(hook)) else hook for hook in hooks}
+    if len(places) > 1 or any(not _BLOCK.fullmatch(hook) for hook in hooks):
+        raise InputError(
+            f"circuit-tracer's sets have one hook point in every block, and these have {', '.join(sorted(places))}"
+        )
+    return places.pop()
+
+
+def _read_config(file: Path) -> dict[str, str]:
+    """The top-level `key: value` lines of a YAML file; what is nested or a list is left out."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file} ({type(error).__name__}): a set of circuit-tracer has one") from None
+    found = (_LINE.fullmatch(line.partition(" #")[0]) for line in lines)
+    return {match[1]: match[2].strip("\"'") for match in found if match and match[2]}
