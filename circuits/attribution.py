@@ -81,8 +81,8 @@ def logit_attribution(bridge: Bridge, prompts: PromptSet, *, batch_size: int = 3
         direction = difference_direction(batch, logits.shape[1]).to(unembed.W.dtype)
         x = at_last["ln_final.hook_in"][:, 0]
         readout = direction @ unembed.W.T / measured_norm(bridge.ln_final, x[0]).scale(x.to(direction))[:, None]
-        terms = torch.einsum("snd,nd->ns", stacked(bridge, at_last)[:, :, 0], readout)
-        bias = (readout * constants(bridge, at_last)[:, 0]).sum(dim=1)
+        terms = torch.einsum("snd,nd->ns", stacked(bridge, at_last)[:, :, 0].to(readout), readout)
+        bias = (readout * constants(bridge, at_last)[:, 0].to(readout)).sum(dim=1)
         values.append(torch.cat([terms, bias[:, None], (direction @ unembed.b)[:, None]], dim=1))
         differences.append(logit_difference(logits, batch))
         _check_sum(values[-1], differences[-1], max(1e-3, 16 * torch.finfo(x.dtype).eps))

@@ -104,7 +104,8 @@ def of_residual_feature(
         sources = weighted_values(pattern, v, z, position)
         scale = attention_scale(bridge, layer, z[None])
         divisor = 1.0 if scale is None else scale[0, position]
-        values = torch.einsum("khz,hzd,d->kh", sources / divisor, head_weights(bridge, layer), direction)
+        read = head_weights(bridge, layer).to(direction) @ direction
+        values = torch.einsum("khz,hz->kh", (sources / divisor).to(direction), read)
         rows += [
             ("head", src, head_name(layer, head), None, float(values[src, head]))
             for src in range(values.shape[0])
@@ -135,7 +136,7 @@ def of_head_write(
     encoder = torch.zeros(bridge.cfg.n_heads, bridge.cfg.d_head, device=below.W_enc.device, dtype=below.W_enc.dtype)
     name = f"blocks.{layer}.attn.hook_z"
     scale = attention_scale(bridge, layer, activations(bridge, tokens[None], [name])[name])
-    encoder[head] = head_weights(bridge, layer)[head] @ below.W_enc[:, feature]
+    encoder[head] = head_weights(bridge, layer)[head].to(encoder) @ below.W_enc[:, feature]
     if scale is not None:
         encoder /= scale[0, position]
     rows = _value_terms(bridge, layer, residual, tokens, position, encoder, source)
@@ -252,4 +253,4 @@ def _table(rows: list[tuple[Any, ...]]) -> pd.DataFrame:
 
 
 def _dot(value: Float[Tensor, "one pos d"], position: int, direction: Float[Tensor, "d"]) -> float:
-    return float(value[0, position] @ direction)
+    return float(value[0, position].to(direction) @ direction)

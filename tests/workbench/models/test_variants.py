@@ -12,6 +12,7 @@ from circuits.eap import attribute_edges
 from circuits.edges import patched_logits, written
 from circuits.nodes import graph_of
 from circuits.path_patching import patch_edges
+from circuits.recursive_dfa import recursive_dfa
 from circuits.scores import EdgeScores
 from sae import InputError
 from workbench.features.index.logits import effects_of
@@ -72,3 +73,19 @@ def test_norms_without_weight_or_bias_are_indexed_and_prompted(architecture: str
     wanted = effects.max(dim=1)
     assert found.top[:, 0].tolist() == wanted.indices[: len(found.top)].tolist()
     assert found.top_effect[:, 0].tolist() == pytest.approx(wanted.values[: len(found.top)].tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "Gemma2ForCausalLM"])
+def test_sums_hold_in_half_precision(architecture: str, tmp_path: Path) -> None:
+    """As a model runs on a GPU unless told otherwise; terms agree with those in float32 up to its rounding."""
+    folder = str(save_tiny(architecture, tmp_path))
+    wide, half = (load_model(folder, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    terms = [logit_attribution(model.bridge, prompts_of(model)).values for model in (wide, half)]
+    torch.testing.assert_close(terms[1], terms[0], rtol=0.1, atol=0.05 * terms[0].abs().max().item())
+    residuals = {layer: tiny_sae(half, f"blocks.{layer}.hook_resid_pre", 32) for layer in (1, 2)}
+    attention = tiny_sae(half, "blocks.2.attn.hook_z", half.checks.hooks["blocks.2.attn.hook_z"].width)
+    # Every step of the chain checks its sum.
+    chains = [
+        recursive_dfa(half.bridge, attention, residuals, prompts_of(half).clean[0], number) for number in range(8)
+    ]
+    assert max(map(len, chains)) >= 3
