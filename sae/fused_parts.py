@@ -2,13 +2,53 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.rules import Rule
+from sae.state import TrainingState
 
 if TYPE_CHECKING:
-    from sae.kernels.triton import GraphedStep
+    from sae.kernels.triton import AdamStep, AuxGradients, Centred, GraphedStep, KernelSizes, Parameters, StepResult
 
 WARM_UP = 3
 """Runs of a part before it is captured."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step does, as far as its kernels and their memory depend on it."""
+
+    rule: Rule
+    """The rule that chooses, at the step's k if it has one."""
+    bucket: int
+    """Room for features to revive; 0 for no auxiliary loss."""
+
+
+class StepTools(Protocol):
+    """What a program asks of the `FusedStep` that it is part of."""
+
+    state: TrainingState
+    sizes: "KernelSizes"
+    capture: bool
+    scalars: Float[Tensor, "4"]
+
+    def centre(self) -> "Centred":
+        """The batch with b_dec subtracted."""
+
+    def shadowed(self) -> "Parameters":
+        """The parameters with shadows of their present values."""
+
+    def adam(self) -> "AdamStep":
+        """This step's constants."""
+
+    def aux(self, plan: StepPlan) -> "Callable[[StepResult], AuxGradients] | None":
+        """What makes the auxiliary loss's gradients, where a step has one."""
+
+    def record(self, result: "StepResult", plan: StepPlan, penalty: Float[Tensor, ""] | float = 0.0) -> None:
+        """Counts a step, and adds what it has made to the sums of the next report."""
 
 
 class Part:

@@ -18,7 +18,6 @@ without triton.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,10 +28,10 @@ from torch import Tensor
 from sae import kernels
 from sae.code import SparseCode
 from sae.config import TrainConfig
-from sae.fused_parts import Part, Program
+from sae.fused_parts import Part, Program, StepPlan
 from sae.fused_thresholds import ThresholdProgram
 from sae.plain_step import MULTI_K, PlainStep
-from sae.rules import CodeRule, FusedEncoder, FusedInputs, Rule, ThresholdRule
+from sae.rules import CodeRule, FusedEncoder, FusedInputs, ThresholdRule
 from sae.state import TrainingState
 
 if TYPE_CHECKING:
@@ -93,16 +92,6 @@ def _first_entries(code: SparseCode, k: int) -> Bool[Tensor, "entries"]:
     """The first k entries of every token of a code that has as many of each."""
     n, width = code.values.shape
     return (torch.arange(width, device=code.values.device) < k).expand(n, width).reshape(-1)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What a step does, as far as its kernels and their memory depend on it."""
-
-    rule: Rule
-    """The rule that chooses, at the step's k if it has one."""
-    bucket: int
-    """Room for features to revive; 0 for no auxiliary loss."""
 
 
 class FusedStep:
@@ -308,7 +297,7 @@ class FusedStep:
 
         return make
 
-    def record(self, result: "StepResult", plan: StepPlan, penalty: Tensor | float = 0.0) -> None:
+    def record(self, result: "StepResult", plan: StepPlan, penalty: Float[Tensor, ""] | float = 0.0) -> None:
         """Counts a step of Adam's, and adds what it has made to the sums of the next report.
 
         Args:

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae.fused_parts import Part
+from sae.fused_parts import Part, StepPlan, StepTools
 from sae.rules import ActiveSums, ThresholdRule
 
 if TYPE_CHECKING:
-    from sae.fused_step import FusedStep, StepPlan
     from sae.kernels.triton import Centred, DensePass, ListedAbove, OwnTensor, WindowSums
 
 MIN_PLACES = 2**14
@@ -34,7 +33,7 @@ class ThresholdProgram:
         plan: of a rule with thresholds.
     """
 
-    def __init__(self, step: "FusedStep", plan: "StepPlan") -> None:
+    def __init__(self, step: StepTools, plan: StepPlan) -> None:
         assert isinstance(plan.rule, ThresholdRule)
         self.step, self.plan, self.rule = step, plan, plan.rule
         state, config = step.state, step.state.config

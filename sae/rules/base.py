@@ -213,16 +213,16 @@ class ThresholdRule(Rule):
         """Width of the window around the threshold, for activations of mean norm sqrt(d_in); 0 for none."""
         return 0.0
 
-    def shrinkage(self, coefficient: float | Tensor, d_in: int) -> float | Tensor:
+    def shrinkage(self, coefficient: float | Float[Tensor, ""], d_in: int) -> float | Float[Tensor, ""]:
         """Gradient of the penalty with respect to every active |a|, times the number of tokens."""
         return 0.0
 
     @abstractmethod
-    def penalty(self, sums: ActiveSums, coefficient: float | Tensor, d_in: int) -> Float[Tensor, ""]:
+    def penalty(self, sums: ActiveSums, coefficient: float | Float[Tensor, ""], d_in: int) -> Float[Tensor, ""]:
         """The penalty."""
 
     def own_gradients(
-        self, trained: Tensors, sums: ActiveSums, coefficient: float | Tensor, d_in: int
+        self, trained: Tensors, sums: ActiveSums, coefficient: float | Float[Tensor, ""], d_in: int
     ) -> dict[str, Tensor]:
         """Gradients of loss and penalty with respect to the trained tensors."""
         return {}

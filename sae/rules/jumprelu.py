@@ -84,13 +84,13 @@ class JumpReLU(ThresholdRule):
         """The bandwidth times sqrt(d_in)."""
         return self.bandwidth * math.sqrt(d_in)
 
-    def penalty(self, sums: ActiveSums, coefficient: float | Tensor, d_in: int) -> Float[Tensor, ""]:
+    def penalty(self, sums: ActiveSums, coefficient: float | Float[Tensor, ""], d_in: int) -> Float[Tensor, ""]:
         """P(mean L0)."""
         l0 = sums.active / sums.n_tokens
         return coefficient * (l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square())
 
     def own_gradients(
-        self, trained: Tensors, sums: ActiveSums, coefficient: float | Tensor, d_in: int
+        self, trained: Tensors, sums: ActiveSums, coefficient: float | Float[Tensor, ""], d_in: int
     ) -> dict[str, Tensor]:
         """d/dlog_threshold = theta * d/dtheta, by the estimator above."""
         theta, bandwidth = trained["log_threshold"].exp(), self.bandwidth_at(d_in)

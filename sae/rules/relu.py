@@ -45,10 +45,10 @@ class ReLU(ThresholdRule):
         """0."""
         return W_enc.new_zeros(W_enc.shape[1])
 
-    def shrinkage(self, coefficient: float | Tensor, d_in: int) -> float | Tensor:
+    def shrinkage(self, coefficient: float | Float[Tensor, ""], d_in: int) -> float | Float[Tensor, ""]:
         """lambda / sqrt(d_in)."""
         return coefficient / math.sqrt(d_in)
 
-    def penalty(self, sums: ActiveSums, coefficient: float | Tensor, d_in: int) -> Float[Tensor, ""]:
+    def penalty(self, sums: ActiveSums, coefficient: float | Float[Tensor, ""], d_in: int) -> Float[Tensor, ""]:
         """lambda / sqrt(d_in) times the mean L1 norm of a code."""
         return sums.magnitude * (coefficient / math.sqrt(d_in) / sums.n_tokens)

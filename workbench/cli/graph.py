@@ -133,7 +133,8 @@ def prune(
 def intervene(
     name: GraphArgument,
     change: Annotated[
-        list[str], typer.Option("--change", help="NODE=FACTOR, such as f2/1041/7=0 to ablate; several times for more.")
+        list[str],
+        typer.Option("--change", metavar="NODE=FACTOR", help="Such as f2/1041/7=0 to ablate; several times for more."),
     ],
     direct: Annotated[bool, typer.Option("--direct", help="Hold every MLP: the effects over own edges alone.")] = False,
     free_attention: Annotated[bool, typer.Option("--free-attention", help="Let attention patterns move.")] = False,
