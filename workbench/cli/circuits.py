@@ -161,12 +161,13 @@ def heads(
     rows: Annotated[int, typer.Option(help="Rows of repeated random tokens.", min=1)] = 16,
     length: Annotated[int, typer.Option(help="Tokens before a row repeats.", min=2)] = 32,
     needles: Annotated[int, typer.Option(help="Needle tests for retrieval heads; 0 leaves them out.", min=0)] = 128,
+    seed: SeedOption = 0,
 ) -> None:
     """Score every head: previous token, duplicate, induction, copying, retrieval, sink, entropy; composition."""
     with run.bar("heads") as on_progress:
         result = run.workspace().heads(
             run.name or f"heads-{Path(run.model).name}", run.load(), n=rows, length=length, needles=needles,
-            on_progress=on_progress,
+            seed=seed, on_progress=on_progress,
         )  # fmt: skip
     scores = result.table("scores").drop(columns=["layer", "head"])
     composition = result.table("composition").sort_values("score", ascending=False)
