@@ -363,12 +363,8 @@ class Workspace(Catalog):
         residuals: Sequence[str] = (),
         **settings: Any,
     ) -> "Result":
-        """A feature of an attention-output SAE by source token and head, as `dfa-SAE`; settings and InputErrors as
-        `workbench.circuits.attention_saes.report_dfa`.
-
-        Args:
-            residuals: residual SAEs to go on through, by name.
-        """
+        """A feature of an attention-output SAE by source token and head, going on through residual SAEs, as `dfa-SAE`;
+        settings and InputErrors as `workbench.circuits.attention_saes.report_dfa`."""
         from workbench.circuits.attention_saes import report_dfa
 
         loaded = {item: self.sae(item, device=str(model.device)) for item in (sae, *residuals)}
@@ -436,12 +432,7 @@ class Workspace(Catalog):
         return ask(self, query, harvest)
 
     def gc(
-        self,
-        *,
-        saes: Sequence[str] = (),
-        harvests: Sequence[str] = (),
-        runs: Sequence[str] = (),
-        dry_run: bool = False,
+        self, *, saes: Sequence[str] = (), harvests: Sequence[str] = (), runs: Sequence[str] = (), dry_run: bool = False
     ) -> "list[Removed]":
         """Removes what killed processes left behind, and the artefacts named; returns what went.
 

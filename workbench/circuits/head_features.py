@@ -34,6 +34,7 @@ from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
+from workbench.features.index.feature import LABEL_F1
 from workbench.features.index.query import FeatureIndex
 from workbench.models.load import LoadedModel
 
@@ -72,7 +73,7 @@ def report_head_features(
     index = FeatureIndex.open(catalog, label)
 
     def make() -> Made:
-        found = {head: index.of_head(head, n) for head in range(model.info.n_heads)}
+        found = {head: of_head(index, head, n) for head in range(model.info.n_heads)}
         features = pd.concat([table.assign(node=head_name(layer, head)) for head, table in found.items()])
         reach: dict[int, tuple[float, float]] = {}
         wanted = list(dict.fromkeys(features["feature"].tolist()))
@@ -92,6 +93,22 @@ def report_head_features(
         return catalog.results.get_or_make(HEAD_FEATURES, name, parameters=parameters, origin=origin, make=make)
     finally:
         index.close()
+
+
+def of_head(index: FeatureIndex, head: int, n: int) -> pd.DataFrame:
+    """The n features that fire with the largest share of a head: feature, share, name, concept, f1.
+
+    A concept is given where its F1 is good enough to call the feature after it.
+    """
+    rows = index.frame(
+        "SELECT feature, share FROM feature_heads JOIN feature_stats USING (feature) WHERE head = ? AND firings > 0 "
+        "ORDER BY share DESC, feature LIMIT ?",
+        [head, n],
+    )
+    known = index.table().reindex(columns=["feature", "name", "concept", "concept_f1"])
+    table = rows.merge(known.rename(columns={"concept_f1": "f1"}), on="feature", how="left", sort=False)
+    good = table["f1"] >= LABEL_F1
+    return table.assign(concept=table["concept"].where(good, None), f1=table["f1"].where(good))
 
 
 def looks_back(model: LoadedModel, sae: SAE, index: FeatureIndex, feature: int, texts: int) -> tuple[float, float]:

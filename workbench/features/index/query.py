@@ -369,27 +369,6 @@ class FeatureIndex:
         length = self.meta["context_len"]
         return [self.contexts([row // length])[0, : row % length + 1] for (row,) in rows]
 
-    def of_head(self, head: int, n: int = 10) -> pd.DataFrame:
-        """The n features that fire with the largest share of a head: feature, share, firings, name, concept, f1.
-
-        Concepts are the best ones, where they are good enough to be called after.
-        """
-        rows = self._query(
-            "SELECT feature, share, firings FROM feature_heads JOIN feature_stats USING (feature) "
-            "WHERE head = ? AND firings > 0 ORDER BY share DESC, feature LIMIT ?",
-            head,
-            n,
-        )
-        table = pd.DataFrame(rows, columns=["feature", "share", "firings"])
-        table["name"] = list(self.names(table["feature"].tolist()).values())
-        best = [label_of(None, self._concepts.get(feature, [])) for feature in table["feature"]]
-        table["concept"] = pd.Series(best, dtype=object)
-        table["f1"] = [
-            self._concepts[feature][0].f1 if concept else float("nan")
-            for feature, concept in zip(table["feature"], best, strict=True)
-        ]
-        return table
-
     def table(self) -> pd.DataFrame:
         """All features, one row each: name, label, best concept, density, firings, moments, extremes, logits, map.
 
