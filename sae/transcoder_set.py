@@ -15,6 +15,7 @@ import torch
 
 from sae.errors import InputError
 from sae.files import write_atomically
+from sae.formats import circuit_tracer
 from sae.formats.reading import read_json
 from sae.transcoder import Transcoder
 
@@ -119,10 +120,8 @@ def load_transcoders(path: Path | str, device: torch.device | str = "cpu") -> Tr
     Raises:
         InputError: as `TranscoderSet.load`, or `sae.formats.circuit_tracer.load`.
     """
-    from sae.formats import circuit_tracer
-
     if (Path(path) / circuit_tracer.CONFIG).is_file():
-        return circuit_tracer.load(Path(path)).to(device)
+        return TranscoderSet(circuit_tracer.load(Path(path))).to(device)
     return TranscoderSet.load(path, device)
 
 

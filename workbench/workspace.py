@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sae.config import TrainConfig
     from sae.model import SAE
-    from sae.training import StepMetrics, TrainedSAE
+    from sae.training import TrainedSAE
     from workbench.catalog.gc import Removed
     from workbench.catalog.results import Result
     from workbench.catalog.sql import Answer
@@ -99,28 +99,14 @@ class Workspace(Catalog):
         return [result.sae for result in trained if result.sae is not None]
 
     def train_all(
-        self,
-        run: str,
-        harvest: str,
-        configs: "Sequence[TrainConfig]",
-        *,
-        hook: str | None = None,
-        target_hook: str | None = None,
-        device: str = "auto",
-        on_metrics: "Callable[[StepMetrics], None] | None" = None,
+        self, run: str, harvest: str, configs: "Sequence[TrainConfig]", **settings: Any
     ) -> "list[TrainedSAE]":
-        """Trains SAEs or transcoders side by side on one stream of a harvest's activations and saves them. A run that
-        was interrupted goes on, a finished one returns its SAEs at once; arguments and InputErrors as
-        `workbench.saes.train.train_all`.
-
-        Returns:
-            One entry per configuration, in their order: the SAE, or the reason why there is none.
-        """
+        """Trains SAEs or transcoders side by side on one stream of a harvest's activations and saves them: one entry
+        per configuration, the SAE or why there is none. A run that was interrupted goes on, a finished one returns its
+        SAEs at once; settings and InputErrors as `workbench.saes.train.train_all`."""
         from workbench.saes.train import train_all
 
-        return train_all(
-            self, run, harvest, configs, hook=hook, target_hook=target_hook, device=device, on_metrics=on_metrics
-        )
+        return train_all(self, run, harvest, configs, **settings)
 
     def estimate_training(
         self, harvest: str, configs: "Sequence[TrainConfig]", *, device: str = "auto", **hooks: str | None

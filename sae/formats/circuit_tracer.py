@@ -16,6 +16,7 @@ the k largest positive ones: they differ where a token has fewer than k.
 
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from sae.files import write_atomically
 from sae.formats.conversion import Weights, build, topk_of, weights_of
 from sae.formats.reading import read_safetensors
 from sae.transcoder import Transcoder
-from sae.transcoder_set import TranscoderSet
 
 CONFIG = "config.yaml"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -41,11 +41,11 @@ _LINE = re.compile(r"([A-Za-z_]\w*)\s*:\s*(.*?)\s*")
 _BLOCK = re.compile(r"blocks\.\d+\.(.+)")
 
 
-def load(path: Path) -> TranscoderSet:
-    """Reads a set from its folder.
+def load(path: Path) -> dict[int, Transcoder]:
+    """Reads the coders of a set, by layer, from its folder; `sae.load_transcoders` makes the set of them.
 
     Raises:
-        InputError: no such set, another kind of model, a missing layer, or a file that is damaged or of another format.
+        InputError: no such set, another kind of model, or a file that is damaged or of another format.
     """
     config = _read_config(path / CONFIG)
     if config.get("model_kind") != "transcoder_set":
@@ -53,7 +53,7 @@ def load(path: Path) -> TranscoderSet:
     files = {int(found[1]): file for file in path.iterdir() if (found := _FILE.fullmatch(file.name))}
     if not files:
         raise InputError(f"{path} has no layer_0.safetensors: copy the set again, with its weights")
-    return TranscoderSet({layer: _read_layer(file, layer, config) for layer, file in files.items()})
+    return {layer: _read_layer(file, layer, config) for layer, file in files.items()}
 
 
 def _read_layer(file: Path, layer: int, config: dict[str, str]) -> Transcoder:
@@ -88,20 +88,23 @@ def _read_layer(file: Path, layer: int, config: dict[str, str]) -> Transcoder:
     return made
 
 
-def save(coders: TranscoderSet, path: Path) -> None:
+def save(coders: Mapping[int, Transcoder], path: Path) -> None:
     """Writes a set to the folder `path`, made if needed.
+
+    Args:
+        coders: by layer, as `TranscoderSet.coders`.
 
     Raises:
         InputError: coders of several rules, a rule that the format cannot express, widths that differ, or hook points
             that are not the same place of every block.
     """
-    described: dict[str, Any] = {"model_kind": "transcoder_set", "model_name": coders.model_name}
-    described["feature_input_hook"] = _common([coder.hook_name for coder in coders.coders.values()])
-    described["feature_output_hook"] = _common([coder.target_hook_name for coder in coders.coders.values()])
-    rules_of = {json.dumps(rules.to_dict(coder.rule), sort_keys=True) for coder in coders.coders.values()}
+    described: dict[str, Any] = {"model_kind": "transcoder_set", "model_name": coders[0].model_name}
+    described["feature_input_hook"] = _common([coder.hook_name for coder in coders.values()])
+    described["feature_output_hook"] = _common([coder.target_hook_name for coder in coders.values()])
+    rules_of = {json.dumps(rules.to_dict(coder.rule), sort_keys=True) for coder in coders.values()}
     if len(rules_of) > 1:
         raise InputError("circuit-tracer's sets have one rule for all layers, and these have several")
-    if any(coder.d_in != coder.d_out for coder in coders.coders.values()):
+    if any(coder.d_in != coder.d_out for coder in coders.values()):
         raise InputError("circuit-tracer's transcoders have one width: one of these reads another than it predicts")
     rule = coders[0].rule
     if (k := topk_of(rule)) is not None:
@@ -109,7 +112,7 @@ def save(coders: TranscoderSet, path: Path) -> None:
     elif rule.saelens not in ("jumprelu", "standard"):
         raise InputError(f"circuit-tracer cannot express the rule {rule.name}: it can express relu, jumprelu and topk")
     path.mkdir(parents=True, exist_ok=True)
-    for layer, coder in coders.coders.items():
+    for layer, coder in coders.items():
         weights = weights_of(coder)
         tensors = {"W_enc": weights.W_enc.T, "b_enc": weights.b_enc, "W_dec": weights.W_dec, "b_dec": weights.b_dec}
         tensors |= {} if weights.threshold is None else {THRESHOLD: weights.threshold}

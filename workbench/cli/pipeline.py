@@ -1,6 +1,5 @@
 """Commands of the pipeline but for training: demo, harvest, evaluate."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -217,7 +216,7 @@ def evaluate_saes(
 def print_evaluations(found: "dict[str, Evaluation]") -> None:
     """One row per metric of EVALUATION_COLUMNS, one column per SAE: it fits a narrow terminal."""
     rows = [[title, *(getattr(item, key) for item in found.values())] for title, key in EVALUATION_COLUMNS.items()]
-    if all(math.isnan(item.skip_share) for item in found.values()):
+    if not any(item.skip_share for item in found.values()):
         rows = [row for row in rows if row[0] != SKIP_SHARE]
     print_table("Held-out evaluation", ["", *found], rows)
     for note, names in _by_note(found).items():

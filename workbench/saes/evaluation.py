@@ -83,8 +83,8 @@ class Evaluation:
     reconstruction_bias: float = math.nan
     kl_zero: float = math.nan
     kl_score: float = math.nan
-    skip_share: float = math.nan
-    """For a transcoder with a skip; see the module's description."""
+    skip_share: float = 0.0
+    """See the module's description; 0 without a skip."""
     note: str = ""
     """What to know before reading the losses; empty where there is nothing."""
 
@@ -329,11 +329,11 @@ def _add_spread(sums: dict[str, Tensor], name: str, rows: Float[Tensor, "n width
 
 
 def _skip_share(sums: dict[str, Tensor], number: int) -> float:
-    """1 - Var(y - skip) / Var(y); NaN without a skip. Takes its sums out."""
+    """1 - Var(y - skip) / Var(y); 0 without a skip. Takes its sums out."""
     found = []
     for name in (f"skip {number} target", f"skip {number} rest"):
         if f"{name} rows" not in sums:
-            return math.nan
+            return 0.0
         total, squares, rows = (sums.pop(f"{name} {part}") for part in ("sum", "squares", "rows"))
         found.append(float(squares - total.square().sum() / rows))
     return 1 - found[1] / found[0]

@@ -170,7 +170,7 @@ def by_the_format(folder: Path, layer: int, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("rule", [TopK(5), JumpReLU(), ReLU()], ids=lambda rule: rule.name)
 def test_a_set_of_circuit_tracer_both_ways(rule: Rule, skip: bool, tmp_path: Path) -> None:
     made = TranscoderSet({i: a_transcoder(rule, skip=skip, d_out=D_IN, layer=i) for i in range(3)})
-    circuit_tracer.save(made, tmp_path)
+    circuit_tracer.save(made.coders, tmp_path)
     loaded = load_transcoders(tmp_path)
     assert (len(loaded), loaded.model_name, loaded[2].rule) == (3, "m", rule)
     for layer, coder in made.coders.items():
@@ -188,7 +188,7 @@ def test_a_set_of_circuit_tracer_both_ways(rule: Rule, skip: bool, tmp_path: Pat
 
 def test_a_set_as_others_write_it(tmp_path: Path) -> None:
     """k as a tensor beside the weights, comments and lists in the configuration, quotes."""
-    circuit_tracer.save(TranscoderSet({0: a_transcoder(TopK(5), skip=False, d_out=D_IN)}), tmp_path)
+    circuit_tracer.save({0: a_transcoder(TopK(5), skip=False, d_out=D_IN)}, tmp_path)
     tensors = load_file(tmp_path / "layer_0.safetensors")
     save_file({**tensors, "k": torch.tensor(5)}, tmp_path / "layer_0.safetensors")
     (tmp_path / "config.yaml").write_text(
@@ -200,8 +200,8 @@ def test_a_set_as_others_write_it(tmp_path: Path) -> None:
 
 
 def test_sets_that_are_damaged_or_cannot_be_expressed_give_one_line(tmp_path: Path) -> None:
-    def a_set(**coders: Transcoder) -> TranscoderSet:
-        return TranscoderSet(dict(enumerate(coders.values())))
+    def a_set(**coders: Transcoder) -> dict[int, Transcoder]:
+        return dict(enumerate(coders.values()))
 
     square = a_transcoder(TopK(5), skip=False, d_out=D_IN)
     with pytest.raises(InputError, match="one rule for all layers"):
