@@ -4,6 +4,7 @@ Started by `workbench app`, with the workspace's path as its argument. A page is
 itself; one that ORDER does not name comes last.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import streamlit as st
@@ -12,7 +13,9 @@ from app.shared import plain
 from workbench import InputError
 
 PAGES = Path(__file__).with_name("pages")
-# The icons are symbols of the font that Streamlit brings along.
+# A picture of our own: Streamlit fetches emoji and symbols from the web where a tab's icon is one.
+ICON = str(Path(__file__).with_name("icon.svg"))
+# The icons are symbols of the font that Streamlit brings along; given to a page they would become the tab's icon too.
 ORDER = {
     "Overview": "space_dashboard", "Compare": "balance", "Features": "grid_view", "Feature": "center_focus_strong",
     "Prompt": "chat", "Steering": "explore", "Heads": "visibility", "Circuits": "account_tree",
@@ -41,18 +44,27 @@ def pages() -> list[st.Page]:
     names = {file.stem: file for file in sorted(PAGES.glob("[!_]*.py"))}
     rank = {name: number for number, name in enumerate(ORDER)}
     return [
-        st.Page(
-            names[name], title=name, icon=f":material/{ORDER.get(name, 'description')}:", default=name == "Overview"
-        )
+        st.Page(names[name], title=name, default=name == "Overview")
         for name in sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
     ]
 
 
+def icons(titles: Sequence[str]) -> str:
+    """CSS that puts every page's icon before its name in the sidebar."""
+    nav = "[data-testid=stSidebarNav]"
+    each = "".join(
+        f"{nav} li:nth-of-type({number}) a::before {{ content: '{ORDER.get(title, 'description')}' }}\n"
+        for number, title in enumerate(titles, 1)
+    )
+    return f"{nav} a::before {{ font: 1.2rem 'Material Symbols Rounded'; opacity: 0.7 }}\n{each}"
+
+
 # A sidebar of 200 pixels leaves a window of 800 room for the page.
 st.set_page_config(initial_sidebar_state=200)
-st.html(f"<style>{LAYOUT}</style>")
-page = st.navigation(pages())
-st.set_page_config(page_title=f"{page.title} · Workbench", page_icon="🔬", layout="wide")
+listed = pages()
+st.html(f"<style>{LAYOUT}{icons([one.title for one in listed])}</style>")
+page = st.navigation(listed)
+st.set_page_config(page_title=f"{page.title} · Workbench", page_icon=ICON, layout="wide")
 try:
     page.run()
 except InputError as error:

@@ -329,6 +329,22 @@ def test_the_app_stays_usable_while_another_process_writes(address: str, page: A
     page.get_by_text("1 rows,").wait_for()
 
 
+def test_no_request_leaves_the_machine(address: str, page: Any, busiest: int) -> None:
+    asked: list[str] = []
+    page.context.on("request", lambda request: asked.append(request.url))
+    page.context.on("console", lambda message: asked.extend(re.findall(r"https?://[^\s'\"]+", message.text)))
+    for name in ("", "Features", "Feature", "Prompt", "Steering", "Heads", "Circuits", "Sparsity", "Compare", "SQL"):
+        page.goto(link(address, name, sae="s", feature=busiest))
+        page.get_by_test_id("stSidebarNavLink").first.wait_for()
+        settled(page)
+    # Icons and fonts are asked for at the end.
+    page.wait_for_timeout(1000)
+    assert len(asked) > 20
+    here = urllib.parse.urlsplit(address).netloc
+    assert not {url for url in asked if urllib.parse.urlsplit(url).scheme not in ("data", "blob")
+                and urllib.parse.urlsplit(url).netloc != here}  # fmt: skip
+
+
 def test_an_empty_workspace_says_what_to_do(serve: Callable[[Path], str], tmp_path: Path, page: Any) -> None:
     Workspace(tmp_path / "empty")
     address = serve(tmp_path / "empty")
