@@ -160,6 +160,8 @@ def steer(
     with edited(model, sae, edit, unit, first=None if edit.where == "everywhere" else tokens.shape[1] - 1):
         after = next_log_probabilities(model.bridge(tokens)[0])
     before = next_log_probabilities(model.bridge(tokens)[0])
+    if new_tokens and before.shape[1] != model.info.d_vocab:
+        raise InputError("this model's outputs are no tokens, so it continues no text: steer with no new tokens")
     read = slice(model.n_bos, None)
     clean_loss, steered_loss = (token_losses(model, row, tokens[0]).numpy()[read] for row in (before, after))
     noise = _gumbel(new_tokens, model.info.d_vocab, seed) if temperature else None
@@ -287,7 +289,7 @@ def _shifts(model: "LoadedModel", before: Float[Tensor, "vocab"], after: Float[T
     chosen = chosen[difference[chosen] != 0]
     return pd.DataFrame(
         {
-            "token": chosen.cpu().numpy(), "text": [model.text([token]) for token in chosen.tolist()],
+            "token": chosen.cpu().numpy(), "text": [model.label_of(token, len(before)) for token in chosen.tolist()],
             "clean": clean[chosen].cpu().numpy(), "steered": steered[chosen].cpu().numpy(),
             "difference": difference[chosen].cpu().numpy(),
         }

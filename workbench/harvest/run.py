@@ -38,10 +38,10 @@ from workbench.harvest.writing import BlockWriter
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import DTYPES, LoadedModel, load_model
-from workbench.models.load_own import absolute_function, is_function
+from workbench.models.load_own import absolute_function, is_function, must_be_given
 from workbench.models.places import HookSpec
 from workbench.show.progress import format_bytes
-from workbench.text.corpora import Corpus, Document, Split, open_corpus
+from workbench.text.corpora import LIVE, Corpus, Document, Split, open_corpus
 from workbench.text.packing import FLAG_PADDING, PackedBatch, pack, refuse_padding
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
@@ -375,6 +375,11 @@ def harvest_into(
     config = config.absolute()
     model = model or load_model(config.model, device=device, dtype=config.model_dtype)
     corpus = corpus or open_corpus(config.corpus, text_field=config.text_field)
+    # What was given is recorded under its own name: that says how it is to be given again.
+    if must_be_given(model.info.name):
+        config = replace(config, model=model.info.name)
+    if corpus.name.startswith(LIVE):
+        config = replace(config, corpus=corpus.name)
     if on_estimate is not None:
         on_estimate(estimate(model, corpus, config, folder))
     return run_harvest(model, corpus, config, folder, on_progress=on_progress)

@@ -59,7 +59,7 @@ def capture(
         counted: positions whose token counts as a target of the loss, all when None; leave padding out.
 
     Raises:
-        InputError: gradients that float16 cannot hold.
+        InputError: gradients that float16 cannot hold, or of a model whose outputs are no tokens.
     """
     if not gradients:
         with torch.no_grad():
@@ -73,6 +73,10 @@ def capture(
 
     with hooked(model, hooks, keep), torch.enable_grad(), _embeddings_need_gradients(model.hf):
         logits = model.hf(tokens, use_cache=False).logits
+        if logits.shape[-1] < model.info.d_vocab:
+            raise InputError(
+                "this model's outputs are no tokens, so there is no loss to differentiate: harvest without"
+            )
         loss = _summed_loss(logits, tokens, counted)
         scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         found = torch.autograd.grad(loss * scale, list(values.values()))

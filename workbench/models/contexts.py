@@ -19,6 +19,7 @@ from workbench.models.model import LoadedModel
 from workbench.text.corpora import Corpus, Split
 from workbench.text.packing import is_ordinary, pack, refuse_padding
 
+NO_TOKENS = "this model's outputs are no tokens, so it has no loss on the next one"
 BATCH_TOKENS = 4096
 BATCH_LOGITS = 1 << 26
 """Large vocabularies get smaller batches: at this size the logits of one pass take 256 MB in float32."""
@@ -107,7 +108,12 @@ def losses(
 
     One context at a time: the float32 log-probabilities of a whole batch are the largest tensors of an evaluation,
     and writing and reading them again took longer than the model.
+
+    Raises:
+        InputError: outputs that are no tokens.
     """
+    if logits.shape[-1] <= int(batch.tokens.max()):
+        raise InputError(NO_TOKENS)
     cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits.device)
     for row, counted in enumerate(batch.counted):
         targets = batch.tokens[row, 1:]

@@ -218,6 +218,8 @@ def _transformer(own: OwnModel, module: Any, recorded: dict[str, Any]) -> Loaded
         (bare, bridge), processing = native_pair(module, own.name), "raw"
     hf = Called(bare, shape.d_vocab)
     info = ModelInfo.of(hf, bridge, processing=processing, **recorded)
+    if bare is not getattr(module, "original_model", None):
+        info = dataclasses.replace(info, architecture=type(module).__name__)
     loaded = LoadedModel(
         info,
         hf,

@@ -65,7 +65,11 @@ class Called(nn.Module):
         self.called, self.d_vocab, self._call = module, d_vocab, call
 
     def forward(self, tokens: Int[Tensor, "batch pos"], use_cache: bool = False) -> SimpleNamespace:
-        """The module's logits; one answer a sequence is one position. Raises InputError for what are no logits."""
+        """The module's logits; one answer a sequence stands at all positions.
+
+        Raises:
+            InputError: what the module gives are no logits.
+        """
         logits = self.called(tokens) if self._call is None else self._call(self.called, tokens)
         logits = getattr(logits, "logits", logits)
         if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
@@ -73,7 +77,9 @@ class Called(nn.Module):
                 f"{type(self.called).__name__} gives {_described(logits)} for tokens: expected logits [batch, pos, "
                 "outputs] or [batch, outputs]; say with `call` how to get them"
             )
-        return SimpleNamespace(logits=logits if logits.ndim == 3 else logits[:, None])
+        if logits.ndim == 2:
+            logits = logits[:, None].expand(-1, tokens.shape[1], -1)
+        return SimpleNamespace(logits=logits)
 
     def get_input_embeddings(self) -> nn.Module:
         """The module's first embedding of as many rows as tokens. Raises InputError where there is none."""

@@ -130,7 +130,10 @@ def has_exact_zeros(mlp: MLP) -> bool:
 
 
 def _activation(model: LoadedModel) -> str:
-    config: Any = model.hf.config
+    config: Any = getattr(model.hf, "config", None)
+    if config is None and (name := getattr(getattr(model.structure, "cfg", None), "act_fn", None)):
+        # A HookedTransformer has TransformerLens' configuration alone.
+        return str(name)
     for key in ("hidden_act", "activation_function", "hidden_activation"):
         if name := getattr(config, key, None):
             return str(name)

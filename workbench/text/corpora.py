@@ -43,6 +43,8 @@ BESIDE_DATA = {".csv", ".tsv", ".gz", ".zst", ".arrow"}
 """More of the same data, most likely, in a folder that holds JSON lines or Parquet."""
 
 
+LIVE = "live:"
+"""Begins the names of corpora that were given from Python."""
 IDENTIFIED_BY = 1024
 """Documents of a Python iterable that its fingerprint is taken of: it may have no end."""
 
@@ -122,7 +124,7 @@ class Corpus:
         """A corpus of token ids from Python, known by its first `IDENTIFIED_BY` documents.
 
         Args:
-            name: as it is recorded; what is made from it needs the corpus itself again.
+            name: as it is recorded, after `live:`; what needs its documents again needs the corpus itself.
             documents: starts a new pass over all documents, always the same in the same order.
 
         Raises:
@@ -134,7 +136,7 @@ class Corpus:
                 yield _entry(f"{name}#{number}", _token_ids(tokens, f"corpus {name}, document {number}"))
 
         first = [str(np.asarray(entry.read()).tolist()) for entry in islice(entries(), IDENTIFIED_BY)]
-        return cls(name, entries, hash_split, _digest([name, *first]))
+        return cls(LIVE + name, entries, hash_split, _digest([name, *first]))
 
 
 def open_corpus(spec: str | Corpus, *, text_field: str = "text") -> Corpus:
@@ -151,6 +153,11 @@ def open_corpus(spec: str | Corpus, *, text_field: str = "text") -> Corpus:
         return spec
     if spec == "python-stdlib":
         return _python_stdlib()
+    if spec.startswith(LIVE):
+        raise InputError(
+            f"the corpus {spec.removeprefix(LIVE)!r} was given from Python, which a workspace does not keep: give it "
+            "again, corpus=Corpus.of_tokens(...), or name another"
+        )
     if not spec.strip():
         raise InputError("the corpus has no name: give a file, a folder, python-stdlib, or a hub dataset")
     path = Path(spec).expanduser()

@@ -335,3 +335,50 @@ def test_a_live_bridge_is_used_as_it_is() -> None:
     tokens = rows(6, 20)
     assert torch.allclose(model.hf(tokens).logits, bridge(tokens), atol=1e-6)
     assert "blocks.1.hook_resid_post" in model.checks.hooks
+
+
+class Pooled(nn.Module):
+    """One answer a sequence, from the mean of its states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix, self.out = nn.Embedding(30, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch classes"]:
+        return self.out(self.mix(self.embedding(tokens)).relu().mean(dim=1))
+
+
+def test_one_answer_a_sequence_is_spliced_and_evaluated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = OwnModel(Pooled(), 30, LENGTH, {"mixed": "mix"}, name="pooled")
+    model = load_model(own)
+    assert not model.causal
+    space, evaluation = made(tmp_path / "w", model, "mixed", token_corpus(), LENGTH)
+    sae = space.sae("s")
+    documents = [document.tokens for document in token_corpus().documents("heldout")]
+    tokens = torch.from_numpy(np.stack([row for row in documents if row is not None])).long()[:10]
+    with torch.no_grad():
+        x = own.module.mix(own.module.embedding(tokens))
+        clean = own.module.out(x.relu().mean(dim=1)).log_softmax(dim=1)
+        spliced = own.module.out(sae(x.flatten(0, 1)).view_as(x).relu().mean(dim=1)).log_softmax(dim=1)
+    kl = (clean.exp() * (clean - spliced)).sum(dim=1)
+    assert evaluation.kl == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert "something else than the next token" in evaluation.note
+    with pytest.raises(InputError, match="no loss to differentiate"):
+        capture(model, tokens, [resolve_hook(model, "mixed")], gradients=True)
+    with pytest.raises(InputError, match="continues no text"):
+        space.steer("s", 0, "1 2", new_tokens=3)
+    assert space.steer("s", 0, "1 2", strength=5.0, new_tokens=0).kl.max() > 0
+
+
+def test_a_corpus_from_python_is_asked_for_again(tmp_path: Path) -> None:
+    model = load_model(character_model())
+    space, _ = made(tmp_path / "w", model, "mlp", token_corpus(length=20, d_vocab=11), 20)
+    with pytest.raises(InputError, match="the corpus 'ids' was given from Python"):
+        space.evaluate(["s"])
+
+
+def test_documents_that_leave_padding_are_refused_where_tokens_see_later_ones(tmp_path: Path) -> None:
+    model = load_model(hooked_transformer(**KINDS["classes"]))
+    with pytest.raises(InputError, match="it would read the padding"):
+        made(tmp_path / "w", model, "blocks.0.hook_resid_post", token_corpus(length=LENGTH - 1), LENGTH)

@@ -235,6 +235,8 @@ def _wanted(corpus: Corpus, harvest: Harvest, place: dict[int, tuple[int, int]])
     missing = set(place)
     for document in corpus.documents(harvest.config.get("split", "train")):
         if document.index in missing:
+            if document.tokens is not None:
+                raise InputError("concepts are read from text, and this corpus holds token ids: give them with --table")
             missing.remove(document.index)
             yield document
             if not missing:

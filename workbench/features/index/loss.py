@@ -14,9 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sae.errors import InputError
 from sae.model import SAE
 from workbench.features.index.feature import Example, Feature
 from workbench.features.steering import Edit, edited
+from workbench.models.contexts import NO_TOKENS
 
 if TYPE_CHECKING:
     from workbench.features.index.query import FeatureIndex
@@ -36,7 +38,7 @@ def loss_effects(
         tokens: contexts that begin with BOS.
 
     Raises:
-        InputError: a feature that does not exist, or an SAE of another model.
+        InputError: a feature that does not exist, an SAE of another model, or a model whose outputs are no tokens.
     """
     edit = Edit(feature, "ablate")
     edit.check(sae.d_sae)
@@ -70,4 +72,6 @@ def with_loss_effects(index: "FeatureIndex", feature: Feature, model: "LoadedMod
 
 def _losses(model: "LoadedModel", tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos-1"]:
     logits = model.bridge(tokens)[:, :-1].flatten(0, 1).float()
+    if logits.shape[1] < model.info.d_vocab:
+        raise InputError(NO_TOKENS)
     return cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none").unflatten(0, (len(tokens), -1))

@@ -59,7 +59,11 @@ def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str)
     activations[token[mine]] = value[mine].float()
     values = activations.tolist()
     peak = int(activations.abs().argmax())
-    effects = loss_effects(model, sae, feature, tokens)[0, model.n_bos :].tolist()
+    try:
+        effects = loss_effects(model, sae, feature, tokens)[0, model.n_bos :].tolist()
+    except InputError:
+        # Outputs that are no tokens, or a bridge that is not used: the activations stand by themselves.
+        effects = None
     example = Example(
         row=-1, document="your text", pos=peak, activation=values[peak],
         tokens=token_pieces(model, kept), activations=values, peak=peak,
