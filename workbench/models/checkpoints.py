@@ -10,17 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from sae.errors import InputError
+from workbench.disk.hub import require_hub
 from workbench.models.bundled import demo_model_dir
-
-SECONDS_TO_ANSWER = 5
 
 
 def weights_sha256(files: Sequence[Path]) -> str:
@@ -83,7 +80,11 @@ def locate(spec: str) -> tuple[str, str]:
         return str(folder), "folder"
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise InputError(f"no model folder at {spec}")
-    _require_network(spec)
+    require_hub(
+        spec, "model",
+        f"cannot load {spec!r} from the Hugging Face hub: no network ({{reason}}); give a local folder or `demo`, or "
+        "download the model once where there is a network",
+    )  # fmt: skip
     return spec, "hub"
 
 
@@ -95,26 +96,6 @@ def reads_as_model(name: str) -> bool:
 
     known = [*OFFICIAL_MODEL_NAMES, *MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
     return name.lower() in {part.lower() for spec in known for part in (spec, spec.rpartition("/")[2])}
-
-
-def _require_network(spec: str) -> None:
-    """Raises InputError where nothing of a hub model is here and the hub does not answer.
-
-    transformers asks again and again for half a minute before it gives up.
-    """
-    if constants.HF_HUB_OFFLINE or try_to_load_from_cache(spec, "config.json") is not None:
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(spec, "config.json"), timeout=SECONDS_TO_ANSWER)
-    except (HfHubHTTPError, HFValidationError, ValueError):
-        # It answers; what it says about the name is told where the model is loaded.
-        return
-    except Exception as error:  # of the transport: no name server, no route, a timeout, a proxy
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"cannot load {spec!r} from the Hugging Face hub: no network ({reason}); give a local folder or `demo`, or "
-            "download the model once where there is a network"
-        ) from None
 
 
 def from_pretrained(kind: Any, location: str, spec: str, **options: Any) -> Any:

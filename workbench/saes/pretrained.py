@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from sae.errors import InputError
 from sae.formats.saelens_import import from_parts
 from sae.model import SAE
+from workbench.disk.hub import require_hub
 
 
 def load_pretrained(release: str, sae_id: str, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
@@ -32,6 +33,12 @@ def load_pretrained(release: str, sae_id: str, *, hook_name: str | None = None, 
         raise InputError(
             f"release {release!r} has no SAE {sae_id!r}: {_near(sae_id, list(directory[release].saes_map))}"
         )
+    repo = directory[release].repo_id if release in directory else release
+    require_hub(
+        repo, "model",
+        f"cannot fetch {release}/{sae_id}: no network ({{reason}}); download it once where there is one, or copy the "
+        "folder and import that",
+    )  # fmt: skip
     try:
         found = SAELensSAE.from_pretrained(release, sae_id)
     except OSError as error:

@@ -101,7 +101,7 @@ def calibrate_on(model: LoadedModel, sample: Sequence[ContextBatch]) -> Calibrat
                 stack.callback(_on_input(matrix, see_input))
             for mlp in blocks:
                 stack.callback(_on_output(mlp, see_drive))
-            getattr(model.hf, "base_model", model.hf)(batch.tokens, use_cache=False)  # type: ignore[operator]
+            getattr(model.hf, "base_model", model.hf)(batch.tokens, use_cache=False)
     if any(matrix.d_in == 0 or not inputs[matrix.name] for matrix in matrices):
         raise InputError(f"some matrices of {model.info.architecture} never ran: its blocks are not plain layers")
     return Calibration(

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae.errors import InputError
+from workbench.disk.hub import require_hub
 from workbench.text.python_source import split_of, stdlib_files
 
 Split = Literal["train", "heldout"]
@@ -342,6 +343,11 @@ def _hub(spec: str, text_field: str) -> Corpus:
     except ImportError:
         raise InputError(f"reading {spec!r} from the hub needs the datasets package: pip install datasets") from None
     name, _, configuration = spec.partition(":")
+    require_hub(
+        name, "dataset",
+        f"cannot open the dataset {spec!r} on the Hugging Face hub: no network ({{reason}}); give a local path or "
+        "python-stdlib",
+    )  # fmt: skip
     try:
         revision = HfApi().dataset_info(name).sha
         rows = load_dataset(name, configuration or None, split="train", streaming=True, revision=revision)

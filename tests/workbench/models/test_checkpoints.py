@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,27 @@ import pytest
 from huggingface_hub import constants
 
 from sae.errors import InputError
-from workbench.models import checkpoints, load
+from workbench.disk import hub
+from workbench.models import load
 from workbench.models.load import load_model
+from workbench.saes.pretrained import load_pretrained
+from workbench.text.corpora import open_corpus
 
 
-def test_a_hub_name_without_a_network_is_one_line_after_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("what", "fetch"),
+    [
+        ("cannot load 'nobody/nothing'", lambda: load_model("nobody/nothing")),
+        ("cannot open the dataset 'nobody/nothing:part'", lambda: open_corpus("nobody/nothing:part")),
+        (
+            "cannot fetch gpt2-small-res-jb/blocks.8.hook_resid_pre",
+            lambda: load_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre"),
+        ),
+    ],
+)
+def test_without_a_network_there_is_one_line_after_one_question(
+    what: str, fetch: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked: list[str] = []
 
     def no_network(url: str, **_: Any) -> None:
@@ -21,9 +38,16 @@ def test_a_hub_name_without_a_network_is_one_line_after_one_question(monkeypatch
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "get_hf_file_metadata", no_network)
-    with pytest.raises(InputError, match=r"cannot load 'nobody/nothing' .* no network \(Name or service not known\)"):
-        load_model("nobody/nothing")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", no_network)
+    with pytest.raises(InputError, match=r"no network \(Name or service not known\)") as caught:
+        fetch()
+    assert str(caught.value).startswith(what)
+    assert len(asked) == 1
+    # What lies in the cache is not asked for.
+    repository = "models--nobody--nothing"
+    (tmp_path / repository / "snapshots" / "abc").mkdir(parents=True)
+    hub.require_hub("nobody/nothing", "model", "not asked")
     assert len(asked) == 1
 
 

@@ -1,0 +1,34 @@
+"""Whether the Hugging Face hub answers, asked once before anything is fetched: its libraries ask again and again for
+half a minute and more before they give up."""
+
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.file_download import repo_folder_name
+
+from sae.errors import InputError
+
+SECONDS_TO_ANSWER = 5
+
+
+def require_hub(repo: str, kind: Literal["model", "dataset"], message: str) -> None:
+    """Raises InputError where nothing of a repository is in the cache and the hub does not answer.
+
+    Args:
+        repo: `owner/name`.
+        kind: of the repository.
+        message: of the error, with `{reason}`.
+    """
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind) / "snapshots"
+    if constants.HF_HUB_OFFLINE or (snapshots.is_dir() and any(snapshots.iterdir())):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, "README.md", repo_type=kind), timeout=SECONDS_TO_ANSWER)
+    except (HfHubHTTPError, HFValidationError, ValueError):
+        # It answers; what it says about the name is told where the repository is read.
+        return
+    except Exception as error:  # of the transport: no name server, no route, a timeout, a proxy
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(message.replace("{reason}", reason)) from None
