@@ -4,6 +4,7 @@ No script and nothing fetched. Every text is escaped. A page is made of `STYLE` 
 """
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -31,7 +32,9 @@ font-family:ui-monospace,monospace;font-size:12px;white-space:pre}
 </style>"""
 
 
-_SPACE = '<span class="space">␣</span>'
+_COUNTED = re.compile("  +|^ $|(?<=[⏎→]) ")
+MOST_MARKS = 4
+"""Spaces up to which each has its mark; of more the number is said."""
 JOINERS = "\u200c\u200d"
 """Invisible, and part of how the characters beside them are written."""
 
@@ -54,14 +57,19 @@ def visible(text: str) -> str:
     inner = text.strip(" ")
     if not inner:
         return escape(marked(text))
-    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
-    return _SPACE * before + escape(one_line(inner)) + _SPACE * after
+    ends = (len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" ")))
+    before, after = (f'<span class="space">{_spaces(n)}</span>' if n else "" for n in ends)
+    return before + escape(marked(inner)) + after
 
 
 def marked(text: str) -> str:
-    """A token that stands alone, not escaped: marks for line breaks and tabs, and for spaces where there is nothing
-    else; what cannot be seen is spelled out."""
-    return one_line("␣" * len(text) if text and not text.strip(" ") else text)
+    """A token that stands alone, not escaped: marks for line breaks and tabs, and for spaces that one could not count:
+    several, those behind a line break, and those where there is nothing else. What cannot be seen is spelled out."""
+    return _COUNTED.sub(lambda run: _spaces(len(run[0])), one_line(text))
+
+
+def _spaces(n: int) -> str:
+    return "␣" * n if n <= MOST_MARKS else f"␣\u00d7{n}"
 
 
 def one_line(text: str) -> str:

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from workbench.models.bundled import demo_model_dir
 from workbench.models.load import LoadedModel
 from workbench.models.prompt_text import token_pieces
-from workbench.show.html import one_line, visible
+from workbench.show.html import marked, one_line, visible
 from workbench.text.token_bytes import alone, characters, joined, part_bytes, piece_at
 
 TEXTS = ["東京へ行く", "Привет, мир", "naïve 🙂👨‍👩‍👧 ok", "plain text\n\twith marks", "مرحبا", "한국어 a", "�"]
@@ -62,4 +62,9 @@ def test_what_cannot_be_seen_is_spelled_out() -> None:
     shown = [visible(text) for text in (" ", "  ", "\n", "\r\n", "\t", "\x00", "\x1b", "\u200b", "\xa0", "\ufeff")]
     assert len(set(shown)) == len(shown)
     assert shown[:6] == ["␣", "␣␣", "⏎", "␍⏎", "→", "\\x00"]
+    whitespace = ["\n", "\n ", "\n    ", "\n" + 7 * " ", "\n" + 8 * " ", "a b", "a  b", 8 * " "]
+    assert [marked(text) for text in whitespace] == [
+        "⏎", "⏎␣", "⏎␣␣␣␣", "⏎␣\u00d77", "⏎␣\u00d78", "a b", "a␣␣b", "␣\u00d78"
+    ]  # fmt: skip
+    assert visible(" <a") == '<span class="space">␣</span>&lt;a'
     assert one_line("👨\u200d👩 東") == "👨\u200d👩 東"
