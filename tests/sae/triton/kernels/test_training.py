@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sae import InputError, StepMetrics, TrainConfig, train
 from sae.code import SparseCode
-from sae.fused_step import FusedStep, Step, StepPlan, can_be_fused
+from sae.fused_parts import StepPlan
+from sae.fused_step import FusedStep, Step, can_be_fused
 from sae.kernels import triton as fast
 from sae.kernels.triton.encode import padded_pair
 from sae.plain_step import PlainStep
