@@ -129,7 +129,8 @@ def evaluate_set(
     origin.check_model(loaded, "these transcoders")
     found = evaluate_replacement(
         loaded, list(coders.coders.values()), opened, max_tokens=max_tokens,
-        context_len=origin.context_len or min(CONTEXT_LEN, loaded.info.n_ctx), on_progress=on_progress,
+        context_len=origin.context_len or min(CONTEXT_LEN, loaded.info.n_ctx), separate=origin.separate,
+        on_progress=on_progress,
     )  # fmt: skip
     catalog.results.save(
         REPLACEMENT,

@@ -61,6 +61,7 @@ def evaluate_replacement(
     *,
     max_tokens: int = 65_536,
     context_len: int = 256,
+    separate: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Replacement:
     """Measures the model with the targets of all coders replaced; see the module's description.
@@ -68,13 +69,15 @@ def evaluate_replacement(
     Args:
         coders: one a layer; BOS and padding keep their values.
         max_tokens: held-out rows to use, rounded down to whole contexts.
+        separate: no context holds parts of two documents.
         on_progress: called with (rows done, rows in all).
 
     Raises:
         InputError: a coder whose hook points or widths do not fit the model, or too few held-out tokens.
     """
     hooks = [writing_hook(model, coder) for coder in coders]
-    batches = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+    sizes = {"max_tokens": max_tokens, "context_len": context_len}
+    batches = list(context_batches(model, corpus, "heldout", separate=separate, **sizes))
     coders = [coder.to(model.device) for coder in coders]
     means = means_at(model, batches, hooks)
     ways: list[Way] = [

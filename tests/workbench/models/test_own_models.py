@@ -378,6 +378,22 @@ def test_a_corpus_from_python_is_asked_for_again(tmp_path: Path) -> None:
         space.evaluate(["s"])
 
 
+def test_separate_documents_stay_apart_from_harvest_to_evaluation(tmp_path: Path) -> None:
+    model = load_model(hooked_transformer(normalization_type=None))
+    hook, corpus = "blocks.1.hook_resid_post", token_corpus(length=13)
+    space = Workspace(tmp_path / "w")
+    config = HarvestConfig(model.info.name, corpus.name, (hook,), context_len=16, max_tokens=16 * 60, separate=True)
+    harvest = space.harvest("h", config, model=model, corpus=corpus)
+    assert (harvest.flags.reshape(60, 16) == [0] * 13 + [2] * 3).all()
+    space.train("r", "h", [TrainConfig("s", 640, d_sae=32, rule=TopK(4), batch_size=64)], hook=hook)
+    assert space.origin("s").separate
+    n_heldout = len(list(corpus.documents("heldout")))
+    assert space.evaluate(["s"], model=model, corpus=corpus, max_tokens=16 * 4)[0].tokens == 13 * min(4, n_heldout)
+    with pytest.raises(InputError, match="exists with other settings"):
+        space.harvest("h", HarvestConfig(model.info.name, corpus.name, (hook,), context_len=16, max_tokens=16 * 60),
+                      model=model, corpus=corpus)  # fmt: skip
+
+
 def test_documents_that_leave_padding_are_refused_where_tokens_see_later_ones(tmp_path: Path) -> None:
     model = load_model(hooked_transformer(**KINDS["classes"]))
     with pytest.raises(InputError, match="it would read the padding"):
