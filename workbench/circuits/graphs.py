@@ -107,12 +107,20 @@ def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = Non
             coders = catalog.transcoders(summary.name, device)
             if coders.model_name == model.info.name:
                 return summary.name, coders
-        if model.info.source != "bundled":
+        if model.info.source != "bundled" or not _are_bundled():
             raise InputError(
                 f"there is no set of transcoders of {model.info.name} in {catalog.path}: train one with `workbench "
                 "train ... --hook 'blocks.*.mlp.hook_in' --target-hook 'blocks.*.hook_mlp_out'`"
             )
     return "bundled", load_transcoders(demo_transcoders_dir(), device)
+
+
+def _are_bundled() -> bool:
+    """Whether this installation has the demo model's transcoders."""
+    try:
+        return demo_transcoders_dir().is_dir()
+    except InputError:
+        return False
 
 
 def make_graph(

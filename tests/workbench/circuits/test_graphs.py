@@ -152,7 +152,7 @@ def test_errors_in_the_older_form_are_read(graphs: Workspace) -> None:
 
 
 def test_sets_of_other_models_and_models_without_one_are_refused(
-    graphs: Workspace, small: LoadedModel, demo: LoadedModel, tmp_path: Path
+    graphs: Workspace, small: LoadedModel, demo: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="of another model"):
         transcoders_for(graphs, demo, "mine")
@@ -160,6 +160,13 @@ def test_sets_of_other_models_and_models_without_one_are_refused(
         transcoders_for(graphs, small, "other")
     with pytest.raises(InputError, match="train one"):
         transcoders_for(Workspace(tmp_path / "w"), small)
+
+    def missing() -> Path:
+        raise InputError("missing")
+
+    monkeypatch.setattr("workbench.circuits.graphs.demo_transcoders_dir", missing)
+    with pytest.raises(InputError, match="train one"):
+        transcoders_for(Workspace(tmp_path / "w"), demo)
     with pytest.raises(InputError, match="shorten it"):
         attribute(small, "x = 1\n" * 200, graphs.transcoders("mine"))
 
