@@ -122,6 +122,17 @@ def test_batch_collection_stays_in_registers(folder: Path) -> None:
     check(_collect_kernel, {"ABSOLUTE": False, "BLOCK": COLLECTED}, COLLECTED // 256, folder)
 
 
+def test_thresholds_stay_in_registers(folder: Path) -> None:
+    from sae.kernels.triton.dense import COLUMNS, ROWS, _activate_kernel, _mask_kernel
+    from sae.kernels.triton.threshold import RUN, _run_kernel
+
+    types = {"counter": "*i64", "starts": "*i32", "counts": "*i32", "features": "*i32", "A": "*bf16", "G": "*bf16"}
+    types |= {"n_rows": "i32", "half_window": "fp32"}
+    check(_run_kernel, {"BLOCK": RUN}, RUN // 256, folder, types)
+    check(_activate_kernel, {"BLOCK": COLUMNS}, 4, folder, types)
+    check(_mask_kernel, {"ROWS": ROWS, "BLOCK": COLUMNS}, 4, folder, types)
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("d", [768, 1000])
 def test_decode_stays_in_registers_and_reads_rows_by_vectors(d: int, ragged: bool, folder: Path) -> None:
@@ -153,12 +164,14 @@ def test_centring_stays_in_registers(folder: Path) -> None:
     check(_centre_kernel, {"ROWS": CENTRE_ROWS, "COLUMNS": SLICE, **columns(768)}, 4, folder)
 
 
+@pytest.mark.parametrize("threshold", [False, True])
 @pytest.mark.parametrize("d", WIDTHS)
-def test_window_sums_and_products_stay_in_registers(d: int, folder: Path) -> None:
+def test_window_sums_and_products_stay_in_registers(d: int, threshold: bool, folder: Path) -> None:
     from sae.kernels.triton.features import _product_kernel, _window_kernel
 
     for kernel in (_window_kernel, _product_kernel):
         constants = {name: value for name, value in by_feature(d).items() if name in kernel.arg_names}
+        constants["THRESHOLD"] = threshold
         ptx = check(kernel, constants, 1, folder, {"W_dec": "*bf16"}, aligned=d % 256 == 0)
         assert not re.search(r"ld\.global\S*\.b16", ptx)
 
