@@ -60,13 +60,7 @@ def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str
         default: where the URL names none; the first.
     """
     place = dict.fromkeys(names, ("", "")) | {item.name: (item.model, item.hook) for item in workspace.saes()}
-    asked = st.query_params.get("sae")
-    if asked not in names:
-        if asked is not None:
-            st.warning(f"This link asks for {what} {asked!r}, which this workspace does not have.")
-        st.query_params["sae"] = default or names[0]
-    # The URL decides, so that a link always names its SAE; a bound widget would leave the first one out of it.
-    sae = st.query_params["sae"]
+    sae = _sae_of_url(names, what, default or names[0])
     model, hook = place[sae]
     same_model = [name for name in names if place[name][0] == model]
     levels = (
@@ -85,6 +79,16 @@ def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str
             label, sorted(first), key=key, on_change=follow, help=f"{hook} of {model}" if key == "sae" else None
         )
     return sae
+
+
+def _sae_of_url(names: Sequence[str], what: str, default: str) -> str:
+    """The URL decides, so that a link always names its SAE; a bound widget would leave the first one out of it."""
+    asked = st.query_params.get("sae")
+    if asked not in names:
+        if asked is not None:
+            st.warning(f"This link asks for {what} {asked!r}, which this workspace does not have.")
+        st.query_params["sae"] = default
+    return st.query_params["sae"]
 
 
 def open_index(workspace: Workspace, name: str) -> FeatureIndex:

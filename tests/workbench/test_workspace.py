@@ -23,6 +23,8 @@ def test_circuit_verbs_store_what_the_analyses_store(tmp_path: Path, demo: Loade
     pd.testing.assert_frame_equal(found.table("nodes"), again.table("nodes"))
     small = Task("induction", n=2)
     assert space.circuit(demo, small, name="e", options={"steps": 1, "fractions": [0.5]}).kind == "circuit-edges"
+    assert found.tables() == ["nodes", "prompts", "summary"]
+    assert "weights_sha256" not in repr(found)
     # What is stored is opened, not made again.
     assert space.circuit(demo, "induction", "attribution", name="c").created == found.created
 

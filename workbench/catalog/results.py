@@ -10,7 +10,7 @@ complete, so a reader never sees half a result. Inside:
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class Result:
     created: str
     """UTC, ISO 8601."""
     parameters: dict[str, Any]
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(repr=False)
     path: Path
 
     @property
@@ -50,16 +50,25 @@ class Result:
     def table(self, name: str) -> pd.DataFrame:
         """A table the analysis stored. Raises InputError naming the tables there are."""
         with read_duckdb(self.path) as connection:
-            names = [row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
-            if name not in names:
-                known = ", ".join(sorted(n for n in names if not n.startswith("_")))
-                raise InputError(f"{self.kind} result {self.name!r} has no table {name!r}: it has {known}")
+            if name not in (names := _tables(connection)):
+                raise InputError(f"{self.kind} result {self.name!r} has no table {name!r}: it has {', '.join(names)}")
             return connection.execute(f'SELECT * FROM "{name}"').df()
+
+    def tables(self) -> list[str]:
+        """Names of its tables."""
+        with read_duckdb(self.path) as connection:
+            return _tables(connection)
 
     def figures(self) -> dict[str, str]:
         """Plotly JSON by figure name."""
         with read_duckdb(self.path) as connection:
             return dict(connection.execute("SELECT name, plotly FROM _figures").fetchall())
+
+
+def _tables(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Names of the tables an analysis stored, not the store's own."""
+    names = [row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 class ResultStore:

@@ -83,7 +83,7 @@ def feature(
 
     if label is not None and number is None:
         raise InputError("--label needs the number of the feature to label")
-    if number is None and search is None and words is None and member_of is None and table is None:
+    if all(one is None for one in (number, search, words, member_of, table)):
         raise InputError("name a feature's number, or use --search, --words, --list or --table")
     if search is not None and words is not None:
         raise InputError("search for a text or for words, not for both at once: leave --search or --words out")
@@ -105,8 +105,13 @@ def feature(
         write_page(html, document(chosen, member_of))
     if as_json:
         described = [item.to_dict() for item in chosen]
-        print_json(described if member_of is not None else described[0] if described else None)
-        return
+        print_json(described if member_of is not None else next(iter(described), None))
+    else:
+        _say(chosen, table, html)
+
+
+def _say(chosen: "list[Feature]", table: Path | None, html: Path | None) -> None:
+    """Names the files that were written, and prints the features where no page holds them."""
     for path in (table, html):
         if path is not None:
             print(f"Wrote {path}")
