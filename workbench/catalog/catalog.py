@@ -152,7 +152,16 @@ class Catalog:
         return self.path / "saes" / name
 
     def sae(self, name: str, device: str = "cpu") -> "SAE":
-        """Loads an SAE. Raises InputError naming those there are."""
+        """Loads an SAE. Raises InputError naming those there are, and for a transcoder: see `coder`."""
+        loaded = self.coder(name, device)
+        if not loaded.subtracts_b_dec:
+            raise InputError(
+                f"{name!r} is a transcoder, which predicts another activation than it reads: this needs an SAE"
+            )
+        return loaded
+
+    def coder(self, name: str, device: str = "cpu") -> "SAE":
+        """Loads an SAE or a transcoder. Raises InputError naming those there are."""
         from sae.model import SAE
 
         return SAE.load(self._require_sae(name), device=device)

@@ -163,7 +163,7 @@ def _measure(
 ) -> list[Evaluation]:
     return evaluate_sae(
         model,
-        [catalog.sae(name) for name in names],
+        [catalog.coder(name) for name in names],
         corpus,
         max_tokens=asked["max_tokens"],
         count_bos=asked.get("count_bos", False),

@@ -58,7 +58,7 @@ def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> None:
     """Writes an SAE of the workspace to a new folder; see `Workspace.export_sae`, also for the InputErrors."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists: name a new or an empty folder")
-    sae = catalog.sae(name)
+    sae = catalog.coder(name)
     try:
         export(sae, folder, form)
     except OSError as error:

@@ -119,4 +119,4 @@ def overlap(a: SAE, b: SAE, names: tuple[str, str] = ("A", "B")) -> Overlap:
 
 def overlap_of(catalog: Catalog, a: str, b: str) -> Overlap:
     """The overlap of two SAEs of a workspace. Raises InputError as `overlap`, and for names that do not exist."""
-    return overlap(catalog.sae(a), catalog.sae(b), (a, b))
+    return overlap(catalog.coder(a), catalog.coder(b), (a, b))

@@ -251,4 +251,4 @@ def _is_of(catalog: Catalog, run: str, config: TrainConfig) -> bool:
 
 
 def _trained(catalog: Catalog, config: TrainConfig, error: str | None) -> TrainedSAE:
-    return TrainedSAE(config, None if error else catalog.sae(config.name), error)
+    return TrainedSAE(config, None if error else catalog.coder(config.name), error)

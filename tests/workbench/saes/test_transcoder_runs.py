@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,7 +68,7 @@ def test_a_set_is_trained_saved_and_listed_as_one_thing(workspace: Workspace, ca
     assert [result.config.name for result in trained] == [f"mlps.layer_{i}" for i in range(3)]
     coders = workspace.transcoders("mlps")
     for layer in coders:
-        alone = workspace.sae(f"mlps.layer_{layer}")
+        alone = workspace.coder(f"mlps.layer_{layer}")
         assert isinstance(alone, Transcoder)
         assert alone.fingerprint() == coders[layer].fingerprint()
         assert (alone.hook_name, alone.target_hook_name, alone.model_name) == (
@@ -75,6 +76,8 @@ def test_a_set_is_trained_saved_and_listed_as_one_thing(workspace: Workspace, ca
         )  # fmt: skip
         origin = workspace.origin(f"mlps.layer_{layer}")
         assert (origin.harvest, origin.hook, origin.run) == ("h", f"blocks.{layer}.mlp.hook_in", "r")
+        with pytest.raises(InputError, match="is a transcoder, which predicts another activation than it reads"):
+            workspace.sae(f"mlps.layer_{layer}")
     assert workspace.saes() == []
     capsys.readouterr()
     assert run(["info", "--workspace", str(workspace.path), "--json"]) == 0
@@ -91,8 +94,18 @@ def test_a_layer_of_a_set_is_the_transcoder_trained_alone(workspace: Workspace) 
     workspace.train_all("r", "h", [CONFIG], **SET, device="cpu")
     hooks = {"hook": "blocks.1.mlp.hook_in", "target_hook": "blocks.1.hook_mlp_out"}
     (alone,) = workspace.train("alone", "h", [CONFIG], **hooks, device="cpu")
-    assert alone.fingerprint() == workspace.sae("mlps.layer_1").fingerprint()
+    assert alone.fingerprint() == workspace.coder("mlps.layer_1").fingerprint()
     assert [summary.name for summary in workspace.saes()] == ["mlps"]
+
+
+def test_an_index_says_where_a_transcoders_features_fire(workspace: Workspace) -> None:
+    hooks = {"hook": "blocks.1.mlp.hook_in", "target_hook": "blocks.1.hook_mlp_out"}
+    (coder,) = workspace.train("alone", "h", [CONFIG], **hooks, device="cpu")
+    workspace.build_index("mlps", device="cpu")
+    rows = workspace.sql('SELECT count(*) FROM "index.mlps".feature_activations').rows
+    harvest = workspace.open_harvest("h")
+    x = harvest.vectors("blocks.1.mlp.hook_in").rows(np.flatnonzero(harvest.ordinary))
+    assert rows == [(int((coder.encode(x).values != 0).sum()),)]
 
 
 def test_the_command_trains_a_set_with_a_skip(workspace: Workspace, capsys) -> None:
@@ -101,7 +114,7 @@ def test_the_command_trains_a_set_with_a_skip(workspace: Workspace, capsys) -> N
     assert run([*arguments, str(workspace.path), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["saes"]) == 6
     assert [summary.name for summary in workspace.transcoder_sets()] == ["s", "s-random-decoder"]
-    assert workspace.sae("s-random-decoder.layer_2").hook_name == "blocks.2.mlp.hook_in"
+    assert workspace.coder("s-random-decoder.layer_2").hook_name == "blocks.2.mlp.hook_in"
     assert all(coder.W_skip is not None for coder in workspace.transcoders("s").coders.values())
 
 

@@ -90,7 +90,7 @@ def build_index(
 
     A model that cannot be loaded costs the logit effects only; the summary and the index say so.
     """
-    sae = catalog.sae(sae_name, device=str(choose_device(device)))
+    sae = catalog.coder(sae_name, device=str(choose_device(device)))
     source = catalog.open_harvest(harvest or _harvest_of(catalog, sae_name))
     _check(sae, sae_name, source)
     n_rows = min(max_rows or source.n_rows, source.n_rows)

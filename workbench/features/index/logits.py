@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.model import SAE
+from sae.transcoder import Transcoder
 from workbench.features.index.statistics import BINS
 from workbench.models.hooks import resolve_hook
 from workbench.models.readout import unembedding
@@ -59,15 +60,15 @@ def output_directions(model: "LoadedModel", sae: SAE) -> Float[Tensor, "d_sae d_
     Raises:
         InputError: a hook point the model does not have, whose width differs, or that writes to nothing.
     """
-    hook = resolve_hook(model, sae.hook_name)
-    if hook.width != sae.d_in:
+    hook = resolve_hook(model, sae.target_hook_name if isinstance(sae, Transcoder) else sae.hook_name)
+    if hook.width != sae.d_out:
         raise InputError(
-            f"the SAE reads width {sae.d_in}, {sae.hook_name} of {model.info.name} has {hook.width}: "
+            f"the SAE writes width {sae.d_out}, {hook.name} of {model.info.name} has {hook.width}: "
             "it belongs to another model"
         )
     W_dec = sae.W_dec.detach().to(model.device, torch.float32)
     if hook.kind == "mlp_in":
-        raise InputError(f"{sae.hook_name} is read by the MLP and written nowhere: its features have no logit effects")
+        raise InputError(f"{hook.name} is read by the MLP and written nowhere: its features have no logit effects")
     if hook.kind not in ("z", "mlp_post"):
         return W_dec
     block = model.structure.blocks[hook.layer]

@@ -164,7 +164,10 @@ def insert_geometry(connection: duckdb.DuckDBPyConnection, sae: SAE, n_heads: in
     method, found = decoder_map(W_dec)
     place = found.cpu().numpy()
     norm = W_dec.double().norm(dim=1)
-    aligned = (W_dec.double() * W_enc.T.double()).sum(1) / (norm * W_enc.T.double().norm(dim=1))
+    aligned = norm.new_full(norm.shape, float("nan"))
+    # A transcoder's two sides may have different widths.
+    if sae.d_in == sae.d_out:
+        aligned = (W_dec.double() * W_enc.T.double()).sum(1) / (norm * W_enc.T.double().norm(dim=1))
     _insert(
         connection,
         "decoder_map",
