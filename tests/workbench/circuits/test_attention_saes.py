@@ -9,9 +9,11 @@ from circuits.passes import activations
 from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.rules import TopK
+from workbench.catalog.notes import Notes
 from workbench.circuits.attention_saes import report_dfa
-from workbench.circuits.head_features import family, polysemantic_share, reach_of
+from workbench.circuits.head_features import family, of_head, polysemantic_share, reach_of
 from workbench.cli.main import run
+from workbench.features.index.feature import Concept
 from workbench.features.index.query import FeatureIndex
 from workbench.harvest.run import HarvestConfig
 from workbench.models.load import LoadedModel
@@ -75,6 +77,13 @@ def test_heads_are_told_by_their_features(trained: Workspace, demo: LoadedModel)
         z = activations(demo.bridge, tokens[None], [ATTENTION])[ATTENTION][0].flatten(1)
         values = sae.encode(z).to_dense()[1:, feature]
         assert int(values.argmax()) == len(tokens) - 2
+    first, second = (int(feature) for feature in features.feature[:2])
+    scores = (0.9, 0.7, 0.6, 2.0, 0.8, 40, 30)
+    aligned = {first: [Concept("self", 1, 0.8, *scores)], second: [Concept("string", 1, 0.4, *scores)]}
+    known = FeatureIndex(index.path, Notes(trained.path), aligned)
+    table = of_head(known, 0, 2)
+    assert table.concept.dropna().tolist() == ["self"]
+    assert table.f1[0] == 0.8
     with pytest.raises(InputError, match="not 0 and 8"):
         trained.head_features("attention", demo, n=0)
 
