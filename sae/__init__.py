@@ -13,6 +13,7 @@ from sae.lazy import lazy_exports
 if TYPE_CHECKING:
     from sae.code import SparseCode
     from sae.config import TrainConfig
+    from sae.kernels import Encoder
     from sae.model import SAE
     from sae.rules import (
         RULES,
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
         BatchTopK,
         CodeRule,
         FeatureChoice,
+        FusedEncoder,
+        FusedInputs,
         GradientTopK,
         JumpReLU,
         MutualChoice,
@@ -31,12 +34,14 @@ if TYPE_CHECKING:
         TopK,
         register_rule,
     )
+    from sae.rules.base import NO_TENSORS, Tensors
     from sae.source import BatchSource, GradientSource
     from sae.training import StepMetrics, TrainedSAE, train
     from sae.transcoder import Transcoder
     from sae.transcoder_set import TranscoderSet, load_transcoders
 
 __all__ = [
+    "NO_TENSORS",
     "RULES",
     "SAE",
     "AbsTopK",
@@ -45,7 +50,10 @@ __all__ = [
     "BatchSource",
     "BatchTopK",
     "CodeRule",
+    "Encoder",
     "FeatureChoice",
+    "FusedEncoder",
+    "FusedInputs",
     "GradientSource",
     "GradientTopK",
     "InputError",
@@ -55,6 +63,7 @@ __all__ = [
     "Rule",
     "SparseCode",
     "StepMetrics",
+    "Tensors",
     "ThresholdRule",
     "TopK",
     "TrainConfig",
@@ -66,17 +75,18 @@ __all__ = [
     "train",
 ]
 _ELSEWHERE = {
-    "BatchSource": "sae.source",
-    "GradientSource": "sae.source",
+    "BatchSource": "sae.source", "GradientSource": "sae.source",
     "SAE": "sae.model",
     "SparseCode": "sae.code",
-    "StepMetrics": "sae.training",
+    "StepMetrics": "sae.training", "TrainedSAE": "sae.training", "train": "sae.training",
     "TrainConfig": "sae.config",
-    "TrainedSAE": "sae.training",
     "Transcoder": "sae.transcoder",
-    "TranscoderSet": "sae.transcoder_set",
-    "load_transcoders": "sae.transcoder_set",
-    "train": "sae.training",
-}
+    "TranscoderSet": "sae.transcoder_set", "load_transcoders": "sae.transcoder_set",
+    # What a rule is written with: in rules' own files, which `sae.rules` is still loading then.
+    "Encoder": "sae.kernels",
+    "NO_TENSORS": "sae.rules.base", "Batch": "sae.rules.base", "CodeRule": "sae.rules.base",
+    "FusedEncoder": "sae.rules.base", "FusedInputs": "sae.rules.base", "Rule": "sae.rules.base",
+    "Tensors": "sae.rules.base", "ThresholdRule": "sae.rules.base",
+}  # fmt: skip
 # Loaded when asked for: whoever wants InputError alone, such as the command line, does not wait for torch.
 __getattr__, __dir__ = lazy_exports(__name__, {name: _ELSEWHERE.get(name, "sae.rules") for name in __all__})

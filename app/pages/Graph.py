@@ -118,12 +118,12 @@ def read_groups() -> dict[str, list[str]]:
 
 def labels_of(workspace: Workspace, name: str, graph: PromptGraph) -> dict[str, str]:
     """What the features of a graph are called, where their layer's transcoder is indexed."""
-    made_with = workspace.results.open(GRAPH, name).provenance.get("transcoders")
-    if not isinstance(made_with, dict):
+    transcoders = workspace.results.open(GRAPH, name).origin.transcoders
+    if transcoders is None:
         return {}
     found = {}
     for layer in range(int(graph.nodes.layer.max())):
-        sae = f"{made_with['name']}.layer_{layer}"
+        sae = f"{transcoders}.layer_{layer}"
         if sae in workspace.indexes():
             at = [(node, row) for node, row in enumerate(graph.nodes.names) if row.startswith(f"f{layer}/")]
             numbers = [int(graph.nodes.feature[node]) for node, _ in at]
@@ -216,10 +216,10 @@ def change(workspace: Workspace, name: str, whole: PromptGraph, pins: list[str])
 def links(workspace: Workspace, name: str, whole: PromptGraph) -> None:
     """From the opened feature to its page, where its transcoder is indexed."""
     node = st.query_params.get("node", "")
-    made_with = workspace.results.open(GRAPH, name).provenance.get("transcoders")
-    if node in whole.number and node.startswith("f") and isinstance(made_with, dict):
+    transcoders = workspace.results.open(GRAPH, name).origin.transcoders
+    if node in whole.number and node.startswith("f") and transcoders is not None:
         layer, feature = node[1:].split("/")[:2]
-        sae = f"{made_with['name']}.layer_{layer}"
+        sae = f"{transcoders}.layer_{layer}"
         if sae in workspace.indexes():
             page_link("Feature", f"Feature {feature} of layer {layer}: examples and effects", sae=sae, feature=feature)
         else:

@@ -24,7 +24,7 @@ def main() -> None:
     result = choose_scores(workspace)
     if result is None:
         return
-    model = ModelInfo(**result.provenance["model"])
+    model = result.origin.model_info
     grid, near = st.columns(2)
     with grid:
         head = choose_head(workspace, result, model)

@@ -5,7 +5,8 @@ grow from version to version; this is the one place that knows their keys.
 
     an SAE trained here      run, harvest (its description), hook, training (its configuration), versions
     an imported SAE          imported (format and path, or release and id; rule; fingerprint), hook, versions
-    a result                 model, corpus, saes (fingerprints by name), ... as far as they had a part in it, versions;
+    a result                 model, corpus, saes (fingerprints by name), transcoders (name and fingerprint of a set),
+                             ... as far as they had a part in it, versions;
                              or the record of the SAE it was measured on, and what it was measured with
 """
 
@@ -18,7 +19,9 @@ from sae.errors import InputError
 
 if TYPE_CHECKING:
     from sae.model import SAE
+    from sae.transcoder_set import TranscoderSet
     from workbench.models.load import LoadedModel
+    from workbench.models.model import ModelInfo
     from workbench.text.corpora import Corpus
 
 Record = Mapping[str, Any]
@@ -68,6 +71,9 @@ class Origin:
     """Where it came from, for an SAE made elsewhere."""
     saes: tuple[str, ...] = ()
     """Names of the SAEs that a result was measured on."""
+    transcoders: str | None = None
+    """The set of transcoders that a result was measured on."""
+    transcoders_fingerprint: str | None = None
 
     @classmethod
     def of_sae(cls, record: Record, *, model: str = "", hook: str = "") -> "Origin":
@@ -108,7 +114,7 @@ class Origin:
         model = _mapping(record, "model")
         if not model:
             return replace(cls.of_sae(record), saes=tuple(saes))
-        corpus = _mapping(record, "corpus")
+        corpus, transcoders = _mapping(record, "corpus"), _mapping(record, "transcoders")
         return cls(
             record,
             model=model.get("name", ""),
@@ -117,6 +123,8 @@ class Origin:
             text_field=corpus.get("text_field", "text"),
             fingerprint=corpus.get("fingerprint"),
             saes=tuple(saes),
+            transcoders=transcoders.get("name"),
+            transcoders_fingerprint=transcoders.get("fingerprint"),
         )
 
     @classmethod
@@ -126,6 +134,7 @@ class Origin:
         *,
         corpus: "Corpus | None" = None,
         saes: "Mapping[str, SAE] | None" = None,
+        transcoders: "tuple[str, TranscoderSet] | None" = None,
         **more: Any,
     ) -> "Origin":
         """Of a result that is about to be measured on a model.
@@ -133,6 +142,7 @@ class Origin:
         Args:
             corpus: the text it is measured on.
             saes: the SAEs it is measured on, by name.
+            transcoders: name and set of the transcoders it is measured on.
             more: what else had a part in it (must be JSON).
         """
         record: dict[str, Any] = {"model": model.info.to_dict(), **more}
@@ -142,11 +152,21 @@ class Origin:
                 record["corpus"]["text_field"] = corpus.text_field
         if saes:
             record["saes"] = {name: sae.fingerprint() for name, sae in saes.items()}
+        if transcoders is not None:
+            name, coders = transcoders
+            record["transcoders"] = {"name": name, "fingerprint": coders.fingerprint()}
         return cls.of_result({**record, "versions": versions()}, {})
 
     def measured_with(self, **more: Any) -> "Origin":
         """Of a result measured on the artefact of this origin: its record, `more` and the versions."""
         return Origin.of_result({**self.record, **more, "versions": versions()}, {})
+
+    @property
+    def model_info(self) -> "ModelInfo":
+        """What was loaded, for a result measured on a model."""
+        from workbench.models.model import ModelInfo
+
+        return ModelInfo(**self.record["model"])
 
     @property
     def rule(self) -> Record:

@@ -142,8 +142,7 @@ def make_graph(
         InputError: as `attribute` and `transcoders_for`.
     """
     label, coders = transcoders_for(catalog, model, transcoders)
-    record = {"name": label, "fingerprint": coders.fingerprint()}
-    origin = Origin.of_measurement(model, transcoders=record)
+    origin = Origin.of_measurement(model, transcoders=(label, coders))
 
     def make() -> Made:
         whole = attribute(model, prompt, coders, max_features=max_features, on_progress=on_progress)
@@ -267,14 +266,14 @@ def intervene_on(
     graph = open_graph(catalog, name)
     for node in changes:
         graph.node(node)
-    made_with = result.provenance.get("transcoders")
-    if not isinstance(made_with, dict):
+    origin = result.origin
+    if origin.transcoders is None:
         raise InputError(f"graph {name!r} was imported: interventions need a model and transcoders that are here")
-    found = load_model(result.origin.model, device=device) if model is None else model
-    result.origin.check_model(found, f"graph {name!r}")
-    _, coders = transcoders_for(catalog, found, made_with["name"])
-    if coders.fingerprint() != made_with["fingerprint"]:
-        raise InputError(f"the transcoders {made_with['name']!r} of graph {name!r} have been replaced: make it again")
+    found = load_model(origin.model, device=device) if model is None else model
+    origin.check_model(found, f"graph {name!r}")
+    _, coders = transcoders_for(catalog, found, origin.transcoders)
+    if coders.fingerprint() != origin.transcoders_fingerprint:
+        raise InputError(f"the transcoders {origin.transcoders!r} of graph {name!r} have been replaced: make it again")
     done = intervene(
         found.bridge, graph, coders, changes, effects=effects, freeze_attention=freeze_attention
     )  # fmt: skip

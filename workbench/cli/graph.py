@@ -10,7 +10,7 @@ import typer.core
 
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, ModelOption, WorkspaceOption
-from workbench.cli.output import print_frame, print_json, print_result, writing
+from workbench.cli.output import print_frame, print_json, print_result, records, writing
 from workbench.show.progress import ProgressBar
 
 
@@ -99,7 +99,7 @@ def show(
     if at < graph.n_sources:
         tables["outputs"] = graph.outputs(node, top)
     if as_json:
-        print_json({title: table.to_dict("records") for title, table in tables.items()})
+        print_json({title: records(table) for title, table in tables.items()})
         return
     for title, table in tables.items():
         print_frame(f"{title} of {node}", table, as_json=False)
@@ -121,7 +121,7 @@ def prune(
     pruned = open_graph(Workspace(folder, create=False), name).prune(nodes, edges)
     found, links, scores = pruned.table(), pruned.edge_table(), asdict(pruned.scores())
     if as_json:
-        print_json({"nodes": found.to_dict("records"), "edges": links.to_dict("records"), "scores": scores})
+        print_json({"nodes": records(found), "edges": records(links), "scores": scores})
         return
     columns = ["node", "text", "activation", "influence"]
     print_frame("nodes", found, as_json=False, titles={column: column for column in columns}, top=top)
@@ -158,7 +158,7 @@ def intervene(
     texts = generate(model.bridge, graph, coders, changes, tokens) if tokens else None
     if as_json:
         print_json(
-            {"nodes": nodes.to_dict("records"), "next_tokens": nexts.to_dict("records"),
+            {"nodes": records(nodes), "next_tokens": records(nexts),
              "spearman": found.agreement(), "generated": texts}
         )  # fmt: skip
         return

@@ -78,15 +78,9 @@ def feature(
     as_json: JsonOption = False,
 ) -> None:
     """Show a feature, search for features, label them, and export them as HTML, JSON or Parquet."""
-    from workbench.catalog.notes import Notes
-    from workbench.features.index.page import document
-
-    if label is not None and number is None:
-        raise InputError("--label needs the number of the feature to label")
-    if all(one is None for one in (number, search, words, member_of, table)):
-        raise InputError("name a feature's number, or use --search, --words, --list or --table")
-    if search is not None and words is not None:
-        raise InputError("search for a text or for words, not for both at once: leave --search or --words out")
+    given = {"--search": search, "--words": words, "--list": member_of, "--table": table, "--label": label,
+             "--html": html}  # fmt: skip
+    _refuse_unclear([option for option, value in given.items() if value is not None], number)
     workspace = open_workspace(folder)
     if search is not None or words is not None:
         _search(workspace, sae, search or words or "", "text" if words is None else "words", as_json)
@@ -95,12 +89,43 @@ def feature(
         raise InputError("name the SAE: `workbench feature NAME ...`; a search goes through all without")
     with closing(workspace.index(sae)) as index:
         if label is not None and number is not None:
-            index.feature(number)
-            Notes(workspace.path).set_label(sae, number, label)
+            _label(workspace, index, number, label)
         if table is not None:
             with writing(table):
                 index.write_table(table)
         chosen = _chosen(workspace, index, number, member_of)
+    _give(chosen, member_of, table, html, as_json)
+
+
+def _refuse_unclear(given: list[str], number: int | None) -> None:
+    """Raises InputError for options that ask for nothing, or for what cannot be done at once."""
+    lists = [option for option in given if option in ("--search", "--words", "--list")]
+    if number is None and "--label" in given:
+        raise InputError("--label needs the number of the feature to label")
+    if number is None and not lists and "--table" not in given:
+        raise InputError("name a feature's number, or use --search, --words, --list or --table")
+    if "--search" in lists and "--words" in lists:
+        raise InputError("search for a text or for words, not for both at once: leave --search or --words out")
+    if lists and number is not None:
+        raise InputError(f"{lists[0]} asks for several features: leave the number {number} out")
+    if lists and lists[0] != "--list" and given[1:]:
+        raise InputError(f"{lists[0]} lists features and does nothing else: leave {', '.join(given[1:])} out")
+    if number is None and not lists and "--html" in given:
+        raise InputError("--html needs a feature's number, or a --list")
+
+
+def _label(workspace: "Workspace", index: "FeatureIndex", number: int, label: str) -> None:
+    """Labels a feature that there is; an empty text removes its label."""
+    from workbench.catalog.notes import Notes
+
+    index.feature(number)
+    Notes(workspace.path).set_label(index.sae, number, label)
+
+
+def _give(chosen: "list[Feature]", member_of: str | None, table: Path | None, html: Path | None, as_json: bool) -> None:
+    """Writes the page of the features chosen, and prints them, or the names of the files that were written."""
+    from workbench.features.index.page import document
+
     if html is not None:
         write_page(html, document(chosen, member_of))
     if as_json:

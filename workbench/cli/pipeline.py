@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,7 @@ from workbench.cli.options import (
 )
 from workbench.cli.output import print_json, print_table
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
+from workbench.text.python_source import Split
 
 if TYPE_CHECKING:
     from workbench.harvest.run import HarvestEstimate
@@ -74,7 +75,7 @@ def harvest(
     tokens: Annotated[int, typer.Option(help="Tokens to harvest at most.", min=1)] = 2_000_000,
     context: ContextOption = 256,
     split: Annotated[
-        Literal["train", "heldout"],
+        Split,
         typer.Option(help="Side of the corpus, by a hash of each document's name; SAEs are evaluated on heldout."),
     ] = "train",
     dtype: Annotated[Precision, typer.Option(help="Precision stored; auto is the checkpoint's own.")] = "auto",

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from workbench.text.corpora import Corpus
     from workbench.workspace import Workspace
 
+# As in workbench.sparsity.attention, which loads torch.
+Rest = Literal["dropped", "at its mean"]
 POINT_COLUMNS = ["method", "level", "sparsity", "added_nats", "kl", "flops_saved"]
 COST_COLUMNS = ["method", "cost", "level", "sparsity", "added_nats", "flops_saved"]
 """What a terminal has room for; --json gives the rest."""
@@ -149,9 +151,7 @@ def heads(
         "sink + local"
     ),
     budget: Annotated[int, typer.Option(metavar="KEYS", help="Keys that a query may look at.")] = 16,
-    rest: Annotated[
-        Literal["dropped", "at its mean"], typer.Option(help="What becomes of the other keys.")
-    ] = "dropped",
+    rest: Annotated[Rest, typer.Option(help="What becomes of the other keys.")] = "dropped",
     draws: Annotated[int, typer.Option(help="Draws of random heads that are left whole.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="Seed of these draws.")] = 0,
 ) -> None:

@@ -24,7 +24,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 PREDICTIONS = 10
 
 Ranking = Literal["max", "mean", "rare"]
-RANKINGS: tuple[Ranking, ...] = ("max", "mean", "rare")
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ At the SAE's hook point, with a the feature's activation on a token, s the stren
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 EditKind = Literal["add", "clamp", "ablate"]
 Where = Literal["everywhere", "generated"]
-KINDS: tuple[EditKind, ...] = ("add", "clamp", "ablate")
-PLACES: tuple[Where, ...] = ("everywhere", "generated")
+KINDS: tuple[EditKind, ...] = get_args(EditKind)
+PLACES: tuple[Where, ...] = get_args(Where)
 MAX_NEW_TOKENS = 256
 MOST_STRENGTH = 1_000_000
 SHIFTS = 12

@@ -41,8 +41,9 @@ from workbench.models.load import DTYPES, LoadedModel, load_model
 from workbench.models.load_own import absolute_function, is_function, must_be_given
 from workbench.models.places import HookSpec
 from workbench.show.progress import format_bytes
-from workbench.text.corpora import LIVE, Corpus, Document, Split, open_corpus
+from workbench.text.corpora import LIVE, Corpus, Document, open_corpus
 from workbench.text.packing import FLAG_PADDING, PackedBatch, pack, refuse_padding
+from workbench.text.python_source import Split
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
 BLOCK_ROWS = 32_768

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sae.errors import InputError
 from workbench.models.model import LoadedModel
-from workbench.text.corpora import Corpus, Split
+from workbench.text.corpora import Corpus
 from workbench.text.packing import is_ordinary, pack, refuse_padding
+from workbench.text.python_source import Split
 
 NO_TOKENS = "this model's outputs are no tokens, so it has no loss on the next one"
 BATCH_TOKENS = 4096

@@ -136,7 +136,7 @@ def evaluate_set(
         REPLACEMENT,
         name,
         parameters={"transcoders": name, "corpus": wanted, "split": "heldout", "max_tokens": max_tokens},
-        provenance=Origin.of_measurement(loaded, corpus=opened, transcoders={name: coders.fingerprint()}).record,
+        provenance=Origin.of_measurement(loaded, corpus=opened, transcoders=(name, coders)).record,
         tables={"metrics": pd.DataFrame([{"transcoders": name, **found.to_dict()}])},
     )
     return found

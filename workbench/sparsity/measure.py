@@ -21,7 +21,8 @@ from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
 from workbench.sparsity.layers import mlps
 from workbench.sparsity.mlp_stats import MLPStats
-from workbench.text.corpora import Corpus, Split
+from workbench.text.corpora import Corpus
+from workbench.text.python_source import Split
 
 MASSIVE = 100.0
 MASSIVE_RATIO = 1000.0

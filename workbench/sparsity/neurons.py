@@ -19,7 +19,8 @@ from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.models.prompt_text import token_pieces
 from workbench.sparsity.layers import mlps
-from workbench.text.corpora import Corpus, Split
+from workbench.text.corpora import Corpus
+from workbench.text.python_source import Split
 
 BINS = 40
 BEFORE, AFTER = 40, 20

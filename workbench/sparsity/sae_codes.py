@@ -27,7 +27,8 @@ from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.models.places import HookSpec
 from workbench.sparsity.terms import bases, terms_table
-from workbench.text.corpora import Corpus, Split
+from workbench.text.corpora import Corpus
+from workbench.text.python_source import Split
 
 DECILES = tuple(range(10, 100, 10))
 TERM_TOKENS = 4096

@@ -23,16 +23,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sae.errors import InputError
 from workbench.disk.hub import require_hub
-from workbench.text.python_source import split_of, stdlib_files
+from workbench.text.python_source import Split, split_of, stdlib_files
 
-Split = Literal["train", "heldout"]
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_ONE_IN = 10
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py", ".html", ".tex", ".c", ".js", ".ts", ".rs", ".go"}

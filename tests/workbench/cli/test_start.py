@@ -14,11 +14,12 @@ from typer.main import get_command
 from circuits import ablation, patching
 from sae.formats import foreign
 from workbench.circuits import tables
-from workbench.cli import circuits, concepts, exchange, live, options
+from workbench.cli import circuits, concepts, exchange, live, options, sparsity
 from workbench.cli.main import app
 from workbench.features import prompts, steering
 from workbench.features.concepts import truth
 from workbench.models import load
+from workbench.sparsity import attention
 
 HEAVY = {
     "torch", "transformers", "transformer_lens", "sae_lens", "streamlit", "plotly", "pandas", "numpy", "duckdb",
@@ -51,7 +52,7 @@ def test_no_help_text_loads_what_is_heavy() -> None:
         (concepts.Language, get_args(truth.Language)), (exchange.Form, foreign.FILES),
         (options.Precision, ("auto", *load.DTYPES)), (circuits.Site, get_args(patching.Site)),
         (circuits.Direction, patching.DIRECTIONS), (circuits.Ablation, get_args(ablation.Ablation)),
-        (circuits.Published, tables.PUBLISHED),
+        (circuits.Published, tables.PUBLISHED), (sparsity.Rest, attention.RESTS),
     ],
 )  # fmt: skip
 def test_choices_in_help_texts_are_the_librarys(offered: Any, known: Any) -> None:
