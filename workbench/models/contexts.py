@@ -22,6 +22,8 @@ from workbench.text.python_source import Split
 
 NO_TOKENS = "this model's outputs are no tokens, so it has no loss on the next one"
 BATCH_TOKENS = 4096
+BYTES_PER_ROW = 8 + 1 + 4 + 4
+"""Of a row of a batch: token, ordinary, document and position."""
 BATCH_LOGITS = 1 << 26
 """Large vocabularies get smaller batches: at this size the logits of one pass take 256 MB in float32."""
 
@@ -59,14 +61,7 @@ def context_batches(
     Raises:
         InputError: contexts that the model does not take, too few tokens for one, or a corpus without any text.
     """
-    if not 2 <= context_len <= model.info.n_ctx:
-        raise InputError(
-            f"context length {context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
-            f"the longest that {model.info.name} takes"
-        )
-    left = max_tokens // context_len
-    if left < 1:
-        raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: ask for more tokens")
+    left = whole_contexts(model, max_tokens, context_len)
     per_batch = contexts_per_batch(model, context_len)
     any_counted = False
     documents = corpus.documents(split)
@@ -86,6 +81,18 @@ def context_batches(
             break
     if not any_counted:
         raise InputError(f"corpus {corpus.name} has no {split} tokens to measure on: give it more documents")
+
+
+def whole_contexts(model: LoadedModel, max_tokens: int, context_len: int) -> int:
+    """Contexts that so many rows fill. Raises InputError for contexts that the model does not take, or none filled."""
+    if not 2 <= context_len <= model.info.n_ctx:
+        raise InputError(
+            f"context length {context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
+            f"the longest that {model.info.name} takes"
+        )
+    if max_tokens < context_len:
+        raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: ask for more tokens")
+    return max_tokens // context_len
 
 
 def contexts_per_batch(model: LoadedModel, context_len: int) -> int:

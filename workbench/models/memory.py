@@ -1,7 +1,7 @@
 """Memory that long work takes at least: what is refused before it starts, where a device cannot hold it.
 
-Only what certainly lies in memory at one time is counted, so nothing is refused that would have fitted. The largest
-pieces of a pass over n rows of p positions:
+Only what certainly lies in memory at one time is counted, of as many tokens as were asked for, so nothing is refused
+that would have fitted. The largest pieces of a pass over n rows of p positions:
 
     explicit attention of one layer     scores and pattern, 2 n heads p^2
     logits of every position            n p vocab
@@ -10,6 +10,7 @@ pieces of a pass over n rows of p positions:
 import torch
 
 from sae.errors import InputError
+from workbench.models.contexts import contexts_per_batch, whole_contexts
 from workbench.models.devices import free_bytes
 from workbench.models.model import LoadedModel
 
@@ -21,6 +22,37 @@ def check_fits_memory(what: str, needed: int, device: torch.device | str, remedy
         raise InputError(
             f"{what} needs at least {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free on {device}: {remedy}"
         )
+
+
+def check_passes_fit(
+    what: str,
+    model: LoadedModel,
+    *,
+    max_tokens: int,
+    context_len: int,
+    n_logits: int = 0,
+    attention: bool = False,
+    width: int = 0,
+    per_token: int = 0,
+    more: int = 0,
+    instead: str = "use fewer tokens or shorter contexts",
+) -> None:
+    """Raises InputError for passes over contexts that need more memory than the model's device has free.
+
+    Args:
+        n_logits: how many passes' logits are held side by side.
+        attention: whether attention is explicit.
+        width: of the activations held of a pass.
+        per_token: bytes held of every token asked for, until the end.
+        more: bytes held beside.
+        instead: what to do.
+    """
+    contexts = whole_contexts(model, max_tokens, context_len)
+    n = min(contexts, contexts_per_batch(model, context_len))
+    needed = n_logits * logit_bytes(model, n, context_len) + attention * attention_bytes(model, n, context_len)
+    needed += n * context_len * width * model.dtype.itemsize + contexts * context_len * per_token + more
+    tokens = f"{contexts * context_len:,} tokens in contexts of {context_len}"
+    check_fits_memory(f"{what} on {tokens}", needed, model.device, instead)
 
 
 def attention_bytes(model: LoadedModel, n: int, p: int) -> int:

@@ -43,10 +43,10 @@ from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_hi
 from sae.model import SAE
 from sae.transcoder import Transcoder
 from workbench.models.capture import capture
-from workbench.models.contexts import ContextBatch, context_batches, contexts_per_batch, losses
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
-from workbench.models.memory import attention_bytes, check_fits_memory, logit_bytes
+from workbench.models.memory import check_passes_fit
 from workbench.models.places import HookSpec
 from workbench.text.corpora import Corpus
 
@@ -119,8 +119,8 @@ def evaluate_sae(
     """
     reads = [_hook_of(model, sae) for sae in saes]
     hooks = [writing_hook(model, sae) for sae in saes]
-    _check_memory(model, saes, [*reads, *hooks], context_len)
     sizes = {"max_tokens": max_tokens, "context_len": context_len}
+    _check_memory(model, saes, [*reads, *hooks], **sizes)
     batches = list(context_batches(model, corpus, "heldout", separate=separate, **sizes))
     if count_bos:
         batches = [replace(batch, ordinary=batch.doc >= 0) for batch in batches]
@@ -151,20 +151,14 @@ def evaluate_sae(
     ]
 
 
-def _check_memory(model: LoadedModel, saes: Sequence[SAE], hooks: Sequence[HookSpec], context_len: int) -> None:
+def _check_memory(model: LoadedModel, saes: Sequence[SAE], hooks: Sequence[HookSpec], **sizes: int) -> None:
     """The largest pass reads through an SAE beside the clean logits and activations of its batch."""
-    n = contexts_per_batch(model, context_len)
-    widths = {hook.name: hook.width for hook in hooks}
     moved = [sae for sae in saes if sae.W_dec.device != model.device]
-    needed = (
-        2 * logit_bytes(model, n, context_len)
-        + attention_bytes(model, n, context_len)
-        + n * context_len * sum(widths.values()) * model.dtype.itemsize
-        + sum(2 * sae.W_dec.numel() * sae.W_dec.element_size() for sae in moved)
-    )
-    check_fits_memory(
-        f"evaluating {len(saes)} SAE{'s' if len(saes) > 1 else ''} on contexts of {context_len} tokens", needed,
-        model.device, "use shorter contexts, or evaluate fewer SAEs at a time",
+    check_passes_fit(
+        f"evaluating {len(saes)} SAE{'s' if len(saes) > 1 else ''}", model, **sizes, n_logits=2, attention=True,
+        width=sum({hook.name: hook.width for hook in hooks}.values()), per_token=BYTES_PER_ROW,
+        more=sum(2 * sae.W_dec.numel() * sae.W_dec.element_size() for sae in moved),
+        instead="use fewer tokens or shorter contexts, or evaluate fewer SAEs at a time",
     )  # fmt: skip
 
 

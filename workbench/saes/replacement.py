@@ -19,8 +19,9 @@ from torch import Tensor
 
 from circuits.splice import splice
 from sae.transcoder import Transcoder
-from workbench.models.contexts import ContextBatch, context_batches, losses
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
 from workbench.models.load import LoadedModel
+from workbench.models.memory import check_passes_fit
 from workbench.saes.evaluation import means_at, writing_hook
 from workbench.text.corpora import Corpus
 
@@ -73,11 +74,17 @@ def evaluate_replacement(
         on_progress: called with (rows done, rows in all).
 
     Raises:
-        InputError: a coder whose hook points or widths do not fit the model, or too few held-out tokens.
+        InputError: a coder whose hook points or widths do not fit the model, too few held-out tokens, or passes that
+            memory cannot hold.
     """
     hooks = [writing_hook(model, coder) for coder in coders]
-    sizes = {"max_tokens": max_tokens, "context_len": context_len}
-    batches = list(context_batches(model, corpus, "heldout", separate=separate, **sizes))
+    check_passes_fit(
+        f"replacing {len(coders)} targets", model, max_tokens=max_tokens, context_len=context_len, n_logits=4,
+        attention=True, per_token=BYTES_PER_ROW,
+    )  # fmt: skip
+    batches = list(
+        context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len, separate=separate)
+    )
     coders = [coder.to(model.device) for coder in coders]
     means = means_at(model, batches, hooks)
     ways: list[Way] = [

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
+from workbench.models.memory import check_passes_fit
 from workbench.sparsity.layers import mlps
 from workbench.sparsity.mlp_stats import MLPStats
 from workbench.text.corpora import Corpus
@@ -60,9 +61,13 @@ def measure(
         on_progress: called with (rows done, rows asked for).
 
     Raises:
-        InputError: see `layers.mlps` and `models.contexts.context_batches`.
+        InputError: see `layers.mlps`, `models.contexts.context_batches` and `models.memory.check_passes_fit`.
     """
     stats = [MLPStats(mlp, context_len) for mlp in mlps(model)]
+    check_passes_fit(
+        "measuring MLPs", model, max_tokens=max_tokens, context_len=context_len,
+        width=max(stat.mlp.d_mlp for stat in stats),
+    )  # fmt: skip
     residual = [_Residual(layer) for layer in range(model.info.n_layers)]
     done = 0
     for batch in context_batches(model, corpus, split, max_tokens=max_tokens, context_len=context_len):

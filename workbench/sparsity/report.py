@@ -25,8 +25,9 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.task import Task
-from workbench.models.contexts import context_batches
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches
 from workbench.models.load import LoadedModel, ModelInfo
+from workbench.models.memory import check_passes_fit
 from workbench.sparsity import figures
 from workbench.sparsity.at_cost import COSTS, at_costs
 from workbench.sparsity.attention import BUDGETS, Rest, measure_attention
@@ -104,8 +105,8 @@ def report_curves(
     }  # fmt: skip
 
     def make() -> Made:
+        held = _heldout("enforcing sparsity", model, corpus, max_tokens, context_len)
         calibration = calibrate(model, corpus, context_len=context_len)
-        held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
         rows = sum(batch.tokens.numel() for batch in held)
         searched = rows * search_passes(len(ps))
         curves = rows * (1 + sum(len(method.levels) for method in chosen))
@@ -162,7 +163,7 @@ def report_attention(
     }  # fmt: skip
 
     def make() -> Made:
-        held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+        held = _heldout("measuring attention", model, corpus, max_tokens, context_len, attention=True)
         found = measure_attention(model, held, budgets=budgets, on_progress=on_progress)
         measured = sorted(found.coverage["budget"].unique())
         middle = int(measured[len(measured) // 2])
@@ -208,7 +209,7 @@ def report_heads(
     }  # fmt: skip
 
     def make() -> Made:
-        held = list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
+        held = _heldout("restricting heads", model, corpus, max_tokens, context_len, attention=True)
         found = measure_heads(
             model, held, keep, budget, rest=rest, draws=draws, seed=seed, on_progress=on_progress
         )  # fmt: skip
@@ -263,6 +264,17 @@ def report_saes(
     return catalog.results.get_or_make(
         SAES, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus, saes=saes), make=make
     )
+
+
+def _heldout(
+    what: str, model: LoadedModel, corpus: Corpus, max_tokens: int, context_len: int, *, attention: bool = False
+) -> list[ContextBatch]:
+    """Held-out contexts for many passes, each beside the clean logits, where memory holds them."""
+    check_passes_fit(
+        what, model, max_tokens=max_tokens, context_len=context_len, n_logits=2, attention=attention,
+        per_token=BYTES_PER_ROW,
+    )  # fmt: skip
+    return list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
 
 
 PARTS: Mapping[str, Callable[..., Result]] = {

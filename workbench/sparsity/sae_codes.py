@@ -25,6 +25,7 @@ from workbench.models.capture import capture
 from workbench.models.contexts import context_batches
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.memory import check_passes_fit
 from workbench.models.places import HookSpec
 from workbench.sparsity.terms import bases, terms_table
 from workbench.text.corpora import Corpus
@@ -89,9 +90,15 @@ def measure_saes(
         on_progress: called with (rows done, rows asked for).
 
     Raises:
-        InputError: SAEs of different hook points or of another width, or too few held-out tokens.
+        InputError: SAEs of different hook points or of another width, too few held-out tokens, or more than memory
+            holds.
     """
     hook = _shared_hook(model, saes)
+    # Of every token its place, with the row it came from, and every SAE's count, are gathered and then joined.
+    check_passes_fit(
+        "measuring SAE codes", model, max_tokens=max_tokens, context_len=context_len, width=hook.width,
+        per_token=24 + 16 * len(saes),
+    )  # fmt: skip
     basis = bases(_activations(model, corpus, "train", hook, context_len))
     # A copy where it has to move: the caller's stays where it is.
     saes = {

@@ -1,17 +1,20 @@
 """Long work that memory cannot hold is one line before it starts, with the estimate and what to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import pytest
 
 from sae import InputError, TopK, TrainConfig
 from workbench import HarvestConfig, Workspace
+from workbench.catalog.results import Result
 from workbench.circuits.task import Task
 from workbench.features.index.build import build_index
 from workbench.models import memory
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.memory import attention_bytes, logit_bytes
+from workbench.text.corpora import Corpus, open_corpus, streamed
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -29,16 +32,30 @@ def space(tmp_path_factory: pytest.TempPathFactory, demo: LoadedModel) -> Worksp
     return space
 
 
+def sparsity(
+    part: str, space: Workspace, model: LoadedModel, corpus: Corpus | str = "python-stdlib", **settings: Any
+) -> Result:
+    """A part of a sparsity report of the demo model."""
+    if part == "sae":
+        settings["saes"] = {"s": space.sae("s")}
+    return space.sparsity_part(part, part, model, open_corpus(corpus), **settings)
+
+
 WORK: list[tuple[str, Callable[[Workspace, LoadedModel], Any]]] = [
     ("indexing 4,096 rows", lambda space, model: build_index(space, "s", model=model, device="cpu")),
-    ("evaluating 1 SAE on contexts of 256 tokens", lambda space, model: space.evaluate(["s"], model=model)),
+    ("evaluating 1 SAE on 65,536 tokens in", lambda space, model: space.evaluate(["s"], model=model)),
     ("EAP", lambda space, model: space.circuit(model, Task("induction"), "eap")),
     ("ablation", lambda space, model: space.circuit(model, Task("induction"), "ablation")),
+    ("measuring MLPs", lambda space, model: sparsity("measure", space, model)),
+    ("enforcing sparsity", lambda space, model: sparsity("enforce", space, model)),
+    ("measuring attention", lambda space, model: sparsity("attention", space, model)),
+    ("restricting heads", lambda space, model: sparsity("heads", space, model)),
+    ("measuring SAE codes", lambda space, model: sparsity("sae", space, model)),
     ("scoring heads on rows of 65 tokens", lambda space, model: space.heads("heads", model)),
 ]
 
 
-@pytest.mark.parametrize(("what", "work"), WORK, ids=[what.split()[0] for what, _ in WORK])
+@pytest.mark.parametrize(("what", "work"), WORK, ids=[what for what, _ in WORK])
 def test_work_beyond_memory_is_refused_before_it_starts(
     what: str, work: Callable[[Workspace, LoadedModel], Any], space: Workspace, demo: LoadedModel,
     monkeypatch: pytest.MonkeyPatch,
@@ -52,6 +69,35 @@ def test_work_beyond_memory_is_refused_before_it_starts(
     assert str(caught.value).startswith(what)
     assert "\n" not in str(caught.value)
     assert not ran
+
+
+LONG: list[tuple[str, Callable[[Workspace, LoadedModel, Corpus], Any]]] = [
+    ("evaluate", lambda space, model, text: space.evaluate(["s"], model=model, corpus=text, max_tokens=10**10)),
+    *(
+        (part, lambda space, model, text, part=part: sparsity(part, space, model, text, max_tokens=10**10))
+        for part in ("enforce", "attention", "heads", "sae")
+    ),
+]
+
+
+@pytest.mark.parametrize("work", [work for _, work in LONG], ids=[part for part, _ in LONG])
+def test_more_tokens_than_memory_holds_are_refused_before_a_stream_is_read(
+    work: Callable[[Workspace, LoadedModel, Corpus], Any], space: Workspace, demo: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    read: list[int] = []
+
+    class Endless:
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            for number in count():
+                read.append(number)
+                assert len(read) < 100, "the stream is read"
+                yield {"text": f"x = {number}"}
+
+    monkeypatch.setattr(memory, "free_bytes", lambda place: 10**11)
+    line = r"10,000,000,000 tokens in contexts of 256 needs at least [1-4]\d\d\.\d GB and 100\.0 GB are free on cpu: u"
+    with pytest.raises(InputError, match=line):
+        work(space, demo, streamed("endless", Endless(), "text", "1"))
 
 
 def test_what_fits_is_not_refused(space: Workspace, demo: LoadedModel) -> None:
