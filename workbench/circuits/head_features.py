@@ -118,15 +118,15 @@ def looks_back(model: LoadedModel, sae: SAE, index: FeatureIndex, feature: int, 
         split = direct_feature_attribution(model.bridge, sae, tokens.to(model.device), feature)
         # A negative activation is brought about by negative terms.
         value = split.by_source() * math.copysign(1, split.pre_activation)
-        found.append(reach_of(value.cpu(), tokens))
+        found.append(reach_of(value.cpu(), tokens, n_bos=model.n_bos))
     kept = torch.tensor([one for one in found if not math.isnan(one[0])], dtype=torch.float64)
     return (math.nan, math.nan) if not len(kept) else tuple(kept.mean(dim=0).tolist())
 
 
-def reach_of(value: Float[Tensor, "pos"], tokens: Int[Tensor, "pos"]) -> tuple[float, float]:
+def reach_of(value: Float[Tensor, "pos"], tokens: Int[Tensor, "pos"], *, n_bos: int = 1) -> tuple[float, float]:
     """Distance and induction share of one context's last token, from what its sources bring; see the module."""
     weight = value.double().clamp_min(0)
-    weight[0] = 0
+    weight[:n_bos] = 0
     total = weight.sum()
     if total == 0:
         return math.nan, math.nan
@@ -134,7 +134,7 @@ def reach_of(value: Float[Tensor, "pos"], tokens: Int[Tensor, "pos"]) -> tuple[f
     back = len(tokens) - 1 - torch.arange(len(tokens), dtype=torch.float64)
     follows = torch.zeros(len(tokens), dtype=torch.bool)
     # BOS is no earlier occurrence, nor is a token at its own position.
-    follows[2:] = tokens[1:-1] == tokens[-1]
+    follows[n_bos + 1 :] = tokens[n_bos:-1] == tokens[-1]
     return float(weight @ back), float(weight[follows].sum())
 
 

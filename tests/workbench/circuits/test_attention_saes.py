@@ -97,6 +97,8 @@ def test_how_far_a_feature_looks_back_is_weighted_by_what_sources_bring() -> Non
     assert family(1.0, 0.51) == "induction"
     assert family(8.1, 0.0) == "long"
     assert family(*reach_of(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), tokens)) == ""
+    # Without BOS the first token is a source as any other, and what follows it follows it.
+    assert reach_of(torch.tensor([1.0, 3.0, 0.0, 0.0]), torch.tensor([5, 7, 9, 5]), n_bos=0) == (2.25, 0.75)
 
 
 def test_polysemantic_heads_have_more_than_one_meaning() -> None:
