@@ -34,6 +34,7 @@ from workbench.circuits import figures
 from workbench.models.load import LoadedModel
 from workbench.models.memory import attention_bytes, check_fits_memory
 from workbench.models.prompt_text import token_pieces
+from workbench.models.readout import check_unembedding
 
 HEADS = "circuit-heads"
 SCORES = (*COLUMNS, "retrieval", "retrieval_steps", "evidence")
@@ -85,6 +86,9 @@ def report_heads(
         first, vocabulary = first_and_others(model)
         rows = repeated_tokens(vocabulary, first, n, length, seed).to(model.device)
         scores = head_scores(model.bridge, rows, batch_size=BATCH)
+        if model.checks.unread is not None:
+            # Copying reads weights through an unembedding that does not give this model's logits.
+            scores.values[..., COLUMNS.index("copying")] = torch.nan
         steps[0](1, 1)
         table = scores.table()
         drawn = {score: figures.head_heatmap(scores[score], score, diverging=score in DIVERGING) for score in COLUMNS}
@@ -173,8 +177,9 @@ def head_on_text(model: LoadedModel, head: str, text: str, *, most: int = MAX_PR
     """A head's attention on a text, BOS first, and what its OV circuit does on attending to each distinct token.
 
     Raises:
-        InputError: an empty text or no such head.
+        InputError: an empty text, no such head, or a model whose unembedding does not give its logits.
     """
+    check_unembedding(model)
     ids = model.encode(text)
     if not ids:
         raise InputError("the text holds no token: type something")

@@ -20,17 +20,18 @@ COLUMNS = 64
 
 def unembedding(model: LoadedModel) -> Float[Tensor, "d_model vocab"]:
     """W_eff. Raises InputError where it does not give the model's logits."""
-    _check(model)
+    check_unembedding(model)
     return effective_unembedding(model.structure)
 
 
 def final_scale(model: LoadedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
     """What the final norm divides the last residual stream by. Raises InputError as `unembedding`."""
-    _check(model)
+    check_unembedding(model)
     return measured_norm(model.structure.ln_final, x[0]).scale(x.float())
 
 
-def _check(model: LoadedModel) -> None:
+def check_unembedding(model: LoadedModel) -> None:
+    """Raises InputError where W_eff does not give the model's logits."""
     if model.checks.unread is not None:
         raise InputError(model.checks.unread)
 

@@ -15,6 +15,8 @@ from circuits.path_patching import patch_edges
 from circuits.recursive_dfa import recursive_dfa
 from circuits.scores import EdgeScores
 from sae import InputError
+from workbench import Workspace
+from workbench.circuits.heads import head_on_text
 from workbench.features.index.logits import effects_of
 from workbench.features.prompts import read_prompt
 from workbench.models.load import load_model
@@ -89,3 +91,15 @@ def test_sums_hold_in_half_precision(architecture: str, tmp_path: Path) -> None:
         recursive_dfa(half.bridge, attention, residuals, prompts_of(half).clean[0], number) for number in range(8)
     ]
     assert max(map(len, chains)) >= 3
+
+
+def test_what_is_read_through_an_unembedding_that_is_not_the_models_is_left_out(tmp_path: Path) -> None:
+    """Between its last norm and its unembedding ModernBERT's decoder has a layer of its own."""
+    model = load_model(str(save_tiny("ModernBertDecoderForCausalLM", tmp_path / "model")), device="cpu")
+    scores = Workspace(tmp_path / "w").heads("h", model, n=2, length=8, needles=0).table("scores")
+    assert scores.copying.isna().all()
+    assert scores.induction.notna().all()
+    with pytest.raises(
+        InputError, match="through the final norm and the unembedding does not give this model's logits"
+    ):
+        head_on_text(model, "a1.h0", "def f(x): return x")
