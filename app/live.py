@@ -9,7 +9,7 @@ from app.shared import loaded_model, open_index, pick_sae, plain, sae_names
 from workbench import InputError, LoadedModel, Workspace
 from workbench.features.index.titles import concepts_path, explanations_path
 from workbench.features.live import LiveSAE, known_features, model_name, model_of
-from workbench.show.colours import background
+from workbench.show.colours import GREY_LINE, background
 
 
 def choose_sae(workspace: Workspace) -> str:
@@ -75,10 +75,10 @@ export default function ({ data, parentElement, setTriggerValue }) {
 _TOKENS_CSS = """
 .row { font-family: ui-monospace, monospace; font-size: 13px; line-height: 1.75; white-space: break-spaces;
   overflow-wrap: anywhere; color: var(--st-text-color); max-height: 420px; overflow-y: auto; padding: 4px }
-.row span { cursor: pointer; border-radius: 2px; box-shadow: inset 0 0 0 0.5px #8883; padding: 1px 0 }
+.row span { cursor: pointer; border-radius: 2px; box-shadow: inset 0 0 0 0.5px GREY_LINE; padding: 1px 0 }
 .row span:hover { box-shadow: inset 0 0 0 1px var(--st-text-color) }
 .row span.selected { outline: 2px solid var(--st-primary-color) }
-"""
+""".replace("GREY_LINE", GREY_LINE)
 _tokens = st.components.v2.component("workbench_tokens", html='<div class="row"></div>', css=_TOKENS_CSS, js=_TOKENS_JS)
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.metrics import Metric, logit_difference
-from circuits.nodes import Bridge, head_names
+from circuits.nodes import Bridge, head_names, z_names
 from circuits.passes import OnProgress, activations
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
@@ -59,7 +59,7 @@ def ablate_heads(
 
     def variants(batch: PromptSet, rows: slice) -> Iterator[Variants]:
         values = replacement(rows)
-        return (Variants(layer, name, values[name], masks) for layer, name in enumerate(_z_names(bridge)))
+        return (Variants(layer, name, values[name], masks) for layer, name in enumerate(z_names(bridge.cfg.n_layers)))
 
     found = mean_metric(bridge, prompts, variants, metric=metric, batch_size=batch_size, on_progress=on_progress)
     return NodeScores(
@@ -81,7 +81,7 @@ def _correspond(prompts: PromptSet) -> bool:
 
 
 def _replacement(bridge: Bridge, prompts: PromptSet, kind: Ablation, batch_size: int, seed: int) -> _Replacement:
-    names = _z_names(bridge)
+    names = z_names(bridge.cfg.n_layers)
     if kind == "zero":
         zeros = dict.fromkeys(names, torch.zeros((), device=prompts.clean.device))
         return lambda rows: zeros
@@ -114,12 +114,8 @@ def head_means(
         positions = torch.arange(batch.clean.shape[1], device=batch.clean.device)
         real = (positions >= prompts.n_bos) & (positions <= batch.last[:, None])
         count += len(batch) if by_position else int(real.sum())
-        for name, value in activations(bridge, batch.clean, _z_names(bridge)).items():
+        for name, value in activations(bridge, batch.clean, z_names(bridge.cfg.n_layers)).items():
             summed = (value if by_position else value[real]).double().sum(dim=0)
             totals[name] = totals[name] + summed if name in totals else summed
     dtype = next(bridge.parameters()).dtype
     return {name: (total / count).to(dtype) for name, total in totals.items()}
-
-
-def _z_names(bridge: Bridge) -> list[str]:
-    return [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from circuits.blocks import attention_scale, head_weights
-from circuits.nodes import Bridge, graph_of
+from circuits.nodes import Bridge, graph_of, z_names
 from circuits.passes import OnProgress, activations
 from circuits.prompts import PromptSet
 from sae.errors import InputError
@@ -103,7 +103,7 @@ def mean_head_outputs(
     bridge: Bridge, tokens: Int[Tensor, "n pos"], last: Int[Tensor, "n"], batch_size: int = 32
 ) -> Float[Tensor, "n heads d_model"]:
     """Every head's output in the residual stream, averaged over the positions of each prompt, padding left out."""
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]
+    names = z_names(bridge.cfg.n_layers)
     pieces = []
     for rows, ends in zip(tokens.split(batch_size), last.split(batch_size), strict=True):
         real = (torch.arange(rows.shape[1], device=rows.device) <= ends[:, None]).float()

@@ -121,6 +121,11 @@ def head_name(layer: int, head: int) -> str:
     return f"a{layer}.h{head}"
 
 
+def z_names(n_layers: int) -> list[str]:
+    """Hook points of what heads write, before W_O, layer by layer."""
+    return [f"blocks.{layer}.attn.hook_z" for layer in range(n_layers)]
+
+
 def head_names(n_layers: int, n_heads: int) -> list[str]:
     """Names of all heads, layer by layer."""
     return [head_name(layer, head) for layer in range(n_layers) for head in range(n_heads)]

@@ -22,7 +22,7 @@ from torch import Tensor
 from circuits.blocks import mlp_input, norm_before, normed
 from circuits.edges import reader_names, stacked, unread, writer_names, written
 from circuits.metrics import Metric, logit_difference
-from circuits.nodes import Bridge, graph_of, head_names, parse
+from circuits.nodes import Bridge, graph_of, head_names, parse, z_names
 from circuits.passes import Hook, OnProgress, activations, answer_logits, taking
 from circuits.prompts import PromptSet
 from circuits.resume import recorded_block, resumed_after
@@ -52,7 +52,7 @@ def patch_paths(
     n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
     parts = _receivers(bridge, receivers)
     heads = head_names(n_layers, n_heads)
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(n_layers)]
+    names = z_names(n_layers)
     total = torch.zeros(len(heads), dtype=torch.float64)
     clean = corrupted = 0.0
     for number, batch in enumerate(prompts.batches(batch_size)):

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.nodes import Bridge, head_names
+from circuits.nodes import Bridge, head_names, z_names
 from circuits.passes import Hook, activations, answer_logits, taking
 from sae.errors import InputError
 
@@ -216,7 +216,7 @@ def heads_of_half(values: Float[Tensor, "layers heads"]) -> int:
 @torch.no_grad()
 def needle_means(bridge: Bridge, tests: Sequence[Needle], *, batch_size: int = BATCH) -> dict[str, Tensor]:
     """Mean z [heads, d_head] of every layer over the prompts' tokens after BOS, by hook name."""
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]
+    names = z_names(bridge.cfg.n_layers)
     totals: dict[str, Tensor] = {}
     rows = 0
     for batch in alike(tests, batch_size):

@@ -198,7 +198,7 @@ def test_only_the_command_line_prints() -> None:
 
 
 def test_only_show_knows_colours() -> None:
-    colour = re.compile(r"#[0-9a-fA-F]{6}\b|rgba?\(\s*\d")
+    colour = re.compile(r"#(?:[0-9a-fA-F]{3,4}){1,2}\b|rgba?\(\s*\d")
     for file in [*files_of("circuits"), *files_of("workbench"), *files_of("app")]:
         path = str(file.relative_to(REPOSITORY))
         found = colour.search(file.read_text(encoding="utf-8"))

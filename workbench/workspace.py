@@ -418,9 +418,16 @@ class Workspace(Catalog):
         return ask(self, query, harvest)
 
     def gc(
-        self, *, saes: Sequence[str] = (), harvests: Sequence[str] = (), runs: Sequence[str] = (), dry_run: bool = False
+        self,
+        *,
+        saes: Sequence[str] = (),
+        transcoders: Sequence[str] = (),
+        harvests: Sequence[str] = (),
+        runs: Sequence[str] = (),
+        dry_run: bool = False,
     ) -> "list[Removed]":
-        """Removes what killed processes left behind, and the artefacts named; returns what went.
+        """Removes what killed processes left behind, the artefacts named and what was measured on them; returns what
+        went.
 
         Unfinished harvests and runs stay, since they can be resumed, unless they are named.
 
@@ -429,4 +436,4 @@ class Workspace(Catalog):
         """
         from workbench.catalog.gc import remove
 
-        return remove(self, saes=saes, harvests=harvests, runs=runs, dry_run=dry_run)
+        return remove(self, saes=saes, transcoders=transcoders, harvests=harvests, runs=runs, dry_run=dry_run)

@@ -225,7 +225,10 @@ class Catalog:
         """
         folder = self.transcoder_folder(name)
         if new_folder(folder).exists():
-            raise InputError(f"the set of transcoders {name!r} exists: choose another --name, or remove {folder}")
+            raise InputError(
+                f"the set of transcoders {name!r} exists: choose another --name, or remove it with "
+                f"`workbench gc --transcoders {name}`"
+            )
 
         def write(partial: Path) -> None:
             coders.save(partial)
@@ -260,15 +263,25 @@ class Catalog:
 
     def made_from_sae(self, name: str) -> list[Path]:
         """What was measured on an SAE, whatever it is called: its index, begun or finished, and results."""
-        index = self.index_path(name)
-        made = [path for path in (index, index.with_suffix(".partial")) if path.exists()]
+        return self._made_from([name])
+
+    def made_from_transcoders(self, name: str) -> list[Path]:
+        """What was measured on a set of transcoders or on one of its layers, likewise."""
+        layers = sorted(folder.name for folder in self.transcoder_folder(name).glob("layer_*/"))
+        return self._made_from([f"{name}.{layer}" for layer in layers], name)
+
+    def _made_from(self, saes: Sequence[str], transcoders: str | None = None) -> list[Path]:
+        """The indexes and results of some SAEs, and of a set of transcoders."""
+        made = []
+        for index in map(self.index_path, saes):
+            made += [path for path in (index, index.with_suffix(".partial")) if path.exists()]
         for file in sorted(self.path.glob("results/*/*.duckdb")):
             try:
                 origin = self.results.open(file.parent.name, file.stem).origin
             except InputError:
                 # What cannot be read says nothing; `workbench doctor` names it.
                 continue
-            if name in origin.saes:
+            if set(saes) & set(origin.saes) or (transcoders is not None and transcoders == origin.transcoders):
                 made.append(file)
         return made
 

@@ -114,16 +114,18 @@ def remove(
     catalog: Catalog,
     *,
     saes: Sequence[str] = (),
+    transcoders: Sequence[str] = (),
     harvests: Sequence[str] = (),
     runs: Sequence[str] = (),
     dry_run: bool = False,
 ) -> list[Removed]:
-    """Removes leftovers and the artefacts named, and with an SAE all that was measured on it; see `Workspace.gc`.
+    """Removes leftovers, the artefacts named, and what was measured on these SAEs and transcoders; see `Workspace.gc`.
 
     Raises:
         InputError: a name that does not exist, or an artefact a live process is writing.
     """
     wanted = [("saes", "SAE", name) for name in saes]
+    wanted += [("transcoders", "set of transcoders", name) for name in transcoders]
     wanted += [("harvests", "harvest", name) for name in harvests]
     wanted += [("runs", "run", name) for name in runs]
     folders = []
@@ -133,9 +135,11 @@ def remove(
             known = ", ".join(sorted(path.name for path in folder.parent.glob("*/"))) or "none"
             raise InputError(f"no {what} {name!r} in {catalog.path}: it has {known}")
         folders.append(folder)
-        # What was measured on an SAE goes with it, so that a later one of the same name does not inherit it.
+        # What was measured on it goes with it, so that a later one of the same name does not inherit it.
         if kind == "saes":
             folders += catalog.made_from_sae(name)
+        if kind == "transcoders":
+            folders += catalog.made_from_transcoders(name)
     return collect(catalog.path, folders, dry_run=dry_run)
 
 

@@ -123,7 +123,7 @@ class Origin:
             text_field=corpus.get("text_field", "text"),
             fingerprint=corpus.get("fingerprint"),
             saes=tuple(saes),
-            transcoders=transcoders.get("name"),
+            transcoders=next(iter(_names([transcoders.get("name"), parameters.get("transcoders")])), None),
             transcoders_fingerprint=transcoders.get("fingerprint"),
         )
 

@@ -23,7 +23,7 @@ from circuits.passes import activations
 from sae.errors import InputError
 from workbench.models.load import LoadedModel
 from workbench.models.prompt_text import token_pieces
-from workbench.show.colours import PALETTE
+from workbench.show.colours import GREY_LINE, PALETTE
 from workbench.show.html import one_line
 
 MOST_TOKENS = 128
@@ -103,7 +103,7 @@ ROOT = '<div class="att"><div class="grid"></div><div class="large"></div></div>
 CSS = """
 .att { font: 13px/1.4 system-ui, sans-serif; color: var(--st-text-color, currentColor) }
 .att .grid { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 10px }
-.att button { border: 1px solid #8884; border-radius: 4px; background: none; padding: 3px; cursor: pointer;
+.att button { border: 1px solid GREY_LINE; border-radius: 4px; background: none; padding: 3px; cursor: pointer;
   color: inherit; font: 11px ui-monospace, monospace }
 .att button.left { outline: 2px solid var(--left) } .att button.right { outline: 2px solid var(--right) }
 .att button canvas { display: block; width: 60px; height: 60px; image-rendering: pixelated }
@@ -111,13 +111,13 @@ CSS = """
 .att section { flex: 1 1 520px; min-width: 0; display: flex; flex-wrap: wrap; gap: 6px 16px; align-content: start }
 .att section .title { font-weight: 600; flex: 1 1 100% } .att section .beside { flex: 1 1 220px; min-width: 0 }
 .att section canvas { flex: 1 1 280px; min-width: 0; max-width: 440px; aspect-ratio: 1; image-rendering: pixelated;
-  border: 1px solid #8884; cursor: crosshair }
+  border: 1px solid GREY_LINE; cursor: crosshair }
 .att .text { font: 13px/1.7 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere;
   margin-bottom: 8px }
-.att .text span { border-radius: 2px; box-shadow: inset 0 0 0 .5px #8883; cursor: default }
+.att .text span { border-radius: 2px; box-shadow: inset 0 0 0 .5px GREY_LINE; cursor: default }
 .att .text span.here { outline: 2px solid currentColor }
 .att .said { min-height: 3.6em; opacity: .85 }
-"""
+""".replace("GREY_LINE", GREY_LINE)
 SCRIPT = """
 function drawAttention(root, data, pick) {
   const n = data.tokens.length, [blue, red] = data.colours;

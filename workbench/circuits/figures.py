@@ -14,7 +14,7 @@ from circuits.feature_circuits import ERROR, FeatureCircuit
 from circuits.graph.graph import KINDS, Graph
 from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
-from workbench.show.colours import MARK, PALETTE, series_colour
+from workbench.show.colours import GREY, MARK, PALETTE, series_colour
 
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 DIVERGING = "RdBu"
@@ -58,7 +58,7 @@ def selectable_heads(figure: go.Figure, n_layers: int, n_heads: int, chosen: str
         x=[head for _, head in places], y=[layer for layer, _ in places], mode="markers", showlegend=False,
         customdata=names, text=[f"{values[layer][head]:.4g}" for layer, head in places],
         hovertemplate="%{customdata}: %{text}<extra></extra>",
-        marker={"size": 12, "symbol": "square", "opacity": 0, "color": "#888"},
+        marker={"size": 12, "symbol": "square", "opacity": 0, "color": GREY},
     )  # fmt: skip
     # Markers would push the axes outwards.
     figure.update_xaxes(range=[-0.5, n_heads - 0.5])
@@ -209,7 +209,7 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
     names = sorted(used)
     figure.add_scatter(
         x=[places[name][0] for name in names], y=[places[name][1] for name in names], text=names,
-        mode="markers+text", textposition="top center", marker={"size": 10, "color": "#888"}, showlegend=False,
+        mode="markers+text", textposition="top center", marker={"size": 10, "color": GREY}, showlegend=False,
         hoverinfo="text",
     )  # fmt: skip
     figure.update_xaxes(visible=False)

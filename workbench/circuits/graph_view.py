@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.graph.graph import ERROR, LOGIT, TOKEN
 from workbench.circuits.graphs import PromptGraph
-from workbench.show.colours import PALETTE
+from workbench.show.colours import GREY_GROUND, PALETTE
 from workbench.show.html import one_line
 
 STRONGEST = 12
@@ -100,10 +100,10 @@ CSS = """
 .graph .near b { display: block; margin: 6px 0 2px; overflow-wrap: anywhere }
 .graph .near button { display: flex; width: 100%; gap: 8px; text-align: left; border: 0; background: none;
   padding: 2px 4px; color: inherit; font: inherit; cursor: pointer; border-radius: 3px }
-.graph .near button:hover, .graph .near button:focus { background: #8882 }
+.graph .near button:hover, .graph .near button:focus { background: GREY_GROUND }
 .graph .near button span:first-child { flex: 0 0 56px; text-align: right; font-variant-numeric: tabular-nums }
 .graph .near button span:last-child { overflow-wrap: anywhere; min-width: 0 }
-"""
+""".replace("GREY_GROUND", GREY_GROUND)
 SCRIPT = """
 function drawGraph(root, data, tell) {
   const canvas = root.querySelector("canvas"), said = root.querySelector(".said"), near = root.querySelector(".near");

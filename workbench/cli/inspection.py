@@ -114,6 +114,9 @@ def doctor(
 
 def gc(
     sae: Annotated[list[str], typer.Option("--sae", metavar="NAME", help="Remove this SAE.")] = [],  # noqa: B006
+    transcoders: Annotated[
+        list[str], typer.Option("--transcoders", metavar="NAME", help="Remove this set of transcoders.")
+    ] = [],  # noqa: B006
     harvest: Annotated[list[str], typer.Option("--harvest", metavar="NAME", help="Remove this harvest.")] = [],  # noqa: B006
     run: Annotated[list[str], typer.Option("--run", metavar="NAME", help="Remove this training run.")] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option(help="Only list what would go.")] = False,
@@ -121,7 +124,7 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Remove leftovers of killed processes, and the artefacts that are named."""
-    removed = open_workspace(folder).gc(saes=sae, harvests=harvest, runs=run, dry_run=dry_run)
+    removed = open_workspace(folder).gc(saes=sae, transcoders=transcoders, harvests=harvest, runs=run, dry_run=dry_run)
     if as_json:
         print_json([{"path": str(item.path), "bytes": item.bytes} for item in removed])
         return

@@ -93,7 +93,7 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
 
     start = time.monotonic()
     with ProgressBar("index", harvest.n_rows, enabled=not quiet) as bar:
-        build_index(workspace, SAE_NAME, model=model, device=device, on_progress=lambda done, _: bar.update(done))
+        build_index(workspace, SAE_NAME, model=model, device=device, on_progress=bar.report)
     seconds["index"] = time.monotonic() - start
 
     start = time.monotonic()

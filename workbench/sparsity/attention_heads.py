@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.nodes import Bridge
+from circuits.nodes import Bridge, z_names
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, losses
 from workbench.models.load import LoadedModel
@@ -237,7 +237,7 @@ def _looks(
             z[layer] += value[batch.ordinary].double().sum(dim=0)
 
         hooks = [(name, partial(see, layer=layer)) for layer, name in enumerate(hook_names(model.bridge))]
-        hooks += [(name, partial(add, layer=layer)) for layer, name in enumerate(_z_names(model.bridge))]
+        hooks += [(name, partial(add, layer=layer)) for layer, name in enumerate(z_names(model.info.n_layers))]
         with torch.no_grad(), model.bridge.hooks(fwd_hooks=hooks):
             model.bridge(batch.tokens, return_type=None)
         queries += int(batch.ordinary.sum())
@@ -256,12 +256,8 @@ def _removed(
 
     hooks = [
         (name, partial(replace, layer=layer))
-        for layer, name in enumerate(_z_names(bridge))
+        for layer, name in enumerate(z_names(bridge.cfg.n_layers))
         if bool(heads[layer].any())
     ]  # fmt: skip
     with bridge.hooks(fwd_hooks=hooks):
         yield
-
-
-def _z_names(bridge: Bridge) -> list[str]:
-    return [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from sae import SAE, TopK
+from sae import SAE, TopK, Transcoder, TranscoderSet
 from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench import Workspace
 from workbench.catalog.origin import Origin
+from workbench.cli.main import run
 
 HARVEST = {
     "name": "h",
@@ -92,6 +93,32 @@ def test_removing_an_sae_takes_what_was_measured_on_it_and_nothing_else(tmp_path
     left = {(result.kind, result.name) for result in space.results.find()}
     assert left == {("sparsity-mlp", "demo"), ("circuit-dfa", "y"), ("mine", "z")}
     assert [summary.name for summary in space.saes()] == ["other"]
+
+
+def test_removing_a_set_of_transcoders_takes_what_was_measured_on_it(tmp_path: Path) -> None:
+    space = Workspace(tmp_path / "w")
+    hooks = {"hook_name": "blocks.0.mlp.hook_in", "target_hook_name": "blocks.0.hook_mlp_out", "model_name": "m"}
+    coders = TranscoderSet({0: Transcoder(6, 6, 12, TopK(2), **hooks)})
+    for name in ("demo", "other"):
+        space.add_transcoders(name, coders, [{}])
+    table = {"t": pd.DataFrame([{"a": 1}])}
+    model = {"model": {"name": "m", "weights_sha256": "ab"}}
+    of_demo, of_other = ({"transcoders": {"name": name, "fingerprint": "1"}} for name in ("demo", "other"))
+    space.results.save("graph", "x", parameters={}, provenance={**model, **of_demo}, tables=table)
+    space.results.save("graph", "demo", parameters={}, provenance={**model, **of_other}, tables=table)
+    # As it was recorded before.
+    old = {**model, "transcoders": {"demo": "1"}}
+    space.results.save("replacement", "y", parameters={"transcoders": "demo"}, provenance=old, tables=table)
+    space.results.save("evaluation", "z", parameters={"saes": ["demo.layer_0"]}, provenance=model, tables=table)
+    for index in ("demo.layer_0", "demo", "other.layer_0"):
+        space.index_path(index).parent.mkdir(exist_ok=True)
+        space.index_path(index).touch()
+    assert run(["gc", "--transcoders", "demo", "--workspace", str(space.path)]) == 0
+    assert [(result.kind, result.name) for result in space.results.find()] == [("graph", "demo")]
+    assert [summary.name for summary in space.transcoder_sets()] == ["other"]
+    assert space.indexes() == ["demo", "other.layer_0"]
+    with pytest.raises(InputError, match="no set of transcoders 'demo'"):
+        space.gc(transcoders=["demo"])
 
 
 def test_a_damaged_result_does_not_keep_an_sae_from_being_removed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from workbench.features.index.feature import Feature
 from workbench.features.index.geometry import MapMethod
-from workbench.show.colours import MARK, NEGATIVE, NEUTRAL, sign_colour
+from workbench.show.colours import GREY, MARK, NEGATIVE, NEUTRAL, sign_colour
 from workbench.show.html import plotly_text, visible
 
 _LAYOUT = {"height": 220, "margin": {"l": 45, "r": 10, "t": 10, "b": 40}, "bargap": 0.03, "showlegend": False}
@@ -123,7 +123,7 @@ def decoder_map(table: pd.DataFrame, selected: int | None = None, *, method: Map
     for dead in (True, False):
         chosen = table["firings"].eq(0) == dead
         rows = table[chosen]
-        marker = {"size": 5, "opacity": 0.7, "color": "#999"}
+        marker = {"size": 5, "opacity": 0.7, "color": GREY}
         if not dead:
             marker |= {
                 "color": np.log10(rows["density"]), "colorscale": "Viridis",
