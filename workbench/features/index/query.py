@@ -312,7 +312,7 @@ class FeatureIndex:
             doc, pos = tokens[row][1:3]
             # BOS and padding are no text, and what stands before the document is another one.
             shown = [
-                at for at in range(first, last) if at in tokens and tokens[at][1] == doc and tokens[at][3] & 3 == 0
+                at for at in range(first, last) if at in tokens and tokens[at][1] == doc and not tokens[at][3] & NO_TEXT
             ]
             found.append(
                 Example(
