@@ -153,7 +153,8 @@ class Workspace(Catalog):
         return import_pretrained(self, name, release, sae_id, hook=hook, model=model)
 
     def export_sae(self, name: str, folder: str | Path, form: str = "saelens") -> None:
-        """Writes an SAE to a new folder in the format `saelens`, `dictionary_learning` or `sparsify`.
+        """Writes an SAE to a new folder in the format `saelens`, `dictionary_learning` or `sparsify`; a set of
+        transcoders in that of `circuit_tracer`.
 
         Raises:
             InputError: unknown names, a folder in use, or a rule the format cannot express.

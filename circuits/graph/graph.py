@@ -118,6 +118,10 @@ class Graph:
             )
         return self.number[name]
 
+    def text_of(self, name: str) -> str:
+        """The text of the token at which a node stands. Raises InputError for no node."""
+        return self.texts[int(self.nodes.position[self.node(name)])]
+
     def table(self) -> pd.DataFrame:
         """The nodes, most influential first: node, kind, layer, position, feature, token, text, activation, z, bias,
         influence."""
@@ -130,7 +134,7 @@ class Graph:
                 "kind": [KINDS[kind] for kind in nodes.kind.tolist()],
                 "layer": nodes.layer.tolist(), "position": nodes.position.tolist(),
                 "feature": nodes.feature.tolist(), "token": nodes.token.tolist(),
-                "text": [self.texts[position] for position in nodes.position.tolist()],
+                "text": [self.text_of(name) for name in nodes.names],
                 "activation": nodes.activation.tolist(), "z": nodes.z.tolist(), "bias": bias.tolist(),
                 "influence": self.influence.tolist(),
             }

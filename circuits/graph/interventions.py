@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.effective_weights import linear_of, logit_scale
 from circuits.graph.graph import ERROR, FEATURE, KINDS, LOGIT, Graph
 from circuits.nodes import Bridge
 from circuits.passes import Hook, activations, taking
@@ -50,7 +51,8 @@ class Intervention:
         return self.nodes.iloc[size.argsort(kind="stable")[::-1]].reset_index(drop=True)
 
     def agreement(self) -> float:
-        """Spearman's correlation of predicted and observed effects over the nodes that either reaches; else NaN."""
+        """Spearman's correlation of predicted and observed effects over the nodes that the graph says are reached, the
+        changed ones left out; NaN for fewer than three."""
         reached = self.nodes[(self.nodes["predicted"] != 0) & ~self.nodes["node"].isin(list(self.changes))]
         ranks = reached[["predicted", "observed"]].rank()
         return float(ranks["predicted"].corr(ranks["observed"])) if len(reached) > 2 else math.nan
@@ -175,8 +177,7 @@ class _Plan:
             def replace(value: Tensor, hook: Any) -> Tensor:
                 out = (clean[name] if effects == "direct" else value).clone()
                 if effects == "direct" and coder is not None and coder.W_skip is not None:
-                    coded = (self.tokens != self.graph.settings["bos"])[:, None]
-                    out += coded * coder.skip(now[layer] - clean[inputs[layer]])
+                    out += ~self._is_bos()[:, None] * coder.skip(now[layer] - clean[inputs[layer]])
                 for node in own:
                     position = int(self.graph.nodes.position[node])
                     x = clean[inputs[layer]] if coder is not None else None
@@ -209,10 +210,14 @@ class _Plan:
             current = float(coder.encode(now[0, position][None]).to_dense()[0, feature])
             wanted = factor * float(nodes.activation[node])
             return (wanted - current) * coder.W_dec.detach()[feature]
-        bos = self.tokens[position] == self.graph.settings["bos"]
-        if coder is None or clean is None or bool(bos):
+        if coder is None or clean is None or bool(self._is_bos()[position]):
             return (factor - 1) * output[0, position]
         return (factor - 1) * (output[0, position] - coder.predict(clean[0, position][None])[0])
+
+    def _is_bos(self) -> Bool[Tensor, "pos"]:
+        """Where transcoders do not stand for the MLP; nowhere in a model without BOS."""
+        bos = self.graph.settings["bos"]
+        return torch.zeros_like(self.tokens, dtype=torch.bool) if bos is None else self.tokens == bos
 
     def measured(self, hooks: list[Hook]) -> tuple[Float[Tensor, "targets"], Float[Tensor, "vocab"]]:
         """Every target's pre-activation or logit less the mean, and the probabilities of the next token."""
@@ -221,7 +226,7 @@ class _Plan:
         with self.bridge.hooks(fwd_hooks=hooks), taking(self.bridge, names, found):
             logits = self.bridge(self.tokens[None])[0, -1].double()
         nodes, result = self.graph.nodes, torch.zeros(len(self.graph.targets), dtype=torch.float64)
-        uncapped = self._uncapped(found["unembed.hook_in"][0, -1])
+        uncapped = self._uncapped(found["unembed.hook_in"][0, -1], len(logits))
         layer, kind = nodes.layer[self.graph.targets], nodes.kind[self.graph.targets]
         logit = kind == LOGIT
         result[logit] = (uncapped[nodes.token[self.graph.targets[logit]].to(uncapped.device)] - uncapped.mean()).cpu()
@@ -234,10 +239,10 @@ class _Plan:
             result[rows] = z.cpu()
         return result, logits.softmax(dim=0)
 
-    def _uncapped(self, x: Float[Tensor, "d_model"]) -> Float[Tensor, "vocab"]:
-        module = self.bridge.unembed.original_component
-        logits = module.weight.double() @ x.double()
-        return logits if getattr(module, "bias", None) is None else logits + module.bias.double()
+    def _uncapped(self, x: Float[Tensor, "d_model"], n_vocab: int) -> Float[Tensor, "vocab"]:
+        """Logits before a soft cap, at the scale of the graph's."""
+        W_U, b_U = linear_of(self.bridge.unembed)
+        return (logit_scale(self.bridge) * (x.double() @ W_U.double() + b_U.double()))[:n_vocab]
 
 
 def _next_tokens(bridge: Bridge, before: Tensor, after: Tensor, top: int) -> pd.DataFrame:

@@ -70,6 +70,8 @@ def _read_layer(file: Path, layer: int, config: dict[str, str]) -> Transcoder:
         if not k.isdigit():
             raise InputError(f"{file.with_name(CONFIG)} has k = {k!r}: expected a whole number")
         rule = rules.TopK(int(k))
+    elif (activation := config.get("activation", "relu")) != "relu":
+        raise InputError(f"{file.with_name(CONFIG)} says activation: {activation}, and its k or threshold is missing")
     else:
         rule = rules.ReLU()
     weights = Weights(

@@ -217,25 +217,28 @@ class Catalog:
             raise InputError(f"no set of transcoders {name!r} in {self.path}: it has {', '.join(known) or 'none'}")
         return load_transcoders(self.transcoder_folder(name), device)
 
+    def check_new_transcoders(self, name: str) -> None:
+        """Raises InputError when the name of a set is taken or no file name."""
+        if new_folder(self.transcoder_folder(name)).exists():
+            raise InputError(
+                f"the set of transcoders {name!r} exists: choose another --name, or remove it with "
+                f"`workbench gc --transcoders {name}`"
+            )
+
     def add_transcoders(self, name: str, coders: "TranscoderSet", provenance: Sequence[Record]) -> None:
         """Saves a set of transcoders under a new name, with the record of what each layer was made from.
 
         Raises:
             InputError: the name is taken, or the disk is full or not writable.
         """
-        folder = self.transcoder_folder(name)
-        if new_folder(folder).exists():
-            raise InputError(
-                f"the set of transcoders {name!r} exists: choose another --name, or remove it with "
-                f"`workbench gc --transcoders {name}`"
-            )
+        self.check_new_transcoders(name)
 
         def write(partial: Path) -> None:
             coders.save(partial)
             for layer, record in zip(coders, provenance, strict=True):
                 write_description(partial / f"layer_{layer}" / "provenance.json", record)
 
-        _save_whole(folder, f"the set of transcoders {name!r}", write)
+        _save_whole(self.transcoder_folder(name), f"the set of transcoders {name!r}", write)
 
     def _require_sae(self, name: str) -> Path:
         folder = self.sae_folder(name)

@@ -144,9 +144,17 @@ def check_document(document: Any) -> None:
         if not isinstance(document.get(part), kind):
             raise InputError(f"this is no attribution graph's JSON: it lacks {part!r}")
     _check_keys("metadata", document["metadata"], "metadata")
+    if not isinstance(document["metadata"]["prompt_tokens"], list):
+        raise InputError("this is no attribution graph's JSON: metadata.prompt_tokens is no list of tokens")
+    if all(not isinstance(node, dict) or node.get("feature_type") != TYPES[LOGIT] for node in document["nodes"]):
+        raise InputError("this graph has no logit, to which its nodes could lead: nothing can be said of influence")
     known = set()
     for number, node in enumerate(document["nodes"]):
         _check_keys("node", node, f"nodes[{number}]")
+        texts = [key for key in ("node_id", "feature_type", "clerp") if not isinstance(node[key], str)]
+        texts += [key for key in ("activation", "token_prob") if not _is_value(node.get(key))]
+        if texts:
+            raise InputError(f"nodes[{number}] has {texts[0]} = {node[texts[0]]!r}, which is no such value")
         if node["feature_type"] not in TYPES.values():
             raise InputError(f"nodes[{number}] is a {node['feature_type']!r}: known are {', '.join(TYPES.values())}")
         if not isinstance(node["ctx_idx"], int) or not 0 <= node["ctx_idx"] < len(
@@ -161,8 +169,12 @@ def check_document(document: Any) -> None:
         if not isinstance(link["weight"], int | float) or not math.isfinite(link["weight"]):
             raise InputError(f"links[{number}] has the weight {link['weight']!r}: a finite number is expected")
         for end in ("source", "target"):
-            if link[end] not in known:
+            if not isinstance(link[end], str) or link[end] not in known:
                 raise InputError(f"links[{number}] has the {end} {link[end]!r}, which is no node: the file is damaged")
+
+
+def _is_value(found: Any) -> bool:
+    return found is None or isinstance(found, int | float)
 
 
 def _check_keys(what: str, found: Any, place: str) -> None:
@@ -220,9 +232,11 @@ def from_document(document: Mapping[str, Any]) -> PromptGraph:
 def _place(node: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """(kind, layer, feature, token) of a node by its id."""
     kind = next(kind for kind, title in TYPES.items() if title == node["feature_type"])
-    found = re.fullmatch(r"(E|\d+)_(-?\d+)_(\d+)", str(node["node_id"]))
+    first = "E" if kind == TOKEN else r"\d+"
+    found = re.fullmatch(rf"({first})_(-?\d+)_(\d+)", node["node_id"])
     if found is None:
-        raise InputError(f"the node id {node['node_id']!r} is none: expected LAYER_FEATURE_POSITION")
+        expected = "E_TOKEN_POSITION" if kind == TOKEN else "LAYER_FEATURE_POSITION"
+        raise InputError(f"the node id {node['node_id']!r} of a {node['feature_type']} is none: expected {expected}")
     if kind == TOKEN:
         return TOKEN, -1, -1, int(found[2])
     if kind == LOGIT:
@@ -262,7 +276,7 @@ def store_document(catalog: Catalog, name: str, path: Path) -> Result:
     """Stores the graph of a file under a name. Raises InputError as `read_document` and `from_document`."""
     graph = from_document(read_document(path))
     origin = Origin.of_result({"imported": {"format": "circuit-tracer", "file": path.name}}, {})
-    tables = graph_tables(graph)
+    tables = graph_tables(graph, all_of_it=True)
     return catalog.results.save(
         GRAPH, name, parameters={"file": path.name}, provenance=origin.record, tables=tables,
         figures={"graph": graph.figure().to_json()},

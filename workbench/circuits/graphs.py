@@ -1,6 +1,6 @@
 """Attribution graphs of a model's prompts: made from text, stored as tables of a workspace, read again.
 
-A `graph` result holds the part of a graph that bears `STORED` of all influence:
+A `graph` result holds the part of a graph that bears `STORED` of all influence; one that was imported is whole:
 
     nodes    id, node, kind, layer, position, feature, token, text, activation, z, bias, rest, influence, kept
     edges    source, target (ids of nodes), weight, kept
@@ -28,7 +28,7 @@ from circuits.graph.interventions import Effects, Intervention, intervene, super
 from circuits.passes import OnProgress
 from sae.errors import InputError
 from sae.transcoder import Transcoder
-from sae.transcoder_set import TranscoderSet, load_transcoders
+from sae.transcoder_set import FILE, TranscoderSet, folder_of, load_transcoders
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
@@ -59,7 +59,7 @@ class PromptGraph(Graph):
         node = self.node(name)
         if node >= self.n_sources and self.logit_texts:
             return self.logit_texts[node - self.n_sources]
-        return self.texts[int(self.nodes.position[node])]
+        return super().text_of(name)
 
     def figure(self, node_share: float | None = None) -> go.Figure:
         """Layers upwards and tokens across; pruned first to a share of the influence, where it is given."""
@@ -101,18 +101,30 @@ def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = Non
                 f"the set of transcoders {name!r} has {len(found)} layers of width {found[0].W_enc.shape[0]}, "
                 f"{model.info.name} has {model.info.n_layers} of width {model.info.d_model}: it is of another model"
             )
+        catalog.origin(f"{name}.{folder_of(0)}").check_model(model, f"the set of transcoders {name!r}")
         return name, found
     if name is None:
-        for summary in reversed(catalog.transcoder_sets()):
-            coders = catalog.transcoders(summary.name, device)
-            if coders.model_name == model.info.name:
-                return summary.name, coders
+        latest = _latest(catalog, model)
+        if latest is not None:
+            return transcoders_for(catalog, model, latest)
         if model.info.source != "bundled" or not _are_bundled():
             raise InputError(
                 f"there is no set of transcoders of {model.info.name} in {catalog.path}: train one with `workbench "
                 "train ... --hook 'blocks.*.mlp.hook_in' --target-hook 'blocks.*.hook_mlp_out'`"
             )
     return "bundled", load_transcoders(demo_transcoders_dir(), device)
+
+
+def _latest(catalog: Catalog, model: LoadedModel) -> str | None:
+    """The set of a model that was written last; none that cannot be read, nor baselines with random decoders."""
+    found = [
+        summary.name
+        for summary in catalog.transcoder_sets()
+        if summary.layers
+        and summary.model == model.info.name
+        and not catalog.origin(f"{summary.name}.{folder_of(0)}").frozen_decoder
+    ]
+    return max(found, key=lambda name: (catalog.transcoder_folder(name) / FILE).stat().st_mtime_ns, default=None)
 
 
 def _are_bundled() -> bool:
@@ -152,9 +164,9 @@ def make_graph(
     return catalog.results.get_or_make(GRAPH, name, parameters=parameters, origin=origin, make=make)
 
 
-def graph_tables(whole: PromptGraph) -> dict[str, pd.DataFrame]:
-    """The tables of a graph; see the module's description."""
-    stored = whole.prune(*STORED)
+def graph_tables(whole: PromptGraph, *, all_of_it: bool = False) -> dict[str, pd.DataFrame]:
+    """The tables of a graph, of the part at `STORED` or of all of it; see the module's description."""
+    stored = whole if all_of_it else whole.prune(*STORED)
     pruned = whole.prune(*KEPT)
     scores = pd.DataFrame(
         [
@@ -177,7 +189,7 @@ def tables_of(graph: PromptGraph, pruned: Graph) -> dict[str, pd.DataFrame]:
         {
             "id": np.arange(len(nodes)), "node": nodes.names, "kind": [KINDS[kind] for kind in nodes.kind.tolist()],
             "layer": nodes.layer.numpy(), "position": nodes.position.numpy(), "feature": nodes.feature.numpy(),
-            "token": nodes.token.numpy(), "text": [graph.texts[at] for at in nodes.position.tolist()],
+            "token": nodes.token.numpy(), "text": [graph.text_of(name) for name in nodes.names],
             "activation": nodes.activation.double().numpy(), "z": nodes.z.double().numpy(),
         }
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""`workbench import` and `workbench export`: SAEs from and to other libraries."""
+"""`workbench import` and `workbench export`: SAEs and sets of transcoders from and to other libraries."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -9,8 +9,11 @@ from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
 from workbench.cli.output import print_json
 
-# As in sae.formats.foreign, which loads torch.
-Form = Literal["saelens", "dictionary_learning", "sparsify"]
+if TYPE_CHECKING:
+    from workbench.workspace import Workspace
+
+# As in sae.formats.foreign, which loads torch; circuit-tracer's is of sets.
+Form = Literal["saelens", "dictionary_learning", "sparsify", "circuit_tracer"]
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +26,11 @@ def import_(
     name: Annotated[str, typer.Option(help="Name the SAE gets in the workspace.")],
     source: Annotated[
         Path | None,
-        typer.Argument(metavar="FOLDER", help="Folder of an SAE by SAELens, dictionary_learning or sparsify."),
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder of an SAE by SAELens, dictionary_learning or sparsify, or of "
+            "circuit-tracer's or this project's set of transcoders.",
+        ),
     ] = None,
     release: Annotated[str | None, typer.Option(help="Release in SAELens' registry; needs the network.")] = None,
     sae_id: Annotated[str | None, typer.Option("--id", help="The SAE of the release.")] = None,
@@ -36,12 +43,18 @@ def import_(
 
     The format is recognised by the files. Decoder rows get unit norm where that changes no reconstruction.
     """
+    from workbench.saes.exchange import is_set
     from workbench.workspace import Workspace
 
     published = release is not None and sae_id is not None
     if (source is None) != published or (release is None) != (sae_id is None):
         raise InputError("say what to import: a folder, or --release and --id of a published SAE")
     workspace = Workspace(folder)
+    if source is not None and is_set(source):
+        if hook is not None:
+            raise InputError("a set of transcoders has a hook point in every layer, as its files say: leave out --hook")
+        _import_set(workspace, name, source, model, as_json)
+        return
     if source is not None:
         sae = workspace.import_sae(name, source, hook=hook, model=model)
     else:
@@ -61,14 +74,36 @@ def import_(
     print(f"Next: workbench evaluate {name} --corpus CORPUS --workspace {folder}")
 
 
+def _import_set(workspace: "Workspace", name: str, source: Path, model: str | None, as_json: bool) -> None:
+    from workbench.saes.exchange import import_set
+
+    made = import_set(workspace, name, source, model=model)
+    first, path = made[0], workspace.transcoder_folder(name)
+    said = {
+        "name": name, "layers": len(made), "rule": first.rule.name, "d_in": first.d_in, "d_sae": first.d_sae,
+        "hook": first.hook_name, "target_hook": first.target_hook_name, "model": made.model_name, "path": str(path),
+    }  # fmt: skip
+    if as_json:
+        print_json(said)
+        return
+    print(
+        f"Imported the set {name}: {len(made)} layers, {first.rule.name}, {first.d_sae:,} features, from "
+        f"{first.hook_name} to {first.target_hook_name} of {made.model_name}"
+    )
+    print(f"Next: workbench graph TEXT --name GRAPH --transcoders {name} --workspace {workspace.path}")
+
+
 def export(
-    name: Annotated[str, typer.Argument(help="Name of an SAE of the workspace.")],
+    name: Annotated[str, typer.Argument(help="Name of an SAE or a set of transcoders of the workspace.")],
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write; new or empty.")],
     form: Annotated[Form, typer.Option("--format", help="The library that is to read it.")] = "saelens",
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an SAE in the format of another library; what the format cannot express is refused by name."""
+    """Write an SAE in the format of another library, or a set of transcoders in circuit_tracer's.
+
+    What the format cannot express is refused by name.
+    """
     open_workspace(folder).export_sae(name, target, form)
     if as_json:
         print_json({"name": name, "format": form, "path": str(target)})

@@ -70,6 +70,8 @@ def make(
             name, loaded, prompt, transcoders=transcoders, max_features=max_features, on_progress=bar.report
         )
     print_result(result, _shown(result), as_json, top=top)
+    if not as_json:
+        print(f"Transcoders: {result.parameters['transcoders']}")
 
 
 @commands.command()

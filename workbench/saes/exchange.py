@@ -1,4 +1,5 @@
-"""SAEs into a workspace and out of it: from folders of other libraries, from SAELens' registry, and to their formats.
+"""SAEs into a workspace and out of it: from folders of other libraries, from SAELens' registry, and to their formats;
+sets of transcoders from and to circuit-tracer's.
 
 An imported SAE is stored in the native format. Its provenance says where it came from, its rule and its
 fingerprint, in place of a run and a harvest.
@@ -10,11 +11,13 @@ from typing import Any
 
 from sae import rules
 from sae.errors import InputError
+from sae.formats import circuit_tracer
 from sae.formats.foreign import export, load_foreign, recognise
 from sae.model import SAE
 from sae.transcoder import Transcoder
+from sae.transcoder_set import FILE, TranscoderSet, load_transcoders
 from workbench.catalog.catalog import Catalog
-from workbench.catalog.origin import versions
+from workbench.catalog.origin import Record, versions
 from workbench.saes.pretrained import load_pretrained
 
 
@@ -24,6 +27,37 @@ def import_folder(catalog: Catalog, name: str, folder: Path, *, hook: str | None
     sae = load_foreign(folder, hook_name=hook, model_name=model)
     origin = {"format": recognise(folder), "path": str(folder.resolve())}
     return _store(catalog, name, sae, origin)
+
+
+def is_set(folder: Path) -> bool:
+    """Whether a folder holds a set of transcoders, of circuit-tracer or of this project."""
+    return any((folder / name).is_file() for name in (circuit_tracer.CONFIG, FILE))
+
+
+def import_set(catalog: Catalog, name: str, folder: Path, *, model: str | None = None) -> TranscoderSet:
+    """Brings a set of transcoders into the workspace.
+
+    Args:
+        folder: one of circuit-tracer's or of this project's.
+        model: what it reads, where its files do not say.
+
+    Raises:
+        InputError: a taken name, no such set, or one that does not say its model or hook points.
+    """
+    catalog.check_new_transcoders(name)
+    coders = load_transcoders(folder)
+    for layer, coder in coders.coders.items():
+        coder.model_name = coder.model_name if model is None else model
+        if not coder.model_name:
+            raise InputError("the set does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
+        for key, hook in (("feature_input_hook", coder.hook_name), ("feature_output_hook", coder.target_hook_name)):
+            if hook in ("", f"blocks.{layer}."):
+                raise InputError(f"the set {folder} does not say its {key}: add it to {circuit_tracer.CONFIG}")
+    form = "circuit_tracer" if (folder / circuit_tracer.CONFIG).is_file() else "transcoders"
+    origin = {"format": form, "path": str(folder.resolve())}
+    made = TranscoderSet(coders.coders, metadata=coders.metadata)
+    catalog.add_transcoders(name, made, [_provenance(coder, origin) for coder in made.coders.values()])
+    return made
 
 
 def import_pretrained(
@@ -40,26 +74,34 @@ def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any]) -> 
         raise InputError("the SAE does not say which hook point it reads: give one, as --hook blocks.5.hook_mlp_out")
     if not sae.model_name:
         raise InputError("the SAE does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
-    target = {}
-    if isinstance(sae, Transcoder):
-        if not sae.target_hook_name:
-            raise InputError(
-                "the transcoder does not say which hook point it predicts: name it in its cfg.json, as "
-                "metadata.hook_name_out; of sparsify's, folders of MLPs say it, such as layers.5.mlp"
-            )
-        target = {"target_hook": sae.target_hook_name}
-    identity = {"rule": rules.to_dict(sae.rule), "fingerprint": sae.fingerprint()}
-    provenance = {"imported": {**origin, **identity}, "hook": sae.hook_name, **target}
-    catalog.add_sae(name, sae, {**provenance, "versions": versions()})
+    if isinstance(sae, Transcoder) and not sae.target_hook_name:
+        raise InputError(
+            "the transcoder does not say which hook point it predicts: name it in its cfg.json, as "
+            "metadata.hook_name_out; of sparsify's, folders of MLPs say it, such as layers.5.mlp"
+        )
+    catalog.add_sae(name, sae, _provenance(sae, origin))
     return sae
+
+
+def _provenance(sae: SAE, origin: Mapping[str, Any]) -> Record:
+    target = {"target_hook": sae.target_hook_name} if isinstance(sae, Transcoder) else {}
+    identity = {"rule": rules.to_dict(sae.rule), "fingerprint": sae.fingerprint()}
+    return {"imported": {**origin, **identity}, "hook": sae.hook_name, **target, "versions": versions()}
 
 
 def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> None:
     """Writes an SAE of the workspace to a new folder; see `Workspace.export_sae`, also for the InputErrors."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists: name a new or an empty folder")
-    sae = catalog.coder(name)
+    sets = [summary.name for summary in catalog.transcoder_sets()]
     try:
-        export(sae, folder, form)
+        if form == "circuit_tracer":
+            circuit_tracer.save(catalog.transcoders(name).coders, folder)
+            return
+        if name in sets:
+            raise InputError(
+                f"{name} is a set of transcoders: export it with --format circuit_tracer, or a layer, as {name}.layer_0"
+            )
+        export(catalog.coder(name), folder, form)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None

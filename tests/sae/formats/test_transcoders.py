@@ -213,6 +213,11 @@ def test_sets_that_are_damaged_or_cannot_be_expressed_give_one_line(tmp_path: Pa
     with pytest.raises(InputError, match=r"one hook point in every block, and these have hook_resid_mid, mlp.hook_in"):
         circuit_tracer.save(a_set(a=square, b=other), tmp_path / "a")
     circuit_tracer.save(a_set(a=square, b=a_transcoder(TopK(5), skip=False, d_out=D_IN, layer=1)), tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("k: 5\n", ""))
+    with pytest.raises(InputError, match=r"activation: topk, and .*k"):
+        load_transcoders(tmp_path)
+    config.write_text(config.read_text() + "k: 5\n")
     (tmp_path / "layer_0.safetensors").rename(tmp_path / "kept")
     with pytest.raises(InputError, match="lacks layer 0"):
         load_transcoders(tmp_path)

@@ -1,6 +1,7 @@
 """Attribution graphs of a workspace: stored, read again, as JSON and back, on the command line."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from sae.errors import InputError
 from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
-from workbench.circuits.graph_json import check_document, from_document, supernodes_of, to_document
+from workbench.circuits.graph_json import check_document, from_document, store_document, supernodes_of, to_document
 from workbench.circuits.graphs import GRAPH, attribute, intervene_on, make_graph, open_graph, transcoders_for
 from workbench.cli.main import run
 from workbench.models.load import LoadedModel
@@ -123,6 +124,13 @@ def test_foreign_and_damaged_documents_are_refused_with_the_place(graphs: Worksp
         ("d['nodes'][3]['ctx_idx'] = 999", "position 999"),
         ("d['nodes'][3]['node_id'] = d['nodes'][2]['node_id']", "of a node before it"),
         ("d['links'][0]['source'] = 'nowhere'", "no node"),
+        ("d['links'][0]['source'] = []", "no node"),
+        ("d['nodes'][3]['node_id'] = ['x']", "node_id"),
+        ("d['nodes'][3]['clerp'] = None", "clerp"),
+        ("d['nodes'][3]['activation'] = 'much'", "'much'"),
+        ("d['nodes'][-1]['node_id'] = 'E_1_2'; d['links'] = []", "expected LAYER_FEATURE_POSITION"),
+        ("d['metadata']['prompt_tokens'] = 5", "prompt_tokens"),
+        ("d['nodes'] = [n for n in d['nodes'] if n['feature_type'] != 'logit']", "no logit"),
         ("d['links'][0]['weight'] = 'heavy'", "'heavy'"),
         ("d['links'][0]['target'] = d['nodes'][0]['node_id']", "edges lead to later layers"),
     ):
@@ -169,6 +177,34 @@ def test_sets_of_other_models_and_models_without_one_are_refused(
         transcoders_for(Workspace(tmp_path / "w"), demo)
     with pytest.raises(InputError, match="shorten it"):
         attribute(small, "x = 1\n" * 200, graphs.transcoders("mine"))
+
+
+def test_the_set_written_last_is_taken_and_no_baseline(small: LoadedModel, tmp_path: Path) -> None:
+    space, coders = Workspace(tmp_path / "w"), coders_of(small, small.info.name)
+    baseline = [{"training": {"frozen_decoder": True}}, {}]
+    for second, (name, records) in enumerate((("b", [{}, {}]), ("a", [{}, {}]), ("a-random-decoder", baseline))):
+        space.add_transcoders(name, coders, records)
+        os.utime(space.transcoder_folder(name) / "transcoders.json", (second, second))
+    (space.transcoder_folder("broken")).mkdir()
+    (space.transcoder_folder("broken") / "transcoders.json").write_text("{")
+    assert transcoders_for(space, small)[0] == "a"
+    other = [{"harvest": {"model": {"weights_sha256": "0" * 64}}}, {}]
+    space.add_transcoders("other", coders, other)
+    with pytest.raises(InputError, match="other weights"):
+        transcoders_for(space, small, "other")
+
+
+def test_an_imported_graph_is_stored_whole_and_logits_have_their_own_text(graphs: Workspace, tmp_path: Path) -> None:
+    graph = open_graph(graphs, "add")
+    file = tmp_path / "add.json"
+    file.write_text(json.dumps(to_document(graph, "add", "demo")))
+    space = Workspace(tmp_path / "w")
+    store_document(space, "add", file)
+    assert open_graph(space, "add").nodes.names == graph.nodes.names
+    torch.testing.assert_close(open_graph(space, "add").edges, graph.edges)
+    table = graphs.results.open(GRAPH, "add").table("nodes").query("kind == 'logit'")
+    assert tuple(table["text"]) == graph.logit_texts
+    assert set(graph.table().query("kind == 'logit'")["text"]) == set(graph.logit_texts)
 
 
 def test_the_command_line_makes_shows_prunes_changes_and_exports(

@@ -12,6 +12,8 @@ from sae.errors import InputError
 from sae.formats.foreign import export
 from sae.model import SAE
 from sae.rules import BatchAbsTopK, ReLU, TopK
+from sae.transcoder import Transcoder
+from sae.transcoder_set import TranscoderSet
 from workbench.cli.main import run
 from workbench.saes.figures import sae_comparison
 from workbench.saes.pretrained import load_pretrained
@@ -54,6 +56,44 @@ def test_an_sae_goes_in_and_out_of_every_format(space: Workspace, folder: Path, 
     out = tmp_path / "out"
     assert run(["export", "a", str(out), "--format", folder.parent.name, "--workspace", str(space.path)]) == 0
     assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in folder.iterdir())
+
+
+def a_set() -> TranscoderSet:
+    """Two layers with random weights and decoder rows of unit norm."""
+    coders = {}
+    for layer in range(2):
+        coder = Transcoder(
+            16, 16, 24, TopK(3), hook_name=f"blocks.{layer}.mlp.hook_in",
+            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name="m",
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(layer)
+        for parameter in coder.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        coder.W_dec.data /= coder.W_dec.norm(dim=1, keepdim=True)
+        coders[layer] = coder
+    return TranscoderSet(coders)
+
+
+def test_a_set_goes_out_as_circuit_tracers_comes_back_and_is_removed(
+    space: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--workspace", str(space.path)]
+    space.add_transcoders("t", a_set(), [{}, {}])
+    out = str(tmp_path / "out")
+    assert run(["export", "t", out, *where]) == 2
+    assert "--format circuit_tracer" in capsys.readouterr().err
+    assert run(["export", "t", out, "--format", "circuit_tracer", *where]) == 0
+    assert run(["import", out, "--name", "t", *where]) == 2
+    assert "gc --transcoders t" in capsys.readouterr().err
+    assert run(["import", out, "--name", "u", *where]) == 0
+    assert space.transcoders("u").fingerprint() == space.transcoders("t").fingerprint()
+    assert space.sae_provenance("u.layer_1")["imported"]["format"] == "circuit_tracer"
+    assert run(["import", str(space.transcoder_folder("t")), "--name", "v", "--model", "other", *where]) == 0
+    assert space.transcoders("v").model_name == "other"
+    config = tmp_path / "out" / "config.yaml"
+    config.write_text(config.read_text().replace("feature_input_hook", "hook"))
+    assert run(["import", out, "--name", "w", *where]) == 2
+    assert "feature_input_hook" in capsys.readouterr().err
 
 
 def test_json_says_what_was_made(space: Workspace, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +218,6 @@ def test_a_sweep_trains_several_rules_and_evaluates_them(
 
 
 def store_evaluation(space: Workspace, name: str, l0: float, fvu: float, corpus: str = "c") -> None:
-    import pandas as pd
 
     measured = {"l0": l0, "fvu": fvu, "added_nats": fvu / 2, "loss_recovered_zero": 0.9, "kl": 0.1, "dead_share": 0.0}
     space.results.save(
