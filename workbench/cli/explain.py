@@ -47,7 +47,6 @@ def explain(
     """
     from workbench.catalog.notes import Notes
     from workbench.features.explanations.language_models import Endpoint, LanguageModel, LocalModel
-    from workbench.features.explanations.report import explain_features
 
     workspace = open_workspace(folder)
     chosen = list(feature or [])
@@ -62,7 +61,7 @@ def explain(
         raise InputError(f"name features of {sae} with --feature or --list, or ask for --all")
     asked: LanguageModel = Endpoint(endpoint, model) if endpoint is not None else LocalModel(model, device)
     with ProgressBar("explain", len(chosen), enabled=not as_json, unit="features") as bar:
-        result = explain_features(workspace, sae, chosen, asked, examples=examples, texts=texts, on_progress=bar.report)
+        result = workspace.explain(sae, chosen, asked, examples=examples, texts=texts, on_progress=bar.report)
     table = result.table("features")
     table = table[table["feature"].isin(chosen)]
     print_frame(f"Features of {sae} in the words of {asked.name}", table, as_json, titles=TITLES)

@@ -19,7 +19,6 @@ from sae.config import TrainConfig
 from sae.rules import TopK
 from sae.training import StepMetrics
 from workbench.cli.output import print_table
-from workbench.features.index.build import build_index
 from workbench.features.index.feature import Feature
 from workbench.features.index.query import FeatureIndex
 from workbench.harvest.run import HarvestConfig, HarvestProgress
@@ -93,7 +92,7 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
 
     start = time.monotonic()
     with ProgressBar("index", harvest.n_rows, enabled=not quiet) as bar:
-        build_index(workspace, SAE_NAME, model=model, device=device, on_progress=bar.report)
+        workspace.build_index(SAE_NAME, model=model, device=device, on_progress=bar.report)
     seconds["index"] = time.monotonic() - start
 
     start = time.monotonic()
