@@ -218,6 +218,7 @@ def test_a_sweep_trains_several_rules_and_evaluates_them(
 
 
 def store_evaluation(space: Workspace, name: str, l0: float, fvu: float, corpus: str = "c") -> None:
+    import pandas as pd
 
     measured = {"l0": l0, "fvu": fvu, "added_nats": fvu / 2, "loss_recovered_zero": 0.9, "kl": 0.1, "dead_share": 0.0}
     space.results.save(
