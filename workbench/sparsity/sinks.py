@@ -1,6 +1,6 @@
 """Where heads look on text: attention sinks, entropy, and how many keys hold most of the attention.
 
-Means over ordinary queries q > 0 of contexts that begin with BOS, A[q, k] the attention:
+Means over ordinary queries q > 0, A[q, k] the attention; contexts begin with BOS where the model has one:
 
     sink           A[q, 0] (Gu et al., 2410.10781); sink_uniform is what uniform causal attention gives, 1 / (q + 1)
     entropy        -sum over k of A log A, in nats; entropy_uniform is log(q + 1)
@@ -28,6 +28,8 @@ class HeadSums:
         self, layer: int, attention: Float[Tensor, "batch head query key"], ordinary: Bool[Tensor, "batch query"]
     ) -> None:
         """Adds one layer's attention over the queries where `ordinary` is true."""
+        # The first sees nothing but itself: without BOS it is an ordinary token, and no query all the same.
+        ordinary = ordinary & (torch.arange(ordinary.shape[1], device=ordinary.device) > 0)
         rows = attention.transpose(1, 2)[ordinary].float()
         position = ordinary.nonzero()[:, 1].double() + 1
         ordered = rows.sort(dim=-1, descending=True).values.cumsum(dim=-1)

@@ -324,3 +324,13 @@ def test_uniform_attention_has_the_uniform_baselines() -> None:
         assert row.sink == pytest.approx(row.sink_uniform) == pytest.approx(1 / length)
         assert row.entropy == pytest.approx(row.entropy_uniform) == pytest.approx(math.log(length))
         assert row.keys_95 == 19
+
+
+def test_the_first_token_of_a_context_without_bos_is_no_query() -> None:
+    attention = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0)).tril()
+    attention = attention / attention.sum(dim=-1, keepdim=True)
+    sums = HeadSums(1, 3, torch.device("cpu"))
+    sums.add(0, attention, torch.ones(2, 5, dtype=torch.bool))
+    table = sums.table()
+    assert table["sink"].tolist() == pytest.approx(attention[:, :, 1:, 0].mean(dim=(0, 2)).tolist(), rel=1e-5)
+    assert table["sink_uniform"].tolist() == pytest.approx([(1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4] * 3)
