@@ -45,7 +45,8 @@ class Task:
         """The prompts, on the model's device.
 
         Raises:
-            InputError: no prompts asked for, longer ones than the model's context, or as `circuits.tasks.make_task`.
+            InputError: no prompts asked for, longer ones than the model's context, unequal ones for a model whose
+                tokens see later ones, or as `circuits.tasks.make_task`.
         """
         self.check()
         prompts = make_task(self.name, model.tokenizer, model.bos_id, self.n, self.seed)
@@ -54,6 +55,11 @@ class Task:
             raise InputError(
                 f"task {prompts.name}: the longest prompt has {longest} tokens and the model's context is "
                 f"{model.info.n_ctx}: shorten the prompts"
+            )
+        if not model.causal and int(prompts.last.min()) + 1 < longest:
+            raise InputError(
+                f"task {prompts.name}: this model lets tokens see later ones, so it would read the padding after "
+                "shorter prompts: give prompts of one length"
             )
         return prompts.to(model.device)
 

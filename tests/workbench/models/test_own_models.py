@@ -18,6 +18,7 @@ from sae import InputError, TopK
 from sae.config import TrainConfig
 from workbench import Corpus, HarvestConfig, LoadedModel, OwnModel, Workspace, load_model, reload_model
 from workbench.circuits.heads import head_on_text
+from workbench.circuits.task import Task
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 
@@ -219,6 +220,20 @@ def test_patching_a_model_of_classes_is_that_of_its_own_hooks() -> None:
         assert found == pytest.approx(
             metric(model.run_with_hooks(torch.from_numpy(corrupted), fwd_hooks=put)) - base, abs=1e-4
         )
+
+
+def test_a_model_that_would_read_padding_takes_prompts_of_one_length(tmp_path: Path) -> None:
+    model = load_model(hooked_transformer(**KINDS["classes"]))
+    rows = [
+        {"clean": f"3 7 {tail}", "corrupted": f"7 3 {tail}", "answers": [" 1"], "wrong": [" 2"]} for tail in ("5", "6")
+    ]
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(Task(str(file)).prompts(model)) == 2
+    longer = {**rows[0], "clean": "3 7 5 5", "corrupted": "7 3 5 5"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, longer]))
+    with pytest.raises(InputError, match="would read the padding after shorter prompts: give prompts of one length"):
+        Task(str(file)).prompts(model)
 
 
 def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
