@@ -33,8 +33,8 @@ MAY_IMPORT = {
 }
 LIBRARIES_OF_SAE = {"torch", "einops", "triton", "safetensors", "jaxtyping"}
 ROOMS = ("show", "disk", "text", "models", "harvest", "catalog", "saes", "features", "circuits", "sparsity", "bench",
-         "workspace", "cli")  # fmt: skip
-"""Lowest first; `workspace` is a file."""
+         "studies", "workspace", "cli")  # fmt: skip
+"""Lowest first; `studies` and `workspace` are files: the two halves of the Workspace's verbs."""
 SHARED_NAMES = {"__init__.py", "report.py", "figures.py"}
 COMMANDS = "workbench/cli/"
 """Its files are named after what they command."""

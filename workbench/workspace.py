@@ -1,4 +1,5 @@
-"""The Workspace: a Catalog (what lies where, what made it) with a verb for everything one does with it.
+"""The Workspace: a Catalog (what lies where, what made it) with a verb for everything one does with it; the verbs that
+ask about a model rather than an SAE stand in `workbench.studies`.
 
 Each method is one call of the analysis that does it, in the room it belongs to: the front door of notebooks and of
 one's own programs. The command line and the app call the same methods, or the same analyses where they show a part.
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.errors import InputError
-from workbench.catalog.catalog import Catalog
 from workbench.disk.names import new_folder
+from workbench.studies import Studies
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from workbench.catalog.gc import Removed
     from workbench.catalog.results import Result
     from workbench.catalog.sql import Answer
-    from workbench.circuits.task import Task
     from workbench.features.concepts.report import ConceptReport
     from workbench.features.concepts.truth import Language
     from workbench.features.explanations.language_models import LanguageModel
@@ -37,10 +37,9 @@ if TYPE_CHECKING:
     from workbench.saes.overlap import Overlap
     from workbench.saes.replacement import Replacement
     from workbench.saes.sweeps import SweepEstimate
-    from workbench.text.corpora import Corpus
 
 
-class Workspace(Catalog):
+class Workspace(Studies):
     """A workspace folder, made when it does not exist; opened as a `Catalog`, which says what lies in it."""
 
     # Harvests
@@ -301,102 +300,6 @@ class Workspace(Catalog):
         edit = Edit(feature, kind, strength, where, keep_error)
         live = open_live(self, sae, model=model, device=device)
         return live.steer(edit, text, new_tokens=new_tokens, temperature=temperature, seed=seed)
-
-    # Circuits and sparsity
-
-    def heads(self, name: str, model: "LoadedModel", **settings: Any) -> "Result":
-        """Scores every attention head; settings and InputErrors as `workbench.circuits.heads.report_heads`."""
-        from workbench.circuits.heads import report_heads
-
-        return report_heads(self, name, model, **settings)
-
-    def retrieval(self, name: str, model: "LoadedModel", **settings: Any) -> "Result":
-        """Masks retrieval heads; settings and InputErrors as `workbench.circuits.needles.report_retrieval`."""
-        from workbench.circuits.needles import report_retrieval
-
-        return report_retrieval(self, name, model, **settings)
-
-    def circuit(self, model: "LoadedModel", task: "Task | str", method: str = "ig-inputs", **settings: Any) -> "Result":
-        """The circuit of a task by a method; settings and InputErrors as `workbench.circuits.report.run_method`."""
-        from workbench.circuits.report import run_method
-
-        return run_method(self, model, task, method, **settings)
-
-    def graph(self, name: str, model: "LoadedModel", prompt: str, **settings: Any) -> "Result":
-        """The attribution graph of a prompt; settings and InputErrors as `workbench.circuits.graphs.make_graph`."""
-        from workbench.circuits.graphs import make_graph
-
-        return make_graph(self, name, model, prompt, **settings)
-
-    def agreement(
-        self, model: "LoadedModel", task: "Task | str", *, name: str | None = None, **settings: Any
-    ) -> "Result":
-        """How well EAP's variants agree with patching every edge exactly, as `TASK-agreement`; settings and InputErrors
-        as `workbench.circuits.agreement.report_agreement`."""
-        from workbench.circuits.agreement import report_agreement
-        from workbench.circuits.report import result_name
-        from workbench.circuits.task import Task
-
-        task = Task(task) if isinstance(task, str) else task
-        return report_agreement(self, name or result_name(task, "agreement"), model, task, **settings)
-
-    def dfa(
-        self,
-        sae: str,
-        text: str,
-        model: "LoadedModel",
-        *,
-        name: str | None = None,
-        residuals: Sequence[str] = (),
-        **settings: Any,
-    ) -> "Result":
-        """A feature of an attention-output SAE by source token and head, going on through residual SAEs, as `dfa-SAE`;
-        settings and InputErrors as `workbench.circuits.attention_saes.report_dfa`."""
-        from workbench.circuits.attention_saes import report_dfa
-
-        loaded = {item: self.sae(item, device=str(model.device)) for item in (sae, *residuals)}
-        below = {item: loaded[item] for item in residuals}
-        return report_dfa(self, name or f"dfa-{sae}", model, (sae, loaded[sae]), text, residuals=below, **settings)
-
-    def head_features(self, sae: str, model: "LoadedModel", *, name: str | None = None, **settings: Any) -> "Result":
-        """What each head of an indexed attention-output SAE is for, as `head-features-SAE`; settings and InputErrors as
-        `workbench.circuits.head_features.report_head_features`."""
-        from workbench.circuits.head_features import report_head_features
-
-        loaded = self.sae(sae, device=str(model.device))
-        return report_head_features(self, name or f"head-features-{sae}", model, (sae, loaded), **settings)
-
-    def published_table(
-        self, which: str, model: "LoadedModel", *, name: str | None = None, **settings: Any
-    ) -> "Result":
-        """A published circuit beside what the methods find, as `table-WHICH`; settings and InputErrors as
-        `workbench.circuits.tables.report_table`."""
-        from workbench.circuits.tables import report_table
-
-        return report_table(self, name or f"table-{which}", model, which, **settings)
-
-    def sparsity(self, name: str, model: "LoadedModel", corpus: "Corpus", **settings: Any) -> "list[Result]":
-        """How little of a model is used, and what using less costs; one result for each part, all under `name`.
-
-        Args:
-            settings: as `workbench.sparsity.report.report_all`, also for the InputErrors.
-        """
-        from workbench.sparsity.report import report_all
-
-        return report_all(self, name, model, corpus, **settings)
-
-    def sparsity_part(self, part: str, name: str, model: "LoadedModel", corpus: "Corpus", **settings: Any) -> "Result":
-        """One part of it: `measure`, `enforce`, `attention`, `heads` or `sae`; settings and InputErrors as
-        `workbench.sparsity.report.report_part`."""
-        from workbench.sparsity.report import report_part
-
-        return report_part(self, part, name, model, corpus, **settings)
-
-    def compare_sparsity(self, names: Sequence[str] = ()) -> "pd.DataFrame":
-        """The sparsity reports named, or all, side by side; see `workbench.sparsity.compare.compare`."""
-        from workbench.sparsity.compare import compare
-
-        return compare(self, names)
 
     # SQL and upkeep
 
