@@ -13,7 +13,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,7 @@ from torch import Tensor
 from circuits.graph.adjoint import Sources, feature_rows, logit_rows, sources_of
 from circuits.graph.frozen import Frozen, freeze, texts_of
 from circuits.graph.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
-from circuits.graph.influence import influence
+from circuits.graph.influence import Wiring, influence
 from circuits.nodes import Bridge
 from circuits.passes import OnProgress
 from circuits.prompts import ids
@@ -40,7 +40,7 @@ def attribute(
     prompt: str | Int[Tensor, "pos"],
     transcoders: Mapping[int, Transcoder] | TranscoderSet,
     *,
-    bos_id: int | None = None,
+    bos_id: int | Literal["tokenizer"] | None = "tokenizer",
     max_features: int = 5000,
     max_logits: int = 10,
     logit_share: float = 0.95,
@@ -54,7 +54,8 @@ def attribute(
         prompt: text, before which BOS is put, or tokens with their BOS.
         transcoders: by layer, from `mlp.hook_in` (or hook_resid_mid) to hook_mlp_out of their layer; layers without
             one are all error.
-        bos_id: the token at whose positions transcoders do not stand for the MLP; the tokenizer's BOS when None.
+        bos_id: the token at whose positions transcoders do not stand for the MLP, the tokenizer's BOS by default; None
+            for a model without BOS.
         max_features: feature nodes at most.
         max_logits, logit_share: which logits are nodes.
         dtype: precision of the graph; the model's, float32 at least, when None.
@@ -63,7 +64,7 @@ def attribute(
         InputError: an empty prompt or one that is too long, transcoders of another model, a model that cannot be
             frozen, or edges that do not add up.
     """
-    bos = _bos(bridge) if bos_id is None else bos_id
+    bos = _bos(bridge) if bos_id == "tokenizer" else bos_id
     tokens = _tokens(bridge, prompt, bos)
     frozen = freeze(bridge, tokens, dtype)
     coders = {layer: transcoders[layer] for layer in transcoders}
@@ -171,7 +172,7 @@ class _Rows:
         weights[: len(self.probabilities)] = self.probabilities
         level = torch.cat([self.layer, self.layer.new_tensor([len(self.sources.layers)])])[self.of[done]]
         beyond = torch.cat([self.column, self.column.new_tensor([self.sources.n_columns])])
-        found, _ = influence(self.edges[done], beyond[self.of[done]], level, weights)
+        found, _ = influence(Wiring(self.edges[done], beyond[self.of[done]], level, weights))
         value = torch.where(todo, found[self.column], -1.0)
         return torch.sort(value, descending=True, stable=True).indices[:size].sort().values
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.graph.influence import Scores, influence, scores_of
+from circuits.graph.influence import Scores, Wiring, influence, scores_of
 from circuits.graph.pruning import prune
 from sae.errors import InputError
 
@@ -193,7 +193,7 @@ class Graph:
         edges, errors = self.edges, self._is(ERROR)
         if pinned is not None:
             edges = self._with_features_as_errors({self.node(name) for name in pinned})
-        return scores_of(edges, self.targets, self._level, self._weights, self.bias, self._is(TOKEN), errors)
+        return scores_of(replace(self.wiring, edges=edges), self.bias, self._is(TOKEN), errors)
 
     def prune(self, node_share: float = 0.8, edge_share: float = 0.98) -> Self:
         """The graph of the fewest nodes and edges that hold these shares of influence; `circuits.graph.pruning`.
@@ -204,16 +204,7 @@ class Graph:
         for share in (node_share, edge_share):
             if not 0 < share <= 1:
                 raise InputError(f"pruning keeps a share of the influence, above 0 and at most 1, got {share}")
-        kept = prune(
-            self.edges,
-            self.targets,
-            self._level,
-            self._weights,
-            self._is(TOKEN),
-            self._is(ERROR),
-            node_share,
-            edge_share,
-        )
+        kept = prune(self.wiring, self._is(TOKEN), self._is(ERROR), node_share, edge_share)
         keep = torch.cat([kept.nodes, kept.nodes.new_ones(len(self.nodes) - self.n_sources)])
         rows = keep[self.targets]
         edges = torch.where(kept.edges, self.edges, 0.0)[rows]
@@ -226,20 +217,18 @@ class Graph:
 
     def influences(self) -> Float[Tensor, "nodes"]:
         """Influence of the nodes by the edges that this graph has, which after pruning is less than `influence`."""
-        found, _ = influence(self.edges, self.targets, self._level, self._weights)
-        return torch.cat([found, self._weights[-(len(self.nodes) - self.n_sources) :].to(found)])
+        found, _ = influence(self.wiring)
+        return torch.cat([found, self.wiring.weights[-(len(self.nodes) - self.n_sources) :].to(found)])
 
     def _is(self, kind: int) -> Bool[Tensor, "sources"]:
         return self.nodes.kind[: self.n_sources] == kind
 
-    @property
-    def _level(self) -> Int[Tensor, "targets"]:
-        return self.nodes.layer[self.targets]
-
-    @property
-    def _weights(self) -> Float[Tensor, "targets"]:
+    @cached_property
+    def wiring(self) -> Wiring:
+        """The edges with what influence is made of."""
         logits = self.nodes.kind[self.targets] == LOGIT
-        return torch.where(logits, self.nodes.activation[self.targets], 0.0)
+        weights = torch.where(logits, self.nodes.activation[self.targets], 0.0)
+        return Wiring(self.edges, self.targets, self.nodes.layer[self.targets], weights)
 
     def _with_features_as_errors(self, pinned: set[int]) -> Float[Tensor, "targets sources"]:
         """Edges with those of every feature that is not pinned added to the error of its layer and position."""

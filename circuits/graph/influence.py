@@ -39,6 +39,37 @@ class Scores:
     bias_share: float
 
 
+@dataclass(frozen=True)
+class Wiring:
+    """Who feeds whom in a graph: a row for every target, a column for every source."""
+
+    edges: Float[Tensor, "targets sources"]
+    """Signed; rows in any order."""
+    targets: Int[Tensor, "targets"]
+    """Each row's own column; columns that are not there (logits) lie beyond the last."""
+    level: Int[Tensor, "targets"]
+    """Layer of each row; a row is fed by rows of smaller levels only."""
+    weights: Float[Tensor, "targets"]
+    """p of the logit rows, 0 of the others."""
+
+    def part(self, columns: Bool[Tensor, "sources"]) -> tuple["Wiring", Bool[Tensor, "targets"]]:
+        """The wiring among some columns and the logits, and which rows that leaves."""
+        inside = self.targets < len(columns)
+        rows = torch.ones_like(inside)
+        rows[inside] = columns[self.targets[inside]]
+        number = torch.full_like(self.targets, int(columns.sum()))
+        number[inside] = (columns.cumsum(0) - 1)[self.targets[inside]]
+        inner = Wiring(self.edges[rows][:, columns], number[rows], self.level[rows], self.weights[rows])
+        return inner, rows
+
+    def with_influence(self, found: Float[Tensor, "sources"]) -> Float[Tensor, "targets"]:
+        """influence + p of each row's own node."""
+        own = self.weights.to(found).clone()
+        inside = self.targets < len(found)
+        own[inside] += found[self.targets[inside]]
+        return own
+
+
 def blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
     """Rows of a matrix, some at a time."""
     step = max(1, BLOCK // max(1, n_columns))
@@ -56,29 +87,20 @@ def divisors(total: Float[Tensor, "targets"]) -> Float[Tensor, "targets"]:
     return torch.where(total > 0, total, 1.0)
 
 
-def influence(
-    edges: Float[Tensor, "targets sources"],
-    targets: Int[Tensor, "targets"],
-    level: Int[Tensor, "targets"],
-    weights: Float[Tensor, "targets"],
-    bias: Float[Tensor, "targets"] | None = None,
-) -> tuple[Float[Tensor, "sources"], float]:
+def influence(wiring: Wiring, bias: Float[Tensor, "targets"] | None = None) -> tuple[Float[Tensor, "sources"], float]:
     """Influence of every source in float64, and that of the biases.
 
     Args:
-        edges: signed edges, rows in any order.
-        targets: each row's column; columns that are not there (logits) lie beyond the last.
-        level: layer of each row; a row is fed by rows of smaller levels only.
-        weights: p of the logit rows, 0 of the others.
         bias: a bias of each row, which then has its part of the row; without it biases have none.
     """
+    edges = wiring.edges
     total = row_sums(edges)
     total = divisors(total if bias is None else total + bias.abs())
     found = torch.zeros(edges.shape[1], dtype=torch.float64, device=edges.device)
     of_bias = 0.0
-    for current in torch.unique(level).flip(0):
-        rows = (level == current).nonzero().squeeze(1)
-        share = with_influence(found, targets[rows], weights[rows]) / total[rows]
+    for current in torch.unique(wiring.level).flip(0):
+        rows = (wiring.level == current).nonzero().squeeze(1)
+        share = wiring.with_influence(found)[rows] / total[rows]
         if bias is not None:
             of_bias += float((share * bias[rows].abs()).sum())
         for part in blocks(len(rows), edges.shape[1]):
@@ -87,40 +109,25 @@ def influence(
     return found, of_bias
 
 
-def with_influence(
-    found: Float[Tensor, "sources"], targets: Int[Tensor, "targets"], weights: Float[Tensor, "targets"]
-) -> Float[Tensor, "targets"]:
-    """influence + p of each row's own node."""
-    own = weights.to(found).clone()
-    inside = targets < len(found)
-    own[inside] += found[targets[inside]]
-    return own
-
-
 def scores_of(
-    edges: Float[Tensor, "targets sources"],
-    targets: Int[Tensor, "targets"],
-    level: Int[Tensor, "targets"],
-    weights: Float[Tensor, "targets"],
-    bias: Float[Tensor, "targets"],
-    tokens: Bool[Tensor, "sources"],
-    errors: Bool[Tensor, "sources"],
+    wiring: Wiring, bias: Float[Tensor, "targets"], tokens: Bool[Tensor, "sources"], errors: Bool[Tensor, "sources"]
 ) -> Scores:
     """The scores of a graph.
 
     Args:
         tokens, errors: which sources are which; the others are features.
     """
-    found, _ = influence(edges, targets, level, weights)
+    found, _ = influence(wiring)
     of_tokens, of_errors = float(found[tokens].sum()), float(found[errors].sum())
+    edges = wiring.edges
     total = divisors(row_sums(edges))
     unexplained = torch.cat(
         [edges[rows][:, errors].abs().sum(dim=1, dtype=torch.float64) for rows in blocks(*edges.shape)]
     )
-    own = with_influence(found, targets, weights)
+    own = wiring.with_influence(found)
     missed = float((own * unexplained / total).sum())
     everything, rows = float(own.sum()) + of_tokens + of_errors, float(own.sum())
-    with_bias, of_bias = influence(edges, targets, level, weights, bias)
+    with_bias, of_bias = influence(wiring, bias)
     leaves = float(with_bias[tokens | errors].sum()) + of_bias
     return Scores(
         replacement=_ratio(of_tokens, of_tokens + of_errors),

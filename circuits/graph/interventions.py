@@ -8,7 +8,8 @@ is clamped to v by M = v / a. In the pass, with patterns held or free:
     through    MLPs run for real and the changed features are held at M a: (M a - a now) W_dec is added. Predicted by
                carrying changes from layer to layer with gates held, dz_t = sum_s A[t, s] da_s / a_s, the changed held.
 
-Observed is what each node's pre-activation, and each logit less the mean logit, moves by in that pass. Adding decoder
+Observed is what each node's pre-activation, and each logit less the mean logit, moves by in that pass; of a changed
+feature too it is the pre-activation that is measured and predicted, while its activation is held. Adding decoder
 rows at several layers while later features recompute would count an effect twice: hence the holding. (Ameisen et al.
 2025, "Circuit Tracing", "constrained patching"; circuit-tracer's interventions.)
 """
@@ -123,9 +124,7 @@ def predicted_through(graph: Graph, factors: Mapping[int, float]) -> Float[Tenso
         found[rows] = graph.edges[rows].double() @ relative
         for row in rows.tolist():
             node = int(graph.targets[row])
-            if node in factors:
-                found[row] = (factors[node] - 1) * float(graph.nodes.z[node])
-            elif node < graph.n_sources:
+            if node not in factors and node < graph.n_sources:
                 relative[node] = float(found[row]) / float(graph.nodes.activation[node])
     return found
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.graph.influence import blocks, divisors, influence, row_sums, with_influence
+from circuits.graph.influence import Wiring, blocks, divisors, influence, row_sums
 
 Blocks = Callable[[], Iterator[Float[Tensor, "n"]]]
 BINS = 256
@@ -95,43 +95,28 @@ def at_least(values: Blocks, chosen: Threshold) -> list[Bool[Tensor, "n"]]:
 
 
 def prune(
-    edges: Float[Tensor, "targets sources"],
-    targets: Int[Tensor, "targets"],
-    level: Int[Tensor, "targets"],
-    weights: Float[Tensor, "targets"],
-    tokens: Bool[Tensor, "sources"],
-    errors: Bool[Tensor, "sources"],
-    node_share: float,
+    wiring: Wiring, tokens: Bool[Tensor, "sources"], errors: Bool[Tensor, "sources"], node_share: float,
     edge_share: float,
-) -> Kept:
+) -> Kept:  # fmt: skip
     """What is kept of a graph; arguments as of `circuits.graph.influence.scores_of`."""
-    found, _ = influence(edges, targets, level, weights)
+    found, _ = influence(wiring)
     nodes = at_least(lambda: iter([found]), threshold(lambda: iter([found]), node_share))[0] | tokens
-    inside = targets < len(nodes)
-    rows = torch.ones_like(targets, dtype=torch.bool)
-    rows[inside] = nodes[targets[inside]]
-    inner = edges[rows][:, nodes]
-    # Rows keep their levels; columns are numbered among the kept, logits beyond them.
-    number = nodes.cumsum(0) - 1
-    columns = torch.full_like(targets, int(nodes.sum()))
-    columns[inside] = number[targets[inside]]
-    again, _ = influence(inner, columns[rows], level[rows], weights[rows])
-    factor = with_influence(again, columns[rows], weights[rows]) / divisors(row_sums(inner))
+    inner, rows = wiring.part(nodes)
+    factor = inner.with_influence(influence(inner)[0]) / divisors(row_sums(inner.edges))
 
     def scores() -> Iterator[Float[Tensor, "n"]]:
-        for part in blocks(*inner.shape):
-            yield (inner[part].abs().double() * factor[part, None]).float().flatten()
+        for part in blocks(*inner.edges.shape):
+            yield (inner.edges[part].abs().double() * factor[part, None]).float().flatten()
 
-    kept = torch.cat(at_least(scores, threshold(scores, edge_share))).view(inner.shape)
-    mask = torch.zeros(edges.shape, dtype=torch.bool, device=edges.device)
+    kept = torch.cat(at_least(scores, threshold(scores, edge_share))).view(inner.edges.shape)
+    mask = torch.zeros(wiring.edges.shape, dtype=torch.bool, device=wiring.edges.device)
     mask[rows.nonzero(), nodes.nonzero().T] = kept
-    return _connected(mask, nodes, rows, targets, tokens, errors)
+    return _connected(mask, nodes, wiring.targets, tokens, errors)
 
 
 def _connected(
     mask: Bool[Tensor, "targets sources"],
     nodes: Bool[Tensor, "sources"],
-    rows: Bool[Tensor, "targets"],
     targets: Int[Tensor, "targets"],
     tokens: Bool[Tensor, "sources"],
     errors: Bool[Tensor, "sources"],

@@ -48,6 +48,11 @@ def load(path: Path) -> dict[int, Transcoder]:
         InputError: no such set, another kind of model, or a file that is damaged or of another format.
     """
     config = _read_config(path / CONFIG)
+    if config.get("model_kind") == "cross_layer_transcoder":
+        raise InputError(
+            f"{path} holds cross-layer transcoders, whose features write to all later layers: sets of transcoders of "
+            "one layer each are read"
+        )
     if config.get("model_kind") != "transcoder_set":
         raise InputError(f"{path / CONFIG} has model_kind = {config.get('model_kind')!r}: expected 'transcoder_set'")
     files = {int(found[1]): file for file in path.iterdir() if (found := _FILE.fullmatch(file.name))}

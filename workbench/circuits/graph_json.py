@@ -70,7 +70,8 @@ def to_document(
     settings = graph.settings
     return {
         "metadata": {
-            "slug": slug, "scan": scan, "prompt_tokens": list(graph.texts), "prompt": "".join(graph.texts[1:]),
+            "slug": slug, "scan": scan, "prompt_tokens": list(graph.texts),
+            "prompt": "".join(graph.texts[settings.get("bos") is not None :]),
             "node_threshold": settings.get("node_share", 1.0), "schema_version": 1,
             "info": {"generator": {"name": "interp-workbench"}},
             "generation_settings": {
@@ -218,12 +219,14 @@ def from_document(document: Mapping[str, Any]) -> PromptGraph:
         kind, layer, position, feature, token, activation, torch.where(kind == FEATURE, activation, torch.nan)
     )
     z = torch.where(kind[targets] == FEATURE, activation[targets], edges.sum(dim=1))
+    # Which token it is, the file does not say.
+    bos = None if document["metadata"]["prompt"] == "".join(map(str, prompt)) else -1
     nodes.z[targets] = z
     said = [re.fullmatch(r'Output "(.*)" \(p=[^)]*\)', row[4]["clerp"], re.DOTALL) for row in parsed if row[0] == LOGIT]
     graph = PromptGraph(
         tuple(ids.get(at, -1) for at in range(len(prompt))), tuple(map(str, prompt)), nodes, edges,
         torch.zeros(len(targets), dtype=torch.float64), z - edges.sum(dim=1), torch.empty(0),
-        {"n_layers": n_layers, "bos": -1, "scan": document["metadata"]["scan"]},
+        {"n_layers": n_layers, "bos": bos, "scan": document["metadata"]["scan"]},
         tuple("" if found is None else found[1] for found in said),
     )  # fmt: skip
     return replace(graph, influence=graph.influences())

@@ -75,9 +75,9 @@ def attribute(model: LoadedModel, prompt: str, transcoders: Coders, **settings: 
     ids, truncated = encode_prompt(model, prompt)
     if truncated:
         raise InputError(f"the prompt has more tokens than {model.info.name} takes ({model.info.n_ctx}): shorten it")
-    tokens = torch.tensor([model.bos_id, *ids], device=model.device)
+    tokens = torch.tensor(model.begun(ids), device=model.device)
     graph = circuits.graph.attribute(model.bridge, tokens, transcoders, bos_id=model.bos_id, **settings)
-    texts = ("BOS", *token_pieces(model, ids))
+    texts = (*["BOS"] * model.n_bos, *token_pieces(model, ids))
     said = tuple(model.text([token]) for token in graph.nodes.token[graph.n_sources :].tolist())
     return PromptGraph(**{**vars_of(graph), "texts": texts}, logit_texts=said)
 
@@ -247,7 +247,7 @@ def graph_of_tables(tables: Mapping[str, pd.DataFrame]) -> PromptGraph:
     source, target = (torch.tensor(tables["edges"][title].to_numpy()).long() for title in ("source", "target"))
     edges[row[target], source] = torch.tensor(tables["edges"]["weight"].to_numpy(), dtype=torch.float64)
     prompt = tables["prompt"].sort_values("position")
-    settings = {key: value.item() if hasattr(value, "item") else value
+    settings = {key: None if pd.isna(value) else value.item() if hasattr(value, "item") else value
                 for key, value in tables["settings"].iloc[0].items()}  # fmt: skip
     return PromptGraph(
         tuple(prompt["token"].tolist()), tuple(prompt["text"].tolist()), nodes, edges, column("bias")[is_target],

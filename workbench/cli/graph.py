@@ -151,7 +151,7 @@ def intervene(
     from workbench.circuits.graphs import intervene_on
     from workbench.workspace import Workspace
 
-    changes = dict(map(_change, change))
+    changes = _changes(change)
     found, model, graph, coders = intervene_on(
         Workspace(folder, create=False), name, changes, effects="direct" if direct else "through",
         freeze_attention=not free_attention, device=device,
@@ -210,6 +210,16 @@ def _shown(result: Any) -> dict[str, Any]:
     nodes = result.table("nodes").sort_values("influence", ascending=False)
     columns = ["node", "kind", "layer", "position", "text", "activation", "z", "influence", "kept"]
     return {"scores": result.table("scores"), "next tokens": result.table("targets"), "nodes": nodes[columns]}
+
+
+def _changes(texts: list[str]) -> dict[str, float]:
+    """Factors by node. Raises InputError for a node that is named twice."""
+    found: dict[str, float] = {}
+    for node, factor in map(_change, texts):
+        if node in found:
+            raise InputError(f"{node} is changed twice, by {found[node]:g} and by {factor:g}: give it one factor")
+        found[node] = factor
+    return found
 
 
 def _change(text: str) -> tuple[str, float]:

@@ -20,7 +20,8 @@ from transformers import (
 from circuits.graph import Graph, attribute
 from circuits.graph.adjoint import Sources, sources_of
 from circuits.graph.frozen import freeze
-from sae.rules import TopK
+from circuits.passes import activations
+from sae.rules import ReLU, TopK
 from sae.transcoder import Transcoder
 
 from ..conftest import boot
@@ -53,10 +54,10 @@ def random_coder(layer: int, *, skip: bool = True, hook: str = "mlp.hook_in") ->
     return coder.requires_grad_(False)
 
 
-def random_bridge(family: str, folder: Any) -> Any:
+def random_bridge(family: str, folder: Any, config: Any = None) -> Any:
     """A model of a family whose every parameter is random, gains and biases too."""
     torch.manual_seed(0)
-    config = FAMILIES[family]
+    config = FAMILIES[family] if config is None else config
     model = AutoModelForCausalLM.from_config(config).double()
     model.config.architectures = [type(model).__name__]
     with torch.no_grad():
@@ -94,3 +95,39 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         del coders[2]
     graph = attribute(bridge, tokens, coders, bos_id=0)
     return Case(request.param, bridge, tokens, coders, graph, sources_of(freeze(bridge, tokens), coders, 0))
+
+
+def tolerance(case: Case) -> float:
+    """Of comparisons with the model's own pass: the library computes RMSNorm in float32 whatever the precision."""
+    return 1e-9 if case.family in ("gpt2", "neox") else 2e-5
+
+
+def frozen_hooks(bridge: Any, tokens: torch.Tensor) -> list[Any]:
+    """Hooks that hold patterns and every norm's denominator at the prompt's values, by the bridge's own hook points."""
+    names = [name for name in bridge.hook_dict if name.endswith(("attn.hook_pattern", "hook_scale"))]
+    names = [name for name in names if "_norm." not in name]
+    held = activations(bridge, tokens[None], names)
+    return [(name, lambda value, hook, name=name: held[name].clone()) for name in names]
+
+
+def mlp_as_coder(block: Any, layer: int) -> Transcoder:
+    """An MLP with ReLU is a transcoder of itself."""
+    inner, outer = block.mlp.original_component.c_fc, block.mlp.original_component.c_proj
+    hidden = inner.weight.shape[1]
+    coder = Transcoder(
+        WIDTH, WIDTH, hidden, ReLU(), hook_name=f"blocks.{layer}.mlp.hook_in",
+        target_hook_name=f"blocks.{layer}.hook_mlp_out", dtype=torch.float64,
+    ).requires_grad_(False)  # fmt: skip
+    coder.W_enc.copy_(inner.weight)
+    coder.b_enc.copy_(inner.bias)
+    coder.W_dec.copy_(outer.weight)
+    coder.b_dec.copy_(outer.bias)
+    return coder
+
+
+@pytest.fixture(scope="session")
+def relu_bridge(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    config = GPT2Config(
+        vocab_size=60, n_positions=32, n_embd=WIDTH, n_layer=LAYERS, n_head=4, activation_function="relu"
+    )
+    return random_bridge("gpt2", tmp_path_factory.mktemp("tokenizer"), config)

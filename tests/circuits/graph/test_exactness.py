@@ -4,35 +4,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config
 
 from circuits.graph import attribute
 from circuits.graph.adjoint import feature_rows
 from circuits.graph.frozen import freeze
 from circuits.graph.graph import ERROR, FEATURE, LOGIT, TOKEN
-from circuits.graph.influence import influence
+from circuits.graph.influence import Wiring, influence
 from circuits.passes import activations, probed, taking
 from sae.errors import InputError
 from sae.rules import ReLU
 from sae.transcoder import Transcoder
 
-from . import conftest
-from .conftest import LAYERS, WIDTH, Case, random_bridge, random_coder
+from .conftest import FEATURES, LAYERS, WIDTH, Case, frozen_hooks, mlp_as_coder, random_coder, tolerance
 
 EXACT = 1e-10
-
-
-def tolerance(case: Case) -> float:
-    """Of comparisons with the model's own pass: the library computes RMSNorm in float32 whatever the precision."""
-    return 1e-9 if case.family in ("gpt2", "neox") else 2e-5
-
-
-def frozen_hooks(case: Case) -> list[Any]:
-    """Hooks that hold patterns and every norm's denominator at the prompt's values, by the bridge's own hook points."""
-    names = [name for name in case.bridge.hook_dict if name.endswith(("attn.hook_pattern", "hook_scale"))]
-    names = [name for name in names if "_norm." not in name]
-    held = activations(case.bridge, case.tokens[None], names)
-    return [(name, lambda value, hook, name=name: held[name].clone()) for name in names]
 
 
 def reading(case: Case, layer: int) -> str:
@@ -100,7 +85,7 @@ def test_edges_are_those_of_autograd_with_patterns_and_denominators_detached(cas
     start = "blocks.0.hook_resid_pre"
     places = [reading(case, layer) for layer in case.coders]
     with torch.enable_grad():
-        hooks = [*frozen_hooks(case), *mlp_hooks(case, {}), *probed([start, *sources], probes)]
+        hooks = [*frozen_hooks(case.bridge, case.tokens), *mlp_hooks(case, {}), *probed([start, *sources], probes)]
         with case.bridge.hooks(fwd_hooks=hooks), taking(case.bridge, [*places, "unembed.hook_in"], found):
             case.bridge(case.tokens[None])
         W_U = case.bridge.unembed.original_component.weight.T
@@ -143,7 +128,7 @@ def test_a_changed_feature_moves_every_later_node_by_its_column(case: Case, fact
     graph, nodes = case.graph, case.graph.nodes
     features = (nodes.kind == FEATURE).nonzero().squeeze(1)
     chosen = [int(features[0]), int(features[len(features) // 2])]
-    clean = values(case, frozen_hooks(case) + mlp_hooks(case, {}))
+    clean = values(case, frozen_hooks(case.bridge, case.tokens) + mlp_hooks(case, {}))
     changes: dict[int, torch.Tensor] = {}
     for node in chosen:
         layer, position = int(nodes.layer[node]), int(nodes.position[node])
@@ -151,7 +136,7 @@ def test_a_changed_feature_moves_every_later_node_by_its_column(case: Case, fact
         change = torch.zeros(1, len(case.tokens), WIDTH, dtype=torch.float64)
         change[0, position] = (factor - 1) * write
         changes[layer] = changes.get(layer, 0.0) + change
-    moved = values(case, frozen_hooks(case) + mlp_hooks(case, changes)) - clean
+    moved = values(case, frozen_hooks(case.bridge, case.tokens) + mlp_hooks(case, changes)) - clean
     predicted = (factor - 1) * graph.edges[:, chosen].sum(dim=1)
     torch.testing.assert_close(moved, predicted, atol=10 * tolerance(case), rtol=10 * tolerance(case))
     assert predicted.abs().max() > 0.1
@@ -187,7 +172,8 @@ def test_one_sweep_is_the_inverse_and_the_series_and_leaves_hold_the_probabiliti
 def test_leaves_hold_the_probabilities_with_biases_among_them(case: Case) -> None:
     graph = case.graph
     weights = torch.where(graph.nodes.kind == LOGIT, graph.nodes.activation, 0.0)[graph.targets]
-    found, of_bias = influence(graph.edges, graph.targets, graph.nodes.layer[graph.targets], weights, graph.bias)
+    wiring = Wiring(graph.edges, graph.targets, graph.nodes.layer[graph.targets], weights)
+    found, of_bias = influence(wiring, graph.bias)
     kind = graph.nodes.kind[: graph.n_sources]
     leaves = float(found[(kind == TOKEN) | (kind == ERROR)].sum())
     assert leaves + of_bias == pytest.approx(float(weights.sum()), abs=EXACT)
@@ -232,7 +218,7 @@ def test_rows_are_the_same_whatever_batch_they_are_made_in(case: Case, monkeypat
 def test_a_skip_of_zeros_is_none_and_permuted_features_permute_the_graph(case: Case) -> None:
     coders = {0: random_coder(0), 1: random_coder(1)}
     plain = {0: random_coder(0, skip=False), 1: random_coder(1, skip=False)}
-    order = torch.randperm(conftest.FEATURES, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(FEATURES, generator=torch.Generator().manual_seed(3))
     for layer, coder in coders.items():
         plain[layer].load_state_dict({name: value for name, value in coder.state_dict().items() if name != "W_skip"})
         coder.W_skip.zero_()
@@ -252,31 +238,6 @@ def test_a_skip_of_zeros_is_none_and_permuted_features_permute_the_graph(case: C
     number = [one.number[key] for key in name]
     rows = [one.row[number[node]] for node in other.targets.tolist()]
     torch.testing.assert_close(other.edges, one.edges[rows][:, number[: other.n_sources]], atol=EXACT, rtol=0)
-
-
-def mlp_as_coder(block: Any, layer: int) -> Transcoder:
-    """An MLP with ReLU is a transcoder of itself."""
-    inner, outer = block.mlp.original_component.c_fc, block.mlp.original_component.c_proj
-    hidden = inner.weight.shape[1]
-    coder = Transcoder(
-        WIDTH, WIDTH, hidden, ReLU(), hook_name=f"blocks.{layer}.mlp.hook_in",
-        target_hook_name=f"blocks.{layer}.hook_mlp_out", dtype=torch.float64,
-    ).requires_grad_(False)  # fmt: skip
-    coder.W_enc.copy_(inner.weight)
-    coder.b_enc.copy_(inner.bias)
-    coder.W_dec.copy_(outer.weight)
-    coder.b_dec.copy_(outer.bias)
-    return coder
-
-
-@pytest.fixture(scope="module")
-def relu_bridge(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    config = GPT2Config(
-        vocab_size=60, n_positions=32, n_embd=WIDTH, n_layer=LAYERS, n_head=4, activation_function="relu"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conftest.FAMILIES, "gpt2", config)
-        return random_bridge("gpt2", tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_a_perfect_coder_scores_one(relu_bridge: Any) -> None:

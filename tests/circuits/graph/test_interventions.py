@@ -1,13 +1,18 @@
 """Interventions on the same random models: predicted beside observed, and what is refused."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from transformers import CohereConfig, GraniteConfig
 
+from circuits.graph import Graph, attribute
 from circuits.graph.graph import ERROR, FEATURE, LOGIT
 from circuits.graph.interventions import generate, intervene, predicted_through, supernode_edges
 from sae.errors import InputError
 
-from .conftest import Case
+from .conftest import GROUPED, Case, frozen_hooks, mlp_as_coder, random_bridge, random_coder, tolerance
 
 
 def a_feature(case: Case, layer: int) -> str:
@@ -24,6 +29,75 @@ def test_a_factor_of_one_changes_nothing(case: Case) -> None:
         assert (found.next_tokens["before"] - found.next_tokens["after"]).abs().max() < 1e-6
 
 
+def check_direct(bridge: Any, graph: Graph, coders: Any, name: str, exact: float) -> None:
+    """With every norm's denominator held too, what is observed is what is predicted, at any size."""
+    tokens = torch.tensor(graph.tokens)
+    with bridge.hooks(fwd_hooks=frozen_hooks(bridge, tokens)):
+        found = intervene(bridge, graph, coders, {name: -2.0}, effects="direct").nodes
+    assert found["predicted"].abs().max() > 0.01
+    torch.testing.assert_close(
+        torch.tensor(found["observed"].tolist(), dtype=torch.float64),
+        torch.tensor(found["predicted"].to_numpy()),
+        atol=exact,
+        rtol=exact,
+    )
+    torch.testing.assert_close(
+        torch.tensor(found["before"].tolist(), dtype=torch.float64),
+        graph.nodes.z[graph.targets],
+        atol=exact,
+        rtol=exact,
+    )
+
+
+def test_with_denominators_held_direct_effects_are_what_the_edges_say(case: Case) -> None:
+    check_direct(case.bridge, case.graph, case.coders, a_feature(case, 0), 10 * tolerance(case))
+    error = case.graph.nodes.names[int((case.graph.nodes.kind == ERROR).nonzero()[4])]
+    check_direct(case.bridge, case.graph, case.coders, error, 10 * tolerance(case))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("granite", GraniteConfig(**GROUPED, head_dim=4, logits_scaling=4.0, residual_multiplier=0.5)),
+        ("cohere", CohereConfig(**GROUPED, logit_scale=0.25)),
+    ],
+)
+def test_logits_are_at_the_scale_of_the_graphs(family: str, config: Any, tmp_path: Path) -> None:
+    bridge = random_bridge(family, tmp_path, config)
+    coders = {0: random_coder(0), 2: random_coder(2, skip=False)}
+    graph = attribute(bridge, torch.tensor([0, 7, 31, 4, 18]), coders, bos_id=0)
+    feature = graph.nodes.names[int((graph.nodes.kind == FEATURE).nonzero()[3])]
+    check_direct(bridge, graph, coders, feature, 2e-4)
+
+
+def test_without_bos_the_first_token_has_features_like_every_other(case: Case) -> None:
+    graph = attribute(case.bridge, case.tokens, case.coders, bos_id=None)
+    nodes = graph.nodes
+    at = ((nodes.kind == FEATURE) & (nodes.layer == 0) & (nodes.position == 0)).nonzero()
+    assert len(at)
+    assert not bool(((case.graph.nodes.kind == FEATURE) & (case.graph.nodes.position == 0)).any())
+    check_direct(case.bridge, graph, case.coders, nodes.names[int(at[0])], 10 * tolerance(case))
+
+
+def test_effects_through_perfect_coders_are_what_the_graph_says(relu_bridge: Any) -> None:
+    """MLPs run for real and are what their coders say, and no gate turns at this size."""
+    coders = {layer: mlp_as_coder(block, layer) for layer, block in enumerate(relu_bridge.blocks)}
+    tokens = torch.tensor([0, 5, 17, 23, 5])
+    graph = attribute(relu_bridge, tokens, coders, bos_id=None)
+    features = [name for name in graph.nodes.names if name.startswith(("f0", "f1")) and name.endswith("/3")]
+    changes = {features[0]: 1 - 1e-5, features[-1]: 1 + 2e-5}
+    with relu_bridge.hooks(fwd_hooks=frozen_hooks(relu_bridge, tokens)):
+        found = intervene(relu_bridge, graph, coders, changes).nodes
+    predicted, observed = (
+        torch.tensor(found[title].tolist(), dtype=torch.float64) * 1e5 for title in ("predicted", "observed")
+    )
+    torch.testing.assert_close(predicted, observed, atol=1e-6, rtol=1e-6)
+    # The later of the changed features is fed by the earlier; neither is fed by itself.
+    changed = torch.tensor(found["node"].isin(list(changes)).tolist())
+    assert predicted[changed].tolist()[0] == 0
+    assert predicted[changed].tolist()[1] != 0
+
+
 def test_direct_effects_are_linear_in_small_changes_and_reach_no_earlier_node(case: Case) -> None:
     name = a_feature(case, 1)
     left = []
@@ -31,14 +105,14 @@ def test_direct_effects_are_linear_in_small_changes_and_reach_no_earlier_node(ca
         found = intervene(case.bridge, case.graph, case.coders, {name: 1 + step}, effects="direct").nodes
         left.append(found["observed"] / step)
         column = case.graph.edges[:, case.graph.node(name)]
-        torch.testing.assert_close(torch.tensor(found["predicted"].to_numpy()) / step, column)
+        torch.testing.assert_close(torch.tensor(found["predicted"].tolist(), dtype=torch.float64) / step, column)
     scale = left[1].abs().max()
     assert (left[0] - left[1]).abs().max() < 0.02 * max(scale, 1.0)
     unmoved = torch.tensor((found["predicted"] == 0).tolist())
     layers = case.graph.nodes.layer[case.graph.targets]
     earlier = layers <= 1
     assert bool(unmoved[earlier].all())
-    assert torch.tensor(found["observed"].to_numpy())[earlier].abs().max() < 1e-5
+    assert torch.tensor(found["observed"].tolist(), dtype=torch.float64)[earlier].abs().max() < 1e-5
 
 
 def test_effects_over_every_path_are_the_inverse_of_the_relative_edges(case: Case) -> None:

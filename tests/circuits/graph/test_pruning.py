@@ -1,11 +1,12 @@
 """Pruning against the rules written out with a sort, on random graphs."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from circuits.graph.influence import influence
+from circuits.graph.influence import Wiring, influence
 from circuits.graph.pruning import at_least, prune, threshold
 from sae.errors import InputError
 
@@ -68,13 +69,14 @@ def random_graph(seed: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("seed", range(5))
 def test_pruning_follows_the_published_rules(seed: int) -> None:
     edges, targets, level, weights, tokens, errors = random_graph(seed)
-    kept = prune(edges, targets, level, weights, tokens, errors, 0.8, 0.9)
+    wiring = Wiring(edges, targets, level, weights)
+    kept = prune(wiring, tokens, errors, 0.8, 0.9)
     n_rows, n = edges.shape
-    found, _ = influence(edges, targets, level, weights)
+    found, _ = influence(wiring)
     nodes = fewest(found.float(), 0.8) | tokens
     alive = torch.tensor([target >= n or bool(nodes[target]) for target in targets.tolist()])
     masked = edges * nodes * alive[:, None]
-    again, _ = influence(masked, targets, level, weights)
+    again, _ = influence(replace(wiring, edges=masked))
     own = torch.tensor(
         [
             float(weights[row]) + (float(again[target]) if target < n else 0)

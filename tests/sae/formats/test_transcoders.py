@@ -225,7 +225,7 @@ def test_sets_that_are_damaged_or_cannot_be_expressed_give_one_line(tmp_path: Pa
     with pytest.raises(InputError, match="truncated"):
         load_transcoders(tmp_path)
     (tmp_path / "config.yaml").write_text("model_kind: cross_layer_transcoder\n")
-    with pytest.raises(InputError, match="model_kind = 'cross_layer_transcoder': expected 'transcoder_set'"):
+    with pytest.raises(InputError, match="holds cross-layer transcoders"):
         load_transcoders(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,8 +231,26 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
     assert run(["graph", "import", str(file), "--name", "again", *place]) == 0
     assert run(["graph", "intervene", "again", *change, *place]) == 2
     assert "was imported" in capsys.readouterr().err
+    assert run(["graph", "intervene", "list", *change, "--change", f"{feature}=2", *place]) == 2
+    assert "is changed twice, by 0 and by 2" in capsys.readouterr().err
     assert run(["graph", "intervene", "list", "--change", feature, *place]) == 2
     assert "NODE=FACTOR" in capsys.readouterr().err
+
+
+def test_a_model_without_bos_has_graphs_too(small: LoadedModel, tmp_path: Path) -> None:
+    small = replace(small, bos_id=None)
+    space = Workspace(tmp_path / "w")
+    space.add_transcoders("mine", coders_of(small, small.info.name), [{}, {}])
+    space.graph("add", small, PROMPT)
+    graph = open_graph(space, "add")
+    assert "".join(graph.texts) == PROMPT
+    assert graph.settings["bos"] is None
+    first = next(name for name in graph.nodes.names if name.startswith("f"))
+    found, *_ = intervene_on(space, "add", {first: 0.0}, model=small)
+    assert found.nodes["observed"].abs().max() > 0
+    document = to_document(graph, "add", "demo")
+    assert document["metadata"]["prompt"] == PROMPT
+    assert to_document(from_document(document), "add", "demo")["metadata"]["prompt"] == PROMPT
 
 
 def test_an_intervention_on_replaced_transcoders_is_refused(graphs: Workspace, small: LoadedModel) -> None:
