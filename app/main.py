@@ -40,30 +40,34 @@ LAYOUT = """
 
 
 def pages() -> list[st.Page]:
-    """The pages whose file exists, in the order of ORDER."""
+    """The pages whose file exists, in the order of ORDER, and last the one that the address alone opens."""
     names = {file.stem: file for file in sorted(PAGES.glob("[!_]*.py"))}
     rank = {name: number for number, name in enumerate(ORDER)}
-    return [
-        st.Page(names[name], title=name, default=name == "Overview")
-        for name in sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
-    ]
+    # A default page has no path of its own: with Overview itself, a link that names it would find no such page.
+    start = st.Page(names["Overview"], title="Overview", url_path="start", default=True, visibility="hidden")
+    order = sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
+    return [*(st.Page(names[name], title=name) for name in order), start]
+
+
+NAV = "[data-testid=stSidebarNav]"
+AT_START = f"{NAV} li:first-of-type a {{ background: color-mix(in srgb, currentColor 12%, transparent) }}"
+"""Overview is framed in the sidebar as other pages are, though it was opened by the address alone."""
 
 
 def icons(titles: Sequence[str]) -> str:
     """CSS that puts every page's icon before its name in the sidebar."""
-    nav = "[data-testid=stSidebarNav]"
     each = "".join(
-        f"{nav} li:nth-of-type({number}) a::before {{ content: '{ORDER.get(title, 'description')}' }}\n"
+        f"{NAV} li:nth-of-type({number}) a::before {{ content: '{ORDER.get(title, 'description')}' }}\n"
         for number, title in enumerate(titles, 1)
     )
-    return f"{nav} a::before {{ font: 1.2rem 'Material Symbols Rounded'; opacity: 0.7 }}\n{each}"
+    return f"{NAV} a::before {{ font: 1.2rem 'Material Symbols Rounded'; opacity: 0.7 }}\n{each}"
 
 
 # A sidebar of 200 pixels leaves a window of 800 room for the page.
 st.set_page_config(initial_sidebar_state=200)
-listed = pages()
-st.html(f"<style>{LAYOUT}{icons([one.title for one in listed])}</style>")
-page = st.navigation(listed)
+*listed, start = pages()
+page = st.navigation([*listed, start])
+st.html(f"<style>{LAYOUT}{icons([one.title for one in listed])}{AT_START * (page == start)}</style>")
 st.set_page_config(page_title=f"{page.title} · Workbench", page_icon=ICON, layout="wide")
 try:
     page.run()

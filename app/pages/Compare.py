@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app.shared import open_workspace, page_link, plain, version
+from app.shared import open_index, open_workspace, page_link, plain, version
 from workbench import InputError, Workspace
 from workbench.saes import figures
 from workbench.saes.overlap import Overlap, overlap_of
@@ -28,6 +28,7 @@ def main() -> None:
         "SAEs", names, key="saes", bind="query-params", placeholder="all of them; choose some to look closer"
     )
     table = everything[everything["sae"].isin(chosen or names)]
+    colours = figures.sae_colours(table)
     measured(table)
     st.dataframe(table[list(COLUMNS)].rename(columns=COLUMNS), hide_index=True, width="stretch")
     st.download_button(
@@ -38,9 +39,9 @@ def main() -> None:
         on_click="ignore",
         icon=":material/download:",
     )
-    densities(workspace, list(table["sae"]))
-    curves(workspace, list(table["sae"]))
-    shared_features(workspace, names)
+    densities(workspace, colours)
+    curves(workspace, colours)
+    shared_features(workspace, names, colours)
 
 
 @st.cache_data(max_entries=4, show_spinner=False)
@@ -53,7 +54,7 @@ def measured(table: pd.DataFrame) -> None:
     """What the SAEs cost the model, against the number of active features."""
     unmeasured = table[table["fvu"].isna()]
     if len(unmeasured) < len(table):
-        st.caption("Lower and further left is better. Colour: rule; symbol: width. Held-out tokens.")
+        st.caption("Lower and further left is better. Symbol: width. Held-out tokens.")
         st.plotly_chart(figures.sae_comparison(table), key="comparison")
     if len(unmeasured):
         names = " ".join(unmeasured["sae"].head(3))
@@ -66,27 +67,27 @@ def measured(table: pd.DataFrame) -> None:
         st.warning(plain(f"{', '.join(rows['sae'])}: {note}."))
 
 
-def densities(workspace: Workspace, names: list[str]) -> None:
+def densities(workspace: Workspace, colours: dict[str, str]) -> None:
     """How often the features of each SAE fire, over one another."""
     found = [
-        result.table("density_histogram") for result in workspace.results.find("evaluation") if result.name in names
+        result.table("density_histogram") for result in workspace.results.find("evaluation") if result.name in colours
     ]
     if found:
         st.subheader("How often features fire")
-        st.plotly_chart(figures.density_histogram(pd.concat(found)), key="density")
+        st.plotly_chart(figures.density_histogram(pd.concat(found), colours), key="density")
 
 
-def curves(workspace: Workspace, names: list[str]) -> None:
+def curves(workspace: Workspace, colours: dict[str, str]) -> None:
     """Training curves of the SAEs that were trained here."""
     found = []
     for run in workspace.runs():
-        if set(run.saes) & set(names):
+        if set(run.saes) & set(colours):
             metrics = workspace.run(run.name).metrics()
-            found.append(metrics[metrics["name"].isin(names)])
+            found.append(metrics[metrics["name"].isin(list(colours))])
     reported = [metrics for metrics in found if len(metrics)]
     if reported:
         st.subheader("Training")
-        st.plotly_chart(figures.training_curves(pd.concat(reported)), key="curves")
+        st.plotly_chart(figures.training_curves(pd.concat(reported), colours), key="curves")
 
 
 @st.cache_data(max_entries=8, show_spinner="Comparing decoder directions ...")
@@ -95,7 +96,7 @@ def overlapping(workspace: str, version: str, a: str, b: str) -> Overlap:
     return overlap_of(Workspace(workspace, create=False), a, b)
 
 
-def shared_features(workspace: Workspace, names: list[str]) -> None:
+def shared_features(workspace: Workspace, names: list[str], colours: dict[str, str]) -> None:
     """Which features two SAEs have in common."""
     st.subheader("Features two SAEs share")
     if len(names) < 2:
@@ -114,12 +115,17 @@ def shared_features(workspace: Workspace, names: list[str]) -> None:
         return
     there, back = found.mean_max_cosine
     st.markdown(f"Mean max cosine: **{there:.3f}** from {plain(a)} to {plain(b)}, **{back:.3f}** back")
-    st.plotly_chart(found.figure(), key="overlap")
+    # Two SAEs that the figures above leave out have colours of their own.
+    st.plotly_chart(found.figure(colours if {a, b} <= set(colours) else None), key="overlap")
+    indexed = workspace.indexes()
     table = found.table().sort_values("cosine", ascending=False)
+    for sae, column in ((a, "feature"), (b, "partner")):
+        if sae in indexed:
+            names_of = open_index(workspace, sae).names()
+            table[f"{column}: name"] = [names_of[number] for number in table[column]]
     event = st.dataframe(
         table, hide_index=True, height=320, key=f"overlap {a} {b}", on_select="rerun", selection_mode="single-row"
     )
-    indexed = workspace.indexes()
     for row in event["selection"]["rows"]:
         pair = table.iloc[row]
         for sae, feature in ((a, int(pair["feature"])), (b, int(pair["partner"]))):

@@ -1,5 +1,6 @@
 """The Compare page, run by Streamlit's own test harness."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,3 +73,14 @@ def test_saes_without_a_common_basis_are_refused_in_one_line(space: Workspace, o
     page = open_page("Compare", space)
     assert not page.exception
     assert "choose SAEs of one model and width" in page.error[0].value
+
+
+def test_an_sae_has_one_colour_in_all_figures_of_the_page(space: Workspace, open_page: OpenPage) -> None:
+    for seed, name in enumerate(("one", "two", "three")):
+        add_sae(space, name, seed, evaluated=name != "one")
+    page = open_page("Compare", space, a="two", b="three")
+    comparison, density, overlap = (json.loads(chart.proto.spec)["data"] for chart in page.get("plotly_chart"))
+    colours = {trace["text"][0]: trace["marker"]["color"] for trace in comparison}
+    assert len(set(colours.values())) == 2
+    assert {trace["name"]: trace["line"]["color"] for trace in density} == colours
+    assert {trace["name"].split(" in ")[0]: trace["line"]["color"] for trace in overlap} == colours

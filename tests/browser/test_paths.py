@@ -25,6 +25,7 @@ HOSTILE = "<script>window.attacked = 1</script><img src=x onerror='window.attack
 MARKS = "🧪 naïve e\u0301 \U0001f469\u200d\U0001f680"
 """An emoji, a letter with a mark of its own, one with a combining mark, and an emoji of three code points."""
 
+PAGES = Path(__file__).parents[2] / "app" / "pages"
 SLOW = 90_000
 """Milliseconds to wait for what appears at last; other processes may keep the machine busy."""
 
@@ -106,9 +107,13 @@ def test_a_shared_link_is_the_first_thing_a_server_sees(address: str, page: Any,
 
 
 def test_open_the_app_and_go_on_to_a_page(address: str, page: Any) -> None:
-    page.goto(address)
-    page.get_by_role("heading", name="Workspace").wait_for()
-    page.get_by_text("Sparse autoencoders").wait_for()
+    for path in ("/Overview", ""):
+        page.goto(address + path)
+        page.get_by_role("heading", name="Workspace").wait_for()
+        page.get_by_text("Sparse autoencoders").wait_for()
+        settled(page)
+        assert not page.get_by_role("dialog").count()
+        assert page.get_by_test_id("stSidebarNavLink").count() == len(list(PAGES.glob("*.py")))
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Features").click()
     page.get_by_text("48 features on").wait_for()
     assert "/Features?sae=s" in page.url

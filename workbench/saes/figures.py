@@ -1,24 +1,38 @@
 """Figures of the pipeline, as Plotly objects: the app shows them and notebooks call them directly."""
 
+from collections.abc import Mapping
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.show.colours import series_colour
+from workbench.show.colours import GREY, PALETTE, series_colour
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 
 
-def training_curves(metrics: pd.DataFrame) -> go.Figure:
+def sae_colours(table: pd.DataFrame) -> dict[str, str]:
+    """The colour of every SAE: one of its own where there are enough of them, else its rule's.
+
+    Args:
+        table: `Workspace.compare()`, or its columns sae and rule.
+    """
+    key = "sae" if table["sae"].nunique() <= len(PALETTE) else "rule"
+    order = sorted(table[key].unique())
+    return {sae: series_colour(order.index(group)) for sae, group in zip(table["sae"], table[key], strict=True)}
+
+
+def training_curves(metrics: pd.DataFrame, colours: Mapping[str, str] | None = None) -> go.Figure:
     """FVU, L0, loss and dead share against tokens, one line per SAE.
 
     Args:
         metrics: `Workspace.run(name).metrics()`: columns name, tokens, fvu, l0, loss, dead_share.
+        colours: of the SAEs, where they have them already (`sae_colours`).
     """
     panels = [("fvu", "FVU"), ("l0", "L0"), ("loss", "loss"), ("dead_share", "dead share")]
     figure = make_subplots(rows=1, cols=4, subplot_titles=[title for _, title in panels], horizontal_spacing=0.06)
     for number, (sae, rows) in enumerate(metrics.groupby("name", sort=True)):
-        colour = series_colour(number)
+        colour = series_colour(number) if colours is None else colours.get(str(sae), GREY)
         for column, (key, _) in enumerate(panels, start=1):
             figure.add_scatter(
                 x=rows["tokens"], y=rows[key], name=str(sae), legendgroup=str(sae), showlegend=column == 1,
@@ -35,17 +49,19 @@ def training_curves(metrics: pd.DataFrame) -> go.Figure:
     )
 
 
-def density_histogram(histogram: pd.DataFrame) -> go.Figure:
+def density_histogram(histogram: pd.DataFrame, colours: Mapping[str, str] | None = None) -> go.Figure:
     """How often features fire: number of features by the logarithm of their firing density.
 
     Args:
         histogram: an evaluation's table `density_histogram`: columns sae, log10_density (bin's left edge), features.
+        colours: as in `training_curves`.
     """
     figure = go.Figure()
     for number, (sae, rows) in enumerate(histogram.groupby("sae", sort=True)):
+        colour = series_colour(number) if colours is None else colours.get(str(sae), GREY)
         figure.add_scatter(
             x=rows["log10_density"], y=rows["features"], name=str(sae), mode="lines",
-            line={"shape": "hvh", "color": series_colour(number), "width": 1.5},
+            line={"shape": "hvh", "color": colour, "width": 1.5},
         )  # fmt: skip
     return figure.update_layout(
         xaxis_title="log10 of the share of tokens on which the feature fires",
@@ -56,8 +72,8 @@ def density_histogram(histogram: pd.DataFrame) -> go.Figure:
 
 
 def sae_comparison(table: pd.DataFrame) -> go.Figure:
-    """FVU, added nats and dead share against L0, one mark per SAE: colour is the rule, symbol the width; lower left is
-    better.
+    """FVU, added nats and dead share against L0, one mark per SAE: in the colours of `sae_colours`, symbol the width;
+    lower left is better.
 
     Args:
         table: `Workspace.compare()`: columns sae, rule, d_sae, l0, fvu, added_nats, dead; SAEs without numbers are
@@ -66,17 +82,18 @@ def sae_comparison(table: pd.DataFrame) -> go.Figure:
     panels = [("fvu", "FVU"), ("added_nats", "added nats"), ("dead", "dead share")]
     figure = make_subplots(rows=1, cols=3, subplot_titles=[title for _, title in panels], horizontal_spacing=0.07)
     measured = table.dropna(subset=["l0", "fvu", "added_nats"])
-    rules, widths = sorted(measured["rule"].unique()), sorted(measured["d_sae"].unique())
-    for (rule, width), rows in measured.groupby(["rule", "d_sae"], sort=True):
+    colours, widths = sae_colours(table), sorted(measured["d_sae"].unique())
+    own = len(set(colours.values())) == len(colours)
+    for (group, width), rows in measured.groupby(["sae" if own else "rule", "d_sae"], sort=True):
         marker = {
-            "color": series_colour(rules.index(rule)),
+            "color": colours[rows["sae"].iloc[0]],
             "symbol": SYMBOLS[widths.index(width) % len(SYMBOLS)],
             "size": 9,
         }
         for column, (key, _) in enumerate(panels, start=1):
             figure.add_scatter(
-                x=rows["l0"], y=rows[key], text=rows["sae"], name=f"{rule}, {width:,} features",
-                legendgroup=f"{rule}/{width}", showlegend=column == 1, mode="markers", marker=marker,
+                x=rows["l0"], y=rows[key], text=rows["sae"], name=f"{group}, {width:,} features",
+                legendgroup=f"{group}/{width}", showlegend=column == 1, mode="markers", marker=marker,
                 hovertemplate="%{text}<br>L0 %{x:.4g}<br>%{y:.4g}", row=1, col=column,
             )  # fmt: skip
     # Left to itself a log axis this short shows ticks such as 2, 5, 100, 2, 5, without their powers of ten.

@@ -11,6 +11,7 @@ one).
 Memory: d_sae of B times `sae.directions.ROWS_AT_ONCE` cosines at a time.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +64,12 @@ class Overlap:
             {"feature": feature, "partner": self.partner_in_b, "cosine": self.cosine_a, "mutual": self.mutual}
         )
 
-    def figure(self) -> go.Figure:
-        """Histogram of the best cosines in either direction, as shares of the features."""
+    def figure(self, colours: Mapping[str, str] | None = None) -> go.Figure:
+        """Histogram of the best cosines in either direction, as shares of the features.
+
+        Args:
+            colours: of the SAEs, where they have them already; the line of A's features has A's.
+        """
         figure = go.Figure()
         pairs = ((self.a, self.b, self.cosine_a), (self.b, self.a, self.cosine_b))
         low = min(0.0, float(self.cosine_a.min()), float(self.cosine_b.min()))
@@ -73,7 +78,7 @@ class Overlap:
             counts, _ = np.histogram(cosine.clip(low, 1.0), edges)
             figure.add_scatter(
                 x=edges[:-1], y=counts / len(cosine), name=f"{own} in {other}", mode="lines",
-                line={"shape": "hv", "color": series_colour(number), "width": 1.5},
+                line={"shape": "hv", "color": colours[own] if colours else series_colour(number), "width": 1.5},
             )  # fmt: skip
         return figure.update_layout(
             xaxis_title="cosine with the nearest decoder direction of the other SAE", yaxis_title="share of features",

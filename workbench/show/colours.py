@@ -5,7 +5,8 @@ A value v behind a token or in a cell, against the strongest |v| that is shown:
     colour    POSITIVE where v > 0, else NEGATIVE
     opacity   log10(1 + 9 min(1, |v| / strongest)), so that weak values stay visible
 
-Things that have no sign (SAEs, methods, curves) take `series_colour` in the order of their names.
+Things that have no sign (SAEs, methods, curves) take `series_colour` in the order of their names; what stands in
+several figures of a page has the same colour in all of them.
 """
 
 import math
