@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --trainer [--sizes S M]
 
 What is timed and how is `workbench.bench`'s, as `workbench bench` runs it; here also plain torch, the other selection
-rules, and two forms of this project's step that the trainer does not use: without a CUDA graph, and with gradients in
-memory. Reported: median, p10 and p90 in ms, tokens a second, the roofline's share, and the peak memory of a step with
-its state.
+rules, transcoders, and two forms of this project's step that the trainer does not use: without a CUDA graph, and with
+gradients in memory. Reported: median, p10 and p90 in ms, tokens a second, the roofline's share, and the peak memory of
+a step with its state.
 
 With --trainer: the rate of `sae.train` fed by the real loader from a harvest of random rows on disk, after its
 first tenth, against the bare step's on batches that lie on the device.
@@ -87,6 +87,14 @@ def all_arms(size: Size, example: Tensor) -> dict[str, Arm]:
         "JumpReLU, dense": {"rule": JumpReLU()},
         "ReLU, dense": {"rule": ReLU()},
     }
+    target = example.roll(1, dims=0)
+    transcoders: dict[str, dict[str, Any]] = {
+        "transcoder": {},
+        "transcoder, skip": {"skip": True},
+        "transcoder, BatchTopK": {"rule": BatchTopK(size.k)},
+        "transcoder, JumpReLU": {"rule": JumpReLU(SPARSE, threshold_of(size, example))},
+    }
+    losses |= {name: {"target": target, **settings} for name, settings in transcoders.items()}
 
     def with_settings(settings: dict[str, Any]) -> Arm:
         return lambda: ours(size, example, **settings)

@@ -36,7 +36,7 @@ class StepTools(Protocol):
     scalars: Float[Tensor, "4"]
 
     def centre(self) -> "Centred":
-        """The batch with b_dec subtracted."""
+        """The batch as the encoder reads it and as the features are to write it."""
 
     def shadowed(self) -> "Parameters":
         """The parameters with shadows of their present values."""

@@ -12,12 +12,14 @@
 Weights and Adam's moments are fp32 and lie where `TrainingState` has them: checkpoints and finished SAEs are the
 same. The bf16 shadows that products read are made anew when training starts or resumes; they are a function of the
 weights. Adam runs feature by feature while a gradient is made; where gradients are clipped, which needs the norm of
-all of them, they are written to memory first. Not fused, and so on the plain path: a k above 512, more than 16
-reconstructions of a token (prefixes, and twice as many with multi-k), rules without a fused encoder, and machines
-without triton.
+all of them, they are written to memory first. A transcoder's step takes two arrays of rows, what its encoder reads and
+what it predicts. Not fused, and so on the plain path: a k above 512, more than 16 reconstructions of a token (prefixes,
+and twice as many with multi-k), rules without a fused encoder, transcoders between activations of different widths,
+and machines without triton.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,8 +73,8 @@ class Step(Protocol):
 def new_step(state: TrainingState) -> Step:
     """How `state` makes its steps: fused where its device and configuration allow it."""
     fused = state.device.type == "cuda" and kernels.has_triton() and can_be_fused(state.config)
-    fused = fused and not state.is_transcoder
-    return FusedStep(state) if fused else PlainStep(state)
+    # The kernels make a feature's two rows in one pass over their columns.
+    return FusedStep(state) if fused and state.sae.d_in == state.sae.d_out else PlainStep(state)
 
 
 def can_be_fused(config: TrainConfig) -> bool:
@@ -98,7 +100,7 @@ class FusedStep:
     """Steps of `state`, whose configuration `can_be_fused`.
 
     Args:
-        state: what is trained.
+        state: what is trained; a transcoder reads as many numbers as it writes.
         precision: of the products; bf16 on a GPU and fp32 in Triton's interpreter when None.
         min_bucket: least room for features to revive.
         capture: whether steps are captured as CUDA graphs, on a GPU.
@@ -127,6 +129,7 @@ class FusedStep:
         self._parameters: Parameters | None = None
         self._batch: Tensor | None = None
         self._gradients: Tensor | None = None
+        self._target: Tensor | None = None
         self._made: tuple[Centred, SparseCode] | None = None
         self._plan: StepPlan | None = None
         self._program: Program | ThresholdProgram | None = None
@@ -142,13 +145,13 @@ class FusedStep:
         self,
         batch: Float[Tensor, "n d_in"],
         step: int,
-        gradients: Float[Tensor, "n d_in"] | None = None,
-        target: Float[Tensor, "n d_in"] | None = None,
+        gradients: Float[Tensor, "n d_out"] | None = None,
+        target: Float[Tensor, "n d_out"] | None = None,
     ) -> None:
         """See `PlainStep`."""
         # Triton launches, and graphs are captured, on the current device.
         with torch.cuda.device_of(self.scalars):
-            self._receive(batch, gradients)
+            self._receive(batch, gradients, target)
             self._set_scalars(step)
             plan = self.plan_of(step)
             if self._program is None or plan != self._plan:
@@ -168,15 +171,17 @@ class FusedStep:
             return StepPlan(config.rule, bucket)
         return StepPlan(config.rule.stage(step / config.n_steps).at_k(config.k_at(step)), bucket)
 
-    def _receive(self, batch: Float[Tensor, "n d_in"], gradients: Float[Tensor, "n d_in"] | None) -> None:
-        """Copies a batch to where the step reads it."""
+    def _receive(self, batch: Tensor, gradients: Tensor | None, target: Tensor | None) -> None:
+        """Copies a batch, and what belongs to its rows, to where the step reads it."""
+        given = (batch, gradients, target)
         if self._batch is None:
-            self._batch = torch.empty_like(batch)
-            self._gradients = None if gradients is None else torch.empty_like(gradients)
-        self._batch.copy_(batch)
-        if gradients is not None:
-            assert self._gradients is not None
-            self._gradients.copy_(gradients)
+            self._batch, self._gradients, self._target = (
+                None if rows is None else torch.empty_like(rows) for rows in given
+            )
+        for room, rows in zip((self._batch, self._gradients, self._target), given, strict=True):
+            if rows is not None:
+                assert room is not None
+                room.copy_(rows)
 
     def _set_scalars(self, step: int) -> None:
         config = self.state.config
@@ -250,12 +255,15 @@ class FusedStep:
         return Program((first, Part(learn, capture=capture, after=first)), look)
 
     def centre(self) -> "Centred":
-        """The batch with b_dec subtracted."""
+        """The batch as the encoder reads it and as the features are to write it."""
         from sae.kernels import triton as fast
 
         assert self._batch is not None
-        parameters = self.shadowed()
-        return fast.centre(self._batch, self.state.input_scale, parameters.b_dec, parameters.shadows.dtype)
+        state, p = self.state, self.shadowed()
+        if self._target is None:
+            return fast.centre(self._batch, state.input_scale, p.b_dec, p.shadows.dtype)
+        scales = state.input_scale, state.output_scale
+        return fast.centre_pair(self._batch, self._target, scales, p.b_dec, p.W_skip, p.shadows.dtype)
 
     def _learn(self, plan: StepPlan, narrow: Narrow | None) -> None:
         """All that follows the encoder, for a rule with a k."""
@@ -325,9 +333,14 @@ class FusedStep:
                 return Moments(kept["exp_avg"], kept["exp_avg_sq"])
 
             W_enc, W_dec, b_enc, b_dec = sae.W_enc.data.T, sae.W_dec.data, sae.b_enc.data, sae.b_dec.data
-            self._parameters = Parameters.with_shadows(
+            made = Parameters.with_shadows(
                 W_enc, W_dec, b_enc, b_dec,
                 moments("W_enc", W_enc), moments("W_dec", W_dec), moments("b_enc", b_enc), moments("b_dec", b_dec),
                 self.precision,
+            )  # fmt: skip
+            W_skip = state.trained.get("W_skip")
+            self._parameters = replace(
+                made, subtracts_b_dec=sae.subtracts_b_dec, W_skip=W_skip,
+                m_W_skip=None if W_skip is None else moments("W_skip", W_skip),
             )  # fmt: skip
         return self._parameters

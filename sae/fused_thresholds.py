@@ -37,8 +37,9 @@ class ThresholdProgram:
         assert isinstance(plan.rule, ThresholdRule)
         self.step, self.plan, self.rule = step, plan, plan.rule
         state, config = step.state, step.state.config
-        self.d_in, self.n_tokens = state.sae.d_in, config.batch_size
-        self.bandwidth = self.rule.bandwidth_at(self.d_in)
+        # Activations are lengths in what is predicted: its width sets their scale.
+        self.width, self.n_tokens = state.sae.d_out, config.batch_size
+        self.bandwidth = self.rule.bandwidth_at(self.width)
         self.slots = config.batch_size * config.d_sae // step.sizes.dense_share
         self.coefficient = step.scalars[3]
         self.penalty = torch.zeros((), device=state.device)
@@ -127,7 +128,7 @@ class ThresholdProgram:
         centred = self.step.centre()
         scale = (-2 / centred.total_variance).float()
         made = fast.dense_pass(
-            centred.x, self.step.shadowed(), self._threshold(), scale, self._shrink(), self.bandwidth,
+            centred.x, centred.target, self.step.shadowed(), self._threshold(), scale, self._shrink(), self.bandwidth,
             sizes=self.step.sizes,
         )  # fmt: skip
         self._passed = centred, made
@@ -145,7 +146,7 @@ class ThresholdProgram:
         step.record(result, self.plan, self.penalty)
 
     def _shrink(self) -> Tensor:
-        return torch.zeros_like(self.coefficient) + self.rule.shrinkage(self.coefficient, self.d_in) / self.n_tokens
+        return torch.zeros_like(self.coefficient) + self.rule.shrinkage(self.coefficient, self.width) / self.n_tokens
 
     def _own(self, windows: "WindowSums", firings: Tensor, magnitude: Tensor) -> list["OwnTensor"]:
         """The rule's tensors with their gradients; notes the penalty."""
@@ -153,8 +154,8 @@ class ThresholdProgram:
 
         state, active = self.step.state, firings.sum().float()
         sums = ActiveSums(self.n_tokens, active, magnitude, windows.count, windows.gradient)
-        self.penalty.copy_(self.rule.penalty(sums, self.coefficient, self.d_in))
-        gradients = self.rule.own_gradients(state.own, sums, self.coefficient, self.d_in)
+        self.penalty.copy_(self.rule.penalty(sums, self.coefficient, self.width))
+        gradients = self.rule.own_gradients(state.own, sums, self.coefficient, self.width)
         made = []
         for name, parameter in state.own.items():
             kept = state.adam.state[parameter]

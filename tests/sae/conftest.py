@@ -1,11 +1,14 @@
 """Fixtures of the sae tests: planted activations as a stream of batches."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from sae.source import Pair, Rows
 
 
 class PlantedSource:
@@ -66,6 +69,32 @@ class PlantedPairs(PlantedSource):
         generator = torch.Generator(activations.device).manual_seed(self.position)
         noise = torch.randn(activations.shape, generator=generator, device=activations.device)
         return activations, 1e-3 * (noise + activations / activations.std())
+
+
+class PlantedTargets(PlantedPairs):
+    """For a transcoder as wide as its target, which is a fixed MLP of the activations; gradients as there."""
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        return [Pair("in", "out", self.d_in, self.d_in)]
+
+    def _with_target(self, x: Tensor, gradients: Tensor | None = None) -> Rows:
+        generator = torch.Generator(x.device).manual_seed(11)
+        read, write = torch.randn(2, self.d_in, self.d_in, generator=generator, device=x.device)
+        return Rows(x, 0.1 * ((x - 1) @ read).relu() @ write + 0.3, gradients)
+
+    def next_rows(self, n: int, *, gradients: bool = False) -> Sequence[Rows]:
+        x, of_x = self.next_pair(n)
+        return [self._with_target(x, of_x if gradients else None)]
+
+    def sample_rows(self, n: int) -> Sequence[Rows]:
+        return [self._with_target(self.sample(n))]
+
+
+@pytest.fixture
+def planted_targets() -> type[PlantedTargets]:
+    """The class; call it for a stream of pairs of activations that starts at its beginning."""
+    return PlantedTargets
 
 
 @pytest.fixture

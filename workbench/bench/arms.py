@@ -25,6 +25,7 @@ from torch import Tensor
 from sae.config import TrainConfig
 from sae.fused_step import new_step
 from sae.rules import Rule, TopK
+from sae.source import Pair
 from sae.state import TrainingState
 
 Step = Callable[[Tensor], object]
@@ -82,17 +83,29 @@ def batches(
     return made
 
 
-def ours(size: Size, example: Float[Tensor, "batch d_in"], rule: Rule | None = None, **settings: Any) -> Step:
-    """The trainer's step with a selection rule, TopK unless told, and other settings of `TrainConfig`."""
+def ours(
+    size: Size,
+    example: Float[Tensor, "batch d_in"],
+    rule: Rule | None = None,
+    *,
+    target: Float[Tensor, "batch d_in"] | None = None,
+    **settings: Any,
+) -> Step:
+    """The trainer's step with a selection rule, TopK unless told, and other settings of `TrainConfig`.
+
+    Args:
+        target: what a transcoder predicts of every batch; None for an SAE.
+    """
     config = TrainConfig(
         name="bench", d_sae=size.d_sae, rule=rule or TopK(size.k), batch_size=size.batch, total_tokens=10**9,
         aux="none", b_dec_init="mean", lr=LR, **settings,
     )  # fmt: skip
-    state = TrainingState(config, size.d_in, example.device)
-    state.initialise(example)
+    widths = size.d_in if target is None else Pair("read", "predicted", size.d_in, size.d_in)
+    state = TrainingState(config, widths, example.device)
+    state.initialise(example, target)
     step, numbers = new_step(state), iter(range(config.n_steps))
     with_gradients = config.rule.needs_gradients
-    return lambda batch: step(batch, next(numbers), batch if with_gradients else None)
+    return lambda batch: step(batch, next(numbers), batch if with_gradients else None, target)
 
 
 def encoder_product(size: Size, device: torch.device) -> Step:

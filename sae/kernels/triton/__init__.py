@@ -26,7 +26,7 @@ from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, 
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
 from sae.kernels.triton.nested import Nesting, Parts
 from sae.kernels.triton.sizes import SIZES, KernelSizes
-from sae.kernels.triton.sparse import Centred, centre, decode, residual
+from sae.kernels.triton.sparse import Centred, centre, centre_pair, decode, residual
 from sae.kernels.triton.step import (
     GraphedStep,
     OwnTensor,
@@ -74,6 +74,7 @@ __all__ = [
     "batch_topk_encode",
     "best_of_features",
     "centre",
+    "centre_pair",
     "clip_factor",
     "decode",
     "dense_pass",

@@ -1,6 +1,6 @@
 """A threshold rule's step by dense products, for batches of which so much is active that gathering rows is slower.
 
-    a = z 1[z > theta],    r = x_c - a W_dec,    da = scale r W_dec^T,    G = 1[z > theta] (da + shrink)
+    a = z 1[z > theta],    r = target - a W_dec,    da = scale r W_dec^T,    G = 1[z > theta] (da + shrink)
     dW_dec = scale a^T r,    dW_enc = G^T x_c,    db_enc = sum_t G
 
 Products in the shadows' precision with fp32 sums, one chunk of rows after the other; what is elementwise is done in two
@@ -131,6 +131,7 @@ def _mask_kernel(
 
 def dense_pass(
     x: Float[Tensor, "n d"],
+    target: Float[Tensor, "n d"],
     p: Parameters,
     threshold: Float[Tensor, "d_sae"],
     scale: Float[Tensor, ""],
@@ -142,7 +143,8 @@ def dense_pass(
     """Forward and backward pass of a batch.
 
     Args:
-        x: inputs with b_dec subtracted, in the shadows' precision.
+        x: what the encoder multiplies, in the shadows' precision.
+        target: what the features are to add up to.
         scale: times the residual it is the gradient to x_hat.
         shrink: added to the gradient of every active entry.
         bandwidth: width of the window around the thresholds; 0 for none.
@@ -168,7 +170,7 @@ def dense_pass(
             padded_product(part[piece], encoder.T, z[piece], d_sae)
         _activate_kernel[(m, grid_columns)](z, bias, threshold, a, width, d_sae, BLOCK=COLUMNS, num_warps=4)
         product(a[:m], decoder, x_hat[:m])
-        error = part.float() - x_hat[:m]
+        error = target[first : first + rows].float() - x_hat[:m]
         squared_error += error.square().sum(dtype=torch.float64)
         residual[first : first + rows] = error
         scaled = (error * scale).to(x.dtype)

@@ -377,7 +377,7 @@ class AuxGradients:
     along: Float[Tensor, "slots"]
     """W_dec's gradient times W_dec, row by row."""
     through_x: Float[Tensor, "d"]
-    """W_enc's rows weighted by `b_enc`: what b_dec's gradient loses."""
+    """W_enc's rows weighted by `b_enc`: what the gradient of a b_dec that is subtracted from x loses."""
 
     def of_feature(self, values: Float[Tensor, "slots"]) -> Float[Tensor, "d_sae"]:
         """A number of every slot, for the features that have one; 0 for the others."""

@@ -3,7 +3,7 @@
 The entries of a code fall into cells: by the block of their feature (Matryoshka), by whether the code at k has them or
 only the one at 4 k (multi-k), or by both. Reconstruction j is made of the cells c with I[j, c] = 1, and
 
-    L = sum_j w_j ||r_j||^2 / V,    r_j = x_c - sum of value * W_dec[feature] over the entries of its cells
+    L = sum_j w_j ||r_j||^2 / V,    r_j = target - sum of value * W_dec[feature] over the entries of its cells
 
 An entry of cell c works for every reconstruction that has the cell: its gradients are those of a loss with one
 residual, of which there is one a cell,
@@ -82,7 +82,7 @@ class NestedResiduals:
     by_cell: Float[Tensor, "cells*n d"]
     """E_c of every token, cell after cell."""
     residual: Float[Tensor, "n d"]
-    """x - x_hat by all features at k."""
+    """Target less prediction by all features at k."""
     squared_error: Float[Tensor, ""]
     """Of that; fp64."""
     loss: Float[Tensor, ""]
@@ -137,11 +137,11 @@ def nested_residuals(
     code: SparseCode,
     parts: Parts,
     W_dec: Float[Tensor, "d_sae d"],
-    x_centred: Float[Tensor, "n d"],
+    target: Float[Tensor, "n d"],
 ) -> NestedResiduals:
-    """All reconstructions of a batch; residuals in W_dec's precision."""
+    """All reconstructions of a batch, whose target is centred; residuals in W_dec's precision."""
     nesting = parts.nesting
-    n, d = x_centred.shape
+    n, d = target.shape
     n_cells, slices = len(nesting.weights), triton.cdiv(d, SLICE)
     out = torch.empty(n_cells + 1, n, d, dtype=W_dec.dtype, device=W_dec.device)
     errors = torch.empty(n_cells, slices, n, dtype=torch.float32, device=W_dec.device)
@@ -149,7 +149,7 @@ def nested_residuals(
     k = code.values.shape[1] if code.offsets is None else 0
     main = nesting.n_blocks - 1
     _nested_kernel[(n, slices)](
-        code.values, code.indices, parts.cells, offsets, W_dec, x_centred, nesting.includes, nesting.weights,
+        code.values, code.indices, parts.cells, offsets, W_dec, target, nesting.includes, nesting.weights,
         out, out[-1], errors, n, d // alignment(d), k,
         ALIGN=alignment(d), RAGGED=code.offsets is not None, CELLS=n_cells,
         ROOM=triton.next_power_of_2(n_cells), MAIN=main, ENTRIES=ENTRIES, SLICE=SLICE, num_warps=1,

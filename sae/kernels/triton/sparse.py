@@ -1,8 +1,9 @@
 """Sparse decoding on the GPU, with residual and squared error in the same pass; and what a step needs of its batch.
 
     centre:              x = scale batch,  x_c = x - b_dec,  V = sum ||x - mean(x)||^2
+    centre_pair:         x = scale batch,  y_c = scale target - b_dec - x W_skip^T,  V = sum ||y - mean(y)||^2
     decode:              x_hat = sum_j a_j W_dec[f_j] + b_dec
-    residual:            r = x - x_hat,  E = sum ||r||^2
+    residual:            r = x - x_hat, or y - y_hat,  E = sum ||r||^2
 
 One program makes one slice of columns of one token. Tokens run fastest, so that a slice of W_dec (SLICE columns of
 every feature) stays in the L2 cache while all tokens read from it. Sums are fp32 in a fixed order; E and V are summed
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.kernels.triton.encode import product
 
 SLICE = 128
 ENTRIES = 8
@@ -42,12 +44,14 @@ def _centre_kernel(
     batch,
     scale,
     b_dec,
+    less,
     centred,
     sums,
     squares,
     n,
     units,
     ALIGN: tl.constexpr,
+    LESS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -62,7 +66,10 @@ def _centre_kernel(
     at = rows[:, None] * d + columns[None, :]
     x = tl.load(batch + at, mask=mask, other=0.0).to(tl.float32) * factor
     x = tl.where(mask, x - shift[None, :], 0.0)
-    tl.store(centred + at, x.to(centred.dtype.element_ty), mask=mask)
+    left = x
+    if LESS:
+        left -= tl.load(less + at, mask=mask, other=0.0)
+    tl.store(centred + at, left.to(centred.dtype.element_ty), mask=mask)
     tl.store(sums + block * d + columns, tl.sum(x, 0), mask=inside)
     tl.store(squares + block * d + columns, tl.sum(x * x, 0), mask=inside)
 
@@ -106,30 +113,64 @@ def _decode_kernel(
 
 @dataclass(frozen=True)
 class Centred:
-    """A batch with b_dec subtracted, and its spread."""
+    """A batch as the encoder reads it and as the features are to write it, in the precision of products; its spread."""
 
     x: Float[Tensor, "n d"]
-    """scale * batch - b_dec, in the precision the encoder multiplies in."""
+    """What the encoder multiplies: scale * batch - b_dec, in a transcoder without b_dec."""
+    target: Float[Tensor, "n d"]
+    """What the features are to add up to: x, in a transcoder scale * target - b_dec, less the skip's part."""
     total_variance: Float[Tensor, ""]
-    """sum ||scale * batch - mean||^2, fp64."""
+    """sum ||scale * batch - mean||^2, of the target in a transcoder; fp64."""
 
 
 def centre(
-    batch: Float[Tensor, "n d"], scale: Float[Tensor, ""], b_dec: Float[Tensor, "d"], dtype: torch.dtype
+    batch: Float[Tensor, "n d"],
+    scale: Float[Tensor, ""],
+    b_dec: Float[Tensor, "d"],
+    dtype: torch.dtype,
+    less: Float[Tensor, "n d"] | None = None,
 ) -> Centred:
-    """What the encoder multiplies and the loss divides by, in one pass over the batch."""
+    """What the encoder multiplies and the loss divides by, in one pass over the batch.
+
+    Args:
+        less: subtracted too, but for the variance; fp32.
+    """
     n, d = batch.shape
     batch = batch.contiguous()
     blocks = triton.cdiv(n, CENTRE_ROWS)
     out = torch.empty(n, d, dtype=dtype, device=batch.device)
     partial = torch.empty(2, blocks, d, dtype=torch.float32, device=batch.device)
     _centre_kernel[(blocks, triton.cdiv(d, SLICE))](
-        batch, scale, b_dec, out, partial[0], partial[1], n, d // alignment(d),
-        ALIGN=alignment(d), ROWS=CENTRE_ROWS, COLUMNS=SLICE, num_warps=4,
+        batch, scale, b_dec, batch if less is None else less, out, partial[0], partial[1], n, d // alignment(d),
+        ALIGN=alignment(d), LESS=less is not None, ROWS=CENTRE_ROWS, COLUMNS=SLICE, num_warps=4,
     )  # fmt: skip
     sums = partial.sum(1, dtype=torch.float64)
     variance = sums[1].sum() - sums[0].square().sum() / n
-    return Centred(out, variance.clamp_min_(torch.finfo(torch.float32).tiny))
+    return Centred(out, out, variance.clamp_min_(torch.finfo(torch.float32).tiny))
+
+
+def centre_pair(
+    batch: Float[Tensor, "n d"],
+    target: Float[Tensor, "n d"],
+    scales: tuple[Float[Tensor, ""], Float[Tensor, ""]],
+    b_dec: Float[Tensor, "d"],
+    W_skip: Float[Tensor, "d d"] | None,
+    dtype: torch.dtype,
+) -> Centred:
+    """What a transcoder's encoder multiplies, and what its features are to add up to.
+
+    Args:
+        scales: of the batch and of the target.
+        W_skip: [d_out, d_in] of the linear path beside the features, if there is one.
+    """
+    x = torch.empty(batch.shape, dtype=dtype, device=batch.device)
+    torch.mul(batch, scales[0], out=x)
+    skipped = None
+    if W_skip is not None:
+        skipped = torch.empty(batch.shape, dtype=torch.float32, device=batch.device)
+        product(x, W_skip.to(dtype).T, skipped)
+    made = centre(target, scales[1], b_dec, dtype, skipped)
+    return Centred(x, made.target, made.total_variance)
 
 
 def decode(
@@ -143,7 +184,7 @@ def decode(
 
 @dataclass(frozen=True)
 class Residual:
-    """x - x_hat of a batch and its squared norm."""
+    """Target less prediction of a batch, and its squared norm."""
 
     residual: Float[Tensor, "n d"]
     squared_error: Float[Tensor, ""]
@@ -151,13 +192,13 @@ class Residual:
 
 
 def residual(
-    code: SparseCode, W_dec: Float[Tensor, "d_sae d"], x_centred: Float[Tensor, "n d"], out_dtype: torch.dtype
+    code: SparseCode, W_dec: Float[Tensor, "d_sae d"], target: Float[Tensor, "n d"], out_dtype: torch.dtype
 ) -> Residual:
-    """x_centred - sum of value * W_dec[feature]: b_dec is on both sides and drops out."""
-    n, d = x_centred.shape
+    """target - sum of value * W_dec[feature], for a centred target: b_dec is on both sides and drops out."""
+    n, d = target.shape
     out = torch.empty(n, d, dtype=out_dtype, device=W_dec.device)
     errors = torch.empty(triton.cdiv(d, SLICE), n, dtype=torch.float32, device=W_dec.device)
-    _launch(code, W_dec, None, x_centred, out, errors)
+    _launch(code, W_dec, None, target, out, errors)
     return Residual(out, errors.sum(dtype=torch.float64))
 
 

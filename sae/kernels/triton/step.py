@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels.triton.dense import DensePass
-from sae.kernels.triton.encode import topk_encode
+from sae.kernels.triton.encode import product, topk_encode
 from sae.kernels.triton.features import (
     AuxGradients,
     FeatureGradients,
@@ -32,8 +32,8 @@ from sae.kernels.triton.update import (
     AdamStep,
     Moments,
     Parameters,
+    b_dec_gradient,
     clip_factor,
-    through_encoder,
     update_from_code,
     update_from_gradients,
     update_vector,
@@ -61,7 +61,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class OwnTensor:
-    """A tensor of a rule's own that Adam moves, of any shape."""
+    """A tensor of any shape that Adam moves beside the features': a rule's own, or a skip."""
 
     parameter: Tensor
     gradient: Tensor
@@ -147,17 +147,28 @@ def learn(
             p, order, errors, centred.x, scale, tokens_since_fired, adam,
             decoder=decoder, aux=extra, shrink=shrink, sizes=sizes,
         )  # fmt: skip
-        for own in _owned(thresholds, windows, order, code):
+        for own in (*_skip(p, errors[:n], centred.x, scale), *_owned(thresholds, windows, order, code)):
             own.move(adam)
         return result
     made = feature_gradients(
         order, errors, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
     )
-    owned = _owned(thresholds, made.thresholds, order, code)
-    grad_b_dec = errors[:n].sum(0, dtype=torch.float32) * scale - through_encoder(made.b_enc, p.shadow_enc)
+    owned = [*_skip(p, errors[:n], centred.x, scale), *_owned(thresholds, made.thresholds, order, code)]
+    grad_b_dec = b_dec_gradient(p, errors[:n], scale, made.b_enc)
     tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
     _update_from_memory(p, made, grad_b_dec, owned, adam, clip * n / centred.total_variance)
     return result
+
+
+def _skip(
+    p: Parameters, residual: Float[Tensor, "n d"], x: Float[Tensor, "n d"], scale: Float[Tensor, ""]
+) -> list[OwnTensor]:
+    """A transcoder's W_skip with its gradient, if it has one."""
+    if p.W_skip is None or p.m_W_skip is None:
+        return []
+    gradient = torch.empty_like(p.W_skip)
+    product(residual.T, x, gradient)
+    return [OwnTensor(p.W_skip, gradient.mul_(scale), p.m_W_skip)]
 
 
 def _owned(
@@ -184,9 +195,9 @@ def learn_densely(
     error = made.squared_error
     result = StepResult(centred.x, made.residual, error, error, centred.total_variance, made.firings)
     gradients = made.gradients(p, None if aux is None else aux(result), decoder=decoder, squares=clip is not None)
-    grad_b_dec = made.residual.sum(0, dtype=torch.float32) * scale - through_encoder(gradients.b_enc, p.shadow_enc)
+    grad_b_dec = b_dec_gradient(p, made.residual, scale, gradients.b_enc)
     tokens_since_fired.add_(n).masked_fill_(made.firings > 0, 0)
-    owned = terms.own(made.windows, made.firings, made.magnitude)
+    owned = [*_skip(p, made.residual, centred.x, scale), *terms.own(made.windows, made.firings, made.magnitude)]
     limit = None if clip is None else clip * n / centred.total_variance
     _update_from_memory(p, gradients, grad_b_dec, owned, adam, limit)
     return result
@@ -216,14 +227,14 @@ def _forward(
     """What a code leaves of a batch, its entries in the order of features, and the residuals that they work for."""
     dtype, variance = p.shadow_dec.dtype, centred.total_variance
     if parts is None:
-        fit = residual(code, p.shadow_dec, centred.x, dtype)
+        fit = residual(code, p.shadow_dec, centred.target, dtype)
         if thresholds is None:
             order = by_feature(code)
         else:
             order = by_feature(code, counted=code.values != 0, real=thresholds.real, near=thresholds.near)
         error = fit.squared_error
         return StepResult(centred.x, fit.residual, error, error, variance, order.firings), order, fit.residual
-    nested = nested_residuals(code, parts, p.shadow_dec, centred.x)
+    nested = nested_residuals(code, parts, p.shadow_dec, centred.target)
     order = by_feature(code, parts.cells, parts.narrow)
     error, loss = nested.squared_error, nested.loss
     return StepResult(centred.x, nested.residual, error, loss, variance, order.firings), order, nested.by_cell

@@ -70,6 +70,11 @@ class Parameters:
     m_b_dec: Moments
     shadows: Float[Tensor, "2 padded d"]
     """W_enc and W_dec in the precision of products, with rows of zeros up to a multiple of 64."""
+    subtracts_b_dec: bool = True
+    """Whether the encoder reads x - b_dec: a transcoder's reads x."""
+    W_skip: Float[Tensor, "d d"] | None = None
+    """[d_out, d_in] of a linear path beside the features, where there is one."""
+    m_W_skip: Moments | None = None
 
     @property
     def padded_enc(self) -> Float[Tensor, "padded d"]:
@@ -342,6 +347,14 @@ def update_from_gradients(
     update_vector(p.b_dec, grad_b_dec * factor, p.m_b_dec, adam)
 
 
+def b_dec_gradient(
+    p: Parameters, residual: Float[Tensor, "n d"], scale: Float[Tensor, ""], grad_b_enc: Float[Tensor, "d_sae"]
+) -> Float[Tensor, "d"]:
+    """Gradient of b_dec, which is a part of every prediction and, in an SAE, subtracted from what is encoded."""
+    gradient = residual.sum(0, dtype=torch.float32) * scale
+    return gradient - through_encoder(grad_b_enc, p.shadow_enc) if p.subtracts_b_dec else gradient
+
+
 def update_from_code(
     parameters: Parameters,
     order: FeatureOrder,
@@ -359,8 +372,8 @@ def update_from_code(
     """One step of every parameter from the sparse code, without gradients in memory; returns the thresholds' sums.
 
     Args:
-        residual: x - x_hat; `scale` times it is the gradient to x_hat. Where entries work for different ones, the
-            first n rows are those of b_dec.
+        residual: target less prediction; `scale` times it is the gradient to the prediction. Where entries work for
+            different ones, the first n rows are those of b_dec.
         tokens_since_fired: set to 0 for features that fired, else increased by the batch's tokens.
         shrink: as for `products`.
     """
@@ -368,7 +381,8 @@ def update_from_code(
     d_sae, d = p.W_dec.shape
     n_tokens = x_centred.shape[0]
     made = products(order, residual, x_centred, scale, p.shadow_dec, shrink=shrink, sizes=sizes)
-    through_x = through_encoder(made.b_enc, p.shadow_enc)
+    # Before the encoder moves.
+    grad_b_dec = b_dec_gradient(p, residual[:n_tokens], scale, made.b_enc)
     extra = (p.W_dec,) * 4 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc)
     _fused_kernel[(d_sae,)](
         order.offsets, order.firings, order.token, order.rows, order.value, made.da, residual, x_centred, scale,
@@ -379,8 +393,7 @@ def update_from_code(
         d // alignment(d), *adam.constants, ALIGN=alignment(d), NESTED=order.row is not None, DECODER=decoder,
         AUX=aux is not None, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
-    grad_b_dec = residual[:n_tokens].sum(0, dtype=torch.float32) * scale - through_x
-    if aux is not None:
+    if aux is not None and p.subtracts_b_dec:
         grad_b_dec -= aux.through_x
     update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)
     return made.thresholds

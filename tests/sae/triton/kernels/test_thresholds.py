@@ -57,7 +57,7 @@ def test_a_dense_pass_counts_what_a_list_finds(device: torch.device) -> None:
     one = torch.ones((), device=device)
     for bandwidth in (0.0, 0.7):
         made = fast.dense_pass(
-            problem.x, problem.parameters, problem.threshold, one, 0 * one, bandwidth, sizes=SMALL
+            problem.x, problem.x, problem.parameters, problem.threshold, one, 0 * one, bandwidth, sizes=SMALL
         )  # fmt: skip
         assert int(made.counter) == int(problem.listed(problem.threshold - bandwidth / 2, 1).counter)
 

@@ -32,7 +32,7 @@ from sae.rules import (
     Rule,
     TopK,
 )
-from sae.source import GradientSource
+from sae.source import GradientSource, Rows, TargetSource
 from sae.state import Totals, TrainingState
 
 D, F, N, STEPS = 6, 12, 8, 4
@@ -62,12 +62,20 @@ def exact(state: TrainingState, *, dense: bool = False) -> FusedStep:
 
 
 Stream = Callable[[], GradientSource]
+Targets = Callable[[], TargetSource]
+PLANTED = {"d_in": D, "n_directions": 24, "rate": 0.15, "scale": 2.5, "noise": 0.05, "n_sampled": 200}
 
 
 @pytest.fixture
 def stream(planted_pairs: Callable[..., GradientSource]) -> Stream:
     """Makes the stream of all these tests, at its beginning."""
-    return partial(planted_pairs, d_in=D, n_directions=24, rate=0.15, scale=2.5, noise=0.05, n_sampled=200)
+    return partial(planted_pairs, **PLANTED)
+
+
+@pytest.fixture
+def targets(planted_targets: Callable[..., TargetSource]) -> Targets:
+    """The same with something to predict: what a transcoder trains on."""
+    return partial(planted_targets, **PLANTED)
 
 
 @dataclass(frozen=True)
@@ -84,20 +92,34 @@ def relative(ours: Tensor, reference: Tensor) -> float:
 
 
 def trajectory(
-    config: TrainConfig, source: GradientSource, device: torch.device, step_of: Callable[[TrainingState], Step]
+    config: TrainConfig,
+    source: GradientSource | TargetSource,
+    device: torch.device,
+    step_of: Callable[[TrainingState], Step],
 ) -> Trajectory:
-    """All steps of a state of which some features never fire."""
-    state = TrainingState(config, D, device)
+    """All steps of a state of which some features never fire; a transcoder where the source has targets."""
+
+    def moved(rows: Rows) -> Rows:
+        return Rows(*(None if part is None else part.to(device) for part in (rows.x, rows.target, rows.gradients)))
+
+    if isinstance(source, TargetSource):
+        state, sample = TrainingState(config, source.pairs[0], device), moved(source.sample_rows(200)[0])
+    else:
+        state, sample = TrainingState(config, D, device), moved(Rows(source.sample(200)))
     make_step = step_of(state)
-    state.initialise(source.sample(200).to(device))
+    state.initialise(sample.x, sample.target)
     with torch.no_grad():
         state.sae.b_enc[::5] = -20 * (0 if config.rule.signed else 1)
         state.sae.W_enc[:, ::5] *= 1e-4 if config.rule.signed else 1
     start = {name: parameter.detach().cpu().clone() for name, parameter in state.sae.named_parameters()}
     reports = []
     for step in range(STEPS):
-        batch, gradients = source.next_pair(N)
-        make_step(batch.to(device), step, gradients.to(device) if config.rule.needs_gradients else None)
+        if isinstance(source, TargetSource):
+            rows = moved(source.next_rows(N, gradients=True)[0])
+        else:
+            batch, gradients = source.next_pair(N)
+            rows = moved(Rows(batch, gradients=gradients))
+        make_step(rows.x, step, rows.gradients if config.rule.needs_gradients else None, rows.target)
         reports.append(state.read_totals())
     return Trajectory(state, start, reports)
 
@@ -113,15 +135,38 @@ CASES = [(rule, "aux-k") for rule in RULES] + [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "change"), CASES, ids=lambda value: getattr(value, "name", value or "no aux"))
+TRANSCODERS = [
+    (TopK(4), "aux-k skip"), (BatchTopK(3), "aux-k skip clip"), (FeatureChoice(3, mutual_share=0.4), "aux-k"),
+    (GradientTopK(4, beta=0.7), "frozen nested multi skip"), (JumpReLU(), "skip"),
+    (JumpReLU(target_l0=2.0), "aux-k dense skip clip"),
+]  # fmt: skip
+
+
+def name_of(value: Any) -> str:
+    return getattr(value, "name", value or "no aux")
+
+
+@pytest.mark.parametrize(("rule", "change"), CASES, ids=name_of)
 def test_fused_steps_follow_plain_ones(rule: Rule, change: str, stream: Stream, device: torch.device) -> None:
+    follows(rule, change, stream, device)
+
+
+@pytest.mark.parametrize(("rule", "change"), TRANSCODERS, ids=name_of)
+def test_a_transcoders_fused_steps_follow_plain_ones(
+    rule: Rule, change: str, targets: Targets, device: torch.device
+) -> None:
+    follows(rule, change, targets, device)
+
+
+def follows(rule: Rule, change: str, stream: Stream | Targets, device: torch.device) -> None:
+    """Whether the fused path ends where the plain one does, and reports as it does."""
     kind = change.partition(" ")[0]
     config = replace(CONFIG, rule=rule, aux={"aux-k": "aux_k", "aux-zipf": "aux_zipf"}.get(kind, "none"))
     words = change.split()
     config = replace(
         config, frozen_decoder="frozen" in words, aux_coefficient=0.5, clip_grad_norm=0.3 if "clip" in words else None,
         matryoshka=(3, 7) if "nested" in words else (), multi_k=0.4 if "multi" in words else 0.0,
-        anneal_from_k=6 if "anneal" in words else None,
+        anneal_from_k=6 if "anneal" in words else None, skip="skip" in words,
     )  # fmt: skip
     expected = trajectory(config, stream(), torch.device("cpu"), PlainStep)
     made = trajectory(config, stream(), device, partial(exact, dense="dense" in words))
@@ -148,16 +193,29 @@ def test_fused_steps_follow_plain_ones(rule: Rule, change: str, stream: Stream, 
         assert made.reports[-1].aux_loss > 0
 
 
-def run(config: TrainConfig, source: GradientSource, device: torch.device, **options: Any) -> dict[str, Tensor]:
+def run(
+    config: TrainConfig, source: GradientSource | TargetSource, device: torch.device, **options: Any
+) -> dict[str, Tensor]:
     (result,) = train([config], source, device=device, **{"make_step": exact, **options})
     assert result.error is None
     assert result.sae is not None
     return result.sae.state_dict()
 
 
-@pytest.mark.parametrize("rule", [TopK(4), FeatureChoice(3, mutual_share=0.4)], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", [TopK(4), FeatureChoice(3, mutual_share=0.4)], ids=name_of)
 def test_a_fused_run_resumes_to_the_same_bits(rule: Rule, stream: Stream, device: torch.device, tmp_path: Path) -> None:
-    config = replace(CONFIG, rule=rule, aux="aux_k")
+    resumes(replace(CONFIG, rule=rule, aux="aux_k"), stream, device, tmp_path)
+
+
+@pytest.mark.parametrize("rule", [TopK(4), JumpReLU()], ids=name_of)
+def test_a_transcoders_fused_run_resumes_to_the_same_bits(
+    rule: Rule, targets: Targets, device: torch.device, tmp_path: Path
+) -> None:
+    resumes(replace(CONFIG, rule=rule, aux="aux_k", skip=True), targets, device, tmp_path)
+
+
+def resumes(config: TrainConfig, stream: Stream | Targets, device: torch.device, folder: Path) -> None:
+    """Whether a run that was stopped ends as one that was not."""
     whole = run(config, stream(), device)
 
     def stop(metrics: StepMetrics) -> None:
@@ -165,8 +223,8 @@ def test_a_fused_run_resumes_to_the_same_bits(rule: Rule, stream: Stream, device
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(config, stream(), device, checkpoint_dir=tmp_path, checkpoint_seconds=0, on_metrics=stop)
-    resumed = run(config, stream(), device, checkpoint_dir=tmp_path, resume=True)
+        run(config, stream(), device, checkpoint_dir=folder, checkpoint_seconds=0, on_metrics=stop)
+    resumed = run(config, stream(), device, checkpoint_dir=folder, resume=True)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
