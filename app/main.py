@@ -29,7 +29,7 @@ LAYOUT = """
 .stMainBlockContainer { padding: 2.4rem 2rem 2rem }
 .stMainBlockContainer [data-testid=stVerticalBlock] { gap: 0.6rem }
 .stMainBlockContainer h1 { font-size: 1.7rem; padding: 0.2rem 0 }
-.stMainBlockContainer h3 { font-size: 1.3rem; padding: 0.1rem 0 }
+.stMainBlockContainer h3 { font-size: 1.2rem; line-height: 1.5; padding: 0.1rem 0 0.3rem }
 @media (max-width: 1000px) {
   .stMainBlockContainer { padding: 2.4rem 1rem 1rem }
   :is(.st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] {
@@ -50,8 +50,8 @@ def pages() -> list[st.Page]:
 
 
 NAV = "[data-testid=stSidebarNav]"
+# Overview looks chosen in the sidebar though the address alone opened it.
 AT_START = f"{NAV} li:first-of-type a {{ background: color-mix(in srgb, currentColor 12%, transparent) }}"
-"""Overview is framed in the sidebar as other pages are, though it was opened by the address alone."""
 
 
 def icons(titles: Sequence[str]) -> str:

@@ -2,17 +2,21 @@
 
 import pandas as pd
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from app.live import choose_sae, open_live, token_row
+from app.live import Clicked, choose_sae, open_live, prompt_box, token_grid, token_row
 from app.shared import open_workspace, page_link, plain
-from workbench import InputError
+from workbench import InputError, Workspace
 from workbench.features import prompt_figures as live_figures
-from workbench.features.live import LiveSAE
+from workbench.features.live import LiveSAE, read_with
+from workbench.features.prompt_grid import feature_rows, sae_rows
 from workbench.features.prompts import RANKINGS, PromptReading, Ranking
 from workbench.models.prompt_text import MAX_TOKENS
+from workbench.show.grid import grid_html
 from workbench.show.html import STYLE, visible
 
 SHOWN = 200
+DENSE = 0.1
 LINK = "feature=(.*)$"
 
 
@@ -23,13 +27,8 @@ def main() -> None:
     picker, box = st.columns([1, 3])
     with picker:
         live, version = open_live(workspace, choose_sae(workspace))
-    text = box.text_area(
-        "Prompt",
-        key="prompt",
-        bind="query-params",
-        height=110,
-        placeholder="Type or paste a text, then press Ctrl+Enter",
-    )
+    with box:
+        text = prompt_box("Type or paste a text, then press Ctrl+Enter")
     picker.caption(plain(f"{live.sae.d_sae:,} features at {live.sae.hook_name} of {live.model.info.name}"))
     if not text:
         st.info("Type a prompt to see which features fire on it. Every token can be clicked.")
@@ -40,13 +39,19 @@ def main() -> None:
         st.error(plain(str(error)))
         return
     if reading.truncated:
-        st.info(f"Only the beginning was read: {len(reading.tokens):,} tokens (at most 10,000 characters, "
+        st.info(f"Only the beginning was read: {reading.n_read:,} tokens (at most 10,000 characters, "
                 f"{MAX_TOKENS:,} tokens and one context of the model).")  # fmt: skip
-    position, feature = chosen(reading)
+    with st.container(key="below"):
+        token_box, feature_box, ranking, dense = st.columns([2, 2, 3, 2], vertical_alignment="bottom")
+    position, feature = chosen(reading, token_box, feature_box)
+    by, max_density = choose_ranking(reading, ranking, dense)
     tokens(reading, position, feature)
-    ranked, detail = st.columns([3, 2], gap="large")
+    every_sae(workspace, live, text, position)
+    grid(reading, by, max_density, position, feature)
+    with st.container(key="beside"):
+        ranked, detail = st.columns([3, 2], gap="large")
     with ranked:
-        features(reading, position)
+        features(reading, by, max_density, position)
     with detail:
         if position is not None:
             expectations(reading, position)
@@ -54,7 +59,7 @@ def main() -> None:
             one_feature(reading, feature, position)
         if position is None and feature is None:
             st.caption("Click a token to see its features and what the model expects after it.")
-    figures(reading)
+            st.plotly_chart(live_figures.prompt_losses(reading), key="losses", config={"displayModeBar": False})
 
 
 @st.cache_resource(max_entries=8, show_spinner="Reading ...")
@@ -81,7 +86,9 @@ def _set(name: str, value: int | None) -> None:
         st.query_params[name] = str(value)
 
 
-def chosen(reading: PromptReading) -> tuple[int | None, int | None]:
+def chosen(
+    reading: PromptReading, token_box: DeltaGenerator, feature_box: DeltaGenerator
+) -> tuple[int | None, int | None]:
     """Token and feature looked at, kept in the URL as `token` and `feature`; without one, the whole prompt."""
     last_token, last_feature = len(reading.tokens) - 1, reading.d_sae - 1
     position, feature = _number("token", last_token, "token"), _number("feature", last_feature, "feature")
@@ -91,19 +98,91 @@ def chosen(reading: PromptReading) -> tuple[int | None, int | None]:
     def follow(name: str) -> None:
         _set(name, st.session_state[name])
 
-    left, middle, _ = st.columns([1, 1, 2])
-    left.number_input("Token", 0, last_token, value=None, step=1, key="token", placeholder="all",
-                      on_change=follow, args=("token",))  # fmt: skip
-    middle.number_input("Coloured by feature", 0, last_feature, value=None, step=1, key="feature",
-                        placeholder="loss", on_change=follow, args=("feature",))  # fmt: skip
+    token_box.number_input("Token", 0, last_token, value=None, step=1, key="token", placeholder="all",
+                           help="its position, BOS being 0", on_change=follow, args=("token",))  # fmt: skip
+    feature_box.number_input("Coloured by feature", 0, last_feature, value=None, step=1, key="feature",
+                             placeholder="loss", on_change=follow, args=("feature",))  # fmt: skip
     return position, feature
+
+
+def choose_ranking(reading: PromptReading, ranking: DeltaGenerator, dense: DeltaGenerator) -> tuple[Ranking, float]:
+    """How features are ranked, and the largest density of those shown."""
+    hide = dense.checkbox(
+        "hide dense", key="hide_dense", bind="query-params", disabled=reading.known is None,
+        help=f"features that fire on over {DENSE:.0%} of the indexed tokens",
+    )  # fmt: skip
+    by: Ranking = ranking.segmented_control(
+        "Rank by", RANKINGS if reading.known else RANKINGS[:2], default="max", key="by", bind="query-params",
+        required=True, help="max: strongest activation; mean: over all tokens; rare: strongest x log(1 / density)",
+    )  # fmt: skip
+    return by, DENSE if hide and reading.known else 1.0
+
+
+def every_sae(workspace: Workspace, live: LiveSAE, text: str, position: int | None) -> None:
+    """All SAEs of the model on this prompt, in the order of their hook points; asked for, since each is loaded."""
+    others = siblings(workspace, live)
+    if not others or not st.toggle(
+        f"All {len(others) + 1} SAEs of the model", key="all_saes", bind="query-params",
+        help="at every token the feature of each SAE that is nearest to its maximum",
+    ):  # fmt: skip
+        return
+    opened = [open_live(workspace, name) for name in in_order(workspace, [live.name, *others])]
+    readings = _read_all([one for one, _ in opened], tuple(version for _, version in opened), text)
+
+    def open_at(place: Clicked) -> None:
+        if place.row is not None:
+            st.query_params["sae"] = place.row
+        _set("token", place.at)
+        _set("feature", None)
+
+    token_grid(
+        grid_html(readings[0].texts, sae_rows(readings), row=live.name, at=position),
+        hint="Hover a cell to read its features; click it to open the SAE at this token.", on_click=open_at,
+        key="grid of all SAEs",
+    )  # fmt: skip
+
+
+def siblings(workspace: Workspace, live: LiveSAE) -> list[str]:
+    """Other SAEs of the same model that are indexed: those whose features have names."""
+    model = {item.name: item.model for item in workspace.saes()}
+    return [name for name in workspace.indexes() if name != live.name and model.get(name) == model[live.name]]
+
+
+def in_order(workspace: Workspace, names: list[str]) -> list[str]:
+    """SAEs by layer, then by hook point and name."""
+    hook = {item.name: item.hook for item in workspace.saes()}
+    return sorted(names, key=lambda name: ([int(part) for part in hook[name].split(".") if part.isdecimal()],
+                                           hook[name], name))  # fmt: skip
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading ...")
+def _read_all(_saes: list[LiveSAE], versions: tuple[int, ...], text: str) -> list[PromptReading]:
+    return read_with(_saes, text)
+
+
+def grid(reading: PromptReading, by: Ranking, max_density: float, position: int | None, feature: int | None) -> None:
+    """The best features of the prompt by token; a cell opens its token and colours the text by its feature."""
+
+    def open_at(place: Clicked) -> None:
+        if place.row is not None:
+            _set("feature", int(place.row))
+        if place.at is not None:
+            _set("token", place.at)
+
+    rows = feature_rows(reading, by, max_density=max_density)
+    if rows:
+        token_grid(
+            grid_html(reading.texts, rows, row=None if feature is None else str(feature), at=position),
+            hint="The best features of the prompt. Hover a cell to read it; click it to open its token and feature.",
+            on_click=open_at, key="grid of features",
+        )  # fmt: skip
 
 
 def tokens(reading: PromptReading, position: int | None, feature: int | None) -> None:
     """The prompt, coloured by a feature or by the loss of its tokens."""
     if feature is None:
         # Red marks what surprised the model.
-        values, strongest, unit = [-loss for loss in reading.losses.tolist()], 10.0, "log probability (nats)"
+        values, strongest, unit = (-reading.losses).tolist(), 10.0, "log probability (nats)"
         st.caption(f"Red: how much each token surprised the model, {reading.mean_loss:.3f} nats on average.")
     else:
         values, strongest = reading.activations(feature).tolist(), reading.strongest(feature)
@@ -111,29 +190,18 @@ def tokens(reading: PromptReading, position: int | None, feature: int | None) ->
         name = reading.known.names[feature] if reading.known else ""
         st.caption(plain(f"Feature {feature} {name}".strip() + f", full colour at {strongest:.3g}."))
     token_row(
-        reading.texts, values, strongest, selected=position, unit=unit, key="tokens",
+        reading.texts, values, strongest, first=reading.first, selected=position, unit=unit, key="tokens",
         on_click=lambda at: _set("token", None if at == position else at),
     )  # fmt: skip
 
 
-def features(reading: PromptReading, position: int | None) -> None:
+def features(reading: PromptReading, by: Ranking, max_density: float, position: int | None) -> None:
     """The features of the prompt or of one token, each with its label and a link; a selected row colours the text."""
-    how, dense = st.columns([3, 2], vertical_alignment="bottom")
-    hide = dense.checkbox(
-        "hide dense", key="hide_dense", bind="query-params", disabled=reading.known is None,
-        help="features that fire on over 10% of the indexed tokens",
-    )  # fmt: skip
-    density = 0.1 if hide and reading.known else 1.0
     if position is None:
-        ways = RANKINGS if reading.known else RANKINGS[:2]
-        by = how.segmented_control(
-            "Rank by", ways, default="max", key="by", bind="query-params", required=True,
-            help="max: strongest activation; mean: over all tokens; rare: strongest x log(1 / density)",
-        )  # fmt: skip
-        table = reading.features(by, max_density=density)
-        st.caption(f"{len(table):,} features fire on {len(reading.tokens):,} tokens")
+        table = reading.features(by, max_density=max_density)
+        st.caption(f"{len(table):,} features fire on {reading.n_read:,} tokens")
     else:
-        table = at_token(reading, position, density, how)
+        table = at_token(reading, position, max_density)
         st.caption(f"{len(table):,} features fire on token {position}")
     if table.empty:
         st.info("No feature is left: show dense features.")
@@ -141,9 +209,12 @@ def features(reading: PromptReading, position: int | None) -> None:
     if reading.known is None:
         table = table.drop(columns=["name", "density"])
         st.caption(f"Names and densities come with an index: `workbench index {reading.sae}`.")
-    table = table.head(SHOWN)
-    if "token" in table:
-        table = table.assign(token=[repr(text) for text in table["token"]])
+    table = table.head(SHOWN).copy()
+    for column in table.columns.intersection(["token", "next"]):
+        table[column] = [repr(text) for text in table[column]]
+    if reading.missing is not None:
+        st.caption(plain(f"No attribution: {reading.missing}"))
+        table = table.drop(columns=["attribution", "next"], errors="ignore")
     number = table["feature"].to_numpy()
     link = [f"Feature?sae={reading.sae}&feature={feature}" for feature in number]
     event = st.dataframe(
@@ -152,6 +223,9 @@ def features(reading: PromptReading, position: int | None) -> None:
         column_config={
             "feature": st.column_config.LinkColumn("feature", display_text=LINK),
             "density": st.column_config.NumberColumn("density", format="percent"),
+            "attribution": st.column_config.NumberColumn(
+                "to next", format="%+.3f", help="what it adds to the logit of the likeliest next token"
+            ),
         },
     )  # fmt: skip
     rows = event["selection"]["rows"]
@@ -162,13 +236,11 @@ def features(reading: PromptReading, position: int | None) -> None:
         st.rerun()
 
 
-def at_token(
-    reading: PromptReading, position: int, density: float, place: "st.delta_generator.DeltaGenerator"
-) -> pd.DataFrame:
+def at_token(reading: PromptReading, position: int, max_density: float) -> pd.DataFrame:
     """The features of one token with their attribution to a next token, kept in the URL as `target`."""
     target = None
     if reading.missing is None:
-        text = place.text_input(
+        text = st.text_input(
             "Attribute to next token", key="target", bind="query-params",
             placeholder=f"{reading.next_texts[position][0]!r} (likeliest)",
             help="direct logit attribution, past the layers in between; one token, with its space",
@@ -177,11 +249,8 @@ def at_token(
             target = reading.target(text) if text else None
         except InputError as error:
             st.warning(plain(str(error)))
-    table = reading.at(position, target=target, max_density=density)
-    if reading.missing is not None:
-        st.caption(plain(f"No attribution: {reading.missing}"))
-        return table.drop(columns="attribution")
-    if place.checkbox("rank by attribution", key="by_attribution", bind="query-params"):
+    table = reading.at(position, target=target, max_density=max_density)
+    if reading.missing is None and st.checkbox("rank by attribution", key="by_attribution", bind="query-params"):
         order = table["attribution"].abs().sort_values(ascending=False, kind="stable").index
         return table.loc[order].reset_index(drop=True)
     return table
@@ -207,18 +276,6 @@ def one_feature(reading: PromptReading, feature: int, position: int | None) -> N
     if reading.known is not None:
         page_link("Feature", f"Open feature {feature}", sae=reading.sae, feature=feature)
     page_link("Steering", f"Steer with feature {feature}", sae=reading.sae, feature=feature, prompt=reading.text)
-
-
-def figures(reading: PromptReading) -> None:
-    """Features x tokens, and the losses."""
-    together, losses = st.tabs(["Features and tokens", "Loss"])
-    hide = reading.known is not None and st.session_state.get("hide_dense", False)
-    by: Ranking = st.session_state.get("by") or "max"
-    density = 0.1 if hide else 1.0
-    with together:
-        st.plotly_chart(live_figures.prompt_heatmap(reading, by, max_density=density), key="heatmap")
-    with losses:
-        st.plotly_chart(live_figures.prompt_losses(reading), key="losses")
 
 
 main()

@@ -1,5 +1,6 @@
 """The Prompt and Steering pages in their states, run by Streamlit's own test harness."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from app.live import EXAMPLES
 from sae import SAE
 from sae.rules import AbsTopK
 from workbench import Workspace
 from workbench.catalog.notes import Notes
+from workbench.features.prompt_grid import FEATURES
 from workbench.models.load import load_model
 
 OpenPage = Callable[..., AppTest]
@@ -42,6 +45,12 @@ def asked(page: AppTest, name: str) -> str:
     """A parameter of the URL, which the harness gives as a text or as a list of one."""
     value = page.query_params[name]
     return value[0] if isinstance(value, list) else value
+
+
+def grid_rows(page: AppTest) -> list[str]:
+    """The rows of the first grid of a page."""
+    grid = next(part.proto.json for part in page.get("bidi_component") if 'class=\\"grid' in part.proto.json)
+    return re.findall(r'data-row=\\"([^"]*)\\"', grid)
 
 
 def html(page: AppTest) -> str:
@@ -89,12 +98,15 @@ def test_a_prompt_from_a_link_shows_its_features(space: Workspace, open_page: Op
     assert [int(link.split("=")[-1]) for link in table["feature"]] == reading.features()["feature"].tolist()
     assert (table["activation"] < 0).any()
     assert (table["activation"] > 0).any()
-    assert len(page.get("plotly_chart")) == 2
+    assert np.array_equal(table["attribution"], reading.features()["attribution"])
+    assert len(page.get("plotly_chart")) == 1
+    assert grid_rows(page) == [str(number) for number in reading.features()["feature"][:FEATURES]]
     for by in ("mean", "rare"):
         page.segmented_control(key="by").set_value(by).run()
         assert not page.exception
         links = page.dataframe[0].value["feature"]
         assert [int(link.split("=")[-1]) for link in links] == reading.features(by)["feature"].tolist()
+        assert grid_rows(page) == [str(number) for number in reading.features(by)["feature"][:FEATURES]]
 
 
 def test_a_token_shows_its_features_and_what_they_do_to_the_next(space: Workspace, open_page: OpenPage) -> None:
@@ -121,12 +133,30 @@ def test_a_selected_row_colours_the_prompt_by_its_feature(space: Workspace, open
     page.number_input(key="feature").set_value(first).run()
     assert not page.exception
     assert asked(page, "feature") == str(first)
-    assert len(page.get("plotly_chart")) == 3
+    assert len(page.get("plotly_chart")) == 1
     component = page.get("bidi_component")[0].proto
     assert f"feature {first}" in component.json
     # As data, which the component sets as text; nothing is escaped twice.
     assert '"text": "script"' in component.json
     assert "&lt;" not in component.json
+
+
+def test_all_saes_of_a_model_read_one_prompt(space: Workspace, open_page: OpenPage) -> None:
+    assert not open_page("Prompt", space, sae="s", prompt=TEXT).toggle
+    shutil.copytree(space.sae_folder("s"), space.sae_folder("t"))
+    space.build_index("t", harvest="h", model=load_model("demo", device="cpu"))
+    page = open_page("Prompt", space, sae="s", prompt=TEXT)
+    page.toggle(key="all_saes").set_value(True).run()
+    assert not page.exception
+    assert grid_rows(page) == ["s", "t"]
+
+
+def test_an_example_becomes_the_prompt(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Prompt", space, sae="s")
+    page.button(key="example names").click().run()
+    assert not page.exception
+    assert page.text_area(key="prompt").value == EXAMPLES["names"]
+    assert page.dataframe
 
 
 @pytest.mark.parametrize(("query", "message"), [({"token": "999"}, "token '999'"), ({"feature": "x"}, "feature 'x'")])

@@ -42,7 +42,7 @@ def prompt(
     sae: SAEArgument,
     text: Annotated[str, typer.Argument(help="The prompt.")],
     by: Annotated[Ranking, typer.Option(help="Rank by this; rare is strong and seldom.")] = "max",
-    token: Annotated[int | None, typer.Option(help="Features of this token alone, counted from 0.", min=0)] = None,
+    token: Annotated[int | None, typer.Option(help="Features of this token alone, BOS being 0.", min=0)] = None,
     target: Annotated[str | None, typer.Option(help="Next token to attribute; the likeliest when left out.")] = None,
     max_density: Annotated[float, typer.Option(help="Leave out features that fire on a larger share.")] = 1.0,
     model: GivenModelOption = None,
@@ -65,19 +65,19 @@ def prompt(
         print_json(_reading_dict(reading, table))
         return
     if reading.truncated:
-        print(f"Only the beginning was read: {len(reading.tokens):,} tokens")
+        print(f"Only the beginning was read: {reading.n_read:,} tokens")
     if token is None:
-        title = f"{len(table):,} features fire on {len(reading.tokens)} tokens, loss {reading.mean_loss:.3f} nats"
+        title = f"{len(table):,} features fire on {reading.n_read} tokens, loss {reading.mean_loss:.3f} nats"
     else:
         likely = "  ".join(
             f"{text!r} {share:.2f}"
             for text, share in zip(reading.next_texts[token][:5], reading.next_probabilities[token], strict=False)
         )
         title = f"token {token} {reading.texts[token]!r}, next {likely}"
-        if reading.missing:
-            print(f"No attribution: {reading.missing}")
-            table = table.drop(columns="attribution")
-    print_frame(title, table.head(SHOWN), as_json=False)
+    if reading.missing:
+        print(f"No attribution: {reading.missing}")
+    titles = {name: name for name in table.columns if name != "score" and not table[name].isna().all()}
+    print_frame(title, table, as_json=False, titles=titles, top=SHOWN)
 
 
 def steer(
@@ -120,7 +120,7 @@ def steer(
 def _reading_dict(reading: "PromptReading", table: "pd.DataFrame") -> dict[str, Any]:
     return {
         "sae": reading.sae, "model": reading.model, "hook": reading.hook, "truncated": reading.truncated,
-        "missing": reading.missing, "tokens": reading.texts, "losses": reading.losses.tolist(),
+        "missing": reading.missing, "tokens": reading.texts, "first": reading.first, "losses": reading.losses.tolist(),
         "features": records(table),
     }  # fmt: skip
 

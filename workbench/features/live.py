@@ -4,6 +4,7 @@ The model is the one the SAE was trained on (its provenance, else its own config
 along where there is one: names, densities, and the feature's maximum as the unit of steering.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.features.index.query import FeatureIndex
-from workbench.features.prompts import KnownFeatures, PromptReading, read_prompt
+from workbench.features.prompts import KnownFeatures, PromptReading, read_prompt, read_through
 from workbench.features.steering import Edit, Steering, steer
 from workbench.models.load import LoadedModel, reload_model
 
@@ -49,6 +50,11 @@ class LiveSAE:
     def feature_name(self, feature: int) -> str | None:
         """What to call a feature; None without an index."""
         return self.known.names[feature] if self.known else None
+
+
+def read_with(saes: Sequence[LiveSAE], text: str) -> list[PromptReading]:
+    """Reads a prompt through several SAEs of one model in the same passes; see `workbench.features.prompts`."""
+    return read_through(saes[0].model, {one.name: (one.sae, one.known) for one in saes}, text)
 
 
 def model_name(catalog: Catalog, sae: str) -> str:

@@ -1,12 +1,11 @@
 """Figures of prompts and steering, as Plotly objects."""
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.features.prompts import PromptReading, Ranking
+from workbench.features.prompts import PromptReading
 from workbench.features.steering import Steering
-from workbench.show.colours import FAINT, MARK, NEGATIVE, NEUTRAL, POSITIVE, sign_colour
+from workbench.show.colours import MARK, NEUTRAL, sign_colour
 from workbench.show.html import plotly_text
 
 _LAYOUT = {"margin": {"l": 45, "r": 10, "t": 10, "b": 40}, "bargap": 0.1}
@@ -38,34 +37,6 @@ def prompt_activations(reading: PromptReading, feature: int, position: int | Non
         figure.add_vline(x=position, line_color=MARK)
     _tokens_axis(figure, reading.texts, NARROW)
     return figure.update_layout(yaxis_title="activation", height=240, **_LAYOUT)
-
-
-def prompt_heatmap(
-    reading: PromptReading, by: Ranking = "max", *, n_features: int = 20, max_density: float = 1.0
-) -> go.Figure:
-    """The best features of the prompt, one row each, on every token; colour is the activation, both signs."""
-    table = reading.features(by, max_density=max_density).head(n_features)
-    numbers = [int(number) for number in table["feature"]]
-    values = np.array([reading.activations(number) for number in numbers]).reshape(len(numbers), len(reading.texts))
-    strongest = float(np.abs(values).max(initial=0)) or 1.0
-    names = [f"{number} {name}".strip() for number, name in zip(numbers, table["name"], strict=True)]
-    signed = bool((values < 0).any())
-    figure = go.Figure(
-        go.Heatmap(
-            z=values, zmin=-strongest if signed else 0, zmax=strongest,
-            colorscale=[[0, NEGATIVE], [0.5, FAINT], [1, POSITIVE]]
-            if signed else [[0, FAINT], [1, POSITIVE]],
-            customdata=[[plotly_text(text) for text in reading.texts]] * len(numbers),
-            text=[[plotly_text(name)] * len(reading.texts) for name in names],
-            hovertemplate="feature %{text}<br>%{customdata}<br>%{z:.4g}<extra></extra>",
-            colorbar={"thickness": 12, "title": "activation"},
-        )
-    )  # fmt: skip
-    figure.update_yaxes(
-        tickvals=list(range(len(names))), ticktext=[plotly_text(name)[:32] for name in names], autorange="reversed"
-    )
-    _tokens_axis(figure, reading.texts)
-    return figure.update_layout(height=max(160, 100 + 20 * len(names)), **_LAYOUT)
 
 
 def prompt_losses(reading: PromptReading) -> go.Figure:

@@ -2,7 +2,9 @@
 
 from html import escape
 
+from workbench.features.prompt_grid import feature_rows
 from workbench.features.prompts import PromptReading
+from workbench.show.grid import GRID_CSS, grid_html
 from workbench.show.html import STYLE, token_html, visible
 
 SHOWN = 12
@@ -10,22 +12,25 @@ SHOWN = 12
 
 
 def reading_html(reading: PromptReading) -> str:
-    """The strongest features of the prompt, each with the text it fires on."""
+    """The strongest features of the prompt as a grid over its tokens, then each with the text it fires on."""
     rows = []
     for item in reading.features().head(SHOWN).to_dict("records"):
         number = int(item["feature"])
         rows.append(
             f'<details class="ex"><summary><span class="chip">{number}</span>{escape(item["name"])} '
             f'{visible(item["token"])} {item["activation"]:.3g} <span class="dim">fires on {item["fires"]} of '
-            f"{len(reading.tokens)} tokens</span></summary>{feature_html(reading, number)}</details>"
+            f"{reading.n_read} tokens</span></summary>{feature_html(reading, number)}</details>"
         )
     cut = " (only its beginning was read)" if reading.truncated else ""
     head = (
-        f"<h2>{escape(reading.sae or reading.hook)}: {len(reading.tokens)} tokens{cut}</h2>"
+        f"<h2>{escape(reading.sae or reading.hook)}: {reading.n_read} tokens{cut}</h2>"
         f'<div class="dim">{escape(reading.model)}, {escape(reading.hook)}, mean loss {reading.mean_loss:.3f} '
         f"nats</div>"
     )
-    return f'{STYLE}<div class="wbf">{head}{"".join(rows) or "<p>No feature fires.</p>"}</div>'
+    if not rows:
+        return f'{STYLE}<div class="wbf">{head}<p>No feature fires.</p></div>'
+    grid = grid_html(reading.texts, feature_rows(reading))
+    return f'{STYLE}<style>{GRID_CSS}</style><div class="wbf">{head}{grid}{"".join(rows)}</div>'
 
 
 def feature_html(reading: PromptReading, feature: int) -> str:
@@ -36,5 +41,6 @@ def feature_html(reading: PromptReading, feature: int) -> str:
     spans = "".join(
         token_html(text, value, strongest, peak=at == peak)
         for at, (text, value) in enumerate(zip(reading.texts, values, strict=True))
+        if at >= reading.first
     )
     return f'<div class="text">{spans}</div>'

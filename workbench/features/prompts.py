@@ -1,14 +1,15 @@
 """A prompt read through an SAE: which features fire on which token, and what they do to the next one.
 
 1. The text is tokenized and put after BOS, at most `MAX_CHARACTERS` characters and `MAX_TOKENS` tokens of it
-   (`workbench.models.prompt_text`).
-2. One pass of the model gives the value at the SAE's hook point and the last residual stream x, another the logits:
+   (`workbench.models.prompt_text`). Positions count from BOS, which is 0, as everywhere in circuits; without BOS the
+   text's first token is 0.
+2. One pass of the model gives the values at the SAEs' hook points and the last residual stream x, another the logits:
    log p of every next token, and so the loss of every token, -log p(token | what stands before it), in nats.
 3. The SAE encodes every token but BOS; all its activations are kept, with their signs.
 4. Features are ranked over the prompt, or at one token, by one of
 
        max              max_t |a_t|
-       mean             mean_t |a_t|, tokens on which it does not fire counted
+       mean             mean_t |a_t|, tokens of the text on which it does not fire counted
        rare             max_t |a_t| log(1 / density): term frequency times inverse document frequency of text
                         retrieval, "reconstructed"; density is the index's share of tokens on which it fires
 
@@ -22,9 +23,10 @@
    contributes. Hook points that write nothing to the residual stream have none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -63,7 +65,7 @@ class KnownFeatures:
 
 @dataclass(frozen=True)
 class PromptReading:
-    """A prompt with what fires on it. Positions count from the first token after BOS."""
+    """A prompt with what fires on it. Positions count from BOS, which is 0 where the model has one."""
 
     sae: str
     model: str
@@ -72,9 +74,12 @@ class PromptReading:
     text: str
     """What was read of the prompt."""
     truncated: bool
+    first: int
+    """Position of the text's first token: 1 after BOS, else 0."""
     tokens: list[int]
+    """As the model reads them, BOS first."""
     texts: list[str]
-    """Of each token; a character that several tokens share stands at the first of them."""
+    """Of each token, `BOS` of BOS; a character that several tokens share stands at the first of them."""
     losses: Float[NDArray, "n"]
     """Nats of each token given those before it; NaN for one that nothing predicts."""
     next_tokens: Int[NDArray, "n PREDICTIONS"]
@@ -97,9 +102,14 @@ class PromptReading:
 
     def __repr__(self) -> str:
         return (
-            f"PromptReading({self.sae!r}): {len(self.tokens)} tokens, {len(self._active)} features fire, "
+            f"PromptReading({self.sae!r}): {self.n_read} tokens, {len(self._active)} features fire, "
             f"mean loss {self.mean_loss:.3f} nats"
         )
+
+    @property
+    def n_read(self) -> int:
+        """Tokens of the text, BOS not counted."""
+        return len(self.tokens) - self.first
 
     @property
     def mean_loss(self) -> float:
@@ -120,6 +130,14 @@ class PromptReading:
         here = float(np.abs(self.activations(feature)).max())
         return float(np.nanmax([here, self.known.strongest[feature]])) if self.known else here
 
+    @cached_property
+    def maxima(self) -> Float[NDArray, "entries"]:
+        """`strongest` of every activation's feature."""
+        at = np.searchsorted(self._active, self.feature)
+        here = np.zeros(len(self._active))
+        np.maximum.at(here, at, np.abs(self.activation))
+        return np.fmax(here, self.known.strongest[self._active])[at] if self.known else here[at]
+
     def features(self, by: Ranking = "max", *, max_density: float = 1.0) -> pd.DataFrame:
         """The features that fire on the prompt, best first.
 
@@ -128,26 +146,32 @@ class PromptReading:
             max_density: leaves out features that fire on a larger share of the index's tokens.
 
         Returns:
-            Columns feature, name, activation (the strongest, with its sign), position (of it), token, mean (of
-            |activation| over all tokens), fires (number of tokens), density, score (what it is ranked by). Name and
-            density are empty without an index.
+            Columns feature, name, activation (the strongest, with its sign), position (of it), token, attribution (at
+            that position, to the model's likeliest next token, `next`; NaN where `missing` says why), mean (of
+            |activation| over the text's tokens), fires (number of tokens), density, score (what it is ranked by).
+            Name and density are empty without an index.
 
         Raises:
             InputError: an unknown ranking, or `rare` without an index.
         """
         if by not in RANKINGS:
             raise InputError(f"no ranking {by!r}: choose {', '.join(RANKINGS)}")
-        entries = pd.DataFrame({"feature": self.feature, "activation": self.activation, "position": self.position})
+        entries = pd.DataFrame(
+            {"feature": self.feature, "activation": self.activation, "position": self.position,
+             "attribution": self.effects}
+        )  # fmt: skip
         entries["strength"] = entries["activation"].abs()
         first = entries.sort_values(["strength", "position"], ascending=[False, True], kind="stable")
         table = first.drop_duplicates("feature").set_index("feature")
         grouped = entries.groupby("feature")["strength"]
         table["token"] = [self.texts[at] for at in table["position"]]
-        table["mean"] = grouped.sum() / len(self.tokens)
+        table["next"] = [self.next_texts[at][0] for at in table["position"]]
+        table["mean"] = grouped.sum() / self.n_read
         table["fires"] = grouped.size()
         table = self._described(table.reset_index(), max_density)
         table["score"] = self._score(table, by)
-        columns = ["feature", "name", "activation", "position", "token", "mean", "fires", "density", "score"]
+        columns = ["feature", "name", "activation", "position", "token", "attribution", "next", "mean", "fires",
+                   "density", "score"]  # fmt: skip
         return table.sort_values(["score", "feature"], ascending=[False, True], ignore_index=True)[columns]
 
     def at(self, position: int, *, target: int | None = None, max_density: float = 1.0) -> pd.DataFrame:
@@ -170,6 +194,15 @@ class PromptReading:
         order = table["activation"].abs().sort_values(ascending=False, kind="stable").index
         return table.loc[order, ["feature", "name", "activation", "density", "attribution"]].reset_index(drop=True)
 
+    @cached_property
+    def effects(self) -> Float[NDArray, "entries"]:
+        """Attribution of every activation to the likeliest next token at its position; NaN where `missing` says why."""
+        found = np.full(len(self.position), np.nan)
+        if self.missing is None:
+            for position in np.unique(self.position).tolist():
+                found[self.position == position] = self.attribution(position, int(self.next_tokens[position, 0]))
+        return found
+
     def attribution(self, position: int, target: int) -> Float[NDArray, "active_here"]:
         """Direct logit attribution to `target` of the features that fire at `position`, in the order of `feature`.
 
@@ -184,7 +217,7 @@ class PromptReading:
         mine = self.position == position
         directions = self._directions[np.searchsorted(self._active, self.feature[mine])]
         readout = self._unembedding[:, target] - self._unembedding.mean(dim=1)
-        return self.activation[mine] * ((directions @ readout) / self._scale[position]).cpu().numpy()
+        return self.activation[mine] * ((directions @ readout) / self._scale[position - self.first]).cpu().numpy()
 
     def target(self, text: str) -> int:
         """The token id of a text that is exactly one token. Raises InputError where it is not."""
@@ -229,7 +262,6 @@ class PromptReading:
         return strength * np.log(1 / table["density"].clip(lower=floor))
 
 
-@torch.no_grad()
 def read_prompt(
     model: "LoadedModel", sae: SAE, text: str, *, name: str = "", known: KnownFeatures | None = None
 ) -> PromptReading:
@@ -245,33 +277,54 @@ def read_prompt(
     Raises:
         InputError: a text without tokens, or an SAE of another model.
     """
-    hook = resolve_hook(model, sae.hook_name)
+    return read_through(model, {name: (sae, known)}, text)[0]
+
+
+@torch.no_grad()
+def read_through(
+    model: "LoadedModel", saes: Mapping[str, tuple[SAE, KnownFeatures | None]], text: str
+) -> list[PromptReading]:
+    """Reads a prompt through several SAEs of a model in the same passes; arguments and errors as `read_prompt`.
+
+    Args:
+        saes: each by its name, with what is known of its features.
+    """
+    hooks = {name: resolve_hook(model, sae.hook_name) for name, (sae, _) in saes.items()}
     ids, truncated = encode_prompt(model, text)
-    tokens = torch.tensor([model.begun(ids)], device=model.device)
+    row = model.begun(ids)
+    tokens = torch.tensor([row], device=model.device)
     read = slice(model.n_bos, None)
-    last = model.checks.hooks.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post", hook)
-    values = capture(model, tokens, [hook, last]).activations
-    x = values[hook.name][0, read]
-    position, feature, activation = (
-        part.cpu().numpy() for part in sae.encode(x.to(sae.W_dec.device, torch.float32)).entries()
-    )
-    active = np.unique(feature)
-    directions, scale, missing = None, None, None
-    try:
-        directions = output_directions(model, sae)[torch.from_numpy(active).to(model.device)]
-        scale = final_scale(model, values[last.name][0, read])
-    except InputError as error:
-        missing = str(error)
+    last = model.checks.hooks.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post", next(iter(hooks.values())))
+    values = capture(model, tokens, list(dict.fromkeys([*hooks.values(), last]))).activations
     log_probabilities = next_log_probabilities(model.hf(tokens, use_cache=False).logits[0])
-    losses = token_losses(model, log_probabilities, tokens[0])[read]
     n_out = log_probabilities.shape[1]
-    likeliest = log_probabilities[read].topk(min(PREDICTIONS, n_out), dim=1)
+    likeliest = log_probabilities.topk(min(PREDICTIONS, n_out), dim=1)
     next_tokens = likeliest.indices.cpu().numpy()
-    return PromptReading(
-        sae=name, model=model.info.name, hook=hook.name, d_sae=sae.d_sae, text=model.text(ids), truncated=truncated,
-        tokens=ids, texts=token_pieces(model, ids), losses=losses.numpy(), next_tokens=next_tokens,
-        next_texts=[[model.label_of(token, n_out) for token in row] for row in next_tokens.tolist()],
-        next_probabilities=likeliest.values.exp().cpu().numpy(), position=position, feature=feature,
-        activation=activation.astype(np.float64), known=known, missing=missing, _directions=directions,
-        _active=active, _scale=scale, _loaded=model,
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "model": model.info.name, "text": model.text(ids), "truncated": truncated, "first": model.n_bos,
+        "tokens": row, "texts": [*["BOS"][: model.n_bos], *token_pieces(model, ids)],
+        "losses": token_losses(model, log_probabilities, tokens[0]).numpy(), "next_tokens": next_tokens,
+        "next_texts": [[model.label_of(token, n_out) for token in one] for one in next_tokens.tolist()],
+        "next_probabilities": likeliest.values.exp().cpu().numpy(), "_loaded": model,
+    }  # fmt: skip
+    readings = []
+    for name, (sae, known) in saes.items():
+        x = values[hooks[name].name][0, read]
+        position, feature, activation = (
+            part.cpu().numpy() for part in sae.encode(x.to(sae.W_dec.device, torch.float32)).entries()
+        )
+        active = np.unique(feature)
+        directions, scale, missing = None, None, None
+        try:
+            directions = output_directions(model, sae)[torch.from_numpy(active).to(model.device)]
+            scale = final_scale(model, values[last.name][0, read])
+        except InputError as error:
+            missing = str(error)
+        readings.append(
+            PromptReading(
+                sae=name, hook=hooks[name].name, d_sae=sae.d_sae, position=position + model.n_bos, feature=feature,
+                activation=activation.astype(np.float64), known=known, missing=missing, _directions=directions,
+                _active=active, _scale=scale, **shared,
+            )
+        )  # fmt: skip
+    return readings

@@ -14,8 +14,6 @@ import math
 POSITIVE, NEGATIVE, NEUTRAL, MARK = "#2ea043", "#da3633", "#4269d0", "#efb118"
 GREY, GREY_LINE, GREY_GROUND = "#888", "#8884", "#8882"
 """Of what has no value, on a light page and on a dark one: points, lines, grounds."""
-FAINT = "rgba(128,128,128,0.08)"
-"""The middle of a scale, on a light page and on a dark one."""
 PALETTE = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#efb118", "#6cc5b0")
 
 

@@ -13,12 +13,14 @@ from sae import SAE
 from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench.features import prompt_figures as live_figures
-from workbench.features.prompts import KnownFeatures, read_prompt
+from workbench.features.prompt_grid import feature_rows, sae_rows
+from workbench.features.prompts import KnownFeatures, read_prompt, read_through
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.models.places import KINDS
 from workbench.models.prompt_text import MAX_TOKENS, encode_prompt, token_pieces
+from workbench.show.grid import grid_html
 
 TEXT = "def f(x):\n    return json.loads(x)  # <script> 😀 e\u0301\n"
 D_SAE = 40
@@ -43,10 +45,13 @@ def known(seed: int = 0) -> KnownFeatures:
 def test_activations_are_the_saes_on_what_a_harvest_captures(gpt2_model: LoadedModel, kind: str) -> None:
     sae = make_sae(gpt2_model, f"blocks.1.{KINDS[kind]}")
     reading = read_prompt(gpt2_model, sae, TEXT)
-    tokens = torch.tensor([[gpt2_model.bos_id, *reading.tokens]])
+    tokens = torch.tensor([reading.tokens])
     hook = resolve_hook(gpt2_model, sae.hook_name)
+    assert reading.tokens[0] == gpt2_model.bos_id
+    assert "".join(reading.texts) == f"BOS{TEXT}"
     x = capture(gpt2_model, tokens, [hook]).activations[hook.name][0, 1:]
-    dense = sae.encode(x).to_dense().numpy()
+    # No feature is read on BOS.
+    dense = np.pad(sae.encode(x).to_dense().numpy(), ((1, 0), (0, 0)))
     for feature in range(D_SAE):
         assert np.array_equal(reading.activations(feature), dense[:, feature])
     assert dense.any()
@@ -56,11 +61,12 @@ def test_activations_are_the_saes_on_what_a_harvest_captures(gpt2_model: LoadedM
 
 def test_losses_and_predictions_are_the_models(tiny_model: LoadedModel) -> None:
     reading = read_prompt(tiny_model, make_sae(tiny_model), TEXT)
-    tokens = torch.tensor([[tiny_model.bos_id, *reading.tokens]])
+    tokens = torch.tensor([reading.tokens])
     p = tiny_model.hf(tokens).logits[0].double().softmax(-1)
-    expected = [-math.log(p[at, token]) for at, token in enumerate(reading.tokens)]
-    assert np.allclose(reading.losses, expected, atol=1e-5)
-    best = p[1:].topk(10)
+    expected = [-math.log(p[at, token]) for at, token in enumerate(reading.tokens[1:])]
+    assert np.isnan(reading.losses[0])
+    assert np.allclose(reading.losses[1:], expected, atol=1e-5)
+    best = p.topk(10)
     assert np.array_equal(reading.next_tokens, best.indices)
     assert np.allclose(reading.next_probabilities, best.values, atol=1e-6)
 
@@ -69,7 +75,7 @@ def naive_rankings(dense: np.ndarray, density: np.ndarray) -> dict[str, dict[int
     fires = [f for f in range(D_SAE) if (dense[:, f] != 0).any()]
     return {
         "max": {f: np.abs(dense[:, f]).max() for f in fires},
-        "mean": {f: np.abs(dense[:, f]).sum() / len(dense) for f in fires},
+        "mean": {f: np.abs(dense[:, f]).sum() / (len(dense) - 1) for f in fires},
         "rare": {f: np.abs(dense[:, f]).max() * math.log(1 / density[f]) for f in fires},
     }
 
@@ -101,7 +107,7 @@ def final_stream(model: LoadedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def test_attribution_is_the_decoder_row_read_by_the_unembedding(tiny_model: LoadedModel, hook: str) -> None:
     sae = make_sae(tiny_model, hook)
     reading = read_prompt(tiny_model, sae, TEXT)
-    tokens = torch.tensor([[tiny_model.bos_id, *reading.tokens]])
+    tokens = torch.tensor([reading.tokens])
     _, scale = final_stream(tiny_model, tokens)
     U = effective_unembedding(tiny_model.bridge).double()
     block = tiny_model.bridge.blocks[int(hook.split(".")[1])]
@@ -113,7 +119,7 @@ def test_attribution_is_the_decoder_row_read_by_the_unembedding(tiny_model: Load
         table = reading.at(position, target=target)
         for row in table.itertuples():
             d = row.activation * sae.W_dec[row.feature].double() @ W_out
-            expected = (d @ (U[:, target] - U.mean(dim=1)) / scale[position + 1].double()).item()
+            expected = (d @ (U[:, target] - U.mean(dim=1)) / scale[position].double()).item()
             assert row.attribution == pytest.approx(expected, abs=2e-5)
 
 
@@ -122,7 +128,7 @@ def test_attributions_with_bias_and_error_add_up_to_the_logit(tiny_model: Loaded
     model = tiny_model
     sae = make_sae(model, f"blocks.{model.info.n_layers - 1}.hook_resid_post")
     reading = read_prompt(model, sae, TEXT)
-    tokens = torch.tensor([[model.bos_id, *reading.tokens]])
+    tokens = torch.tensor([reading.tokens])
     x, scale = final_stream(model, tokens)
     logits = model.hf(tokens).logits[0].double()
     U = effective_unembedding(model.bridge).double()
@@ -132,13 +138,45 @@ def test_attributions_with_bias_and_error_add_up_to_the_logit(tiny_model: Loaded
     if norm_bias is not None:
         shift = unembed @ norm_bias.double()
     position, target = 6, 42
-    readout = (U[:, target] - U.mean(dim=1)) / scale[position + 1].double()
-    rest = x[position + 1].double() - sae(x[position + 1 : position + 2])[0].double() + sae.b_dec.double()
+    readout = (U[:, target] - U.mean(dim=1)) / scale[position].double()
+    rest = x[position].double() - sae(x[position : position + 1])[0].double() + sae.b_dec.double()
     total = (
         reading.attribution(position, target).sum() + (rest @ readout).item() + (shift[target] - shift.mean()).item()
     )
-    at = logits[position + 1]
+    at = logits[position]
     assert total == pytest.approx((at[target] - at.mean()).item(), abs=1e-4)
+
+
+def test_several_saes_read_a_prompt_as_each_by_itself(gpt2_model: LoadedModel) -> None:
+    saes = {hook: make_sae(gpt2_model, hook) for hook in ("blocks.0.hook_resid_post", "blocks.1.attn.hook_z")}
+    together = read_through(gpt2_model, {hook: (sae, known()) for hook, sae in saes.items()}, TEXT)
+    for reading, (hook, sae) in zip(together, saes.items(), strict=True):
+        alone = read_prompt(gpt2_model, sae, TEXT, name=hook, known=known())
+        assert reading.sae == reading.hook == hook
+        assert np.array_equal(reading.activation, alone.activation)
+        assert np.array_equal(reading.losses, alone.losses, equal_nan=True)
+        assert np.array_equal(reading.effects, alone.effects)
+
+
+def test_grids_show_every_activation_and_what_it_does(gpt2_model: LoadedModel) -> None:
+    reading = read_prompt(gpt2_model, make_sae(gpt2_model), TEXT, name="s", known=known())
+    dense = np.stack([reading.activations(feature) for feature in range(D_SAE)], axis=1)
+    for row in feature_rows(reading, n_features=D_SAE):
+        feature = int(row.key)
+        assert {at: cell.value for at, cell in row.cells.items()} == {
+            at: dense[at, feature] for at in np.flatnonzero(dense[:, feature])
+        }
+        assert row.strongest == max(np.abs(dense[:, feature]).max(), known().strongest[feature])
+    for position, feature, effect in zip(reading.position, reading.feature, reading.effects, strict=True):
+        likeliest = int(reading.next_tokens[position, 0])
+        at = reading.at(position, target=likeliest).set_index("feature")["attribution"]
+        assert at[feature] == effect
+    (row,) = sae_rows([reading])
+    shares = np.abs(dense) / np.fmax(np.abs(dense).max(axis=0), known().strongest)
+    assert {at: abs(cell.value) for at, cell in row.cells.items()} == pytest.approx(
+        {at: shares[at].max() for at in np.flatnonzero(dense.any(axis=1))}
+    )
+    assert "<script" not in grid_html(reading.texts, [row])
 
 
 def test_pieces_are_the_text_again(tiny_model: LoadedModel) -> None:
@@ -154,7 +192,7 @@ def test_pieces_are_the_text_again(tiny_model: LoadedModel) -> None:
 def test_long_prompts_are_cut_to_the_context(gpt2_model: LoadedModel) -> None:
     reading = read_prompt(gpt2_model, make_sae(gpt2_model), "x = 1\n" * 4000)
     assert reading.truncated
-    assert len(reading.tokens) == min(MAX_TOKENS, gpt2_model.info.n_ctx - 1)
+    assert reading.n_read == min(MAX_TOKENS, gpt2_model.info.n_ctx - 1)
     assert not read_prompt(gpt2_model, make_sae(gpt2_model), "x").truncated
 
 
@@ -181,11 +219,10 @@ def test_notebook_page_and_figures_escape_tokens(gpt2_model: LoadedModel) -> Non
     reading = read_prompt(gpt2_model, make_sae(gpt2_model), "x <script>alert('&')</script>", name="s", known=known())
     html = reading._repr_html_()
     assert "<script" not in html
-    figures = [live_figures.prompt_heatmap(reading), live_figures.prompt_losses(reading)]
+    figures = [live_figures.prompt_losses(reading)]
     feature = int(reading.features()["feature"][0])
     figures.append(live_figures.prompt_activations(reading, feature, position=1))
     assert list(figures[-1].data[0].y) == reading.activations(feature).tolist()
-    assert np.array_equal(figures[0].data[0].z[0], reading.activations(feature))
     for figure in figures:
         shown = np.array(figure.data[0].customdata).ravel().tolist()
         assert "&lt;" in shown

@@ -223,8 +223,8 @@ def test_prompt_attribution_is_what_taking_a_feature_out_does_at_a_frozen_scale(
     position, target = 4, 123
     found = reading.attribution(position, target)
     features = reading.feature[reading.position == position]
-    tokens = torch.tensor([[model.bos_id, *reading.tokens]])
-    x = capture(model, tokens, [resolve_hook(model, last)]).activations[last][0, position + 1].requires_grad_()
+    tokens = torch.tensor([reading.tokens])
+    x = capture(model, tokens, [resolve_hook(model, last)]).activations[last][0, position].requires_grad_()
     norm, scaling = model.hf.model.norm, {"GraniteForCausalLM": 4.0}.get(architecture, 1.0)
 
     def logits(stream: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def test_every_place_that_reads_a_prompt_sees_the_same_tokens(
     texts = [chat_model.token_texts[token] for token in wanted]
     sae = SAE(chat_model.info.d_model, 64, TopK(6), hook_name="blocks.1.hook_resid_post")
     assert encode_prompt(chat_model, CHAT) == (wanted, False)
-    assert read_prompt(chat_model, sae, CHAT).tokens == wanted
+    assert read_prompt(chat_model, sae, CHAT).tokens == [chat_model.bos_id, *wanted]
     assert activations_on_text(chat_model, sae, 0, CHAT).ids == [chat_model.bos_id, *wanted]
     assert steer(chat_model, sae, Edit(0), CHAT, new_tokens=0).texts == texts
     assert head_on_text(chat_model, "a1.h0", CHAT).tokens == ["BOS", *texts]
