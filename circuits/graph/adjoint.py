@@ -26,6 +26,7 @@ At positions of BOS transcoders are not trained: there the whole of what the MLP
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,6 +75,16 @@ class Sources:
     def n_pos(self) -> int:
         """Tokens of the prompt."""
         return self.frozen.tokens.shape[0]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the columns, as a graph names its nodes."""
+        names = [f"token/{at}" for at in range(self.n_pos)]
+        for number, layer in enumerate(self.layers):
+            features = zip(layer.feature.tolist(), layer.position.tolist(), strict=True)
+            names += [f"f{number}/{feature}/{at}" for feature, at in features]
+            names += [f"e{number}/{at}" for at in range(self.n_pos)]
+        return names
 
     @property
     def n_columns(self) -> int:
@@ -192,23 +203,30 @@ def feature_rows(
 
 
 @torch.no_grad()
-def logit_rows(
-    sources: Sources, vectors: Float[Tensor, "targets d_model"], constants: Float[Tensor, "targets"]
+def stream_rows(
+    sources: Sources,
+    layer: int,
+    position: int,
+    vectors: Float[Tensor, "targets d_model"],
+    constants: Float[Tensor, "targets"],
 ) -> tuple[Float[Tensor, "targets columns"], Float[Tensor, "targets"]]:
-    """Edges into directions of the final norm's output at the last position, such as logits, and their biases.
+    """Edges into directions of what the norm of a layer's attention hands on at one position, and their biases.
 
     Args:
-        vectors: unembedding columns.
+        layer: the number of layers for the final norm, whose output the logits read.
+        vectors: directions, such as unembedding columns.
         constants: their biases.
     """
     frozen = sources.frozen
-    last = len(frozen.layers) - 1
-    position = torch.full((len(vectors),), sources.n_pos - 1, device=vectors.device)
-    G = vectors.new_zeros(sources.n_pos, len(vectors), vectors.shape[1])
-    G[-1] = frozen.final.adjoint_at(vectors, position)
+    norm = frozen.final if layer == len(frozen.layers) else frozen.layers[layer].before
+    at = torch.full((len(vectors),), position, device=vectors.device)
+    g, bias = norm.adjoint_at(vectors, at), constants + vectors @ norm.shift
     edges = vectors.new_zeros(sources.n_columns, len(vectors))
-    bias = constants + vectors @ frozen.final.shift
-    return _down(sources, last, G, edges, bias)
+    if not layer:
+        return _at_embedding(frozen, g, at, None, edges, bias)
+    G = vectors.new_zeros(position + 1, len(vectors), vectors.shape[1])
+    G[-1] = g
+    return _down(sources, layer - 1, G, edges, bias)
 
 
 def _batches(chosen: Int[Tensor, "targets"], position: Tensor, like: Tensor) -> Iterator[Int[Tensor, "batch"]]:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.graph.adjoint import Sources, feature_rows, logit_rows, sources_of
+from circuits.graph.adjoint import Sources, feature_rows, sources_of, stream_rows
 from circuits.graph.frozen import Frozen, freeze, texts_of
 from circuits.graph.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
 from circuits.graph.influence import Wiring, influence
@@ -143,7 +143,8 @@ class _Rows:
         vectors = (frozen.W_U[:, self.vocabulary] - frozen.W_U.mean(dim=1, keepdim=True)).T
         constants = frozen.b_U[self.vocabulary] - frozen.b_U.mean()
         normed = frozen.final.linear(frozen.resid_pre[-1]) + frozen.final.shift
-        self._put(slice(0, n_logits), *logit_rows(self.sources, vectors, constants), vectors @ normed[-1] + constants)
+        rows = stream_rows(self.sources, len(frozen.layers), self.sources.n_pos - 1, vectors, constants)
+        self._put(slice(0, n_logits), *rows, vectors @ normed[-1] + constants)
         self.done = n_logits
         todo = torch.ones_like(self.layer, dtype=torch.bool)
         step = self.n if self.n == len(self.layer) else -(-self.n // PICKS)

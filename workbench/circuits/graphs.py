@@ -23,7 +23,9 @@ import plotly.graph_objects as go
 import torch
 
 import circuits.graph
+from circuits.graph.adjoint import Sources
 from circuits.graph.graph import FEATURE, KINDS, LOGIT, Graph, Nodes
+from circuits.graph.heads import sources_again
 from circuits.graph.interventions import Effects, Intervention, intervene, supernode_edges
 from circuits.passes import OnProgress
 from sae.errors import InputError
@@ -274,19 +276,42 @@ def intervene_on(
         InputError: no such graph, one that was imported, transcoders that are gone or have been replaced, or as
             `circuits.graph.interventions.intervene`.
     """
-    result = catalog.results.open(GRAPH, name)
     graph = open_graph(catalog, name)
     for node in changes:
         graph.node(node)
-    origin = result.origin
+    found, coders = made_with(catalog, name, model, device)
+    done = intervene(
+        found.bridge, graph, coders, changes, effects=effects, freeze_attention=freeze_attention
+    )  # fmt: skip
+    return done, found, graph, coders
+
+
+def made_with(
+    catalog: Catalog, name: str, model: LoadedModel | None = None, device: str = "auto"
+) -> tuple[LoadedModel, TranscoderSet]:
+    """The model of a stored graph, loaded unless it is given, and the transcoders that it was made with.
+
+    Raises:
+        InputError: no such graph, one that was imported, or another model or other transcoders than the graph's.
+    """
+    origin = catalog.results.open(GRAPH, name).origin
     if origin.transcoders is None:
-        raise InputError(f"graph {name!r} was imported: interventions need a model and transcoders that are here")
+        raise InputError(f"graph {name!r} was imported: this needs a model and transcoders that are here")
     found = load_model(origin.model, device=device) if model is None else model
     origin.check_model(found, f"graph {name!r}")
     _, coders = transcoders_for(catalog, found, origin.transcoders)
     if coders.fingerprint() != origin.transcoders_fingerprint:
         raise InputError(f"the transcoders {origin.transcoders!r} of graph {name!r} have been replaced: make it again")
-    done = intervene(
-        found.bridge, graph, coders, changes, effects=effects, freeze_attention=freeze_attention
-    )  # fmt: skip
-    return done, found, graph, coders
+    return found, coders
+
+
+def frozen_again(
+    catalog: Catalog, name: str, model: LoadedModel | None = None, device: str = "auto"
+) -> tuple[LoadedModel, Sources]:
+    """A stored graph's model and its frozen form, for `circuits.graph.head_shares` and `look`.
+
+    Raises:
+        InputError: as `made_with`.
+    """
+    found, coders = made_with(catalog, name, model, device)
+    return found, sources_again(found.bridge, open_graph(catalog, name), coders)

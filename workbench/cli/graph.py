@@ -171,6 +171,64 @@ def intervene(
         print(f"Without: {texts[0]!r}\nWith:    {texts[1]!r}")
 
 
+@commands.command()
+def heads(
+    name: GraphArgument,
+    source: Annotated[str, typer.Argument(help="A node, such as f0/31/4.")],
+    target: Annotated[str, typer.Argument(help="A later one, such as logit/318.")],
+    top: TopOption = 20,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Which attention heads an edge goes through, and from where they carry it; the parts sum to the edge."""
+    from circuits.graph import head_shares
+    from workbench.circuits.graphs import frozen_again, open_graph
+    from workbench.workspace import Workspace
+
+    workspace = Workspace(folder, create=False)
+    graph = open_graph(workspace, name)
+    for node in (source, target):
+        graph.node(node)
+    table = head_shares(graph, frozen_again(workspace, name, device=device)[1], source, target)
+    by_head = table.groupby("head", sort=False)[["weight", "share"]].sum().reset_index()
+    if as_json:
+        print_json({"heads": records(by_head), "parts": records(table), "edge": float(table["weight"].sum())})
+        return
+    print_frame(f"heads from {source} to {target}, which sum to {table['weight'].sum():.4g}", by_head, as_json=False,
+                top=top)  # fmt: skip
+    print_frame("by the position that each looks at", table, as_json=False, top=top)
+
+
+@commands.command()
+def look(
+    name: GraphArgument,
+    head: Annotated[str, typer.Argument(help="Such as a1.h3.")],
+    query: Annotated[int, typer.Argument(help="Position that it looks from; 0 is the first token, BOS.")],
+    key: Annotated[int, typer.Argument(help="Position that it looks at.")],
+    top: TopOption = 20,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Why a head looks from one position to another: the pairs of features that make its score."""
+    from circuits.graph import look as look_of
+    from workbench.circuits.graphs import frozen_again
+    from workbench.workspace import Workspace
+
+    model, sources = frozen_again(Workspace(folder, create=False), name, device=device)
+    found = look_of(model.bridge, sources, head, query, key, top=top)
+    if as_json:
+        print_json({"score": found.score, "pattern": found.pattern, "pairs": records(found.pairs),
+                    "kinds": records(found.kinds)})  # fmt: skip
+        return
+    print(
+        f"{head} looks from {query} to {key} with {found.pattern:.3f} of its attention, by a score of {found.score:.4g}"
+    )
+    print_frame("pairs", found.pairs, as_json=False)
+    print_frame("all pairs by kind", found.kinds, as_json=False)
+
+
 @commands.command("export")
 def export_graph(
     name: GraphArgument,

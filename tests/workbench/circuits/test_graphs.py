@@ -226,6 +226,22 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
     found = json.loads(capsys.readouterr().out)
     assert len(found["generated"]) == 2
     assert found["nodes"]
+    logit = next(node["node"] for node in nodes if node["kind"] == "logit")
+    assert run(["graph", "heads", "list", feature, logit, "--json", *place]) == 0
+    found = json.loads(capsys.readouterr().out)
+    graph = open_graph(graphs, "list")
+    edge = float(graph.edges[graph.row[graph.node(logit)], graph.node(feature)])
+    assert found["edge"] == pytest.approx(edge, rel=1e-4)
+    assert sum(row["weight"] for row in found["heads"]) == pytest.approx(edge, rel=1e-4)
+    assert run(["graph", "heads", "list", feature, logit, *place]) == 0
+    assert "position that each looks at" in capsys.readouterr().out
+    assert run(["graph", "look", "list", "a1.h0", "3", "2", "--json", *place]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(row["weight"] for row in found["kinds"]) == pytest.approx(found["score"], rel=1e-4)
+    assert run(["graph", "look", "list", "a1.h0", "3", "2", *place]) == 0
+    assert "all pairs by kind" in capsys.readouterr().out
+    assert run(["graph", "look", "list", "a1.h0", "2", "3", *place]) == 2
+    assert "lies ahead" in capsys.readouterr().err
     file = tmp_path / "list.json"
     assert run(["graph", "export", "list", str(file), *place]) == 0
     assert run(["graph", "import", str(file), "--name", "again", *place]) == 0
