@@ -13,6 +13,7 @@ from sae.lazy import lazy_exports
 if TYPE_CHECKING:
     from sae.code import SparseCode
     from sae.config import TrainConfig
+    from sae.crosscoder import Crosscoder
     from sae.kernels import Encoder
     from sae.model import SAE
     from sae.rules import (
@@ -50,6 +51,7 @@ __all__ = [
     "BatchSource",
     "BatchTopK",
     "CodeRule",
+    "Crosscoder",
     "Encoder",
     "FeatureChoice",
     "FusedEncoder",
@@ -81,6 +83,7 @@ _ELSEWHERE = {
     "StepMetrics": "sae.training", "TrainedSAE": "sae.training", "train": "sae.training",
     "TrainConfig": "sae.config",
     "Transcoder": "sae.transcoder",
+    "Crosscoder": "sae.crosscoder",
     "TranscoderSet": "sae.transcoder_set", "load_transcoders": "sae.transcoder_set",
     # What a rule is written with: in rules' own files, which `sae.rules` is still loading then.
     "Encoder": "sae.kernels",

@@ -74,7 +74,14 @@ def new_step(state: TrainingState) -> Step:
     """How `state` makes its steps: fused where its device and configuration allow it."""
     fused = state.device.type == "cuda" and kernels.has_triton() and can_be_fused(state.config)
     # The kernels make a feature's two rows in one pass over their columns.
-    return FusedStep(state) if fused and state.sae.d_in == state.sae.d_out else PlainStep(state)
+    fused = fused and state.sae.d_in == state.sae.d_out and not _weighs_parts(state)
+    return FusedStep(state) if fused else PlainStep(state)
+
+
+def _weighs_parts(state: TrainingState) -> bool:
+    """Whether the penalty is a crosscoder's, which counts features by their decoder norms in the parts."""
+    rule = state.config.rule
+    return bool(state.parts) and isinstance(rule, ThresholdRule) and bool(rule.shrinkage(1.0, 1))
 
 
 def can_be_fused(config: TrainConfig) -> bool:

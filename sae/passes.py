@@ -14,7 +14,7 @@ a token early in training:
 No [n, d_sae] matrix exists in either; the sums are the same bits on every repeat.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,9 +24,11 @@ from torch import Tensor
 
 from sae import kernels, losses
 from sae.code import SparseCode
+from sae.crosscoder import block_norms
 from sae.kernels import Gradients
 from sae.model import SAE
 from sae.rules.base import ActiveSums
+from sae.source import Part
 from sae.transcoder import Transcoder
 
 DENSE_SHARE = 1 / 32
@@ -136,6 +138,7 @@ def threshold_pass(
     *,
     bandwidth: float = 0.0,
     shrinkage: float | Tensor = 0.0,
+    parts: Sequence[Part] = (),
     decoder: bool = True,
 ) -> ThresholdPass:
     """Error and gradients of a = z 1[z > threshold] for thresholds that are not negative.
@@ -146,9 +149,13 @@ def threshold_pass(
         encoded: the same in the precision the encoder multiplies in.
         bandwidth: width of the window around the thresholds; 0 for none.
         shrinkage: added, over n, to the gradient of every active entry (an L1 penalty's).
+        parts: a crosscoder's, whose penalty counts a feature by the sum of its decoder norms in the parts.
         decoder: whether the decoder's gradient is wanted.
     """
-    work = _Accumulator(sae, y, x_centred, threshold, bandwidth, shrinkage / y.shape[0], decoder)
+    norms = block_norms(sae.W_dec, parts) if parts else None
+    shrink = shrinkage / y.shape[0]
+    each = shrink if norms is None else shrink * norms.sum(0)
+    work = _Accumulator(sae, y, x_centred, threshold, bandwidth, each, decoder, by_feature=norms is not None)
     for first, z in kernels.Encoder.of(encoded, sae.W_enc, sae.b_enc).chunks():
         support = kernels.is_above(z, threshold - bandwidth / 2)
         # Waits for the device once a chunk: which of the two ways is faster is not known before.
@@ -156,7 +163,27 @@ def threshold_pass(
             work.add_dense(first, z)
         else:
             work.collect(first, z, support)
-    return work.finish()
+    done = work.finish()
+    return done if norms is None else _weighed(done, work.magnitude, sae.W_dec, parts, norms, shrink)
+
+
+def _weighed(
+    done: ThresholdPass,
+    magnitude: Float[Tensor, "d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    parts: Sequence[Part],
+    norms: Float[Tensor, "parts d_sae"],
+    shrink: float | Tensor,
+) -> ThresholdPass:
+    """A pass whose penalty is shrink * sum_i magnitude_i sum_m ||w_i^m||, with its gradient in the decoder."""
+    if done.gradients.W_dec is not None:
+        widths = [part.width for part in parts]
+        lengths = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        for block, gradient, length in zip(
+            W_dec.split(widths, 1), done.gradients.W_dec.split(widths, 1), lengths, strict=True
+        ):
+            gradient.add_(block / length[:, None] * (shrink * magnitude)[:, None])
+    return replace(done, sums=replace(done.sums, magnitude=(magnitude * norms.sum(0)).sum()))
 
 
 class _Accumulator:
@@ -169,6 +196,8 @@ class _Accumulator:
         bandwidth: float,
         shrink: float | Tensor,
         decoder: bool,
+        *,
+        by_feature: bool,
     ) -> None:
         self.sae, self.y, self.x_centred, self.skipped = sae, y, x_centred, _skipped(sae, x_centred)
         self.threshold, self.bandwidth, self.shrink, self.decoder = threshold, bandwidth, shrink, decoder
@@ -178,7 +207,8 @@ class _Accumulator:
         self.dictionary = torch.zeros_like(sae.W_dec) if decoder else None
         self.firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=y.device)
         self.window, self.window_gradient = torch.zeros_like(sae.b_enc), torch.zeros_like(sae.b_enc)
-        self.magnitude = torch.zeros((), dtype=y.dtype, device=y.device)
+        self.by_feature = by_feature
+        self.magnitude = torch.zeros(sae.d_sae if by_feature else (), dtype=y.dtype, device=y.device)
         self.collected: list[tuple[Tensor, Tensor, Tensor]] = []
         self.sparse_rows: list[Tensor] = []
 
@@ -201,7 +231,7 @@ class _Accumulator:
             self.dictionary.addmm_(a.T, grad_y_hat)
         self.y_hat[rows] = y_hat
         self.firings += active.sum(dim=0)
-        self.magnitude += a.sum()
+        self.magnitude += a.sum(dim=0) if self.by_feature else a.sum()
 
     def _started(self, decoded: Float[Tensor, "rows d_out"], rows: Any) -> Float[Tensor, "rows d_out"]:
         return decoded if self.skipped is None else decoded + self.skipped[rows]
@@ -231,7 +261,8 @@ class _Accumulator:
             sums = _sum_by_feature(feature, pairs, sae.d_sae)
             self.window += sums[:, 0]
             self.window_gradient += sums[:, 1]
-        grad = torch.where(active, grad + self.shrink, 0)
+        shrink = torch.as_tensor(self.shrink).expand(sae.d_sae)[feature] if self.by_feature else self.shrink
+        grad = torch.where(active, grad + shrink, 0)
         sums_of = kernels.sum_entries(code, grad, self.x_centred[rows], grad_y_hat, decoder=self.decoder)
         self.encoder += sums_of.encoder
         self.bias += sums_of.bias
@@ -239,7 +270,10 @@ class _Accumulator:
             self.dictionary += sums_of.decoder
         self.y_hat[rows] = y_hat
         self.firings += _firings(code)
-        self.magnitude += code.values.sum()
+        if self.by_feature:
+            self.magnitude += _sum_by_feature(code.indices, code.values[:, None], sae.d_sae)[:, 0]
+        else:
+            self.magnitude += code.values.sum()
 
     def finish(self) -> ThresholdPass:
         """Adds what was collected."""
@@ -254,7 +288,11 @@ class _Accumulator:
         )
         gradients = _with_skip(gradients, self.skipped, fit.grad_x_hat, self.x_centred)
         sums = ActiveSums(
-            self.y.shape[0], self.firings.sum().to(self.y.dtype), self.magnitude, self.window, self.window_gradient
+            self.y.shape[0],
+            self.firings.sum().to(self.y.dtype),
+            self.magnitude.sum(),
+            self.window,
+            self.window_gradient,
         )
         return ThresholdPass(fit, gradients, self.firings, sums)
 

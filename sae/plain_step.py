@@ -117,7 +117,7 @@ class PlainStep:
         coefficient, width = config.sparsity_at(step), sae.d_out
         done = threshold_pass(
             sae, y, x_centred, encoded, rule.threshold(own, sae.W_enc), bandwidth=rule.bandwidth_at(width),
-            shrinkage=rule.shrinkage(coefficient, width), decoder=not config.frozen_decoder,
+            shrinkage=rule.shrinkage(coefficient, width), parts=self.state.parts, decoder=not config.frozen_decoder,
         )  # fmt: skip
         return Pass(
             loss=done.fit.loss + rule.penalty(done.sums, coefficient, width),

@@ -115,7 +115,7 @@ class PlantedDictionary:
     def __init__(self, planting: Planting) -> None:
         planting.check()
         self.planting = planting
-        n, generator = planting.n_features, _generator(planting.seed, "directions", 0)
+        n, generator = planting.n_features, generator_of(planting.seed, "directions", 0)
         directions = _unit(torch.randn(n, planting.d_in, generator=generator))
         self.offset = planting.offset * _unit(torch.randn(1, planting.d_in, generator=generator))[0]
         self.rates = zipf_rates(n, planting.zipf, planting.l0)
@@ -141,7 +141,7 @@ class PlantedDictionary:
     def chunk(self, stream: str, number: int) -> Rows:
         """Rows number * CHUNK_ROWS ... of a stream: a function of (seed, stream, number) alone."""
         planting, n = self.planting, CHUNK_ROWS
-        generator = _generator(planting.seed, stream, number)
+        generator = generator_of(planting.seed, stream, number)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
@@ -247,7 +247,7 @@ def _unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
-def _generator(seed: int, stream: str, number: int) -> torch.Generator:
+def generator_of(seed: int, stream: str, number: int) -> torch.Generator:
     """torch's CPU generator takes 32 bits of a seed and ignores the others, so the parts are hashed into 32."""
     digest = hashlib.sha256(f"{seed}/{stream}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))

@@ -1,9 +1,10 @@
 """Where training gets its batches: what a stream of activations, with or without gradients, must be able to do.
 
 An SAE trains on a `BatchSource`, a gradient SAE on a `GradientSource`, transcoders on a `TargetSource`, which may have
-several pairs of hook points side by side.
+several pairs of hook points side by side, crosscoders on a `PartSource`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -38,6 +39,36 @@ class GradientSource(BatchSource, Protocol):
 
     def next_pair(self, n: int) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"]]:
         """Activations and gradients of the next n rows."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the activations that a crosscoder reads, and writes, side by side."""
+
+    name: str
+    """What tables call it, unlike any other of the crosscoder's."""
+    hook_name: str
+    model_name: str
+    width: int
+    scale: float = 1.0
+    """What its values are multiplied by, so that those of all parts measure the same; of all scales the geometric mean
+    is 1."""
+
+
+def part_scales(mean_norms: Sequence[float], widths: Sequence[int]) -> list[float]:
+    """Scales that give every part the mean norm sqrt(width), up to a factor that makes their geometric mean 1."""
+    logs = [math.log(max(norm, 1e-30) / math.sqrt(width)) for norm, width in zip(mean_norms, widths, strict=True)]
+    mean = sum(logs) / len(logs)
+    return [math.exp(mean - log) for log in logs]
+
+
+@runtime_checkable
+class PartSource(BatchSource, Protocol):
+    """A stream of rows that lie side by side, those of every part times its scale."""
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What stands side by side."""
 
 
 @dataclass(frozen=True)

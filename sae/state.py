@@ -1,5 +1,5 @@
-"""One SAE or transcoder in training: parameters, Adam's moments, counters, running sums; how it starts and how it is
-finished.
+"""One SAE, transcoder or crosscoder in training: parameters, Adam's moments, counters, running sums; how it starts
+and how it is finished.
 
 How a step is made is `sae.plain_step`'s and `sae.fused_step`'s business: both work on a `TrainingState`, which is all
 that a checkpoint holds.
@@ -7,6 +7,7 @@ that a checkpoint holds.
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 from sae import kernels, losses, optim
 from sae.code import SparseCode
 from sae.config import TrainConfig
+from sae.crosscoder import Crosscoder
 from sae.model import SAE
 from sae.rules import Batch, ThresholdRule
-from sae.source import Pair, Rows
+from sae.source import Pair, Part, Rows
 from sae.transcoder import Transcoder
 
 # Running sums between two reports, and how many features the last one found that the auxiliary loss would revive.
@@ -48,11 +50,14 @@ class TrainingState:
 
     Args:
         config: what to train.
-        d_in: width of the activations, or for a transcoder the pair of hook points it goes between.
+        d_in: width of the activations; for a transcoder the pair of hook points it goes between, for a crosscoder its
+            parts.
         device: where it lives.
 
     Attributes:
-        sae: the SAE as it trains: for activations multiplied by `input_scale`, a transcoder's target by `output_scale`.
+        sae: the SAE as it trains: for activations multiplied by `input_scale`, a transcoder's target by `output_scale`;
+            for a crosscoder that of the parts' scaled activations.
+        parts: a crosscoder's; empty for others.
         tokens_since_fired: [d_sae], tokens since each feature was last active.
         density: [d_sae], running share of tokens on which each feature is active.
         trained: what Adam moves, by name: parameters and the rule's own tensors, W_enc as [d_sae, d_in].
@@ -61,17 +66,20 @@ class TrainingState:
         error: why it trains no longer; None while it does.
     """
 
-    def __init__(self, config: TrainConfig, d_in: int | Pair, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, d_in: int | Pair | Sequence[Part], device: torch.device) -> None:
         self.config = config
         self.error: str | None = None
         self.last_lr = 0.0
+        self.parts: tuple[Part, ...] = ()
         if isinstance(d_in, Pair):
             self.sae: SAE = Transcoder(
                 d_in.d_in, d_in.d_out, config.d_sae, config.rule, skip=config.skip, hook_name=d_in.hook_name,
                 target_hook_name=d_in.target_hook_name, device=device,
             )  # fmt: skip
         else:
-            self.sae = SAE(d_in, config.d_sae, config.rule, device=device)
+            self.parts = () if isinstance(d_in, int) else tuple(d_in)
+            width = d_in if isinstance(d_in, int) else sum(part.width for part in d_in)
+            self.sae = SAE(width, config.d_sae, config.rule, device=device)
         self.input_scale = torch.ones((), device=device)
         # An SAE's two are one tensor.
         self.output_scale = torch.ones((), device=device) if self.is_transcoder else self.input_scale
@@ -139,7 +147,7 @@ class TrainingState:
         if config.normalize_input:
             self.input_scale.copy_(_scale(x))
             self.output_scale.copy_(_scale(y))
-        rows = optim.random_unit_rows(config.d_sae, sae.d_out, config.seed, x.device, x.dtype)
+        rows = self._first_rows(x.device, x.dtype)
         sae.W_dec.copy_(rows)
         sae.b_enc.zero_()
         scaled = y * self.output_scale
@@ -151,6 +159,13 @@ class TrainingState:
             sae.b_dec.copy_(optim.geometric_median(scaled))
         elif config.b_dec_init == "mean":
             sae.b_dec.copy_(scaled.mean(dim=0))
+
+    def _first_rows(self, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "d_sae d_out"]:
+        """Random unit rows; parts of one width start alike, so that what tells them apart is what training finds."""
+        if not self.parts or len({part.width for part in self.parts}) > 1:
+            return optim.random_unit_rows(self.config.d_sae, self.sae.d_out, self.config.seed, device, dtype)
+        block = optim.random_unit_rows(self.config.d_sae, self.parts[0].width, self.config.seed, device, dtype)
+        return block.repeat(1, len(self.parts)) / math.sqrt(len(self.parts))
 
     def _start_encoder(self, x: Float[Tensor, "m d_in"], y: Float[Tensor, "m d_out"]) -> None:
         """A transcoder's encoder, for scaled activations."""
@@ -262,7 +277,7 @@ class TrainingState:
             state = rule.calibrate(replace(batch, batch_size=self.config.batch_size))
         for name, tensor in state.items():
             finished.get_buffer(name).copy_(tensor)
-        return finished
+        return Crosscoder.of_scaled(finished, self.parts) if self.parts else finished
 
 
 def _scale(rows: Float[Tensor, "m d"]) -> Float[Tensor, ""]:

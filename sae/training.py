@@ -1,4 +1,4 @@
-"""Training: several SAEs, or transcoders, side by side on one stream of batches.
+"""Training: several SAEs, transcoders or crosscoders side by side on one stream of batches.
 
 For every SAE and batch x (scaled so that the mean norm of a token is sqrt(d_in)):
 
@@ -7,6 +7,9 @@ For every SAE and batch x (scaled so that the mean norm of a token is sqrt(d_in)
 2. gradients of the auxiliary loss for features that have not fired for a while, or too rarely;
 3. the decoder gradient's component along each decoder row is removed, the gradients are clipped if asked for, Adam
    steps, rows are renormalised.
+
+A crosscoder is an SAE of several activations side by side (`sae.crosscoder`): only its L1 penalty differs, in which a
+feature counts by the sum of its decoder norms in the parts.
 
 A transcoder encodes x and predicts y, each scaled by its own mean norm: 1 has rule(x) and y_hat, with a skip
 y_hat = decode(code) + x W_skip^T, and all errors are of y.
@@ -35,7 +38,7 @@ from sae.errors import InputError
 from sae.fused_step import Step, new_step
 from sae.interrupts import deferred_interrupt
 from sae.model import SAE
-from sae.source import BatchSource, GradientSource, Rows, TargetSource
+from sae.source import BatchSource, GradientSource, PartSource, Rows, TargetSource
 from sae.state import TrainingState
 
 SAMPLE_ROWS = 16_384
@@ -91,7 +94,7 @@ def train(
 
     Args:
         configs: one per SAE; all with the same batch size and number of tokens.
-        source: where batches come from. A `TargetSource` makes transcoders.
+        source: where batches come from. A `TargetSource` makes transcoders, a `PartSource` crosscoders.
         pairs: for each configuration, which of that source's pairs of hook points it goes between; the first for all
             when None.
         device: where the SAEs live.
@@ -100,7 +103,8 @@ def train(
         checkpoint_seconds: time between checkpoints.
         resume: continue from the checkpoint in `checkpoint_dir`, if there is one.
         on_metrics: called with every SAE's metrics about 200 times a run.
-        hook_name, model_name: recorded in the SAEs; transcoders have the hook points of their pair.
+        hook_name, model_name: recorded in the SAEs; transcoders have the hook points of their pair, crosscoders those
+            of their parts.
         make_step: how an SAE's steps are made; the fastest way that its device and configuration allow.
 
     Returns:
@@ -158,6 +162,11 @@ class _Stream:
             skipping = next((config.name for config in configs if config.skip), None)
             if skipping is not None:
                 raise InputError(f"{skipping}: a skip goes past the features to another activation: give a target")
+            if self.needing is not None and isinstance(source, PartSource):
+                raise InputError(
+                    f"the rule {self.needing} weighs features by the loss at one hook point, and a crosscoder has "
+                    "several: choose another rule"
+                )
             if self.needing is not None and not isinstance(source, GradientSource):
                 raise InputError(
                     f"the rule {self.needing} needs gradients: harvest with --gradients and train on that harvest"
@@ -169,7 +178,8 @@ class _Stream:
         if isinstance(self.source, TargetSource):
             widths = [self.source.pairs[pair] for pair in self.of_state]
             return [TrainingState(config, pair, self.device) for config, pair in zip(configs, widths, strict=True)]
-        return [TrainingState(config, self.source.d_in, self.device) for config in configs]
+        width = self.source.parts if isinstance(self.source, PartSource) else self.source.d_in
+        return [TrainingState(config, width, self.device) for config in configs]
 
     def each(self, rows: Sequence[Rows]) -> list[Rows]:
         """The rows of every state."""

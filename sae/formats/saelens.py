@@ -17,6 +17,9 @@ configuration, the hook point they predict in `metadata.hook_name_out`, and `app
 written as SAELens' transcoder (ReLU) and jumprelu_transcoder, or skip_transcoder and jumprelu_skip_transcoder; other
 rules in the same way under names that SAELens refuses, such as topk_transcoder.
 
+Crosscoders are SAEs of concatenated rows; their `parts` (name, hook point, model, width and scale of each, in order)
+stand in the configuration, the architecture is one that SAELens refuses: crosscoder (ReLU), jumprelu_crosscoder, ...
+
 `reshape_activations` is hook_z for attention outputs: SAELens then takes [..., heads, d_head] only, and this project
 the concatenation. `metadata` holds the hook point, the model and whatever the SAE carries. Decoder rows are unit-norm,
 so `rescale_acts_by_decoder_norm` changes nothing and is off.
@@ -31,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sae import rules
+from sae.crosscoder import Crosscoder, parts_from_dict, parts_to_dict
 from sae.errors import InputError
 from sae.files import write_atomically
 from sae.formats.saelens_old import is_old
@@ -51,18 +55,19 @@ ARCHITECTURES: dict[str, type[rules.Rule]] = {
 """SAELens' architectures and the rules they mean where no other is named."""
 K_ARCHITECTURES = ("topk", "abstopk")
 
-TRANSCODER = "transcoder"
-"""How the architectures of transcoders end; without a word before it the rule is ReLU."""
+TRANSCODER, CROSSCODER = "transcoder", "crosscoder"
+"""How the architectures of transcoders and crosscoders end; without a word before it the rule is ReLU."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def save(sae: SAE, path: Path) -> None:
-    """Writes an SAE or a transcoder to the directory `path`, made if needed."""
+    """Writes an SAE, a transcoder or a crosscoder to the directory `path`, made if needed."""
     transcoder = sae if isinstance(sae, Transcoder) else None
     config = {
         "architecture": _architecture(sae),
         "d_in": sae.d_in,
+        **({"parts": parts_to_dict(sae.parts)} if isinstance(sae, Crosscoder) else {}),
         **({"d_out": sae.d_out} if transcoder else {}),
         "d_sae": sae.d_sae,
         **_rule_fields(sae),
@@ -92,14 +97,18 @@ def save(sae: SAE, path: Path) -> None:
 def _architecture(sae: SAE) -> str:
     """SAELens' name of it, or the rule's own where SAELens has none."""
     inference = sae.rule.saelens or sae.rule.name
-    if not isinstance(sae, Transcoder):
+    skip = isinstance(sae, Transcoder) and sae.W_skip is not None
+    kind = TRANSCODER if isinstance(sae, Transcoder) else CROSSCODER if isinstance(sae, Crosscoder) else ""
+    if not kind:
         return inference
-    words = ["" if inference == "standard" else inference, "skip" if sae.W_skip is not None else "", TRANSCODER]
+    words = ["" if inference == "standard" else inference, "skip" if skip else "", kind]
     return "_".join(word for word in words if word)
 
 
 def _inference(architecture: str) -> tuple[str, bool, bool]:
     """(how it encodes, as SAELens names it for SAEs; whether it is a transcoder; whether that has a skip)."""
+    if architecture == CROSSCODER or architecture.endswith("_" + CROSSCODER):
+        return architecture.removesuffix(CROSSCODER).removesuffix("_") or "standard", False, False
     if architecture != TRANSCODER and not architecture.endswith("_" + TRANSCODER):
         return architecture, False, False
     words = architecture.removesuffix(TRANSCODER).removesuffix("_")
@@ -111,7 +120,7 @@ def _rule_fields(sae: SAE) -> dict[str, Any]:
     """Configuration keys for the rule: those of SAELens, and ours where they leave something open."""
     rule = sae.rule
     written: dict[str, Any] = {"k": rule.k} if rule.saelens in K_ARCHITECTURES and isinstance(rule, CodeRule) else {}
-    foreign = isinstance(sae, Transcoder) and rule.saelens in K_ARCHITECTURES
+    foreign = isinstance(sae, Transcoder | Crosscoder) and rule.saelens in K_ARCHITECTURES
     if foreign or rule.saelens is None or ARCHITECTURES[rule.saelens](**written) != rule:
         written["rule"] = rules.to_dict(rule)
     numbers = {name: tensor.item() for name, tensor in sae.state.items() if tensor.dim() == 0}
@@ -119,7 +128,7 @@ def _rule_fields(sae: SAE) -> dict[str, Any]:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> SAE:
-    """Reads an SAE, or a transcoder, from the directory `path`.
+    """Reads an SAE, a transcoder or a crosscoder from the directory `path`.
 
     Raises:
         InputError: missing or damaged files, an architecture this project does not have, options it does not
@@ -151,6 +160,12 @@ def _empty(path: Path, config: dict[str, Any], device: torch.device | str) -> SA
         "dtype": DTYPES[config["dtype"]],
     }
     rule = _rule(path, config)
+    if "parts" in config:
+        parts = parts_from_dict(config["parts"], str(path / CONFIG))
+        if sum(part.width for part in parts) != config["d_in"]:
+            raise InputError(f"{path / CONFIG} has d_in = {config['d_in']}, and its parts have another width together")
+        del options["hook_name"], options["model_name"]
+        return Crosscoder(parts, config["d_sae"], rule, **options)
     _, is_transcoder, skip = _inference(config["architecture"])
     if not is_transcoder:
         return SAE(config["d_in"], config["d_sae"], rule, **options)

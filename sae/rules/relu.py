@@ -5,6 +5,9 @@
 Activations are scaled to mean norm sqrt(d_in), as in Conerly et al. 2024 ("Update on how we train SAEs"), who add
 lambda sum |a| to ||x - x_hat||^2 and warm lambda up from 0. Divided by sqrt(d_in) the penalty is what it would be for
 activations of mean norm 1, so that one lambda suits models of different widths.
+
+A crosscoder's penalty has the sum of the decoder's norms in its parts in place of ||W_dec|| (Lindsey et al. 2024): 1
+for a feature of one part, sqrt(M) for one that M parts share alike. `sae.passes` weighs by it.
 """
 
 import math
