@@ -103,8 +103,7 @@ def train(
         checkpoint_seconds: time between checkpoints.
         resume: continue from the checkpoint in `checkpoint_dir`, if there is one.
         on_metrics: called with every SAE's metrics about 200 times a run.
-        hook_name, model_name: recorded in the SAEs; transcoders have the hook points of their pair, crosscoders those
-            of their parts.
+        hook_name, model_name: recorded in the SAEs; transcoders and crosscoders know theirs.
         make_step: how an SAE's steps are made; the fastest way that its device and configuration allow.
 
     Returns:
