@@ -75,7 +75,7 @@ def _stamp(files: Sequence[Path]) -> tuple[int, ...]:
 def _opened(workspace: str, name: str, stamp: tuple[int, ...], _model: LoadedModel) -> LiveSAE:
     opened = Workspace(workspace, create=False)
     indexed = opened.index_path(name).is_file()
-    return LiveSAE(name, opened.sae(name), _model, known_features(open_index(opened, name)) if indexed else None)
+    return LiveSAE(name, opened.coder(name), _model, known_features(open_index(opened, name)) if indexed else None)
 
 
 # The token's text is set as text, never as HTML.

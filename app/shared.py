@@ -1,5 +1,6 @@
 """What the pages share: the workspace, opened indexes and models, the choice of an SAE, and links to features."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
 from workbench import FeatureIndex, InputError, LoadedModel, Workspace, load_model, reload_model
+from workbench.catalog.summaries import SAESummary
 from workbench.features.index.titles import concepts_path, explanations_path
 from workbench.models.load_own import must_be_given
 
-FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "runs/*/run.duckdb", "results/*/*.duckdb",
-            "indexes/*.duckdb")  # fmt: skip
+FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "transcoders/*/transcoders.json", "runs/*/run.duckdb",
+            "results/*/*.duckdb", "indexes/*.duckdb")  # fmt: skip
 
 
 def open_workspace() -> Workspace:
@@ -32,8 +34,8 @@ def version(workspace: Workspace) -> str:
 
 
 def sae_names(workspace: Workspace) -> list[str]:
-    """The SAEs there are, baselines with a frozen random decoder last."""
-    names = [item.name for item in workspace.saes()]
+    """The SAEs and transcoders there are, baselines with a frozen random decoder last."""
+    names = [item.name for item in workspace.coders()]
     return sorted(names, key=lambda name: workspace.origin(name).frozen_decoder)
 
 
@@ -51,24 +53,25 @@ def choose_index(workspace: Workspace) -> FeatureIndex:
 
 
 def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str | None = None) -> str:
-    """Boxes for model, hook point and SAE, each offering what the one before leaves; those without a choice are left
-    out. The SAE is kept in the URL as `sae`.
+    """Boxes for model, hook point, SAE and, of a set of transcoders, its layer, each offering what the ones before
+    leave; those without a choice are left out. The SAE is kept in the URL as `sae`.
 
     Args:
         names: SAEs to choose from, at least one.
         what: is missing where a link asks for another, such as "the index of".
         default: where the URL names none; the first.
     """
-    place = dict.fromkeys(names, ("", "")) | {item.name: (item.model, item.hook) for item in workspace.saes()}
+    known = {item.name: item for item in workspace.coders()}
+    places = {name: _place(known[name]) if name in known else ("", "", name, "") for name in names}
     sae = _sae_of_url(names, what, default or names[0])
-    model, hook = place[sae]
-    same_model = [name for name in names if place[name][0] == model]
-    levels = (
-        ("Model", "model of sae", model, {place[name][0]: name for name in reversed(names)}),
-        ("Hook point", "hook of sae", hook, {place[name][1]: name for name in reversed(same_model)}),
-        ("SAE", "sae", sae, {name: name for name in same_model if place[name][1] == hook}),
-    )
-    shown = [level for level in levels if len(level[3]) > 1 or level[1] == "sae"]
+    mine = places[sae]
+    shown = []
+    for depth, (label, key) in enumerate(LEVELS):
+        left = [name for name in reversed(names) if places[name][:depth] == mine[:depth]]
+        first = {places[name][depth]: name for name in left}
+        if len(first) > 1 or key == "sae":
+            shown.append((label, key, mine[depth], first))
+    about = known[sae].place if sae in known else ""
     for column, (label, key, chosen, first) in zip(st.columns(len(shown)), shown, strict=True):
         st.session_state[key] = chosen
 
@@ -76,9 +79,25 @@ def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str
             st.query_params["sae"] = first[st.session_state[key]]
 
         column.selectbox(
-            label, sorted(first), key=key, on_change=follow, help=f"{hook} of {model}" if key == "sae" else None
-        )
+            label, sorted(first, key=_in_order), key=key, on_change=follow,
+            help=f"{about} of {mine[0]}" if key == "sae" else None,
+        )  # fmt: skip
     return sae
+
+
+LEVELS = (("Model", "model of sae"), ("Hook point", "hook of sae"), ("SAE", "sae"), ("Layer", "layer of sae"))
+
+
+def _place(item: SAESummary) -> tuple[str, str, str, str]:
+    """What the boxes of LEVELS say of an SAE: a set of transcoders has one hook point and one name."""
+    if not item.member_of:
+        return item.model, item.hook, item.name, ""
+    return item.model, re.sub(r"\d+", "*", item.hook, count=1), item.member_of, str(item.layer)
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Numbers in a name count as numbers."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _sae_of_url(names: Sequence[str], what: str, default: str) -> str:

@@ -6,6 +6,9 @@
     with splice(bridge, sae.hook_name, edited, error_of=sae, bos_id=bos_id):
         ...                                                # x + (edited(x) - sae(x)): the SAE's error is kept
 
+    with splice_between(bridge, coder.hook_name, coder.written_hook, lambda x, y: coder(x), bos_id=bos_id):
+        ...                                                # a transcoder's prediction in its target's place
+
 Evaluation, steering, circuits and sparsity all use this one place.
 
 TransformerLens' hook_resid_mid is the input of the block's second LayerNorm only; the residual stream goes past it.
@@ -27,6 +30,7 @@ from circuits.nodes import Bridge
 from sae.errors import InputError
 
 Function = Callable[[Float[Tensor, "n width"]], Float[Tensor, "n width"]]
+BetweenFunction = Callable[[Float[Tensor, "n width_read"], Float[Tensor, "n width"]], Float[Tensor, "n width"]]
 
 
 @contextmanager
@@ -96,4 +100,45 @@ def splice(
             # On the module inside the block, so that hooks at hook_resid_post see the changed stream.
             module = bridge.blocks[int(past_mid[1])].original_component
             stack.callback(module.register_forward_hook(add_change).remove)
+        yield
+
+
+@contextmanager
+def splice_between(
+    bridge: Bridge,
+    read: str,
+    write: str,
+    function: BetweenFunction,
+    *,
+    bos_id: int | None = None,
+    keep: Bool[Tensor, "batch pos"] | None = None,
+) -> Iterator[None]:
+    """Replaces the value at one hook point by a function of it and of the value at another in the same pass.
+
+    Args:
+        read: the hook point whose values the function gets first; it keeps them.
+        write: the one whose values it gets second and gives anew; may be the same.
+        bridge, bos_id, keep: as for `splice`.
+
+    Raises:
+        InputError: as `splice`; in a pass, a model that comes to `write` before `read`.
+    """
+    spared: dict[str, Any] = {"bos_id": bos_id, "keep": keep}
+    seen: list[Tensor] = []
+
+    def record(x: Tensor) -> Tensor:
+        seen[:] = [x]
+        return x
+
+    def replace(y: Tensor) -> Tensor:
+        if read == write:
+            return function(y, y)
+        if not seen:
+            raise InputError(f"the model computes {write} before {read}: what is written must come after what is read")
+        return function(seen.pop(), y)
+
+    with ExitStack() as stack:
+        if read != write:
+            stack.enter_context(splice(bridge, read, record, **spared))
+        stack.enter_context(splice(bridge, write, replace, **spared))
         yield

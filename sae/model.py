@@ -84,6 +84,11 @@ class SAE(nn.Module):
         return self.W_dec.shape[0]
 
     @property
+    def written_hook(self) -> str:
+        """TransformerLens name of the hook point it writes: the one it reads, but for a transcoder."""
+        return self.hook_name
+
+    @property
     def state(self) -> dict[str, Tensor]:
         """The tensors the rule encodes by, such as thresholds; empty for most rules."""
         return {name: self.get_buffer(name) for name in self._state_names}
@@ -141,9 +146,17 @@ class SAE(nn.Module):
             return code.to(self.W_dec) @ self.W_dec + self.b_dec
         return kernels.decode(code, self.W_dec, self.b_dec).view(*code.shape[:-1], self.d_out)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction of x, in x's shape and precision. No gradients: training has its own path."""
-        return self.decode(self.encode(x)).to(x.dtype)
+    def predict(self, x: Float[Tensor, "*batch d_in"], code: SparseCode | None = None) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruction of x, in x's shape and precision. No gradients: training has its own path.
+
+        Args:
+            code: of x, where it is known, or one that was edited.
+        """
+        return self.decode(self.encode(x) if code is None else code).to(x.dtype)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """As `predict`."""
+        return self.predict(x)
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of what it computes: the rule's description and every tensor of it.

@@ -70,6 +70,11 @@ class Transcoder(SAE):
         self.b_dec = nn.Parameter(torch.zeros(d_out, **options))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_out, d_in, **options)) if skip else None)
 
+    @property
+    def written_hook(self) -> str:
+        """The hook point it predicts."""
+        return self.target_hook_name
+
     @torch.no_grad()
     def skip(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """x W_skip^T; zeros without a skip."""
@@ -88,10 +93,6 @@ class Transcoder(SAE):
         if self.W_skip is not None:
             y_hat = y_hat + self.skip(x).to(y_hat.dtype)
         return y_hat.to(x.dtype)
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """As `predict`."""
-        return self.predict(x)
 
     def _described(self) -> dict[str, Any]:
         return {"transcoder": super()._described()}

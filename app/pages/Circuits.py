@@ -67,7 +67,7 @@ def run_task(workspace: Workspace) -> None:
         n = prompts.number_input("Prompts", 5, 128, 16, key="prompts")
         spec = model.text_input("Model", "demo", key="model", help="demo, a local Hugging Face folder, or a hub name")
         saes = st.multiselect(
-            "SAEs", [item.name for item in workspace.saes()], key="saes",
+            "SAEs", [item.name for item in workspace.saes() if not item.target_hook], key="saes",
             help="for SAE features, one for each hook point, and for supervised dictionaries",
             placeholder="for the methods SAE features and supervised dictionaries",
         )  # fmt: skip
@@ -94,7 +94,7 @@ def run_task(workspace: Workspace) -> None:
 
 def run_feature(workspace: Workspace) -> None:
     """A form that splits a feature of an attention-output SAE by source token and head, and opens the result."""
-    hooks = {item.name: item.hook for item in workspace.saes()}
+    hooks = {item.name: item.hook for item in workspace.saes() if not item.target_hook}
     attention = [name for name, hook in hooks.items() if hook.endswith("attn.hook_z")]
     if not attention:
         st.caption("No SAE on an `attn.hook_z` yet: harvest one of these hook points and train on it.")

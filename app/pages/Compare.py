@@ -19,7 +19,7 @@ def main() -> None:
     """Draws the page."""
     workspace = open_workspace()
     st.title("Compare SAEs")
-    if not workspace.saes():
+    if not workspace.coders():
         st.info("No SAE yet. Train one with `workbench train`.")
         return
     everything = compared(str(workspace.path), version(workspace))

@@ -68,7 +68,7 @@ def headline(feature: Feature) -> None:
     st.text(feature.name)
     st.caption(
         f"fires on **{stats.density:.3%}** of {feature.n_tokens:,} tokens ({stats.firings:,}{signs}) · "
-        + plain(f"{feature.hook} of {feature.model}")
+        + plain(f"{feature.place} of {feature.model}")
     )
     if feature.dead:
         st.warning("Dead: this feature fires on none of the indexed tokens.")
@@ -184,10 +184,10 @@ def card(feature: Feature, workspace: Workspace) -> None:
     """What the SAE is and how well it does, and the feature's files."""
     page_link("Steering", "Steer the model with it", sae=feature.sae, feature=feature.feature)
     st.markdown("**About the SAE**")
-    evaluation = next((item.evaluation for item in workspace.saes() if item.name == feature.sae), None) or {}
+    evaluation = next((item.evaluation for item in workspace.coders() if item.name == feature.sae), None) or {}
     measured = {"l0": "L0", "fvu": "FVU", "loss_recovered_zero": "loss recovered"}
     known = [f"{title} {evaluation[key]:.3g}" for key, title in measured.items() if key in evaluation]
-    st.text("\n".join([feature.model, feature.hook, feature.rule, f"{feature.n_tokens:,} tokens indexed", *known]))
+    st.text("\n".join([feature.model, feature.place, feature.rule, f"{feature.n_tokens:,} tokens indexed", *known]))
     name = f"{feature.sae}-{feature.feature}"
     st.download_button("Save as HTML", feature.to_html, f"{name}.html", "text/html", on_click="ignore")
     st.download_button("Save as JSON", feature.to_json, f"{name}.json", "application/json", on_click="ignore")
@@ -202,7 +202,7 @@ def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Liv
     if not text:
         return None
     try:
-        sae = workspace.sae(index.sae)
+        sae = workspace.coder(index.sae)
         found = activations_on_text(loaded_model(feature.model), sae, feature.feature, text)
     except InputError as error:
         st.error(f"The feature cannot be run on text here: {plain(str(error))}")
@@ -270,7 +270,7 @@ def examples(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Non
                  "token to read how much its loss rises.", key="loss"):  # fmt: skip
         try:
             with st.spinner("Running the model ..."):
-                feature = with_loss_effects(index, feature, loaded_model(feature.model), workspace.sae(feature.sae))
+                feature = with_loss_effects(index, feature, loaded_model(feature.model), workspace.coder(feature.sae))
         except InputError as error:
             st.error(f"The loss cannot be measured here: {plain(str(error))}")
     asked = example_rows(feature, key="examples")

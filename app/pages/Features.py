@@ -31,7 +31,7 @@ def main() -> None:
     workspace = open_workspace()
     st.title("Features")
     index = choose_index(workspace)
-    st.caption(f"{index.d_sae:,} features on {index.n_tokens:,} tokens, {index.settings['hook']}")
+    st.caption(f"{index.d_sae:,} features on {index.n_tokens:,} tokens, {index.place}")
     chosen_list = choose_list(workspace)
     table = chosen_features(workspace, index, chosen_list)
     if table.empty:

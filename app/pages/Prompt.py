@@ -11,6 +11,7 @@ from workbench.features import prompt_figures as live_figures
 from workbench.features.live import LiveSAE, read_with
 from workbench.features.prompt_grid import feature_rows, sae_rows
 from workbench.features.prompts import RANKINGS, PromptReading, Ranking
+from workbench.models.places import between
 from workbench.models.prompt_text import MAX_TOKENS
 from workbench.show.grid import grid_html
 from workbench.show.html import STYLE, visible
@@ -29,7 +30,8 @@ def main() -> None:
         live, version = open_live(workspace, choose_sae(workspace))
     with box:
         text = prompt_box("Type or paste a text, then press Ctrl+Enter")
-    picker.caption(plain(f"{live.sae.d_sae:,} features at {live.sae.hook_name} of {live.model.info.name}"))
+    place = between(live.sae.hook_name, live.sae.written_hook)
+    picker.caption(plain(f"{live.sae.d_sae:,} features at {place} of {live.model.info.name}"))
     if not text:
         st.info("Type a prompt to see which features fire on it. Every token can be clicked.")
         return

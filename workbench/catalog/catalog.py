@@ -32,6 +32,7 @@ from workbench.catalog.summaries import (
     SAESummary,
     TranscoderSetSummary,
     harvest_summaries,
+    layer_summaries,
     run_summaries,
     sae_folders,
     sae_summaries,
@@ -140,8 +141,21 @@ class Catalog:
     # SAEs
 
     def saes(self) -> list[SAESummary]:
-        """The SAEs of the workspace with the latest evaluation of each."""
+        """The SAEs and single transcoders of the workspace with the latest evaluation of each."""
         return sae_summaries(self.path, self.results)
+
+    def coders(self) -> list[SAESummary]:
+        """Those of `saes`, and after them every layer of the sets of transcoders under the name it has as an SAE."""
+        return self.saes() + layer_summaries(self.path, self.results)
+
+    def with_layers(self, names: Sequence[str]) -> list[str]:
+        """The names, those of sets of transcoders as the names of their layers."""
+        layers = {summary.name: summary.layers for summary in self.transcoder_sets()}
+        found: list[str] = []
+        for name in names:
+            of_set = name in layers and not self.sae_folder(name).is_dir()
+            found += [f"{name}.layer_{layer}" for layer in range(layers[name])] if of_set else [name]
+        return found
 
     def sae_folder(self, name: str) -> Path:
         """Where the SAE `name` lies or would lie; `SET.layer_3` is a layer of a set of transcoders."""
@@ -156,7 +170,8 @@ class Catalog:
         loaded = self.coder(name, device)
         if not loaded.subtracts_b_dec:
             raise InputError(
-                f"{name!r} is a transcoder, which predicts another activation than it reads: this needs an SAE"
+                f"{name!r} is a transcoder, which predicts another activation than it reads: this puts a "
+                "reconstruction back where it was read and needs an SAE; `workbench graph` traces transcoders"
             )
         return loaded
 
@@ -205,8 +220,8 @@ class Catalog:
         return self.path / "transcoders" / check_name(name, "name of a set of transcoders")
 
     def transcoder_sets(self) -> list[TranscoderSetSummary]:
-        """The sets of transcoders of the workspace."""
-        return transcoder_set_summaries(self.path)
+        """The sets of transcoders of the workspace, with the latest numbers of each in place of all its targets."""
+        return transcoder_set_summaries(self.path, self.results)
 
     def transcoders(self, name: str, device: str = "cpu") -> "TranscoderSet":
         """Loads a set of transcoders. Raises InputError naming those there are."""
@@ -243,8 +258,12 @@ class Catalog:
     def _require_sae(self, name: str) -> Path:
         folder = self.sae_folder(name)
         if not (folder / "cfg.json").is_file():
-            known = ", ".join(path.name for path in sae_folders(self.path)) or "none"
-            raise InputError(f"no SAE {name!r} in {self.path}: it has {known}")
+            sets = {summary.name: summary.layers for summary in self.transcoder_sets()}
+            if name in sets:
+                raise InputError(f"{name!r} is a set of {sets[name]} transcoders: say which layer, as {name}.layer_0")
+            known = [path.name for path in sae_folders(self.path)]
+            known += [f"{item}.layer_0 to layer_{n - 1}" for item, n in sets.items() if n]
+            raise InputError(f"no SAE {name!r} in {self.path}: it has {', '.join(known) or 'none'}")
         return folder
 
     # Indexes and results

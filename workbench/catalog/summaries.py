@@ -1,6 +1,6 @@
 """What a workspace holds, as `workbench info` and the app list it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from workbench.catalog.results import ResultStore
 from workbench.catalog.runs import Run, RunSummary
 from workbench.disk.descriptions import read_description
 from workbench.harvest.record import DESCRIPTION, HarvestRecord
+from workbench.models.places import between
 
 DAMAGED = "damaged"
 """State of what cannot be read; `workbench doctor` says why."""
@@ -42,11 +43,22 @@ class SAESummary:
     hook: str
     evaluation: dict[str, Any] | None
     """The latest evaluation's headline numbers, or None."""
+    target_hook: str = ""
+    """Hook point that a transcoder predicts; empty for SAEs."""
+    member_of: str = ""
+    """The set of transcoders that it is a layer of."""
+    layer: int = 0
+    """Which one."""
 
     @property
     def rule(self) -> str:
         """`topk k=32`."""
         return self.architecture if self.k is None else f"{self.architecture} k={self.k}"
+
+    @property
+    def place(self) -> str:
+        """The hook point it reads, and the one that a transcoder predicts."""
+        return between(self.hook, self.target_hook)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class TranscoderSetSummary:
     """Hook point that the first layer reads."""
     target_hook: str
     """Hook point that it predicts."""
+    replacement: dict[str, Any] | None = None
+    """The latest numbers with all its layers in place at once, or None."""
 
 
 def harvest_summaries(workspace: Path) -> list[HarvestSummary]:
@@ -111,31 +125,44 @@ def sae_summaries(workspace: Path, results: ResultStore) -> list[SAESummary]:
     return [_sae_summary(folder, results) for folder in sae_folders(workspace)]
 
 
-def _sae_summary(folder: Path, results: ResultStore) -> SAESummary:
+def layer_summaries(workspace: Path, results: ResultStore) -> list[SAESummary]:
+    """The layers of the sets of transcoders of a workspace, as SAEs of the names they have there, by set and layer."""
+    found = []
+    for item in transcoder_set_summaries(workspace, results):
+        for layer in range(item.layers):
+            folder = workspace / "transcoders" / item.name / f"layer_{layer}"
+            summary = _sae_summary(folder, results, f"{item.name}.layer_{layer}")
+            found.append(replace(summary, member_of=item.name, layer=layer))
+    return found
+
+
+def _sae_summary(folder: Path, results: ResultStore, name: str | None = None) -> SAESummary:
+    name = name or folder.name
     try:
         config = read_description(folder / "cfg.json")
         metadata = config.get("metadata") or {}
         return SAESummary(
-            name=folder.name,
+            name=name,
             architecture=config["architecture"],
             k=config.get("k"),
             d_in=config["d_in"],
             d_sae=config["d_sae"],
             model=metadata.get("model_name", ""),
             hook=metadata.get("hook_name", ""),
-            evaluation=_evaluation(folder.name, results),
+            evaluation=_metrics("evaluation", name, results),
+            target_hook=metadata.get("hook_name_out") or "",
         )
     except (InputError, KeyError, AttributeError):
-        return SAESummary(folder.name, DAMAGED, None, 0, 0, "", "", None)
+        return SAESummary(name, DAMAGED, None, 0, 0, "", "", None)
 
 
-def transcoder_set_summaries(workspace: Path) -> list[TranscoderSetSummary]:
+def transcoder_set_summaries(workspace: Path, results: ResultStore) -> list[TranscoderSetSummary]:
     """The sets of transcoders of a workspace; one that cannot be read is listed as damaged."""
     folders = (file.parent for file in sorted(workspace.glob("transcoders/*/transcoders.json")))
-    return [_transcoder_set_summary(folder) for folder in folders if not folder.name.endswith(".tmp")]
+    return [_transcoder_set_summary(folder, results) for folder in folders if not folder.name.endswith(".tmp")]
 
 
-def _transcoder_set_summary(folder: Path) -> TranscoderSetSummary:
+def _transcoder_set_summary(folder: Path, results: ResultStore) -> TranscoderSetSummary:
     try:
         description = read_description(folder / "transcoders.json")
         config = read_description(folder / "layer_0" / "cfg.json")
@@ -148,13 +175,15 @@ def _transcoder_set_summary(folder: Path) -> TranscoderSetSummary:
             model=description["model_name"],
             hook=config["metadata"]["hook_name"],
             target_hook=config["metadata"]["hook_name_out"],
+            replacement=_metrics("replacement", folder.name, results),
         )
     except (InputError, KeyError, TypeError):
         return TranscoderSetSummary(folder.name, 0, DAMAGED, 0, "", "", "")
 
 
-def _evaluation(sae: str, results: ResultStore) -> dict[str, Any] | None:
+def _metrics(kind: str, name: str, results: ResultStore) -> dict[str, Any] | None:
+    """The one row that an evaluation of this name has; None where there is none."""
     try:
-        return results.open("evaluation", sae).table("metrics").iloc[0].to_dict()
+        return results.open(kind, name).table("metrics").iloc[0].to_dict()
     except InputError:
         return None

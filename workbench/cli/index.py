@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 
 def make_index(
-    sae: SAEArgument,
+    sae: Annotated[str, typer.Argument(help="Name of an SAE, or of a set of transcoders: every layer is indexed.")],
     harvest: Annotated[str | None, typer.Option(help="Harvest to index; the SAE's own when left out.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of the harvest at most; all when left out.", min=1)] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -52,17 +52,24 @@ def make_index(
     Interrupted, it goes on where it stopped when the same command is repeated.
     """
     workspace = open_workspace(folder)
-    give_model(workspace, [sae], model, device)
-    with ProgressBar("index", 1, enabled=not as_json) as bar:
-        made = workspace.build_index(sae, harvest=harvest, max_rows=rows, device=device, on_progress=bar.report)
+    names = workspace.with_layers([sae])
+    give_model(workspace, names, model, device)
+    made = {}
+    for name in names:
+        with ProgressBar("index", 1, enabled=not as_json) as bar:
+            found = workspace.build_index(name, harvest=harvest, max_rows=rows, device=device, on_progress=bar.report)
+        made[name] = found
+        if as_json:
+            continue
+        took = f" in {format_seconds(sum(found.seconds.values()))}" if found.seconds else ", indexed before"
+        said = f"{found.activations:,} activations on {found.tokens:,} tokens, {format_bytes(found.bytes)}{took}"
+        print(said if names == [sae] else f"{name}: {said}")
+        if found.missing:
+            print(f"Without logit effects: {found.missing}")
     if as_json:
-        print_json(asdict(made))
-        return
-    took = f" in {format_seconds(sum(made.seconds.values()))}" if made.seconds else ", indexed before"
-    print(f"{made.activations:,} activations on {made.tokens:,} tokens, {format_bytes(made.bytes)}{took}")
-    if made.missing:
-        print(f"Without logit effects: {made.missing}")
-    print(f"Next: workbench feature {sae} --search return, or workbench app --workspace {folder}")
+        print_json(asdict(made[sae]) if names == [sae] else {name: asdict(found) for name, found in made.items()})
+    else:
+        print(f"Next: workbench feature {names[0]} --search return, or workbench app --workspace {folder}")
 
 
 def feature(

@@ -187,11 +187,9 @@ def evaluate(
 
     A transcoder's prediction takes the place of what it predicts; a set is measured layer by layer and all at once.
     """
-    from workbench.saes.evaluate import with_layers
-
     workspace = open_workspace(folder)
-    give_model(workspace, saes, model, device)
-    named = with_layers(workspace, saes)
+    named = workspace.with_layers(saes)
+    give_model(workspace, named, model, device)
     text: dict[str, Any] = {"corpus": corpus, "text_field": text_field, "device": device}
     found = evaluate_saes(workspace, named, quiet=as_json, max_tokens=tokens, count_bos=count_bos, **text)
     sets = [name for name in dict.fromkeys(saes) if name not in found]

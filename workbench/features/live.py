@@ -91,4 +91,4 @@ def open_live(catalog: Catalog, sae: str, *, model: LoadedModel | None = None, d
             known = known_features(index)
         finally:
             index.close()
-    return LiveSAE(sae, catalog.sae(sae), model_of(catalog, sae, model, device), known)
+    return LiveSAE(sae, catalog.coder(sae), model_of(catalog, sae, model, device), known)

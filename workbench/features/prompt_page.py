@@ -4,6 +4,7 @@ from html import escape
 
 from workbench.features.prompt_grid import feature_rows
 from workbench.features.prompts import PromptReading
+from workbench.models.places import between
 from workbench.show.grid import GRID_CSS, grid_html
 from workbench.show.html import STYLE, token_html, visible
 
@@ -24,8 +25,8 @@ def reading_html(reading: PromptReading) -> str:
     cut = " (only its beginning was read)" if reading.truncated else ""
     head = (
         f"<h2>{escape(reading.sae or reading.hook)}: {reading.n_read} tokens{cut}</h2>"
-        f'<div class="dim">{escape(reading.model)}, {escape(reading.hook)}, mean loss {reading.mean_loss:.3f} '
-        f"nats</div>"
+        f'<div class="dim">{escape(reading.model)}, {escape(between(reading.hook, reading.target_hook))}, mean loss '
+        f"{reading.mean_loss:.3f} nats</div>"
     )
     if not rows:
         return f'{STYLE}<div class="wbf">{head}<p>No feature fires.</p></div>'

@@ -20,7 +20,8 @@
    what f adds to the logit of y beyond what it adds to all logits, past the layers in between (Elhage et al. 2021,
    "A Mathematical Framework for Transformer Circuits"; W_out and U_eff as in index/logits.py). Summed over
    the features, with b_dec and the SAE's error in place of one more feature each, it is what the hook point itself
-   contributes. Hook points that write nothing to the residual stream have none.
+   contributes. Hook points that write nothing to the residual stream have none. A transcoder fires where it reads and
+   contributes where it writes; its skip, where it has one, counts beside b_dec.
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.features.index.logits import output_directions
 from workbench.models.capture import capture
-from workbench.models.hooks import resolve_hook
+from workbench.models.hooks import read_hook, written_hook
 from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, token_losses, token_pieces
 from workbench.models.readout import final_scale, unembedding
 
@@ -70,6 +71,8 @@ class PromptReading:
     sae: str
     model: str
     hook: str
+    target_hook: str
+    """The hook point it writes: the same, but for a transcoder."""
     d_sae: int
     text: str
     """What was read of the prompt."""
@@ -289,7 +292,7 @@ def read_through(
     Args:
         saes: each by its name, with what is known of its features.
     """
-    hooks = {name: resolve_hook(model, sae.hook_name) for name, (sae, _) in saes.items()}
+    hooks = {name: read_hook(model, sae) for name, (sae, _) in saes.items()}
     ids, truncated = encode_prompt(model, text)
     row = model.begun(ids)
     tokens = torch.tensor([row], device=model.device)
@@ -322,9 +325,9 @@ def read_through(
             missing = str(error)
         readings.append(
             PromptReading(
-                sae=name, hook=hooks[name].name, d_sae=sae.d_sae, position=position + model.n_bos, feature=feature,
-                activation=activation.astype(np.float64), known=known, missing=missing, _directions=directions,
-                _active=active, _scale=scale, **shared,
+                sae=name, hook=hooks[name].name, target_hook=written_hook(model, sae).name, d_sae=sae.d_sae,
+                position=position + model.n_bos, feature=feature, activation=activation.astype(np.float64),
+                known=known, missing=missing, _directions=directions, _active=active, _scale=scale, **shared,
             )
         )  # fmt: skip
     return readings

@@ -1,6 +1,7 @@
 """Steering: what a model says when one feature is turned up, held or taken out.
 
-At the SAE's hook point, with a the feature's activation on a token, s the strength and m the feature's maximum,
+At the hook point that the SAE writes, with x the value there, a the feature's activation on a token, s the strength
+and m the feature's maximum,
 
     x' = base + (a' - a) W_dec[f]
 
@@ -10,6 +11,9 @@ At the SAE's hook point, with a the feature's activation on a token, s the stren
 
     base = x with the SAE's error kept: only the feature's part changes, and an edit of strength 0 changes nothing
     base = SAE(x) without it: the model reads the edited code alone
+
+A transcoder reads its code at one hook point and writes at another of the same pass: x is the value that it predicts,
+and SAE(x) its prediction, the skip included.
 
 1. `everywhere` edits every position but BOS; `generated` those that predict a generated token, that is the prompt's
    last position and everything after it.
@@ -31,10 +35,10 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from circuits.splice import splice
+from circuits.splice import splice_between
 from sae.errors import InputError
 from sae.model import SAE
-from workbench.models.hooks import resolve_hook
+from workbench.models.hooks import read_hook, written_hook
 from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, token_losses, token_pieces
 
 if TYPE_CHECKING:
@@ -190,28 +194,33 @@ def edited(
     Raises:
         InputError: a hook point the model does not have, or one of another width.
     """
-    hook = resolve_hook(model, sae.hook_name)
-    if hook.width != sae.d_in:
-        raise InputError(
-            f"the SAE reads width {sae.d_in}, {hook.name} of {model.info.name} has {hook.width}: "
-            "it belongs to another model"
-        )
+    read, write = read_hook(model, sae), written_hook(model, sae)
 
-    def function(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
-        return apply_edit(sae, edit, unit, x, from_row=0 if first is None else max(0, first - model.n_bos))
+    def function(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
+        return apply_edit(sae, edit, unit, x, y, from_row=0 if first is None else max(0, first - model.n_bos))
 
-    with splice(model.bridge, hook.name, function, bos_id=model.bos_id):
+    with splice_between(model.bridge, read.name, write.name, function, bos_id=model.bos_id):
         yield
 
 
 def apply_edit(
-    sae: SAE, edit: Edit, unit: float, x: Float[Tensor, "n width"], *, from_row: int = 0
-) -> Float[Tensor, "n width"]:
-    """Edited values of `x`, in its precision; rows before `from_row` come back as they are.
+    sae: SAE,
+    edit: Edit,
+    unit: float,
+    x: Float[Tensor, "n d_in"],
+    y: Float[Tensor, "n d_out"],
+    *,
+    from_row: int = 0,
+) -> Float[Tensor, "n d_out"]:
+    """Edited values of `y`, in its precision; rows before `from_row` come back as they are.
 
     With the error kept, rows whose activation the edit leaves alone come back bitwise the same.
+
+    Args:
+        x: what the SAE reads.
+        y: the values where it writes: x again, but for a transcoder.
     """
-    new = x.clone()
+    new = y.clone()
     rows = x[from_row:].to(sae.W_dec.device, torch.float32)
     code = sae.encode(rows)
     token, feature, value = code.entries()
@@ -220,7 +229,7 @@ def apply_edit(
     change = {
         "add": torch.full_like(a, edit.strength * unit), "clamp": edit.strength * unit - a, "ablate": -a,
     }[edit.kind]  # fmt: skip
-    base = rows if edit.keep_error else sae.decode(code).float()
+    base = y[from_row:].to(rows) if edit.keep_error else sae.predict(rows, code)
     changed = base + change[:, None] * sae.W_dec[edit.feature].float()
     new[from_row:] = changed.to(new)
     return new

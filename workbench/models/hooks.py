@@ -4,6 +4,7 @@ import difflib
 import re
 
 from sae.errors import InputError
+from sae.model import SAE
 from workbench.models.model import LoadedModel
 from workbench.models.places import KINDS, HookSpec
 
@@ -39,3 +40,31 @@ def resolve_hook(model: LoadedModel, name: str) -> HookSpec:
         ]
         raise InputError(f"{name}: {model.checks.refused[name]}; use {', '.join(usable)}")
     return model.checks.hooks[name]
+
+
+def read_hook(model: LoadedModel, sae: SAE) -> HookSpec:
+    """The hook point that an SAE or a transcoder reads.
+
+    Raises:
+        InputError: the model has no such hook point, or one of another width.
+    """
+    return _of_width(model, sae.hook_name, sae.d_in, "reads")
+
+
+def written_hook(model: LoadedModel, sae: SAE) -> HookSpec:
+    """The hook point whose value an SAE's reconstruction, or a transcoder's prediction, takes the place of.
+
+    Raises:
+        InputError: the model has no such hook point, or one of another width.
+    """
+    return _of_width(model, sae.written_hook, sae.d_out, "writes")
+
+
+def _of_width(model: LoadedModel, name: str, width: int, does: str) -> HookSpec:
+    hook = resolve_hook(model, name)
+    if hook.width != width:
+        raise InputError(
+            f"the SAE {does} {width} values and {hook.name} of {model.info.name} has {hook.width}: "
+            "it belongs to another model"
+        )
+    return hook

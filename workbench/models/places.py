@@ -95,3 +95,9 @@ def _lacking(bridge: Bridge, layer: int, kind: str) -> str:
     if kind == "mlp_post":
         return f"layer {layer} has no MLP with a single matrix out (a mixture of experts has several)"
     return f"layer {layer} has no such place"
+
+
+def between(read: str, written: str) -> str:
+    """What to call the place of an SAE: the hook point it reads, and where a transcoder's is another one the one it
+    writes."""
+    return f"{read} → {written}" if written not in ("", read) else read

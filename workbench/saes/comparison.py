@@ -31,16 +31,17 @@ MEASURED = {
 
 
 def compare(catalog: Catalog, names: Sequence[str] = ()) -> pd.DataFrame:
-    """The SAEs named, or all of them, by model, hook point, rule, width and L0.
+    """The SAEs named, or all of them, by model, hook point, rule, width and L0; sets of transcoders layer by layer.
 
     Returns:
-        Columns sae, rule, k, d_sae, seed, tokens, hook, model, those of MEASURED, evaluated_on; missing values where
-        an SAE has not been evaluated or does not say.
+        Columns sae, rule, k, d_sae, seed, tokens, hook, target_hook (of transcoders, else empty), model, those of
+        MEASURED, evaluated_on; missing values where an SAE has not been evaluated or does not say.
 
     Raises:
         InputError: a name that does not exist, or a workspace without SAEs.
     """
-    summaries = {summary.name: summary for summary in catalog.saes()}
+    summaries = {summary.name: summary for summary in catalog.coders()}
+    names = catalog.with_layers(names)
     for name in names:
         if name not in summaries:
             raise InputError(f"no SAE {name!r} in {catalog.path}: it has {', '.join(summaries) or 'none'}")
@@ -69,6 +70,7 @@ def _row(summary: SAESummary, origin: Origin, evaluation: Result | None) -> dict
         "seed": origin.training.get("seed"),
         "tokens": origin.training.get("total_tokens"),
         "hook": summary.hook,
+        "target_hook": summary.target_hook,
         "model": summary.model,
         **{column: measured.get(key) for column, key in MEASURED.items()},
         "evaluated_on": _text(evaluation),

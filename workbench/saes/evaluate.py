@@ -86,17 +86,6 @@ def evaluate(
     return [found for name in names if (found := done[name]) is not None]
 
 
-def with_layers(catalog: Catalog, names: Sequence[str]) -> list[str]:
-    """The names, those of sets of transcoders as the names of their layers."""
-    layers = {summary.name: summary.layers for summary in catalog.transcoder_sets()}
-    known = {summary.name for summary in catalog.saes()}
-    found: list[str] = []
-    for name in names:
-        of_set = name in layers and name not in known
-        found += [f"{name}.{folder_of(layer)}" for layer in range(layers[name])] if of_set else [name]
-    return found
-
-
 def evaluate_set(
     catalog: Catalog,
     name: str,
@@ -119,7 +108,7 @@ def evaluate_set(
             `workbench.saes.replacement.evaluate_replacement`.
     """
     coders = catalog.transcoders(name)
-    layers = with_layers(catalog, [name])
+    layers = [f"{name}.{folder_of(layer)}" for layer in coders]
     origin = _common_origin({layer: catalog.origin(layer) for layer in layers})
     wanted = corpus or origin.corpus
     if wanted is None:

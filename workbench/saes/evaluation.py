@@ -38,13 +38,12 @@ from torch import Tensor
 
 from circuits.resume import recorded_block, resumed_after
 from circuits.splice import splice
-from sae.errors import InputError
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.model import SAE
 from sae.transcoder import Transcoder
 from workbench.models.capture import capture
 from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
-from workbench.models.hooks import resolve_hook
+from workbench.models.hooks import read_hook, written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.models.places import HookSpec
@@ -117,8 +116,8 @@ def evaluate_sae(
         InputError: an SAE whose hook point or width does not fit the model, contexts longer than the model takes, or
             too few held-out tokens, or passes that memory cannot hold.
     """
-    reads = [_hook_of(model, sae) for sae in saes]
-    hooks = [writing_hook(model, sae) for sae in saes]
+    reads = [read_hook(model, sae) for sae in saes]
+    hooks = [written_hook(model, sae) for sae in saes]
     sizes = {"max_tokens": max_tokens, "context_len": context_len}
     _check_memory(model, saes, [*reads, *hooks], **sizes)
     batches = list(context_batches(model, corpus, "heldout", separate=separate, **sizes))
@@ -179,33 +178,6 @@ def _note(model: LoadedModel, clean: float, n_out: int) -> str:
             "or recovered of it says nothing"
         )
     return ""
-
-
-def _hook_of(model: LoadedModel, sae: SAE) -> HookSpec:
-    hook = resolve_hook(model, sae.hook_name)
-    if hook.width != sae.d_in:
-        raise InputError(
-            f"the SAE reads {sae.d_in} values and {hook.name} of {model.info.name} has {hook.width}: "
-            "it belongs to another model"
-        )
-    return hook
-
-
-def writing_hook(model: LoadedModel, sae: SAE) -> HookSpec:
-    """The hook point whose value an SAE's reconstruction, or a transcoder's prediction, takes the place of.
-
-    Raises:
-        InputError: the model has no such hook point, or one of another width.
-    """
-    if not isinstance(sae, Transcoder):
-        return _hook_of(model, sae)
-    hook = resolve_hook(model, sae.target_hook_name)
-    if hook.width != sae.d_out:
-        raise InputError(
-            f"the transcoder writes {sae.d_out} values and {hook.name} of {model.info.name} has {hook.width}: "
-            "it belongs to another model"
-        )
-    return hook
 
 
 def _on_device(sae: SAE, device: torch.device) -> SAE:

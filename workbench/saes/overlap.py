@@ -91,13 +91,13 @@ def overlap(a: SAE, b: SAE, names: tuple[str, str] = ("A", "B")) -> Overlap:
     """Best partners between two SAEs; see the module's description.
 
     Args:
-        a, b: SAEs that read vectors of the same width, on one device.
+        a, b: SAEs or transcoders that write vectors of the same width, on one device.
         names: what tables and figures call them.
 
     Raises:
-        InputError: SAEs of different input widths or models, whose directions do not share a basis.
+        InputError: SAEs of different output widths or models, whose directions do not share a basis.
     """
-    for what, mine, other in (("reads vectors of", a.d_in, b.d_in), ("is of the model", a.model_name, b.model_name)):
+    for what, mine, other in (("writes vectors of", a.d_out, b.d_out), ("is of the model", a.model_name, b.model_name)):
         if mine != other:
             raise InputError(
                 f"{names[0]} {what} {mine}, {names[1]} {other}, so their directions have nothing in common: "

@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.splice import splice
+from circuits.splice import splice_between
 from sae.transcoder import Transcoder
 from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
+from workbench.models.hooks import written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
-from workbench.saes.evaluation import means_at, writing_hook
+from workbench.saes.evaluation import means_at
 from workbench.text.corpora import Corpus
 
 
@@ -77,7 +78,7 @@ def evaluate_replacement(
         InputError: a coder whose hook points or widths do not fit the model, too few held-out tokens, or passes that
             memory cannot hold.
     """
-    hooks = [writing_hook(model, coder) for coder in coders]
+    hooks = [written_hook(model, coder) for coder in coders]
     check_passes_fit(
         f"replacing {len(coders)} targets", model, max_tokens=max_tokens, context_len=context_len, n_logits=4,
         attention=True, per_token=BYTES_PER_ROW,
@@ -116,19 +117,10 @@ def replaced_logits(model: LoadedModel, batch: ContextBatch, way: Way) -> Float[
     """Logits of a pass with every target of `way` replaced on the ordinary tokens; each reads what is there in it."""
     with ExitStack() as stack:
         for target, (read, function) in way.items():
-            if read == target:
-                stack.enter_context(splice(model.bridge, target, function, keep=~batch.ordinary))
-                continue
-            seen: list[Tensor] = []
 
-            def record(value: Tensor, seen: list[Tensor] = seen) -> Tensor:
-                seen[:] = [value]
-                return value
+            def write(x: Tensor, _: Tensor, function: Callable[[Tensor], Tensor] = function) -> Tensor:
+                return function(x)
 
-            def write(_: Tensor, seen: list[Tensor] = seen, function: Callable[[Tensor], Tensor] = function) -> Tensor:
-                return function(seen[0])
-
-            stack.enter_context(splice(model.bridge, read, record, keep=~batch.ordinary))
-            stack.enter_context(splice(model.bridge, target, write, keep=~batch.ordinary))
+            stack.enter_context(splice_between(model.bridge, read, target, write, keep=~batch.ordinary))
         logits: Tensor = model.bridge(batch.tokens, return_type="logits")
         return logits

@@ -90,7 +90,7 @@ def test_ablating_what_does_not_fire_changes_nothing(tiny_model: LoadedModel) ->
         sae.W_enc[:, 3] = 0
         sae.b_enc[3] = 0
     x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(apply_edit(sae, Edit(3, "ablate"), UNIT, x), x)
+    assert torch.equal(apply_edit(sae, Edit(3, "ablate"), UNIT, x, x), x)
 
 
 def test_clamping_to_the_activation_of_one_token_changes_nothing_there(gpt2_model: LoadedModel) -> None:
@@ -98,7 +98,7 @@ def test_clamping_to_the_activation_of_one_token_changes_nothing_there(gpt2_mode
     x = torch.randn(1, sae.d_in, generator=torch.Generator().manual_seed(1))
     _, feature, value = sae.encode(x).entries()
     edit = Edit(int(feature[0]), "clamp", float(value[0]))
-    assert torch.equal(apply_edit(sae, edit, 1.0, x), x)
+    assert torch.equal(apply_edit(sae, edit, 1.0, x, x), x)
 
 
 def test_generated_edits_start_at_the_last_prompt_token(gpt2_model: LoadedModel) -> None:

@@ -77,7 +77,7 @@ def test_opposed_directions_are_one_feature_for_signed_rules_only() -> None:
 
 
 def test_saes_of_different_width_or_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reads vectors of 12, B 8"):
+    with pytest.raises(InputError, match="writes vectors of 12, B 8"):
         overlap(random_sae(4, 0), random_sae(4, 0, d_in=8))
     space = Workspace(tmp_path / "w")
     random_sae(4, 0).save(space.path / "saes" / "one")

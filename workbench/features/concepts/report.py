@@ -96,7 +96,7 @@ def align_sae(
     Raises:
         InputError: no such SAE, harvest or hook point, or concepts that do not belong to the harvest.
     """
-    sae, origin = catalog.sae(name, device), catalog.origin(name)
+    sae, origin = catalog.coder(name, device), catalog.origin(name)
     wanted = harvest or origin.harvest
     if wanted is None:
         raise InputError(f"SAE {name!r} was not trained here: name a harvest of its model")

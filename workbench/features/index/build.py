@@ -101,6 +101,8 @@ def build_index(
         "schema": SCHEMA, "sae": sae_name, "weights": sae.fingerprint(),
         "harvest": source.name, "corpus": source.corpus, "model": source.model, "hook": sae.hook_name, "rows": n_rows,
     }  # fmt: skip
+    if sae.written_hook != sae.hook_name:
+        settings["target_hook"] = sae.written_hook
     same = path.exists() and read_meta(path)["settings"] == settings
     # What lacked its model is built again once the model can be had.
     if same and (read_meta(path)["missing"] is None or _why_missing(source, sae, model, device) is not None):
@@ -209,7 +211,7 @@ class _Build:
             missing = str(error)
         self.laps.lap("logit effects")
         method = schema.insert_geometry(
-            connection, self.sae, n_heads if self.sae.hook_name.endswith("hook_z") else None
+            connection, self.sae, n_heads if self.sae.written_hook.endswith("hook_z") else None
         )
         self.laps.lap("geometry")
         return missing, method

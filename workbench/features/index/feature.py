@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from workbench.models.places import between
+
 
 @dataclass(frozen=True)
 class Example:
@@ -168,7 +170,7 @@ class Feature:
     neighbours: list[Neighbour]
     coactivations: list[Coactivation]
     heads: list[float]
-    """Share of each head; empty unless the SAE reads attn.hook_z."""
+    """Share of each head; empty unless the SAE writes attn.hook_z."""
     decoder_norm: float
     encoder_cosine: float | None
     """Cosine between its encoder and decoder directions."""
@@ -178,11 +180,18 @@ class Feature:
     """The best concept of either sign, best first; empty where the SAE was not aligned or the feature does not fire."""
     explanation: Explanation | None = None
     """None where no language model was asked."""
+    target_hook: str = ""
+    """The hook point that a transcoder's writes; empty where it is `hook`."""
 
     @property
     def dead(self) -> bool:
         """Whether it fires on none of the indexed tokens."""
         return self.stats.firings == 0
+
+    @property
+    def place(self) -> str:
+        """The hook point it reads, and the one that a transcoder's writes."""
+        return between(self.hook, self.target_hook)
 
     @property
     def signed(self) -> bool:

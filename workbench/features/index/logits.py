@@ -23,9 +23,8 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.model import SAE
-from sae.transcoder import Transcoder
 from workbench.features.index.statistics import BINS
-from workbench.models.hooks import resolve_hook
+from workbench.models.hooks import written_hook
 from workbench.models.readout import unembedding
 
 if TYPE_CHECKING:
@@ -60,12 +59,7 @@ def output_directions(model: "LoadedModel", sae: SAE) -> Float[Tensor, "d_sae d_
     Raises:
         InputError: a hook point the model does not have, whose width differs, or that writes to nothing.
     """
-    hook = resolve_hook(model, sae.target_hook_name if isinstance(sae, Transcoder) else sae.hook_name)
-    if hook.width != sae.d_out:
-        raise InputError(
-            f"the SAE writes width {sae.d_out}, {hook.name} of {model.info.name} has {hook.width}: "
-            "it belongs to another model"
-        )
+    hook = written_hook(model, sae)
     W_dec = sae.W_dec.detach().to(model.device, torch.float32)
     if hook.kind == "mlp_in":
         raise InputError(f"{hook.name} is read by the MLP and written nowhere: its features have no logit effects")

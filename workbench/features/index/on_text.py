@@ -15,7 +15,7 @@ from sae.model import SAE
 from workbench.features.index.feature import Example
 from workbench.features.index.loss import loss_effects
 from workbench.models.capture import capture
-from workbench.models.hooks import resolve_hook
+from workbench.models.hooks import read_hook
 from workbench.models.prompt_text import encode_prompt, token_pieces
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def activations_on_text(model: "LoadedModel", sae: SAE, feature: int, text: str)
     """
     if not 0 <= feature < sae.d_sae:
         raise InputError(f"feature {feature} does not exist: this SAE has features 0 to {sae.d_sae - 1}")
-    hook = resolve_hook(model, sae.hook_name)
+    hook = read_hook(model, sae)
     kept, truncated = encode_prompt(model, text)
     tokens = torch.tensor([model.begun(kept)], device=model.device)
     x = capture(model, tokens, [hook]).activations[hook.name].flatten(0, 1)[model.n_bos :]

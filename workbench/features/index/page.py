@@ -31,7 +31,7 @@ def _body(feature: Feature) -> str:
     stats = feature.stats
     head = (
         f"<h2>{escape(feature.sae)} / {feature.feature}: {escape(feature.name)}</h2>"
-        f'<div class="dim">{escape(feature.model)}, {escape(feature.hook)}, {escape(feature.rule)}, '
+        f'<div class="dim">{escape(feature.model)}, {escape(feature.place)}, {escape(feature.rule)}, '
         f"{feature.n_tokens:,} tokens</div>"
     )
     notes = "".join(f"<p>{escape(note)}</p>" for note in feature.notes)

@@ -45,6 +45,7 @@ from workbench.features.index.feature_names import DEAD, descriptions
 from workbench.features.index.geometry import MapMethod
 from workbench.features.index.search import MAX_HITS, By, Found, find, together
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
+from workbench.models.places import between
 from workbench.text.packing import NO_TEXT
 from workbench.text.token_bytes import alone, joined
 
@@ -158,6 +159,11 @@ class FeatureIndex:
             read_explanations(explanations_path(catalog, sae)),
         )
 
+    @property
+    def place(self) -> str:
+        """The hook point its SAE reads, and the one that a transcoder writes."""
+        return between(self.settings["hook"], self.settings.get("target_hook", ""))
+
     def close(self) -> None:
         """Gives the file back."""
         self._database.close()
@@ -220,6 +226,7 @@ class FeatureIndex:
             feature=number,
             model=self.settings["model"]["name"],
             hook=self.settings["hook"],
+            target_hook=self.settings.get("target_hook", ""),
             rule=" ".join([rule.pop("name"), *(f"{key}={value}" for key, value in rule.items())]),
             n_tokens=self.n_tokens,
             name=names[number],
