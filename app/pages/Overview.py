@@ -5,6 +5,7 @@ import streamlit as st
 
 from app.shared import open_workspace, plain
 from workbench import Workspace
+from workbench.models.places import between
 from workbench.saes import figures
 
 SECONDS_BETWEEN_REFRESHES = 5.0
@@ -15,6 +16,12 @@ EVALUATION_COLUMNS = {
     "loss_recovered_zero": "recovered (zero)",
     "dead_share": "dead share",
 }
+REPLACEMENT_COLUMNS = {
+    "added_nats": "added nats",
+    "added_nats_zero": "by zeros",
+    "added_nats_mean": "by means",
+    "kl": "KL",
+}
 
 
 def main() -> None:
@@ -24,6 +31,7 @@ def main() -> None:
     st.caption(str(workspace.path))
     harvests(workspace)
     saes(workspace)
+    transcoders(workspace)
     runs(workspace)
 
 
@@ -47,19 +55,33 @@ def saes(workspace: Workspace) -> None:
     """Table of SAEs with their latest evaluation, and their firing densities."""
     st.subheader("Sparse autoencoders")
     rows = [
-        {"name": item.name, "rule": item.rule, "features": item.d_sae, "hook": item.hook}
+        {"name": item.name, "rule": item.rule, "features": item.d_sae, "hook": item.place}
         | {label: (item.evaluation or {}).get(key) for key, label in EVALUATION_COLUMNS.items()}
         for item in workspace.saes()
     ]
-    if not rows:
+    if rows:
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+    else:
         st.info("No SAE yet. Train one with `workbench train`.")
-        return
-    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
     evaluations = workspace.results.find("evaluation")
     if evaluations:
         st.markdown("**How often features fire** (held-out tokens)")
         histogram = pd.concat([result.table("density_histogram") for result in evaluations])
         st.plotly_chart(figures.density_histogram(histogram), key="density")
+
+
+def transcoders(workspace: Workspace) -> None:
+    """Table of sets of transcoders, with what each costs with all its layers in place at once."""
+    rows = [
+        {"name": item.name, "layers": item.layers, "rule": item.rule, "features": item.d_sae,
+         "layer 0": between(item.hook, item.target_hook)}
+        | {label: (item.replacement or {}).get(key) for key, label in REPLACEMENT_COLUMNS.items()}
+        for item in workspace.transcoder_sets()
+    ]  # fmt: skip
+    if rows:
+        st.subheader("Sets of transcoders")
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+        st.caption("Nats a token that are added with all layers replaced at once, by the transcoders, zeros or means.")
 
 
 @st.fragment(run_every=SECONDS_BETWEEN_REFRESHES)

@@ -146,13 +146,13 @@ def every_sae(workspace: Workspace, live: LiveSAE, text: str, position: int | No
 
 def siblings(workspace: Workspace, live: LiveSAE) -> list[str]:
     """Other SAEs of the same model that are indexed: those whose features have names."""
-    model = {item.name: item.model for item in workspace.saes()}
+    model = {item.name: item.model for item in workspace.coders()}
     return [name for name in workspace.indexes() if name != live.name and model.get(name) == model[live.name]]
 
 
 def in_order(workspace: Workspace, names: list[str]) -> list[str]:
     """SAEs by layer, then by hook point and name."""
-    hook = {item.name: item.hook for item in workspace.saes()}
+    hook = {item.name: item.hook for item in workspace.coders()}
     return sorted(names, key=lambda name: ([int(part) for part in hook[name].split(".") if part.isdecimal()],
                                            hook[name], name))  # fmt: skip
 

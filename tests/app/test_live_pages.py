@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from streamlit.testing.v1 import AppTest
 
 from app.live import EXAMPLES
-from sae import SAE
+from sae import SAE, TopK, Transcoder, TranscoderSet
 from sae.rules import AbsTopK
 from workbench import Workspace
 from workbench.catalog.notes import Notes
@@ -227,3 +228,28 @@ def test_an_sae_is_chosen_by_model_and_hook_point(space: Workspace, open_page: O
     assert page.query_params["sae"] == "lost"
     # Its only hook point is no choice.
     assert [box.key for box in page.selectbox] == ["model of sae", "sae"]
+
+
+@LIVE
+def test_a_layer_of_a_set_of_transcoders_is_chosen(page: str, space: Workspace, open_page: OpenPage) -> None:
+    coders = {}
+    for layer in range(3):
+        coder = Transcoder(
+            256, 256, 16, TopK(4), skip=True, hook_name=f"blocks.{layer}.mlp.hook_in",
+            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name="demo",
+        )  # fmt: skip
+        for parameter in coder.parameters():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer))
+        coders[layer] = coder.requires_grad_(False)
+    space.add_transcoders("mlps", TranscoderSet(coders), [{}] * 3)
+    shown = open_page(page, space, sae="mlps.layer_1", prompt=TEXT, feature="2")
+    assert not shown.error
+    assert shown.selectbox(key="sae").value == "mlps"
+    assert shown.selectbox(key="hook of sae").options == ["blocks.*.mlp.hook_in", HOOK]
+    box = shown.selectbox(key="layer of sae")
+    assert (box.value, box.options) == ("1", ["0", "1", "2"])
+    charts = len(shown.get("plotly_chart"))
+    box.set_value("2").run()
+    assert not shown.exception
+    assert asked(shown, "sae") == "mlps.layer_2"
+    assert len(shown.get("plotly_chart")) == charts > 0

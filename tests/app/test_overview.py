@@ -8,7 +8,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app.shared import plain
-from sae import SAE, TopK
+from sae import SAE, TopK, Transcoder, TranscoderSet
 from workbench import Workspace
 
 OpenPage = Callable[..., AppTest]
@@ -80,3 +80,19 @@ def test_saes_are_listed_with_their_evaluation(workspace: Workspace, open_page: 
     assert table["name"].tolist() == ["s"]
     assert table["FVU"].tolist() == [0.25]
     assert len(page.get("plotly_chart")) == 1
+
+
+def test_a_set_of_transcoders_is_one_row_with_all_layers_in_place(tmp_path: Path, open_page: OpenPage) -> None:
+    space = Workspace(tmp_path / "w")
+    coders = {
+        layer: Transcoder(
+            4, 4, 8, TopK(2), hook_name=f"blocks.{layer}.mlp.hook_in",
+            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name="m",
+        )
+        for layer in range(3)
+    }  # fmt: skip
+    space.add_transcoders("mlps", TranscoderSet(coders), [{}] * 3)
+    metrics = pd.DataFrame([{"added_nats": 0.25, "added_nats_zero": 4.0, "added_nats_mean": 3.0, "kl": 0.2}])
+    space.results.save("replacement", "mlps", parameters={}, provenance={}, tables={"metrics": metrics})
+    table = open_page("Overview", space).dataframe[0].value
+    assert table[["name", "layers", "added nats", "by zeros"]].to_numpy().tolist() == [["mlps", 3, 0.25, 4.0]]

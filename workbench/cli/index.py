@@ -13,7 +13,6 @@ from workbench.cli.options import (
     DeviceOption,
     GivenModelOption,
     JsonOption,
-    SAEArgument,
     WorkspaceOption,
     give_model,
     open_workspace,

@@ -58,7 +58,7 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
         "SAEs",
         ["name", "hook", "features", "L0", "FVU", "+ nats", "recovered"],
         [
-            [item.name, item.hook, item.d_sae]
+            [item.name, item.place.replace(" → ", "\n→ "), item.d_sae]
             + [(item.evaluation or {}).get(key) for key in ("l0", "fvu", "added_nats", "loss_recovered_zero")]
             for item in saes
         ],
@@ -66,8 +66,12 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
     if sets:
         print_table(
             "Sets of transcoders",
-            ["name", "layers", "rule", "features", "model", "layer 0 reads", "layer 0 predicts"],
-            [[item.name, item.layers, item.rule, item.d_sae, item.model, item.hook, item.target_hook] for item in sets],
+            ["name", "layers", "rule", "features", "layer 0", "all layers: + nats", "by zeros"],
+            [
+                [item.name, item.layers, item.rule, item.d_sae, f"{item.hook}\n→ {item.target_hook}"]
+                + [(item.replacement or {}).get(key) for key in ("added_nats", "added_nats_zero")]
+                for item in sets
+            ],
         )
 
 

@@ -29,6 +29,7 @@ from workbench.text.python_source import Split
 if TYPE_CHECKING:
     from workbench.harvest.run import HarvestEstimate
     from workbench.saes.evaluation import Evaluation
+    from workbench.saes.replacement import Replacement
     from workbench.workspace import Workspace
 
 EVALUATION_TOKENS = 65_536
@@ -66,7 +67,9 @@ def harvest(
     hook: Annotated[
         list[str],
         typer.Option(
-            "--hook", metavar="HOOK", help="Hook point, such as blocks.2.hook_resid_post; repeat for several."
+            "--hook",
+            metavar="HOOK",
+            help="Hook point, such as blocks.2.hook_resid_post; a * for the layer is every layer; repeat for several.",
         ),
     ],
     model: Annotated[str | None, typer.Option(help=f"{MODELS}; demo when left out.")] = None,
@@ -125,7 +128,14 @@ def harvest(
         print(f"Harvested {made.n_rows:,} rows at {', '.join(made.hooks)} into {made.directory}")
         if made.n_rows + context <= tokens:
             print(f"The corpus ended before {tokens:,} tokens.")
-        print(f"Next: workbench train {made.name} --name my-sae --workspace {folder}")
+        print(f"Next: workbench train {made.name} --name {suggested(hook, made.hooks)} --workspace {folder}")
+
+
+def suggested(asked: Sequence[str], hooks: Sequence[str]) -> str:
+    """What to train on a harvest: a set of transcoders between two hook points of every layer, else an SAE."""
+    if len(asked) == 2 and all("*" in name for name in asked):
+        return f"my-set --hook '{asked[0]}' --target-hook '{asked[1]}'"
+    return "my-sae" if len(hooks) == 1 else f"my-sae --hook {hooks[0]}"
 
 
 def describe_estimate(estimate: "HarvestEstimate") -> str:
@@ -198,9 +208,7 @@ def evaluate(
         print_json({name: item.to_dict() for name, item in (found | together).items()})
         return
     print_evaluations(found)
-    if together:
-        rows = [[title, *(item.to_dict()[key] for item in together.values())] for title, key in TOGETHER.items()]
-        print_table("All layers at once", ["", *together], rows)
+    print_sets(together)
 
 
 def evaluate_saes(
@@ -210,6 +218,13 @@ def evaluate_saes(
     with ProgressBar("evaluate", max_tokens, enabled=not quiet) as bar:
         found = workspace.evaluate(saes, max_tokens=max_tokens, on_progress=bar.report_share, **settings)
     return dict(zip(saes, found, strict=True))
+
+
+def print_sets(found: "dict[str, Replacement]") -> None:
+    """What sets of transcoders cost with all their layers at once, one column a set; nothing where there is none."""
+    rows = [[title, *(item.to_dict()[key] for item in found.values())] for title, key in TOGETHER.items()]
+    if found:
+        print_table("All layers at once", ["", *found], rows)
 
 
 def print_evaluations(found: "dict[str, Evaluation]") -> None:

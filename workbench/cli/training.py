@@ -19,7 +19,7 @@ from workbench.cli.options import (
     open_workspace,
 )
 from workbench.cli.output import print_json, print_table
-from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations
+from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations, print_sets
 from workbench.cli.shared import sharing
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sae.config import TrainConfig
     from sae.training import StepMetrics, TrainedSAE
     from workbench.saes.evaluation import Evaluation
+    from workbench.saes.replacement import Replacement
     from workbench.saes.sweeps import Sweep, SweepEstimate
     from workbench.workspace import Workspace
 
@@ -108,6 +109,17 @@ class Training:
         """What is read and written, and where it is computed."""
         return {"hook": self.hook, "target_hook": self.target_hook, "device": self.device}
 
+    @property
+    def makes_sets(self) -> bool:
+        """Whether it makes sets of transcoders, one for every layer."""
+        return "*" in (self.hook or "")
+
+    def counted(self, n: int, n_sets: int = 1) -> str:
+        """So many SAEs, transcoders, or transcoders in sets, in words."""
+        if not self.makes_sets:
+            return f"{n} {'SAE' if self.target_hook is None else 'transcoder'}{'s' * (n > 1)}"
+        return f"{n_sets} sets of {n // n_sets} transcoders" if n_sets > 1 else f"a set of {n} transcoders"
+
     def asked(self, context: typer.Context) -> "Sweep":
         """What the sweep file says, else what the options say in its place.
 
@@ -152,25 +164,32 @@ def train(run: Training, context: typer.Context) -> None:
     if run.sweep is not None or run.estimate_only:
         estimate = workspace.estimate_training(run.harvest, configs, **run.placed)
         if not run.as_json:
-            print(describe_training(estimate))
+            print(describe_training(estimate, run.counted(estimate.saes, len(configs))))
         elif run.estimate_only:
             print_json(asdict(estimate))
         if run.estimate_only:
             return
     trained = train_with_progress(workspace, run, configs)
     made = [result.config.name for result in trained if not result.error]
-    found = {}
+    sets = list(dict.fromkeys(name.rpartition(".")[0] for name in made)) if run.makes_sets else []
+    found: dict[str, Evaluation] = {}
+    together: dict[str, Replacement] = {}
     if run.evaluate_after and made:
         found = evaluate_saes(
             workspace, made, max_tokens=EVALUATION_TOKENS, device=run.device, reuse=True, quiet=run.as_json
         )
+        settings: dict[str, Any] = {"max_tokens": EVALUATION_TOKENS, "device": run.device}
+        together = {name: workspace.evaluate_transcoders(name, **settings) for name in sets}
     outcome = outcomes(workspace, run.name, made, found)
     if run.as_json:
         evaluations = {"evaluations": {sae: item.to_dict() for sae, item in found.items()}} if found else {}
+        evaluations |= {"replacements": {name: item.to_dict() for name, item in together.items()}} if together else {}
         failed = {result.config.name: result.error for result in trained if result.error}
         print_json({"run": run.name, "saes": outcome, "failed": failed, **evaluations})
     elif made:
-        conclude(workspace, outcome, found, asked_tokens=total)
+        print_outcome(outcome, found)
+        print_sets(together)
+        conclude(workspace, run, outcome, sets, asked_tokens=total)
     refuse_failures(workspace, run.name, trained)
 
 
@@ -192,28 +211,27 @@ def outcomes(
     return found
 
 
-def conclude(
-    workspace: "Workspace",
-    outcome: list[dict[str, Any]],
-    evaluations: "dict[str, Evaluation]",
-    *,
-    asked_tokens: int,
-) -> None:
-    """Says how the SAEs came out, where they lie and what to do next."""
+def print_outcome(outcome: list[dict[str, Any]], evaluations: "dict[str, Evaluation]") -> None:
+    """How the SAEs came out: their evaluations, or the last reports of training."""
     if evaluations:
         print_evaluations(evaluations)
     else:
         rows = [[sae[key] for key in ("name", "fvu", "l0", "dead_share")] for sae in outcome]
         print_table("The last steps of training", ["", "FVU", "L0", "dead"], rows)
-    names = [sae["name"] for sae in outcome]
+
+
+def conclude(
+    workspace: "Workspace", run: Training, outcome: list[dict[str, Any]], sets: list[str], *, asked_tokens: int
+) -> None:
+    """Says what was trained, where it lies and what to do next; sets of transcoders go by their own names."""
+    names = sets or [sae["name"] for sae in outcome]
+    paths = [str(workspace.transcoder_folder(name)) for name in sets] or [sae["path"] for sae in outcome]
     tokens, seconds = outcome[0]["tokens"], max(sae["seconds"] for sae in outcome)
     if tokens > asked_tokens:
         print(f"Training takes whole batches: {tokens:,} tokens, where {asked_tokens:,} were asked for.")
-    print(
-        f"Trained {len(names)} SAE{'s' * (len(names) > 1)} on {tokens:,} tokens in {format_seconds(seconds)}: "
-        + ", ".join(sae["path"] for sae in outcome)
-    )
-    step = "compare" if evaluations else "evaluate"
+    what = run.counted(len(outcome), len(sets))
+    print(f"Trained {what} on {tokens:,} tokens in {format_seconds(seconds)}: {', '.join(paths)}")
+    step = "compare" if run.evaluate_after else "evaluate"
     print(f"Next: workbench {step} {' '.join(names)} --workspace {workspace.path}")
 
 
@@ -288,10 +306,10 @@ def train_with_progress(workspace: "Workspace", run: Training, configs: "list[Tr
         return workspace.train_all(run.name, run.harvest, configs, **run.placed, on_metrics=on_metrics)
 
 
-def describe_training(estimate: "SweepEstimate") -> str:
-    """One line: number of SAEs, memory, time."""
+def describe_training(estimate: "SweepEstimate", what: str) -> str:
+    """One line: what is trained, memory, time."""
     return (
-        f"Estimate: {estimate.saes} SAE{'s' * (estimate.saes > 1)}, {format_bytes(estimate.bytes)} of memory "
+        f"Estimate: {what}, {format_bytes(estimate.bytes)} of memory "
         f"({format_bytes(estimate.free_bytes)} free), about {format_seconds(estimate.seconds)}"
     )
 

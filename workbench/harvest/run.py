@@ -36,7 +36,7 @@ from workbench.harvest.reading import Harvest
 from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, SPECIAL_TOKENS
 from workbench.harvest.writing import BlockWriter
 from workbench.models.capture import capture
-from workbench.models.hooks import resolve_hook
+from workbench.models.hooks import resolve_hooks
 from workbench.models.load import DTYPES, LoadedModel, load_model
 from workbench.models.load_own import absolute_function, is_function, must_be_given
 from workbench.models.places import HookSpec
@@ -64,6 +64,7 @@ class HarvestConfig:
     model: str
     corpus: str
     hooks: tuple[str, ...]
+    """A * for the layer stands for every layer."""
     text_field: str = "text"
     context_len: int = 256
     max_tokens: int = 2_000_000
@@ -149,7 +150,7 @@ class HarvestPlan:
                 f"{config.max_tokens} tokens do not fill one context of {config.context_len}: "
                 "harvest more tokens or use shorter contexts"
             )
-        hooks = [resolve_hook(model, name) for name in dict.fromkeys(config.hooks)]
+        hooks = resolve_hooks(model, config.hooks)
         dtype = DTYPES[model.info.checkpoint_dtype if config.dtype == "auto" else config.dtype]
         row_bytes = _row_bytes(_widths(hooks, config.gradients), dtype)
         per_block = max(1, min(BLOCK_ROWS, BLOCK_BYTES[model.device.type] // row_bytes) // config.context_len)

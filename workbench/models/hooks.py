@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 
 from sae.errors import InputError
 from sae.model import SAE
@@ -40,6 +41,17 @@ def resolve_hook(model: LoadedModel, name: str) -> HookSpec:
         ]
         raise InputError(f"{name}: {model.checks.refused[name]}; use {', '.join(usable)}")
     return model.checks.hooks[name]
+
+
+def resolve_hooks(model: LoadedModel, names: Sequence[str]) -> list[HookSpec]:
+    """The hook points of some names, each once; a * for the layer stands for every layer of the model.
+
+    Raises:
+        InputError: as `resolve_hook`.
+    """
+    layers = range(model.info.n_layers or 1)
+    found = dict.fromkeys(name.replace("*", str(layer)) for name in names for layer in layers)
+    return [resolve_hook(model, name) for name in found]
 
 
 def read_hook(model: LoadedModel, sae: SAE) -> HookSpec:

@@ -46,9 +46,9 @@ def space(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, gpt2_model:
         text = f"def f{number}(x):\n    # more {number}\n    return json.loads(x, {number})\n" * 4
         (root / "texts" / f"{number}.py").write_text(text)
     made = Workspace(root / "w")
-    hooks = tuple(hook.replace("*", str(layer)) for hook in SET.values() for layer in range(LAYERS))
-    config = HarvestConfig(str(tiny_gpt2), str(root / "texts"), hooks, context_len=32, max_tokens=1600)
-    made.harvest("h", config, model=gpt2_model)
+    config = HarvestConfig(str(tiny_gpt2), str(root / "texts"), tuple(SET.values()), context_len=32, max_tokens=1600)
+    harvest = made.harvest("h", config, model=gpt2_model)
+    assert harvest.hooks == [hook.replace("*", str(layer)) for hook in SET.values() for layer in range(LAYERS)]
     config = TrainConfig(name="mlps", rule=TopK(4), d_sae=40, batch_size=64, total_tokens=1280, skip=True)
     made.train("r", "h", [config], **SET, device="cpu")
     for layer in range(LAYERS):
@@ -177,13 +177,13 @@ def test_a_prompts_contributions_are_the_output_less_bias_and_skip(space: Worksp
     rest = (coder.b_dec.double() + coder.skip(x).double()).detach()
     for position, target in ((2, 7), (5, 100)):
         readout = (U[:, target] - U.mean(dim=1)) / scale[position]
-        by_features = reading.attribution(position, target).sum()
+        by_features = reading.attribution(position + gpt2_model.n_bos, target).sum()
         assert by_features == pytest.approx(float((predicted - rest)[position] @ readout), abs=1e-4)
         error = (y.double() - predicted)[position]
         total = by_features + float((rest[position] + error) @ readout)
         assert total == pytest.approx(float(y.double()[position] @ readout), abs=1e-4)
     dense = coder.encode(x).to_dense().numpy()
-    assert all(np.array_equal(reading.activations(feature), dense[:, feature]) for feature in range(coder.d_sae))
+    assert all(np.array_equal(reading.activations(feature)[1:], dense[:, feature]) for feature in range(coder.d_sae))
     html = reading._repr_html_()
     assert f"{READ} → {WRITTEN}" in html
 

@@ -1,6 +1,8 @@
 """Training transcoders and sets of them on a harvest that holds the pairs."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from sae import InputError, Transcoder
 from sae.config import TrainConfig
 from sae.rules import GradientTopK, TopK
+from sae.training import StepMetrics
 from workbench.cli.main import run
 from workbench.harvest.pairs import PairLoader
+from workbench.saes.sweeps import parse_sweep
 from workbench.workspace import Workspace
 
 ROWS, D_IN, D_OUT = 2048, 6, 4
@@ -113,9 +117,47 @@ def test_the_command_trains_a_set_with_a_skip(workspace: Workspace, capsys) -> N
     arguments += ["--d-sae", "16", "--tokens", "256", "--batch-size", "64", "--skip", "--baseline", "--workspace"]
     assert run([*arguments, str(workspace.path), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["saes"]) == 6
+    # Finished: the same command says what there is.
+    assert run([*arguments, str(workspace.path)]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "Trained 2 sets of 3 transcoders on 256 tokens" in said
+    assert f"Next: workbench evaluate s s-random-decoder --workspace {workspace.path}" in said
+    one = [argument for argument in arguments if argument != "--baseline"]
+    assert run([*one, str(workspace.path), "--name", "one", "--estimate-only"]) == 0
+    assert capsys.readouterr().out.startswith("Estimate: a set of 3 transcoders,")
     assert [summary.name for summary in workspace.transcoder_sets()] == ["s", "s-random-decoder"]
     assert workspace.coder("s-random-decoder.layer_2").hook_name == "blocks.2.mlp.hook_in"
     assert all(coder.W_skip is not None for coder in workspace.transcoders("s").coders.values())
+
+
+def test_an_interrupted_sweep_of_sets_goes_on_to_the_same_bits(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = parse_sweep(
+        {"d_sae": 24, "batch_size": 128, "skip": [True, False], "rule": [{"name": "topk", "k": [2, 4]}]}
+    )
+    configs = sweep.configs("s", 20 * 128)
+    assert len(configs) == 4
+
+    def stop(metrics: StepMetrics) -> None:
+        if metrics.tokens == 1280:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        workspace.train_all("r", "h", configs, **SET, device="cpu", on_metrics=stop)
+    assert workspace.transcoder_sets() == []
+    assert workspace.run("r").metrics()["tokens"].max() < 20 * 128
+    workspace.train_all("r", "h", configs, **SET, device="cpu")
+    straight = Workspace(tmp_path / "straight")
+    shutil.copytree(workspace.path / "harvests", straight.path / "harvests")
+    straight.train_all("r", "h", configs, **SET, device="cpu")
+    names = [summary.name for summary in workspace.transcoder_sets()]
+    assert len(names) == 4
+    for name in names:
+        assert workspace.transcoders(name).fingerprint() == straight.transcoders(name).fingerprint()
+        assert workspace.transcoders(name).fingerprint() not in {
+            workspace.transcoders(other).fingerprint() for other in names if other != name
+        }
 
 
 @pytest.mark.parametrize(
