@@ -245,7 +245,7 @@ def test_a_layer_of_a_set_of_transcoders_is_chosen(page: str, space: Workspace, 
     shown = open_page(page, space, sae="mlps.layer_1", prompt=TEXT, feature="2")
     assert not shown.error
     assert shown.selectbox(key="sae").value == "mlps"
-    assert shown.selectbox(key="hook of sae").options == ["blocks.*.mlp.hook_in", HOOK]
+    assert shown.selectbox(key="hook of sae").options == [HOOK, "blocks.*.mlp.hook_in"]
     box = shown.selectbox(key="layer of sae")
     assert (box.value, box.options) == ("1", ["0", "1", "2"])
     charts = len(shown.get("plotly_chart"))
