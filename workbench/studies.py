@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.catalog.results import Result
+    from workbench.circuits.lenses import LensReading
     from workbench.circuits.task import Task
     from workbench.models.load import LoadedModel
     from workbench.text.corpora import Corpus
@@ -43,6 +44,20 @@ class Studies(Catalog):
         from workbench.circuits.graphs import make_graph
 
         return make_graph(self, name, model, prompt, **settings)
+
+    def lens(self, name: str, model: "LoadedModel", corpus: "Corpus", **settings: Any) -> "Result":
+        """Mean Jacobians of a model and how well they and the logit lens read it; settings and InputErrors as
+        `workbench.circuits.lenses.fit_lens`."""
+        from workbench.circuits.lenses import fit_lens
+
+        return fit_lens(self, name, model, corpus, **settings)
+
+    def read_lens(self, model: "LoadedModel", prompt: str, name: str | None = None) -> "LensReading":
+        """What the residual stream of a prompt says layer by layer: by the logit lens, or by Jacobians stored under
+        `name`; InputErrors as `workbench.circuits.lenses.read_lens` and `open_lens`."""
+        from workbench.circuits.lenses import open_lens, read_lens
+
+        return read_lens(model, prompt, None if name is None else (name, open_lens(self, name, model)))
 
     def agreement(
         self, model: "LoadedModel", task: "Task | str", *, name: str | None = None, **settings: Any

@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.dfa import FeatureAttribution
@@ -14,7 +15,8 @@ from circuits.feature_circuits import ERROR, FeatureCircuit
 from circuits.graph.graph import KINDS, Graph
 from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
-from workbench.show.colours import GREY, MARK, PALETTE, series_colour
+from workbench.show.colours import FAINT, GREY, MARK, PALETTE, POSITIVE, series_colour
+from workbench.show.html import plotly_text
 
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 DIVERGING = "RdBu"
@@ -339,3 +341,51 @@ def _places(graph: Graph) -> tuple[Float[Tensor, "nodes"], Float[Tensor, "nodes"
     offset = torch.empty(len(nodes), dtype=torch.float64)
     offset[order] = 0.8 * (rank.double() + 0.5) / size - 0.4
     return nodes.position + offset, nodes.layer.double()
+
+
+def lens_curves(layers: pd.DataFrame) -> go.Figure:
+    """How far each lens' next-token distribution lies from the model's, by layer (columns lens, layer, kl)."""
+    figure = go.Figure()
+    for number, (lens, table) in enumerate(layers.groupby("lens", sort=False)):
+        figure.add_scatter(
+            x=table["layer"], y=table["kl"], name=f"{lens} lens", line_color=series_colour(number),
+            hovertemplate=f"{lens} lens, layer %{{x}}: %{{y:.4g}} nats<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title_text="blocks run", dtick=1)
+    return figure.update_layout(yaxis_title="KL to the model (nats)", height=340, margin=MARGIN)
+
+
+def lens_heatmap(
+    texts: Sequence[str],
+    top_texts: Sequence[Sequence[Sequence[str]]],
+    probabilities: Float[NDArray, "layers+1 pos predictions"],
+    kl: Float[NDArray, "layers+1 pos"],
+) -> go.Figure:
+    """Layers upwards and tokens across: the likeliest next token in each cell, coloured by its probability."""
+    best = [[plotly_text(cell[0]) for cell in row] for row in top_texts]
+    hover = [
+        [
+            "<br>".join(f"{plotly_text(text)} {p:.1%}" for text, p in zip(cell, shares, strict=True))
+            + f"<br>KL to the model {nats:.3g} nats"
+            for cell, shares, nats in zip(row, values, divergence, strict=True)
+        ]
+        for row, values, divergence in zip(top_texts, probabilities, kl, strict=True)
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=probabilities[..., 0],
+            zmin=0,
+            zmax=1,
+            colorscale=[[0, FAINT], [1, POSITIVE]],
+            text=best,
+            texttemplate="%{text}",
+            customdata=hover,
+            hovertemplate="%{customdata}<extra></extra>",
+            colorbar={"title": "probability", "thickness": 8},
+        )
+    )
+    figure.update_xaxes(
+        tickvals=list(range(len(texts))), ticktext=[plotly_text(text)[:16] for text in texts], tickangle=-60
+    )
+    figure.update_yaxes(title_text="blocks run", dtick=1)
+    return figure.update_layout(height=120 + 30 * len(kl), width=max(500, 90 * len(texts)), margin=MARGIN)

@@ -6,27 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, ModelOption, WorkspaceOption
 from workbench.cli.output import print_frame, print_json, print_result, records, writing
+from workbench.cli.shared import text_first
 from workbench.show.progress import ProgressBar
-
-
-class _PromptFirst(typer.core.TyperGroup):
-    """A group whose first argument may be a prompt: `workbench graph "text" --name NAME`, with `make` left out."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts `make` before a first argument that is no command."""
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            args = ["make", *args]
-        return super().parse_args(ctx, args)
-
 
 commands = typer.Typer(
     name="graph",
-    cls=_PromptFirst,
+    cls=text_first("make"),
     help='Why the model says its next token: `workbench graph "def add(self" --name add`.',
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,

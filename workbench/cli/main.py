@@ -25,6 +25,7 @@ from workbench.cli import (
     graph,
     index,
     inspection,
+    lens,
     live,
     pipeline,
     sparsity,
@@ -53,6 +54,7 @@ sparsity.register(app)
 bench.register(app)
 circuits.register(app)
 graph.register(app)
+lens.register(app)
 concepts.register(app)
 explain.register(app)
 live.register(app)

@@ -1,4 +1,4 @@
-"""Options that several commands have in common, written once as the fields of a dataclass.
+"""Options that several commands have in common, written once as the fields of a dataclass; groups that take a text.
 
     @dataclass(frozen=True, kw_only=True)
     class Run:
@@ -16,6 +16,8 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any, get_type_hints
+
+import typer.core
 
 Command = Callable[..., None]
 
@@ -57,3 +59,15 @@ def sharing(kind: type, *, omit: Collection[str] = (), **defaults: Any) -> Calla
         return with_shared
 
     return decorate
+
+
+def text_first(command: str) -> type[typer.core.TyperGroup]:
+    """A group whose first argument may be a text, for one of its commands whose name is then left out."""
+
+    class TextFirst(typer.core.TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            if args and args[0] not in self.commands and not args[0].startswith("-"):
+                args = [command, *args]
+            return super().parse_args(ctx, args)
+
+    return TextFirst

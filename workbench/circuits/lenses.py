@@ -1,0 +1,215 @@
+"""Lenses on prompts, and mean Jacobians fitted on a corpus; see `circuits.lens`.
+
+`fit_lens` stores a `lens` result:
+
+    layers     lens (logit, Jacobian), layer (0: what enters the first block, L: the model itself), kl (nats, of the
+               model's next-token distribution to the lens'), cross_entropy (nats), agrees (share of positions whose
+               likeliest token is the model's), noise (of the Jacobian, see `circuits.lens.Jacobians`); on held-out text
+    jacobians  layer, mean (float32 bytes), matrix (likewise, a row an entry of the last residual stream; none at L)
+    summary    positions averaged over, positions measured on
+
+`read_lens` is a prompt through a lens: the likeliest tokens by layer and position.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from circuits.lens import Jacobians, lens_logits, mean_jacobians
+from circuits.passes import OnProgress
+from sae.errors import InputError
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Made, Result
+from workbench.circuits import figures
+from workbench.models.contexts import ContextBatch, context_batches, losses, whole_contexts
+from workbench.models.load import LoadedModel
+from workbench.models.memory import check_fits_memory
+from workbench.models.prompt_text import encode_prompt, next_log_probabilities, token_pieces
+from workbench.text.corpora import Corpus
+
+LENS = "lens"
+"""The kind of result."""
+CONTEXTS = 16
+"""Of a batch whose Jacobians are taken together."""
+PREDICTIONS = 5
+
+
+@dataclass(frozen=True)
+class LensReading:
+    """A prompt through a lens. Positions are those of the model's row of tokens: BOS, where it has one, is 0."""
+
+    lens: str
+    """`logit`, or the name of the Jacobians."""
+    texts: tuple[str, ...]
+    top: Int[NDArray, "layers+1 pos PREDICTIONS"]
+    """Likeliest next tokens, the likeliest first."""
+    top_texts: tuple[tuple[tuple[str, ...], ...], ...]
+    probabilities: Float[NDArray, "layers+1 pos PREDICTIONS"]
+    final: Float[NDArray, "layers+1 pos"]
+    """Probability of the token that the model itself finds likeliest."""
+    kl: Float[NDArray, "layers+1 pos"]
+    """Nats, of the model's distribution to the lens'."""
+
+    def __repr__(self) -> str:
+        layers, positions = self.kl.shape
+        return f"LensReading({self.lens}): {positions} tokens, {layers - 1} layers"
+
+    def table(self) -> pd.DataFrame:
+        """Columns layer, position, token (that stands there), next (likeliest after it), p, final (the probability of
+        the model's own likeliest), kl."""
+        layers, positions = self.kl.shape
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(np.arange(layers), positions),
+                "position": np.tile(np.arange(positions), layers),
+                "token": list(self.texts) * layers,
+                "next": [texts[0] for row in self.top_texts for texts in row],
+                "p": self.probabilities[..., 0].ravel(),
+                "final": self.final.ravel(),
+                "kl": self.kl.ravel(),
+            }
+        )
+
+    def figure(self) -> go.Figure:
+        """Layers upwards and tokens across: the likeliest next token, coloured by its probability."""
+        return figures.lens_heatmap(self.texts, self.top_texts, self.probabilities, self.kl)
+
+
+@torch.no_grad()
+def read_lens(model: LoadedModel, prompt: str, jacobians: tuple[str, Jacobians] | None = None) -> LensReading:
+    """Reads a prompt's residual streams by the logit lens, or by a Jacobian lens.
+
+    Args:
+        jacobians: their name and what `open_lens` gave.
+
+    Raises:
+        InputError: a prompt without tokens or longer than the model takes, a bridge that computes another model, or
+            Jacobians of another model's shape.
+    """
+    ids, truncated = encode_prompt(model, prompt, model.n_bos)
+    if truncated:
+        raise InputError(f"the prompt has more tokens than {model.info.name} takes ({model.info.n_ctx}): shorten it")
+    tokens = torch.tensor([model.begun(ids)], device=model.device)
+    name, fitted = jacobians or ("logit", None)
+    read = [next_log_probabilities(logits[0]) for logits in lens_logits(model.bridge, tokens, fitted)]
+    clean = read[-1]
+    likeliest = clean.argmax(dim=-1, keepdim=True)
+    tops = [log_p.topk(min(PREDICTIONS, log_p.shape[-1]), dim=-1) for log_p in read]
+    kl = [torch.nn.functional.kl_div(log_p, clean, reduction="none", log_target=True).sum(dim=-1) for log_p in read]
+    n_out = clean.shape[-1]
+    return LensReading(
+        name,
+        (*["BOS"] * model.n_bos, *token_pieces(model, ids)),
+        torch.stack([top.indices for top in tops]).cpu().numpy(),
+        tuple(
+            tuple(tuple(model.label_of(token, n_out) for token in row) for row in top.indices.tolist()) for top in tops
+        ),
+        torch.stack([top.values for top in tops]).exp().cpu().numpy(),
+        torch.stack([log_p.gather(1, likeliest)[:, 0] for log_p in read]).exp().cpu().numpy(),
+        torch.stack(kl).clamp(min=0).cpu().numpy(),
+    )
+
+
+def fit_lens(
+    catalog: Catalog,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    max_tokens: int = 4096,
+    heldout_tokens: int = 8192,
+    context_len: int = 64,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Averages Jacobians over a corpus' training side, measures both lenses on the other, and stores them.
+
+    Args:
+        max_tokens: to average over; a pass back through the model for each of its `d_model` directions.
+        seed: of the estimator's signs.
+
+    Raises:
+        InputError: contexts that the model does not take, too few tokens for one, too little memory, or a bridge that
+            computes another model.
+    """
+    whole_contexts(model, min(max_tokens, heldout_tokens), context_len)
+    parameters = {"max_tokens": max_tokens, "heldout_tokens": heldout_tokens, "context_len": context_len, "seed": seed}
+    d_model, n_layers = model.info.d_model, model.info.n_layers
+
+    def make() -> Made:
+        # The sums of two halves in float64, of which the averages are made beside them.
+        check_fits_memory(
+            f"Jacobians of {n_layers} layers of width {d_model}", 4 * 8 * n_layers * d_model**2,
+            torch.device("cpu"), "use a smaller model",
+        )  # fmt: skip
+        found = mean_jacobians(
+            model.bridge, _batches(model, corpus, max_tokens, context_len),
+            n_batches=-(-max_tokens // (CONTEXTS * context_len)), seed=seed, on_progress=on_progress,
+        )  # fmt: skip
+        held = list(context_batches(model, corpus, "heldout", max_tokens=heldout_tokens, context_len=context_len))
+        layers = pd.concat([_measured(model, held, None), _measured(model, held, found)], ignore_index=True)
+        n_measured = sum(int(batch.counted.sum()) for batch in held)
+        stored = pd.DataFrame(
+            {
+                "layer": range(n_layers + 1),
+                "mean": [mean.numpy().tobytes() for mean in found.means],
+                "matrix": [*[matrix.numpy().tobytes() for matrix in found.matrices], b""],
+            }
+        )
+        summary = pd.DataFrame([{"averaged": found.n_positions, "measured": n_measured}])
+        return {"layers": layers, "jacobians": stored, "summary": summary}, {"layers": figures.lens_curves(layers)}
+
+    origin = Origin.of_measurement(model, corpus=corpus)
+    return catalog.results.get_or_make(LENS, name, parameters=parameters, origin=origin, make=make)
+
+
+def open_lens(catalog: Catalog, name: str, model: LoadedModel) -> Jacobians:
+    """The Jacobians of a stored result. Raises InputError where there is none, or it is of another model."""
+    result = catalog.results.open(LENS, name)
+    result.origin.check_model(model, f"lens {name!r}")
+    table = result.table("jacobians").sort_values("layer")
+    noise = result.table("layers").query("lens == 'Jacobian'").sort_values("layer")["noise"].to_numpy(np.float32)
+    width = model.info.d_model
+    matrices = np.stack([np.frombuffer(bytes(raw), np.float32).reshape(width, width) for raw in table["matrix"][:-1]])
+    means = np.stack([np.frombuffer(bytes(raw), np.float32) for raw in table["mean"]])
+    averaged = int(result.table("summary")["averaged"].iloc[0])
+    return Jacobians(torch.from_numpy(matrices), torch.from_numpy(means), averaged, torch.tensor(noise[:-1]))
+
+
+def _batches(model: LoadedModel, corpus: Corpus, max_tokens: int, context_len: int) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and the positions to average over, a few contexts at a time."""
+    return [
+        (part.tokens, part.ordinary)
+        for batch in context_batches(model, corpus, "train", max_tokens=max_tokens, context_len=context_len)
+        for start in range(0, len(batch.tokens), CONTEXTS)
+        for part in [batch.part(slice(start, start + CONTEXTS))]
+    ]
+
+
+@torch.no_grad()
+def _measured(model: LoadedModel, held: Sequence[ContextBatch], jacobians: Jacobians | None) -> pd.DataFrame:
+    """A lens beside the model, by layer, on held-out text."""
+    sums = np.zeros((model.info.n_layers + 1, 3))
+    for batch in held:
+        # One layer's logits at a time: those of all layers together are what a pass would need most memory for.
+        clean = model.bridge(batch.tokens)
+        for layer, logits in enumerate(lens_logits(model.bridge, batch.tokens, jacobians)):
+            cross_entropy, kl = losses(batch, logits, clean)
+            same = (logits[:, :-1].argmax(dim=-1) == clean[:, :-1].argmax(dim=-1))[batch.counted].sum()
+            sums[layer] += [float(kl), float(cross_entropy), float(same)]
+    sums /= sum(int(batch.counted.sum()) for batch in held)
+    noise = [np.nan] * len(sums) if jacobians is None else [*jacobians.noise.tolist(), 0.0]
+    return pd.DataFrame(
+        {
+            "lens": "logit" if jacobians is None else "Jacobian", "layer": range(len(sums)), "kl": sums[:, 0],
+            "cross_entropy": sums[:, 1], "agrees": sums[:, 2], "noise": noise,
+        }
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""`workbench lens`: what a prompt's residual stream says after each block; `workbench lens fit` averages Jacobians."""
+
+from typing import Annotated
+
+import typer
+
+from sae.errors import InputError
+from workbench.cli.options import (
+    DEFAULT_WORKSPACE,
+    MOST_SEED,
+    ContextOption,
+    CorpusOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    TextFieldOption,
+    TokensOption,
+    WorkspaceOption,
+)
+from workbench.cli.output import print_frame, print_json, print_result, records
+from workbench.cli.shared import text_first
+from workbench.show.progress import ProgressBar
+
+commands = typer.Typer(
+    name="lens",
+    cls=text_first("read"),
+    help='What a model would say after each of its blocks: `workbench lens "def add(self"`.',
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.add_typer(commands)
+
+
+@commands.command()
+def read(
+    prompt: Annotated[str, typer.Argument(help="The text to read.")],
+    jacobian: Annotated[
+        str | None, typer.Option(help="Name of Jacobians made by `lens fit`; the logit lens when left out.")
+    ] = None,
+    model: ModelOption = "demo",
+    position: Annotated[
+        int | None, typer.Option(help="Position to show (BOS is 0, -1 the last token); all when left out.")
+    ] = None,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Read a prompt: the likeliest next token by layer and position; the word `read` may be left out."""
+    from workbench.models.load import load_model
+    from workbench.workspace import Workspace
+
+    workspace = Workspace(folder, create=jacobian is None)
+    found = workspace.read_lens(load_model(model, device=device), prompt, jacobian)
+    table, n = found.table(), len(found.texts)
+    if position is not None:
+        if not -n <= position < n:
+            raise InputError(f"position {position} does not exist: the prompt has 0 to {n - 1}, BOS among them")
+        table = table[table["position"] == position % n]
+    if as_json:
+        print_json(records(table))
+        return
+    if position is not None:
+        title = f"{found.lens} lens after {found.texts[position % n]!r}"
+        print_frame(title, table.drop(columns=["position", "token"]), as_json=False, top=len(table))
+        return
+    wide = table.pivot(index="position", columns="layer", values="next").rename(columns=str).reset_index()
+    wide.insert(1, "token", list(found.texts))
+    print_frame(f"{found.lens} lens: likeliest next token after so many blocks", wide, as_json=False, top=len(wide))
+
+
+@commands.command()
+def fit(
+    name: Annotated[str, typer.Argument(help="Name of the Jacobians.")],
+    model: ModelOption = "demo",
+    corpus: CorpusOption = "python-stdlib",
+    text_field: TextFieldOption = "text",
+    tokens: TokensOption = 4096,
+    heldout: Annotated[int, typer.Option(help="Held-out tokens to measure the lenses on.", min=2)] = 8192,
+    context: ContextOption = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the estimator's signs.", min=0, max=MOST_SEED)] = 0,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Average a model's Jacobians over a corpus, and measure the logit and the Jacobian lens by layer."""
+    from workbench.models.load import load_model
+    from workbench.text.corpora import open_corpus
+    from workbench.workspace import Workspace
+
+    workspace, opened = Workspace(folder), open_corpus(corpus, text_field=text_field)
+    loaded = load_model(model, device=device)
+    with ProgressBar("jacobians", 1, enabled=not as_json, unit="steps") as bar:
+        result = workspace.lens(
+            name, loaded, opened, max_tokens=tokens, heldout_tokens=heldout, context_len=context, seed=seed,
+            on_progress=bar.report,
+        )  # fmt: skip
+    print_result(result, {title: result.table(title) for title in ("summary", "layers")}, as_json, top=1000)
