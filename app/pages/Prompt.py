@@ -9,7 +9,7 @@ from app.shared import open_workspace, page_link, plain
 from workbench import InputError, Workspace
 from workbench.features import prompt_figures as live_figures
 from workbench.features.live import LiveSAE, read_with
-from workbench.features.prompt_grid import feature_rows, sae_rows
+from workbench.features.prompt_page import feature_rows, sae_rows
 from workbench.features.prompts import RANKINGS, PromptReading, Ranking
 from workbench.models.places import between
 from workbench.models.prompt_text import MAX_TOKENS

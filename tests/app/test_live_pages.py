@@ -15,7 +15,7 @@ from sae import SAE, TopK, Transcoder, TranscoderSet
 from sae.rules import AbsTopK
 from workbench import Workspace
 from workbench.catalog.notes import Notes
-from workbench.features.prompt_grid import FEATURES
+from workbench.features.prompt_page import FEATURES
 from workbench.models.load import load_model
 
 OpenPage = Callable[..., AppTest]

@@ -6,7 +6,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from circuits.dfa import FeatureAttribution
@@ -15,8 +14,7 @@ from circuits.feature_circuits import ERROR, FeatureCircuit
 from circuits.graph.graph import KINDS, Graph
 from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
-from workbench.show.colours import FAINT, GREY, MARK, PALETTE, POSITIVE, series_colour
-from workbench.show.html import plotly_text
+from workbench.show.colours import GREY, MARK, PALETTE, series_colour
 
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 DIVERGING = "RdBu"
@@ -353,39 +351,3 @@ def lens_curves(layers: pd.DataFrame) -> go.Figure:
         )  # fmt: skip
     figure.update_xaxes(title_text="blocks run", dtick=1)
     return figure.update_layout(yaxis_title="KL to the model (nats)", height=340, margin=MARGIN)
-
-
-def lens_heatmap(
-    texts: Sequence[str],
-    top_texts: Sequence[Sequence[Sequence[str]]],
-    probabilities: Float[NDArray, "layers+1 pos predictions"],
-    kl: Float[NDArray, "layers+1 pos"],
-) -> go.Figure:
-    """Layers upwards and tokens across: the likeliest next token in each cell, coloured by its probability."""
-    best = [[plotly_text(cell[0]) for cell in row] for row in top_texts]
-    hover = [
-        [
-            "<br>".join(f"{plotly_text(text)} {p:.1%}" for text, p in zip(cell, shares, strict=True))
-            + f"<br>KL to the model {nats:.3g} nats"
-            for cell, shares, nats in zip(row, values, divergence, strict=True)
-        ]
-        for row, values, divergence in zip(top_texts, probabilities, kl, strict=True)
-    ]
-    figure = go.Figure(
-        go.Heatmap(
-            z=probabilities[..., 0],
-            zmin=0,
-            zmax=1,
-            colorscale=[[0, FAINT], [1, POSITIVE]],
-            text=best,
-            texttemplate="%{text}",
-            customdata=hover,
-            hovertemplate="%{customdata}<extra></extra>",
-            colorbar={"title": "probability", "thickness": 8},
-        )
-    )
-    figure.update_xaxes(
-        tickvals=list(range(len(texts))), ticktext=[plotly_text(text)[:16] for text in texts], tickangle=-60
-    )
-    figure.update_yaxes(title_text="blocks run", dtick=1)
-    return figure.update_layout(height=120 + 30 * len(kl), width=max(500, 90 * len(texts)), margin=MARGIN)

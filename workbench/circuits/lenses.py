@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -33,6 +32,7 @@ from workbench.models.contexts import ContextBatch, context_batches, losses, who
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_fits_memory
 from workbench.models.prompt_text import encode_prompt, next_log_probabilities, token_pieces
+from workbench.show.grid import GRID_CSS, Cell, Row, grid_html
 from workbench.text.corpora import Corpus
 
 LENS = "lens"
@@ -78,9 +78,25 @@ class LensReading:
             }
         )
 
-    def figure(self) -> go.Figure:
-        """Layers upwards and tokens across: the likeliest next token, coloured by its probability."""
-        return figures.lens_heatmap(self.texts, self.top_texts, self.probabilities, self.kl)
+    def rows(self) -> list[Row]:
+        """For `workbench.show.grid`: the last layer first, in every cell the likeliest next token."""
+        layers, positions = self.kl.shape
+        return [
+            Row(
+                str(layer), f"after block {layer - 1}" if layer else "before the blocks", 1.0,
+                {at: Cell(float(self.probabilities[layer, at, 0]), self._said(layer, at), self.top_texts[layer][at][0])
+                 for at in range(positions)},
+            )
+            for layer in reversed(range(layers))
+        ]  # fmt: skip
+
+    def _said(self, layer: int, position: int) -> str:
+        likeliest = zip(self.top_texts[layer][position], self.probabilities[layer, position], strict=True)
+        said = "\n".join(f"{text!r} {p:.1%}" for text, p in likeliest)
+        return f"{said}\nKL to the model {self.kl[layer, position]:.3g} nats"
+
+    def _repr_html_(self) -> str:
+        return f"<style>{GRID_CSS}</style>{grid_html(self.texts, self.rows())}"
 
 
 @torch.no_grad()

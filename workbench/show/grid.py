@@ -9,7 +9,7 @@ from html import escape
 from typing import NamedTuple
 
 from workbench.show.colours import GREY_LINE, background
-from workbench.show.html import one_line
+from workbench.show.html import marked, one_line
 
 
 class Cell(NamedTuple):
@@ -18,6 +18,8 @@ class Cell(NamedTuple):
     value: float
     said: str
     """On hovering."""
+    text: str = ""
+    """In the cell."""
 
 
 class Row(NamedTuple):
@@ -37,6 +39,8 @@ GRID_CSS = """
 .grid table { border-collapse: separate; border-spacing: 0; font: 12px/1.3 system-ui, sans-serif }
 .grid td, .grid th { padding: 0; font-weight: 400 }
 .grid td { min-width: 15px; height: 19px; border: solid GREY_LINE; border-width: 0 0.5px 0.5px 0; cursor: default }
+.grid td div { max-width: 5.5em; padding: 1px 3px; overflow: hidden; white-space: pre; text-overflow: ellipsis;
+  font: 12px/17px ui-monospace, monospace }
 .grid .head div { writing-mode: vertical-rl; transform: rotate(180deg); height: 6.2em; overflow: hidden;
   white-space: pre; font: 12px/15px ui-monospace, monospace; min-width: 15px }
 .grid .head .at, .grid tr.on .name { font-weight: 700 }
@@ -75,4 +79,5 @@ def _cell(row: Row, position: int) -> str:
     if cell is None:
         return f'<td data-at="{position}"></td>'
     colour = background(cell.value, row.strongest)
-    return f'<td data-at="{position}" title="{escape(cell.said)}" style="background:{colour}"></td>'
+    text = f"<div>{escape(marked(cell.text))}</div>" if cell.text else ""
+    return f'<td data-at="{position}" title="{escape(cell.said)}" style="background:{colour}">{text}</td>'

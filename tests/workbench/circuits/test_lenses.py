@@ -60,7 +60,10 @@ def test_a_prompt_by_both_lenses(lenses: tuple[Workspace, Result], small: Loaded
         np.testing.assert_array_equal(reading.final[-1], reading.probabilities[-1, :, 0])
         np.testing.assert_allclose(reading.kl[-1], 0, atol=1e-6)
         assert len(reading.table()) == 3 * len(reading.texts)
-        assert reading.figure().data[0].text[0][0] == reading.top_texts[0][0][0]
+        rows = reading.rows()
+        assert [row.key for row in rows] == ["2", "1", "0"]
+        assert rows[0].cells[1].text == reading.top_texts[2][1][0]
+        assert "KL to the model" in reading._repr_html_()
     np.testing.assert_allclose(plain.probabilities[-1], through.probabilities[-1])
     assert not np.allclose(plain.kl[0], through.kl[0])
     tokens = torch.tensor([small.begun(small.encode(PROMPT))])

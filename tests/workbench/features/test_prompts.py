@@ -13,7 +13,7 @@ from sae import SAE
 from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench.features import prompt_figures as live_figures
-from workbench.features.prompt_grid import feature_rows, sae_rows
+from workbench.features.prompt_page import feature_rows, sae_rows
 from workbench.features.prompts import KnownFeatures, read_prompt, read_through
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
