@@ -7,6 +7,7 @@ from streamlit.delta_generator import DeltaGenerator
 from app.live import Clicked, choose_sae, open_live, prompt_box, token_grid, token_row
 from app.shared import open_workspace, page_link, plain
 from workbench import InputError, Workspace
+from workbench.circuits.lenses import LENS, LensReading
 from workbench.features import prompt_figures as live_figures
 from workbench.features.live import LiveSAE, read_with
 from workbench.features.prompt_page import feature_rows, sae_rows
@@ -19,6 +20,7 @@ from workbench.show.html import STYLE, visible
 SHOWN = 200
 DENSE = 0.1
 LINK = "feature=(.*)$"
+LOGIT = "logit lens"
 
 
 def main() -> None:
@@ -49,6 +51,7 @@ def main() -> None:
     by, max_density = choose_ranking(reading, ranking, dense)
     tokens(reading, position, feature)
     every_sae(workspace, live, text, position)
+    lens(workspace, live, version, text, position)
     grid(reading, by, max_density, position, feature)
     with st.container(key="beside"):
         ranked, detail = st.columns([3, 2], gap="large")
@@ -142,6 +145,36 @@ def every_sae(workspace: Workspace, live: LiveSAE, text: str, position: int | No
         hint="Hover a cell to read its features; click it to open the SAE at this token.", on_click=open_at,
         key="grid of all SAEs",
     )  # fmt: skip
+
+
+def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position: int | None) -> None:
+    """What the model would say after each of its blocks, by the logit lens or by Jacobians of the workspace."""
+    shown, choice = st.columns([2, 3], vertical_alignment="center")
+    if not shown.toggle(
+        "After each block", key="lens_shown", bind="query-params",
+        help="the next token that the residual stream says after each block, by the logit lens or a mean Jacobian",
+    ):  # fmt: skip
+        return
+    fitted = [result.name for result in workspace.results.find(LENS) if result.origin.model == live.model.info.name]
+    name = choice.selectbox(
+        "Lens", [LOGIT, *fitted], key="lens", bind="query-params", label_visibility="collapsed",
+        help="`workbench lens fit NAME` averages Jacobians, which read early layers better",
+    )  # fmt: skip
+    try:
+        found = _lens(workspace, live, version, text, None if name == LOGIT else name)
+    except InputError as error:
+        st.warning(plain(str(error)))
+        return
+    token_grid(
+        grid_html(found.texts, found.rows(), at=position), key="lens grid",
+        hint="Hover a cell to read what the layer says; click it to open its token.",
+        on_click=lambda place: _set("token", place.at),
+    )  # fmt: skip
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading ...")
+def _lens(_workspace: Workspace, _live: LiveSAE, version: int, text: str, name: str | None) -> LensReading:
+    return _workspace.read_lens(_live.model, text, name)
 
 
 def siblings(workspace: Workspace, live: LiveSAE) -> list[str]:

@@ -143,7 +143,7 @@ def test_a_selected_row_colours_the_prompt_by_its_feature(space: Workspace, open
 
 
 def test_all_saes_of_a_model_read_one_prompt(space: Workspace, open_page: OpenPage) -> None:
-    assert not open_page("Prompt", space, sae="s", prompt=TEXT).toggle
+    assert "all_saes" not in [one.key for one in open_page("Prompt", space, sae="s", prompt=TEXT).toggle]
     shutil.copytree(space.sae_folder("s"), space.sae_folder("t"))
     space.build_index("t", harvest="h", model=load_model("demo", device="cpu"))
     page = open_page("Prompt", space, sae="s", prompt=TEXT)
@@ -253,3 +253,12 @@ def test_a_layer_of_a_set_of_transcoders_is_chosen(page: str, space: Workspace, 
     assert not shown.exception
     assert asked(shown, "sae") == "mlps.layer_2"
     assert len(shown.get("plotly_chart")) == charts > 0
+
+
+def test_what_the_model_would_say_after_each_block(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Prompt", space, sae="s", prompt="def f(x)", lens_shown="true")
+    assert not page.exception
+    assert page.selectbox(key="lens").options == ["logit lens"]
+    grids = [part.proto.json for part in page.get("bidi_component") if "after block 3" in part.proto.json]
+    assert len(grids) == 1
+    assert "before the blocks" in grids[0]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -115,23 +116,22 @@ def read_lens(model: LoadedModel, prompt: str, jacobians: tuple[str, Jacobians] 
         raise InputError(f"the prompt has more tokens than {model.info.name} takes ({model.info.n_ctx}): shorten it")
     tokens = torch.tensor([model.begun(ids)], device=model.device)
     name, fitted = jacobians or ("logit", None)
-    read = [next_log_probabilities(logits[0]) for logits in lens_logits(model.bridge, tokens, fitted)]
-    clean = read[-1]
-    likeliest = clean.argmax(dim=-1, keepdim=True)
-    tops = [log_p.topk(min(PREDICTIONS, log_p.shape[-1]), dim=-1) for log_p in read]
-    kl = [torch.nn.functional.kl_div(log_p, clean, reduction="none", log_target=True).sum(dim=-1) for log_p in read]
-    n_out = clean.shape[-1]
+    clean = next_log_probabilities(model.bridge(tokens)[0])
+    likeliest, n_out = clean.argmax(dim=-1, keepdim=True), clean.shape[-1]
+    top, texts, probabilities, final, kl = [], [], [], [], []
+    # One layer's logits at a time: those of all layers together are what a prompt would need most memory for.
+    for logits in lens_logits(model.bridge, tokens, fitted):
+        log_p = next_log_probabilities(logits[0])
+        best = log_p.topk(min(PREDICTIONS, n_out), dim=-1)
+        top.append(best.indices.cpu().numpy())
+        texts.append(tuple(tuple(model.label_of(token, n_out) for token in row) for row in top[-1].tolist()))
+        probabilities.append(best.values.exp().cpu().numpy())
+        final.append(log_p.gather(1, likeliest)[:, 0].exp().cpu().numpy())
+        kl.append(F.kl_div(log_p, clean, reduction="none", log_target=True).sum(dim=-1).clamp(min=0).cpu().numpy())
     return LensReading(
-        name,
-        (*["BOS"] * model.n_bos, *token_pieces(model, ids)),
-        torch.stack([top.indices for top in tops]).cpu().numpy(),
-        tuple(
-            tuple(tuple(model.label_of(token, n_out) for token in row) for row in top.indices.tolist()) for top in tops
-        ),
-        torch.stack([top.values for top in tops]).exp().cpu().numpy(),
-        torch.stack([log_p.gather(1, likeliest)[:, 0] for log_p in read]).exp().cpu().numpy(),
-        torch.stack(kl).clamp(min=0).cpu().numpy(),
-    )
+        name, (*["BOS"] * model.n_bos, *token_pieces(model, ids)), np.stack(top), tuple(texts),
+        np.stack(probabilities), np.stack(final), np.stack(kl),
+    )  # fmt: skip
 
 
 def fit_lens(
@@ -215,7 +215,6 @@ def _measured(model: LoadedModel, held: Sequence[ContextBatch], jacobians: Jacob
     """A lens beside the model, by layer, on held-out text."""
     sums = np.zeros((model.info.n_layers + 1, 3))
     for batch in held:
-        # One layer's logits at a time: those of all layers together are what a pass would need most memory for.
         clean = model.bridge(batch.tokens)
         for layer, logits in enumerate(lens_logits(model.bridge, batch.tokens, jacobians)):
             cross_entropy, kl = losses(batch, logits, clean)
