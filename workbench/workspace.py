@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sae.config import TrainConfig
     from sae.model import SAE
     from sae.training import TrainedSAE
+    from sae.transcoder_set import TranscoderSet
     from workbench.catalog.gc import Removed
     from workbench.catalog.results import Result
     from workbench.catalog.sql import Answer
@@ -150,6 +151,35 @@ class Workspace(Studies):
         from workbench.saes.exchange import import_pretrained
 
         return import_pretrained(self, name, release, sae_id, hook=hook, model=model)
+
+    def import_transcoders(
+        self,
+        name: str,
+        folder: str | Path | None = None,
+        *,
+        release: str | None = None,
+        ids: str | None = None,
+        model: str | None = None,
+    ) -> "TranscoderSet":
+        """Brings a set of transcoders into the workspace: from a folder of circuit-tracer's or of this project's, or
+        from a published release.
+
+        Args:
+            name: the name it gets.
+            folder: where its files lie.
+            release, ids: in SAELens' registry (network), a pattern of ids with a * for the layer, such as `layer_*`.
+            model: what they read, where the files or the release do not say.
+
+        Raises:
+            InputError: a taken name, no such set, or one that does not say its model or hook points.
+        """
+        from workbench.saes.exchange import import_published_set, import_set
+
+        if folder is not None:
+            return import_set(self, name, Path(folder).expanduser(), model=model)
+        if release is None or ids is None:
+            raise InputError("say where the set of transcoders lies: a folder, or a release with a pattern of ids")
+        return import_published_set(self, name, release, ids, model=model)
 
     def export_sae(self, name: str, folder: str | Path, form: str = "saelens") -> None:
         """Writes an SAE to a new folder in the format `saelens`, `dictionary_learning` or `sparsify`; a set of

@@ -10,8 +10,8 @@ from config.yaml, or from a scalar tensor `k` beside the weights; on writing the
 circuit-tracer's own loader refuses it. Its TopK takes the k largest pre-activations whether positive or not, that here
 the k largest positive ones: they differ where a token has fewer than k.
 
-`ln2.hook_normalized`, which Gemma Scope's transcoders read, lies before the norm's gain and mlp.hook_in after it
-(`after_gain`).
+`ln2.hook_normalized`, which Gemma Scope's transcoders read, lies before the norm's gain and mlp.hook_in after it:
+`after_gain` moves a coder, and importing one into a workspace does it with the model's own gain.
 """
 
 import json
@@ -131,13 +131,17 @@ def save(coders: Mapping[int, Transcoder], path: Path) -> None:
     write_atomically(path / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def after_gain(coder: Transcoder, gain: Float[Tensor, "d_in"]) -> Transcoder:
-    """A transcoder that reads a normalised activation before the norm's gain, as one that reads it after.
+def after_gain(
+    coder: Transcoder, gain: Float[Tensor, "d_in"], shift: Float[Tensor, "d_in"] | None = None
+) -> Transcoder:
+    """A transcoder that reads a normalised activation before the norm's gain and shift, as one that reads it after.
 
-        W_enc' = diag(1 / gain) W_enc,    W_skip' = W_skip diag(1 / gain)
+        W_enc' = diag(1 / gain) W_enc,     b_enc' = b_enc - shift W_enc'
+        W_skip' = W_skip diag(1 / gain),   b_dec' = b_dec - W_skip' shift
 
     Args:
         gain: what the norm multiplies with; 1 + weight in Gemma.
+        shift: what it then adds; nothing when left out.
 
     Raises:
         InputError: a gain of another width, or with zeros, behind which the activation is lost.
@@ -148,13 +152,19 @@ def after_gain(coder: Transcoder, gain: Float[Tensor, "d_in"]) -> Transcoder:
         coder.d_in, coder.d_out, coder.d_sae, coder.rule, skip=coder.W_skip is not None,
         hook_name=coder.hook_name.replace("ln2.hook_normalized", "mlp.hook_in"),
         target_hook_name=coder.target_hook_name, model_name=coder.model_name, metadata=coder.metadata,
-        device=coder.W_enc.device, dtype=coder.W_enc.dtype,
+        device=coder.W_enc.device, dtype=torch.promote_types(coder.W_enc.dtype, torch.float32),
     )  # fmt: skip
     moved.load_state_dict(coder.state_dict())
+    gain = gain.to(moved.W_enc.device, torch.float64)
+    shift = torch.zeros_like(gain) if shift is None else shift.to(gain)
     with torch.no_grad():
-        moved.W_enc.div_(gain[:, None])
-        if moved.W_skip is not None:
-            moved.W_skip.div_(gain)
+        W_enc = coder.W_enc / gain[:, None]
+        moved.W_enc.copy_(W_enc)
+        moved.b_enc.copy_(coder.b_enc - shift @ W_enc)
+        if coder.W_skip is not None and moved.W_skip is not None:
+            W_skip = coder.W_skip / gain
+            moved.W_skip.copy_(W_skip)
+            moved.b_dec.copy_(coder.b_dec - W_skip @ shift)
     return moved
 
 

@@ -7,7 +7,8 @@ The native format (`sae.formats.saelens`) is the part of SAELens' that needs no 
   folding is exact for it too;
 - `gated`: y = (x - b) W fires where y + b_gate > 0, at relu(e^r y + b_mag): thresholds, as in dictionary_learning;
 - configurations from before 6.0 (`sae.formats.saelens_old`);
-- transcoders: the prediction's hook point is `metadata.hook_name_out`, W_skip is added as x W_skip^T;
+- transcoders: the prediction's hook point is `metadata.hook_name_out`, W_skip is added as x W_skip^T; what the registry
+  calls `hook_mlp_in` in Gemma Scope 2 is mlp.hook_in by its `hf_hook_name`;
 - `normalize_activations` that scales every token by its own norm, an SAE of one head, a finetuning's scaling factor:
   no SAE here has these, and they are refused by name.
 """
@@ -64,6 +65,9 @@ def from_parts(
     weights = _weights(config, _tensors(config, state, where), where)
     hook, model = metadata.pop("hook_name", ""), metadata.pop("model_name", "")
     target = metadata.pop("hook_name_out", "") or ""
+    if str(metadata.get("hf_hook_name")).endswith(".pre_feedforward_layernorm.output"):
+        # Gemma Scope 2: what the norm gives to the MLP. `hook_mlp_in` is elsewhere what goes into the norm.
+        hook = hook.replace(".hook_mlp_in", ".mlp.hook_in")
     for key in ("sae_lens_version", "sae_lens_training_version"):
         metadata.pop(key, None)
     return build(

@@ -1,7 +1,7 @@
 """`workbench import` and `workbench export`: SAEs and sets of transcoders from and to other libraries."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,6 +10,7 @@ from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json
 
 if TYPE_CHECKING:
+    from sae.transcoder_set import TranscoderSet
     from workbench.workspace import Workspace
 
 # As in sae.formats.foreign, which loads torch; circuit-tracer's is of sets.
@@ -33,7 +34,10 @@ def import_(
         ),
     ] = None,
     release: Annotated[str | None, typer.Option(help="Release in SAELens' registry; needs the network.")] = None,
-    sae_id: Annotated[str | None, typer.Option("--id", help="The SAE of the release.")] = None,
+    sae_id: Annotated[
+        str | None,
+        typer.Option("--id", help="The SAE of the release; with a * for the layer, a set of its transcoders."),
+    ] = None,
     hook: Annotated[str | None, typer.Option(help="Hook point it reads, where its files do not say.")] = None,
     model: Annotated[str | None, typer.Option(help="Model it reads, where its files do not say.")] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -43,6 +47,7 @@ def import_(
 
     The format is recognised by the files. Decoder rows get unit norm where that changes no reconstruction.
     """
+    from workbench.models.places import between
     from workbench.saes.exchange import is_set
     from workbench.workspace import Workspace
 
@@ -50,10 +55,11 @@ def import_(
     if (source is None) != published or (release is None) != (sae_id is None):
         raise InputError("say what to import: a folder, or --release and --id of a published SAE")
     workspace = Workspace(folder)
-    if source is not None and is_set(source):
+    if (source is not None and is_set(source)) or "*" in (sae_id or ""):
         if hook is not None:
             raise InputError("a set of transcoders has a hook point in every layer, as its files say: leave out --hook")
-        _import_set(workspace, name, source, model, as_json)
+        where: dict[str, Any] = {"folder": source, "release": release, "ids": sae_id, "model": model}
+        _say_set(workspace, name, workspace.import_transcoders(name, **where), as_json)
         return
     if source is not None:
         sae = workspace.import_sae(name, source, hook=hook, model=model)
@@ -61,23 +67,23 @@ def import_(
         assert release is not None
         assert sae_id is not None
         sae = workspace.import_pretrained(name, release, sae_id, hook=hook, model=model)
+    target = {"target_hook": sae.written_hook} if sae.written_hook != sae.hook_name else {}
     made = {
-        "name": name, "rule": sae.rule.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": sae.hook_name,
+        "name": name, "rule": sae.rule.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": sae.hook_name, **target,
         "model": sae.model_name, "path": str(workspace.path / "saes" / name),
     }  # fmt: skip
     if as_json:
         print_json(made)
         return
-    print(f"Imported {name}: {sae.rule.name}, {sae.d_sae:,} features, at {sae.hook_name} of {sae.model_name}")
+    place = between(sae.hook_name, sae.written_hook)
+    print(f"Imported {name}: {sae.rule.name}, {sae.d_sae:,} features, at {place} of {sae.model_name}")
     if kept := sae.metadata.get("decoder_norms"):
         print(f"Its decoder rows keep their norms ({kept}): {sae.rule.name} compares features as they are.")
     print(f"Next: workbench evaluate {name} --corpus CORPUS --workspace {folder}")
 
 
-def _import_set(workspace: "Workspace", name: str, source: Path, model: str | None, as_json: bool) -> None:
-    from workbench.saes.exchange import import_set
-
-    made = import_set(workspace, name, source, model=model)
+def _say_set(workspace: "Workspace", name: str, made: "TranscoderSet", as_json: bool) -> None:
+    """What came in, and what to do next."""
     first, path = made[0], workspace.transcoder_folder(name)
     said = {
         "name": name, "layers": len(made), "rule": first.rule.name, "d_in": first.d_in, "d_sae": first.d_sae,

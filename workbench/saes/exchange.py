@@ -2,13 +2,18 @@
 sets of transcoders from and to circuit-tracer's.
 
 An imported SAE is stored in the native format. Its provenance says where it came from, its rule and its
-fingerprint, in place of a run and a harvest.
+fingerprint, in place of a run and a harvest. A transcoder that reads its layer's normalised activation before the
+norm's gain (Gemma Scope's `ln2.hook_normalized`) is stored as one that reads what the MLP reads, which is the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from circuits.blocks import norm_before
+from circuits.norms import measured_norm
 from sae import rules
 from sae.errors import InputError
 from sae.formats import circuit_tracer
@@ -18,7 +23,9 @@ from sae.transcoder import Transcoder
 from sae.transcoder_set import FILE, TranscoderSet, load_transcoders
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Record, versions
-from workbench.saes.pretrained import load_pretrained
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import reload_model
+from workbench.saes.pretrained import load_pretrained, load_pretrained_set
 
 
 def import_folder(catalog: Catalog, name: str, folder: Path, *, hook: str | None, model: str | None) -> SAE:
@@ -47,17 +54,71 @@ def import_set(catalog: Catalog, name: str, folder: Path, *, model: str | None =
     catalog.check_new_transcoders(name)
     coders = load_transcoders(folder)
     for layer, coder in coders.coders.items():
-        coder.model_name = coder.model_name if model is None else model
-        if not coder.model_name:
-            raise InputError("the set does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
         for key, hook in (("feature_input_hook", coder.hook_name), ("feature_output_hook", coder.target_hook_name)):
             if hook in ("", f"blocks.{layer}."):
                 raise InputError(f"the set {folder} does not say its {key}: add it to {circuit_tracer.CONFIG}")
     form = "circuit_tracer" if (folder / circuit_tracer.CONFIG).is_file() else "transcoders"
     origin = {"format": form, "path": str(folder.resolve())}
-    made = TranscoderSet(coders.coders, metadata=coders.metadata)
-    catalog.add_transcoders(name, made, [_provenance(coder, origin) for coder in made.coders.values()])
+    return _store_set(catalog, name, coders.coders, [origin] * len(coders), model, coders.metadata)
+
+
+def import_published_set(
+    catalog: Catalog, name: str, release: str, ids: str, *, model: str | None = None
+) -> TranscoderSet:
+    """Brings the transcoders of a published release, one a layer, into the workspace as a set (network).
+
+    Args:
+        ids: pattern of their ids in the release; see `workbench.saes.pretrained.load_pretrained_set`.
+        model: what they read, where the release does not say or says it as Hugging Face does not know it.
+
+    Raises:
+        InputError: a taken name, or as `load_pretrained_set`.
+    """
+    catalog.check_new_transcoders(name)
+    found = load_pretrained_set(release, ids)
+    origins = [{"release": release, "id": sae_id} for sae_id, _ in found.values()]
+    return _store_set(catalog, name, {layer: coder for layer, (_, coder) in found.items()}, origins, model, {})
+
+
+def _store_set(
+    catalog: Catalog,
+    name: str,
+    coders: Mapping[int, Transcoder],
+    origins: Sequence[Mapping[str, Any]],
+    model: str | None,
+    metadata: dict[str, Any],
+) -> TranscoderSet:
+    """Saves coders, one a layer, as a set that says its model and reads hook points of this project."""
+    for coder in coders.values():
+        coder.model_name = coder.model_name if model is None else model
+        if not coder.model_name:
+            raise InputError("the set does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
+    made = TranscoderSet(_after_norms(coders), metadata=metadata)
+    records = [_provenance(coder, origin) for coder, origin in zip(made.coders.values(), origins, strict=True)]
+    catalog.add_transcoders(name, made, records)
     return made
+
+
+BEFORE_GAIN = ".ln2.hook_normalized"
+
+
+def _after_norms(coders: Mapping[int, Transcoder]) -> dict[int, Transcoder]:
+    """The coders; those that read a norm before its gain and shift moved behind them, with the model's own.
+
+    Raises:
+        InputError: a model that is needed for that and cannot be loaded, or has no such norm.
+    """
+    moved = dict(coders)
+    wanted = [number for number, coder in coders.items() if coder.hook_name.endswith(BEFORE_GAIN)]
+    if wanted:
+        model = reload_model(coders[wanted[0]].model_name, device="cpu")
+        for number in wanted:
+            coder = coders[number]
+            resolve_hook(model, coder.hook_name.replace(BEFORE_GAIN, ".mlp.hook_in"))
+            block = model.structure.blocks[int(coder.hook_name.split(".")[1])]
+            norm = measured_norm(norm_before(block, "mlp"), torch.zeros(model.info.d_model, dtype=model.dtype))
+            moved[number] = circuit_tracer.after_gain(coder, norm.gain, norm.shift)
+    return moved
 
 
 def import_pretrained(
@@ -79,6 +140,8 @@ def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any]) -> 
             "the transcoder does not say which hook point it predicts: name it in its cfg.json, as "
             "metadata.hook_name_out; of sparsify's, folders of MLPs say it, such as layers.5.mlp"
         )
+    if isinstance(sae, Transcoder):
+        sae = _after_norms({0: sae})[0]
     catalog.add_sae(name, sae, _provenance(sae, origin))
     return sae
 

@@ -1,15 +1,22 @@
-"""Published SAEs by release and id, through SAELens' registry (network; Hugging Face's cache holds what was fetched).
+"""Published SAEs by release and id, and sets of transcoders by a pattern of ids, through SAELens' registry (network;
+Hugging Face's cache holds what was fetched).
 
 SAELens knows a few hundred releases and how to read each of them; what it gives is converted as one of its own
 folders would be (`sae.formats.saelens_import`).
 """
 
+import re
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from sae.errors import InputError
 from sae.formats.saelens_import import from_parts
 from sae.model import SAE
+from sae.transcoder import Transcoder
 from workbench.disk.hub import require_hub
+
+if TYPE_CHECKING:
+    from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
 
 def load_pretrained(release: str, sae_id: str, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
@@ -23,17 +30,72 @@ def load_pretrained(release: str, sae_id: str, *, hook_name: str | None = None, 
     Raises:
         InputError: an unknown release or id (names the nearest), no network, or an SAE that cannot be expressed here.
     """
-    from sae_lens import SAE as SAELensSAE
+    known = _known(release)
+    if known is not None and sae_id not in known.saes_map:
+        raise InputError(f"release {release!r} has no SAE {sae_id!r}: {_near(sae_id, list(known.saes_map))}")
+    return _fetch(release, known.repo_id if known else release, sae_id, hook_name, model_name)
+
+
+def load_pretrained_set(release: str, ids: str) -> dict[int, tuple[str, Transcoder]]:
+    """Downloads the transcoders of a release, one a layer.
+
+    Args:
+        release: SAELens' name of the release.
+        ids: pattern of their ids, such as `layer_*/width_16k/average_l0_*`: the first * stands for the layer's number,
+            further ones for anything.
+
+    Returns:
+        Layer -> (id, transcoder).
+
+    Raises:
+        InputError: as `load_pretrained`, a pattern that no id or two of one layer have, a missing layer, SAEs that are
+            no transcoders, or layers of a cross-layer transcoder.
+    """
+    known = _known(release)
+    if known is None:
+        raise InputError(f"{release} is not in SAELens' registry, so its ids are not known: name one with --id")
+    if "clt" in (known.conversion_func or ""):
+        raise InputError(
+            f"release {release!r} holds a cross-layer transcoder: its layers predict nothing by themselves"
+        )
+    head, _, rest = ids.partition("*")
+    matcher = re.compile(re.escape(head) + r"(\d+)" + re.escape(rest).replace(re.escape("*"), ".*"))
+    found: dict[int, str] = {}
+    for sae_id in known.saes_map:
+        if (match := matcher.fullmatch(sae_id)) is None:
+            continue
+        if int(match[1]) in found:
+            raise InputError(
+                f"{ids} is both {found[int(match[1])]} and {sae_id} in release {release!r}: a set has one a layer"
+            )
+        found[int(match[1])] = sae_id
+    if not found:
+        raise InputError(f"release {release!r} has no {ids}: {_near(ids, list(known.saes_map))}")
+    missing = next((layer for layer in range(max(found)) if layer not in found), None)
+    if missing is not None:
+        raise InputError(f"release {release!r} has no {ids} of layer {missing}: a set has one for every layer")
+    made = {}
+    for layer in sorted(found):
+        coder = _fetch(release, known.repo_id, found[layer], None, None)
+        if not isinstance(coder, Transcoder):
+            raise InputError(f"{release}/{found[layer]} is no transcoder: import SAEs one by one")
+        made[layer] = (found[layer], coder)
+    return made
+
+
+def _known(release: str) -> "PretrainedSAELookup | None":
+    """A release in SAELens' registry; None for a repository of the hub. Raises InputError naming the nearest."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     directory = get_pretrained_saes_directory()
     if release not in directory and "/" not in release:
         raise InputError(f"SAELens knows no release {release!r}: {_near(release, list(directory))}")
-    if release in directory and sae_id not in directory[release].saes_map:
-        raise InputError(
-            f"release {release!r} has no SAE {sae_id!r}: {_near(sae_id, list(directory[release].saes_map))}"
-        )
-    repo = directory[release].repo_id if release in directory else release
+    return directory.get(release)
+
+
+def _fetch(release: str, repo: str, sae_id: str, hook_name: str | None, model_name: str | None) -> SAE:
+    from sae_lens import SAE as SAELensSAE
+
     require_hub(
         repo, "model",
         f"cannot fetch {release}/{sae_id}: no network ({{reason}}); download it once where there is one, or copy the "
