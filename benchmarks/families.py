@@ -4,7 +4,8 @@
     python -m benchmarks.families LlamaForCausalLM     some, printed
 
 A model has three or four layers of width 32, the demo model's tokenizer and random weights, norms included. What works
-is run; what is refused is quoted; anything else that is raised is a fault here and the command ends with 1.
+is run and its numbers held against the bare module's (`benchmarks.family_trials`); what is refused is quoted; a number
+that is off, and anything else that is raised, is a fault here and the command ends with 1.
 """
 
 import re
@@ -12,9 +13,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,29 +23,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from circuits.attribution import logit_attribution
-from circuits.dfa import direct_feature_attribution
-from circuits.eap import attribute_edges
-from circuits.heads import head_scores, repeated_tokens
-from circuits.prompts import PromptSet, from_ids
-from circuits.splice import splice
-from sae import SAE, InputError, TopK
-from workbench.features.prompts import read_prompt
-from workbench.features.steering import Edit, steer
+from benchmarks.family_trials import OFF, TRIALS
+from sae import InputError
 from workbench.models.bundled import demo_model_dir
-from workbench.models.contexts import context_batches
-from workbench.models.guards import agree, random_tokens
-from workbench.models.load import LoadedModel, load_model
-from workbench.models.places import KINDS
-from workbench.saes.evaluation import evaluate_sae
-from workbench.sparsity.calibration import calibrate_on
-from workbench.sparsity.enforce import enforce
-from workbench.sparsity.methods import method_named
-from workbench.text.corpora import open_corpus
+from workbench.models.load import load_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "howto" / "families.md"
 VOCABULARY = 4096
-TEXT = "def area(width, height):\n    return width * height\n\n\n"
 
 # The names by which configurations call the same sizes.
 SIZES: dict[str, Any] = {
@@ -151,119 +133,6 @@ def save_tiny(architecture: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def tiny_sae(model: LoadedModel, hook: str, width: int) -> SAE:
-    """A random SAE at a hook point; nothing in it is zero."""
-    generator = torch.Generator().manual_seed(0)
-    sae = SAE(width, 64, TopK(6), hook_name=hook)
-    with torch.no_grad():
-        W_dec = torch.nn.functional.normalize(torch.randn(64, width, generator=generator), dim=1)
-        sae.W_dec.copy_(W_dec)
-        sae.W_enc.copy_(W_dec.T)
-        sae.b_dec.copy_(0.1 * torch.randn(width, generator=generator))
-    return sae
-
-
-def hook_points(model: LoadedModel) -> str:
-    """Which kinds are there; in how many layers, where not in all."""
-    layers = model.info.n_layers
-    there = Counter(hook.kind for hook in model.checks.hooks.values())
-    if set(there) == set(KINDS) and set(there.values()) == {layers}:
-        return "all"
-    return ", ".join(kind if n == layers else f"{kind} ({n} of {layers})" for kind, n in there.items())
-
-
-def splicing(model: LoadedModel) -> None:
-    """At every hook point the identity changes nothing and zeros change the logits."""
-    tokens = random_tokens(model)
-    with torch.no_grad():
-        clean = model.bridge(tokens)
-        for name in model.checks.hooks:
-            with splice(model.bridge, name, lambda x: x):
-                if not agree(model.bridge(tokens), clean):
-                    raise AssertionError(f"putting back what is at {name} changes the pass")
-            with splice(model.bridge, name, torch.zeros_like):
-                if torch.equal(model.bridge(tokens), clean):
-                    raise AssertionError(f"zeros at {name} change nothing")
-
-
-def prompt(model: LoadedModel) -> None:
-    """A prompt is read, and attribution to its next token is made."""
-    reading = read_prompt(model, _last_sae(model), TEXT)
-    if reading.missing is not None:
-        raise InputError(reading.missing)
-    reading.at(1)
-
-
-def steering(model: LoadedModel) -> None:
-    """A feature is turned up while the model writes."""
-    steer(model, _last_sae(model), Edit(0, strength=2.0), TEXT, new_tokens=3)
-
-
-def evaluation(model: LoadedModel) -> None:
-    """An SAE is evaluated; reading through one that returns what it reads costs nothing."""
-    with _corpus() as corpus:
-        evaluate_sae(model, [_last_sae(model)], corpus, max_tokens=128, context_len=32)
-
-
-def heads(model: LoadedModel) -> None:
-    """Every head is scored."""
-    head_scores(model.bridge, repeated_tokens(range(5, 500), model.bos_id or 0, n=2, length=8).to(model.device))
-
-
-def prompts_of(model: LoadedModel) -> PromptSet:
-    """A clean and a corrupted prompt of random tokens, a right and a wrong answer."""
-    tokens = random_tokens(model)[:, 1:]
-    return from_ids("random", tokens.tolist(), tokens.flip(1).tolist(), [[7]], [[9]], model.bos_id)
-
-
-def attribution(model: LoadedModel) -> None:
-    """The terms of the writers add up to the residual stream and the logit difference."""
-    logit_attribution(model.bridge, prompts_of(model))
-
-
-def edges(model: LoadedModel) -> None:
-    """Every edge is scored."""
-    attribute_edges(model.bridge, prompts_of(model), variant="ig-inputs", steps=2)
-
-
-def sources(model: LoadedModel) -> None:
-    """A feature on a layer's heads is split by head and source."""
-    hooks = [hook for hook in model.checks.hooks.values() if hook.kind == "z"]
-    if not hooks:
-        raise InputError("no hook point on heads")
-    direct_feature_attribution(
-        model.bridge, tiny_sae(model, hooks[-1].name, hooks[-1].width), random_tokens(model)[0], 0
-    )
-
-
-def sparsity(model: LoadedModel) -> None:
-    """The MLPs' sparsity is measured and enforced."""
-    with _corpus() as corpus:
-        held = list(context_batches(model, corpus, "heldout", max_tokens=64, context_len=32))
-    enforce(model, calibrate_on(model, held), held, methods=[method_named("zero")])
-
-
-TRIALS: dict[str, Callable[[LoadedModel], str | None]] = {
-    "hook points": hook_points, "splicing": splicing, "evaluation": evaluation, "prompt": prompt,
-    "steering": steering, "heads": heads, "DLA": attribution, "EAP": edges, "DFA": sources, "MLP sparsity": sparsity,
-}  # fmt: skip
-
-
-def _last_sae(model: LoadedModel) -> SAE:
-    hooks = [hook for hook in model.checks.hooks.values() if hook.kind in ("resid_post", "resid_pre")]
-    if not hooks:
-        raise InputError("no hook point on the residual stream")
-    return tiny_sae(model, hooks[-1].name, hooks[-1].width)
-
-
-@contextmanager
-def _corpus() -> Iterator[Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(40):
-            (Path(folder) / f"{number}.txt").write_text(TEXT.replace("area", f"area_{number}") * 2)
-        yield open_corpus(folder)
-
-
 def tried(architecture: str) -> tuple[dict[str, str], list[str]]:
     """(what each trial says, what failed without being refused) for one family."""
     with tempfile.TemporaryDirectory() as folder:
@@ -297,8 +166,9 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         "",
         f"Every causal family that transformers {transformers.__version__} and TransformerLens "
         f"{version('transformer-lens')} both know, tried on a random model",
-        "of three or four layers by `python -m benchmarks.families`. What is refused says so in one line, quoted below",
-        "the table. Whether a model of yours agrees is measured anew when it is loaded.",
+        "of three or four layers by `python -m benchmarks.families`. `works`: its numbers are those of the bare",
+        f"transformers module, with hooks of the command's own, to {OFF:g} of their size. What is refused says so in",
+        "one line, quoted below the table. Whether a model of yours agrees is measured anew when it is loaded.",
         "",
         "`own attention`: TransformerLens' bridge computes other logits with the attention it rebuilds, and runs the",
         "module's own instead. A kind of hook point that is missing is one the family does not have, or whose value",

@@ -9,10 +9,13 @@ With P's scale s at its value on the run, what attention writes is a sum over he
     sum_h (z_h / s) W_h + constant,   W_h = m W_O[h] C diag(gain),   constant = m ((b_O / s) C diag(gain) + shift)
 
 Without P the scale is 1. Which norm stands where is read from the TransformerBridge's names and is right where the
-terms add up to the residual stream; `circuits.edges.stacked` checks it on every run.
+terms add up to the residual stream; `circuits.edges.stacked` checks it on every run. That attention and MLPs read what
+is said above is measured once a bridge, by `check_reads`, before anything is read through a norm.
 """
 
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -20,7 +23,48 @@ from torch import Tensor
 
 from circuits.nodes import Bridge
 from circuits.norms import Norm, measured_norm
+from circuits.unembedding import difference, random_tokens, tolerance
 from sae.errors import InputError
+
+_CHECKED: WeakSet[Any] = WeakSet()
+"""Bridges whose blocks read as `norm_before` says: a matter of their modules, not of their weights."""
+
+
+@torch.no_grad()
+def check_reads(bridge: Bridge) -> None:
+    """Measures on a few random tokens that every attention and MLP reads the residual stream as `norm_before` says.
+
+    Raises:
+        InputError: one that reads something else, such as a stream normalised by the block before (the first GPT).
+    """
+    if bridge in _CHECKED:
+        return
+    points = ("hook_resid_pre", "attn.hook_in", "ln2.hook_in", "mlp.hook_in")
+    names = [f"blocks.{layer}.{point}" for layer in range(bridge.cfg.n_layers) for point in points]
+    found: dict[str, Tensor] = {}
+
+    def take(value: Tensor, hook: Any, name: str) -> None:
+        found[name] = value
+
+    hooks = [(name, partial(take, name=name)) for name in names if name in bridge.hook_dict]
+    with bridge.hooks(fwd_hooks=hooks):
+        bridge(random_tokens(bridge), return_type="logits")
+    for layer, block in enumerate(bridge.blocks):
+        at = {point: found.get(f"blocks.{layer}.{point}") for point in points}
+        for part in ("attn", "mlp"):
+            norm, seen = norm_before(block, part), at[f"{part}.hook_in"]
+            if part == "mlp" and norm is None:
+                # What it reads is then the stream itself.
+                continue
+            stream = at["ln2.hook_in"] if norm is getattr(block, "ln2", None) else at["hook_resid_pre"]
+            if seen is None or stream is None:
+                continue
+            if difference(normed(norm, stream), seen) > tolerance(seen.dtype):
+                raise InputError(
+                    f"the {'MLP' if part == 'mlp' else 'attention'} of layer {layer} does not read the residual stream "
+                    "through the norm that TransformerLens names: its weights are not read through it"
+                )
+    _CHECKED.add(bridge)
 
 
 def norm_before(block: Any, part: str) -> Any:

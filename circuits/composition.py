@@ -7,8 +7,8 @@ With effective weights (LayerNorm's gain and centring folded in, rows are inputs
     V-composition  || OV_1 OV_2 ||   / (|| OV_1 || || OV_2 ||)
 
 Frobenius norms. The score lies between 0 and 1; random heads have some too, about 1 / sqrt(d_model), so compare heads
-with one another. Position-dependent rotations of queries and keys are left out. (Elhage et al. 2021, "A Mathematical
-Framework for Transformer Circuits".)
+with one another. Rotations of queries and keys by position, and norms of them, are left out. (Elhage et al. 2021, "A
+Mathematical Framework for Transformer Circuits".)
 """
 
 from dataclasses import dataclass

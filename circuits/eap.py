@@ -30,12 +30,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.blocks import mlp_input
-from circuits.edges import read_through, reader_names, stacked, unread, writer_names, written_and_logits
+from circuits.edges import NOT_WHOLE, read_through, reader_names, stacked, unread, writer_names, written_and_logits
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, Graph, graph_of
 from circuits.passes import Hook, OnProgress, answer_logits, probed, taking
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores
+from circuits.unembedding import tolerance
 from sae.errors import InputError
 
 Variant = Literal["eap", "ig-inputs", "ig-activations"]
@@ -59,7 +60,7 @@ def attribute_edges(
 
     Raises:
         InputError: an unknown variant, fewer than one step, or see `circuits.nodes.graph_of`,
-            `circuits.edges.unread` and `circuits.edges.stacked`.
+            `circuits.edges.unread`, `circuits.edges.stacked` and `circuits.edges.check_edges`.
     """
     if variant not in ("eap", "ig-inputs", "ig-activations"):
         raise InputError(f"unknown variant {variant!r}: choose eap, ig-inputs or ig-activations")
@@ -111,14 +112,14 @@ def gradient_run(bridge: Bridge, graph: Graph, prompts: PromptSet, metric: Metri
     streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(graph.n_layers)]
     with torch.enable_grad():
         with (
-            bridge.hooks(fwd_hooks=[*hooks, *probed(names, probes)]),
+            bridge.hooks(fwd_hooks=[*hooks, *probed([streams[0], *names], probes)]),
             taking(bridge, {*writer_names(graph.n_layers), *streams}, found),
         ):
             value = metric(answer_logits(bridge, prompts.clean, prompts.last), prompts).sum()
         for name in names:
             if name not in probes:
                 raise unread(name)
-        pulled = torch.autograd.grad(value, [probes[name] for name in names])
+        whole, *pulled = torch.autograd.grad(value, [probes[name] for name in (streams[0], *names)])
     found = {name: tensor.detach() for name, tensor in found.items()}
     at = dict(zip(names, pulled, strict=True))
 
@@ -142,7 +143,24 @@ def gradient_run(bridge: Bridge, graph: Graph, prompts: PromptSet, metric: Metri
         yield slice(len(graph.readers) - 1, None), at["ln_final.hook_in"][..., None]
 
     with torch.no_grad():
-        return GradientRun(value.item(), found, to_streams())
+        return GradientRun(value.item(), found, _all_of(whole, to_streams()))
+
+
+def _all_of(
+    whole: Float[Tensor, "n pos d_model"], gradients: Iterator[tuple[slice, Float[Tensor, "n pos d_model readers"]]]
+) -> Iterator[tuple[slice, Float[Tensor, "n pos d_model readers"]]]:
+    """Hands the readers' gradients on and holds their sum against that of the first residual stream.
+
+    Raises:
+        InputError: something else reads the stream, so that the edges are not all of it.
+    """
+    rest, size = whole.clone(), whole.square().sum()
+    for columns, gradient in gradients:
+        rest -= gradient.sum(dim=-1)
+        size += gradient.square().sum()
+        yield columns, gradient
+    if rest.square().sum().sqrt() > tolerance(whole.dtype) * size.sqrt():
+        raise InputError(NOT_WHOLE)
 
 
 def _scores(

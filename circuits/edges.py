@@ -14,15 +14,24 @@ is. (Goldowsky-Dill et al. 2023, arXiv 2304.05969; Hanna et al. 2024, arXiv 2403
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.blocks import attention_constant, head_outputs, mlp_input, norm_before, normed
+from circuits.blocks import attention_constant, check_reads, head_outputs, mlp_input, norm_before, normed
 from circuits.nodes import Bridge, Graph, graph_of
 from circuits.passes import Hook, answer_logits, taking
+from circuits.unembedding import difference, random_tokens, tolerance
 from sae.errors import InputError
+
+NOT_WHOLE = (
+    "something else than the queries, keys, values and MLPs of this model reads its residual stream (a gate, or what "
+    "runs beside attention), so that its edges are not all of it; use patching, ablation or direct attribution"
+)
+_WHOLE: WeakSet[Any] = WeakSet()
+"""Bridges of which `check_edges` has shown that the edges are all there is: a matter of modules, not of weights."""
 
 
 @torch.no_grad()
@@ -101,7 +110,8 @@ def unread(name: str) -> InputError:
 
 
 def reader_names(bridge: Bridge) -> list[str]:
-    """Hook points of queries, keys, values and MLPs, layer by layer."""
+    """Hook points of queries, keys, values and MLPs, layer by layer. Raises InputError as `check_reads`."""
+    check_reads(bridge)
     places = [(*(f"attn.{part}.hook_out" for part in "qkv"), mlp_input(block)[0]) for block in bridge.blocks]
     return [f"blocks.{layer}.{name}" for layer, names in enumerate(places) for name in names]
 
@@ -140,7 +150,40 @@ def edge_hooks(
     alternative: Float[Tensor, "writers n pos d_model"],
     patched: Float[Tensor, "writers readers"] | Float[Tensor, "n writers readers"],
 ) -> list[Hook]:
-    """The hooks that patch edges; for one forward pass, in which they keep what writers have written."""
+    """The hooks that patch edges; for one forward pass, in which they keep what writers have written.
+
+    Raises:
+        InputError: see `check_edges`.
+    """
+    check_edges(bridge, graph)
+    return _edge_hooks(bridge, graph, alternative, patched)
+
+
+@torch.no_grad()
+def check_edges(bridge: Bridge, graph: Graph) -> None:
+    """Measures once a bridge, on random tokens, that with every edge patched a pass is that of the other tokens.
+
+    Raises:
+        InputError: something else than queries, keys, values and MLPs reads the residual stream, or see `unread`.
+    """
+    if bridge in _WHOLE:
+        return
+    tokens = random_tokens(bridge)
+    last, other = torch.tensor([tokens.shape[1] - 1], device=tokens.device), tokens.flip(1)
+    alternative, wanted = written_and_logits(bridge, other, last)
+    hooks = _edge_hooks(bridge, graph, alternative, graph.exists.to(tokens.device))
+    found = answer_logits(bridge, tokens, last, hooks)
+    if difference(found[None], wanted[None]) > tolerance(bridge.unembed.original_component.weight.dtype):
+        raise InputError(NOT_WHOLE)
+    _WHOLE.add(bridge)
+
+
+def _edge_hooks(
+    bridge: Bridge,
+    graph: Graph,
+    alternative: Float[Tensor, "writers n pos d_model"],
+    patched: Float[Tensor, "writers readers"] | Float[Tensor, "n writers readers"],
+) -> list[Hook]:
     work = _PatchedPass(bridge, graph, alternative, patched)
     hooks: list[Hook] = []
     for layer in range(graph.n_layers):

@@ -25,7 +25,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.blocks import norm_before
+from circuits.blocks import check_reads, norm_before
 from circuits.nodes import Bridge
 from circuits.norms import measured_norm
 from sae.errors import InputError
@@ -52,7 +52,8 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         layer: the block; None for `unembed`.
 
     Raises:
-        InputError: a layer the model does not have, or the gate of an MLP that has none.
+        InputError: a layer the model does not have, the gate of an MLP that has none, or see
+            `circuits.blocks.check_reads`.
     """
     if reader == "unembed":
         W, b = linear_of(bridge.unembed)
@@ -62,6 +63,7 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         return _through_norm(bridge, bridge.ln_final, scale * W, scale * b)
     if layer is None or not 0 <= layer < bridge.cfg.n_layers:
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {bridge.cfg.n_layers - 1}")
+    check_reads(bridge)
     block = bridge.blocks[layer]
     if reader in ("q", "k", "v"):
         W, b = linear_of(reading_matrix(block, "attn", reader))

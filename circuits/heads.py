@@ -36,6 +36,7 @@ from circuits.blocks import head_weights
 from circuits.effective_weights import effective_weights
 from circuits.nodes import Bridge, head_name, head_names
 from circuits.passes import activations
+from circuits.unembedding import check_unembedding
 from sae.errors import InputError
 
 COLUMNS = ("previous_token", "duplicate_token", "induction", "sink", "sink_excess", "entropy", "keys_95", "copying")
@@ -83,6 +84,9 @@ def repeated_tokens(
 def head_scores(bridge: Bridge, tokens: Int[Tensor, "n pos"], *, batch_size: int = 8) -> HeadScores:
     """Scores of every head on rows of tokens, BOS first and without padding.
 
+    Copying is NaN where a model's weights do not say it: an unembedding that does not give its logits, or attention
+    without a matrix for values alone.
+
     Raises:
         InputError: rows of fewer than three tokens.
     """
@@ -99,8 +103,7 @@ def head_scores(bridge: Bridge, tokens: Int[Tensor, "n pos"], *, batch_size: int
             totals[layer] += sums.cpu()
             if layer == 0:
                 queries += counts.cpu()
-    copying = torch.stack([copying_scores(bridge, layer) for layer in range(n_layers)])
-    return HeadScores(torch.cat([totals / queries, copying[..., None]], dim=-1))
+    return HeadScores(torch.cat([totals / queries, _copying_where_read(bridge)[..., None]], dim=-1))
 
 
 def pattern_sums(
@@ -141,7 +144,23 @@ def copying_scores(bridge: Bridge, layer: int) -> Float[Tensor, "heads"]:
     """Eigenvalue positivity of every head's full OV circuit, in float64; see the module's docstring.
 
     NaN where the outputs are no tokens: there is nothing to copy.
+
+    Raises:
+        InputError: an unembedding that does not give the model's logits, or attention without a matrix for values.
     """
+    check_unembedding(bridge)
+    return _copying(bridge, layer)
+
+
+def _copying_where_read(bridge: Bridge) -> Float[Tensor, "layers heads"]:
+    try:
+        check_unembedding(bridge)
+        return torch.stack([_copying(bridge, layer) for layer in range(bridge.cfg.n_layers)])
+    except InputError:
+        return torch.full((bridge.cfg.n_layers, bridge.cfg.n_heads), torch.nan, dtype=torch.float64)
+
+
+def _copying(bridge: Bridge, layer: int) -> Float[Tensor, "heads"]:
     W_U = effective_weights(bridge, "unembed").W
     W_E = bridge.embed.original_component.weight.to(W_U.dtype)
     if W_U.shape[1] < W_E.shape[0]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from circuits.blocks import head_weights
 from circuits.effective_weights import effective_weights
 from circuits.nodes import Bridge, graph_of
+from circuits.unembedding import check_unembedding
 
 
 @torch.no_grad()
@@ -23,10 +24,12 @@ def ov_effects(bridge: Bridge, head: str, tokens: Sequence[int]) -> Float[Tensor
     """Logit effects of attending to each token.
 
     Raises:
-        InputError: no such head, or see `circuits.nodes.graph_of`.
+        InputError: no such head, an unembedding that does not give the model's logits, or see
+            `circuits.nodes.graph_of`.
     """
     graph = graph_of(bridge, heads_alone=True)
     layer, number = graph.head(head)
+    check_unembedding(bridge)
     W_U = effective_weights(bridge, "unembed").W
     W_V = effective_weights(bridge, "v", layer).W[:, number // (graph.n_heads // graph.n_kv_heads)]
     rows = torch.as_tensor(list(tokens), device=W_U.device)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.blocks import mlp_input, norm_before, normed
-from circuits.edges import reader_names, stacked, unread, writer_names, written
+from circuits.edges import check_edges, reader_names, stacked, unread, writer_names, written
 from circuits.metrics import Metric, logit_difference
 from circuits.nodes import Bridge, graph_of, head_names, parse, z_names
 from circuits.passes import Hook, OnProgress, activations, answer_logits, taking
@@ -100,8 +100,12 @@ def patch_edges(
 
     Args:
         edges: names; every edge unless given, at one forward pass from its reader on each.
+
+    Raises:
+        InputError: see `circuits.edges.check_edges`.
     """
     graph = graph_of(bridge)
+    check_edges(bridge, graph)
     if edges is None:
         chosen = [(int(row), int(column)) for row, column in torch.nonzero(graph.exists)]
     else:

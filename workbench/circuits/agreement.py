@@ -27,9 +27,11 @@ from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.circuits.report import RANKINGS, curve_table, stored_on_task
+from workbench.circuits.methods import method_named
+from workbench.circuits.report import RANKINGS, curve_table, least_bytes, stored_on_task
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
+from workbench.models.memory import check_fits_memory
 
 AGREEMENT = "circuit-agreement"
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -72,6 +74,14 @@ def report_agreement(
         raise InputError(f"exact patching on {exact_prompts} prompts was asked for, the task has {len(first)}")
 
     def make() -> Made:
+        needed = [
+            least_bytes(method_named(method), model, prompts, batch_size)
+            for method, prompts in (("eap", first), ("exact", first[:exact_prompts]))
+        ]
+        check_fits_memory(
+            f"comparing edge methods on {len(first)} prompts", max(needed), model.device,
+            "use fewer or shorter prompts, or a smaller batch size",
+        )  # fmt: skip
         found = {
             seed: _of_draw(model, prompts, exact_prompts, fractions, settings, steps, step)
             for (seed, prompts), step in zip(drawn.items(), stages(on_progress, draws), strict=True)

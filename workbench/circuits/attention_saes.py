@@ -27,6 +27,7 @@ from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
 from workbench.models.load import LoadedModel
+from workbench.models.memory import check_prompt_fits
 from workbench.models.prompt_text import token_pieces
 
 DFA = "circuit-dfa"
@@ -85,6 +86,7 @@ def report_dfa(
     below = {residual_layer(residual): residual for residual in (residuals or {}).values()}
 
     def make() -> Made:
+        check_prompt_fits("attribution on a text", model, len(tokens), attention=True)
         found, figure = attribute(model, attention, tokens.tolist(), feature, position)
         texts = _texts(model, tokens.tolist())
         shares, of_norms = (

@@ -37,6 +37,7 @@ from workbench.catalog.results import Made, Result
 from workbench.circuits.figures import attribution_figure
 from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.load import LoadedModel, load_model
+from workbench.models.memory import check_prompt_fits
 from workbench.models.prompt_text import encode_prompt, token_pieces
 
 __all__ = ["GRAPH", "PromptGraph", "attribute", "intervene_on", "make_graph", "open_graph", "supernode_edges"]
@@ -159,6 +160,10 @@ def make_graph(
     origin = Origin.of_measurement(model, transcoders=(label, coders))
 
     def make() -> Made:
+        n_pos = len(encode_prompt(model, prompt)[0]) + model.n_bos
+        # Frozen, every layer keeps its patterns.
+        patterns = 4 * model.info.n_layers * model.info.n_heads * n_pos**2
+        check_prompt_fits("the graph of a prompt", model, n_pos, more=patterns)
         whole = attribute(model, prompt, coders, max_features=max_features, on_progress=on_progress)
         return graph_tables(whole), {"graph": whole.prune(*KEPT).figure()}
 

@@ -37,6 +37,7 @@ from workbench.catalog.results import Made, Result
 from workbench.features.index.feature import LABEL_F1
 from workbench.features.index.query import FeatureIndex
 from workbench.models.load import LoadedModel
+from workbench.models.memory import check_prompt_fits
 
 HEAD_FEATURES = "circuit-head-features"
 SHORT = 8
@@ -73,6 +74,8 @@ def report_head_features(
     index = FeatureIndex.open(catalog, label)
 
     def make() -> Made:
+        longest = int(index.meta["context_len"])
+        check_prompt_fits("following a feature through contexts", model, longest, attention=True)
         found = {head: of_head(index, head, n) for head in range(model.info.n_heads)}
         features = pd.concat([table.assign(node=head_name(layer, head)) for head, table in found.items()])
         reach: dict[int, tuple[float, float]] = {}

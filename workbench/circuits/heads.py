@@ -25,6 +25,7 @@ from circuits.heads import COLUMNS, head_scores, prefix_induction, repeated_toke
 from circuits.nodes import graph_of
 from circuits.ov import ov_effects
 from circuits.passes import OnProgress, activations, stages
+from circuits.retrieval import BATCH as NEEDLE_BATCH
 from circuits.retrieval import Needle, evidence_scores, retrieval_scores
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
@@ -82,13 +83,12 @@ def report_heads(
             attention_bytes(model, min(n, BATCH), positions) // 2 * model.info.n_layers, model.device,
             "use shorter or fewer rows",
         )  # fmt: skip
+        if needles:
+            check_needles_fit(model, needles)
         steps = stages(on_progress, 4)
         first, vocabulary = first_and_others(model)
         rows = repeated_tokens(vocabulary, first, n, length, seed).to(model.device)
         scores = head_scores(model.bridge, rows, batch_size=BATCH)
-        if model.checks.unread is not None:
-            # Copying reads weights through an unembedding that does not give this model's logits.
-            scores.values[..., COLUMNS.index("copying")] = torch.nan
         steps[0](1, 1)
         table = scores.table()
         drawn = {score: figures.head_heatmap(scores[score], score, diverging=score in DIVERGING) for score in COLUMNS}
@@ -105,14 +105,22 @@ def report_heads(
         if len(vocabulary) >= 36 and model.info.n_ctx >= 36:
             tables["prefixes"] = prefix_induction(model.bridge, vocabulary, first, n=n, seed=seed).table()
         steps[2](1, 1)
-        composed = [composition_scores(model.bridge, kind).table().assign(kind=kind) for kind in ("q", "k", "v")]
-        tables["composition"] = pd.concat(composed, ignore_index=True)
+        tables["composition"] = _composition(model)
         steps[3](1, 1)
         return tables, drawn
 
     parameters = {"n": n, "length": length, "needles": needles, "seed": seed}
     origin = Origin.of_measurement(model)
     return catalog.results.get_or_make(HEADS, name, parameters=parameters, origin=origin, make=make)
+
+
+def _composition(model: LoadedModel) -> pd.DataFrame:
+    """Columns writer, reader, score, kind; no rows for attention whose queries, keys or values have no matrix each."""
+    try:
+        composed = [composition_scores(model.bridge, kind).table().assign(kind=kind) for kind in ("q", "k", "v")]
+    except InputError:
+        return pd.DataFrame(columns=["writer", "reader", "score", "kind"]).astype({"score": float})
+    return pd.concat(composed, ignore_index=True)
 
 
 def first_and_others(model: LoadedModel) -> tuple[int, list[int]]:
@@ -128,6 +136,12 @@ def usable_tokens(model: LoadedModel) -> list[int]:
     """Tokens that stand for text: all but the tokenizer's special ones."""
     special = set(model.tokenizer.all_special_ids) | {model.bos_id}
     return [token for token in range(min(len(model.tokenizer), model.info.d_vocab)) if token not in special]
+
+
+def check_needles_fit(model: LoadedModel, n: int) -> None:
+    """Raises InputError where attention of a batch of needle tests does not fit into memory."""
+    needed = attention_bytes(model, min(n, NEEDLE_BATCH), min(64, model.info.n_ctx))
+    check_fits_memory(f"scoring heads on {n} needle tests", needed, model.device, "use fewer, or free memory")
 
 
 def needle_rows(model: LoadedModel, vocabulary: list[int], first: int, n: int, seed: int) -> list[Needle]:

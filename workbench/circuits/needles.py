@@ -32,7 +32,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.circuits.heads import first_and_others, needle_rows
+from workbench.circuits.heads import check_needles_fit, first_and_others, needle_rows
 from workbench.models.load import LoadedModel
 
 RETRIEVAL = "circuit-retrieval"
@@ -63,6 +63,7 @@ def report_retrieval(
     parameters = {"needles": needles, "draws": draws, "seed": seed}
 
     def make() -> Made:
+        check_needles_fit(model, needles)
         return _scored_and_masked(model, needles, draws, seed, on_progress)
 
     return catalog.results.get_or_make(

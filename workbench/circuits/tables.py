@@ -36,10 +36,12 @@ from circuits.tasks.ioi import ioi
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Made, Result
-from workbench.circuits.report import stored_on_task
+from workbench.circuits.methods import method_named
+from workbench.circuits.report import least_bytes, stored_on_task
 from workbench.circuits.task import Task
 from workbench.models import attn_only
 from workbench.models.load import LoadedModel, load_model
+from workbench.models.memory import check_fits_memory
 
 TABLE = "circuit-table"
 IOI_LISTS = ("names", "places", "objects", "templates")
@@ -120,6 +122,11 @@ def report_table(
     metric = task.measure(prompts)
 
     def make() -> Made:
+        check_fits_memory(
+            f"the published table on {len(prompts)} prompts",
+            least_bytes(method_named("discrete"), model, prompts, batch_size), model.device,
+            "use fewer prompts, or a smaller batch size",
+        )  # fmt: skip
         others = _others(model, prompts, metric, batch_size)
         steps = stages(on_progress, seeds + len(others))
         runs = [

@@ -41,6 +41,7 @@ from sae.model import SAE
 from workbench.features.index.logits import output_directions
 from workbench.models.capture import capture
 from workbench.models.hooks import read_hook, written_hook
+from workbench.models.memory import check_prompt_fits
 from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, token_losses, token_pieces
 from workbench.models.readout import final_scale, unembedding
 
@@ -278,7 +279,7 @@ def read_prompt(
         known: names and densities of its features, for ranking and reading.
 
     Raises:
-        InputError: a text without tokens, or an SAE of another model.
+        InputError: a text without tokens, one that memory does not hold, or an SAE of another model.
     """
     return read_through(model, {name: (sae, known)}, text)[0]
 
@@ -295,6 +296,9 @@ def read_through(
     hooks = {name: read_hook(model, sae) for name, (sae, _) in saes.items()}
     ids, truncated = encode_prompt(model, text)
     row = model.begun(ids)
+    # The effective unembedding, in float32, lies beside.
+    more = 4 * model.info.d_model * model.info.d_vocab
+    check_prompt_fits("reading a prompt", model, len(row), more=more)
     tokens = torch.tensor([row], device=model.device)
     read = slice(model.n_bos, None)
     last = model.checks.hooks.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post", next(iter(hooks.values())))

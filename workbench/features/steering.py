@@ -39,6 +39,7 @@ from circuits.splice import splice_between
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.models.hooks import read_hook, written_hook
+from workbench.models.memory import check_prompt_fits
 from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, token_losses, token_pieces
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ def steer(
         seed: of the sampling noise, the same for both texts.
 
     Raises:
-        InputError: an edit that does not exist, sampling settings out of range, a prompt without tokens, or an SAE of
-            another model.
+        InputError: an edit that does not exist, sampling settings out of range, a prompt without tokens or one that
+            memory does not hold, or an SAE of another model.
     """
     edit.check(sae.d_sae)
     if not 0 <= new_tokens <= min(MAX_NEW_TOKENS, model.info.n_ctx - 2):
@@ -160,6 +161,7 @@ def steer(
     if not (temperature >= 0 and np.isfinite(temperature)):
         raise InputError(f"a temperature of {temperature} samples nothing: give 0 or more")
     ids, truncated = encode_prompt(model, prompt, room=1 + new_tokens)
+    check_prompt_fits("steering a prompt", model, len(ids) + model.n_bos, attention=True)
     tokens = torch.tensor([model.begun(ids)], device=model.device)
     with edited(model, sae, edit, unit, first=None if edit.where == "everywhere" else tokens.shape[1] - 1):
         after = next_log_probabilities(model.bridge(tokens)[0])

@@ -28,11 +28,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.nodes import Bridge
+from circuits.unembedding import difference, tolerance, unread
 from sae.errors import InputError
 from workbench.models.capture import as_added, hooked
 from workbench.models.model import Checks, LoadedModel
 from workbench.models.places import KINDS, HookSpec, bridge_hooks
-from workbench.models.readout import read_logits
 
 TOKENS = 16
 
@@ -84,7 +84,7 @@ def _checked(model: LoadedModel) -> Checks:
         usable, refused, wrong, delegated,
         cached=not wrong and _cached_step_agrees(bridge, tokens, logits),
         editable_patterns=not wrong and _pattern_edits_act(bridge, tokens, logits),
-        unread=_unread(bridge, native.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post"), logits, model.dtype),
+        unread=unread(bridge, native.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post"), logits, model.dtype),
     )  # fmt: skip
 
 
@@ -118,21 +118,6 @@ def random_tokens(model: LoadedModel) -> Int[Tensor, "1 pos"]:
 def agree(one: Float[Tensor, "1 pos *width"], other: Float[Tensor, "1 pos *width"]) -> bool:
     """Whether two values are the same up to rounding; what is not finite in the second cannot be compared and does."""
     return difference(one, other) <= tolerance(other.dtype)
-
-
-def difference(one: Float[Tensor, "1 pos *width"], other: Float[Tensor, "1 pos *width"]) -> float:
-    """Median relative difference over the tokens; 0 where the second is not finite, infinite for other shapes."""
-    if one.flatten(2).shape != other.flatten(2).shape:
-        return float("inf")
-    rows, wanted = (value.flatten(2).flatten(0, 1).float() for value in (one, other))
-    if not wanted.isfinite().all():
-        return 0.0
-    return ((rows - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-20)).nan_to_num(torch.inf).median().item()
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative difference that rounding in a precision explains."""
-    return max(1e-3, 16 * torch.finfo(dtype).eps)
 
 
 def delegate_attention(bridge: Bridge) -> None:
@@ -237,19 +222,6 @@ def _not_added(layer: int, values: Mapping[str, Tensor]) -> dict[str, str]:
         for kind in wrong
         if at[kind] is not None
     }
-
-
-def _unread(bridge: Bridge, x: Tensor | None, logits: Float[Tensor, "1 pos vocab"], dtype: torch.dtype) -> str | None:
-    problem = "the last residual stream through the final norm and the unembedding does not give this model's logits"
-    try:
-        if x is None or x.ndim != 3:
-            return problem
-        # Some models keep their residual stream and logits in float32 whatever the precision of their weights.
-        return None if difference(*read_logits(bridge, x, logits)) <= tolerance(dtype) else problem
-    except InputError as error:
-        return str(error)
-    except (RuntimeError, AttributeError):
-        return problem
 
 
 def _cached_step_agrees(bridge: Bridge, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:

@@ -14,14 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from circuits import norms
+from circuits import norms, unembedding
 from sae.files import write_atomically
-from workbench.models import capture, guards, places, readout
+from workbench.models import capture, guards, places, wrapping
 from workbench.models.guards import check, prepare
 from workbench.models.model import Checks, LoadedModel
 from workbench.models.places import HookSpec
 
-MEASURING = (guards, places, capture, readout, norms)
+MEASURING = (guards, places, wrapping, capture, unembedding, norms)
 
 
 def kept_or_measured(model: LoadedModel) -> Checks:

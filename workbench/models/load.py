@@ -8,24 +8,23 @@ query-key-value matrix, as in GPT-NeoX, it holds the parts once more). Weights a
 nothing is centred, so activations are those of the model as published. No weight requires a gradient.
 """
 
-import copy
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from circuits.nodes import Bridge
 from sae.errors import InputError
 from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate, weight_files, weights_sha256
-from workbench.models.devices import choose_device, free_bytes
+from workbench.models.devices import choose_device
 from workbench.models.kept_checks import kept_or_measured
 from workbench.models.load_own import is_causal, load_own, own_model, recorded_model, remembered
+from workbench.models.memory import check_weights_fit
 from workbench.models.model import LoadedModel, ModelInfo
 from workbench.models.own import OwnModel
+from workbench.models.wrapping import wrapped
 
 __all__ = ["DTYPES", "LoadedModel", "ModelInfo", "load_model"]
 
@@ -62,11 +61,11 @@ def load_model(spec: str | nn.Module | OwnModel, device: str = "auto", dtype: st
     run_dtype = DTYPES[dtype] if dtype != "auto" else (stored if place.type == "cuda" else torch.float32)
     tokenizer = load_tokenizer(location, spec)
     weights = weight_files(location, spec)
-    _refuse_too_large(weights, stored, run_dtype, place, spec)
+    check_weights_fit(spec, weights, stored, run_dtype, place)
     hf = _module(location, spec, run_dtype).to(place).eval().requires_grad_(False)
     bos_id = _bos_id(tokenizer, config, spec)
     _refuse_unusable(hf, tokenizer, bos_id, spec)
-    bridge = _bridge(spec, location, hf, tokenizer, run_dtype)
+    bridge = wrapped(spec, location, hf, tokenizer, run_dtype)
     info = ModelInfo.of(
         hf, bridge, name=spec, source=source, revision=getattr(config, "_commit_hash", None),
         weights_sha256=weights_sha256(weights), checkpoint_dtype=str(stored).removeprefix("torch."), device=str(place),
@@ -82,19 +81,6 @@ def reload_model(name: str, device: str = "auto") -> LoadedModel:
         InputError: as `load_model`, and a live object or a function's model that has to be given again.
     """
     return recorded_model(name) or load_model(name, device=device)
-
-
-def _refuse_too_large(
-    files: Sequence[Path], stored: torch.dtype, run_dtype: torch.dtype, place: torch.device, spec: str
-) -> None:
-    """Raises InputError, with what they take, for weights that the device cannot hold."""
-    needed = sum(file.stat().st_size for file in files) * run_dtype.itemsize / stored.itemsize
-    free = free_bytes(place)
-    if needed > free:
-        raise InputError(
-            f"the weights of {spec} take {needed / 1e9:,.1f} GB in {str(run_dtype).removeprefix('torch.')} and "
-            f"{free / 1e9:,.1f} GB are free on {place}: free some, or use a smaller model or another precision"
-        )
 
 
 def _refuse_quantized(config: Any, spec: str) -> None:
@@ -179,19 +165,3 @@ def _refuse_unusable(hf: Any, tokenizer: PreTrainedTokenizerBase, bos_id: int, s
             f"the tokenizer of {spec} has {max(tokenizer.vocab_size, bos_id + 1)} tokens, the embedding of the model "
             f"{n_embedded} rows: it belongs to another model"
         )
-
-
-def _bridge(spec: str, location: str, hf: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Bridge:
-    """A TransformerBridge over a copy of `hf` that shares its weight tensors; `hf` itself is left as it is."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    shared = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}
-    try:
-        twin = copy.deepcopy(hf, shared)
-        bridge = TransformerBridge.boot_transformers(
-            location, hf_model=twin, tokenizer=tokenizer, device=next(hf.parameters()).device, dtype=dtype
-        )
-    except Exception as error:  # adapters that do not fit a model fail in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"TransformerLens cannot wrap {spec} ({type(hf).__name__}): {reason}") from None
-    return bridge.eval().requires_grad_(False)

@@ -7,6 +7,9 @@ that would have fitted. The largest pieces of a pass over n rows of p positions:
     logits of every position            n p vocab
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
 from sae.errors import InputError
@@ -22,6 +25,33 @@ def check_fits_memory(what: str, needed: int, device: torch.device | str, remedy
         raise InputError(
             f"{what} needs at least {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free on {device}: {remedy}"
         )
+
+
+def check_weights_fit(
+    spec: str, files: Sequence[Path], stored: torch.dtype, run_dtype: torch.dtype, place: torch.device
+) -> None:
+    """Raises InputError, with what they take, for a model's weights that a device cannot hold."""
+    needed = sum(file.stat().st_size for file in files) * run_dtype.itemsize / stored.itemsize
+    free = free_bytes(place)
+    if needed > free:
+        raise InputError(
+            f"the weights of {spec} take {needed / 1e9:,.1f} GB in {str(run_dtype).removeprefix('torch.')} and "
+            f"{free / 1e9:,.1f} GB are free on {place}: free some, or use a smaller model or another precision"
+        )
+
+
+def check_prompt_fits(what: str, model: LoadedModel, n_pos: int, *, attention: bool = False, more: int = 0) -> None:
+    """Raises InputError for reading one prompt of `n_pos` tokens where memory does not hold it.
+
+    Its logits and their log-probabilities lie in memory together.
+
+    Args:
+        attention: whether attention is explicit.
+        more: bytes held beside.
+    """
+    needed = logit_bytes(model, 1, n_pos) + 4 * n_pos * model.info.d_vocab + more
+    needed += attention_bytes(model, 1, n_pos) if attention else 0
+    check_fits_memory(f"{what} of {n_pos:,} tokens", needed, model.device, "use a shorter one, or free memory")
 
 
 def check_passes_fit(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
+from workbench.models.memory import check_passes_fit
 from workbench.sparsity.layers import MLP, Projection, flat_like, mlps, projections
 from workbench.text.corpora import Corpus
 
@@ -72,8 +73,12 @@ def calibrate(model: LoadedModel, corpus: Corpus, *, tokens: int = 1024, context
     """Samples `tokens` rows (rounded down to whole contexts) of the training documents.
 
     Raises:
-        InputError: an MLP of an unknown make, or a corpus with too little text.
+        InputError: an MLP of an unknown make, a corpus with too little text, or more than memory holds.
     """
+    check_passes_fit(
+        "calibrating", model, max_tokens=max(tokens, context_len), context_len=context_len,
+        per_token=sum(mlp.d_mlp for mlp in mlps(model)) * model.dtype.itemsize, instead="use shorter contexts",
+    )  # fmt: skip
     taken = context_batches(model, corpus, "train", max_tokens=max(tokens, context_len), context_len=context_len)
     return calibrate_on(model, list(taken))
 

@@ -17,6 +17,7 @@ from workbench.models.capture import capture
 from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
+from workbench.models.memory import check_passes_fit
 from workbench.models.prompt_text import token_pieces
 from workbench.sparsity.layers import mlps
 from workbench.text.corpora import Corpus
@@ -64,7 +65,8 @@ def view_neuron(
         on_progress: called with (rows done, rows asked for).
 
     Raises:
-        InputError: a layer or neuron that does not exist; see also `layers.mlps` and `models.contexts.context_batches`.
+        InputError: a layer or neuron that does not exist; see also `layers.mlps`, `models.contexts.context_batches` and
+            `models.memory.check_passes_fit`.
     """
     blocks = mlps(model)
     if not 0 <= layer < len(blocks):
@@ -73,6 +75,9 @@ def view_neuron(
     if not 0 <= neuron < mlp.d_mlp:
         raise InputError(f"neuron {neuron} does not exist: layer {layer} has neurons 0 to {mlp.d_mlp - 1}")
     hook = resolve_hook(model, f"blocks.{layer}.mlp.hook_post")
+    check_passes_fit(
+        "looking at a neuron", model, max_tokens=max_tokens, context_len=context_len, width=mlp.d_mlp, per_token=4
+    )
     values: list[Tensor] = []
     examples: list[Example] = []
     done = 0

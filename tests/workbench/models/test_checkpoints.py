@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from sae.errors import InputError
 from workbench.disk import hub
-from workbench.models import load
+from workbench.models import load, memory
 from workbench.models.load import load_model
 from workbench.saes.pretrained import load_pretrained
 from workbench.text.corpora import open_corpus
@@ -74,7 +74,7 @@ def test_weights_that_memory_cannot_hold_are_refused_before_they_are_read(
     tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (tiny_gpt2 / "model.safetensors").stat().st_size
-    monkeypatch.setattr(load, "free_bytes", lambda place: size - 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda place: size - 1)
     monkeypatch.setattr(load, "_module", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(InputError, match=r"take .* GB in float32 and .* GB are free on cpu"):
         load_model(str(tiny_gpt2), device="cpu")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.families import PAGE, families, family_name, prompts_of, save_tiny, splicing, tiny_sae, tried
+from benchmarks.families import PAGE, families, family_name, save_tiny, tried
+from benchmarks.family_trials import prompts_of, splicing, tiny_sae
 from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
 from circuits.blocks import head_outputs
@@ -397,15 +398,6 @@ def test_what_a_layer_does_not_have_is_refused_by_name(
     with pytest.raises(InputError, match=message) as caught:
         resolve_hook(family(architecture), name)
     assert "\n" not in str(caught.value)
-
-
-def test_a_bridge_that_cannot_be_mended_is_refused_and_harvests_still_work(family: Callable[..., LoadedModel]) -> None:
-    model = family("GraniteMoeHybridForCausalLM")
-    with pytest.raises(InputError, match="does not compute what GraniteMoeHybridForCausalLM computes"):
-        _ = model.bridge
-    hook = resolve_hook(model, "blocks.1.hook_resid_post")
-    tokens = tokens_of(model)
-    assert torch.equal(capture(model, tokens, [hook]).activations[hook.name], seen(model, "model.layers.1", tokens))
 
 
 PART = ["FalconH1ForCausalLM", "JambaForCausalLM", "OPTForCausalLM", "Qwen3NextForCausalLM"]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.families import save_tiny, splicing
+from benchmarks.families import save_tiny
+from benchmarks.family_trials import splicing
 from workbench.models import kept_checks
 from workbench.models.bundled import demo_model_dir
 from workbench.models.guards import check

@@ -4,16 +4,25 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from sae import InputError, TopK, TrainConfig
+from sae import SAE, InputError, TopK, TrainConfig
+from sae.transcoder import Transcoder
+from sae.transcoder_set import TranscoderSet
 from workbench import HarvestConfig, Workspace
 from workbench.catalog.results import Result
+from workbench.circuits.attention_saes import report_dfa
 from workbench.circuits.task import Task
+from workbench.features.concepts.probes import probe
+from workbench.features.concepts.truth import from_table
+from workbench.features.explanations.language_models import LocalModel
 from workbench.features.index.build import build_index
 from workbench.models import memory
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.memory import attention_bytes, logit_bytes
+from workbench.sparsity.calibration import calibrate
+from workbench.sparsity.neurons import view_neuron
 from workbench.text.corpora import Corpus, open_corpus, streamed
 
 HOOK = "blocks.1.hook_resid_post"
@@ -52,7 +61,29 @@ WORK: list[tuple[str, Callable[[Workspace, LoadedModel], Any]]] = [
     ("restricting heads", lambda space, model: sparsity("heads", space, model)),
     ("measuring SAE codes", lambda space, model: sparsity("sae", space, model)),
     ("scoring heads on rows of 65 tokens", lambda space, model: space.heads("heads", model)),
+    ("scoring heads on 8 needle tests", lambda space, model: space.retrieval("needles", model, needles=8)),
+    ("comparing edge methods on 32 prompts", lambda space, model: space.agreement(model, Task("induction"))),
+    ("reading a prompt of 5 tokens", lambda space, model: space.prompt("s", "x = 1", model=model)),
+    ("steering a prompt of 5 tokens", lambda space, model: space.steer("s", 1, "x = 1", model=model)),
+    ("counting 64 features beside 2 concepts", lambda space, model: space.concepts("s", table=table(space))),
+    ("probing", lambda space, model: probes(space)),
+    ("calibrating on 1,024 tokens", lambda space, model: calibrate(model, open_corpus("python-stdlib"))),
+    ("looking at a neuron", lambda space, model: view_neuron(model, open_corpus("python-stdlib"), 0, 1)),
+    ("attribution on a text of 5 tokens", lambda space, model: split(space, model)),
+    ("the graph of a prompt of 5 tokens", lambda space, model: graph(space, model)),
+    ("the weights of demo take", lambda space, model: LocalModel("demo", device="cpu")),
 ]
+
+
+def table(space: Workspace) -> pd.DataFrame:
+    """Two concepts on the harvest's rows."""
+    rows = [row for (row,) in space.sql("SELECT row FROM tokens WHERE flags = 0 LIMIT 1000", "h").rows]
+    return pd.DataFrame({"row": rows, "concept": ["odd" if row % 2 else "even" for row in rows]})
+
+
+def probes(space: Workspace) -> object:
+    harvest = space.open_harvest("h")
+    return probe(space.sae("s"), harvest.vectors(HOOK), from_table(harvest, table(space)))
 
 
 @pytest.mark.parametrize(("what", "work"), WORK, ids=[what for what, _ in WORK])
@@ -63,12 +94,27 @@ def test_work_beyond_memory_is_refused_before_it_starts(
     ran: list[object] = []
     monkeypatch.setattr(memory, "free_bytes", lambda place: 1)
     handle = demo.bridge.blocks[0].original_component.register_forward_hook(lambda *_: ran.append(1))
-    line = r"needs at least .* GB and 0\.0 GB are free on cpu: (use|index)"
+    line = r"(needs at least|take) .* GB.* and 0\.0 GB are free on cpu: (use|index|free)"
     with handle, pytest.raises(InputError, match=line) as caught:
         work(space, demo)
     assert str(caught.value).startswith(what)
     assert "\n" not in str(caught.value)
     assert not ran
+
+
+def split(space: Workspace, model: LoadedModel) -> Result:
+    attention = SAE(model.info.d_attention, 64, TopK(4), hook_name="blocks.1.attn.hook_z")
+    return report_dfa(space, "dfa", model, ("attention", attention), "x = 1", feature=0)
+
+
+def graph(space: Workspace, model: LoadedModel) -> Result:
+    if not space.transcoder_sets():
+        width, coders = model.info.d_model, {}
+        for layer in range(2):
+            hooks = {"hook_name": f"blocks.{layer}.mlp.hook_in", "target_hook_name": f"blocks.{layer}.hook_mlp_out"}
+            coders[layer] = Transcoder(width, width, 64, TopK(4), model_name="demo", **hooks)
+        space.add_transcoders("t", TranscoderSet(coders), [{}, {}])
+    return space.graph("graph", model, "x = 1", transcoders="t")
 
 
 LONG: list[tuple[str, Callable[[Workspace, LoadedModel, Corpus], Any]]] = [

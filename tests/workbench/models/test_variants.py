@@ -1,4 +1,4 @@
-"""Variants of families that cannot be wrapped, or whose attention runs in one piece: tiny models made on the spot."""
+"""Variants of families that TransformerLens' adapters do not fit, or whose attention runs in one piece: tiny models."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.families import prompts_of, save_tiny, splicing, tiny_sae
+from benchmarks.families import save_tiny
+from benchmarks.family_trials import prompts_of, splicing, tiny_sae
 from circuits.attribution import logit_attribution
+from circuits.composition import composition_scores
+from circuits.dfa import direct_feature_attribution
 from circuits.eap import attribute_edges
 from circuits.edges import patched_logits, written
+from circuits.effective_weights import effective_weights
+from circuits.heads import copying_scores, head_scores, repeated_tokens
 from circuits.nodes import graph_of
+from circuits.ov import ov_effects
 from circuits.path_patching import patch_edges
 from circuits.recursive_dfa import recursive_dfa
 from circuits.scores import EdgeScores
@@ -19,26 +25,135 @@ from workbench import Workspace
 from workbench.circuits.heads import head_on_text
 from workbench.features.index.logits import effects_of
 from workbench.features.prompts import read_prompt
-from workbench.models.load import load_model
+from workbench.models import load as loading
+from workbench.models.capture import capture
+from workbench.models.guards import check
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import LoadedModel, load_model
+from workbench.models.wrapping import wrapped
 
-UNWRAPPED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "Falcon 40B": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}, "split_sizes"),
+UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Falcon 40B": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}, "transformer.h."),
     "Falcon 11B": (
         "FalconForCausalLM",
         {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-        "ln_attn",
+        "transformer.h.",
     ),
-    "Command-R+": ("CohereForCausalLM", {"use_qk_norm": True}, "q_norm"),
-    "Phi with q/k norms": ("PhiForCausalLM", {"qk_layernorm": True}, "q_layernorm"),
+    "Command-R+": ("CohereForCausalLM", {"use_qk_norm": True}, "model.layers."),
+    "Phi with q/k norms": ("PhiForCausalLM", {"qk_layernorm": True}, "model.layers."),
 }
+WRITES = {"transformer.h.": ("self_attention", "mlp.dense_4h_to_h"), "model.layers.": ("self_attn", "mlp")}
 
 
-@pytest.mark.parametrize("name", UNWRAPPED)
-def test_what_transformer_lens_cannot_wrap_is_one_line_with_its_reason(name: str, tmp_path: Path) -> None:
-    architecture, changes, reason = UNWRAPPED[name]
-    with pytest.raises(InputError, match=rf"TransformerLens cannot wrap .*{architecture}.*{reason}") as caught:
-        load_model(str(save_tiny(architecture, tmp_path, **changes)), device="cpu")
+@pytest.fixture(scope="module")
+def unfit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
+    """The variants by name, loaded."""
+    return {
+        name: load_model(str(save_tiny(architecture, tmp_path_factory.mktemp("variant"), **changes)), device="cpu")
+        for name, (architecture, changes, _) in UNFIT.items()
+    }
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_variant_that_an_adapter_does_not_fit_is_computed_with_the_modules_own_attention(
+    name: str, unfit: dict[str, LoadedModel]
+) -> None:
+    model, blocks = unfit[name], UNFIT[name][2]
+    tokens = torch.randint(5, 4000, (2, 20), generator=torch.Generator().manual_seed(1))
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            seen[path] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        return model.hf.get_submodule(f"{blocks}1.{path}").register_forward_hook(hook)
+
+    with keep(WRITES[blocks][0]), keep(WRITES[blocks][1]), torch.no_grad():
+        logits = model.hf(tokens).logits
+        torch.testing.assert_close(model.bridge(tokens), logits, rtol=1e-4, atol=1e-4)
+    names = {path: f"blocks.1.hook_{part}_out" for path, part in zip(WRITES[blocks], ("attn", "mlp"), strict=True)}
+    found = capture(model, tokens, [resolve_hook(model, name) for name in names.values()]).activations
+    for path, name in names.items():
+        torch.testing.assert_close(found[name], seen[path], rtol=1e-4, atol=1e-5)
+    splicing(model)
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_variant_in_one_piece_has_direct_terms_and_what_needs_more_is_refused_by_name(
+    name: str, unfit: dict[str, LoadedModel]
+) -> None:
+    model = unfit[name]
+    prompts = prompts_of(model)
+    found = logit_attribution(model.bridge, prompts)
+    with torch.no_grad():
+        logits = model.hf(prompts.clean, use_cache=False).logits[0, -1]
+    assert found.values.sum().item() == pytest.approx((logits[7] - logits[9]).item(), rel=1e-3)
+    rows = repeated_tokens(range(5, 500), 0, n=2, length=8)
+    attention = tiny_sae(model, "blocks.1.attn.hook_z", model.checks.hooks["blocks.1.attn.hook_z"].width)
+    by_module = (
+        lambda: head_scores(model.bridge, rows),
+        lambda: attribute_edges(model.bridge, prompts),
+        lambda: direct_feature_attribution(model.bridge, attention, rows[0], 0),
+    )
+    if name.startswith("Falcon"):
+        # Queries, keys and values lie in one matrix, and its attention never hands a pattern on.
+        for run in by_module:
+            with pytest.raises(InputError, match="attn") as caught:
+                run()
+            assert "\n" not in str(caught.value)
+        return
+    scores = head_scores(model.bridge, rows)
+    with torch.no_grad():
+        model.hf.set_attn_implementation("eager")
+        patterns = model.hf(rows, output_attentions=True).attentions
+        model.hf.set_attn_implementation("sdpa")
+    previous = torch.stack([pattern.diagonal(-1, dim1=2, dim2=3)[..., 1:].mean(dim=(0, 2)) for pattern in patterns])
+    torch.testing.assert_close(scores["previous_token"], previous.double(), rtol=1e-4, atol=1e-6)
+    assert scores["copying"].isfinite().all()
+    for run in by_module[1:]:
+        run()
+
+
+def test_what_no_adapter_fits_is_one_line_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("split_sizes\nand more")
+
+    from transformer_lens.model_bridge import TransformerBridge
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", fails)
+    with pytest.raises(InputError, match=r"TransformerLens cannot wrap .*PhiForCausalLM.*split_sizes") as caught:
+        load_model(str(save_tiny("PhiForCausalLM", tmp_path)), device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_part_that_a_model_lacks_is_not_run(tmp_path: Path) -> None:
+    """Without rotary positions a Granite has nothing where its adapter puts a part for them."""
+    model = load_model(str(save_tiny("GraniteMoeHybridForCausalLM", tmp_path)), device="cpu")
+    assert model.hf.get_submodule("model").rotary_emb is None
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.bridge(tokens), model.hf(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bridge_that_cannot_be_mended_is_refused_and_harvests_still_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(*arguments: Any) -> Any:
+        """A bridge whose copy of the model adds one to what block 1 writes."""
+        bridge = wrapped(*arguments)
+        bridge.original_model.model.layers[1].mlp.register_forward_hook(lambda _, __, output: output + 1)
+        return bridge
+
+    monkeypatch.setattr(loading, "wrapped", off)
+    monkeypatch.setattr(loading, "kept_or_measured", check)
+    model = load_model(str(save_tiny("LlamaForCausalLM", tmp_path)), device="cpu")
+    with pytest.raises(InputError, match="does not compute what LlamaForCausalLM computes"):
+        _ = model.bridge
+    hook = resolve_hook(model, "blocks.1.hook_resid_post")
+    tokens, found = torch.arange(5, 25)[None], []
+    with model.hf.get_submodule("model.layers.1").register_forward_hook(lambda _, __, output: found.append(output)):
+        model.hf(tokens, use_cache=False)
+    assert torch.equal(capture(model, tokens, [hook]).activations[hook.name], found[0])
 
 
 def test_attention_in_one_piece_has_direct_terms_and_its_edges_are_refused(tmp_path: Path) -> None:
@@ -99,7 +214,27 @@ def test_what_is_read_through_an_unembedding_that_is_not_the_models_is_left_out(
     scores = Workspace(tmp_path / "w").heads("h", model, n=2, length=8, needles=0).table("scores")
     assert scores.copying.isna().all()
     assert scores.induction.notna().all()
-    with pytest.raises(
-        InputError, match="through the final norm and the unembedding does not give this model's logits"
-    ):
-        head_on_text(model, "a1.h0", "def f(x): return x")
+    read = (
+        lambda: head_on_text(model, "a1.h0", "def f(x): return x"),
+        lambda: ov_effects(model.bridge, "a1.h0", [5, 6]),
+        lambda: copying_scores(model.bridge, 1),
+    )
+    for run in read:
+        with pytest.raises(InputError, match="the final norm and the unembedding does not give this model's logits"):
+            run()
+    direct = head_scores(model.bridge, repeated_tokens(range(5, 500), 0, n=2, length=8))
+    assert direct["copying"].isnan().all()
+    assert direct["induction"].isfinite().all()
+
+
+def test_weights_are_not_read_through_a_norm_that_blocks_do_not_read_through(tmp_path: Path) -> None:
+    """The first GPT normalises after attention what TransformerLens names as what attention reads through."""
+    model = load_model(str(save_tiny("OpenAIGPTLMHeadModel", tmp_path / "model")), device="cpu")
+    for part in ("q", "v", "mlp_in"):
+        with pytest.raises(InputError, match=r"the attention of layer 0 does not read .* through the norm"):
+            effective_weights(model.bridge, part, 1)
+    with pytest.raises(InputError, match="the attention of layer 0 does not read"):
+        composition_scores(model.bridge, "k")
+    scores = Workspace(tmp_path / "w").heads("h", model, n=2, length=8, needles=0)
+    assert scores.table("scores").copying.isna().all()
+    assert scores.table("composition").empty

@@ -40,21 +40,24 @@ class LocalModel:
         device: `auto`, `cpu`, `cuda`, ...
 
     Raises:
-        InputError: nothing that can be loaded there.
+        InputError: nothing that can be loaded there, or weights that the device cannot hold.
     """
 
     def __init__(self, source: str, device: str = "auto") -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        from workbench.models.checkpoints import from_pretrained, locate
+        from workbench.models.checkpoints import from_pretrained, locate, weight_files
         from workbench.models.devices import choose_device
+        from workbench.models.memory import check_weights_fit
 
         self.name = source
         place = choose_device(device)
         location, _ = locate(source)
         self.tokenizer: Any = from_pretrained(AutoTokenizer, location, source)
-        dtype = torch.float32 if place.type == "cpu" else "auto"
+        stored = getattr(from_pretrained(AutoConfig, location, source), "dtype", None) or torch.float32
+        dtype = torch.float32 if place.type == "cpu" else stored
+        check_weights_fit(source, weight_files(location, source), stored, dtype, place)
         model = from_pretrained(AutoModelForCausalLM, location, source, dtype=dtype, use_safetensors=True)
         self.model: Any = model.to(place).eval()
 
