@@ -20,6 +20,7 @@ from sae import kernels
 from sae.code import SparseCode
 from sae.errors import InputError
 from sae.rules import GradientTopK, Rule, to_dict
+from sae.source import Part
 
 
 class SAE(nn.Module):
@@ -37,6 +38,8 @@ class SAE(nn.Module):
         InputError: sizes below one, or a rule that cannot work with `d_sae` features.
     """
 
+    parts: tuple[Part, ...] = ()
+    """The activations that a crosscoder reads side by side; an SAE reads one."""
     subtracts_b_dec: ClassVar[bool] = True
     """Whether the encoder multiplies x - b_dec, or x itself, as a transcoder's does."""
 

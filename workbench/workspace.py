@@ -86,7 +86,9 @@ class Workspace(Studies):
 
     # Training
 
-    def train(self, run: str, harvest: str, configs: "Sequence[TrainConfig]", **settings: Any) -> "list[SAE]":
+    def train(
+        self, run: str, harvest: str | Sequence[str], configs: "Sequence[TrainConfig]", **settings: Any
+    ) -> "list[SAE]":
         """Trains SAEs side by side as `train_all` does, which says the settings, and fails when one of them fails.
 
         Raises:
@@ -99,17 +101,18 @@ class Workspace(Studies):
         return [result.sae for result in trained if result.sae is not None]
 
     def train_all(
-        self, run: str, harvest: str, configs: "Sequence[TrainConfig]", **settings: Any
+        self, run: str, harvest: str | Sequence[str], configs: "Sequence[TrainConfig]", **settings: Any
     ) -> "list[TrainedSAE]":
-        """Trains SAEs or transcoders side by side on one stream of a harvest's activations and saves them: one entry
-        per configuration, the SAE or why there is none. A run that was interrupted goes on, a finished one returns its
-        SAEs at once; settings and InputErrors as `workbench.saes.train.train_all`."""
+        """Trains SAEs or transcoders on one stream of a harvest's activations, or crosscoders of several hook points or
+        harvests, and saves them: one entry per configuration, the SAE or why there is none. A run that was interrupted
+        goes on, a finished one returns its SAEs at once; settings and InputErrors as
+        `workbench.saes.train.train_all`."""
         from workbench.saes.train import train_all
 
         return train_all(self, run, harvest, configs, **settings)
 
     def estimate_training(
-        self, harvest: str, configs: "Sequence[TrainConfig]", *, device: str = "auto", **hooks: str | None
+        self, harvest: str | Sequence[str], configs: "Sequence[TrainConfig]", *, device: str = "auto", **hooks: Any
     ) -> "SweepEstimate":
         """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
 

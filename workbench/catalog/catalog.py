@@ -166,8 +166,11 @@ class Catalog:
         return self.path / "saes" / name
 
     def sae(self, name: str, device: str = "cpu") -> "SAE":
-        """Loads an SAE. Raises InputError naming those there are, and for a transcoder: see `coder`."""
+        """Loads an SAE. Raises InputError naming those there are, and for others than SAEs: see `coder`."""
         loaded = self.coder(name, device)
+        if loaded.parts:
+            names = ", ".join(part.name for part in loaded.parts)
+            raise InputError(f"{name!r} is a crosscoder, which reads several activations ({names}): this needs an SAE")
         if not loaded.subtracts_b_dec:
             raise InputError(
                 f"{name!r} is a transcoder, which predicts another activation than it reads: this puts a "
@@ -176,7 +179,7 @@ class Catalog:
         return loaded
 
     def coder(self, name: str, device: str = "cpu") -> "SAE":
-        """Loads an SAE or a transcoder. Raises InputError naming those there are."""
+        """Loads an SAE, a transcoder or a crosscoder. Raises InputError naming those there are."""
         from sae.model import SAE
 
         return SAE.load(self._require_sae(name), device=device)

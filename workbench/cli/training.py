@@ -45,6 +45,14 @@ TargetOption = Annotated[
         "a layer."
     ),
 ]
+HooksOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hook",
+        metavar="HOOK",
+        help="Hook point; needed when the harvest has several. Repeat for a crosscoder of several.",
+    ),
+]
 RuleOption = Annotated[
     list[str],
     typer.Option("--rule", metavar="RULE", help=f"Selection rule: {RULE_NAMES}; repeat for several SAEs."),
@@ -83,9 +91,11 @@ def register(app: typer.Typer) -> None:
 class Training:
     """What `workbench train` is asked for."""
 
-    harvest: Annotated[str, typer.Argument(help="Name of a finished harvest.")]
+    harvest: Annotated[
+        list[str], typer.Argument(help="Name of a finished harvest; those of two models for a crosscoder of them.")
+    ]
     name: Annotated[str, typer.Option(help="Name of the SAE and of the run.")]
-    hook: Annotated[str | None, typer.Option(help="Hook point; needed when the harvest has several.")] = None
+    hook: HooksOption = None
     target_hook: TargetOption = None
     sweep: SweepOption = None
     rule: RuleOption
@@ -112,12 +122,18 @@ class Training:
     @property
     def makes_sets(self) -> bool:
         """Whether it makes sets of transcoders, one for every layer."""
-        return "*" in (self.hook or "")
+        return any("*" in hook for hook in self.hook or ())
+
+    @property
+    def is_crosscoder(self) -> bool:
+        """Whether several activations are read side by side."""
+        return len(self.harvest) > 1 or len(self.hook or ()) > 1
 
     def counted(self, n: int, n_sets: int = 1) -> str:
         """So many SAEs, transcoders, or transcoders in sets, in words."""
         if not self.makes_sets:
-            return f"{n} {'SAE' if self.target_hook is None else 'transcoder'}{'s' * (n > 1)}"
+            kind = "crosscoder" if self.is_crosscoder else "SAE" if self.target_hook is None else "transcoder"
+            return f"{n} {kind}{'s' * (n > 1)}"
         return f"{n_sets} sets of {n // n_sets} transcoders" if n_sets > 1 else f"a set of {n} transcoders"
 
     def asked(self, context: typer.Context) -> "Sweep":
@@ -149,7 +165,7 @@ class Training:
 
 @sharing(Training, rule=["topk"], k=[32], seed=[0])
 def train(run: Training, context: typer.Context) -> None:
-    """Train SAEs or transcoders on a harvest, several side by side on one stream of batches.
+    """Train SAEs, transcoders or crosscoders on a harvest, several side by side on one stream of batches.
 
     Without --sweep, one SAE per --rule, --k (or --sparsity) and --seed. A sweep file holds training settings and, in
     [[rule]] tables, selection rules with theirs; a list of values makes an SAE for each. An SAE that fails leaves the
@@ -159,7 +175,7 @@ def train(run: Training, context: typer.Context) -> None:
     """
     workspace = open_workspace(run.folder)
     asked = run.asked(context)
-    total = run.tokens or asked.tokens or workspace.open_harvest(run.harvest).n_trainable_rows
+    total = run.tokens or asked.tokens or workspace.open_harvest(run.harvest[0]).n_trainable_rows
     configs = run.configs(asked, total)
     if run.sweep is not None or run.estimate_only:
         estimate = workspace.estimate_training(run.harvest, configs, **run.placed)

@@ -1,4 +1,4 @@
-"""Training runs of a workspace: SAEs, or transcoders, side by side on one stream of a harvest's activations.
+"""Training runs of a workspace: SAEs, transcoders or crosscoders, side by side on one stream of activations.
 
 1. The run's record is written first; a run of the same name and settings is resumed, or answered at once when it is
    finished.
@@ -23,6 +23,7 @@ from sae import checkpoint
 from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.model import SAE
+from sae.source import BatchSource, TargetSource
 from sae.training import StepMetrics, TrainedSAE, check_configs, train
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet, folder_of
@@ -31,8 +32,6 @@ from workbench.catalog.origin import versions
 from workbench.catalog.runs import Run
 from workbench.disk.locks import RunLock
 from workbench.disk.names import new_folder
-from workbench.harvest.loader import ActivationLoader
-from workbench.harvest.pairs import PairLoader
 from workbench.harvest.reading import Harvest
 from workbench.models.devices import choose_device
 from workbench.saes.hook_pairs import HookPairs, choose_pairs
@@ -44,10 +43,10 @@ OnMetrics = Callable[[StepMetrics], None]
 def train_all(
     catalog: Catalog,
     run: str,
-    harvest: str,
+    harvest: str | Sequence[str],
     configs: Sequence[TrainConfig],
     *,
-    hook: str | None = None,
+    hook: str | Sequence[str] | None = None,
     target_hook: str | None = None,
     device: str = "auto",
     on_metrics: OnMetrics | None = None,
@@ -56,9 +55,9 @@ def train_all(
 
     Args:
         run: the run's name; the SAEs are saved under their configurations' names.
-        harvest: name of a finished harvest.
+        harvest: name of a finished harvest; several of the same tokens, of two models say, for crosscoders.
         configs: one configuration per SAE.
-        hook: hook point to train on; may be left out when the harvest has only one.
+        hook: hook point to train on; may be left out when the harvest has only one. Several for crosscoders.
         target_hook: hook point that transcoders predict. With a * for the layer in both, one configuration makes a set,
             a transcoder for every layer, saved as one thing.
         device: `auto`, `cpu`, `cuda`, ...
@@ -69,10 +68,10 @@ def train_all(
         the others running.
 
     Raises:
-        InputError: unknown harvest or hook, names taken, a finished run whose SAE was removed, or too little memory.
+        InputError: unknown harvest or hook, names taken, a finished run whose SAE was removed, too little memory, or
+            harvests of different tokens.
     """
-    source = catalog.open_harvest(harvest)
-    places = choose_pairs(source, hook, target_hook)
+    source, places = _places(catalog, harvest, hook, target_hook)
     chosen = str(choose_device(device))
     configs = _of_layers(configs, places)
     check_configs(configs)
@@ -81,7 +80,8 @@ def train_all(
     if record.failed:
         shutil.rmtree(record.folder)
     description = {
-        "harvest": harvest, "hook": places.hook, "device": chosen, "configs": [config.to_dict() for config in configs],
+        "harvest": harvest if isinstance(harvest, str) else " + ".join(harvest), "hook": places.hook, "device": chosen,
+        "configs": [config.to_dict() for config in configs],
     }  # fmt: skip
     if places.target_hook is not None:
         description["target_hook"] = places.target_hook
@@ -121,7 +121,7 @@ def _run(
             # Out of memory, say; beside others the trainer takes out the one it happens to.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             trained = [TrainedSAE(config, None, reason) for config in configs]
-        trained = _save(catalog, record, source, trained, done, as_set=places.is_set)
+        trained = _save(catalog, record, source, places, trained, done)
         record.finish(
             [config.to_dict() for config in configs],
             errors={result.config.name: result.error for result in trained if result.error},
@@ -132,10 +132,10 @@ def _run(
 
 def estimate_training(
     catalog: Catalog,
-    harvest: str,
+    harvest: str | Sequence[str],
     configs: Sequence[TrainConfig],
     *,
-    hook: str | None = None,
+    hook: str | Sequence[str] | None = None,
     target_hook: str | None = None,
     device: str = "auto",
 ) -> SweepEstimate:
@@ -144,11 +144,18 @@ def estimate_training(
     Raises:
         InputError: unknown harvest or hook, or too little memory.
     """
-    source = catalog.open_harvest(harvest)
     chosen = str(choose_device(device))
-    places = choose_pairs(source, hook, target_hook)
+    source, places = _places(catalog, harvest, hook, target_hook)
     configs = _of_layers(configs, places)
     return estimate(configs, _loader(source, places, configs, chosen), device=chosen)
+
+
+def _places(
+    catalog: Catalog, harvest: str | Sequence[str], hook: str | Sequence[str] | None, target_hook: str | None
+) -> tuple[Harvest, HookPairs]:
+    """The first of the harvests, and where the run reads them."""
+    sources = [catalog.open_harvest(name) for name in ([harvest] if isinstance(harvest, str) else harvest)]
+    return sources[0], choose_pairs(sources, hook, target_hook)
 
 
 def _of_layers(configs: Sequence[TrainConfig], places: HookPairs) -> list[TrainConfig]:
@@ -160,16 +167,21 @@ def _of_layers(configs: Sequence[TrainConfig], places: HookPairs) -> list[TrainC
 
 
 def _save(
-    catalog: Catalog, record: Run, source: Harvest, trained: list[TrainedSAE], done: Set[str], *, as_set: bool
+    catalog: Catalog, record: Run, source: Harvest, places: HookPairs, trained: list[TrainedSAE], done: Set[str]
 ) -> list[TrainedSAE]:
     """Saves what was trained and is not there yet, and returns what became of it all."""
 
     def provenance(sae: SAE, config: TrainConfig) -> dict[str, Any]:
         target = {"target_hook": sae.target_hook_name} if isinstance(sae, Transcoder) else {}
-        made = {"run": record.name, "harvest": source.provenance(), "hook": sae.hook_name, **target}
+        made: dict[str, Any] = {"run": record.name, "harvest": source.provenance(), "hook": sae.hook_name, **target}
+        if places.parts:
+            made["parts"] = [
+                {"name": name, "harvest": place.harvest.provenance(), "hook": place.hook}
+                for name, place in places.parts
+            ]
         return {**made, "versions": versions(), "training": config.to_dict()}
 
-    if not as_set:
+    if not places.is_set:
         for result in trained:
             if result.sae is not None and result.config.name not in done:
                 catalog.add_sae(result.config.name, result.sae, provenance(result.sae, result.config))
@@ -224,7 +236,7 @@ def _train(
 
 def _loader(
     source: Harvest, places: HookPairs, configs: Sequence[TrainConfig], device: str
-) -> ActivationLoader | PairLoader:
+) -> BatchSource | TargetSource:
     gradients = any(config.rule.needs_gradients for config in configs)
     return places.loader(source, configs[0].seed, device, gradients=gradients)
 
