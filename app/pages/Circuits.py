@@ -1,15 +1,17 @@
 """Circuits page: stored circuit results opened again, a task or an attention feature's attribution run on the spot."""
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 from plotly import io
 
-from app.shared import loaded_model, open_workspace, page_link, plain
+from app.shared import loaded_model, open_workspace, page_link, plain, switch_page
 from workbench import InputError, Result, Workspace
 from workbench.circuits import stored
 from workbench.circuits.agreement import AGREEMENT
 from workbench.circuits.attention_saes import DFA, report_dfa
 from workbench.circuits.methods import DICTIONARY, DISCRETE, EDGES, FEATURES, METHODS, NODES, method_named
+from workbench.circuits.named import feature_names, named_graph, named_nodes
 from workbench.circuits.report import run_method
 from workbench.circuits.tables import TABLE
 from workbench.circuits.task import Task
@@ -36,9 +38,12 @@ def main() -> None:
     result = choose(workspace)
     if result is None:
         return
-    describe(result)
+    describe(workspace, result)
+    named = named_nodes(workspace, result) if result.kind == FEATURES else None
     if result.kind == EDGES:
         edges(result)
+    elif named is not None:
+        feature_graph(result, named)
     else:
         figures(result)
     if result.kind == AGREEMENT:
@@ -46,7 +51,7 @@ def main() -> None:
             "Correlations are over all edges, with what patching each by itself does; `pearson_rest` leaves out the "
             "edge of largest effect, which alone can decide it. A point is a draw of the prompts, a bar their mean."
         )
-    tables(result)
+    tables(result, named)
 
 
 def results(workspace: Workspace) -> dict[str, Result]:
@@ -71,6 +76,7 @@ def run_task(workspace: Workspace) -> None:
             help="for SAE features, one for each hook point, and for supervised dictionaries",
             placeholder="for the methods SAE features and supervised dictionaries",
         )  # fmt: skip
+        called = st.text_input("Name", key="run name", max_chars=100, placeholder="task and method")
         if not st.form_submit_button("Run"):
             return
     title = f"{chosen.title} on {name} ..."
@@ -81,8 +87,8 @@ def run_task(workspace: Workspace) -> None:
 
     try:
         made = run_method(
-            workspace, loaded_model(spec), Task(name, int(n)), chosen.name, saes=saes if chosen.needs_saes else (),
-            on_progress=advance,
+            workspace, loaded_model(spec), Task(name, int(n)), chosen.name, name=called.strip() or None,
+            saes=saes if chosen.needs_saes else (), on_progress=advance,
         )  # fmt: skip
     except InputError as error:
         st.error(plain(str(error)))
@@ -107,6 +113,7 @@ def run_feature(workspace: Workspace) -> None:
             "Go on through residual SAEs", [name for name, hook in hooks.items() if "hook_resid_p" in hook], key="below"
         )
         text = st.text_area("Text", key="dfa text", height=68, help="the feature is read at its last token")
+        called = st.text_input("Name", key="dfa name", max_chars=100, placeholder="dfa and the SAE's name")
         if not st.form_submit_button("Attribute"):
             return
     try:
@@ -114,7 +121,7 @@ def run_feature(workspace: Workspace) -> None:
             saes = {name: workspace.sae(name) for name in (sae, *residuals)}
             model = model_of(workspace, sae, loaded_model(model_name(workspace, sae)))
             made = report_dfa(
-                workspace, f"dfa-{sae}", model, (sae, saes[sae]), text,
+                workspace, called.strip() or f"dfa-{sae}", model, (sae, saes[sae]), text,
                 feature=None if feature is None else int(feature), residuals={name: saes[name] for name in residuals},
             )  # fmt: skip
     except InputError as error:
@@ -148,11 +155,16 @@ def choose(workspace: Workspace) -> Result | None:
     return found[st.selectbox("Result", list(found)[::-1], key="result", on_change=follow, format_func=read)]
 
 
-def describe(result: Result) -> None:
-    """What was asked for and what the behaviour measures."""
+def describe(workspace: Workspace, result: Result) -> None:
+    """What was asked for and what the behaviour measures; of a feature, its name."""
     asked = {key: value for key, value in result.parameters.items() if key != "fractions" and value is not None}
     settings = ", ".join(f"{key} {value}" for key, value in asked.items())
     st.caption(plain(f"{result.created} · {settings}"))
+    if result.kind == DFA:
+        sae, feature = str(asked["sae"]), int(asked["feature"])
+        name = feature_names(workspace, sae, [feature]).get(feature)
+        if name is not None:
+            page_link("Feature", f"{plain(sae)} {feature} {plain(name)}", sae=sae, feature=feature)
     if note := stored.note_of(result):
         st.warning(plain(note))
     if result.kind in (EDGES, NODES, FEATURES, DFA):
@@ -173,11 +185,15 @@ def edges(result: Result) -> None:
     n_edges = st.slider("Best edges by absolute score", 1, most, key="edges", bind="query-params")
     figure, kept = stored.circuit_of(scores, n_edges)
     graph, side = st.columns([3, 2])
-    graph.plotly_chart(figure, key="graph", config={"displayModeBar": False})
-    graph.caption(
-        f"{len(kept)} of them lie on a path from the input to the logits. Width: size of the score; blue serves the "
-        "behaviour, red works against it. A head's query, key and value edges end at the same point."
-    )
+    with graph:
+        clicked = clickable(figure, f"graph {result.name} {n_edges}")
+        if clicked is not None and ".h" in clicked:
+            switch_page("Heads", head=clicked)
+        st.caption(
+            f"{len(kept)} of them lie on a path from the input to the logits. Width: size of the score; blue serves "
+            "the behaviour, red works against it. A head's query, key and value edges end at the same point. Click a "
+            "head to open it."
+        )
     with side:
         st.plotly_chart(io.from_json(result.figures()["faithfulness"]), key="curve", config={"displayModeBar": False})
         if st.button("Run this circuit alone"):
@@ -195,6 +211,27 @@ def edges(result: Result) -> None:
         st.dataframe(kept[["edge", "score"]], hide_index=True, height=260, width="stretch")
 
 
+def clickable(figure: go.Figure, key: str) -> str | None:
+    """A graph; the node that was just clicked."""
+    event = st.plotly_chart(
+        figure, key=key, on_select="rerun", selection_mode="points", config={"displayModeBar": False}
+    )  # fmt: skip
+    found = [point["customdata"] for point in event["selection"]["points"] if point.get("customdata")]
+    return None if not found else str(found[0] if isinstance(found[0], str) else found[0][0])
+
+
+def feature_graph(result: Result, named: pd.DataFrame) -> None:
+    """The graph of a circuit of SAE features; a click on one opens its page."""
+    clicked = clickable(named_graph(result, named), f"graph {result.name}")
+    st.caption("Ring: blue serves the behaviour, red works against it; hover a feature for its name, click to open it.")
+    if clicked is not None:
+        node = named.set_index("node").loc[clicked]
+        if node["name"]:
+            switch_page("Feature", sae=node["sae"], feature=node["feature"])
+        else:
+            st.info(plain(f"{clicked} has no page: `workbench index {node['sae']}` makes those of features."))
+
+
 def figures(result: Result) -> None:
     """The figures stored with a result, two beside one another."""
     found = result.figures()
@@ -202,8 +239,12 @@ def figures(result: Result) -> None:
         column.plotly_chart(io.from_json(plotly), key=name, config={"displayModeBar": False})
 
 
-def tables(result: Result) -> None:
-    """The stored tables, one a tab, the nodes first."""
+def tables(result: Result, named: pd.DataFrame | None) -> None:
+    """The stored tables, one a tab, the nodes first.
+
+    Args:
+        named: nodes that have names, where they have.
+    """
     over_draws = ["draws", "edges"] if "draws" in result.parameters else []
     order = {
         EDGES: ["nodes", "curves", "prompts"], NODES: ["nodes", "prompts"], FEATURES: ["nodes", "edges", "prompts"],
@@ -213,7 +254,7 @@ def tables(result: Result) -> None:
         DICTIONARY: ["approximation", "control", "attributes", "features", "summary", "prompts"],
     }[result.kind]  # fmt: skip
     for tab, name in zip(st.tabs(order), order, strict=True):
-        table: pd.DataFrame = stored.table_of(result, name)
+        table = stored.table_of(result, name) if named is None or name != "nodes" else named
         tab.dataframe(table.head(MOST_ROWS), hide_index=True, width="stretch")
         if len(table) > MOST_ROWS:
             tab.caption(

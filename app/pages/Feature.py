@@ -266,8 +266,9 @@ def examples(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Non
     """Groups of examples, the strongest first; a click on a row shows all of its text and what can be done with it."""
     if not feature.groups:
         return
-    if st.toggle("Effect on the loss", help="Runs the model on every example with the feature taken out; hover a "
-                 "token to read how much its loss rises.", key="loss"):  # fmt: skip
+    if st.toggle("Effect on the loss", help="Runs the model on every example with the feature taken out. Lines "
+                 "below tokens: green where the loss rises, so that the feature helps, red where it falls; hover a "
+                 "token for the number.", key="loss"):  # fmt: skip
         try:
             with st.spinner("Running the model ..."):
                 feature = with_loss_effects(index, feature, loaded_model(feature.model), workspace.coder(feature.sae))

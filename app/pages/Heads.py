@@ -7,12 +7,14 @@ from workbench import InputError, Result, Workspace
 from workbench.circuits import attention_view as attention
 from workbench.circuits import heads as views
 from workbench.circuits.attention_view import AttentionView
+from workbench.circuits.head_examples import HeadExamples, head_examples
 from workbench.circuits.head_features import FAMILIES, HEAD_FEATURES
 from workbench.circuits.heads import DIVERGING, HEADS, SCORES, HeadOnText, report_heads
 from workbench.circuits.methods import DISCRETE, NODES
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
 from workbench.sparsity.report import colourings
+from workbench.text.corpora import open_corpus
 
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
 
@@ -31,7 +33,7 @@ def main() -> None:
     with near:
         st.subheader(head)
         scores(result, head)
-    on_text(model, head)
+    on_text(workspace, model, head)
     features(workspace, model, head)
     composition(result, head)
 
@@ -134,7 +136,7 @@ def scores(result: Result, head: str) -> None:
     st.line_chart(own, height=240, x_label="tokens of the prefix", y_label="attention")
 
 
-def on_text(model: ModelInfo, head: str) -> None:
+def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:
     """Attention on a text of one's own, kept in the URL as `text`, and the OV circuit on its tokens."""
     text = st.text_area("Text", TEXT, key="text", bind="query-params", height=100)
     try:
@@ -144,12 +146,38 @@ def on_text(model: ModelInfo, head: str) -> None:
         return
     if found.truncated:
         st.info(f"Only the first {len(found.tokens)} tokens are shown.")
-    seen, pattern, copies = st.tabs(["Attention on the text", "Pattern", "OV circuit"])
+    seen, corpus, pattern, copies = st.tabs(["Attention on the text", "In a corpus", "Pattern", "OV circuit"])
     with seen:
         all_heads(view_on_text(model.name, text), head)
+    with corpus:
+        in_corpus(workspace, model, head)
     pattern.plotly_chart(found.figure(), key="pattern", config={"displayModeBar": False})
     copies.markdown("What attending to a token promotes and suppresses, from the weights alone")
     copies.dataframe(found.copies, hide_index=True, height=480, width="stretch")
+
+
+def in_corpus(workspace: Workspace, model: ModelInfo, head: str) -> None:
+    """Where the head looks hardest in held-out text; asked for, since the model reads some thousand tokens."""
+    corpora = {item.corpus for item in workspace.harvest_summaries() if item.model == model.name} or {"python-stdlib"}
+    corpus = str(st.selectbox("Corpus", sorted(corpora), key="corpus", bind="query-params"))
+    if not st.toggle("Read it", key="read", bind="query-params", help="held-out documents, for all heads at once"):
+        return
+    try:
+        found = examples_in(model.name, corpus)
+    except InputError as error:
+        st.error(plain(str(error)))
+        return
+    st.caption(
+        f"The strongest attention in {found.n_tokens:,} held-out tokens, one a context and pair of tokens; the query "
+        "is framed, the key it looks at coloured. Looks at a context's first token are left out."
+    )
+    st.html(found.html(head))
+
+
+@st.cache_resource(max_entries=2, show_spinner="Reading text ...")
+def examples_in(model: str, corpus: str) -> HeadExamples:
+    """The examples of all heads, kept."""
+    return head_examples(loaded_model(model), open_corpus(corpus))
 
 
 _patterns = st.components.v2.component(

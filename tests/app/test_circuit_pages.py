@@ -89,6 +89,10 @@ def test_a_stored_circuit_opens_with_its_graph_and_is_run(space: Workspace, open
     assert {"faithfulness"} <= {metric.label for metric in page.metric}
     edges = page.dataframe[0].value
     assert 0 < len(edges) <= 25
+    page.session_state["graph found 25"] = {"selection": {"points": [{"customdata": "a2.h0"}], "box": [], "lasso": []}}
+    page.run()
+    assert page.title[0].value == "Heads"
+    assert page.query_params["head"] == "a2.h0"
 
 
 @pytest.mark.parametrize("result", ["circuit-nodes/attributed", "circuit-discrete/coded"])
@@ -123,6 +127,16 @@ def test_a_task_is_run_and_opened(tmp_path: Path, open_page: OpenPage) -> None:
     assert not page.exception
     assert page.query_params["result"] == "circuit-nodes/induction-attribution"
     assert [item.name for item in own.results.find()] == ["induction-attribution"]
+    # Another run stays beside the first, the same one is opened again, and one may have a name.
+    for prompts, name, opened in ((6, "", "induction-attribution-2"), (5, "", "induction-attribution"),
+                                  (6, "mine", "mine"), (5, "mine", "mine-2")):  # fmt: skip
+        page.number_input(key="prompts").set_value(prompts)
+        page.text_input(key="run name").set_value(name)
+        next(button for button in page.button if button.label == "Run").click().run()
+        assert page.query_params["result"] == f"circuit-nodes/{opened}"
+    assert {item.name: item.parameters["n"] for item in own.results.find()} == {
+        "induction-attribution": 5, "induction-attribution-2": 6, "mine": 6, "mine-2": 5,
+    }  # fmt: skip
     page.selectbox(key="task").set_value("greater-than")
     next(button for button in page.button if button.label == "Run").click().run()
     assert "does not split years" in page.error[0].value.replace("\\", "")
@@ -162,6 +176,12 @@ def test_a_circuit_of_features_is_run_and_drawn(with_saes: Workspace, open_page:
     assert page.query_params["result"] == "circuit-features/induction-features"
     assert len(page.get("plotly_chart")) == 1
     assert "faithfulness with errors" in {metric.label for metric in page.metric}
+    node = page.dataframe[0].value["node"].iloc[0]
+    page.session_state["graph induction-features"] = {
+        "selection": {"points": [{"customdata": [node, 1.0, ""]}], "box": [], "lasso": []}
+    }
+    page.run()
+    assert f"{node} has no page" in page.info[0].value.replace("\\", "")
 
 
 def test_an_attention_feature_is_attributed_on_a_text(with_saes: Workspace, open_page: OpenPage) -> None:

@@ -268,7 +268,8 @@ def test_an_attention_feature_says_where_it_reads_from(tmp_path: Path, open_page
 
 def test_hovering_a_token_tells_its_effect_on_the_loss(space: Workspace, busiest: int, open_page: OpenPage) -> None:
     page = open_page("Feature", space, sae="s", feature=str(busiest))
-    assert "nats of loss" not in rows_of_examples(page)
+    assert "border-bottom" not in rows_of_examples(page)
     page.toggle(key="loss").set_value(True).run()
     assert not page.exception
     assert "nats of loss" in rows_of_examples(page)
+    assert "border-bottom" in rows_of_examples(page)

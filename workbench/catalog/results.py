@@ -142,7 +142,14 @@ class ResultStore:
         return result if result.parameters == asked and result.provenance == made_from else None
 
     def get_or_make(
-        self, kind: str, name: str, *, parameters: Mapping[str, Any], origin: Origin, make: Callable[[], Made]
+        self,
+        kind: str,
+        name: str,
+        *,
+        parameters: Mapping[str, Any],
+        origin: Origin,
+        make: Callable[[], Made],
+        keep: bool = False,
     ) -> Result:
         """The stored result if it was made with these parameters from the same things; else `make` makes it.
 
@@ -151,12 +158,19 @@ class ResultStore:
         Args:
             parameters: what was asked for (must be JSON).
             origin: what it is made from.
-            make: called where there is none; another result of that kind and name is replaced.
+            make: called where there is none.
+            keep: whether another result of that kind and name stays, and this one gets a number behind its name; it is
+                replaced otherwise.
 
         Raises:
             InputError: as `save`, before anything is made where the name is at fault.
         """
-        found = self.stored(kind, name, parameters=parameters, origin=origin)
+        asked, number = name, 1
+        while (found := self.stored(kind, name, parameters=parameters, origin=origin)) is None:
+            if not (keep and self.path(kind, name).is_file()):
+                break
+            number += 1
+            name = f"{asked}-{number}"
         if found is not None:
             return found
         tables, figures = make()

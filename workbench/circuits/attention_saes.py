@@ -118,7 +118,7 @@ def report_dfa(
         "residuals": list(residuals or {}),
     }  # fmt: skip
     origin = Origin.of_measurement(model, saes={label: attention, **(residuals or {})})
-    return catalog.results.get_or_make(DFA, name, parameters=parameters, origin=origin, make=make)
+    return catalog.results.get_or_make(DFA, name, parameters=parameters, origin=origin, make=make, keep=True)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from circuits.feature_circuits import ERROR, FeatureCircuit
 from circuits.graph.graph import KINDS, Graph
 from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
-from workbench.show.colours import GREY, MARK, PALETTE, series_colour
+from workbench.show.colours import GREY, MARK, NODE, ON_NODE, PALETTE, series_colour
 
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 DIVERGING = "RdBu"
@@ -181,7 +181,10 @@ def control_figure(table: pd.DataFrame) -> go.Figure:
 
 
 def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> go.Figure:
-    """The kept edges, layers upwards, MLPs at the right; width is |score|, blue for the behaviour, red against it."""
+    """The kept edges, layers upwards, MLPs at the right; width is |score|, blue for the behaviour, red against it.
+
+    The nodes are the last trace, their names as customdata.
+    """
     graph = scores.graph
     places = {"input": ((graph.n_heads - 1) / 2, -1.0), "logits": ((graph.n_heads - 1) / 2, float(graph.n_layers))}
     for layer in range(graph.n_layers):
@@ -208,9 +211,8 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
         )  # fmt: skip
     names = sorted(used)
     figure.add_scatter(
-        x=[places[name][0] for name in names], y=[places[name][1] for name in names], text=names,
-        mode="markers+text", textposition="top center", marker={"size": 10, "color": GREY}, showlegend=False,
-        hoverinfo="text",
+        x=[places[name][0] for name in names], y=[places[name][1] for name in names], text=names, customdata=names,
+        mode="markers+text", textposition="middle center", showlegend=False, hoverinfo="text", **_LABELLED,
     )  # fmt: skip
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
@@ -218,12 +220,20 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
     return figure.update_layout(title=title, height=120 + 110 * (graph.n_layers + 1), margin=MARGIN)
 
 
+_LABELLED = {
+    "marker": {"size": 38, "color": NODE, "opacity": 1}, "textfont": {"size": 10, "color": ON_NODE},
+    "unselected": {"marker": {"opacity": 1}},
+}  # fmt: skip
+"""Nodes that hold their labels, so that no edge crosses one."""
 FEATURES_A_ROW, FEATURE_EDGES = 16, 80
 """Features of a hook point and edges that a graph of features shows; the tables hold all."""
 
 
 def feature_graph(circuit: FeatureCircuit) -> go.Figure:
-    """The strongest nodes of a feature circuit, a row a hook point upwards, and the strongest edges between them."""
+    """The strongest nodes of a feature circuit, a row a hook point upwards, and the strongest edges between them.
+
+    The nodes are the last trace, with node and score as customdata.
+    """
     hooks = circuit.hooks
     places: dict[str, tuple[float, float]] = {}
     shown = []
@@ -247,10 +257,12 @@ def feature_graph(circuit: FeatureCircuit) -> go.Figure:
         x=[places[node["node"]][0] for node in shown], y=[places[node["node"]][1] for node in shown],
         text=["error" if node["feature"] == ERROR else str(node["feature"]) for node in shown],
         customdata=[[node["node"], node["score"]] for node in shown], mode="markers+text",
-        textposition="top center", showlegend=False,
-        hovertemplate="%{customdata[0]}: %{customdata[1]:.4g}<extra></extra>",
-        marker={"size": [6 + 14 * abs(node["score"]) / strongest for node in shown],
-                "color": [_sign_colour(node["score"]) for node in shown],
+        textposition="middle center", showlegend=False, textfont=_LABELLED["textfont"],
+        hovertemplate="%{customdata[0]}: %{customdata[1]:.4g}<extra></extra>", unselected=_LABELLED["unselected"],
+        # The ring says sign and strength, the ground holds the label.
+        marker={"size": 36, "color": NODE, "opacity": 1,
+                "line": {"width": [1 + 5 * abs(node["score"]) / strongest for node in shown],
+                         "color": [_sign_colour(node["score"]) for node in shown]},
                 "symbol": ["square" if node["feature"] == ERROR else "circle" for node in shown]},
     )  # fmt: skip
     figure.update_xaxes(visible=False)

@@ -111,7 +111,7 @@ def report_heads(
 
     parameters = {"n": n, "length": length, "needles": needles, "seed": seed}
     origin = Origin.of_measurement(model)
-    return catalog.results.get_or_make(HEADS, name, parameters=parameters, origin=origin, make=make)
+    return catalog.results.get_or_make(HEADS, name, parameters=parameters, origin=origin, make=make, keep=True)
 
 
 def _composition(model: LoadedModel) -> pd.DataFrame:

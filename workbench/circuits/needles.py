@@ -67,7 +67,7 @@ def report_retrieval(
         return _scored_and_masked(model, needles, draws, seed, on_progress)
 
     return catalog.results.get_or_make(
-        RETRIEVAL, name, parameters=parameters, origin=Origin.of_measurement(model), make=make
+        RETRIEVAL, name, parameters=parameters, origin=Origin.of_measurement(model), make=make, keep=True
     )
 
 

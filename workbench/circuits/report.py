@@ -58,7 +58,7 @@ def run_method(
     Args:
         task: one with its settings, or just its name.
         method: a name in `workbench.circuits.methods.METHODS`.
-        name: of the result; the task's and the method's when None.
+        name: of the result; the task's and the method's when None. A number follows where another result has it.
         saes: names of SAEs, one a hook point, for methods that need them and no others.
         options: the method's own, keyword arguments of its function below.
         batch_size: prompts a forward pass.
@@ -152,7 +152,8 @@ def stored_on_task(
     *,
     saes: Mapping[str, SAE] | None = None,
 ) -> Result:
-    """The result of that name if it was made from the same things, else made and saved with its prompts.
+    """The result of that name if it was made from the same things, else made and saved with its prompts; where another
+    has the name, under it with a number.
 
     Args:
         draws: the prompts it is made from, by their seeds.
@@ -173,7 +174,7 @@ def stored_on_task(
     }
     origin = Origin.of_measurement(model, saes=saes, task=described)
     return catalog.results.get_or_make(
-        kind, name, parameters={**parameters, **settings}, origin=origin, make=with_prompts
+        kind, name, parameters={**parameters, **settings}, origin=origin, make=with_prompts, keep=True
     )
 
 

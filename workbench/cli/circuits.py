@@ -51,7 +51,9 @@ Ablation = Literal["zero", "mean", "mean-by-position", "mean-over-positions", "r
 Published = Literal["ioi", "greater-than", "docstring"]
 MOST_PROMPTS = 100_000
 TaskArgument = Annotated[str, typer.Argument(help=f"{', '.join(TASKS)}, a task of another package, or a .jsonl file.")]
-NameOption = Annotated[str | None, typer.Option("--name", help="Name of the result; a fitting one when left out.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name of the result; with a number where another has it.")
+]
 PromptsOption = Annotated[
     int,
     typer.Option("--prompts", "-n", help="Prompts to generate; a file is taken whole.", min=1, max=MOST_PROMPTS),

@@ -85,7 +85,14 @@ def plotly_text(text: str) -> str:
 
 
 def token_html(
-    text: str, value: float, strongest: float, *, peak: bool = False, flat: bool = False, note: str = ""
+    text: str,
+    value: float,
+    strongest: float,
+    *,
+    peak: bool = False,
+    flat: bool = False,
+    note: str = "",
+    line: str | None = None,
 ) -> str:
     """One token with its value as background and, on hovering, as a number.
 
@@ -94,14 +101,16 @@ def token_html(
         peak: whether it is framed.
         flat: whether line breaks are shown as marks.
         note: what else to say on hovering, escaped, such as ", seen 3 times".
+        line: a colour to underline it with.
     """
     shown = escape(one_line(text) if flat else text)
     name = escape(repr(text))
+    under = f";border-bottom:3px solid {line}" if line else ""
     if not value and not peak:
-        return f'<span title="{name}{note}">{shown}</span>' if note else shown
+        return f'<span title="{name}{note}" style="{under[1:]}">{shown}</span>' if note or line else shown
     frame = ' class="peak"' if peak else ""
     return (
-        f'<span{frame} title="{name}: {value:.4g}{note}" style="background:{background(value, strongest)}">'
+        f'<span{frame} title="{name}: {value:.4g}{note}" style="background:{background(value, strongest)}{under}">'
         f"{shown}</span>"
     )
 

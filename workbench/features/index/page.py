@@ -1,7 +1,8 @@
 """A feature as HTML: the same content in a notebook, in an exported file and in the app's example rows.
 
 No script and nothing fetched. Every text that comes from a model, a corpus or a person is escaped. A token's
-background says how strongly the feature fires on it, green for positive and red for negative activations.
+background says how strongly the feature fires on it, green for positive and red for negative activations; where its
+effect on the loss was measured, a line below says it, green where the loss rises without the feature.
 """
 
 import math
@@ -9,9 +10,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from workbench.features.index.feature import Example, ExampleGroup, Feature, TokenEffect
+from workbench.show.colours import background
 from workbench.show.html import STYLE, bars, document_html, table_html, token_html, visible
 from workbench.text.token_bytes import characters, piece_at
 
+LARGE_EFFECT, LEAST_EFFECT = 1.0, 0.005
+"""Nats of loss at which the line below a token has its full colour, and from which on there is one."""
 EXAMPLES_OPEN = 12
 """Examples of a group that are shown; the rest is left to the JSON export."""
 
@@ -153,8 +157,11 @@ def example_html(example: Example, strongest: float, *, opened: bool = False, to
 def _character(example: Example, group: Sequence[int], strongest: float, *, flat: bool = False) -> str:
     """A token, or the tokens that share a character, at the strongest of them."""
     value = max((example.activations[at] for at in group), key=abs)
-    note = f", {len(group)} tokens" if len(group) > 1 else ""
+    note, line = f", {len(group)} tokens" if len(group) > 1 else "", None
     if example.effects is not None:
         effect = sum(example.effects[at] for at in group)
         note += f", {effect:+.3g} nats of loss without the feature"
-    return token_html(example.tokens[group[0]], value, strongest, peak=example.peak in group, flat=flat, note=note)
+        line = background(effect, LARGE_EFFECT) if abs(effect) >= LEAST_EFFECT else None
+    return token_html(
+        example.tokens[group[0]], value, strongest, peak=example.peak in group, flat=flat, note=note, line=line
+    )  # fmt: skip

@@ -1,0 +1,44 @@
+"""Features in circuit results by name: which SAE of the workspace a node belongs to, and what its index calls it."""
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly import io
+
+from circuits.feature_circuits import ERROR
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.results import Result
+from workbench.circuits.stored import table_of
+from workbench.features.index.query import FeatureIndex
+
+
+def feature_names(catalog: Catalog, sae: str, numbers: list[int]) -> dict[int, str]:
+    """What features are called; nothing for an SAE without an index."""
+    if not catalog.index_path(sae).is_file():
+        return {}
+    index = FeatureIndex.open(catalog, sae)
+    try:
+        return index.names(sorted({number for number in numbers if 0 <= number < index.d_sae}))
+    finally:
+        index.close()
+
+
+def named_nodes(catalog: Catalog, result: Result) -> pd.DataFrame:
+    """The nodes of a `circuit-features` result with the columns sae and name, empty where there is none."""
+    table = table_of(result, "nodes")
+    # One SAE a hook point.
+    hooks = {item.hook: item.name for item in catalog.saes() if item.name in result.parameters["saes"]}
+    table = table.assign(sae=table["hook"].map(hooks).fillna(""), name="")
+    for sae, rows in table[(table["feature"] != ERROR) & (table["sae"] != "")].groupby("sae"):
+        names = feature_names(catalog, str(sae), rows["feature"].tolist())
+        table.loc[rows.index, "name"] = [names.get(number, "") for number in rows["feature"]]
+    return table[["node", "name", *table.columns.difference(["node", "name"], sort=False)]]
+
+
+def named_graph(result: Result, nodes: pd.DataFrame) -> go.Figure:
+    """The stored graph of a `circuit-features` result, which says the names of `named_nodes` on hovering."""
+    figure = io.from_json(result.figures()["graph"])
+    names = dict(zip(nodes["node"], nodes["name"], strict=True))
+    drawn = figure.data[-1]
+    drawn.customdata = [[node, score, names.get(node, "")] for node, score in drawn.customdata]
+    drawn.hovertemplate = "%{customdata[0]} %{customdata[2]}: %{customdata[1]:.4g}<extra></extra>"
+    return figure
