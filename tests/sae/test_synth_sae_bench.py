@@ -19,8 +19,8 @@ def bench(folder: Path, *options: str) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_the_small_benchmark_measures_every_rule_it_is_given(tmp_path: Path) -> None:
     rules = ["batchtopk", "topk"]
-    made = bench(tmp_path, "--samples", "30000", "--device", "cpu", "--rules", *rules)
-    assert [one["rule"] for one in made] == rules
+    made = bench(tmp_path, "--samples", "30000", "--device", "cpu", "--arms", *rules)
+    assert [one["arm"] for one in made] == [f"{rule}-0" for rule in rules]
     for one in made:
         assert 3.5 < one["l0"] < 4.5
         assert 0.3 < one["explained_variance"] < 0.9
