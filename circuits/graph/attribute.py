@@ -22,7 +22,7 @@ from torch import Tensor
 from circuits.graph.adjoint import Sources, feature_rows, sources_of, stream_rows
 from circuits.graph.frozen import Frozen, freeze, texts_of
 from circuits.graph.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
-from circuits.graph.influence import Wiring, influence
+from circuits.graph.influence import Wiring
 from circuits.nodes import Bridge
 from circuits.passes import OnProgress
 from circuits.prompts import ids
@@ -173,7 +173,7 @@ class _Rows:
         weights[: len(self.probabilities)] = self.probabilities
         level = torch.cat([self.layer, self.layer.new_tensor([len(self.sources.layers)])])[self.of[done]]
         beyond = torch.cat([self.column, self.column.new_tensor([self.sources.n_columns])])
-        found, _ = influence(Wiring(self.edges[done], beyond[self.of[done]], level, weights))
+        found = Wiring(self.edges[done], beyond[self.of[done]], level, weights).influence
         value = torch.where(todo, found[self.column], -1.0)
         return torch.sort(value, descending=True, stable=True).indices[:size].sort().values
 
@@ -218,10 +218,10 @@ def _graph(rows: _Rows, texts: list[str], settings: Mapping[str, Any]) -> Graph:
     nodes = nodes.part(torch.cat([kept, kept.new_ones(n_logits)]))
     # Rows in the order of the nodes: features by their number, logits after them.
     order = torch.argsort(rows.of, stable=True)
-    edges = rows.edges[order]
-    rest = edges[:, ~kept].sum(dim=1)
+    edges = rows.edges[:, kept][order]
+    rest = (rows.edges @ (~kept).to(rows.edges))[order]
     graph = Graph(
-        tuple(frozen.tokens.tolist()), tuple(texts), nodes.mapped(lambda value: value.cpu()), edges[:, kept].cpu(),
+        tuple(frozen.tokens.tolist()), tuple(texts), nodes.mapped(lambda value: value.cpu()), edges.cpu(),
         rows.bias[order].cpu(), rest.cpu(), torch.empty(0), settings,
     )  # fmt: skip
     return replace(graph, influence=graph.influences())

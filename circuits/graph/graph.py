@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.graph.influence import Scores, Wiring, influence, scores_of
+from circuits.graph.influence import Scores, Wiring, scores_of
 from circuits.graph.pruning import prune
 from sae.errors import InputError
 
@@ -207,17 +207,17 @@ class Graph:
         kept = prune(self.wiring, self._is(TOKEN), self._is(ERROR), node_share, edge_share)
         keep = torch.cat([kept.nodes, kept.nodes.new_ones(len(self.nodes) - self.n_sources)])
         rows = keep[self.targets]
-        edges = torch.where(kept.edges, self.edges, 0.0)[rows]
-        gone = (self.edges[rows].double() - edges.double()).sum(dim=1).to(self.rest)
+        edges = torch.where(kept.edges[rows][:, kept.nodes], self.edges[rows][:, kept.nodes], 0.0)
+        before, after = (values.sum(dim=1, dtype=torch.float64) for values in (self.edges[rows], edges))
         return replace(
-            self, nodes=self.nodes.part(keep), edges=edges[:, kept.nodes], bias=self.bias[rows],
-            rest=self.rest[rows] + gone, influence=self.influence[keep],
+            self, nodes=self.nodes.part(keep), edges=edges, bias=self.bias[rows],
+            rest=self.rest[rows] + (before - after).to(self.rest), influence=self.influence[keep],
             settings={**self.settings, "node_share": node_share, "edge_share": edge_share},
         )  # fmt: skip
 
     def influences(self) -> Float[Tensor, "nodes"]:
         """Influence of the nodes by the edges that this graph has, which after pruning is less than `influence`."""
-        found, _ = influence(self.wiring)
+        found = self.wiring.influence
         return torch.cat([found, self.wiring.weights[-(len(self.nodes) - self.n_sources) :].to(found)])
 
     def _is(self, kind: int) -> Bool[Tensor, "sources"]:

@@ -20,13 +20,14 @@ share of the leaves' influence that biases have once they are a leaf beside the 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-BLOCK = 1 << 25
-"""Edges worked on at a time."""
+CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 25
+"""Edges worked on at a time: what a cache holds, and what keeps a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,34 @@ class Wiring:
     """Who feeds whom in a graph: a row for every target, a column for every source."""
 
     edges: Float[Tensor, "targets sources"]
-    """Signed; rows in any order."""
+    """Signed; rows in any order, columns by layers, so that a row is fed by columns before the first of its level."""
     targets: Int[Tensor, "targets"]
     """Each row's own column; columns that are not there (logits) lie beyond the last."""
     level: Int[Tensor, "targets"]
     """Layer of each row; a row is fed by rows of smaller levels only."""
     weights: Float[Tensor, "targets"]
     """p of the logit rows, 0 of the others."""
+
+    @cached_property
+    def total(self) -> Float[Tensor, "targets"]:
+        """Sums of |edges| of the rows, in float64."""
+        return row_sums(self.edges)
+
+    @cached_property
+    def influence(self) -> Float[Tensor, "sources"]:
+        """Influence of every source, in float64."""
+        return _sweep(self, self.total, None)[0]
+
+    def influence_with(self, bias: Float[Tensor, "targets"]) -> tuple[Float[Tensor, "sources"], float]:
+        """Influence of every source and of the biases, where each row's bias has its part of the row."""
+        return _sweep(self, self.total + bias.abs(), bias)
+
+    def with_own(self, found: Float[Tensor, "sources"]) -> Float[Tensor, "targets"]:
+        """influence + p of each row's own node."""
+        own = self.weights.to(found).clone()
+        inside = self.targets < len(found)
+        own[inside] += found[self.targets[inside]]
+        return own
 
     def part(self, columns: Bool[Tensor, "sources"]) -> tuple["Wiring", Bool[Tensor, "targets"]]:
         """The wiring among some columns and the logits, and which rows that leaves."""
@@ -62,51 +84,43 @@ class Wiring:
         inner = Wiring(self.edges[rows][:, columns], number[rows], self.level[rows], self.weights[rows])
         return inner, rows
 
-    def with_influence(self, found: Float[Tensor, "sources"]) -> Float[Tensor, "targets"]:
-        """influence + p of each row's own node."""
-        own = self.weights.to(found).clone()
-        inside = self.targets < len(found)
-        own[inside] += found[self.targets[inside]]
-        return own
+
+def _sweep(
+    wiring: Wiring, total: Float[Tensor, "targets"], bias: Float[Tensor, "targets"] | None
+) -> tuple[Float[Tensor, "sources"], float]:
+    """Influence of the sources and of the biases, from the logits down."""
+    edges, total = wiring.edges, divisors(total)
+    found = torch.zeros(edges.shape[1], dtype=torch.float64, device=edges.device)
+    of_bias = 0.0
+    for current in torch.unique(wiring.level).flip(0):
+        rows = (wiring.level == current).nonzero().squeeze(1)
+        share = wiring.with_own(found)[rows] / total[rows]
+        if bias is not None:
+            of_bias += float((share * bias[rows].abs()).sum())
+        fed = min(edges.shape[1], int(wiring.targets[rows].min()))
+        for part in blocks(edges, len(rows)):
+            chunk = edges[rows[part], :fed].abs()
+            found[:fed] += (share[part].to(chunk) @ chunk).to(found)
+    return found, of_bias
 
 
-def blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
+def blocks(edges: Float[Tensor, "targets sources"], n_rows: int | None = None) -> Iterator[slice]:
     """Rows of a matrix, some at a time."""
-    step = max(1, BLOCK // max(1, n_columns))
-    for first in range(0, n_rows, step):
-        yield slice(first, min(n_rows, first + step))
+    n = edges.shape[0] if n_rows is None else n_rows
+    step = max(1, (GPU_BLOCK if edges.is_cuda else CPU_BLOCK) // max(1, edges.shape[1]))
+    for first in range(0, n, step):
+        yield slice(first, min(n, first + step))
 
 
 def row_sums(edges: Float[Tensor, "targets sources"]) -> Float[Tensor, "targets"]:
     """Sums of |edges| in float64."""
-    return torch.cat([edges[rows].abs().sum(dim=1, dtype=torch.float64) for rows in blocks(*edges.shape)])
+    none = edges.new_zeros(0, dtype=torch.float64)
+    return torch.cat([none, *(edges[rows].abs().sum(dim=1, dtype=torch.float64) for rows in blocks(edges))])
 
 
 def divisors(total: Float[Tensor, "targets"]) -> Float[Tensor, "targets"]:
     """Row sums to divide by: rows of zeros stay rows of zeros."""
     return torch.where(total > 0, total, 1.0)
-
-
-def influence(wiring: Wiring, bias: Float[Tensor, "targets"] | None = None) -> tuple[Float[Tensor, "sources"], float]:
-    """Influence of every source in float64, and that of the biases.
-
-    Args:
-        bias: a bias of each row, which then has its part of the row; without it biases have none.
-    """
-    edges = wiring.edges
-    total = row_sums(edges)
-    total = divisors(total if bias is None else total + bias.abs())
-    found = torch.zeros(edges.shape[1], dtype=torch.float64, device=edges.device)
-    of_bias = 0.0
-    for current in torch.unique(wiring.level).flip(0):
-        rows = (wiring.level == current).nonzero().squeeze(1)
-        share = wiring.with_influence(found)[rows] / total[rows]
-        if bias is not None:
-            of_bias += float((share * bias[rows].abs()).sum())
-        for part in blocks(len(rows), edges.shape[1]):
-            chunk = edges[rows[part]].abs()
-            found += (share[part].to(chunk) @ chunk).to(found)
-    return found, of_bias
 
 
 def scores_of(
@@ -117,17 +131,15 @@ def scores_of(
     Args:
         tokens, errors: which sources are which; the others are features.
     """
-    found, _ = influence(wiring)
+    found, edges = wiring.influence, wiring.edges
     of_tokens, of_errors = float(found[tokens].sum()), float(found[errors].sum())
-    edges = wiring.edges
-    total = divisors(row_sums(edges))
-    unexplained = torch.cat(
-        [edges[rows][:, errors].abs().sum(dim=1, dtype=torch.float64) for rows in blocks(*edges.shape)]
-    )
-    own = wiring.with_influence(found)
-    missed = float((own * unexplained / total).sum())
+    # A product with ones, a block at a time: the columns of the errors are not taken out.
+    only = errors.to(torch.float64)
+    missing = [(edges[rows].abs().double() @ only) for rows in blocks(edges)]
+    own = wiring.with_own(found)
+    missed = float((own * torch.cat(missing) / divisors(wiring.total)).sum())
     everything, rows = float(own.sum()) + of_tokens + of_errors, float(own.sum())
-    with_bias, of_bias = influence(wiring, bias)
+    with_bias, of_bias = wiring.influence_with(bias)
     leaves = float(with_bias[tokens | errors].sum()) + of_bias
     return Scores(
         replacement=_ratio(of_tokens, of_tokens + of_errors),

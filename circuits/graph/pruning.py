@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.graph.influence import Wiring, blocks, divisors, influence, row_sums
+from circuits.graph.influence import Wiring, blocks, divisors
 
 Blocks = Callable[[], Iterator[Float[Tensor, "n"]]]
 BINS = 256
@@ -99,13 +99,13 @@ def prune(
     edge_share: float,
 ) -> Kept:  # fmt: skip
     """What is kept of a graph; arguments as of `circuits.graph.influence.scores_of`."""
-    found, _ = influence(wiring)
+    found = wiring.influence
     nodes = at_least(lambda: iter([found]), threshold(lambda: iter([found]), node_share))[0] | tokens
     inner, rows = wiring.part(nodes)
-    factor = inner.with_influence(influence(inner)[0]) / divisors(row_sums(inner.edges))
+    factor = inner.with_own(inner.influence) / divisors(inner.total)
 
     def scores() -> Iterator[Float[Tensor, "n"]]:
-        for part in blocks(*inner.edges.shape):
+        for part in blocks(inner.edges):
             yield (inner.edges[part].abs().double() * factor[part, None]).float().flatten()
 
     kept = torch.cat(at_least(scores, threshold(scores, edge_share))).view(inner.edges.shape)

@@ -9,7 +9,7 @@ from circuits.graph import attribute
 from circuits.graph.adjoint import feature_rows
 from circuits.graph.frozen import freeze
 from circuits.graph.graph import ERROR, FEATURE, LOGIT, TOKEN
-from circuits.graph.influence import Wiring, influence
+from circuits.graph.influence import Wiring
 from circuits.passes import activations, probed, taking
 from sae.errors import InputError
 from sae.rules import ReLU
@@ -173,7 +173,7 @@ def test_leaves_hold_the_probabilities_with_biases_among_them(case: Case) -> Non
     graph = case.graph
     weights = torch.where(graph.nodes.kind == LOGIT, graph.nodes.activation, 0.0)[graph.targets]
     wiring = Wiring(graph.edges, graph.targets, graph.nodes.layer[graph.targets], weights)
-    found, of_bias = influence(wiring, graph.bias)
+    found, of_bias = wiring.influence_with(graph.bias)
     kind = graph.nodes.kind[: graph.n_sources]
     leaves = float(found[(kind == TOKEN) | (kind == ERROR)].sum())
     assert leaves + of_bias == pytest.approx(float(weights.sum()), abs=EXACT)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from circuits.graph.influence import Wiring, influence
+from circuits.graph.influence import Wiring
 from circuits.graph.pruning import at_least, prune, threshold
 from sae.errors import InputError
 
@@ -72,11 +72,11 @@ def test_pruning_follows_the_published_rules(seed: int) -> None:
     wiring = Wiring(edges, targets, level, weights)
     kept = prune(wiring, tokens, errors, 0.8, 0.9)
     n_rows, n = edges.shape
-    found, _ = influence(wiring)
+    found = wiring.influence
     nodes = fewest(found.float(), 0.8) | tokens
     alive = torch.tensor([target >= n or bool(nodes[target]) for target in targets.tolist()])
     masked = edges * nodes * alive[:, None]
-    again, _ = influence(replace(wiring, edges=masked))
+    again = replace(wiring, edges=masked).influence
     own = torch.tensor(
         [
             float(weights[row]) + (float(again[target]) if target < n else 0)
