@@ -5,7 +5,7 @@ Each method is one call of the analysis that does it, in the room it belongs to:
 one's own programs. The command line and the app call the same methods, or the same analyses where they show a part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,25 +302,28 @@ class Workspace(Studies):
     def steer(
         self,
         sae: str,
-        feature: int,
+        feature: int | Mapping[int, float],
         text: str,
         *,
         kind: "EditKind" = "add",
         strength: float = 1.0,
         where: "Where" = "everywhere",
         keep_error: bool = True,
+        chat: bool | None = None,
         model: "LoadedModel | None" = None,
         device: str = "auto",
         new_tokens: int = 40,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> "Steering":
-        """Continues a prompt with and without an edit of one feature; see `workbench.features.steering`.
+        """Continues a prompt with and without an edit of one feature or several; see `workbench.features.steering`.
 
         Args:
+            feature: its number, or several with a strength each.
             strength: in units of the feature's maximum in the index, of its activations where there is none.
             where: `everywhere`, or `generated` for positions that predict a generated token.
             keep_error: whether what the SAE fails to reconstruct stays.
+            chat: whether the prompt is a message in the model's chat template; where it has one when None.
             temperature: 0 takes the likeliest token.
             seed: of the sampling noise, the same for both texts.
 
@@ -330,9 +333,13 @@ class Workspace(Studies):
         from workbench.features.live import open_live
         from workbench.features.steering import Edit
 
-        edit = Edit(feature, kind, strength, where, keep_error)
+        strengths = dict(feature) if isinstance(feature, Mapping) else {feature: strength}
+        if not strengths:
+            raise InputError("no feature to steer with: give the number of one")
+        (first, amount), *also = strengths.items()
+        edit = Edit(first, kind, amount, where, keep_error, tuple(also))
         live = open_live(self, sae, model=model, device=device)
-        return live.steer(edit, text, new_tokens=new_tokens, temperature=temperature, seed=seed)
+        return live.steer(edit, text, chat=chat, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
     # SQL and upkeep
 

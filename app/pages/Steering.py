@@ -1,51 +1,61 @@
-"""Steering page: the model's text with one feature added, held or taken out, beside the text without the edit."""
+"""Steering page: the model's text with features added, held or taken out, beside the text without the edit."""
 
 from html import escape
 
 import streamlit as st
 
-from app.live import choose_sae, open_live
+from app.live import choose_sae, open_live, prompt_box
 from app.shared import open_workspace, page_link, plain
 from workbench import InputError
 from workbench.features import prompt_figures as live_figures
 from workbench.features.live import LiveSAE
-from workbench.features.steering import KINDS, PLACES, Edit, Steering
+from workbench.features.steering import KINDS, NEW_TOKENS, PLACES, Edit, Steering
+from workbench.features.steering_sweep import Sweep
+from workbench.models.prompt_text import has_chat_template
 from workbench.show.html import STYLE
 
 STRONGEST, MOST_TOKENS = 20.0, 100
+PLAIN = {"displayModeBar": False}
 
 
 def main() -> None:
     """Draws the page."""
     workspace = open_workspace()
     st.title("Steering")
-    left, right = st.columns([1, 2], gap="large")
+    with st.container(key="beside"):
+        left, right = st.columns([1, 2], gap="large")
     with left:
         live, version = open_live(workspace, choose_sae(workspace))
         feature = choose_feature(live)
-        edit, n, temperature, seed = choose_edit(feature)
-        if live.known is not None:
-            page_link("Feature", f"Open feature {feature}", sae=live.name, feature=feature)
+        edit = choose_edit(feature)
+        chat, n, temperature, seed = choose_sampling(live)
     with right:
-        prompt = st.text_area(
-            "Prompt", key="prompt", bind="query-params", height=110,
-            placeholder="The text to go on from, then press Ctrl+Enter",
-        )  # fmt: skip
-        maximum = (
-            f"its maximum is {live.unit(feature):.3g}"
-            if live.known
-            else "without an index, strength is in activation units"
-        )
-        st.caption(plain(f"Feature {feature}: {live.feature_name(feature) or 'no index, no name'}" + f": {maximum}."))
+        prompt = prompt_box("The text to go on from, then press Ctrl+Enter")
+        try:
+            edit.check(live.sae.d_sae)
+        except InputError as error:
+            st.error(plain(str(error)))
+            return
+        described(live, edit)
         if not prompt:
             st.info("Type a prompt to see how the model goes on from it with and without the feature.")
             return
         try:
-            found = _steer(live, version, edit, prompt, n, temperature, seed)
+            found = _steer(live, version, edit, prompt, chat, n, temperature, seed)
+            show(found)
+            sweep(live, version, edit, prompt, chat)
         except InputError as error:
             st.error(plain(str(error)))
-            return
-        show(found)
+
+
+def described(live: LiveSAE, edit: Edit) -> None:
+    """The features that are edited, each a link, with what strengths are multiples of."""
+    for feature, unit in live.units(edit).items():
+        if live.known is None:
+            st.caption(f"Feature {feature}: no index, no name: without an index, strength is in activation units.")
+        else:
+            label = f"Feature {feature}: {live.feature_name(feature)}: its maximum is {unit:.3g}"
+            page_link("Feature", plain(label), sae=live.name, feature=feature)
 
 
 def choose_feature(live: LiveSAE) -> int:
@@ -64,43 +74,73 @@ def choose_feature(live: LiveSAE) -> int:
     return int(st.number_input("Feature", 0, last, step=1, key="feature", on_change=follow))
 
 
-def choose_edit(feature: int) -> tuple[Edit, int, float, int]:
-    """What to do, tokens, temperature and seed; all of it in the URL."""
+def choose_edit(feature: int) -> Edit:
+    """What to do to which features; all of it in the URL."""
+    usual = Edit(feature)
     kind = st.radio(
         "Edit", KINDS, key="kind", bind="query-params", horizontal=True,
         help="add: strength x maximum x decoder direction; clamp: hold the activation at strength x maximum; "
         "ablate: take the feature out",
     )  # fmt: skip
     strength = st.slider(
-        "Strength (maxima)", -STRONGEST, STRONGEST, 2.0, 0.25, key="strength", bind="query-params",
+        "Strength (maxima)", -STRONGEST, STRONGEST, usual.strength, 0.25, key="strength", bind="query-params",
         disabled=kind == "ablate", help="0 adds nothing; negative strengths push the other way",
+    )  # fmt: skip
+    more = st.text_input(
+        "More features", key="also", bind="query-params", placeholder="7=-1.5, 12",
+        help="numbers, each with a strength of its own where it differs from that of the slider",
     )  # fmt: skip
     where = st.radio(
         "Where", PLACES, key="where", bind="query-params", horizontal=True,
         help="generated: only positions that predict a generated token",
     )  # fmt: skip
     keep = st.checkbox(
-        "keep error", value=True, key="error", bind="query-params",
+        "keep error", value=usual.keep_error, key="error", bind="query-params",
         help="what the SAE fails to reconstruct stays; off: the model reads the edited reconstruction alone",
     )  # fmt: skip
+    return Edit(feature, kind, strength, where, keep, further(more, strength))
+
+
+def further(text: str, strength: float) -> tuple[tuple[int, float], ...]:
+    """The features and strengths of a list such as `7=-1.5, 12`; what is none is said and left out."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        number, _, own = part.partition("=")
+        try:
+            found.append((int(number), float(own) if own else strength))
+        except ValueError:
+            st.warning(plain(f"{part!r} is no feature: write numbers as in 7=-1.5, 12."))
+    return tuple(found)
+
+
+def choose_sampling(live: LiveSAE) -> tuple[bool, int, float, int]:
+    """Whether the prompt is a chat message, new tokens, temperature and seed; all of it in the URL."""
+    chat = has_chat_template(live.model) and st.checkbox(
+        "chat message", value=True, key="chat", bind="query-params", help="the prompt in the model's chat template"
+    )
     with st.expander("Sampling"):
-        n = st.slider("New tokens", 0, MOST_TOKENS, 30, key="n", bind="query-params")
+        n = st.slider("New tokens", 0, MOST_TOKENS, NEW_TOKENS, key="n", bind="query-params")
         temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", bind="query-params")
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", help="the same for both texts")
-    return Edit(feature, kind, strength, where, keep), n, temperature, seed
+    return chat, n, temperature, seed
 
 
 @st.cache_data(max_entries=32, show_spinner="Generating ...")
 def _steer(
-    _live: LiveSAE, version: int, edit: Edit, prompt: str, new_tokens: int, temperature: float, seed: int
+    _live: LiveSAE, version: int, edit: Edit, prompt: str, chat: bool, new_tokens: int, temperature: float, seed: int
 ) -> Steering:
-    return _live.steer(edit, prompt, new_tokens=new_tokens, temperature=temperature, seed=seed)
+    return _live.steer(edit, prompt, chat=chat, new_tokens=new_tokens, temperature=temperature, seed=seed)
+
+
+@st.cache_data(max_entries=32, show_spinner="Sweeping ...")
+def _sweep(_live: LiveSAE, version: int, edit: Edit, prompt: str, chat: bool) -> Sweep:
+    return _live.sweep(edit, prompt, chat=chat)
 
 
 def show(found: Steering) -> None:
     """Both texts, the side effects in numbers, and the figures."""
     if found.truncated:
-        st.info(f"Only the beginning of the prompt was read: {len(found.texts):,} tokens.")
+        st.info(f"Only the beginning of the prompt was read: {len(found.texts) - found.first:,} tokens.")
     for column, title, text, nats in zip(
         st.columns(2), ("Clean", "Steered"), (found.clean, found.steered), (found.clean_nats, found.steered_nats),
         strict=True,
@@ -115,7 +155,7 @@ def show(found: Steering) -> None:
     if found.clean == found.steered:
         st.caption("Both texts are the same: the edit changes none of the tokens chosen.")
     divergence, loss = st.columns(2)
-    divergence.metric("KL (nats)", f"{found.kl.mean():.4f}", help="mean over the prompt's tokens")
+    divergence.metric("KL (nats)", f"{found.mean_kl:.4f}", help="mean over the prompt's tokens")
     change = found.mean_losses[1] - found.mean_losses[0]
     loss.metric(
         "Loss (nats)",
@@ -129,9 +169,24 @@ def show(found: Steering) -> None:
         if found.next_tokens.empty:
             st.caption("No probability after the prompt changes.")
         else:
-            st.plotly_chart(live_figures.next_token_bars(found), key="next", config={"displayModeBar": False})
+            st.plotly_chart(live_figures.next_token_bars(found), key="next", config=PLAIN)
     with along:
-        st.plotly_chart(live_figures.side_effects(found), key="side", config={"displayModeBar": False})
+        st.plotly_chart(live_figures.side_effects(found), key="side", config=PLAIN)
+
+
+def sweep(live: LiveSAE, version: int, edit: Edit, prompt: str, chat: bool) -> None:
+    """The same edit at many strengths; asked for, since the prompt is read at each."""
+    if edit.kind == "ablate" or not st.toggle(
+        "Sweep over strengths", key="sweep", bind="query-params",
+        help="where the feature's own tokens rise before KL does, the strength acts on what the feature means",
+    ):  # fmt: skip
+        return
+    found = _sweep(live, version, edit, prompt, chat)
+    st.plotly_chart(live_figures.sweep_curves(found, edit.strength), key="curves", config=PLAIN)
+    own = ", ".join(map(repr, found.tokens))
+    st.caption(
+        plain(f"Means over the prompt's tokens. Its tokens: {own}." if own else "Means over the prompt's tokens.")
+    )
 
 
 main()

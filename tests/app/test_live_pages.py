@@ -189,8 +189,8 @@ def test_steering_from_a_link_shows_both_texts_and_side_effects(space: Workspace
     page = open_page("Steering", space, **settings)
     assert not page.exception
     found = space.steer("s", 7, TEXT, strength=4.0, new_tokens=6, model=load_model("demo", device="cpu"))
-    assert page.metric[0].value == f"{found.kl.mean():.4f}"
-    assert found.kl.mean() > 0
+    assert page.metric[0].value == f"{found.mean_kl:.4f}"
+    assert found.mean_kl > 0
     assert len(page.get("plotly_chart")) == 2
     assert "<script" not in html(page)
     assert "&lt;script" in html(page)
@@ -204,10 +204,24 @@ def test_steering_from_a_link_shows_both_texts_and_side_effects(space: Workspace
     assert page.metric[0].value != "0.0000"
 
 
+def test_several_features_and_a_sweep(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Steering", space, sae="s", feature="7", prompt=TEXT, n="6", also="3=-2, 5, x")
+    assert "'x' is no feature" in page.warning[0].value.replace("\\", "")
+    model = load_model("demo", device="cpu")
+    found = space.steer("s", {7: 1.0, 3: -2.0, 5: 1.0}, TEXT, new_tokens=6, model=model)
+    assert page.metric[0].value == f"{found.mean_kl:.4f}"
+    assert len(page.get("page_link")) == 3
+    page.toggle(key="sweep").set_value(True).run()
+    assert not page.exception
+    assert len(page.get("plotly_chart")) == 3
+    page.text_input(key="also").set_value("7=2").run()
+    assert "given twice" in page.error[0].value
+
+
 def test_the_label_of_the_steered_feature_is_shown_as_text(space: Workspace, open_page: OpenPage) -> None:
     Notes(space.path).set_label("s", 7, "*strings*")
     page = open_page("Steering", space, sae="s", feature="7")
-    assert any("\\*strings\\*" in caption.value for caption in page.caption)
+    assert any("\\*strings\\*" in link.proto.label for link in page.get("page_link"))
     bare = open_page("Steering", space, sae="bare", feature="7")
     assert any("activation units" in caption.value for caption in bare.caption)
 

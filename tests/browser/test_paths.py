@@ -310,7 +310,7 @@ def test_the_model_is_steered(address: str, page: Any, folder: Path, busiest: in
     page.goto(link(address, "Steering", sae="s", feature=busiest, prompt="def f(x):", n=5, strength=4))
     page.get_by_text("Clean", exact=True).wait_for()
     metrics = page.get_by_test_id("stMetric")
-    metrics.filter(has_text="KL (nats)").filter(has_text=f"{expected.kl.mean():.4f}").wait_for()
+    metrics.filter(has_text="KL (nats)").filter(has_text=f"{expected.mean_kl:.4f}").wait_for()
     metrics.filter(has_text="Loss (nats)").filter(has_text=f"{expected.steered_loss.mean():.3f}").wait_for()
     for text, nats in ((expected.clean, expected.clean_nats), (expected.steered, expected.steered_nats)):
         page.locator("strong").filter(has_text=text.strip().splitlines()[0]).first.wait_for()

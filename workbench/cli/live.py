@@ -82,12 +82,15 @@ def prompt(
 
 def steer(
     sae: SAEArgument,
-    feature: Annotated[int, typer.Argument(help="Number of the feature.")],
+    features: Annotated[list[str], typer.Argument(help="Numbers; with a strength of its own as NUMBER=STRENGTH.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     kind: Annotated[EditKind, typer.Option(help="What to do to the feature.")] = "add",
     strength: Annotated[float, typer.Option(help="In units of the feature's maximum activation.")] = 1.0,
     where: Annotated[Where, typer.Option(help="At which positions.")] = "everywhere",
     keep_error: Annotated[bool, typer.Option(help="Keep what the SAE fails to reconstruct.")] = True,
+    chat: Annotated[
+        bool | None, typer.Option(help="The prompt is a chat message; where the model has a template when left out.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, the same for both texts.", min=0, max=MOST_SEED)] = 0,
@@ -96,25 +99,43 @@ def steer(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt with and without a feature added, clamped or ablated, from the same seed."""
+    """Continue a prompt with and without features added, clamped or ablated, from the same seed."""
+    strengths = parse_strengths(features, strength)
     workspace = open_workspace(folder)
     give_model(workspace, [sae], model, device)
     found = workspace.steer(
-        sae, feature, prompt, kind=kind, strength=strength, where=where,
-        keep_error=keep_error, device=device, new_tokens=tokens, temperature=temperature, seed=seed,
+        sae, strengths, prompt, kind=kind, where=where, keep_error=keep_error, chat=chat, device=device,
+        new_tokens=tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     if as_json:
         print_json(_steering_dict(found))
         return
     if found.truncated:
         print(f"Only the beginning of the prompt was read: {len(found.texts):,} tokens")
+    for feature, name in found.names.items():
+        print(f"feature {feature}: {shorten(name)}")
     print(f"clean    {shorten(found.clean)}")
     print(f"steered  {shorten(found.steered)}")
     if not math.isnan(found.clean_nats):
         print(f"under the unedited model {found.clean_nats:.2f} and {found.steered_nats:.2f} nats a token")
-    print(f"on the prompt KL {found.kl.mean():.4f} nats, loss {found.mean_losses[0]:.3f} to {found.mean_losses[1]:.3f}")
+    print(f"on the prompt KL {found.mean_kl:.4f} nats, loss {found.mean_losses[0]:.3f} to {found.mean_losses[1]:.3f}")
     columns = ["text", "clean", "steered", "difference"]
     print_frame("Next token after the prompt", found.next_tokens[columns], as_json=False)
+
+
+def parse_strengths(features: list[str], strength: float) -> dict[int, float]:
+    """The strength of each feature of `NUMBER` or `NUMBER=STRENGTH`. Raises InputError for one that is neither."""
+    found: dict[int, float] = {}
+    for text in features:
+        number, _, own = text.partition("=")
+        try:
+            feature, amount = int(number), float(own) if own else strength
+        except ValueError:
+            raise InputError(f"{text!r} is no feature: give its number, or NUMBER=STRENGTH such as 7=-1.5") from None
+        if feature in found:
+            raise InputError(f"feature {feature} is given twice: give each once, with its strength")
+        found[feature] = amount
+    return found
 
 
 def _reading_dict(reading: "PromptReading", table: "pd.DataFrame") -> dict[str, Any]:
@@ -127,8 +148,9 @@ def _reading_dict(reading: "PromptReading", table: "pd.DataFrame") -> dict[str, 
 
 def _steering_dict(found: "Steering") -> dict[str, Any]:
     return {
-        "sae": found.sae, "model": found.model, "edit": vars(found.edit), "unit": found.unit, "label": found.label,
-        "prompt": found.prompt, "truncated": found.truncated, "clean": found.clean, "steered": found.steered,
+        "sae": found.sae, "model": found.model, "edit": vars(found.edit), "units": found.units, "names": found.names,
+        "prompt": found.prompt, "truncated": found.truncated, "first": found.first, "clean": found.clean,
+        "steered": found.steered,
         "clean_nats": found.clean_nats, "steered_nats": found.steered_nats, "kl": found.kl.tolist(),
         "clean_loss": found.clean_loss.tolist(), "steered_loss": found.steered_loss.tolist(),
         "next_tokens": records(found.next_tokens),

@@ -14,7 +14,8 @@ from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.features.index.query import FeatureIndex
 from workbench.features.prompts import KnownFeatures, PromptReading, read_prompt, read_through
-from workbench.features.steering import Edit, Steering, steer
+from workbench.features.steering import NEW_TOKENS, Edit, Steering, steer
+from workbench.features.steering_sweep import Sweep, sweep
 from workbench.models.load import LoadedModel, reload_model
 
 
@@ -33,14 +34,32 @@ class LiveSAE:
         return read_prompt(self.model, self.sae, text, name=self.name, known=self.known)
 
     def steer(
-        self, edit: Edit, text: str, *, new_tokens: int = 40, temperature: float = 0.0, seed: int = 0
+        self,
+        edit: Edit,
+        text: str,
+        *,
+        chat: bool | None = None,
+        new_tokens: int = NEW_TOKENS,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> Steering:
         """Continues a prompt with and without an edit, strengths in maxima; see `workbench.features.steering.steer`."""
         edit.check(self.sae.d_sae)
+        names = {feature: self.feature_name(feature) for feature in edit.strengths}
         return steer(
-            self.model, self.sae, edit, text, unit=self.unit(edit.feature), name=self.name,
-            label=self.feature_name(edit.feature), new_tokens=new_tokens, temperature=temperature, seed=seed,
+            self.model, self.sae, edit, text, unit=self.units(edit), name=self.name,
+            names={feature: name for feature, name in names.items() if name is not None}, chat=chat,
+            new_tokens=new_tokens, temperature=temperature, seed=seed,
         )  # fmt: skip
+
+    def sweep(self, edit: Edit, text: str, *, chat: bool | None = None) -> Sweep:
+        """The edit at several strengths; see `workbench.features.steering_sweep.sweep`."""
+        edit.check(self.sae.d_sae)
+        return sweep(self.model, self.sae, edit, text, unit=self.units(edit), chat=chat)
+
+    def units(self, edit: Edit) -> dict[int, float]:
+        """`unit` of every feature that is edited."""
+        return {feature: self.unit(feature) for feature in edit.strengths}
 
     def unit(self, feature: int) -> float:
         """What a strength of 1 stands for: the feature's maximum in the index; 1 where it is not known."""

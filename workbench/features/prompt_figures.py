@@ -5,7 +5,8 @@ from plotly.subplots import make_subplots
 
 from workbench.features.prompts import PromptReading
 from workbench.features.steering import Steering
-from workbench.show.colours import MARK, NEUTRAL, sign_colour
+from workbench.features.steering_sweep import Sweep
+from workbench.show.colours import MARK, NEUTRAL, series_colour, sign_colour
 from workbench.show.html import plotly_text
 
 _LAYOUT = {"margin": {"l": 45, "r": 10, "t": 10, "b": 40}, "bargap": 0.1}
@@ -68,6 +69,28 @@ def next_token_bars(steering: Steering) -> go.Figure:
         xaxis_title="probability of the next token", height=360, legend=legend,
         **(_LAYOUT | {"margin": {"l": 90, "r": 10, "t": 30, "b": 40}}),
     )  # fmt: skip
+
+
+def sweep_curves(found: Sweep, strength: float | None = None) -> go.Figure:
+    """KL and the probability of the feature's own tokens against the strength of an edit.
+
+    Args:
+        strength: one to mark.
+    """
+    figure = make_subplots(specs=[[{"secondary_y": True}]])
+    curves = [("kl", "KL (nats)", False)]
+    if found.tokens:
+        curves.append(("promoted", "probability of its tokens", True))
+    for number, (column, title, right) in enumerate(curves):
+        figure.add_scatter(
+            x=found.table["strength"], y=found.table[column], name=title, mode="lines+markers",
+            line_color=series_colour(number), hovertemplate="%{x:g}: %{y:.4g}", secondary_y=right,
+        )  # fmt: skip
+        figure.update_yaxes(title_text=title, rangemode="tozero", secondary_y=right, showgrid=not right)
+    if strength is not None:
+        figure.add_vline(x=strength, line_color=MARK)
+    figure.update_xaxes(title_text="strength (maxima)")
+    return figure.update_layout(height=300, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}, **_LAYOUT)
 
 
 def side_effects(steering: Steering) -> go.Figure:

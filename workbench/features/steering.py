@@ -1,15 +1,15 @@
-"""Steering: what a model says when one feature is turned up, held or taken out.
+"""Steering: what a model says when features are turned up, held or taken out.
 
-At the hook point that the SAE writes, with x the value there, a the feature's activation on a token, s the strength
-and m the feature's maximum,
+At the hook point that the SAE writes, with x the value there, a the activation of feature f on a token, s its strength
+and m its maximum, summed over the features that are edited,
 
-    x' = base + (a' - a) W_dec[f]
+    x' = base + sum_f (a' - a) W_dec[f]
 
     add       a' = a + s m        activation addition (Turner et al. 2023, arXiv 2308.10248) along a decoder row
     clamp     a' = s m            feature clamping (Templeton et al. 2024, "Scaling Monosemanticity")
     ablate    a' = 0              on every token where it fires
 
-    base = x with the SAE's error kept: only the feature's part changes, and an edit of strength 0 changes nothing
+    base = x with the SAE's error kept: only the features' part changes, and an edit of strength 0 changes nothing
     base = SAE(x) without it: the model reads the edited code alone
 
 A transcoder reads its code at one hook point and writes at another of the same pass: x is the value that it predicts,
@@ -23,7 +23,7 @@ and SAE(x) its prediction, the skip included.
    prompt's tokens, in nats, clean and edited; and on the two texts: nats a token under the unedited model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -40,7 +40,14 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.models.hooks import read_hook, written_hook
 from workbench.models.memory import check_prompt_fits
-from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, token_losses, token_pieces
+from workbench.models.prompt_text import (
+    chat_text,
+    encode_prompt,
+    mean_loss,
+    next_log_probabilities,
+    token_losses,
+    token_pieces,
+)
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
@@ -49,14 +56,14 @@ EditKind = Literal["add", "clamp", "ablate"]
 Where = Literal["everywhere", "generated"]
 KINDS: tuple[EditKind, ...] = get_args(EditKind)
 PLACES: tuple[Where, ...] = get_args(Where)
-MAX_NEW_TOKENS = 256
+NEW_TOKENS, MAX_NEW_TOKENS = 40, 256
 MOST_STRENGTH = 1_000_000
 SHIFTS = 12
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one feature; see the module's description."""
+    """A change of one feature, or of several in the same way; see the module's description."""
 
     feature: int
     kind: EditKind = "add"
@@ -64,33 +71,48 @@ class Edit:
     """In units of the feature's maximum; not looked at when the feature is ablated."""
     where: Where = "everywhere"
     keep_error: bool = True
+    also: tuple[tuple[int, float], ...] = ()
+    """Further features, each with its strength."""
+
+    @property
+    def strengths(self) -> dict[int, float]:
+        """The strength of every feature that is edited."""
+        return {self.feature: self.strength, **dict(self.also)}
 
     def check(self, d_sae: int) -> None:
-        """Raises InputError for a feature, kind, place or strength that does not exist."""
-        if not 0 <= self.feature < d_sae:
-            raise InputError(f"feature {self.feature} does not exist: this SAE has features 0 to {d_sae - 1}")
+        """Raises InputError for a feature, kind, place or strength that does not exist, or a feature given twice."""
+        for feature in self.strengths:
+            if not 0 <= feature < d_sae:
+                raise InputError(f"feature {feature} does not exist: this SAE has features 0 to {d_sae - 1}")
+        if len(self.strengths) <= len(self.also):
+            raise InputError("a feature is given twice: give each once, with its strength")
         if self.kind not in KINDS:
             raise InputError(f"no edit {self.kind!r}: choose {', '.join(KINDS)}")
         if self.where not in PLACES:
             raise InputError(f"no place {self.where!r}: choose {', '.join(PLACES)}")
-        if not abs(self.strength) <= MOST_STRENGTH:
-            raise InputError(f"a strength of {self.strength} cannot be added: give one up to {MOST_STRENGTH:,}")
+        for strength in self.strengths.values():
+            if not abs(strength) <= MOST_STRENGTH:
+                raise InputError(f"a strength of {strength} cannot be added: give one up to {MOST_STRENGTH:,}")
 
 
 @dataclass(frozen=True)
 class Steering:
-    """A prompt continued with and without an edit. Arrays over the prompt leave BOS out."""
+    """A prompt continued with and without an edit. Positions count from BOS, which is 0 where the model has one."""
 
     sae: str
     model: str
     edit: Edit
-    unit: float
-    """The feature's maximum, in the units of the hook point's values; 1 where it is not known."""
-    label: str | None
+    units: dict[int, float]
+    """Of every edited feature the maximum, in the units of the hook point's values; 1 where it is not known."""
+    names: dict[int, str]
+    """What they are called, where that is known."""
     prompt: str
+    """As it was read: in the model's chat template where one was asked for."""
     truncated: bool
+    first: int
+    """Position of the prompt's first token: 1 after BOS, else 0."""
     texts: list[str]
-    """Of the prompt's tokens, as in `workbench.features.prompts.PromptReading`."""
+    """Of the tokens, as in `workbench.features.prompts.PromptReading`."""
     clean: str
     steered: str
     clean_nats: float
@@ -98,9 +120,9 @@ class Steering:
     steered_nats: float
     """The same of the steered continuation."""
     kl: Float[NDArray, "n"]
-    """KL divergence of the edited next-token distribution from the clean one, nats, after every prompt token."""
+    """KL divergence of the edited next-token distribution from the clean one, nats, after every token."""
     clean_loss: Float[NDArray, "n"]
-    """Nats of each prompt token, the first predicted from BOS."""
+    """Nats of each token; NaN for one that nothing predicts."""
     steered_loss: Float[NDArray, "n"]
     next_tokens: pd.DataFrame
     """The tokens whose probability after the prompt changes most: token, text, clean, steered (probabilities) and
@@ -108,10 +130,15 @@ class Steering:
 
     def __repr__(self) -> str:
         return (
-            f"Steering({self.sae!r}, {self.edit}): KL {self.kl.mean():.4f} nats, "
+            f"Steering({self.sae!r}, {self.edit}): KL {self.mean_kl:.4f} nats, "
             f"loss {self.mean_losses[0]:.3f} -> {self.mean_losses[1]:.3f}\n"
             f"clean:   {self.clean!r}\nsteered: {self.steered!r}"
         )
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL over the prompt's tokens, in nats."""
+        return float(self.kl[self.first :].mean())
 
     @property
     def mean_losses(self) -> tuple[float, float]:
@@ -131,10 +158,11 @@ def steer(
     edit: Edit,
     prompt: str,
     *,
-    unit: float = 1.0,
+    unit: float | Mapping[int, float] = 1.0,
     name: str = "",
-    label: str | None = None,
-    new_tokens: int = 40,
+    names: Mapping[int, str] | None = None,
+    chat: bool | None = None,
+    new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Steering:
@@ -143,63 +171,74 @@ def steer(
     Args:
         model: the model the SAE reads.
         sae: the SAE, on any device.
-        edit: what to do to which feature.
+        edit: what to do to which features.
         prompt: the text to go on from; BOS is put before it.
-        unit: the feature's maximum, what strengths are multiples of.
-        name, label: of the SAE and of the feature, to say in the result.
+        unit: a feature's maximum, what strengths are multiples of; by feature, or one for all.
+        name, names: of the SAE and of features, to say in the result.
+        chat: whether the prompt is a user's message in the model's chat template; where it has one when None.
         new_tokens: tokens to generate, 0 to `MAX_NEW_TOKENS`.
         temperature: 0 takes the likeliest token, 1 samples from the model's own distribution.
         seed: of the sampling noise, the same for both texts.
 
     Raises:
         InputError: an edit that does not exist, sampling settings out of range, a prompt without tokens or one that
-            memory does not hold, or an SAE of another model.
+            memory does not hold, a chat with a model that has no template, or an SAE of another model.
     """
     edit.check(sae.d_sae)
+    units = units_of(edit, unit)
     if not 0 <= new_tokens <= min(MAX_NEW_TOKENS, model.info.n_ctx - 2):
         raise InputError(f"cannot generate {new_tokens} tokens: 0 to {min(MAX_NEW_TOKENS, model.info.n_ctx - 2)}")
     if not (temperature >= 0 and np.isfinite(temperature)):
         raise InputError(f"a temperature of {temperature} samples nothing: give 0 or more")
-    ids, truncated = encode_prompt(model, prompt, room=1 + new_tokens)
+    ids, truncated = encode_prompt(model, chat_text(model, prompt, chat), room=1 + new_tokens)
     check_prompt_fits("steering a prompt", model, len(ids) + model.n_bos, attention=True)
     tokens = torch.tensor([model.begun(ids)], device=model.device)
-    with edited(model, sae, edit, unit, first=None if edit.where == "everywhere" else tokens.shape[1] - 1):
+    with edited(model, sae, edit, units, first=None if edit.where == "everywhere" else tokens.shape[1] - 1):
         after = next_log_probabilities(model.bridge(tokens)[0])
     before = next_log_probabilities(model.bridge(tokens)[0])
     if new_tokens and before.shape[1] != model.info.d_vocab:
         raise InputError("this model's outputs are no tokens, so it continues no text: steer with no new tokens")
-    read = slice(model.n_bos, None)
-    clean_loss, steered_loss = (token_losses(model, row, tokens[0]).numpy()[read] for row in (before, after))
+    clean_loss, steered_loss = (token_losses(model, row, tokens[0]).numpy() for row in (before, after))
     noise = _gumbel(new_tokens, model.info.d_vocab, seed) if temperature else None
     clean = _generate(model, tokens, new_tokens, temperature, noise)
-    steered = _generate(model, tokens, new_tokens, temperature, noise, (sae, edit, unit))
+    steered = _generate(model, tokens, new_tokens, temperature, noise, (sae, edit, units))
     kl = (before.exp() * (before - after)).sum(dim=1).clamp_min(0)
     return Steering(
-        sae=name, model=model.info.name, edit=edit, unit=unit, label=label, prompt=model.text(ids),
-        truncated=truncated, texts=token_pieces(model, ids), clean=model.text(clean), steered=model.text(steered),
-        clean_nats=_nats(model, tokens, clean), steered_nats=_nats(model, tokens, steered), kl=kl[read].cpu().numpy(),
-        clean_loss=clean_loss, steered_loss=steered_loss,
-        next_tokens=_shifts(model, before[-1], after[-1]),
+        sae=name, model=model.info.name, edit=edit, units=units, names=dict(names or {}), prompt=model.text(ids),
+        truncated=truncated, first=model.n_bos, texts=[*["BOS"][: model.n_bos], *token_pieces(model, ids)],
+        clean=model.text(clean), steered=model.text(steered), clean_nats=_nats(model, tokens, clean),
+        steered_nats=_nats(model, tokens, steered), kl=kl.cpu().numpy(), clean_loss=clean_loss,
+        steered_loss=steered_loss, next_tokens=_shifts(model, before[-1], after[-1]),
     )  # fmt: skip
+
+
+def units_of(edit: Edit, unit: float | Mapping[int, float]) -> dict[int, float]:
+    """What a strength of 1 stands for, of every feature that is edited."""
+    return {feature: unit[feature] if isinstance(unit, Mapping) else unit for feature in edit.strengths}
 
 
 @contextmanager
 def edited(
-    model: "LoadedModel", sae: SAE, edit: Edit, unit: float = 1.0, *, first: int | None = None
+    model: "LoadedModel",
+    sae: SAE,
+    edit: Edit,
+    unit: float | Mapping[int, float] = 1.0,
+    *,
+    first: int | None = None,
 ) -> Iterator[None]:
     """Forward passes of `model.bridge` over one sequence with the edit in place.
 
     Args:
-        unit: the feature's maximum.
+        unit: a feature's maximum, as in `steer`.
         first: position, BOS being 0, from which on the edit applies; everywhere when left out. BOS is never edited.
 
     Raises:
         InputError: a hook point the model does not have, or one of another width.
     """
-    read, write = read_hook(model, sae), written_hook(model, sae)
+    read, write, units = read_hook(model, sae), written_hook(model, sae), units_of(edit, unit)
 
     def function(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> Float[Tensor, "n d_out"]:
-        return apply_edit(sae, edit, unit, x, y, from_row=0 if first is None else max(0, first - model.n_bos))
+        return apply_edit(sae, edit, units, x, y, from_row=0 if first is None else max(0, first - model.n_bos))
 
     with splice_between(model.bridge, read.name, write.name, function, bos_id=model.bos_id):
         yield
@@ -208,7 +247,7 @@ def edited(
 def apply_edit(
     sae: SAE,
     edit: Edit,
-    unit: float,
+    units: Mapping[int, float],
     x: Float[Tensor, "n d_in"],
     y: Float[Tensor, "n d_out"],
     *,
@@ -216,9 +255,10 @@ def apply_edit(
 ) -> Float[Tensor, "n d_out"]:
     """Edited values of `y`, in its precision; rows before `from_row` come back as they are.
 
-    With the error kept, rows whose activation the edit leaves alone come back bitwise the same.
+    With the error kept, rows whose activations the edit leaves alone come back bitwise the same.
 
     Args:
+        units: the features' maxima.
         x: what the SAE reads.
         y: the values where it writes: x again, but for a transcoder.
     """
@@ -226,13 +266,12 @@ def apply_edit(
     rows = x[from_row:].to(sae.W_dec.device, torch.float32)
     code = sae.encode(rows)
     token, feature, value = code.entries()
-    mine = feature == edit.feature
-    a = rows.new_zeros(len(rows)).index_put((token[mine],), value[mine].float())
-    change = {
-        "add": torch.full_like(a, edit.strength * unit), "clamp": edit.strength * unit - a, "ablate": -a,
-    }[edit.kind]  # fmt: skip
-    base = y[from_row:].to(rows) if edit.keep_error else sae.predict(rows, code)
-    changed = base + change[:, None] * sae.W_dec[edit.feature].float()
+    changed = y[from_row:].to(rows) if edit.keep_error else sae.predict(rows, code)
+    for number, strength in edit.strengths.items():
+        mine, wanted = feature == number, strength * units[number]
+        a = rows.new_zeros(len(rows)).index_put((token[mine],), value[mine].float())
+        change = {"add": torch.full_like(a, wanted), "clamp": wanted - a, "ablate": -a}[edit.kind]
+        changed = changed + change[:, None] * sae.W_dec[number].float()
     new[from_row:] = changed.to(new)
     return new
 
@@ -243,7 +282,7 @@ def _generate(
     n: int,
     temperature: float,
     noise: Float[Tensor, "n vocab"] | None,
-    change: tuple[SAE, Edit, float] | None = None,
+    change: tuple[SAE, Edit, Mapping[int, float]] | None = None,
 ) -> list[int]:
     """`n` tokens that follow, fewer where the model ends the text; keys and values of what was read are kept.
 
@@ -255,10 +294,10 @@ def _generate(
     while len(found) < n:
         with ExitStack() as stack:
             if change is not None:
-                sae, edit, unit = change
+                sae, edit, units = change
                 # A pass over the prompt edits from its last token on, one with a cache its single token.
                 first = tokens.shape[1] - 1 if cache is None and edit.where == "generated" else None
-                stack.enter_context(edited(model, sae, edit, unit, first=first))
+                stack.enter_context(edited(model, sae, edit, units, first=first))
             if model.checks.cached:
                 options = {"return_type": "logits_and_cache", "use_cache": True}
                 logits, cache = model.bridge(read, past_key_values=cache, **options)

@@ -9,8 +9,11 @@ from workbench.show.html import STYLE, visible
 def steering_html(steering: Steering) -> str:
     """Both texts side by side, side effects, and the next tokens that change most."""
     edit = steering.edit
-    label = f" ({escape(steering.label)})" if steering.label else ""
-    amount = "" if edit.kind == "ablate" else f" {edit.strength:g} x {steering.unit:.3g}"
+    what = ", ".join(
+        escape(f"{feature} {steering.names.get(feature, '')}".strip())
+        + ("" if edit.kind == "ablate" else f": {strength:g} x {steering.units[feature]:.3g}")
+        for feature, strength in edit.strengths.items()
+    )
     kept = "the SAE's error kept" if edit.keep_error else "without the SAE's error"
     cells = "".join(
         f'<div class="left"><h3>{title}, {nats:.2f} nats a token</h3><div class="text"><span class="dim">'
@@ -25,8 +28,8 @@ def steering_html(steering: Steering) -> str:
         for item in steering.next_tokens.to_dict("records")
     )
     return (
-        f'{STYLE}<div class="wbf"><h2>{escape(steering.sae)} / {edit.feature}{label}: {edit.kind}{amount}</h2>'
-        f'<div class="dim">{edit.where}, {kept}; on the prompt KL {steering.kl.mean():.4f} nats, loss '
+        f'{STYLE}<div class="wbf"><h2>{escape(steering.sae)}: {edit.kind} {what}</h2>'
+        f'<div class="dim">{edit.where}, {kept}; on the prompt KL {steering.mean_kl:.4f} nats, loss '
         f"{steering.mean_losses[0]:.3f} to {steering.mean_losses[1]:.3f} nats</div>"
         f'<div class="cols">{cells}</div><h3>Next token after the prompt</h3>'
         f"<table><tr><td></td><td>clean</td><td>steered</td></tr>{rows}</table></div>"

@@ -35,6 +35,32 @@ def encode_prompt(model: LoadedModel, text: str, room: int = 1) -> tuple[list[in
     return kept, len(kept) < len(ids) or len(text) > MAX_CHARACTERS
 
 
+def has_chat_template(model: LoadedModel) -> bool:
+    """Whether the model's tokenizer says how a conversation is written."""
+    return bool(getattr(model.tokenizer, "chat_template", None))
+
+
+def chat_text(model: LoadedModel, prompt: str, chat: bool | None = None) -> str:
+    """A prompt as a user's message in the model's chat template, up to where the model answers.
+
+    Args:
+        chat: whether it is put there; where the model has a template when None.
+
+    Raises:
+        InputError: a chat with a model that has no template.
+    """
+    if not (has_chat_template(model) if chat is None else chat):
+        return prompt
+    if not has_chat_template(model):
+        raise InputError(f"{model.info.name} has no chat template: leave the chat out")
+    if not prompt:
+        return ""
+    message = [{"role": "user", "content": prompt}]
+    written = str(model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    # BOS is put before every prompt.
+    return written.removeprefix(model.tokenizer.bos_token or "") if model.n_bos else written
+
+
 def token_pieces(model: LoadedModel, ids: list[int]) -> list[str]:
     """Text of each token; where several share a character, the first has it and the others have an empty text."""
     texts = [model.text([token]) for token in ids]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench.features import prompt_figures as live_figures
 from workbench.features.steering import Edit, _generate, _gumbel, apply_edit, edited, steer
+from workbench.features.steering_sweep import sweep
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.models.prompt_text import encode_prompt
+from workbench.models.readout import unembedding
 
 TEXT = "def f(x):\n    return json"
 HOOK, UNIT = "blocks.1.hook_resid_post", 2.5
@@ -76,6 +79,43 @@ def test_an_edited_forward_pass_equals_a_hook_written_by_hand(
     assert not torch.allclose(found, tiny_model.bridge(tokens), atol=1e-2)
 
 
+@pytest.mark.parametrize("keep_error", [True, False])
+@pytest.mark.parametrize("kind", ["add", "clamp", "ablate"])
+def test_several_features_are_edited_at_once(tiny_model: LoadedModel, kind: str, keep_error: bool) -> None:
+    sae, units = make_sae(tiny_model), {4: 1.5, 9: 0.5, 23: 2.0}
+    edit = Edit(9, kind, 1.0, keep_error=keep_error, also=((23, -2.0), (4, 0.5)))  # type: ignore[arg-type]
+    x = torch.randn(30, sae.d_in, generator=torch.Generator().manual_seed(2))
+    a = sae.encode(x).to_dense().double()
+    assert (a[:, [4, 9, 23]] != 0).any(dim=0).all()
+    new = a.clone()
+    for feature, strength in ((9, 1.0), (23, -2.0), (4, 0.5)):
+        wanted = strength * units[feature]
+        new[:, feature] = {"add": a[:, feature] + wanted, "clamp": torch.full((30,), wanted).double(),
+                           "ablate": torch.zeros(30).double()}[kind]  # fmt: skip
+    W = sae.W_dec.double()
+    expected = x.double() + (new - a) @ W if keep_error else new @ W + sae.b_dec.double()
+    assert torch.allclose(apply_edit(sae, edit, units, x, x).double(), expected, atol=1e-5)
+
+
+def test_a_sweep_is_the_edit_at_every_strength(gpt2_model: LoadedModel) -> None:
+    sae = make_sae(gpt2_model)
+    edit = Edit(busiest(gpt2_model, sae), also=((3, 1.0),))
+    found = sweep(gpt2_model, sae, edit, TEXT, unit=UNIT, strengths=(2.0, 0.0))
+    assert found.table["strength"].tolist() == [0.0, 2.0]
+    effect = sae.W_dec[edit.feature] @ unembedding(gpt2_model)
+    own = effect.topk(10).indices
+    assert found.tokens == [gpt2_model.label_of(token, len(effect)) for token in own.tolist()]
+    for row in found.table.itertuples():
+        alone = steer(gpt2_model, sae, replace(edit, strength=row.strength), TEXT, unit=UNIT, new_tokens=0)
+        assert row.kl == pytest.approx(alone.mean_kl, abs=1e-6)
+        assert row.loss == pytest.approx(alone.mean_losses[1], abs=1e-5)
+        with edited(gpt2_model, sae, replace(edit, strength=row.strength), UNIT):
+            p = gpt2_model.bridge(prompt_tokens(gpt2_model))[0, 1:].softmax(-1)
+        assert row.promoted == pytest.approx(p[:, own].sum(-1).mean().item(), abs=1e-5)
+    drawn = live_figures.sweep_curves(found, 2.0)
+    assert [list(line.y) for line in drawn.data] == [found.table["kl"].tolist(), found.table["promoted"].tolist()]
+
+
 def test_strength_zero_leaves_the_logits_bitwise_alone(tiny_model: LoadedModel) -> None:
     sae, tokens = make_sae(tiny_model), prompt_tokens(tiny_model)
     with edited(tiny_model, sae, Edit(busiest(tiny_model, sae), "add", 0.0), UNIT):
@@ -90,7 +130,7 @@ def test_ablating_what_does_not_fire_changes_nothing(tiny_model: LoadedModel) ->
         sae.W_enc[:, 3] = 0
         sae.b_enc[3] = 0
     x = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(apply_edit(sae, Edit(3, "ablate"), UNIT, x, x), x)
+    assert torch.equal(apply_edit(sae, Edit(3, "ablate"), {3: UNIT}, x, x), x)
 
 
 def test_clamping_to_the_activation_of_one_token_changes_nothing_there(gpt2_model: LoadedModel) -> None:
@@ -98,7 +138,7 @@ def test_clamping_to_the_activation_of_one_token_changes_nothing_there(gpt2_mode
     x = torch.randn(1, sae.d_in, generator=torch.Generator().manual_seed(1))
     _, feature, value = sae.encode(x).entries()
     edit = Edit(int(feature[0]), "clamp", float(value[0]))
-    assert torch.equal(apply_edit(sae, edit, 1.0, x, x), x)
+    assert torch.equal(apply_edit(sae, edit, {edit.feature: 1.0}, x, x), x)
 
 
 def test_generated_edits_start_at_the_last_prompt_token(gpt2_model: LoadedModel) -> None:
@@ -106,7 +146,7 @@ def test_generated_edits_start_at_the_last_prompt_token(gpt2_model: LoadedModel)
     found = steer(gpt2_model, sae, Edit(busiest(gpt2_model, sae), "add", 4.0, "generated"), TEXT, new_tokens=0)
     assert (found.kl[:-1] == 0).all()
     assert found.kl[-1] > 0
-    assert np.array_equal(found.clean_loss, found.steered_loss)
+    assert np.array_equal(found.clean_loss, found.steered_loss, equal_nan=True)
 
 
 @pytest.mark.parametrize("where", ["everywhere", "generated"])
@@ -127,7 +167,9 @@ def test_generation_equals_reading_everything_again_for_every_token(
             break
         expected.append(token)
         text = torch.cat([text, torch.tensor([[token]])], dim=1)
-    found = _generate(tiny_model, tokens, 8, temperature, noise if temperature else None, (sae, edit, UNIT))
+    found = _generate(
+        tiny_model, tokens, 8, temperature, noise if temperature else None, (sae, edit, {edit.feature: UNIT})
+    )
     assert found == expected
 
 
@@ -139,9 +181,12 @@ def test_side_effects_are_their_formulas(gpt2_model: LoadedModel) -> None:
     with edited(gpt2_model, sae, edit, UNIT):
         q = gpt2_model.bridge(tokens)[0].double().softmax(-1)
     p = gpt2_model.bridge(tokens)[0].double().softmax(-1)
-    assert np.allclose(found.kl, (p * (p / q).log()).sum(-1)[1:], atol=1e-5)
+    assert np.allclose(found.kl, (p * (p / q).log()).sum(-1), atol=1e-5)
+    assert found.mean_kl == found.kl[1:].mean()
+    assert found.texts[0] == "BOS"
     for losses, probabilities in ((found.clean_loss, p), (found.steered_loss, q)):
-        assert np.allclose(losses, [-math.log(probabilities[i, t]) for i, t in enumerate(tokens[0, 1:])], atol=1e-5)
+        assert np.isnan(losses[0])
+        assert np.allclose(losses[1:], [-math.log(probabilities[i, t]) for i, t in enumerate(tokens[0, 1:])], atol=1e-5)
     table = found.next_tokens
     change = (q - p)[-1]
     assert set(table["token"]) == set(change.abs().topk(len(table)).indices.tolist())
@@ -193,11 +238,11 @@ def test_every_kind_of_hook_point_is_steered_at_its_place_and_in_its_direction(
     handle = at_place(gpt2_model, hook, change)
     after = gpt2_model.hf(tokens).logits[0].double().log_softmax(-1)
     handle.remove()
-    kl = (before.exp() * (before - after)).sum(-1)[1:]
+    kl = (before.exp() * (before - after)).sum(-1)
     assert kl.mean() > 0.01
     assert np.allclose(found.kl, kl, rtol=1e-3, atol=1e-5)
     losses = [-after[position, token].item() for position, token in enumerate(tokens[0, 1:])]
-    assert np.allclose(found.steered_loss, losses, atol=1e-4)
+    assert np.allclose(found.steered_loss[1:], losses, atol=1e-4)
 
 
 CALLS: list[tuple[str, Callable[[LoadedModel], object]]] = [
@@ -209,6 +254,10 @@ CALLS: list[tuple[str, Callable[[LoadedModel], object]]] = [
     ("temperature of -1", lambda m: steer(m, make_sae(m), Edit(1), TEXT, temperature=-1)),
     ("cannot generate 900", lambda m: steer(m, make_sae(m), Edit(1), TEXT, new_tokens=900)),
     ("type some text", lambda m: steer(m, make_sae(m), Edit(1), "")),
+    ("feature is given twice", lambda m: steer(m, make_sae(m), Edit(1, also=((1, 2.0),)), TEXT)),
+    ("features 0 to 39", lambda m: steer(m, make_sae(m), Edit(1, also=((40, 2.0),)), TEXT)),
+    ("no chat template", lambda m: steer(m, make_sae(m), Edit(1), TEXT, chat=True)),
+    ("has no strength", lambda m: sweep(m, make_sae(m), Edit(1, "ablate"), TEXT)),
     ("another model", lambda m: steer(m, SAE(8, 16, TopK(2), hook_name=HOOK), Edit(1), TEXT)),
 ]
 
@@ -221,7 +270,7 @@ def test_mistakes_say_what_to_do(gpt2_model: LoadedModel, message: str, call: Ca
 
 
 def test_notebook_page_and_figures(gpt2_model: LoadedModel) -> None:
-    found = steer(gpt2_model, make_sae(gpt2_model), Edit(2, "add", 5.0), "<script>x", new_tokens=4, label="<b>")
+    found = steer(gpt2_model, make_sae(gpt2_model), Edit(2, "add", 5.0), "<script>x", new_tokens=4, names={2: "<b>"})
     html = found._repr_html_()
     assert "<script" not in html
     assert "<b>" not in html
@@ -230,4 +279,4 @@ def test_notebook_page_and_figures(gpt2_model: LoadedModel) -> None:
     assert np.array_equal(bars.data[1].x, found.next_tokens["steered"])
     effects = live_figures.side_effects(found)
     assert np.array_equal(effects.data[0].y, found.kl)
-    assert np.allclose(effects.data[1].y, found.steered_loss - found.clean_loss)
+    assert np.allclose(effects.data[1].y, found.steered_loss - found.clean_loss, equal_nan=True)

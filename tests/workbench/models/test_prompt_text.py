@@ -14,7 +14,7 @@ from workbench.features.index.on_text import activations_on_text
 from workbench.features.prompts import read_prompt
 from workbench.features.steering import Edit, steer
 from workbench.models.load import LoadedModel, load_model
-from workbench.models.prompt_text import encode_prompt
+from workbench.models.prompt_text import chat_text, encode_prompt
 from workbench.sparsity.calibration import calibrate
 from workbench.sparsity.enforce import generate
 from workbench.sparsity.methods import method_named
@@ -49,7 +49,7 @@ def test_every_place_that_reads_a_prompt_sees_the_same_tokens(
     assert encode_prompt(chat_model, CHAT) == (wanted, False)
     assert read_prompt(chat_model, sae, CHAT).tokens == [chat_model.bos_id, *wanted]
     assert activations_on_text(chat_model, sae, 0, CHAT).ids == [chat_model.bos_id, *wanted]
-    assert steer(chat_model, sae, Edit(0), CHAT, new_tokens=0).texts == texts
+    assert steer(chat_model, sae, Edit(0), CHAT, new_tokens=0, chat=False).texts == ["BOS", *texts]
     assert head_on_text(chat_model, "a1.h0", CHAT).tokens == ["BOS", *texts]
     prompts = encode("chat", [Prompt(CHAT, CHAT.replace(">a<", ">b<"), ("x",), ("y",))], chat_model.tokenizer, 1)
     assert prompts.clean.tolist() == [[chat_model.bos_id, *wanted]]
@@ -63,3 +63,20 @@ def test_every_place_that_reads_a_prompt_sees_the_same_tokens(
     )
     generate(chat_model, calibration, CHAT, method_named("zero"), 0.0, new_tokens=1)
     assert seen[0].tolist() == [[chat_model.bos_id, *wanted]]
+
+
+def test_a_prompt_is_a_message_where_the_model_has_a_template(
+    chat_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chat_text(chat_model, "a b") == "a b"
+    template = "{{ bos_token }}{% for one in messages %}<|{{ one.role }}|>{{ one.content }}{% endfor %}"
+    monkeypatch.setattr(
+        chat_model.tokenizer, "chat_template", template + "{% if add_generation_prompt %}<|model|>{% endif %}"
+    )
+    assert chat_text(chat_model, "a b") == "<|user|>a b<|model|>"
+    assert chat_text(chat_model, "a b", chat=False) == "a b"
+    assert chat_text(chat_model, "") == ""
+    sae = SAE(chat_model.info.d_model, 64, TopK(6), hook_name="blocks.1.hook_resid_post")
+    assert steer(chat_model, sae, Edit(0), "a b", new_tokens=0).prompt == chat_model.text(
+        chat_model.encode("<|user|>a b<|model|>")
+    )

@@ -34,8 +34,8 @@ def test_a_workspace_brings_labels_densities_and_maxima(space: Workspace, gpt2_m
     assert found.loc[feature, "name"] == "mine"
     assert found["density"].tolist() == table["density"][found.index].tolist()
     steering = space.steer("s", feature, TEXT, model=gpt2_model, new_tokens=2)
-    assert steering.label == "mine"
-    assert steering.unit == table["strongest"][feature]
+    assert steering.names == {feature: "mine"}
+    assert steering.units == {feature: table["strongest"][feature]}
 
 
 def test_the_commands_print_what_the_workspace_says(
@@ -51,6 +51,10 @@ def test_the_commands_print_what_the_workspace_says(
     assert run(["steer", "s", "5", "--prompt", TEXT, "--strength", "3", "--tokens", "4", "--json", *place]) == 0
     steered = json.loads(capsys.readouterr().out)
     found = space.steer("s", 5, TEXT, strength=3.0, new_tokens=4, model=gpt2_model)
+    assert steered["kl"] == pytest.approx(found.kl.tolist())
+    assert run(["steer", "s", "5", "7=-2", "--prompt", TEXT, "--strength", "3", "--tokens", "4", "--json", *place]) == 0
+    steered = json.loads(capsys.readouterr().out)
+    found = space.steer("s", {5: 3.0, 7: -2.0}, TEXT, new_tokens=4, model=gpt2_model)
     assert steered["kl"] == pytest.approx(found.kl.tolist())
     assert steered["steered"] == found.steered
     assert run(["steer", "s", "5", "--prompt", TEXT, "--tokens", "4", *place]) == 0
