@@ -72,10 +72,9 @@ def norm_before(block: Any, part: str) -> Any:
 
     Parallel MLPs read the block's input through a norm of their own (GPT-NeoX) or attention's (GPT-J).
     """
-    norm = "ln2" if part == "mlp" and hasattr(block, "ln2") else "ln1"
-    after = norm_after(block, part)
-    # Where the only norm of that name stands after what it is named for (OLMo 2), none stands before.
-    return None if after is getattr(block, norm) else getattr(block, norm)
+    before = getattr(block, "ln2" if part == "mlp" and hasattr(block, "ln2") else "ln1", None)
+    # Where the only norm of that name stands after what it is named for (OLMo 2 in TransformerLens 3), none is before.
+    return None if before is norm_after(block, part) else before
 
 
 def mlp_input(block: Any) -> tuple[str, Any]:

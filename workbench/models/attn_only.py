@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 
 from sae.errors import InputError
+from workbench.models.hooked import hooked_classes
 from workbench.models.load import LoadedModel, load_model
 
 NAME = "attn-only-4l"
@@ -21,8 +22,7 @@ NAME = "attn-only-4l"
 
 def load_attn_only(device: str) -> LoadedModel:
     """Fetches (network, or TransformerLens' cache) and converts it. Raises InputError when it cannot be fetched."""
-    from transformer_lens import HookedTransformer
-
+    HookedTransformer, _ = hooked_classes()
     try:
         hooked = HookedTransformer.from_pretrained_no_processing(NAME, device="cpu")
     except (OSError, ValueError, RuntimeError) as error:

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -43,6 +44,23 @@ KEPT = (
 """Of a HookedTransformer's configuration, what the native module reads."""
 
 
+def hooked_classes() -> tuple[Any, Any]:
+    """HookedTransformer and its configuration. Raises InputError where TransformerLens has none, from 4.0 on."""
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        raise InputError(
+            f"TransformerLens {version('transformer-lens')} has no HookedTransformer, which this needs: install "
+            '"transformer-lens<4"'
+        ) from None
+    return HookedTransformer, HookedTransformerConfig
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether a live object is a HookedTransformer."""
+    return any(kind.__name__ == "HookedTransformer" for kind in type(module).__mro__)
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a file of weights."""
     return path.is_file() and path.suffix.lower() in SUFFIXES
@@ -54,8 +72,7 @@ def read_checkpoint(path: Path) -> Any:
     Raises:
         InputError: files that cannot be read, no configuration, or weights that do not fit it.
     """
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
+    HookedTransformer, HookedTransformerConfig = hooked_classes()
     weights, found = _contents(path)
     if found is None:
         raise InputError(
@@ -121,8 +138,7 @@ def _contents(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any] | Non
 
 def _plain_classes() -> list[Any]:
     """What a checkpoint may hold beside tensors: a configuration, under its old name too, and NumPy's numbers in it."""
-    from transformer_lens import HookedTransformerConfig
-
+    _, HookedTransformerConfig = hooked_classes()
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     old = "transformer_lens.HookedTransformerConfig.HookedTransformerConfig"
     numbers = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64))]

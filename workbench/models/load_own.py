@@ -25,7 +25,7 @@ from torch import nn
 from sae.errors import InputError
 from workbench.models.checkpoints import weights_sha256
 from workbench.models.guards import TOKENS, check
-from workbench.models.hooked import SUFFIXES, is_checkpoint, native_pair, read_checkpoint
+from workbench.models.hooked import SUFFIXES, is_checkpoint, is_hooked, native_pair, read_checkpoint
 from workbench.models.model import Checks, LoadedModel, ModelInfo
 from workbench.models.own import Called, ModuleBridge, OwnModel, described_hooks, tensors_sha256
 from workbench.models.vocabulary import word_tokenizer
@@ -183,7 +183,6 @@ def load_own(given: Given, place: torch.device | None, dtype: torch.dtype | None
     Raises:
         InputError: a description that does not fit the module, or a HookedTransformer of an unknown kind.
     """
-    from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
     own = given.own
@@ -198,7 +197,7 @@ def load_own(given: Given, place: torch.device | None, dtype: torch.dtype | None
         "name": given.name, "source": given.source, "revision": None, "weights_sha256": given.sha256,
         "checkpoint_dtype": str(stored).removeprefix("torch."), "device": str(next(module.parameters()).device),
     }  # fmt: skip
-    if isinstance(module, HookedTransformer | TransformerBridge):
+    if is_hooked(module) or isinstance(module, TransformerBridge):
         if own.hooks or own.call:
             raise InputError(f"{own.name} is a {type(module).__name__}, which has its hook points: name none")
         return _transformer(own, module, recorded)
