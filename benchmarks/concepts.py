@@ -27,7 +27,7 @@ from workbench import Workspace
 from workbench.features.concepts.random_model import save_random_copy
 from workbench.features.concepts.report import align_sae, match, truth_of
 from workbench.features.concepts.truth import ConceptTruth
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel, load_model
 from workbench.text.corpora import Split
 

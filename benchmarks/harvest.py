@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from workbench.harvest.run import HarvestConfig, HarvestPlan, run_harvest
+from workbench.harvest.plan import HarvestConfig, HarvestPlan
+from workbench.harvest.run import run_harvest
 from workbench.models.bundled import demo_model_dir
 from workbench.models.load import DTYPES, LoadedModel, load_model
 from workbench.text.corpora import open_corpus

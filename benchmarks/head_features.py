@@ -16,7 +16,7 @@ from sae.config import TrainConfig
 from sae.rules import TopK
 from workbench import Workspace
 from workbench.circuits.head_features import FAMILIES, polysemantic_share
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import load_model
 
 K, WIDTH = 16, 1024

@@ -193,7 +193,7 @@ def compare(task: Task, seeds: int) -> pd.DataFrame:
 def demo_rows(n: int) -> Float[Tensor, "n d_in"]:
     """Shuffled activations of the demo model, scaled to mean norm sqrt(d)."""
     from workbench import Workspace
-    from workbench.harvest.run import HarvestConfig
+    from workbench.harvest.plan import HarvestConfig
     from workbench.models.load import load_model
 
     hook = "blocks.2.hook_resid_post"

@@ -44,9 +44,9 @@ from workbench import Workspace
 from workbench.features.concepts.random_model import save_random_copy
 from workbench.features.concepts.report import KIND, align_sae, truth_of
 from workbench.features.concepts.truth import ConceptTruth
+from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.reading import Harvest
 from workbench.harvest.record import GRADIENT
-from workbench.harvest.run import HarvestConfig
 from workbench.models.load import LoadedModel, load_model
 from workbench.text.corpora import Split
 

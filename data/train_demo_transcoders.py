@@ -24,7 +24,7 @@ from sae import TopK, TranscoderSet, load_transcoders
 from sae.config import TrainConfig
 from sae.training import StepMetrics
 from workbench.disk.descriptions import read_description
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.workspace import Workspace
 
 OUT = Path(__file__).resolve().parent / "demo_transcoders"

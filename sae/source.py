@@ -1,7 +1,7 @@
 """Where training gets its batches: what a stream of activations, with or without gradients, must be able to do.
 
 An SAE trains on a `BatchSource`, a gradient SAE on a `GradientSource`, transcoders on a `TargetSource`, which may have
-several pairs of hook points side by side, crosscoders on a `PartSource`.
+several pairs of hook points side by side, or hook points of SAEs, crosscoders on a `PartSource`.
 """
 
 import math
@@ -85,21 +85,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two hook points that a transcoder goes between."""
+    """Two hook points that a transcoder goes between, or the one of an SAE."""
 
     hook_name: str
     target_hook_name: str
+    """What a transcoder predicts; empty for an SAE."""
     d_in: int
     d_out: int
 
 
 @runtime_checkable
 class TargetSource(Protocol):
-    """An endless, shuffled, resumable stream of pairs of activations, at one pair of hook points or several."""
+    """An endless, shuffled, resumable stream of activations at one or several hook points, or pairs of them."""
 
     @property
     def pairs(self) -> Sequence[Pair]:
-        """The pairs of hook points."""
+        """The pairs of hook points, and hook points of SAEs."""
 
     def next_rows(self, n: int, *, gradients: bool = False) -> Sequence[Rows]:
         """The next n rows, for every pair."""

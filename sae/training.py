@@ -157,10 +157,13 @@ class _Stream:
         self.source, self.device = source, device
         self.needing = next((config.rule.name for config in configs if config.rule.needs_gradients), None)
         self.of_state: list[int] = []
+        self.hook_names: list[str] | None = None
+        """What each state reads, where the source says it."""
+        predicts = isinstance(source, TargetSource) and all(pair.target_hook_name for pair in source.pairs)
+        skipping = next((config.name for config in configs if config.skip), None)
+        if skipping is not None and not predicts:
+            raise InputError(f"{skipping}: a skip goes past the features to another activation: give a target")
         if not isinstance(source, TargetSource):
-            skipping = next((config.name for config in configs if config.skip), None)
-            if skipping is not None:
-                raise InputError(f"{skipping}: a skip goes past the features to another activation: give a target")
             if self.needing is not None and isinstance(source, PartSource):
                 raise InputError(
                     f"the rule {self.needing} weighs features by the loss at one hook point, and a crosscoder has "
@@ -175,8 +178,10 @@ class _Stream:
         """The states of the configurations, each on its pair."""
         self.of_state = [0] * len(configs) if pairs is None else list(pairs)
         if isinstance(self.source, TargetSource):
-            widths = [self.source.pairs[pair] for pair in self.of_state]
-            return [TrainingState(config, pair, self.device) for config, pair in zip(configs, widths, strict=True)]
+            chosen = [self.source.pairs[pair] for pair in self.of_state]
+            self.hook_names = [pair.hook_name for pair in chosen]
+            places = [pair if pair.target_hook_name else pair.d_in for pair in chosen]
+            return [TrainingState(config, place, self.device) for config, place in zip(configs, places, strict=True)]
         width = self.source.parts if isinstance(self.source, PartSource) else self.source.d_in
         return [TrainingState(config, width, self.device) for config in configs]
 
@@ -219,7 +224,8 @@ def _finish(states: Sequence[TrainingState], stream: _Stream, hook_name: str, mo
     if any(state.error is None and state.config.rule.needs_calibration for state in states):
         samples = stream.each(stream.calibration())
     results = []
-    for state, sample in zip(states, samples, strict=True):
+    hook_names = stream.hook_names or [hook_name] * len(states)
+    for state, sample, hook_name in zip(states, samples, hook_names, strict=True):
         if state.error is None:
             sae = state.finish(hook_name=hook_name, model_name=model_name, sample=sample)
             results.append(TrainedSAE(state.config, sae))

@@ -58,7 +58,7 @@ def module_of(file: Path) -> str:
 
 
 def exported_from() -> dict[str, str]:
-    """`workbench.HarvestConfig -> workbench.harvest.run.HarvestConfig`: where the workbench's own exports lie."""
+    """`workbench.HarvestConfig -> workbench.harvest.plan.HarvestConfig`: where the workbench's own exports lie."""
     import workbench
 
     return {f"workbench.{name}": f"{home}.{name}" for name, home in workbench._HOMES.items()}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from workbench.catalog.origin import Origin
     from workbench.catalog.results import Result
     from workbench.features.index.query import FeatureIndex
-    from workbench.harvest.run import HarvestConfig
+    from workbench.harvest.plan import HarvestConfig
     from workbench.models.load import LoadedModel, load_model, reload_model
     from workbench.models.own import OwnModel
     from workbench.saes.sweeps import parse_sweep
@@ -30,7 +30,7 @@ _HOMES = {
     "Catalog": "workbench.catalog.catalog",
     "Corpus": "workbench.text.corpora",
     "FeatureIndex": "workbench.features.index.query",
-    "HarvestConfig": "workbench.harvest.run",
+    "HarvestConfig": "workbench.harvest.plan",
     "LoadedModel": "workbench.models.load",
     "Origin": "workbench.catalog.origin",
     "OwnModel": "workbench.models.own",

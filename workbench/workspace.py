@@ -7,7 +7,7 @@ one's own programs. The command line and the app call the same methods, or the s
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sae.errors import InputError
 from workbench.disk.names import new_folder
@@ -31,13 +31,18 @@ if TYPE_CHECKING:
     from workbench.features.index.query import FeatureIndex
     from workbench.features.prompts import PromptReading
     from workbench.features.steering import EditKind, Steering, Where
+    from workbench.harvest.plan import HarvestConfig
     from workbench.harvest.reading import Harvest
-    from workbench.harvest.run import HarvestConfig, HarvestEstimate, HarvestProgress
+    from workbench.harvest.run import HarvestEstimate, HarvestProgress
     from workbench.models.load import LoadedModel
     from workbench.saes.evaluation import Evaluation
     from workbench.saes.overlap import Overlap
     from workbench.saes.replacement import Replacement
     from workbench.saes.sweeps import SweepEstimate
+
+
+Source: TypeAlias = "str | Sequence[str] | HarvestConfig"
+"""What is trained on: a harvest, several of the same tokens, or what one would be made from."""
 
 
 class Workspace(Studies):
@@ -86,45 +91,41 @@ class Workspace(Studies):
 
     # Training
 
-    def train(
-        self, run: str, harvest: str | Sequence[str], configs: "Sequence[TrainConfig]", **settings: Any
-    ) -> "list[SAE]":
+    def train(self, run: str, source: "Source", configs: "Sequence[TrainConfig]", **settings: Any) -> "list[SAE]":
         """Trains SAEs side by side as `train_all` does, which says the settings, and fails when one of them fails.
 
         Raises:
             InputError: as `train_all`, and an SAE that failed to train, once the others are saved.
         """
-        trained = self.train_all(run, harvest, configs, **settings)
+        trained = self.train_all(run, source, configs, **settings)
         failed = [f"{result.config.name}: {result.error}" for result in trained if result.error]
         if failed:
             raise InputError("; ".join(failed))
         return [result.sae for result in trained if result.sae is not None]
 
     def train_all(
-        self, run: str, harvest: str | Sequence[str], configs: "Sequence[TrainConfig]", **settings: Any
+        self, run: str, source: "Source", configs: "Sequence[TrainConfig]", **settings: Any
     ) -> "list[TrainedSAE]":
-        """Trains SAEs or transcoders on one stream of a harvest's activations, or crosscoders of several hook points or
-        harvests, and saves them: one entry per configuration, the SAE or why there is none. A run that was interrupted
-        goes on, a finished one returns its SAEs at once; settings and InputErrors as
-        `workbench.saes.train.train_all`."""
+        """Trains SAEs, transcoders or crosscoders on one stream of activations and saves them: one entry per
+        configuration, the SAE or why there is none. The source is a harvest, by name, several for crosscoders, or what
+        one would be made from: then the model runs beside training. A run that was interrupted goes on, a finished one
+        returns its SAEs at once; settings and InputErrors as `workbench.saes.train.train_all`."""
         from workbench.saes.train import train_all
 
-        return train_all(self, run, harvest, configs, **settings)
+        return train_all(self, run, source, configs, **settings)
 
-    def estimate_training(
-        self, harvest: str | Sequence[str], configs: "Sequence[TrainConfig]", *, device: str = "auto", **hooks: Any
-    ) -> "SweepEstimate":
+    def estimate_training(self, source: "Source", configs: "Sequence[TrainConfig]", **settings: Any) -> "SweepEstimate":
         """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
 
         Args:
-            hooks: `hook` and `target_hook`, as for `train_all`.
+            settings: those of `train_all` that say what is trained on.
 
         Raises:
             InputError: unknown harvest or hook, or too little memory.
         """
         from workbench.saes.train import estimate_training
 
-        return estimate_training(self, harvest, configs, device=device, **hooks)
+        return estimate_training(self, source, configs, **settings)
 
     # SAEs
 

@@ -16,7 +16,7 @@ from workbench import Workspace
 from workbench.catalog.notes import Notes
 from workbench.features.index.build import build_index
 from workbench.features.index.query import FeatureIndex, listed_features
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import load_model
 
 OpenPage = Callable[..., AppTest]

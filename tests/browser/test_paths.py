@@ -17,7 +17,7 @@ from workbench import Workspace
 from workbench.catalog.notes import Notes
 from workbench.features.index.build import build_index
 from workbench.features.index.query import FeatureIndex
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import load_model
 
 HOOK, DEAD = "blocks.2.hook_resid_post", 3
@@ -319,7 +319,7 @@ def test_the_model_is_steered(address: str, page: Any, folder: Path, busiest: in
 
 def test_the_app_stays_usable_while_another_process_writes(address: str, page: Any, folder: Path, busiest: int) -> None:
     harvest = (
-        "from workbench import Workspace; from workbench.harvest.run import HarvestConfig\n"
+        "from workbench import Workspace; from workbench.harvest.plan import HarvestConfig\n"
         f"Workspace({str(folder)!r}).harvest('later', HarvestConfig('demo', {str(folder.parent / 'texts')!r}, "
         f"('blocks.1.hook_resid_post',), context_len=64, max_tokens=1500))"
     )

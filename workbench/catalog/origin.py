@@ -3,7 +3,8 @@
 An SAE's record is its `provenance.json`, a result's the row `provenance` of its file. Both are JSON objects that only
 grow from version to version; this is the one place that knows their keys.
 
-    an SAE trained here      run, harvest (its description), hook, training (its configuration), versions
+    an SAE trained here      run, harvest (its description), hook, training (its configuration), versions; with stream
+                             in place of harvest where the model ran beside training
     an imported SAE          imported (format and path, or release and id; rule; fingerprint), hook, versions
     a result                 model, corpus, saes (fingerprints by name), transcoders (name and fingerprint of a set),
                              ... as far as they had a part in it, versions;
@@ -82,7 +83,7 @@ class Origin:
         Args:
             model, hook: what its own configuration says, for SAEs that were not trained here.
         """
-        harvest = _mapping(record, "harvest")
+        harvest = _mapping(record, "harvest") or _mapping(record, "stream")
         config, corpus = _mapping(harvest, "config"), _mapping(harvest, "corpus")
         return cls(
             record,

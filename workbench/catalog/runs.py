@@ -2,7 +2,8 @@
 
 A run lies at `runs/<name>/`:
 
-- `run.json`      harvest, hook, device and the configuration of every SAE; written first, never changed;
+- `run.json`      harvest, or stream (what runs over what), hook, device and the configuration of every SAE; written
+                  first, never changed;
 - `metrics.jsonl` one line per report while the run goes on (a torn last line is tolerated);
 - `checkpoints/`  what the trainer resumes from; removed when the run is finished;
 - `run.duckdb`    tables `metrics` and `configuration` (sae, configuration as JSON, error); exists only once the run
@@ -32,7 +33,8 @@ class RunSummary:
     """A run as `workbench info` and the app list it."""
 
     name: str
-    harvest: str
+    harvest: str | None
+    """None where the model ran beside training."""
     hook: str
     saes: list[str]
     finished: bool
@@ -43,6 +45,20 @@ class RunSummary:
     """Cannot be read; `workbench doctor` says why."""
     errors: Mapping[str, str] = field(default_factory=dict)
     """Why SAEs came to nothing, by name."""
+    model: str | None = None
+    """The model that ran beside training, as it was given."""
+    corpus: str | None = None
+    """What it read."""
+    kept: str | None = None
+    """The harvest that was written on the way."""
+
+    @property
+    def rows_from(self) -> str:
+        """Where its rows come from, in a few words."""
+        if self.harvest is not None:
+            return self.harvest
+        kept = f", kept as {self.kept}" if self.kept else ""
+        return f"{self.model} on {self.corpus}{kept}"
 
     @property
     def state(self) -> str:
@@ -157,16 +173,20 @@ class Run:
     def summary(self) -> RunSummary:
         """Name, what it trains and how far it is."""
         description = self.description
+        stream = description.get("stream", {})
         metrics = self.metrics()
         return RunSummary(
             name=self.name,
-            harvest=description["harvest"],
+            harvest=description.get("harvest"),
             hook=description["hook"],
             saes=[config["name"] for config in description["configs"]],
             finished=self.finished,
             tokens=int(metrics["tokens"].max()) if len(metrics) else 0,
             total_tokens=max(config["total_tokens"] for config in description["configs"]),
             errors=self.errors() if self.finished else {},
+            model=stream.get("model"),
+            corpus=stream.get("corpus"),
+            kept=description.get("keep"),
         )
 
     def _live_records(self) -> list[dict[str, Any]]:

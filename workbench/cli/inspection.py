@@ -46,9 +46,9 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
     )
     print_table(
         "Training runs",
-        ["name", "harvest", "hook", "SAEs", "tokens", "state"],
+        ["name", "rows from", "hook", "SAEs", "tokens", "state"],
         [
-            [run.name, run.harvest, run.hook, "\n".join(run.saes), run.tokens, run.state] for run in runs
+            [run.name, run.rows_from, run.hook, "\n".join(run.saes), run.tokens, run.state] for run in runs
         ],
     )  # fmt: skip
     for run in runs:

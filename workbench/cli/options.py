@@ -47,6 +47,9 @@ CorpusOption = Annotated[
 TextFieldOption = Annotated[str, typer.Option(help="Field holding the text in JSONL, Parquet and hub datasets.")]
 TokensOption = Annotated[int, typer.Option(help="Tokens to run on.", min=2)]
 ContextOption = Annotated[int, typer.Option(help="Tokens per context, BOS included.", min=2)]
+SeparateOption = Annotated[
+    bool, typer.Option("--separate", help="No context holds parts of two documents; the rest is padding.")
+]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 MOST_SEED = 2**63 - 1
 """The largest that torch takes."""

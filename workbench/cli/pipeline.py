@@ -16,6 +16,7 @@ from workbench.cli.options import (
     GivenModelOption,
     JsonOption,
     Precision,
+    SeparateOption,
     TextFieldOption,
     WorkspaceOption,
     give_model,
@@ -85,9 +86,7 @@ def harvest(
     model_dtype: Annotated[
         Precision, typer.Option(help="Precision the model runs in; auto is float32 on a CPU, else its own.")
     ] = "auto",
-    separate: Annotated[
-        bool, typer.Option("--separate", help="No context holds parts of two documents; the rest is padding.")
-    ] = False,
+    separate: SeparateOption = False,
     gradients: Annotated[bool, typer.Option(help="Also store gradients of the summed next-token loss.")] = False,
     estimate_only: Annotated[bool, typer.Option(help="Print rows, bytes and time, and stop.")] = False,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -98,7 +97,8 @@ def harvest(
 
     Interrupted, it goes on where it stopped when the same command is repeated.
     """
-    from workbench.harvest.run import HarvestConfig, HarvestEstimate, HarvestProgress
+    from workbench.harvest.plan import HarvestConfig
+    from workbench.harvest.run import HarvestEstimate, HarvestProgress
     from workbench.workspace import Workspace
 
     config = HarvestConfig(

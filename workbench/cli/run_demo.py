@@ -21,7 +21,8 @@ from sae.training import StepMetrics
 from workbench.cli.output import print_table
 from workbench.features.index.feature import Feature
 from workbench.features.index.query import FeatureIndex
-from workbench.harvest.run import HarvestConfig, HarvestProgress
+from workbench.harvest.plan import HarvestConfig
+from workbench.harvest.run import HarvestProgress
 from workbench.models.load import load_model
 from workbench.show.progress import ProgressBar, format_seconds
 from workbench.workspace import Workspace

@@ -12,9 +12,14 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
+    MODELS,
     MOST_TOKENS,
+    CorpusOption,
     DeviceOption,
     JsonOption,
+    Precision,
+    SeparateOption,
+    TextFieldOption,
     WorkspaceOption,
     open_workspace,
 )
@@ -26,6 +31,7 @@ from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 if TYPE_CHECKING:
     from sae.config import TrainConfig
     from sae.training import StepMetrics, TrainedSAE
+    from workbench.harvest.plan import HarvestConfig
     from workbench.saes.evaluation import Evaluation
     from workbench.saes.replacement import Replacement
     from workbench.saes.sweeps import Sweep, SweepEstimate
@@ -37,6 +43,15 @@ RULE_NAMES = (
 )
 """Written out: asking the registry would load torch for --help."""
 
+
+STREAMED_TOKENS = 2_000_000
+"""Trained on where a model is the source and no number is given."""
+STREAMING = {
+    "model": "--model", "corpus": "--corpus", "text_field": "--text-field", "context_len": "--context",
+    "dtype": "--dtype", "model_dtype": "--model-dtype", "separate": "--separate", "buffer": "--buffer",
+    "keep": "--keep",
+}  # fmt: skip
+"""Options that say what the model's rows are made from and what becomes of them."""
 
 TargetOption = Annotated[
     str | None,
@@ -52,6 +67,9 @@ HooksOption = Annotated[
         metavar="HOOK",
         help="Hook point; needed when the harvest has several. Repeat for a crosscoder of several.",
     ),
+]
+EachOption = Annotated[
+    bool, typer.Option("--each", help="Several --hook are an SAE's each, in place of a crosscoder of all.")
 ]
 RuleOption = Annotated[
     list[str],
@@ -73,7 +91,8 @@ SweepOption = Annotated[
     Path | None, typer.Option(help="TOML file of rules, settings, widths and seeds to train side by side.")
 ]
 TrainedTokensOption = Annotated[
-    int | None, typer.Option(help="Tokens to train on; one epoch when left out.", min=1, max=MOST_TOKENS)
+    int | None,
+    typer.Option(help="Tokens to train on; one epoch of a harvest, 2,000,000 of a model.", min=1, max=MOST_TOKENS),
 ]
 RateOption = Annotated[float | None, typer.Option(help="Peak learning rate; a default by width when left out.")]
 BaselineOption = Annotated[bool, typer.Option(help="Also train the frozen-random-decoder baseline on the same stream.")]
@@ -92,11 +111,30 @@ class Training:
     """What `workbench train` is asked for."""
 
     harvest: Annotated[
-        list[str], typer.Argument(help="Name of a finished harvest; those of two models for a crosscoder of them.")
-    ]
+        list[str] | None,
+        typer.Argument(
+            help="Name of a finished harvest; those of two models for a crosscoder of them; none with --model."
+        ),
+    ] = None
     name: Annotated[str, typer.Option(help="Name of the SAE and of the run.")]
     hook: HooksOption = None
     target_hook: TargetOption = None
+    each: EachOption = False
+    model: Annotated[str | None, typer.Option(help=f"Train straight from a model, no harvest: {MODELS}.")] = None
+    corpus: CorpusOption = "python-stdlib"
+    text_field: TextFieldOption = "text"
+    context_len: Annotated[int, typer.Option("--context", help="Tokens per context, BOS included.", min=2)] = 256
+    dtype: Annotated[Precision, typer.Option(help="Precision of the rows; auto is the checkpoint's own.")] = "auto"
+    model_dtype: Annotated[
+        Precision, typer.Option(help="Precision the model runs in; auto is float32 on a CPU, else its own.")
+    ] = "auto"
+    separate: SeparateOption = False
+    buffer: Annotated[
+        int | None, typer.Option(help="Rows of the model's that are shuffled together; 262,144 when left out.", min=1)
+    ] = None
+    keep: Annotated[
+        str | None, typer.Option(metavar="HARVEST", help="With --model: also write the rows as this harvest.")
+    ] = None
     sweep: SweepOption = None
     rule: RuleOption
     k: KOption
@@ -117,7 +155,25 @@ class Training:
     @property
     def placed(self) -> dict[str, Any]:
         """What is read and written, and where it is computed."""
-        return {"hook": self.hook, "target_hook": self.target_hook, "device": self.device}
+        placed = {"hook": self.hook, "target_hook": self.target_hook, "each": self.each, "device": self.device}
+        return placed if self.model is None else {**placed, "buffer_rows": self.buffer, "keep": self.keep}
+
+    def source(self, context: typer.Context) -> "str | list[str] | HarvestConfig":
+        """The harvest, or what the model's rows are made from. Raises InputError for neither, both, or options of the
+        other."""
+        if self.harvest:
+            wrong = next((option for name, option in STREAMING.items() if given(context, name)), None)
+            if wrong is not None:
+                raise InputError(f"{wrong} does not go with the harvest {self.harvest[0]!r}: leave one of them out")
+            return self.harvest[0] if len(self.harvest) == 1 else self.harvest
+        if self.model is None:
+            raise InputError("nothing to train on: name a harvest, or a model with --model, --corpus and --hook")
+        from workbench.harvest.plan import HarvestConfig
+
+        return HarvestConfig(
+            model=self.model, corpus=self.corpus, hooks=(), text_field=self.text_field, context_len=self.context_len,
+            max_tokens=MOST_TOKENS, dtype=self.dtype, model_dtype=self.model_dtype, separate=self.separate,
+        )  # fmt: skip
 
     @property
     def makes_sets(self) -> bool:
@@ -127,7 +183,7 @@ class Training:
     @property
     def is_crosscoder(self) -> bool:
         """Whether several activations are read side by side."""
-        return len(self.harvest) > 1 or len(self.hook or ()) > 1
+        return len(self.harvest or ()) > 1 or (len(self.hook or ()) > 1 and not self.each)
 
     def counted(self, n: int, n_sets: int = 1) -> str:
         """So many SAEs, transcoders, or transcoders in sets, in words."""
@@ -165,7 +221,10 @@ class Training:
 
 @sharing(Training, rule=["topk"], k=[32], seed=[0])
 def train(run: Training, context: typer.Context) -> None:
-    """Train SAEs, transcoders or crosscoders on a harvest, several side by side on one stream of batches.
+    """Train SAEs, transcoders or crosscoders on a harvest, or with --model straight from a model, several side by side.
+
+    A model runs beside training and nothing of it is stored, unless --keep names a harvest to write on the way. The
+    corpus is read again from its beginning when it ends before --tokens.
 
     Without --sweep, one SAE per --rule, --k (or --sparsity) and --seed. A sweep file holds training settings and, in
     [[rule]] tables, selection rules with theirs; a list of values makes an SAE for each. An SAE that fails leaves the
@@ -173,19 +232,23 @@ def train(run: Training, context: typer.Context) -> None:
 
     Interrupted, it goes on from the last checkpoint when the same command is repeated.
     """
-    workspace = open_workspace(run.folder)
+    from workbench.workspace import Workspace
+
+    source = run.source(context)
+    workspace = open_workspace(run.folder) if run.harvest else Workspace(run.folder)
     asked = run.asked(context)
-    total = run.tokens or asked.tokens or workspace.open_harvest(run.harvest[0]).n_trainable_rows
+    epoch = workspace.open_harvest(run.harvest[0]).n_trainable_rows if run.harvest else STREAMED_TOKENS
+    total = run.tokens or asked.tokens or epoch
     configs = run.configs(asked, total)
     if run.sweep is not None or run.estimate_only:
-        estimate = workspace.estimate_training(run.harvest, configs, **run.placed)
+        estimate = workspace.estimate_training(source, configs, **run.placed)
         if not run.as_json:
             print(describe_training(estimate, run.counted(estimate.saes, len(configs))))
         elif run.estimate_only:
             print_json(asdict(estimate))
         if run.estimate_only:
             return
-    trained = train_with_progress(workspace, run, configs)
+    trained = train_with_progress(workspace, run, source, configs)
     made = [result.config.name for result in trained if not result.error]
     sets = list(dict.fromkeys(name.rpartition(".")[0] for name in made)) if run.makes_sets else []
     found: dict[str, Evaluation] = {}
@@ -307,7 +370,9 @@ def refuse_with_sweep(context: typer.Context) -> None:
             raise InputError(f"{option} does not go with --sweep: write {key} into the file")
 
 
-def train_with_progress(workspace: "Workspace", run: Training, configs: "list[TrainConfig]") -> "list[TrainedSAE]":
+def train_with_progress(
+    workspace: "Workspace", run: Training, source: "str | list[str] | HarvestConfig", configs: "list[TrainConfig]"
+) -> "list[TrainedSAE]":
     """Trains behind a progress bar that shows the first SAE still running."""
     with ProgressBar("train", configs[0].total_tokens, enabled=not run.as_json) as bar:
         furthest = 0
@@ -319,7 +384,7 @@ def train_with_progress(workspace: "Workspace", run: Training, configs: "list[Tr
                 furthest = metrics.tokens
                 bar.update(metrics.tokens, describe_metrics(metrics))
 
-        return workspace.train_all(run.name, run.harvest, configs, **run.placed, on_metrics=on_metrics)
+        return workspace.train_all(run.name, source, configs, **run.placed, on_metrics=on_metrics)
 
 
 def describe_training(estimate: "SweepEstimate", what: str) -> str:

@@ -1,11 +1,10 @@
-"""Shuffled batches from a harvest, endless and exactly resumable.
+"""Shuffled batches from a harvest (`workbench.harvest.shuffled` says what a stream is).
 
 1. The rows are cut into blocks of 512; each epoch permutes the blocks.
 2. A chunk is the next 256 blocks (131,072 rows), fewer where more than two hook points are read together: read
    contiguously, flagged rows (BOS, padding) left out, its rows permuted. Batches are taken from the chunk in turn.
 
-Reading stays sequential within a block, yet a batch mixes rows from all over the harvest. The stream is a function
-of (seed, epoch, chunk, offset), the whole of its state, and the same on every device. The next chunk is read while
+Reading stays sequential within a block, yet a batch mixes rows from all over the harvest. The next chunk is read while
 the current one is used; for a GPU blocks travel as they lie, through pinned memory and on a stream of their own, and
 are permuted there.
 """
@@ -17,13 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
 from workbench.harvest.reading import Harvest, Vectors
 from workbench.harvest.record import GRADIENT
+from workbench.harvest.shuffled import Chunk, ShuffledRows, generator
 from workbench.text.packing import FLAG_OK
 
 BLOCK_ROWS = 512
@@ -39,18 +39,14 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Rows as they lie on disk and a permutation of the usable ones among them."""
-
-    columns: list[Float[Tensor, "rows d_in"]]
-    order: Int[Tensor, "usable"]
+class _ReadChunk(Chunk):
     buffer: int
     """Which of the two host buffers was read into; on the CPU the rows still lie there."""
     arrived: "torch.cuda.Event | None"
     """When the copy to a GPU is done."""
 
 
-class RowLoader:
+class RowLoader(ShuffledRows):
     """Rows of several vectors of one harvest, in one shuffled order.
 
     Args:
@@ -75,111 +71,79 @@ class RowLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._sources, self._usable = list(sources), usable
+        super().__init__(f"{harvest.name}/{name}", harvest.n_rows, seed=seed, device=device)
+        self._sources, self._usable, self._rows = list(sources), usable, harvest.n_rows
         if not self._usable.any():
             raise InputError(f"harvest {harvest.name!r} holds only BOS and padding: harvest more text")
-        self._name, self._n_rows = f"{harvest.name}/{name}", harvest.n_rows
-        self._seed, self._device = seed, torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         # Many vectors are read in shorter chunks, so that these take no more memory than those of two.
         self._chunk_blocks = max(1, CHUNK_BLOCKS * 2 // max(2, len(self._sources)))
-        self._n_blocks = -(-self._n_rows // BLOCK_ROWS)
+        self._n_blocks = -(-self._rows // BLOCK_ROWS)
         self._n_chunks = -(-self._n_blocks // self._chunk_blocks)
         # All reading is done in this one thread, so reads never overlap.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="activation-loader")
         self._buffers: dict[int, list[Tensor]] = {}
-        self._epoch, self._number, self._offset = 0, 0, 0
-        self._chunk: _Chunk | None = None
-        self._next: tuple[tuple[int, int], Future[_Chunk]] | None = None
+        self._next: tuple[tuple[int, int], Future[_ReadChunk]] | None = None
 
-    def _sampled(self, n: int) -> Int[np.ndarray, "m"]:
+    def sampled(self, n: int, n_columns: int) -> list[Float[Tensor, "m d_in"]]:
         """At most n usable rows drawn without replacement, always the same for a harvest and n, in harvest order."""
-        generator = np.random.default_rng(0)
+        chance = np.random.default_rng(0)
         # Drawing rows and dropping the flagged needs no list of all usable ones, which may be hundreds of millions.
-        drawn = np.unique(generator.integers(0, self._n_rows, size=min(2 * n, self._n_rows)))
+        drawn = np.unique(chance.integers(0, self._rows, size=min(2 * n, self._rows)))
         drawn = drawn[self._usable[drawn]]
         if len(drawn) < n:
             drawn = np.flatnonzero(self._usable)
         if len(drawn) > n:
-            drawn = np.sort(generator.choice(drawn, size=n, replace=False))
-        return drawn
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, and what it is a cursor of."""
-        return {
-            "source": self._name, "rows": self._n_rows,
-            "seed": self._seed, "epoch": self._epoch, "chunk": self._number, "offset": self._offset,
-        }  # fmt: skip
+            drawn = np.sort(chance.choice(drawn, size=n, replace=False))
+        return [source.rows(drawn).to(self._device) for source in self._sources[:n_columns]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Moves the stream to where `state_dict` was taken. Raises InputError for the state of another stream."""
-        if (state["source"], state["rows"]) != (self._name, self._n_rows):
-            raise InputError(
-                f"the checkpoint reads {state['source']} ({state['rows']:,} rows), not {self._name} "
-                f"({self._n_rows:,} rows): resume with the harvest and hook point it was started with"
-            )
-        self._seed, self._epoch = state["seed"], state["epoch"]
-        self._number, self._offset = state["chunk"], state["offset"]
-        self._chunk, self._next = None, None
-
-    def _next_rows(self, n: int, sources: Sequence[Vectors]) -> list[Tensor]:
-        parts: list[list[Tensor]] = []
-        missing = n
-        while missing:
-            chunk = self._current()
-            taken = chunk.order[self._offset : self._offset + missing]
-            parts.append([column.index_select(0, taken) for column in chunk.columns[: len(sources)]])
-            self._offset += len(taken)
-            missing -= len(taken)
-            if self._offset == len(chunk.order):
-                self._epoch, self._number = self._following(self._epoch, self._number)
-                self._offset, self._chunk = 0, None
-        return parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+        super().load_state_dict(state)
+        self._next = None
 
     def _following(self, epoch: int, number: int) -> tuple[int, int]:
         return (epoch, number + 1) if number + 1 < self._n_chunks else (epoch + 1, 0)
 
-    def _current(self) -> _Chunk:
+    def _read_here(self) -> Chunk:
         """The chunk at the cursor; starts reading the one after it."""
-        if self._chunk is None:
-            here = (self._epoch, self._number)
-            # After an interrupt, what was read ahead may be for another place than the cursor's.
-            if self._next is not None and self._next[0] == here:
-                chunk = self._next[1].result()
-            else:
-                chunk = self._thread.submit(self._read, *here, buffer=0).result()
-            # With one chunk in all the next one is this one again, in another order.
-            following = self._following(*here)
-            self._next = (following, self._thread.submit(self._read, *following, buffer=1 - chunk.buffer))
-            if chunk.arrived is not None:
-                stream = torch.cuda.current_stream(self._device)
-                stream.wait_event(chunk.arrived)
-                for tensor in (*chunk.columns, chunk.order):
-                    # Made on the copying stream: its memory must not be reused before this one is done with it.
-                    tensor.record_stream(stream)
-            self._chunk = chunk
-        return self._chunk
+        here = (self._epoch, self._number)
+        # After an interrupt, what was read ahead may be for another place than the cursor's.
+        if self._next is not None and self._next[0] == here:
+            chunk = self._next[1].result()
+        else:
+            chunk = self._thread.submit(self._read, *here, buffer=0).result()
+        # With one chunk in all the next one is this one again, in another order.
+        following = self._following(*here)
+        self._next = (following, self._thread.submit(self._read, *following, buffer=1 - chunk.buffer))
+        if chunk.arrived is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(chunk.arrived)
+            for tensor in (*chunk.columns, chunk.order):
+                # Made on the copying stream: its memory must not be reused before this one is done with it.
+                tensor.record_stream(stream)
+        return chunk
 
-    def _read(self, epoch: int, number: int, buffer: int) -> _Chunk:
-        blocks = _generator(self._seed, epoch, -1).permutation(self._n_blocks)
+    def _read(self, epoch: int, number: int, buffer: int) -> _ReadChunk:
+        blocks = generator(self._seed, epoch, -1).permutation(self._n_blocks)
         mine = blocks[number * self._chunk_blocks : (number + 1) * self._chunk_blocks]
-        spans = [(int(b) * BLOCK_ROWS, min((int(b) + 1) * BLOCK_ROWS, self._n_rows)) for b in mine]
+        spans = [(int(b) * BLOCK_ROWS, min((int(b) + 1) * BLOCK_ROWS, self._rows)) for b in mine]
         columns = [
             _copy_spans(source, spans, memory)
             for source, memory in zip(self._sources, self._host_memory(buffer), strict=True)
         ]
         usable = np.flatnonzero(np.concatenate([self._usable[start:stop] for start, stop in spans]))
-        order = torch.from_numpy(_generator(self._seed, epoch, number).permutation(usable))
+        order = torch.from_numpy(generator(self._seed, epoch, number).permutation(usable))
         if self._stream is None:
-            return _Chunk(columns, order, buffer, None)
+            return _ReadChunk(columns, order, buffer, None)
         with torch.cuda.stream(self._stream):
             on_device = [column.to(self._device, non_blocking=True) for column in columns]
             order = order.pin_memory().to(self._device, non_blocking=True)
-            return _Chunk(on_device, order, buffer, self._stream.record_event())
+            return _ReadChunk(on_device, order, buffer, self._stream.record_event())
 
     def _host_memory(self, buffer: int) -> list[Float[Tensor, "rows d_in"]]:
         """Room for a chunk, by source."""
-        rows = min(self._n_rows, BLOCK_ROWS * self._chunk_blocks)
+        rows = min(self._rows, BLOCK_ROWS * self._chunk_blocks)
         shapes = [(rows, source.width, source.dtype) for source in self._sources]
         if self._stream is not None:
             # torch hands pinned memory out again, and only once the copies from it are done.
@@ -226,18 +190,18 @@ class ActivationLoader(RowLoader):
 
     def next_batch(self, n: int) -> Float[Tensor, "n d_in"]:
         """The next n rows of the stream."""
-        return self._next_rows(n, self._sources[:1])[0]
+        return self.next_columns(n, 1)[0]
 
     def next_pair(self, n: int) -> Pair:
         """The next n rows of the stream with their gradients. Raises InputError unless made with `with_gradients`."""
         if len(self._sources) == 1:
             raise InputError("this loader reads no gradients: make it with with_gradients=True")
-        activations, gradients = self._next_rows(n, self._sources)
+        activations, gradients = self.next_columns(n, 2)
         return Pair(activations, gradients.float() / self._gradient_scale)
 
     def sample(self, n: int) -> Float[Tensor, "m d_in"]:
         """At most n usable rows drawn without replacement, always the same for a harvest and n, in harvest order."""
-        return self._sources[0].rows(self._sampled(n)).to(self._device)
+        return self.sampled(n, 1)[0]
 
 
 def gradients_at(harvest: Harvest, hook: str) -> Vectors:
@@ -257,8 +221,3 @@ def _copy_spans(
             memory[filled : filled + len(piece)] = piece
             filled += len(piece)
     return memory[:filled]
-
-
-def _generator(seed: int, epoch: int, chunk: int) -> np.random.Generator:
-    """Philox, so that permutations are the same on every machine."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, chunk + 1])))

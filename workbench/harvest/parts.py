@@ -97,8 +97,8 @@ class PartLoader(RowLoader):
         vectors = [place.harvest.vectors(place.hook) for place in places]
         name = " + ".join(f"{place.harvest.name}/{place.hook}" for place in places)
         super().__init__(harvest, vectors, harvest.ordinary, name=name, seed=seed, device=device)
-        rows = self._sampled(SCALE_ROWS)
-        norms = [float(torch.linalg.vector_norm(source.rows(rows).float(), dim=1).mean()) for source in vectors]
+        sample = self.sampled(SCALE_ROWS, len(vectors))
+        norms = [float(torch.linalg.vector_norm(rows.float(), dim=1).mean()) for rows in sample]
         scales = part_scales(norms, [source.width for source in vectors])
         self.parts: Sequence[Part] = [
             Part(name, place.hook, place.harvest.model["name"], source.width, scale)
@@ -112,12 +112,11 @@ class PartLoader(RowLoader):
 
     def next_batch(self, n: int) -> Float[Tensor, "n d_in"]:
         """The next n rows of the stream."""
-        return self._scaled(self._next_rows(n, self._sources))
+        return self._scaled(self.next_columns(n, len(self.parts)))
 
     def sample(self, n: int) -> Float[Tensor, "m d_in"]:
         """At most n usable rows drawn without replacement, always the same for a harvest and n, in harvest order."""
-        rows = self._sampled(n)
-        return self._scaled([source.rows(rows).to(self._device) for source in self._sources])
+        return self._scaled(self.sampled(n, len(self.parts)))
 
     def _scaled(self, columns: Sequence[Tensor]) -> Float[Tensor, "n d_in"]:
         return torch.cat([column.float() * part.scale for column, part in zip(columns, self.parts, strict=True)], dim=1)

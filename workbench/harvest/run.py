@@ -17,78 +17,30 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae.errors import InputError
 from workbench.disk.descriptions import differences, read_description, write_description
 from workbench.disk.locks import RunLock
 from workbench.harvest.finishing import write_database
 from workbench.harvest.journal import Block, read_journal, recover_journal
-from workbench.harvest.prefetch import prefetch
+from workbench.harvest.passes import contexts, place_of, run_batch
+from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.reading import Harvest
-from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, SCHEMA, SPECIAL_TOKENS
+from workbench.harvest.record import DATABASE, DESCRIPTION, SCHEMA, SPECIAL_TOKENS
 from workbench.harvest.writing import BlockWriter
-from workbench.models.capture import capture
-from workbench.models.hooks import resolve_hooks
-from workbench.models.load import DTYPES, LoadedModel, load_model
-from workbench.models.load_own import absolute_function, is_function, must_be_given
-from workbench.models.places import HookSpec
+from workbench.models.load import LoadedModel, load_model
+from workbench.models.load_own import must_be_given
 from workbench.show.progress import format_bytes
-from workbench.text.corpora import LIVE, Corpus, Document, open_corpus
-from workbench.text.packing import FLAG_PADDING, PackedBatch, pack, refuse_padding
-from workbench.text.python_source import Split
+from workbench.text.corpora import LIVE, Corpus, open_corpus
+from workbench.text.packing import pack
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32_768}
-BLOCK_ROWS = 32_768
-TOKEN_BYTES = 13
-"""Per row: token, document and position as int32, flags as uint8."""
-DATABASE_BYTES = 9
-"""Per row in the DuckDB file, measured on Python source, rounded up."""
-BLOCK_BYTES = {"cpu": 2**28, "cuda": 2**30}
-"""Memory of a block at most: harvests of many or wide hook points get blocks of fewer rows."""
-PACKED_AHEAD = 8
 TRIAL_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class HarvestConfig:
-    """What is harvested."""
-
-    model: str
-    corpus: str
-    hooks: tuple[str, ...]
-    """A * for the layer stands for every layer."""
-    text_field: str = "text"
-    context_len: int = 256
-    max_tokens: int = 2_000_000
-    """Rows at most, BOS included."""
-    split: Split = "train"
-    dtype: str = "auto"
-    """Stored precision; `auto` is the checkpoint's own (massive activations overflow float16 in some models)."""
-    model_dtype: str = "auto"
-    """Precision the model runs in; `auto` is its own on a GPU and float32 on a CPU."""
-    gradients: bool = False
-    """Also store the gradient of the summed next-token loss at every hook point."""
-    separate: bool = False
-    """No context holds parts of two documents; what is left of a document's last one is padding."""
-
-    def absolute(self) -> "HarvestConfig":
-        """The same with paths that mean the same wherever the workspace is opened from."""
-
-        def resolved(spec: str, own: str) -> str:
-            if is_function(spec):
-                return absolute_function(spec)
-            path = Path(spec).expanduser()
-            return str(path.resolve()) if spec and spec != own and path.exists() else spec
-
-        return replace(self, model=resolved(self.model, "demo"), corpus=resolved(self.corpus, "python-stdlib"))
 
 
 @dataclass(frozen=True)
@@ -113,84 +65,6 @@ class HarvestProgress:
     total_tokens: int
 
 
-@dataclass(frozen=True)
-class HarvestPlan:
-    """Sizes that follow from a configuration and a model."""
-
-    hooks: list[HookSpec]
-    dtype: torch.dtype
-    gradients: bool
-    context_len: int
-    n_contexts: int
-    batch_contexts: int
-    block_contexts: int
-    """A multiple of `batch_contexts`, so that going on from a block's border repeats the same batches."""
-
-    @classmethod
-    def of(cls, model: LoadedModel, config: HarvestConfig) -> "HarvestPlan":
-        """Raises InputError for settings that cannot work."""
-        if not config.hooks:
-            raise InputError("a harvest needs at least one hook point, such as blocks.0.hook_resid_post")
-        if not 2 <= config.context_len <= model.info.n_ctx:
-            raise InputError(
-                f"context length {config.context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
-                f"the most {model.info.name} can read"
-            )
-        if config.split not in get_args(Split):
-            raise InputError(f"unknown split {config.split!r}: choose {' or '.join(get_args(Split))}")
-        if config.dtype != "auto" and config.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {config.dtype!r}: choose auto, {', '.join(DTYPES)}")
-        if config.dtype == "auto" and model.info.checkpoint_dtype not in DTYPES:
-            raise InputError(
-                f"{model.info.name} has {model.info.checkpoint_dtype} weights, which are not stored: "
-                f"choose --dtype {', '.join(DTYPES)}"
-            )
-        if config.max_tokens < config.context_len:
-            raise InputError(
-                f"{config.max_tokens} tokens do not fill one context of {config.context_len}: "
-                "harvest more tokens or use shorter contexts"
-            )
-        hooks = resolve_hooks(model, config.hooks)
-        dtype = DTYPES[model.info.checkpoint_dtype if config.dtype == "auto" else config.dtype]
-        row_bytes = _row_bytes(_widths(hooks, config.gradients), dtype)
-        per_block = max(1, min(BLOCK_ROWS, BLOCK_BYTES[model.device.type] // row_bytes) // config.context_len)
-        batch_contexts = min(max(1, BATCH_TOKENS[model.device.type] // config.context_len), per_block)
-        return cls(
-            hooks=hooks,
-            dtype=dtype,
-            gradients=config.gradients,
-            context_len=config.context_len,
-            n_contexts=config.max_tokens // config.context_len,
-            batch_contexts=batch_contexts,
-            block_contexts=per_block // batch_contexts * batch_contexts,
-        )
-
-    @property
-    def rows(self) -> int:
-        """Rows to store, BOS and padding included."""
-        return self.n_contexts * self.context_len
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Width of what is stored, by hook; gradients under `HOOK.grad`."""
-        return _widths(self.hooks, self.gradients)
-
-    @property
-    def bytes_per_row(self) -> int:
-        """On disk, upper bound."""
-        return _row_bytes(self.widths, self.dtype) + DATABASE_BYTES
-
-
-def _widths(hooks: Sequence[HookSpec], gradients: bool) -> dict[str, int]:
-    widths = {hook.name: hook.width for hook in hooks}
-    return widths | ({hook.name + GRADIENT: hook.width for hook in hooks} if gradients else {})
-
-
-def _row_bytes(widths: Mapping[str, int], dtype: torch.dtype) -> int:
-    """Of one row in a block."""
-    return sum(widths.values()) * dtype.itemsize + TOKEN_BYTES
-
-
 def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: Path) -> HarvestEstimate:
     """Rows, bytes, free disk and time of a harvest, the time from running its first batches.
 
@@ -201,7 +75,7 @@ def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: 
     done = sum(block.n_rows for block in read_journal(folder))
     finished = (folder / DATABASE).is_file()
     left = 0 if finished else plan.rows - done
-    free = _check_space(folder, plan, left)
+    free = check_space(folder, plan, left)
     seconds = left * _seconds_per_row(model, corpus, config, plan) if left else 0.0
     rows = done if finished else plan.rows
     return HarvestEstimate(rows, rows * plan.bytes_per_row, free, seconds)
@@ -224,7 +98,7 @@ def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, 
     return fastest
 
 
-def _check_space(folder: Path, plan: HarvestPlan, rows: int) -> int:
+def check_space(folder: Path, plan: HarvestPlan, rows: int) -> int:
     """Free bytes where `folder` lies or would lie. Raises InputError when `rows` more would not fit."""
     existing = folder.absolute()
     while not existing.exists():
@@ -265,27 +139,23 @@ def run_harvest(
     """
     plan = HarvestPlan.of(model, config)
     with RunLock(folder):
-        _begin(folder, _description(model, corpus, config, plan))
+        begin(folder, description_of(model, corpus, config, plan))
         if not (folder / DATABASE).is_file():
             blocks = recover_journal(folder)
-            _check_space(folder, plan, plan.rows - sum(block.n_rows for block in blocks))
+            check_space(folder, plan, plan.rows - sum(block.n_rows for block in blocks))
             writer = BlockWriter(
                 folder, blocks, plan.widths, plan.dtype, model.device, plan.block_contexts, plan.context_len
             )
             _fill(model, corpus, config, plan, writer, on_progress)
-            _finish(folder, model, writer.blocks, plan)
+            finish(folder, model, writer.blocks, plan)
     return Harvest.open(folder)
 
 
-def _description(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> dict[str, Any]:
+def description_of(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> dict[str, Any]:
     """What `harvest.json` records. All but `made_with` must be the same for a harvest to be resumed."""
-    # Recorded where it is not as it always was, so that harvests begun before there was a choice go on.
-    recorded = {key: value for key, value in asdict(config).items() if value or key != "separate"}
     description = {
         "schema": SCHEMA,
-        "config": recorded,
-        "model": model.info.to_dict(),
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        **made_from(config, model, corpus),
         "hooks": [hook.name for hook in plan.hooks],
         "dtype": str(plan.dtype).removeprefix("torch."),
         "contexts": {"batch": plan.batch_contexts, "block": plan.block_contexts},
@@ -296,8 +166,19 @@ def _description(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan
     return normalised
 
 
-def _begin(folder: Path, description: dict[str, Any]) -> None:
-    """Records what the harvest is, or checks that an earlier attempt was the same."""
+def made_from(config: HarvestConfig, model: LoadedModel, corpus: Corpus) -> dict[str, Any]:
+    """What rows are made from; recorded with everything made from them."""
+    # Recorded where it is not as it always was, so that harvests begun before there was a choice go on.
+    recorded = {key: value for key, value in asdict(config).items() if value or key != "separate"}
+    return {
+        "config": recorded,
+        "model": model.info.to_dict(),
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+    }
+
+
+def begin(folder: Path, description: dict[str, Any]) -> None:
+    """Records what the harvest is. Raises InputError for an earlier attempt that was something else."""
     file = folder / DESCRIPTION
     if file.is_file():
         recorded = read_description(file)
@@ -328,19 +209,11 @@ def _fill(
         if on_progress is not None:
             on_progress(HarvestProgress(min(seen, plan.n_contexts) * plan.context_len, plan.rows))
 
-    def documents() -> Iterator[Document]:
-        for document in corpus.documents(config.split):
-            writer.names[document.index] = document.name
-            yield document
-
-    packed = pack(
-        documents(), model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts, separate=config.separate,
+    report()
+    ahead = contexts(
+        model, corpus, config, plan, first=seen, after=place_of(writer.folder, writer.blocks), names=writer.names,
         split_special_tokens=SPECIAL_TOKENS not in read_description(writer.folder / DESCRIPTION),
     )  # fmt: skip
-    report()
-    wanted = _part(packed, seen, plan.n_contexts)
-    # A thread beside a forward pass on the CPU takes a core from under it, and the pass waits for its slowest thread.
-    ahead = nullcontext(wanted) if model.device.type == "cpu" else prefetch(wanted, PACKED_AHEAD)
     with writer, ahead as batches:
         for batch in batches:
             writer.add(batch, run_batch(model, plan, batch))
@@ -351,16 +224,20 @@ def _fill(
         raise InputError(f"corpus {corpus.name} gave no tokens: its {config.split} documents are empty")
 
 
-def _part(batches: Iterator[PackedBatch], start: int, stop: int) -> Iterator[PackedBatch]:
-    """The batches that hold contexts `start` (a batch's border) to `stop`, the last one cut to it."""
-    first = 0
-    for batch in batches:
-        if first >= stop:
-            return
-        if first >= start:
-            n = stop - first
-            yield PackedBatch(batch.tokens[:n], batch.doc[:n], batch.pos[:n], batch.flags[:n])
-        first += len(batch.tokens)
+def opened(
+    config: HarvestConfig, model: LoadedModel | None, corpus: Corpus | None, device: str
+) -> tuple[HarvestConfig, LoadedModel, Corpus]:
+    """The model and the corpus that a configuration names, where they are not given, and the configuration as it is
+    recorded. Raises InputError for what cannot be loaded."""
+    config = config.absolute()
+    model = model or load_model(config.model, device=device, dtype=config.model_dtype)
+    corpus = corpus or open_corpus(config.corpus, text_field=config.text_field)
+    # What was given is recorded under its own name: that says how it is to be given again.
+    if must_be_given(model.info.name):
+        config = replace(config, model=model.info.name)
+    if corpus.name.startswith(LIVE):
+        config = replace(config, corpus=corpus.name)
+    return config, model, corpus
 
 
 def harvest_into(
@@ -374,14 +251,7 @@ def harvest_into(
     on_progress: Callable[[HarvestProgress], None] | None = None,
 ) -> Harvest:
     """Opens what the configuration names and harvests into a folder; see `Workspace.harvest`."""
-    config = config.absolute()
-    model = model or load_model(config.model, device=device, dtype=config.model_dtype)
-    corpus = corpus or open_corpus(config.corpus, text_field=config.text_field)
-    # What was given is recorded under its own name: that says how it is to be given again.
-    if must_be_given(model.info.name):
-        config = replace(config, model=model.info.name)
-    if corpus.name.startswith(LIVE):
-        config = replace(config, corpus=corpus.name)
+    config, model, corpus = opened(config, model, corpus, device)
     if on_estimate is not None:
         on_estimate(estimate(model, corpus, config, folder))
     return run_harvest(model, corpus, config, folder, on_progress=on_progress)
@@ -394,21 +264,8 @@ def estimate_into(folder: Path, config: HarvestConfig, *, device: str = "auto") 
     return estimate(model, corpus, config.absolute(), folder)
 
 
-def run_batch(model: LoadedModel, plan: HarvestPlan, batch: PackedBatch) -> dict[str, Tensor]:
-    """Values by hook (gradients by `HOOK.grad`), [rows, width], as the model computed them, on its device."""
-    model.check_tokens(int(batch.tokens.max()))
-    if not model.causal:
-        refuse_padding(batch)
-    tokens = torch.from_numpy(batch.tokens).to(model.device, torch.int64, non_blocking=True)
-    counted = None
-    if plan.gradients:
-        counted = torch.from_numpy(batch.flags & FLAG_PADDING == 0).to(model.device)
-    captured = capture(model, tokens, plan.hooks, gradients=plan.gradients, counted=counted)
-    values = captured.activations | {name + GRADIENT: value for name, value in captured.gradients.items()}
-    return {name: value.flatten(0, 1).flatten(1) for name, value in values.items()}
-
-
-def _finish(folder: Path, model: LoadedModel, blocks: list[Block], plan: HarvestPlan) -> None:
+def finish(folder: Path, model: LoadedModel, blocks: list[Block], plan: HarvestPlan) -> None:
+    """Makes the DuckDB file of all blocks, with which the harvest is finished."""
     write_database(
         folder,
         blocks,

@@ -9,7 +9,7 @@ the model can run ahead of the disk.
 import errno
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +17,8 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
@@ -104,7 +105,7 @@ class BlockWriter:
     def add(self, batch: PackedBatch, values: Mapping[str, Float[Tensor, "rows width"]]) -> None:
         """Takes the values of a batch, [batch rows, width] by hook name, in any precision."""
         buffer = self._buffer = self._buffer or self._free_buffer()
-        scale = self._scale = self._scale if self._scale is not None else _gradient_scale(values)
+        scale = self._scale = self._scale if self._scale is not None else gradient_scale(values)
         rows = slice(buffer.filled, buffer.filled + batch.tokens.size)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
@@ -116,7 +117,7 @@ class BlockWriter:
                 buffer.extremes += torch.aminmax(stored)
                 if self._stream is not None:
                     value.record_stream(self._stream)
-        columns = {"token": batch.tokens, "doc": batch.doc, "pos": batch.pos, "flags": self._flags(batch)}
+        columns = {"token": batch.tokens, "doc": batch.doc, "pos": batch.pos, "flags": flags_of(batch, self._widths)}
         for name, column in columns.items():
             buffer.columns[name][rows].copy_(torch.from_numpy(column).flatten())
         buffer.filled = rows.stop
@@ -147,22 +148,14 @@ class BlockWriter:
         buffer.start()
         return buffer
 
-    def _flags(self, batch: PackedBatch) -> np.ndarray:
-        if not any(name.endswith(GRADIENT) for name in self._widths):
-            return batch.flags
-        # A position that is last, or last before padding, predicts nothing and nothing later that counts reads it.
-        flags = batch.flags.copy()
-        flags[:, -1] |= FLAG_NO_GRADIENT
-        flags[:, :-1][batch.flags[:, 1:] & FLAG_PADDING != 0] |= FLAG_NO_GRADIENT
-        return flags
-
     def _write(self, buffer: _Buffer, number: int, first_row: int, before: "Future[None] | None") -> None:
         if buffer.arrived is not None:
             buffer.arrived.synchronize()
         rows = buffer.filled
         values = {name: value[:rows] for name, value in buffer.values.items()}
         if not all(bool(torch.isfinite(extreme).all()) for extreme in buffer.extremes):
-            raise _not_finite(values, first_row, self._context_len)
+            problem = not_finite(values, first_row, self._context_len)
+            raise InputError(f"{problem}; the {first_row:,} rows before are kept")
         columns = {name: column[:rows] for name, column in buffer.columns.items()}
         hooks: dict[str, StoredFile] = {}
         try:
@@ -185,7 +178,18 @@ class BlockWriter:
             ) from None
 
 
-def _gradient_scale(values: Mapping[str, Tensor]) -> dict[str, float]:
+def flags_of(batch: PackedBatch, names: Iterable[str]) -> UInt8[NDArray, "contexts context_len"]:
+    """The batch's flags; where gradients are among what is stored, also which rows have none."""
+    if not any(name.endswith(GRADIENT) for name in names):
+        return batch.flags
+    # A position that is last, or last before padding, predicts nothing and nothing later that counts reads it.
+    flags = batch.flags.copy()
+    flags[:, -1] |= FLAG_NO_GRADIENT
+    flags[:, :-1][batch.flags[:, 1:] & FLAG_PADDING != 0] |= FLAG_NO_GRADIENT
+    return flags
+
+
+def gradient_scale(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Powers of two that bring the first batch's gradients to a root mean square near one, so that float16 holds
     them; the same for all later batches."""
     scales = {}
@@ -196,7 +200,8 @@ def _gradient_scale(values: Mapping[str, Tensor]) -> dict[str, float]:
     return scales
 
 
-def _not_finite(values: Mapping[str, Tensor], first_row: int, context_len: int) -> InputError:
+def not_finite(values: Mapping[str, Float[Tensor, "rows width"]], first_row: int, context_len: int) -> str:
+    """Says where the first value lies that is not finite, and what helps."""
     first_wrong = {name: torch.nonzero(~torch.isfinite(value).all(dim=1))[:1] for name, value in values.items()}
     name, at = next((name, int(found)) for name, found in first_wrong.items() if len(found))
     row, value = first_row + at, values[name][at]
@@ -207,4 +212,4 @@ def _not_finite(values: Mapping[str, Tensor], first_row: int, context_len: int) 
         problem = f"a value too large for {dtype}"
         remedy = "harvest with --dtype bfloat16 or float32" if dtype == "float16" else "check the model"
     where = f"context {row // context_len}, position {row % context_len}"
-    return InputError(f"{problem} at {name}, row {row} ({where}): {remedy}; the {first_row:,} rows before are kept")
+    return f"{problem} at {name}, row {row} ({where}): {remedy}"

@@ -218,16 +218,23 @@ def _parameters(config: TrainConfig, d_in: int, d_out: int) -> int:
     return (d_in + d_out + 1) * config.d_sae + d_out + d_in * d_out * config.skip
 
 
-def check_memory(configs: Sequence[TrainConfig], d_in: int, d_out: int, device: torch.device | str) -> None:
-    """Raises InputError, with what they take, when the device cannot hold these SAEs until they are finished."""
+def check_memory(
+    configs: Sequence[TrainConfig], d_in: int, d_out: int, device: torch.device | str, more: int = 0
+) -> None:
+    """Raises InputError, with what they take, when the device cannot hold these SAEs until they are finished.
+
+    Args:
+        more: bytes that something beside them takes.
+    """
     where = torch.device(device)
     widest = max(_parameters(config, d_in, d_out) for config in configs)
     finishing = BYTES_OF_FINISHING * widest if where.type == "cpu" else 0
-    SweepEstimate(len(configs), memory(configs, d_in, d_out) + finishing, free_bytes(where), 0.0).check()
+    needed = memory(configs, d_in, d_out) + finishing + more
+    SweepEstimate(len(configs), needed, free_bytes(where), 0.0).check()
 
 
 def estimate(
-    configs: Sequence[TrainConfig], source: BatchSource | TargetSource, *, device: torch.device | str
+    configs: Sequence[TrainConfig], source: BatchSource | TargetSource, *, device: torch.device | str, more: int = 0
 ) -> SweepEstimate:
     """Memory and time of training `configs` on one stream.
 
@@ -235,13 +242,14 @@ def estimate(
         configs: what is to be trained.
         source: a stream for the trial; it is moved, so give one of its own.
         device: where training will run.
+        more: bytes that something beside it takes.
 
     Raises:
         InputError: more memory than the device has free, before the trial.
     """
     where = torch.device(device)
     widths = (source.d_in, source.d_in) if not isinstance(source, TargetSource) else _first_widths(source)
-    needed = SweepEstimate(len(configs), memory(configs, *widths), free_bytes(where), 0.0)
+    needed = SweepEstimate(len(configs), memory(configs, *widths) + more, free_bytes(where), 0.0)
     needed.check()
     kinds: dict[str, float] = {}
     seconds = 0.0

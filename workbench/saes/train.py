@@ -1,4 +1,5 @@
-"""Training runs of a workspace: SAEs, transcoders or crosscoders, side by side on one stream of activations.
+"""Training runs of a workspace: SAEs, transcoders or crosscoders, side by side on one stream of activations, of a
+harvest or of a model that runs beside training (`workbench.saes.feeding`).
 
 1. The run's record is written first; a run of the same name and settings is resumed, or answered at once when it is
    finished.
@@ -23,18 +24,17 @@ from sae import checkpoint
 from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.model import SAE
-from sae.source import BatchSource, TargetSource
 from sae.training import StepMetrics, TrainedSAE, check_configs, train
 from sae.transcoder import Transcoder
-from sae.transcoder_set import TranscoderSet, folder_of
+from sae.transcoder_set import TranscoderSet
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import versions
 from workbench.catalog.runs import Run
 from workbench.disk.locks import RunLock
 from workbench.disk.names import new_folder
-from workbench.harvest.reading import Harvest
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.devices import choose_device
-from workbench.saes.hook_pairs import HookPairs, choose_pairs
+from workbench.saes.feeding import Feed, FromHarvest, FromModel, needs_gradients
 from workbench.saes.sweeps import SweepEstimate, check_memory, estimate
 
 OnMetrics = Callable[[StepMetrics], None]
@@ -43,48 +43,54 @@ OnMetrics = Callable[[StepMetrics], None]
 def train_all(
     catalog: Catalog,
     run: str,
-    harvest: str | Sequence[str],
+    source: str | Sequence[str] | HarvestConfig,
     configs: Sequence[TrainConfig],
     *,
     hook: str | Sequence[str] | None = None,
     target_hook: str | None = None,
+    each: bool = False,
     device: str = "auto",
     on_metrics: OnMetrics | None = None,
+    **streaming: Any,
 ) -> list[TrainedSAE]:
     """Trains SAEs side by side and saves them; see the module's description.
 
     Args:
         run: the run's name; the SAEs are saved under their configurations' names.
-        harvest: name of a finished harvest; several of the same tokens, of two models say, for crosscoders.
+        source: name of a finished harvest, several of the same tokens, of two models say, for crosscoders; or what a
+            harvest would be made from: then the model runs beside training, and nothing is stored. How many tokens are
+            read is said by the configurations.
         configs: one configuration per SAE.
-        hook: hook point to train on; may be left out when the harvest has only one. Several for crosscoders.
+        hook: hook point to train on; may be left out when there is only one. Several for crosscoders.
         target_hook: hook point that transcoders predict. With a * for the layer in both, one configuration makes a set,
             a transcoder for every layer, saved as one thing.
+        each: several hook points are an SAE's each, `NAME-HOOK`, in place of a crosscoder of all.
         device: `auto`, `cpu`, `cuda`, ...
         on_metrics: called with every SAE's metrics as they are reported.
+        streaming: without a harvest: `keep`, the name of a harvest to write on the way, `buffer_rows`, how many rows
+            are shuffled together, `model` and `corpus`, already loaded.
 
     Returns:
-        One entry per configuration, in their order: the SAE, or the reason why there is none. An SAE that fails leaves
-        the others running.
+        One entry per configuration and hook point, in their order: the SAE, or the reason why there is none. An SAE
+        that fails leaves the others running.
 
     Raises:
-        InputError: unknown harvest or hook, names taken, a finished run whose SAE was removed, too little memory, or
-            harvests of different tokens.
+        InputError: unknown harvest, model, corpus or hook, names taken, a finished run whose SAE was removed, too
+            little memory, or harvests of different tokens.
     """
-    source, places = _places(catalog, harvest, hook, target_hook)
     chosen = str(choose_device(device))
-    configs = _of_layers(configs, places)
+    feed = _feed(catalog, source, configs, hook, target_hook, chosen, each=each, **streaming)
+    configs = feed.places.spread(configs)
     check_configs(configs)
-    check_memory(configs, *places.widths(source), chosen)
     record = Run(new_folder(catalog.run_folder(run)))
     if record.failed:
         shutil.rmtree(record.folder)
     description = {
-        "harvest": harvest if isinstance(harvest, str) else " + ".join(harvest), "hook": places.hook, "device": chosen,
+        **feed.description, "hook": feed.places.hook, "device": chosen,
         "configs": [config.to_dict() for config in configs],
     }  # fmt: skip
-    if places.target_hook is not None:
-        description["target_hook"] = places.target_hook
+    if feed.places.target_hook is not None:
+        description["target_hook"] = feed.places.target_hook
     if record.finished:
         record.start(description)
         return _finished(catalog, record, configs)
@@ -92,9 +98,10 @@ def train_all(
     for config in configs:
         if config.name not in done:
             catalog.check_new_sae(config.name)
+    check_memory(configs, *feed.widths, chosen, feed.buffer_bytes)
     resuming = record.start(description)
     try:
-        trained = _run(catalog, record, source, places, configs, chosen, resuming, done, on_metrics)
+        trained = _run(catalog, record, feed, configs, chosen, resuming, done, on_metrics)
     except InputError:
         if not resuming and not len(record.metrics()):
             shutil.rmtree(record.folder)
@@ -102,11 +109,53 @@ def train_all(
     return [_trained(catalog, result.config, result.error) for result in trained]
 
 
+def estimate_training(
+    catalog: Catalog,
+    source: str | Sequence[str] | HarvestConfig,
+    configs: Sequence[TrainConfig],
+    *,
+    hook: str | Sequence[str] | None = None,
+    target_hook: str | None = None,
+    each: bool = False,
+    device: str = "auto",
+    **streaming: Any,
+) -> SweepEstimate:
+    """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
+
+    Raises:
+        InputError: as `train_all`.
+    """
+    chosen = str(choose_device(device))
+    feed = _feed(catalog, source, configs, hook, target_hook, chosen, each=each, **{**streaming, "keep": None})
+    configs = feed.places.spread(configs)
+    with feed.rows(configs) as rows:
+        return estimate(configs, rows, device=chosen, more=feed.buffer_bytes)
+
+
+def _feed(
+    catalog: Catalog,
+    source: str | Sequence[str] | HarvestConfig,
+    configs: Sequence[TrainConfig],
+    hook: str | Sequence[str] | None,
+    target_hook: str | None,
+    device: str,
+    *,
+    each: bool,
+    **streaming: Any,
+) -> Feed:
+    if isinstance(source, HarvestConfig):
+        gradients = needs_gradients(configs)
+        return FromModel(catalog, source, hook, target_hook, device, each=each, gradients=gradients, **streaming)
+    wrong = next((name for name, value in streaming.items() if value is not None), None)
+    if wrong is not None:
+        raise InputError(f"{wrong} is for training without a harvest: leave it out, or the harvest")
+    return FromHarvest(catalog, source, hook, target_hook, device, each=each)
+
+
 def _run(
     catalog: Catalog,
     record: Run,
-    source: Harvest,
-    places: HookPairs,
+    feed: Feed,
     configs: Sequence[TrainConfig],
     device: str,
     resuming: bool,
@@ -116,12 +165,12 @@ def _run(
     """Steps 2 and 3 of the module's description; `done` are SAEs that this run has saved before."""
     with RunLock(record.folder):
         try:
-            trained = _train(record, source, places, configs, device, resuming, on_metrics)
+            trained = _train(record, feed, configs, device, resuming, on_metrics)
         except RuntimeError as error:
             # Out of memory, say; beside others the trainer takes out the one it happens to.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             trained = [TrainedSAE(config, None, reason) for config in configs]
-        trained = _save(catalog, record, source, places, trained, done)
+        trained = _save(catalog, record, feed, trained, done)
         record.finish(
             [config.to_dict() for config in configs],
             errors={result.config.name: result.error for result in trained if result.error},
@@ -130,58 +179,15 @@ def _run(
     return trained
 
 
-def estimate_training(
-    catalog: Catalog,
-    harvest: str | Sequence[str],
-    configs: Sequence[TrainConfig],
-    *,
-    hook: str | Sequence[str] | None = None,
-    target_hook: str | None = None,
-    device: str = "auto",
-) -> SweepEstimate:
-    """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
-
-    Raises:
-        InputError: unknown harvest or hook, or too little memory.
-    """
-    chosen = str(choose_device(device))
-    source, places = _places(catalog, harvest, hook, target_hook)
-    configs = _of_layers(configs, places)
-    return estimate(configs, _loader(source, places, configs, chosen), device=chosen)
-
-
-def _places(
-    catalog: Catalog, harvest: str | Sequence[str], hook: str | Sequence[str] | None, target_hook: str | None
-) -> tuple[Harvest, HookPairs]:
-    """The first of the harvests, and where the run reads them."""
-    sources = [catalog.open_harvest(name) for name in ([harvest] if isinstance(harvest, str) else harvest)]
-    return sources[0], choose_pairs(sources, hook, target_hook)
-
-
-def _of_layers(configs: Sequence[TrainConfig], places: HookPairs) -> list[TrainConfig]:
-    """The configurations, of sets one for every layer."""
-    if not places.is_set:
-        return list(configs)
-    layers = range(len(places.pairs))
-    return [replace(config, name=f"{config.name}.{folder_of(i)}") for config in configs for i in layers]
-
-
-def _save(
-    catalog: Catalog, record: Run, source: Harvest, places: HookPairs, trained: list[TrainedSAE], done: Set[str]
-) -> list[TrainedSAE]:
+def _save(catalog: Catalog, record: Run, feed: Feed, trained: list[TrainedSAE], done: Set[str]) -> list[TrainedSAE]:
     """Saves what was trained and is not there yet, and returns what became of it all."""
 
     def provenance(sae: SAE, config: TrainConfig) -> dict[str, Any]:
         target = {"target_hook": sae.target_hook_name} if isinstance(sae, Transcoder) else {}
-        made: dict[str, Any] = {"run": record.name, "harvest": source.provenance(), "hook": sae.hook_name, **target}
-        if places.parts:
-            made["parts"] = [
-                {"name": name, "harvest": place.harvest.provenance(), "hook": place.hook}
-                for name, place in places.parts
-            ]
+        made = {"run": record.name, **feed.provenance, "hook": sae.hook_name, **target}
         return {**made, "versions": versions(), "training": config.to_dict()}
 
-    if not places.is_set:
+    if not feed.places.is_set:
         for result in trained:
             if result.sae is not None and result.config.name not in done:
                 catalog.add_sae(result.config.name, result.sae, provenance(result.sae, result.config))
@@ -205,14 +211,13 @@ def _save(
 
 def _train(
     record: Run,
-    source: Harvest,
-    places: HookPairs,
+    feed: Feed,
     configs: Sequence[TrainConfig],
     device: str,
     resuming: bool,
     on_metrics: OnMetrics | None,
 ) -> list[TrainedSAE]:
-    """The trainer on the harvest's stream, its metrics kept in the run's record."""
+    """The trainer on the stream, its metrics kept in the run's record."""
     if resuming:
         record.drop_metrics_after(checkpoint.tokens_done(record.checkpoints))
 
@@ -221,24 +226,18 @@ def _train(
         if on_metrics is not None:
             on_metrics(metrics)
 
-    return train(
-        configs,
-        _loader(source, places, configs, device),
-        pairs=places.pairs_of(len(configs)),
-        device=device,
-        checkpoint_dir=record.checkpoints,
-        resume=resuming,
-        on_metrics=report,
-        hook_name=places.hook,
-        model_name=source.model["name"],
-    )
-
-
-def _loader(
-    source: Harvest, places: HookPairs, configs: Sequence[TrainConfig], device: str
-) -> BatchSource | TargetSource:
-    gradients = any(config.rule.needs_gradients for config in configs)
-    return places.loader(source, configs[0].seed, device, gradients=gradients)
+    with feed.rows(configs) as rows:
+        return train(
+            configs,
+            rows,
+            pairs=feed.places.pairs_of(len(configs)),
+            device=device,
+            checkpoint_dir=record.checkpoints,
+            resume=resuming,
+            on_metrics=report,
+            hook_name=feed.places.hook,
+            model_name=feed.model_name,
+        )
 
 
 def _finished(catalog: Catalog, record: Run, configs: Sequence[TrainConfig]) -> list[TrainedSAE]:

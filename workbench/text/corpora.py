@@ -101,8 +101,12 @@ class Corpus:
             raise InputError(f"corpus {name} holds no text: its files are empty")
         self._single = first[0] if len(first) == 1 else None
 
-    def documents(self, split: Split) -> Iterator[Document]:
-        """The documents of one side of the split, always in the same order. Raises InputError when there are none."""
+    def documents(self, split: Split, start: int = 0) -> Iterator[Document]:
+        """The documents of one side of the split, always in the same order. Raises InputError when there are none.
+
+        Args:
+            start: index of the first that is wanted; those before are not read where they lie in files of their own.
+        """
         if self._single is not None:
             content = self._single.read()
             cut = len(content) - len(content) // HELD_OUT_ONE_IN
@@ -112,7 +116,8 @@ class Corpus:
         for total, entry in enumerate(self._entries(), start=1):
             if self._split(entry.name) == split:
                 found += 1
-                yield _document(total - 1, entry.name, entry.read())
+                if total > start:
+                    yield _document(total - 1, entry.name, entry.read())
         if not found:
             raise InputError(
                 f"corpus {self.name} has {total} documents and none of them is in its {split} split: "

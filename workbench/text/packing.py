@@ -57,6 +57,22 @@ class PackedBatch:
     """FLAG_... bits; 0 for an ordinary token."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place between two contexts, by the last token before it."""
+
+    document: int
+    """Index of its document."""
+    position: int
+    """Its position in the document."""
+
+
+def place_after(batch: PackedBatch) -> Place:
+    """Where the contexts after a batch begin."""
+    last = np.flatnonzero(batch.pos[-1] >= 0)[-1]
+    return Place(int(batch.doc[-1, last]), int(batch.pos[-1, last]))
+
+
 def refuse_padding(batch: PackedBatch) -> None:
     """Raises InputError for contexts with padding, which a model whose tokens see later ones would read."""
     if (batch.flags & FLAG_PADDING).any():
@@ -75,6 +91,7 @@ def pack(
     *,
     separate: bool = False,
     split_special_tokens: bool = False,
+    after: Place | None = None,
 ) -> Iterator[PackedBatch]:
     """Yields batches of `batch_contexts` contexts (the last may be smaller); the same for the same input.
 
@@ -82,6 +99,7 @@ def pack(
         bos_id: None for a model that knows none.
         separate: no context holds parts of two documents.
         split_special_tokens: the text of a special token is its characters, as in harvests begun before it was one.
+        after: where contexts begin, given the documents from that place's on; at the beginning when None.
 
     Raises:
         InputError: contexts too short to hold BOS and a token.
@@ -89,7 +107,10 @@ def pack(
     if context_len < 2:
         raise InputError(f"a context must hold BOS and at least one token, got context length {context_len}")
     contexts: list[NDArray[np.int32]] = []
-    for context in _contexts(_encoded(documents, tokenizer, split_special_tokens), bos_id, context_len, separate):
+    pieces = _encoded(documents, tokenizer, split_special_tokens)
+    if after is not None:
+        pieces = _rest(pieces, after)
+    for context in _contexts(pieces, bos_id, context_len, separate):
         contexts.append(context)
         if len(contexts) == batch_contexts:
             yield _batch(contexts)
@@ -106,6 +127,13 @@ class _Piece:
     first: int
     """Position of the first of them in the document."""
     ids: NDArray[np.int32]
+
+
+def _rest(pieces: Iterable[_Piece], after: Place) -> Iterator[_Piece]:
+    """What is left after a place."""
+    for piece in pieces:
+        done = after.position + 1 - piece.first if piece.document.index == after.document else 0
+        yield _Piece(piece.document, piece.first + done, piece.ids[done:]) if done > 0 else piece
 
 
 def _contexts(

@@ -15,7 +15,7 @@ from workbench.circuits.head_features import family, of_head, polysemantic_share
 from workbench.cli.main import run
 from workbench.features.index.feature import Concept
 from workbench.features.index.query import FeatureIndex
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
 

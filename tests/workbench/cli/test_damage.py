@@ -12,7 +12,7 @@ from sae.errors import InputError
 from sae.rules import TopK
 from workbench.catalog.runs import Run
 from workbench.cli.main import run
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.workspace import Workspace
 
 HOOK = "blocks.1.hook_resid_post"

@@ -17,7 +17,7 @@ from workbench.features.concepts import report as stored
 from workbench.features.concepts.random_model import save_random_copy
 from workbench.features.concepts.report import align_sae, compare, match, truth_of
 from workbench.features.concepts.truth import ConceptTruth, from_corpus
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel, load_model
 from workbench.text.corpora import open_corpus
 from workbench.text.python_source import stdlib_files

@@ -23,7 +23,7 @@ from workbench.features.concepts.alignment import held_out_half
 from workbench.features.concepts.report import align_sae, truth_of
 from workbench.features.index.on_text import activations_on_text
 from workbench.features.steering import Edit, EditKind, edited, steer
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 
+import workbench.harvest.plan
 import workbench.harvest.run
 from sae.errors import InputError
 from workbench.disk.locks import FILE as LOCK
 from workbench.harvest.blocks import map_tensors
+from workbench.harvest.plan import DATABASE_BYTES, HarvestConfig
 from workbench.harvest.reading import Harvest
 from workbench.harvest.record import DATABASE, DESCRIPTION
-from workbench.harvest.run import DATABASE_BYTES, HarvestConfig, HarvestProgress, estimate, run_harvest
+from workbench.harvest.run import HarvestProgress, estimate, run_harvest
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
@@ -37,8 +39,8 @@ CONTEXT, BLOCK_ROWS = 16, 128
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of eight contexts, in batches of three: six to a block."""
-    monkeypatch.setattr(workbench.harvest.run, "BLOCK_ROWS", BLOCK_ROWS)
-    monkeypatch.setattr(workbench.harvest.run, "BATCH_TOKENS", {"cpu": 48, "cuda": 48})
+    monkeypatch.setattr(workbench.harvest.plan, "BLOCK_ROWS", BLOCK_ROWS)
+    monkeypatch.setattr(workbench.harvest.plan, "BATCH_TOKENS", {"cpu": 48, "cuda": 48})
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +180,15 @@ KILLED_AT_EVERY_STEP = """
 import itertools, os, signal, sys
 from pathlib import Path
 import torch
+import workbench.harvest.plan as plan
 import workbench.harvest.run as harvest
 from workbench.text.corpora import open_corpus
 from workbench.models.load import load_model
 
 torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
-harvest.BLOCK_ROWS, harvest.BATCH_TOKENS = 128, {"cpu": 48}
+plan.BLOCK_ROWS, plan.BATCH_TOKENS = 128, {"cpu": 48}
 model, corpus = load_model(sys.argv[1], device="cpu"), open_corpus(sys.argv[2])
-config = harvest.HarvestConfig(sys.argv[1], sys.argv[2], ("blocks.1.hook_resid_post",), context_len=16, max_tokens=300)
+config = plan.HarvestConfig(sys.argv[1], sys.argv[2], ("blocks.1.hook_resid_post",), context_len=16, max_tokens=300)
 
 def attempt(folder, kill_at):
     '''Harvests in a process that is killed before its `kill_at`-th step towards the disk; its exit code.'''

@@ -13,7 +13,7 @@ from sae import SAE, TopK
 from workbench import Workspace
 from workbench.features.index.build import build_index
 from workbench.features.index.segments import Entries
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel
 
 N_TOKENS, D_SAE, CONTEXT = 400, 24, 16

@@ -18,7 +18,7 @@ from workbench import Workspace
 from workbench.features.index import segments as segments_module
 from workbench.features.index.build import build_index, read_meta
 from workbench.features.index.segments import Segments, write_segments
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel
 
 HOOK = "blocks.1.hook_resid_post"

@@ -12,7 +12,7 @@ from workbench import Workspace
 from workbench.features.index.build import build_index
 from workbench.features.index.page import document
 from workbench.features.index.query import FeatureIndex
-from workbench.harvest.run import HarvestConfig
+from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel
 
 HOOK = "blocks.1.hook_resid_post"

@@ -1,0 +1,199 @@
+"""Training straight from a model: what comes of it, what is refused, and kills at random moments."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sae import InputError, Transcoder
+from sae.config import TrainConfig
+from sae.rules import BatchTopK, GradientTopK, TopK
+from workbench.catalog.gc import verify
+from workbench.cli.main import run
+from workbench.harvest.plan import HarvestConfig
+from workbench.workspace import Workspace
+
+HOOK, OTHER = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"
+CONFIG = TrainConfig(name="s", total_tokens=40 * 64, batch_size=64, d_sae=48, rule=TopK(4))
+STREAM = {"buffer_rows": 512, "device": "cpu"}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "ws")
+
+
+@pytest.fixture
+def source(tiny_gpt2: Path, corpus_folder: Path) -> HarvestConfig:
+    return HarvestConfig(str(tiny_gpt2), str(corpus_folder), (), context_len=32)
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streamed")
+    texts = [f"class C{i}:\n    def f(self):\n        return {i} * {i % 7}\n" * 3 for i in range(99)]
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return folder
+
+
+def test_a_streamed_run_is_listed_evaluated_and_answers_again(
+    workspace: Workspace, source: HarvestConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trained,) = workspace.train("r", source, [CONFIG], hook=HOOK, **STREAM)
+    assert workspace.harvests() == []
+    origin = workspace.origin("s")
+    assert (origin.harvest, origin.hook, origin.context_len) == (None, HOOK, 32)
+    assert (origin.model, origin.corpus) == (source.model, source.corpus)
+    assert run(["info", "--workspace", str(workspace.path), "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (listed["harvest"], listed["model"], listed["corpus"]) == (None, source.model, source.corpus)
+    (summary,) = workspace.runs()
+    assert summary.state == "finished"
+    assert summary.rows_from == f"{source.model} on {source.corpus}"
+    assert workspace.evaluate(["s"], max_tokens=512, device="cpu")[0].l0 == 4
+    # Without loading the model again.
+    monkeypatch.setattr("workbench.saes.feeding.opened", None)
+    (again,) = workspace.train("r", source, [CONFIG], hook=HOOK, **STREAM)
+    assert again.fingerprint() == trained.fingerprint()
+
+
+def test_a_kept_harvest_is_the_streams_and_training_on_it_goes(workspace: Workspace, source: HarvestConfig) -> None:
+    workspace.train("r", source, [CONFIG], hook=HOOK, keep="kept", **STREAM)
+    harvest = workspace.open_harvest("kept")
+    assert verify(harvest.directory) == []
+    assert harvest.n_trainable_rows >= CONFIG.total_tokens
+    assert workspace.origin("s").harvest == "kept"
+    assert workspace.runs()[0].rows_from.endswith("kept as kept")
+    assert workspace.build_index("s", device="cpu").tokens == harvest.n_trainable_rows
+    made = workspace.harvest("same", HarvestConfig(source.model, source.corpus, (HOOK,), context_len=32), device="cpu")
+    assert (harvest.vectors(HOOK).rows(range(harvest.n_rows)) == made.vectors(HOOK).rows(range(harvest.n_rows))).all()
+
+
+def test_several_hook_points_share_one_pass(workspace: Workspace, source: HarvestConfig) -> None:
+    configs = [CONFIG, TrainConfig(**{**vars(CONFIG), "name": "t", "rule": BatchTopK(4)})]
+    made = workspace.train_all("r", source, configs, hook=[HOOK, OTHER], each=True, **STREAM)
+    assert [result.config.name for result in made] == [f"s-{HOOK}", f"s-{OTHER}", f"t-{HOOK}", f"t-{OTHER}"]
+    assert [result.sae.hook_name for result in made if result.sae] == [HOOK, OTHER, HOOK, OTHER]
+    alone = workspace.train("alone", source, [CONFIG], hook=HOOK, **STREAM)
+    assert alone[0].fingerprint() == made[0].sae.fingerprint()  # type: ignore[union-attr]
+    # The same from a harvest that holds both.
+    both = HarvestConfig(source.model, source.corpus, (HOOK, OTHER), context_len=32)
+    workspace.harvest("h", both, device="cpu")
+    again = [TrainConfig(**{**vars(CONFIG), "name": "u"})]
+    harvested = workspace.train_all("h", "h", again, hook=[HOOK, OTHER], each=True)
+    assert [result.sae.hook_name for result in harvested if result.sae] == [HOOK, OTHER]
+
+
+def test_transcoders_sets_and_gradients(workspace: Workspace, source: HarvestConfig) -> None:
+    read, written = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+    (one,) = workspace.train("r", source, [CONFIG], hook=read, target_hook=written, **STREAM)
+    assert isinstance(one, Transcoder)
+    assert (one.hook_name, one.target_hook_name) == (read, written)
+    made = TrainConfig(**{**vars(CONFIG), "name": "set"})
+    pattern = {"hook": "blocks.*.mlp.hook_in", "target_hook": "blocks.*.hook_mlp_out"}
+    workspace.train("set", source, [made], **pattern, **STREAM)
+    assert len(workspace.transcoders("set")) == 3
+    graded = TrainConfig(**{**vars(CONFIG), "name": "g", "rule": GradientTopK(4)})
+    assert workspace.train("g", source, [graded], hook=HOOK, **STREAM)[0].hook_name == HOOK
+
+
+def test_the_command_trains_estimates_and_names_what_is_missing(
+    workspace: Workspace, source: HarvestConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--workspace", str(workspace.path), "--device", "cpu"]
+    asked = ["--name", "c", "--model", source.model, "--corpus", source.corpus, "--context", "32", "--tokens", "2000",
+             "--batch-size", "64", "--d-sae", "48", "--k", "4", "--buffer", "512"]  # fmt: skip
+    assert run(["train", *asked, "--hook", HOOK, *at, "--estimate-only", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["saes"] == 1
+    assert run(["train", *asked, "--hook", HOOK, "--hook", OTHER, "--each", "--baseline", *at]) == 0
+    assert len(workspace.saes()) == 4
+    capsys.readouterr()
+    for wrong, message in [
+        (["train", "--name", "d", *at], "name a harvest, or a model with --model"),
+        (["train", "h", "--name", "d", "--keep", "k", *at], "--keep does not go with the harvest 'h'"),
+        (["train", *asked[2:], "--name", "d", *at], "give one, --hook"),
+        (["train", *asked[2:], "--name", "d", "--hook", HOOK, "--hook", OTHER, *at], "--each for an SAE at each"),
+        (["train", *asked[2:], "--name", "d", "--hook", "blocks.9.hook_resid_post", *at], "blocks.9"),
+        (["train", *asked[2:], "--name", "d", "--hook", HOOK, "--buffer", "0", *at], "--buffer"),
+    ]:
+        assert run(wrong) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="keep is for training without a harvest"):
+        workspace.train("x", "h", [CONFIG], keep="k")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+import workbench.harvest.plan as plan, sae.training, sae.checkpoint
+from sae.config import TrainConfig
+from sae.rules import BatchTopK, TopK
+from workbench.workspace import Workspace
+
+torch.set_num_threads(1)
+plan.BLOCK_ROWS, plan.BATCH_TOKENS = 512, {"cpu": 128}
+train = sae.training.train
+import workbench.saes.train as runs
+runs.train = lambda *given, **more: train(*given, **{**more, "checkpoint_seconds": 0.05})
+source = plan.HarvestConfig(sys.argv[2], sys.argv[3], (), context_len=32)
+configs = [TrainConfig(name=rule.name, total_tokens=120 * 64, batch_size=64, d_sae=64, rule=rule)
+           for rule in (TopK(4), BatchTopK(4))]
+print("begun", flush=True)
+Workspace(sys.argv[1]).train("r", source, configs, hook="blocks.1.hook_resid_post", buffer_rows=512, keep="kept",
+                             device="cpu")
+"""
+
+
+def contents(workspace: Path) -> dict[str, bytes]:
+    """The SAEs' weights, and the kept harvest but for its DuckDB file and record of versions."""
+    files = [*workspace.glob("saes/*/sae_weights.safetensors"), *workspace.glob("harvests/kept/*/**/*.safetensors")]
+    return {str(file.relative_to(workspace)): file.read_bytes() for file in sorted(files)}
+
+
+def attempt(workspace: Path, given: list[str], kill_after: float | None, how: int) -> bool:
+    """Trains in a process that is stopped some seconds after it has begun; whether it came to its end before."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(workspace), *given], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=dict(os.environ))  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    if kill_after is not None:
+        try:
+            process.wait(kill_after)
+        except subprocess.TimeoutExpired:
+            process.send_signal(how)
+    _, errors = process.communicate()
+    assert process.returncode in (0, -how, 1), errors
+    assert process.returncode != 1 or "KeyboardInterrupt" in errors, errors
+    return process.returncode == 0
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
+    kills: int, tiny_gpt2: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    given = [str(tiny_gpt2), str(corpus_folder)]
+    started = time.monotonic()
+    assert attempt(tmp_path / "whole", given, None, signal.SIGKILL)
+    seconds = time.monotonic() - started
+    wanted = contents(tmp_path / "whole")
+    assert len(wanted) > 8
+    chance = random.Random(kills)
+    stopped, number = 0, 0
+    while stopped < kills:
+        workspace = tmp_path / f"killed{number}"
+        for _ in range(min(4, kills - stopped)):
+            how = chance.choice([signal.SIGKILL, signal.SIGINT])
+            if attempt(workspace, given, chance.uniform(0, 0.8 * seconds), how):
+                break
+            stopped += 1
+        assert attempt(workspace, given, None, signal.SIGKILL)
+        assert contents(workspace) == wanted
+        assert verify(workspace / "harvests/kept") == []
+        number += 1

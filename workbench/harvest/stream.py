@@ -1,0 +1,296 @@
+"""Shuffled batches straight from a model, without a harvest (`workbench.harvest.shuffled` says what a stream is).
+
+1. The corpus is packed into contexts and run through the model batch by batch, exactly as for a harvest: the rows of an
+   epoch are that harvest's rows.
+2. A chunk is the next `buffer_rows` of them. They are written on the device as they come, the usable ones permuted.
+3. There are two chunks. While batches are taken from one, the model fills the other: whenever a batch has been taken,
+   it goes on until the one is as full as the other is used; on a GPU on a CUDA stream of its own, beside training.
+4. The state names the chunk and the place in the corpus where it begins. Going on, the model runs over that chunk
+   again: nothing but the place is stored, and nothing before that document is read as text.
+
+A batch of 4,096 from a chunk of 262,144 rows has 4 rows of every context of 256 among others of 1,024 contexts, and no
+row a second time in an epoch. docs/scale.md compares that with batches from a harvest.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae.errors import InputError
+from workbench.harvest.keeping import KeptHarvest
+from workbench.harvest.passes import contexts, run_batch
+from workbench.harvest.plan import HarvestConfig, HarvestPlan
+from workbench.harvest.record import GRADIENT
+from workbench.harvest.shuffled import Chunk, ShuffledRows, generator
+from workbench.harvest.writing import flags_of, gradient_scale, not_finite
+from workbench.models.model import LoadedModel
+from workbench.text.corpora import Corpus
+from workbench.text.packing import FLAG_OK, PackedBatch, Place, is_ordinary, place_after
+
+BUFFER_ROWS = 262_144
+"""Of a chunk of one or two vectors a row; chunks of more are shorter, so that they take no more memory."""
+
+
+class _Filling:
+    """A chunk while the model fills it."""
+
+    def __init__(
+        self, cursor: tuple[int, int], after: Place | None, columns: Sequence[Float[Tensor, "rows w"]]
+    ) -> None:
+        self.cursor, self.after, self.columns = cursor, after, columns
+        self.flags: list[NDArray[np.uint8]] = []
+        self.extremes: list[Tensor] = []
+        """Smallest and largest value of every batch and column: finite if and only if all values are."""
+        self.rows = 0
+        self.end = after
+        """The place after what is filled."""
+        self.corpus_ended = False
+
+
+class ModelRows(ShuffledRows):
+    """Rows of a model's activations over a corpus; a context manager, which ends the pass when it is left.
+
+    Args:
+        model, corpus, config: what runs over what, and how.
+        plan: the sizes that follow.
+        columns: which of the plan's values a row holds, gradients under `HOOK.grad`.
+        seed: of the permutations.
+        buffer_rows: rows of a chunk, rounded to whole batches of the model; BUFFER_ROWS for one or two columns when
+            None.
+        expected_rows: how many will be taken; the model does not run ahead for more.
+        keeping: gets the rows of the first epoch too.
+
+    Attributes:
+        scales: what gradients are multiplied by, by hook point; filled with the first batch.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        corpus: Corpus,
+        config: HarvestConfig,
+        plan: HarvestPlan,
+        columns: Sequence[str],
+        *,
+        seed: int = 0,
+        buffer_rows: int | None = None,
+        expected_rows: int | None = None,
+        keeping: KeptHarvest | None = None,
+    ) -> None:
+        identity = f"{corpus.name} ({corpus.fingerprint[:12]}) through {model.info.name}"
+        super().__init__(f"{identity}: {', '.join(columns)}", None, seed=seed, device=model.device)
+        self._model, self._corpus, self._config, self._plan = model, corpus, config, plan
+        self._names, self._keeping = list(columns), keeping
+        self.scales: dict[str, float] = {}
+        self._chunk_batches = chunk_batches(plan, len(self._names), buffer_rows)
+        self._expected, self._taken = expected_rows, 0
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._memory: list[list[Tensor]] = []
+        self._here: _Filling | None = None
+        self._next: _Filling | None = None
+        self._after: Place | None = None
+        self._usable = 0
+        self._pass = ExitStack()
+        self._batches: Iterator[PackedBatch] = iter(())
+
+    def __enter__(self) -> "ModelRows":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pass.close()
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, the place in the corpus where its chunk begins, and what a first batch has settled."""
+        here = (self._epoch, self._number)
+        begun = next((one for one in (self._here, self._next) if one is not None and one.cursor == here), None)
+        after = self._after if begun is None else begun.after
+        place = None if after is None else [after.document, after.position]
+        return {**super().state_dict(), "after": place, "scales": dict(self.scales), "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Moves the stream to where `state_dict` was taken. Raises InputError for the state of another stream."""
+        super().load_state_dict(state)
+        self._after = None if state["after"] is None else Place(*state["after"])
+        self.scales.update(state["scales"])
+        self._taken = state["taken"]
+        self._here = self._next = None
+
+    def next_columns(self, n: int, n_columns: int) -> list[Float[Tensor, "n width"]]:
+        """The next n rows of the stream, of the first columns."""
+        found = super().next_columns(n, n_columns)
+        self._taken += n
+        self._keep_pace()
+        return found
+
+    def sampled(self, n: int, n_columns: int) -> list[Float[Tensor, "m width"]]:
+        """At most n usable rows of the first chunk, drawn without replacement, in the corpus' order."""
+        place = self.state_dict()
+        if (self._epoch, self._number) != (0, 0):
+            self.load_state_dict({**place, "epoch": 0, "chunk": 0, "offset": 0, "after": None})
+        chunk = self._current()
+        usable = np.sort(chunk.order.cpu().numpy())
+        if len(usable) > n:
+            usable = np.sort(np.random.default_rng(0).choice(usable, size=n, replace=False))
+        rows = torch.from_numpy(usable).to(self._device)
+        found = [column.index_select(0, rows) for column in chunk.columns[:n_columns]]
+        if (place["epoch"], place["chunk"]) != (0, 0):
+            self.load_state_dict(place)
+        return found
+
+    def _following(self, epoch: int, number: int) -> tuple[int, int]:
+        assert self._here is not None
+        return (epoch + 1, 0) if self._here.corpus_ended else (epoch, number + 1)
+
+    def _read_here(self) -> Chunk:
+        """The chunk at the cursor, filled to its end; begins with the one after it."""
+        here = (self._epoch, self._number)
+        filling = self._next
+        if filling is None or filling.cursor != here:
+            filling = self._start(here, self._after)
+        while self._fill(filling):
+            pass
+        if not filling.rows:
+            # The corpus ended where the chunk before it did.
+            self._check_usable()
+            self._epoch, self._number, self._after = self._epoch + 1, 0, None
+            self._next = None
+            return self._read_here()
+        chunk = self._chunk_of(filling)
+        self._usable += len(chunk.order)
+        if filling.corpus_ended:
+            self._check_usable()
+        self._here = filling
+        following = self._following(*here)
+        self._next = self._continued(following, None if following[1] == 0 else filling.end)
+        return chunk
+
+    def _check_usable(self) -> None:
+        if not self._usable:
+            split = self._config.split
+            raise InputError(f"corpus {self._corpus.name} gave no tokens: its {split} documents are empty")
+
+    def _start(self, cursor: tuple[int, int], after: Place | None) -> _Filling:
+        """A chunk from which the pass goes on anew."""
+        self._pass.close()
+        epoch, number = cursor
+        first = number * self._chunk_batches * self._plan.batch_contexts
+        names = None
+        if self._keeping is not None:
+            self._keeping.catch_up(first if epoch == 0 else None)
+            names = self._keeping.names
+        # Within an epoch it is not known how many came before: some, where there were chunks.
+        self._usable = number
+        self._batches = self._pass.enter_context(
+            contexts(self._model, self._corpus, self._config, self._plan, first=first, after=after, names=names)
+        )
+        return _Filling(cursor, after, self._columns(cursor))
+
+    def _continued(self, cursor: tuple[int, int], after: Place | None) -> _Filling:
+        """The chunk after the one just filled."""
+        return _Filling(cursor, after, self._columns(cursor)) if cursor[1] else self._start(cursor, after)
+
+    def _columns(self, cursor: tuple[int, int]) -> list[Float[Tensor, "rows width"]]:
+        """Memory for a chunk: that of the one before the last."""
+        if not self._memory:
+            rows = self._chunk_batches * self._plan.batch_contexts * self._plan.context_len
+            widths = [self._plan.widths[name] for name in self._names]
+            self._memory = [
+                [torch.empty(rows, width, dtype=self._plan.dtype, device=self._device) for width in widths]
+                for _ in range(2)
+            ]
+        in_use = None if self._here is None else self._here.columns
+        free = self._memory[1] if in_use is self._memory[0] else self._memory[0]
+        if self._stream is not None:
+            # Batches taken from it before must have been read.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return free
+
+    def _keep_pace(self) -> None:
+        """Fills the next chunk as far as this one is used."""
+        chunk, filling = self._chunk, self._next
+        if chunk is None or filling is None or filling.cursor == (self._epoch, self._number):
+            return
+        if self._expected is not None and self._expected - self._taken <= len(chunk.order) - self._offset:
+            return
+        rows = len(filling.columns[0]) * self._offset / len(chunk.order)
+        while filling.rows <= rows and self._fill(filling):
+            pass
+
+    def _fill(self, filling: _Filling) -> bool:
+        """Runs the model on one batch; false where the chunk is full or the corpus at its end."""
+        if filling.corpus_ended or filling.rows == len(filling.columns[0]):
+            return False
+        batch = next(self._batches, None)
+        if batch is None:
+            filling.corpus_ended = True
+            return False
+        with self._beside():
+            values = run_batch(self._model, self._plan, batch)
+            if self._plan.gradients and not self.scales:
+                found = gradient_scale(values)
+                self.scales.update({name.removesuffix(GRADIENT): scale for name, scale in found.items()})
+            if self._keeping is not None and filling.cursor[0] == 0:
+                self._keeping.add(batch, values)
+            self._write(filling, batch, values)
+        return True
+
+    def _write(self, filling: _Filling, batch: PackedBatch, values: dict[str, Tensor]) -> None:
+        rows = slice(filling.rows, filling.rows + batch.tokens.size)
+        for name, column in zip(self._names, filling.columns, strict=True):
+            value = values[name]
+            if name.endswith(GRADIENT):
+                value = value * self.scales[name.removesuffix(GRADIENT)]
+            column[rows].copy_(value)
+            filling.extremes += torch.aminmax(column[rows])
+        filling.flags.append(flags_of(batch, values).reshape(-1))
+        filling.rows, filling.end = rows.stop, place_after(batch)
+
+    def _chunk_of(self, filling: _Filling) -> Chunk:
+        """What was filled, permuted. Raises InputError for values that are not finite."""
+        columns = [column[: filling.rows] for column in filling.columns]
+        with self._beside():
+            finite = torch.stack(filling.extremes).isfinite().all().item()
+        if not finite:
+            epoch, number = filling.cursor
+            first = number * len(filling.columns[0])
+            where = not_finite(dict(zip(self._names, columns, strict=True)), first, self._plan.context_len)
+            raise InputError(f"{where} (epoch {epoch + 1}); what was trained before is kept in the checkpoint")
+        flags = np.concatenate(filling.flags)
+        usable = np.flatnonzero(flags == FLAG_OK if self._plan.gradients else is_ordinary(flags))
+        order = torch.from_numpy(generator(self._seed, *filling.cursor).permutation(usable))
+        if self._stream is not None:
+            order = order.pin_memory().to(self._device, non_blocking=True)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return Chunk(columns, order)
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """On a GPU, the stream on which the model runs."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def chunk_batches(plan: HarvestPlan, n_columns: int, buffer_rows: int | None) -> int:
+    """Batches of the model in a chunk."""
+    rows = buffer_rows or BUFFER_ROWS * 2 // max(2, n_columns)
+    return max(1, round(rows / (plan.batch_contexts * plan.context_len)))
+
+
+def buffer_bytes(plan: HarvestPlan, columns: Sequence[str], buffer_rows: int | None) -> int:
+    """Memory of the two chunks of a stream."""
+    rows = chunk_batches(plan, len(columns), buffer_rows) * plan.batch_contexts * plan.context_len
+    return 2 * rows * sum(plan.widths[name] for name in columns) * plan.dtype.itemsize
+
+
+def columns_of(hooks: Sequence[str], slopes: Sequence[str]) -> list[str]:
+    """Names of a row's values: hook points, then gradients at some."""
+    return [*hooks, *(hook + GRADIENT for hook in slopes)]
