@@ -41,19 +41,7 @@ XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 2, "lp": 1, "pb": 1, 
 def main() -> None:
     arguments = parse_arguments()
     started = time.monotonic()
-    distributions = [
-        standard_library(),
-        *installed_distributions(arguments.site_packages, exclude=["interp-workbench"]),
-    ]
-    corpus = deduplicate(
-        document
-        for distribution in distributions
-        # The standard library comes first, so copies of its modules in packages are the duplicates that go.
-        for document in documents(
-            distribution,
-            float("inf") if distribution.name == STANDARD_LIBRARY else arguments.max_package_mb * 1e6,
-        )
-    )
+    distributions, corpus = read_corpus(arguments.site_packages, arguments.max_package_mb)
     random.Random(arguments.seed).shuffle(corpus.train)
     report(f"{len(corpus.train)} training and {len(corpus.heldout)} held-out files", started)
 
@@ -79,6 +67,19 @@ def main() -> None:
     (arguments.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     report(f"{len(stream) / 1e6:.1f}M training tokens", started)
     print(json.dumps({key: value for key, value in manifest.items() if key != "packages"}, indent=1))
+
+
+def read_corpus(site_packages: list[Path], max_package_mb: float) -> tuple[list[Distribution], Deduplicated]:
+    """Steps 1 and 2: the running interpreter's standard library and the packages of some folders, each file once."""
+    distributions = [standard_library(), *installed_distributions(site_packages, exclude=["interp-workbench"])]
+    return distributions, deduplicate(
+        document
+        for distribution in distributions
+        # The standard library comes first, so copies of its modules in packages are the duplicates that go.
+        for document in documents(
+            distribution, float("inf") if distribution.name == STANDARD_LIBRARY else max_package_mb * 1e6
+        )
+    )
 
 
 def parse_arguments() -> argparse.Namespace:

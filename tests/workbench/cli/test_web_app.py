@@ -93,9 +93,12 @@ def test_the_app_itself_imports_its_own_modules_where_another_package_has_its_na
     assert not (foreign / "was-run").exists()
 
 
-def test_the_wheel_takes_three_names(site: Path) -> None:
+def test_the_wheel_takes_three_names_and_brings_the_demo_model_with_its_transcoders(site: Path) -> None:
     names = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
     assert names == {"sae", "circuits", "workbench"}
+    bundled = site / "workbench" / "_bundled"
+    assert (bundled / "demo_model" / "config.json").is_file()
+    assert len(list((bundled / "demo_transcoders").rglob("*.safetensors"))) == 4
 
 
 def test_the_app_opens_the_workspace_of_all_commands_and_names_the_demos_where_it_lies_here(
