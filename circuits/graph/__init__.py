@@ -13,10 +13,10 @@ from circuits.graph.attribute import attribute
 from circuits.graph.graph import Graph, Nodes
 from circuits.graph.heads import head_shares, sources_again
 from circuits.graph.influence import Scores
-from circuits.graph.interventions import Intervention, generate, intervene, supernode_edges
+from circuits.graph.interventions import Intervention, clamped, generate, intervene, supernode_edges
 from circuits.graph.looks import Look, look
 
 __all__ = [
-    "Graph", "Intervention", "Look", "Nodes", "Scores", "attribute", "generate", "head_shares", "intervene", "look",
-    "sources_again", "supernode_edges",
+    "Graph", "Intervention", "Look", "Nodes", "Scores", "attribute", "clamped", "generate", "head_shares", "intervene",
+    "look", "sources_again", "supernode_edges",
 ]  # fmt: skip

@@ -104,6 +104,17 @@ def intervene(
     return Intervention(nodes, _next_tokens(bridge, clean, changed, top), dict(changes))
 
 
+def clamped(graph: Graph, values: Mapping[str, float]) -> dict[str, float]:
+    """Factors that hold features at activations. Raises InputError for a node that is no feature."""
+    factors = {}
+    for name, value in values.items():
+        node = graph.node(name)
+        if int(graph.nodes.kind[node]) != FEATURE:
+            raise InputError(f"{name} cannot be held at a value: features (f2/1041/7) can")
+        factors[name] = value / float(graph.nodes.activation[node])
+    return factors
+
+
 def predicted_direct(graph: Graph, factors: Mapping[int, float]) -> Float[Tensor, "targets"]:
     """Effects of changed nodes over edges of their own alone."""
     found = torch.zeros(len(graph.targets), dtype=torch.float64)

@@ -1,8 +1,10 @@
-"""What people write about features: labels, notes and lists, in `notes.duckdb` of the workspace.
+"""What people write about features and graphs: labels, notes, lists, supernodes, in `notes.duckdb` of the workspace.
 
     labels(sae, feature, label, written)          one a feature
     notes(sae, feature, note, written)            any number a feature
     list_members(list, sae, feature, added)       lists of features, of several SAEs if need be
+    supernodes(graph, title, node)                groups of an attribution graph's nodes, a node in one at most
+    graph_notes(graph, node, note)                one a node of a graph, and one of the graph, whose node is empty
 
 DuckDB lets one process at a time write a file and nobody read it meanwhile. So the file is opened for every call,
 under a lock that processes and threads wait for, and closed again: milliseconds.
@@ -10,7 +12,7 @@ under a lock that processes and threads wait for, and closed again: milliseconds
 
 import fcntl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ _SCHEMA = """
     CREATE TABLE IF NOT EXISTS notes (sae VARCHAR, feature INTEGER, note VARCHAR, written TIMESTAMP);
     CREATE TABLE IF NOT EXISTS list_members (
         list VARCHAR, sae VARCHAR, feature INTEGER, added TIMESTAMP, PRIMARY KEY (list, sae, feature));
+    CREATE TABLE IF NOT EXISTS supernodes (graph VARCHAR, title VARCHAR, node VARCHAR, PRIMARY KEY (graph, node));
+    CREATE TABLE IF NOT EXISTS graph_notes (graph VARCHAR, node VARCHAR, note VARCHAR, PRIMARY KEY (graph, node));
 """
 _one_thread = threading.Lock()
 
@@ -107,6 +111,39 @@ class Notes:
         """Takes a feature off a list; a list without members is gone."""
         self._write("DELETE FROM list_members WHERE list = ? AND sae = ? AND feature = ?", [name, sae, feature])
 
+    def supernodes(self, graph: str) -> dict[str, list[str]]:
+        """Groups of a graph's nodes: names of the members by title."""
+        found: dict[str, list[str]] = {}
+        for title, node in self._read("SELECT title, node FROM supernodes WHERE graph = ? ORDER BY rowid", [graph]):
+            found.setdefault(title, []).append(node)
+        return found
+
+    def set_supernodes(self, graph: str, groups: Mapping[str, Sequence[str]]) -> None:
+        """Replaces the groups of a graph. Raises InputError for a node in two groups or a group without a title."""
+        rows = [(graph, _checked(title, "title").strip(), node) for title, nodes in groups.items() for node in nodes]
+        if not all(title for _, title, _ in rows):
+            raise InputError("a supernode has a name: type one")
+        if len({node for _, _, node in rows}) < len(rows):
+            raise InputError("a node is in two supernodes: put it into one")
+        with self._connection() as connection:
+            connection.begin()
+            connection.execute("DELETE FROM supernodes WHERE graph = ?", [graph])
+            if rows:
+                connection.executemany("INSERT INTO supernodes VALUES (?, ?, ?)", rows)
+            connection.commit()
+
+    def graph_notes(self, graph: str) -> dict[str, str]:
+        """Notes on a graph's nodes by their names, and on the graph itself by the empty name."""
+        return dict(self._read("SELECT node, note FROM graph_notes WHERE graph = ? ORDER BY rowid", [graph]))
+
+    def set_graph_note(self, graph: str, node: str, note: str) -> None:
+        """Writes the note on a graph's node, or on the graph where `node` is empty; an empty note removes it."""
+        note = _checked(note, "note").strip()
+        if note:
+            self._write("INSERT OR REPLACE INTO graph_notes VALUES (?, ?, ?)", [graph, node, note])
+        else:
+            self._write("DELETE FROM graph_notes WHERE graph = ? AND node = ?", [graph, node])
+
     def _read(self, query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
         if not self.path.exists():
             return []
@@ -115,7 +152,6 @@ class Notes:
 
     def _write(self, query: str, parameters: list[Any]) -> None:
         with self._connection() as connection:
-            connection.execute(_SCHEMA)
             connection.execute(query, parameters)
 
     @contextmanager
@@ -124,6 +160,8 @@ class Notes:
             with _one_thread, self.path.with_suffix(".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 with duckdb.connect(str(self.path)) as connection:
+                    # Also where it is only read: a file that an older version wrote lacks the newer tables.
+                    connection.execute(_SCHEMA)
                     yield connection
         except (OSError, duckdb.IOException) as error:
             reason = str(error).splitlines()[0]

@@ -23,6 +23,7 @@ import torch
 from circuits.graph.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
+from workbench.catalog.notes import Notes
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Result
 from workbench.circuits.graphs import GRAPH, PromptGraph, graph_tables
@@ -250,6 +251,12 @@ def _place(node: Mapping[str, Any]) -> tuple[int, int, int, int]:
     return FEATURE, int(found[1]), int(found[2]), -1
 
 
+def shown_groups(graph: Graph, groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Supernodes with those of their members that a part of a graph has."""
+    found = {title: [one for one in members if one in graph.number] for title, members in groups.items()}
+    return {title: members for title, members in found.items() if members}
+
+
 def supernodes_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
     """Members of the supernodes of a document that was checked, by title: names of nodes as graphs have them."""
     names = {}
@@ -276,11 +283,15 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def store_document(catalog: Catalog, name: str, path: Path) -> Result:
-    """Stores the graph of a file under a name. Raises InputError as `read_document` and `from_document`."""
-    graph = from_document(read_document(path))
+    """Stores the graph of a file under a name, and its supernodes. Raises InputError as `read_document` and
+    `from_document`."""
+    document = read_document(path)
+    graph = from_document(document)
     origin = Origin.of_result({"imported": {"format": "circuit-tracer", "file": path.name}}, {})
     tables = graph_tables(graph, all_of_it=True)
-    return catalog.results.save(
+    result = catalog.results.save(
         GRAPH, name, parameters={"file": path.name}, provenance=origin.record, tables=tables,
         figures={"graph": graph.figure().to_json()},
     )  # fmt: skip
+    Notes(catalog.path).set_supernodes(name, supernodes_of(document))
+    return result

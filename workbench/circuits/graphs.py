@@ -13,7 +13,7 @@ A `graph` result holds the part of a graph that bears `STORED` of all influence;
 in `rest`, so that a target's edges, rest and bias add up to its z in the file too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,12 +26,13 @@ import circuits.graph
 from circuits.graph.adjoint import Sources
 from circuits.graph.graph import FEATURE, KINDS, LOGIT, Graph, Nodes
 from circuits.graph.heads import sources_again
-from circuits.graph.interventions import Effects, Intervention, intervene, supernode_edges
+from circuits.graph.interventions import Effects, Intervention, clamped, intervene, supernode_edges
 from circuits.passes import OnProgress
 from sae.errors import InputError
 from sae.transcoder import Transcoder
 from sae.transcoder_set import FILE, TranscoderSet, folder_of, load_transcoders
 from workbench.catalog.catalog import Catalog
+from workbench.catalog.notes import Notes
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.figures import attribution_figure
@@ -267,6 +268,7 @@ def intervene_on(
     name: str,
     changes: Mapping[str, float],
     *,
+    held: Mapping[str, float] | None = None,
     effects: Effects = "through",
     freeze_attention: bool = True,
     device: str = "auto",
@@ -275,6 +277,8 @@ def intervene_on(
     """An intervention on a stored graph, with the model, the graph and the transcoders that it was made with.
 
     Args:
+        changes: factors by node, or by supernode of the graph, whose features and errors they are then.
+        held: activations at which features, or those of a supernode, are held.
         model: the graph's model, where it is loaded already.
 
     Raises:
@@ -282,13 +286,31 @@ def intervene_on(
             `circuits.graph.interventions.intervene`.
     """
     graph = open_graph(catalog, name)
-    for node in changes:
-        graph.node(node)
+    groups = Notes(catalog.path).supernodes(name)
+    factors = _merged(_expanded(graph, groups, changes), clamped(graph, _expanded(graph, groups, held or {})))
     found, coders = made_with(catalog, name, model, device)
     done = intervene(
-        found.bridge, graph, coders, changes, effects=effects, freeze_attention=freeze_attention
+        found.bridge, graph, coders, factors, effects=effects, freeze_attention=freeze_attention
     )  # fmt: skip
     return done, found, graph, coders
+
+
+def _expanded(graph: Graph, groups: Mapping[str, Sequence[str]], changes: Mapping[str, float]) -> dict[str, float]:
+    """Changes by node: those of a supernode are its features' and errors'."""
+    found: dict[str, float] = {}
+    for name, value in changes.items():
+        members = [one for one in groups.get(name, []) if one in graph.number and one[0] in "fe"]
+        if name in graph.number or not members:
+            graph.node(name)
+            members = [name]
+        found = _merged(found, dict.fromkeys(members, value))
+    return found
+
+
+def _merged(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    if both := sorted(one.keys() & other.keys()):
+        raise InputError(f"{both[0]} is changed twice: give it one factor or one value")
+    return one | other
 
 
 def made_with(

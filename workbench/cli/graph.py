@@ -74,6 +74,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a stored graph, or the strongest inputs and outputs of one of its nodes."""
+    from workbench.catalog.notes import Notes
     from workbench.circuits.graphs import GRAPH, open_graph
     from workbench.workspace import Workspace
 
@@ -81,6 +82,11 @@ def show(
     if node is None:
         result = workspace.results.open(GRAPH, name)
         print_result(result, _shown(result), as_json, top=top)
+        if not as_json:
+            for title, members in Notes(workspace.path).supernodes(name).items():
+                print(f"{title}: {', '.join(members)}")
+            for one, text in Notes(workspace.path).graph_notes(name).items():
+                print(f"Note{one and ' on '}{one}: {text}")
         return
     graph = open_graph(workspace, name)
     at = graph.node(node)
@@ -124,9 +130,13 @@ def prune(
 def intervene(
     name: GraphArgument,
     change: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--change", metavar="NODE=FACTOR", help="Such as f2/1041/7=0 to ablate; several times for more."),
-    ],
+    ] = None,
+    hold: Annotated[
+        list[str] | None,
+        typer.Option("--hold", metavar="NODE=VALUE", help="Such as f2/1041/7=3.5: the activation it is held at."),
+    ] = None,
     direct: Annotated[bool, typer.Option("--direct", help="Hold every MLP: the effects over own edges alone.")] = False,
     free_attention: Annotated[bool, typer.Option("--free-attention", help="Let attention patterns move.")] = False,
     tokens: Annotated[int, typer.Option("--generate", help="Tokens to go on for, with and without.", min=0)] = 0,
@@ -135,18 +145,17 @@ def intervene(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Multiply features of a stored graph and see what really moves, beside what the graph says."""
+    """Multiply or hold features or supernodes of a graph: what really moves, beside what the graph says."""
     from circuits.graph import generate
     from workbench.circuits.graphs import intervene_on
     from workbench.workspace import Workspace
 
-    changes = _changes(change)
     found, model, graph, coders = intervene_on(
-        Workspace(folder, create=False), name, changes, effects="direct" if direct else "through",
-        freeze_attention=not free_attention, device=device,
+        Workspace(folder, create=False), name, _changes(change), held=_changes(hold),
+        effects="direct" if direct else "through", freeze_attention=not free_attention, device=device,
     )  # fmt: skip
     nodes, nexts = found.table(), found.next_tokens
-    texts = generate(model.bridge, graph, coders, changes, tokens) if tokens else None
+    texts = generate(model.bridge, graph, coders, found.changes, tokens) if tokens else None
     if as_json:
         print_json(
             {"nodes": records(nodes), "next_tokens": records(nexts),
@@ -158,6 +167,48 @@ def intervene(
     print(f"Spearman's correlation of predicted and observed effects: {found.agreement():.3f}")
     if texts is not None:
         print(f"Without: {texts[0]!r}\nWith:    {texts[1]!r}")
+
+
+@commands.command()
+def group(
+    name: GraphArgument,
+    title: Annotated[str, typer.Argument(help="Name of the supernode.")],
+    nodes: Annotated[list[str] | None, typer.Argument(help="Its nodes; none takes it apart.")] = None,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+) -> None:
+    """Put nodes of a stored graph into a supernode, which `intervene` and the page take by its name."""
+    from workbench.catalog.notes import Notes
+    from workbench.circuits.graphs import open_graph
+    from workbench.workspace import Workspace
+
+    workspace = Workspace(folder, create=False)
+    graph = open_graph(workspace, name)
+    chosen = [graph.nodes.names[graph.node(node)] for node in nodes or []]
+    before = Notes(workspace.path).supernodes(name)
+    groups = {
+        other: [one for one in members if one not in chosen] for other, members in before.items() if other != title
+    }
+    Notes(workspace.path).set_supernodes(name, groups | {title: chosen})
+    print(f"{title}: {', '.join(chosen)}" if chosen else f"{title} is taken apart")
+
+
+@commands.command()
+def note(
+    name: GraphArgument,
+    text: Annotated[str, typer.Argument(help="The note; an empty one removes it.")],
+    node: Annotated[str, typer.Option(help="The node it is on; the graph itself when left out.")] = "",
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+) -> None:
+    """Write a note on a stored graph or on one of its nodes."""
+    from workbench.catalog.notes import Notes
+    from workbench.circuits.graphs import open_graph
+    from workbench.workspace import Workspace
+
+    workspace = Workspace(folder, create=False)
+    graph = open_graph(workspace, name)
+    if node:
+        graph.node(node)
+    Notes(workspace.path).set_graph_note(name, node, text)
 
 
 @commands.command()
@@ -227,15 +278,17 @@ def export_graph(
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
 ) -> None:
     """Write a stored graph, pruned, as circuit-tracer's and Neuronpedia's JSON."""
-    from workbench.circuits.graph_json import to_document
+    from workbench.catalog.notes import Notes
+    from workbench.circuits.graph_json import shown_groups, to_document
     from workbench.circuits.graphs import GRAPH, open_graph
     from workbench.workspace import Workspace
 
     workspace = Workspace(folder, create=False)
     graph = open_graph(workspace, name).prune(nodes, edges)
     scan = workspace.results.open(GRAPH, name).origin.model or str(graph.settings.get("scan", ""))
+    groups = shown_groups(graph, Notes(workspace.path).supernodes(name))
     with writing(file):
-        file.write_text(json.dumps(to_document(graph, name, scan)), encoding="utf-8")
+        file.write_text(json.dumps(to_document(graph, name, scan, supernodes=groups)), encoding="utf-8")
     print(f"{len(graph.nodes):,} nodes in {file}")
 
 
@@ -259,12 +312,12 @@ def _shown(result: Any) -> dict[str, Any]:
     return {"scores": result.table("scores"), "next tokens": result.table("targets"), "nodes": nodes[columns]}
 
 
-def _changes(texts: list[str]) -> dict[str, float]:
-    """Factors by node. Raises InputError for a node that is named twice."""
+def _changes(texts: list[str] | None) -> dict[str, float]:
+    """Factors or values by node. Raises InputError for a node that is named twice."""
     found: dict[str, float] = {}
-    for node, factor in map(_change, texts):
+    for node, factor in map(_change, texts or []):
         if node in found:
-            raise InputError(f"{node} is changed twice, by {found[node]:g} and by {factor:g}: give it one factor")
+            raise InputError(f"{node} is changed twice, by {found[node]:g} and by {factor:g}: give it one number")
         found[node] = factor
     return found
 

@@ -12,6 +12,7 @@ from sae.errors import InputError
 from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
+from workbench.catalog.notes import Notes
 from workbench.circuits.graph_json import check_document, from_document, store_document, supernodes_of, to_document
 from workbench.circuits.graphs import GRAPH, attribute, intervene_on, make_graph, open_graph, transcoders_for
 from workbench.cli.main import run
@@ -226,6 +227,23 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
     found = json.loads(capsys.readouterr().out)
     assert len(found["generated"]) == 2
     assert found["nodes"]
+    other = next(node["node"] for node in nodes if node["kind"] == "feature" and node["node"] != feature)
+    assert run(["graph", "group", "list", "both", feature, other, *place]) == 0
+    assert run(["graph", "note", "list", "copies", "--node", feature, *place]) == 0
+    capsys.readouterr()
+    assert run(["graph", "show", "list", *place]) == 0
+    shown = capsys.readouterr().out
+    assert f"both: {feature}, {other}" in shown
+    assert f"Note on {feature}: copies" in shown
+    run(["graph", "intervene", "list", "--change", "both=0", "--device", "cpu", "--json", *place])
+    together = json.loads(capsys.readouterr().out)["nodes"]
+    run(["graph", "intervene", "list", "--hold", f"{feature}=0", "--change", f"{other}=0", "--device", "cpu", "--json",
+         *place])  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["nodes"] == together
+    for wrong, said in ((["--hold", "token/1=2"], "cannot be held"), (["--change", "both=0", "--hold", f"{other}=1"],
+                        "changed twice"), ([], "at least one")):  # fmt: skip
+        assert run(["graph", "intervene", "list", *wrong, *place]) == 2
+        assert said in capsys.readouterr().err
     logit = next(node["node"] for node in nodes if node["kind"] == "logit")
     assert run(["graph", "heads", "list", feature, logit, "--json", *place]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -245,6 +263,7 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
     file = tmp_path / "list.json"
     assert run(["graph", "export", "list", str(file), *place]) == 0
     assert run(["graph", "import", str(file), "--name", "again", *place]) == 0
+    assert set(Notes(graphs.path).supernodes("again")) <= {"both"}
     assert run(["graph", "intervene", "again", *change, *place]) == 2
     assert "was imported" in capsys.readouterr().err
     assert run(["graph", "intervene", "list", *change, "--change", f"{feature}=2", *place]) == 2

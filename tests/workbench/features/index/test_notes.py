@@ -81,3 +81,26 @@ def test_nonsense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot open .*notes\.duckdb") as caught:
         notes.labels("s")
     assert "\n" not in str(caught.value)
+
+
+def test_graphs_have_supernodes_and_notes_also_in_a_file_of_before(tmp_path: Path) -> None:
+    notes = Notes(tmp_path)
+    notes.set_label("s", 1, "first")
+    with notes._connection() as connection:
+        connection.execute("DROP TABLE supernodes; DROP TABLE graph_notes")
+    assert notes.supernodes("g") == {}
+    notes.set_supernodes("g", {"why": ["f0/1/2", "e1/2"], "said": ["logit/3"]})
+    notes.set_supernodes("other", {"why": ["f0/1/2"]})
+    assert Notes(tmp_path).supernodes("g") == {"why": ["f0/1/2", "e1/2"], "said": ["logit/3"]}
+    notes.set_supernodes("g", {"said": ["logit/3"], "none": []})
+    assert notes.supernodes("g") == {"said": ["logit/3"]}
+    assert notes.supernodes("other") == {"why": ["f0/1/2"]}
+    for groups, said in (({"a": ["x"], "b": ["x"]}, "two supernodes"), ({" ": ["x"]}, "has a name")):
+        with pytest.raises(InputError, match=said):
+            notes.set_supernodes("g", groups)
+    notes.set_graph_note("g", "", "whole")
+    notes.set_graph_note("g", "f0/1/2", "one")
+    notes.set_graph_note("g", "f0/1/2", "another")
+    assert notes.graph_notes("g") == {"": "whole", "f0/1/2": "another"}
+    notes.set_graph_note("g", "", " ")
+    assert notes.graph_notes("g") == {"f0/1/2": "another"}
