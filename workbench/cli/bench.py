@@ -11,6 +11,7 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import DeviceOption, JsonOption
 from workbench.cli.output import print_json, print_table
+from workbench.disk.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ def bench(
         raise InputError(f"rounds must be at least 2, got {rounds}")
     place = choose_device(device)
     if quality:
+        require("sae_lens", "the planted model of --quality")
         if sizes:
             raise InputError("--quality has one size: leave out " + ", ".join(sizes))
         _quality(place, samples, as_json)

@@ -1,5 +1,5 @@
-"""Published SAEs by release and id, and sets of transcoders by a pattern of ids, through SAELens' registry (network;
-Hugging Face's cache holds what was fetched).
+"""Published SAEs by release and id, and sets of transcoders by a pattern of ids, through SAELens' registry (network and
+the extra `saelens`; Hugging Face's cache holds what was fetched).
 
 SAELens knows a few hundred releases and how to read each of them; what it gives is converted as one of its own
 folders would be (`sae.formats.saelens_import`).
@@ -13,6 +13,7 @@ from sae.errors import InputError
 from sae.formats.saelens_import import from_parts
 from sae.model import SAE
 from sae.transcoder import Transcoder
+from workbench.disk.extras import require
 from workbench.disk.hub import require_hub
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def load_pretrained(release: str, sae_id: str, *, hook_name: str | None = None, 
         hook_name, model_name: what the SAE reads, where the release does not say.
 
     Raises:
-        InputError: an unknown release or id (names the nearest), no network, or an SAE that cannot be expressed here.
+        InputError: an unknown release or id (names the nearest), no network, no SAELens, or an SAE that cannot be
+            expressed here.
     """
     known = _known(release)
     if known is not None and sae_id not in known.saes_map:
@@ -85,6 +87,7 @@ def load_pretrained_set(release: str, ids: str) -> dict[int, tuple[str, Transcod
 
 def _known(release: str) -> "PretrainedSAELookup | None":
     """A release in SAELens' registry; None for a repository of the hub. Raises InputError naming the nearest."""
+    require("sae_lens", "fetching a published SAE")
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     directory = get_pretrained_saes_directory()

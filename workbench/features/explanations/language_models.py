@@ -8,6 +8,7 @@ import os
 from typing import Any, Protocol
 
 from sae.errors import InputError
+from workbench.disk.extras import require
 
 KEY = "OPENAI_API_KEY"
 
@@ -98,12 +99,9 @@ class Endpoint:
     """
 
     def __init__(self, url: str, model: str) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise InputError(
-                "asking a server needs the package openai: pip install 'interp-workbench[autointerp]'"
-            ) from None
+        require("openai", "asking a server")
+        import openai
+
         if not url.startswith(("http://", "https://")):
             raise InputError(f"{url!r} is no address: expected one such as http://localhost:8000/v1")
         self.name, self.url, self._errors = model, url, openai.OpenAIError

@@ -1,0 +1,16 @@
+"""Packages that only some work needs, and the extras that bring them."""
+
+import importlib.util
+
+from sae.errors import InputError
+
+EXTRAS = {"sae_lens": "saelens", "openai": "autointerp"}
+"""Extra by package."""
+
+
+def require(package: str, what: str) -> None:
+    """Raises InputError, saying what needs it and how it is installed, where a package is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"{what} needs the package {package.replace('_', '-')}: pip install 'interp-workbench[{EXTRAS[package]}]'"
+        )
