@@ -250,6 +250,8 @@ class Workspace(Studies):
         harvest: str | None = None,
         table: "pd.DataFrame | None" = None,
         language: "Language" = "auto",
+        max_tokens: int | None = None,
+        model: "LoadedModel | None" = None,
         device: str = "auto",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> "ConceptReport":
@@ -265,8 +267,8 @@ class Workspace(Studies):
         from workbench.models.devices import choose_device
 
         return align_sae(
-            self, sae, harvest=harvest, concepts=table, language=language, device=str(choose_device(device)),
-            on_progress=on_progress,
+            self, sae, harvest=harvest, concepts=table, language=language, max_tokens=max_tokens, model=model,
+            device=str(choose_device(device)), on_progress=on_progress,
         )  # fmt: skip
 
     def match(self, a: str, b: str) -> "Overlap":

@@ -62,6 +62,9 @@ def concepts(
         Path | None, typer.Option(help="Your own concepts: CSV or Parquet with the columns row and concept.")
     ] = None,
     language: Annotated[Language, typer.Option(help="How documents are read.")] = "auto",
+    tokens: Annotated[
+        int | None, typer.Option(help="About so many, of documents evenly spaced; all when left out.", min=1)
+    ] = None,
     top: Annotated[int, typer.Option(help="Features to list, best first.", min=1)] = 20,
     model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -78,7 +81,13 @@ def concepts(
     given = None if table is None else read_table(table)
     with ProgressBar("concepts", 1, enabled=not as_json) as bar:
         report = workspace.concepts(
-            sae, harvest=harvest, table=given, language=language, device=device, on_progress=bar.report
+            sae,
+            harvest=harvest,
+            table=given,
+            language=language,
+            max_tokens=tokens,
+            device=device,
+            on_progress=bar.report,
         )
     by_concept = report.table()
     by_feature = report.alignment.best_concepts().sort_values(["f1", "feature"], ascending=[False, True])

@@ -4,7 +4,8 @@
 2. Train a TopK SAE and, on the same stream, a baseline whose decoder stays at its random initialisation.
 3. Evaluate both on held-out files, which neither the model nor the SAE has seen.
 4. Index the features, so that the app opens on them.
-5. Show where some of them fire.
+5. Name them by what Python's parser knows about some of the tokens.
+6. Show where some of them fire.
 
 Every step is resumable and skipped when it is done: a second run prints the same report at once.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.config import TrainConfig
+from sae.errors import InputError
 from sae.rules import TopK
 from sae.training import StepMetrics
 from workbench.cli.output import print_table
@@ -30,7 +32,7 @@ from workbench.workspace import Workspace
 HOOK = "blocks.2.hook_resid_post"
 D_SAE, K, BATCH_SIZE = 4096, 32, 2048
 HARVEST, SAE_NAME, BASELINE = "demo", "demo-topk", "demo-random-decoder"
-HELD_OUT_TOKENS = 32_768
+HELD_OUT_TOKENS, CONCEPT_TOKENS = 32_768, 65_536
 SHOWN, EXAMPLES, PROMOTED = 8, 3, 6
 MIN_FIRINGS, MAX_DENSITY = 20, 0.02
 """Of the features that are shown: strong, rare features read best."""
@@ -45,6 +47,8 @@ class DemoReport:
     rows: int
     evaluations: dict[str, Any]
     features: list[Feature]
+    unnamed: str | None
+    """Why features have no names from concepts, where they have none."""
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +101,19 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
     seconds["index"] = time.monotonic() - start
 
     start = time.monotonic()
+    unnamed = None
+    if not aligned(workspace):
+        with ProgressBar("concepts", CONCEPT_TOKENS, enabled=not quiet) as bar:
+            try:
+                workspace.concepts(
+                    SAE_NAME, max_tokens=CONCEPT_TOKENS, model=model, device=device, on_progress=bar.report
+                )
+            except InputError as error:
+                # A handful of documents may not have what alignment needs.
+                unnamed = str(error)
+    seconds["concepts"] = time.monotonic() - start
+
+    start = time.monotonic()
     with closing(workspace.index(SAE_NAME)) as index:
         features = clearest_features(index)
     seconds["features"] = time.monotonic() - start
@@ -105,7 +122,18 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
         rows=harvest.n_rows,
         evaluations={name: item.to_dict() for name, item in zip([SAE_NAME, BASELINE], evaluations, strict=True)},
         features=features,
+        unnamed=unnamed,
         seconds=seconds,
+    )
+
+
+def aligned(workspace: Workspace) -> bool:
+    """Whether the features have concepts, from the SAE as it is."""
+    origin = workspace.origin(SAE_NAME).record
+    return any(
+        all(result.provenance.get(key) == value for key, value in origin.items())
+        for result in workspace.results.find("concepts")
+        if result.name == SAE_NAME
     )
 
 
@@ -138,13 +166,15 @@ def print_report(report: DemoReport) -> None:
     print("Some of its features, the token they fire on in [[ ]]:\n")
     for feature in report.features:
         _print_feature(feature)
+    if report.unnamed is not None:
+        print(f"\nNo names from concepts: {report.unnamed}")
     took = ", ".join(f"{name} {format_seconds(value)}" for name, value in report.seconds.items())
     print(f"\nTook {took}.")
     print(f"Next: workbench app --workspace {report.workspace}")
 
 
 def _print_feature(feature: Feature) -> None:
-    print(f"feature {feature.feature}  fires on {feature.stats.density:.2%} of tokens", end="")
+    print(f"feature {feature.feature}  {feature.name}, on {feature.stats.density:.2%} of tokens", end="")
     promoted = " ".join(repr(effect.text) for effect in feature.promotes[:PROMOTED])
     print(f"  promotes {promoted}" if promoted else "")
     seen: set[str] = set()

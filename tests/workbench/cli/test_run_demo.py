@@ -28,6 +28,10 @@ def test_the_wheel_runs_the_whole_demo_and_a_second_run_repeats_its_report(site:
     assert trained["added_nats"] < baseline["added_nats"]
     space = Workspace(site.parent / "demo-workspace", create=False)
     assert space.index("demo-topk").n_tokens <= first["rows"] <= 20_000
+    assert first["unnamed"] is None
+    concepts = space.results.open("concepts", "demo-topk")
+    assert concepts.parameters["max_tokens"] == 65_536
+    assert len(concepts.table("features"))
     again = json.loads(demo(site, "--json").stdout)
     assert {**again, "seconds": None} == {**first, "seconds": None}
     assert again["seconds"]["train"] + again["seconds"]["index"] < first["seconds"]["train"]

@@ -56,6 +56,7 @@ def truth_of(
     language: Language = "auto",
     model: LoadedModel | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    max_tokens: int | None = None,
 ) -> ConceptTruth:
     """The concepts of a harvest's tokens, from its corpus.
 
@@ -63,13 +64,14 @@ def truth_of(
         language: how documents are read.
         model: the harvest's model, already loaded, for its tokenizer.
         on_progress: called with (documents done, documents in all).
+        max_tokens: about so many tokens, of documents evenly spaced over the harvest; all of them when None.
 
     Raises:
         InputError: no such harvest, or a corpus or tokenizer that changed.
     """
     source = catalog.open_harvest(harvest)
     loaded = model or reload_model(source.config["model"], device="cpu")
-    return from_corpus(source, catalog.corpus_of(source), loaded.tokenizer, language, on_progress)
+    return from_corpus(source, catalog.corpus_of(source), loaded.tokenizer, language, on_progress, max_tokens)
 
 
 def align_sae(
@@ -79,6 +81,7 @@ def align_sae(
     harvest: str | None = None,
     concepts: pd.DataFrame | ConceptTruth | None = None,
     language: Language = "auto",
+    max_tokens: int | None = None,
     model: LoadedModel | None = None,
     device: str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
@@ -91,6 +94,7 @@ def align_sae(
             (`--split heldout`) shows the SAE text it has never seen.
         concepts: the user's own table (row, concept), or a truth already made for this harvest; from the harvest's
             corpus when left out.
+        max_tokens: of the harvest's corpus, as `truth_of`.
         on_progress: called with (tokens done, tokens in all).
 
     Raises:
@@ -106,7 +110,7 @@ def align_sae(
     elif concepts is not None:
         truth = from_table(source, concepts)
     else:
-        truth = truth_of(catalog, wanted, language=language, model=model)
+        truth = truth_of(catalog, wanted, language=language, model=model, max_tokens=max_tokens)
     vectors = source.vectors(sae.hook_name)
     report = ConceptReport(
         alignment=align(sae, vectors, truth, on_progress),
@@ -117,7 +121,8 @@ def align_sae(
     catalog.results.save(
         KIND,
         name,
-        parameters={"sae": name, "harvest": wanted, "language": "table" if concepts is not None else language},
+        parameters={"sae": name, "harvest": wanted, "language": "table" if concepts is not None else language}
+        | ({} if max_tokens is None else {"max_tokens": max_tokens}),
         provenance=origin.measured_with(
             aligned_on=source.provenance(), documents=truth.n_documents, unparsed=truth.n_unparsed
         ).record,

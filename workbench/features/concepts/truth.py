@@ -98,6 +98,7 @@ def from_corpus(
     tokenizer: PreTrainedTokenizerBase,
     language: Language = "auto",
     on_progress: Callable[[int, int], None] | None = None,
+    max_tokens: int | None = None,
 ) -> ConceptTruth:
     """The concepts of a harvest's tokens.
 
@@ -106,6 +107,7 @@ def from_corpus(
         tokenizer: the model's.
         language: how documents are read.
         on_progress: called with (documents done, documents in all).
+        max_tokens: about so many tokens, of documents evenly spaced over the harvest; all of them when None.
 
     Raises:
         InputError: another corpus or tokenizer than the harvest's, no offsets, or no document that parses.
@@ -119,6 +121,7 @@ def from_corpus(
         )
     tokens = _ordinary_tokens(harvest)
     wanted = np.unique(tokens.document)
+    wanted = wanted[:: 1 if max_tokens is None else max(1, len(tokens.row) // max_tokens)]
     bounds = np.searchsorted(tokens.document, wanted), np.searchsorted(tokens.document, wanted, side="right")
     place = {int(document): (int(a), int(b)) for document, a, b in zip(wanted, *bounds, strict=True)}
     found: dict[str, list[NDArray[np.int64]]] = {}
