@@ -170,7 +170,7 @@ class Workspace(Studies):
 
         Args:
             name: the name it gets.
-            folder: where its files lie.
+            folder: where its files lie; `bundled` is the set that comes with the demo model.
             release, ids: in SAELens' registry (network), a pattern of ids with a * for the layer, such as `layer_*`.
             model: what they read, where the files or the release do not say.
 

@@ -30,7 +30,7 @@ def import_(
         typer.Argument(
             metavar="FOLDER",
             help="Folder of an SAE by SAELens, dictionary_learning or sparsify, or of "
-            "circuit-tracer's or this project's set of transcoders.",
+            "circuit-tracer's or this project's set of transcoders; bundled: the demo model's set.",
         ),
     ] = None,
     release: Annotated[str | None, typer.Option(help="Release in SAELens' registry; needs the network.")] = None,

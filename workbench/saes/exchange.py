@@ -23,6 +23,7 @@ from sae.transcoder import Transcoder
 from sae.transcoder_set import FILE, TranscoderSet, load_transcoders
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Record, versions
+from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import reload_model
 from workbench.saes.pretrained import load_pretrained, load_pretrained_set
@@ -36,22 +37,27 @@ def import_folder(catalog: Catalog, name: str, folder: Path, *, hook: str | None
     return _store(catalog, name, sae, origin)
 
 
+BUNDLED = Path("bundled")
+"""Stands for the folder of the set of transcoders that comes with the demo model."""
+
+
 def is_set(folder: Path) -> bool:
     """Whether a folder holds a set of transcoders, of circuit-tracer or of this project."""
-    return any((folder / name).is_file() for name in (circuit_tracer.CONFIG, FILE))
+    return folder == BUNDLED or any((folder / name).is_file() for name in (circuit_tracer.CONFIG, FILE))
 
 
 def import_set(catalog: Catalog, name: str, folder: Path, *, model: str | None = None) -> TranscoderSet:
     """Brings a set of transcoders into the workspace.
 
     Args:
-        folder: one of circuit-tracer's or of this project's.
+        folder: one of circuit-tracer's or of this project's, or `BUNDLED`.
         model: what it reads, where its files do not say.
 
     Raises:
         InputError: a taken name, no such set, or one that does not say its model or hook points.
     """
     catalog.check_new_transcoders(name)
+    folder = demo_transcoders_dir() if folder == BUNDLED else folder
     coders = load_transcoders(folder)
     for layer, coder in coders.coders.items():
         for key, hook in (("feature_input_hook", coder.hook_name), ("feature_output_hook", coder.target_hook_name)):

@@ -162,6 +162,20 @@ def test_what_is_no_published_set_gives_one_line(release: str, ids: str, message
     assert "\n" not in str(raised.value)
 
 
+def test_the_bundled_set_reads_a_prompt_in_half_precision_as_in_single(tmp_path: Path) -> None:
+    space = Workspace(tmp_path / "w")
+    assert run(["import", "bundled", "--name", "mlps", "--workspace", str(space.path)]) == 0
+    assert (space.transcoders("mlps").model_name, len(space.transcoders("mlps"))) == ("demo", 4)
+    coder, model = space.coder("mlps.layer_2"), load_model("demo", device="cpu")
+    assert coder.W_dec.dtype == torch.float16
+    text = "def read(path):\n    with open(path) as file:\n        return file."
+    half = read_prompt(model, coder, text)
+    single = read_prompt(model, coder.float(), text)
+    assert half.feature.tolist() == single.feature.tolist()
+    assert half.activation == pytest.approx(single.activation, rel=1e-5)
+    assert half.effects == pytest.approx(single.effects, rel=1e-4, abs=1e-5)
+
+
 def test_an_import_says_where_from(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a folder, or a release with a pattern of ids"):
         Workspace(tmp_path / "w").import_transcoders("t", release=RELEASE)
