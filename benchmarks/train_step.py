@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --trainer [--sizes S M]
 
 What is timed and how is `workbench.bench`'s, as `workbench bench` runs it; here also plain torch, the other selection
-rules, transcoders, and two forms of this project's step that the trainer does not use: without a CUDA graph, and with
-gradients in memory. Reported: median, p10 and p90 in ms, tokens a second, the roofline's share, and the peak memory of
-a step with its state.
+rules, the libraries' trainers of these, transcoders, and two forms of this project's step that the trainer does not
+use: without a CUDA graph, and with gradients in memory. Reported: median, p10 and p90 in ms, tokens a second, the
+roofline's share, and the peak memory of a step with its state.
 
 With --trainer: the rate of `sae.train` fed by the real loader from a harvest of random rows on disk, after its
 first tenth, against the bare step's on batches that lie on the device.
@@ -31,7 +31,21 @@ from sae.config import TrainConfig
 from sae.rules import AbsTopK, BatchTopK, FeatureChoice, GradientTopK, JumpReLU, ReLU, Rule, TopK
 from sae.state import TrainingState
 from sae.training import StepMetrics, train
-from workbench.bench.arms import FLOOR, LR, OURS, SIZES, Arm, Size, Step, arms, batches, ours, torch_arms
+from workbench.bench.arms import (
+    FLOOR,
+    LR,
+    OURS,
+    SIZES,
+    Arm,
+    Size,
+    Step,
+    arms,
+    batches,
+    dictionary_learning_step,
+    ours,
+    sae_lens_step,
+    torch_arms,
+)
 from workbench.bench.timing import Measured, measure
 from workbench.harvest.loader import ActivationLoader
 
@@ -106,7 +120,47 @@ def all_arms(size: Size, example: Tensor) -> dict[str, Arm]:
         f"{OURS}, no graph": lambda: bare(size),
         f"{OURS}, clipped": lambda: bare(size, clip=1.0),
         **torch_arms(size, example.device),
+        **peers(size, example.device),
     }
+
+
+def peers(size: Size, device: torch.device) -> dict[str, Arm]:
+    """The installed libraries' trainers of other rules than TopK; prefixes as here."""
+    prefixes = [size.d_sae // share for share in (16, 4, 1)]
+
+    def of_dictionary_learning(module: str, trainer: str, **options: Any) -> Arm:
+        def make() -> Step:
+            found = getattr(importlib.import_module(f"dictionary_learning.trainers.{module}"), trainer)
+            return dictionary_learning_step(found, size, device, **options)
+
+        return make
+
+    def of_sae_lens(module: str, name: str, **options: Any) -> Arm:
+        def make() -> Step:
+            found = importlib.import_module(f"sae_lens.saes.{module}")
+            config = getattr(found, f"{name}Config")(
+                d_in=size.d_in, d_sae=size.d_sae, device=str(device), **options
+            )  # fmt: skip
+            return sae_lens_step(getattr(found, name)(config), size, device)
+
+        return make
+
+    nested = [prefixes[0], prefixes[1] - prefixes[0], prefixes[2] - prefixes[1]]
+    return {
+        "dictionary_learning, BatchTopK": of_dictionary_learning("batch_top_k", "BatchTopKTrainer", k=size.k),
+        "dictionary_learning, Matryoshka BatchTopK": of_dictionary_learning(
+            "matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer", k=size.k,
+            group_fractions=[width / size.d_sae for width in nested],
+        ),
+        "dictionary_learning, JumpReLU": of_dictionary_learning(
+            "jumprelu", "JumpReluTrainer", target_l0=float(size.k)
+        ),
+        "sae_lens, BatchTopK": of_sae_lens("batchtopk_sae", "BatchTopKTrainingSAE", k=float(size.k)),
+        "sae_lens, Matryoshka BatchTopK": of_sae_lens(
+            "matryoshka_batchtopk_sae", "MatryoshkaBatchTopKTrainingSAE", k=float(size.k), matryoshka_widths=prefixes
+        ),
+        "sae_lens, JumpReLU": of_sae_lens("jumprelu_sae", "JumpReLUTrainingSAE"),
+    }  # fmt: skip
 
 
 def threshold_of(size: Size, example: Tensor) -> float:
@@ -150,7 +204,7 @@ def print_arms(name: str, size: Size, firing: str, results: dict[str, Measured])
     for arm, r in sorted(results.items(), key=lambda item: item[1].median):
         share = "" if arm == FLOOR else f"{roofline(size) * 1e3 / r.median:5.0%} of roofline"
         print(
-            f"  {arm:30} {r.median:8.2f} ms ({r.p10:.2f}-{r.p90:.2f}) {r.tokens_per_second / 1e6:6.2f}M tokens/s "
+            f"  {arm:42} {r.median:8.2f} ms ({r.p10:.2f}-{r.p90:.2f}) {r.tokens_per_second / 1e6:6.2f}M tokens/s "
             f"{share:18} {(r.peak_bytes or 0) / 2**30:6.1f} GiB"
         )
 

@@ -181,10 +181,9 @@ def sparsify(size: Size, device: torch.device) -> Step:
     return step
 
 
-def sae_lens(size: Size, device: torch.device) -> Step:
-    """SAELens' trainer with its own optimiser."""
+def sae_lens_step(sae: Any, size: Size, device: torch.device) -> Step:
+    """SAELens' trainer with its own optimiser, for one of its SAEs."""
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     trainer = SAETrainer(
@@ -192,27 +191,40 @@ def sae_lens(size: Size, device: torch.device) -> Step:
             total_training_samples=10**9, train_batch_size_samples=size.batch, lr_end=3e-5,
             autocast=device.type == "cuda", device=str(device),
         ),
-        TopKTrainingSAE(TopKTrainingSAEConfig(d_in=size.d_in, d_sae=size.d_sae, k=size.k, device=str(device))),
+        sae,
         data_provider=iter([torch.zeros(1)]),
     )  # fmt: skip
     return trainer.step
+
+
+def sae_lens(size: Size, device: torch.device) -> Step:
+    """SAELens' TopK."""
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    config = TopKTrainingSAEConfig(d_in=size.d_in, d_sae=size.d_sae, k=size.k, device=str(device))
+    return sae_lens_step(TopKTrainingSAE(config), size, device)
+
+
+def dictionary_learning_step(trainer: Any, size: Size, device: torch.device, **options: Any) -> Step:
+    """A trainer of dictionary_learning, given as its class and the options of its own."""
+    made = trainer(
+        steps=10**6, activation_dim=size.d_in, dict_size=size.d_sae, layer=0, lm_name="none", lr=LR,
+        device=str(device), warmup_steps=1000, decay_start=None, **options,
+    )  # fmt: skip
+    numbers = iter(range(1, 10**6))
+
+    def step(batch: Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            made.update(next(numbers), batch)
+
+    return step
 
 
 def dictionary_learning(size: Size, device: torch.device) -> Step:
     """dictionary_learning's TopK trainer."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    trainer = TopKTrainer(
-        steps=10**6, activation_dim=size.d_in, dict_size=size.d_sae, k=size.k, layer=0, lm_name="none", lr=LR,
-        device=str(device), warmup_steps=1000, decay_start=None,
-    )  # fmt: skip
-    numbers = iter(range(1, 10**6))
-
-    def step(batch: Tensor) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            trainer.update(next(numbers), batch)
-
-    return step
+    return dictionary_learning_step(TopKTrainer, size, device, k=size.k)
 
 
 def libraries(size: Size, device: torch.device) -> dict[str, Arm]:

@@ -97,15 +97,22 @@ def test_a_thousand_steps_follow_the_plain_path(rule: Rule, stream: Stream) -> N
 @pytest.mark.parametrize("rule", [rule for rule in FUSED if isinstance(rule, CodeRule)], ids=name_of)
 def test_a_thousand_steps_of_other_losses_follow_the_plain_path(rule: Rule, change: str, stream: Stream) -> None:
     config = replace(CONFIG, rule=rule, total_tokens=1000 * N, **{change: NESTED[change]})
-    # A prefix of a hundred features cannot explain 512 directions.
-    follows(config, stream, fallen_to=0.9 if change == "matryoshka" else 0.7)
+    # A prefix of a hundred features cannot explain 512 directions. With multi-k half of the features die, and which
+    # ones do hangs on rounding: one seed's two runs may end 2% apart, where the means of four are 1% apart or less.
+    many = 3 if change == "multi_k" else 1
+    follows(config, stream, fallen_to=0.9 if change == "matryoshka" else 0.7, n_seeds=many)
 
 
-def follows(config: TrainConfig, stream: Stream, fallen_to: float = 0.7) -> None:
-    _, made_by, ours = losses_of(config, stream())
-    assert isinstance(made_by, FusedStep)
-    _, _, reference = losses_of(config, stream(), PlainStep)
-    assert torch.allclose(ours[:10], reference[:10], rtol=0.02)
+def follows(config: TrainConfig, stream: Stream, fallen_to: float = 0.7, n_seeds: int = 1) -> None:
+    curves = []
+    for seed in range(n_seeds):
+        one = replace(config, seed=seed)
+        _, made_by, ours = losses_of(one, stream())
+        assert isinstance(made_by, FusedStep)
+        _, _, reference = losses_of(one, stream(), PlainStep)
+        assert torch.allclose(ours[:10], reference[:10], rtol=0.02)
+        curves.append(torch.stack([ours, reference]))
+    ours, reference = torch.stack(curves).mean(dim=0)
     assert torch.allclose(ours[-100:].mean(), reference[-100:].mean(), rtol=0.02)
     assert ours[-100:].mean() < fallen_to * ours[:10].mean()
 
