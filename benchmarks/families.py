@@ -29,6 +29,7 @@ from workbench.models.bundled import demo_model_dir
 from workbench.models.load import load_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "howto" / "families.md"
+CLASS = re.compile(r"\w+(ForCausalLM|LMHeadModel)")
 VOCABULARY = 4096
 
 # The names by which configurations call the same sizes.
@@ -91,6 +92,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
 }
 """What a family's configuration needs besides `SIZES`, or what would hide a fault at its default."""
+GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Falcon, as 11B": ("FalconForCausalLM", GROUPED | {"num_ln_in_parallel_attn": 1}),
+    "Falcon, as 40B": ("FalconForCausalLM", GROUPED),
+    "Falcon, ALiBi": ("FalconForCausalLM", {"alibi": True, "parallel_attn": False, "multi_query": False}),
+    "Cohere, as Command-R+": ("CohereForCausalLM", {"use_qk_norm": True}),
+    "Phi, norms of queries and keys": ("PhiForCausalLM", {"qk_layernorm": True}),
+    "GPT2, scores not scaled": ("GPT2LMHeadModel", {"scale_attn_weights": False}),
+}
+"""Families set up otherwise, by their names in the table."""
 
 
 def families() -> list[str]:
@@ -133,23 +144,24 @@ def save_tiny(architecture: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def tried(architecture: str) -> tuple[dict[str, str], list[str]]:
-    """(what each trial says, what failed without being refused) for one family."""
+def tried(name: str) -> tuple[dict[str, str], list[str]]:
+    """(what each trial says, what failed without being refused) for one family or variant."""
+    architecture, changes = VARIANTS.get(name, (name, {}))
     with tempfile.TemporaryDirectory() as folder:
-        save_tiny(architecture, Path(folder))
+        save_tiny(architecture, Path(folder), **changes)
         try:
             model = load_model(folder, device="cpu")
         except InputError as error:
             return {"load": f"refused: {str(error).replace(folder, 'it')}"}, []
     said, faults = {"load": "own attention" if model.checks.delegated else "works"}, []
-    for name, trial in TRIALS.items():
+    for column, trial in TRIALS.items():
         try:
-            said[name] = trial(model) or "works"
+            said[column] = trial(model) or "works"
         except InputError as error:
-            said[name] = f"refused: {error}".replace(folder, "it")
+            said[column] = f"refused: {error}".replace(folder, "it")
         except Exception as error:
-            said[name] = f"FAULT {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-            faults.append(f"{architecture}, {name}: {said[name]}")
+            said[column] = f"FAULT {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+            faults.append(f"{name}, {column}: {said[column]}")
     return said, faults
 
 
@@ -157,7 +169,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
     """The table as a page of the documentation."""
     # By how much a random model misses a sum is not its family's.
     rows = {
-        name: {key: re.sub(r" by [\d.e+-]+ of it", "", cell.replace(name, "this model")) for key, cell in said.items()}
+        name: {key: re.sub(r" by [\d.e+-]+", "", CLASS.sub("this model", cell)) for key, cell in said.items()}
         for name, said in rows.items()
     }
     short = {reason: f"[{number}]" for number, reason in enumerate(sorted(_reasons(rows)), start=1)}
@@ -198,7 +210,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows, faults = {}, []
-    for name in sys.argv[1:] or families():
+    for name in sys.argv[1:] or [*families(), *VARIANTS]:
         rows[name], found = tried(name)
         faults += found
         print(name, rows[name], flush=True)

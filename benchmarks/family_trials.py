@@ -124,9 +124,9 @@ def prompt(model: LoadedModel) -> None:
     position, target = 4, 123
     found = torch.from_numpy(reading.attribution(position, target))
     features = reading.feature[reading.position == position]
-    tokens = torch.tensor([model.begun(reading.tokens)])
+    tokens = torch.tensor([reading.tokens])
     last = model.checks.hooks[f"blocks.{model.info.n_layers - 1}.hook_resid_post"]
-    x = _seen(model, tokens, last)[0, position + model.n_bos]
+    x = _seen(model, tokens, last)[0, position]
     norm, unembed = model.component("ln_final"), model.component("unembed")
     assert norm is not None
     assert unembed is not None

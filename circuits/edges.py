@@ -161,7 +161,7 @@ def edge_hooks(
 
 @torch.no_grad()
 def check_edges(bridge: Bridge, graph: Graph) -> None:
-    """Measures once a bridge, on random tokens, that with every edge patched a pass is that of the other tokens.
+    """Measures once a bridge, on random tokens, that with the input's edges patched a pass is that of other tokens.
 
     Raises:
         InputError: something else than queries, keys, values and MLPs reads the residual stream, or see `unread`.
@@ -171,7 +171,9 @@ def check_edges(bridge: Bridge, graph: Graph) -> None:
     tokens = random_tokens(bridge)
     last, other = torch.tensor([tokens.shape[1] - 1], device=tokens.device), tokens.flip(1)
     alternative, wanted = written_and_logits(bridge, other, last)
-    hooks = _edge_hooks(bridge, graph, alternative, graph.exists.to(tokens.device))
+    of_input = torch.zeros_like(graph.exists)
+    of_input[0] = True
+    hooks = _edge_hooks(bridge, graph, alternative, of_input.to(tokens.device))
     found = answer_logits(bridge, tokens, last, hooks)
     if difference(found[None], wanted[None]) > tolerance(bridge.unembed.original_component.weight.dtype):
         raise InputError(NOT_WHOLE)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.families import PAGE, families, family_name, save_tiny, tried
+from benchmarks.families import PAGE, VARIANTS, families, family_name, save_tiny, tried
 from benchmarks.family_trials import prompts_of, splicing, tiny_sae
 from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
@@ -400,7 +400,7 @@ def test_what_a_layer_does_not_have_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-PART = ["FalconH1ForCausalLM", "JambaForCausalLM", "OPTForCausalLM", "Qwen3NextForCausalLM"]
+PART = ["FalconH1ForCausalLM", "JambaForCausalLM", "OPTForCausalLM", "Qwen3NextForCausalLM", "LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("architecture", PART)
@@ -415,7 +415,7 @@ def test_what_a_family_does_not_have_is_refused_and_nothing_else_is_raised(archi
 
 def test_the_page_of_families_names_every_one() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    missing = [name for name in families() if f"| {family_name(name)} |" not in page]
+    missing = [name for name in [*families(), *VARIANTS] if f"| {family_name(name)} |" not in page]
     assert not missing, "run python -m benchmarks.families"
     assert "FAULT" not in page
 

@@ -1,20 +1,23 @@
 """Variants of families that TransformerLens' adapters do not fit, or whose attention runs in one piece: tiny models."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from benchmarks.families import save_tiny
+from benchmarks import family_trials
+from benchmarks.families import VARIANTS, save_tiny, tried
 from benchmarks.family_trials import prompts_of, splicing, tiny_sae
 from circuits.attribution import logit_attribution
 from circuits.composition import composition_scores
 from circuits.dfa import direct_feature_attribution
-from circuits.eap import attribute_edges
+from circuits.eap import Variant, attribute_edges
 from circuits.edges import patched_logits, written
 from circuits.effective_weights import effective_weights
-from circuits.heads import copying_scores, head_scores, repeated_tokens
+from circuits.heads import HeadScores, copying_scores, head_scores, repeated_tokens
 from circuits.nodes import graph_of
 from circuits.ov import ov_effects
 from circuits.path_patching import patch_edges
@@ -32,16 +35,11 @@ from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.wrapping import wrapped
 
-UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
-    "Falcon 40B": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}, "transformer.h."),
-    "Falcon 11B": (
-        "FalconForCausalLM",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-        "transformer.h.",
-    ),
-    "Command-R+": ("CohereForCausalLM", {"use_qk_norm": True}, "model.layers."),
-    "Phi with q/k norms": ("PhiForCausalLM", {"qk_layernorm": True}, "model.layers."),
-}
+UNFIT = {
+    "Falcon, as 11B": "transformer.h.", "Falcon, as 40B": "transformer.h.", "Cohere, as Command-R+": "model.layers.",
+    "Phi, norms of queries and keys": "model.layers.",
+}  # fmt: skip
+"""Where their blocks lie, by the name of the variant."""
 WRITES = {"transformer.h.": ("self_attention", "mlp.dense_4h_to_h"), "model.layers.": ("self_attn", "mlp")}
 
 
@@ -49,8 +47,10 @@ WRITES = {"transformer.h.": ("self_attention", "mlp.dense_4h_to_h"), "model.laye
 def unfit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
     """The variants by name, loaded."""
     return {
-        name: load_model(str(save_tiny(architecture, tmp_path_factory.mktemp("variant"), **changes)), device="cpu")
-        for name, (architecture, changes, _) in UNFIT.items()
+        name: load_model(
+            str(save_tiny(VARIANTS[name][0], tmp_path_factory.mktemp("v"), **VARIANTS[name][1])), device="cpu"
+        )
+        for name in UNFIT
     }
 
 
@@ -58,7 +58,7 @@ def unfit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
 def test_a_variant_that_an_adapter_does_not_fit_is_computed_with_the_modules_own_attention(
     name: str, unfit: dict[str, LoadedModel]
 ) -> None:
-    model, blocks = unfit[name], UNFIT[name][2]
+    model, blocks = unfit[name], UNFIT[name]
     tokens = torch.randint(5, 4000, (2, 20), generator=torch.Generator().manual_seed(1))
     seen: dict[str, torch.Tensor] = {}
 
@@ -158,22 +158,50 @@ def test_a_bridge_that_cannot_be_mended_is_refused_and_harvests_still_work(
 
 def test_attention_in_one_piece_has_direct_terms_and_its_edges_are_refused(tmp_path: Path) -> None:
     """A Falcon with ALiBi keeps its own attention, in which hooks on queries, keys and values never act."""
-    changes = {"alibi": True, "parallel_attn": False, "multi_query": False}
-    model = load_model(str(save_tiny("FalconForCausalLM", tmp_path, **changes)), device="cpu")
+    architecture, changes = VARIANTS["Falcon, ALiBi"]
+    model = load_model(str(save_tiny(architecture, tmp_path, **changes)), device="cpu")
     splicing(model)
-    bridge, prompts = model.bridge, prompts_of(model)
-    found = logit_attribution(bridge, prompts)
+    prompts = prompts_of(model)
+    found = logit_attribution(model.bridge, prompts)
     with torch.no_grad():
         logits = model.hf(prompts.clean, use_cache=False).logits[0, -1]
     assert found.values.sum().item() == pytest.approx((logits[7] - logits[9]).item(), rel=1e-3)
-    graph = graph_of(bridge)
-
-    def through_edges() -> EdgeScores | torch.Tensor:
-        return patched_logits(bridge, prompts.clean, prompts.last, written(bridge, prompts.corrupted), graph.exists)
-
-    for run in (lambda: attribute_edges(bridge, prompts), lambda: patch_edges(bridge, prompts), through_edges):
+    for run in by_edges(model):
         with pytest.raises(InputError, match=r"nothing at blocks\.0\.attn\.q\.hook_out"):
             run()
+
+
+def by_edges(model: LoadedModel) -> list[Callable[[], EdgeScores | torch.Tensor]]:
+    """What goes edge by edge."""
+    bridge, prompts = model.bridge, prompts_of(model)
+
+    def patched() -> torch.Tensor:
+        every = graph_of(bridge).exists
+        return patched_logits(bridge, prompts.clean, prompts.last, written(bridge, prompts.corrupted), every)
+
+    return [
+        *(partial(attribute_edges, bridge, prompts, variant=variant, steps=1) for variant in get_args(Variant)),
+        lambda: patch_edges(bridge, prompts, ["input->m0"]), patched,
+    ]  # fmt: skip
+
+
+def test_edges_are_refused_where_something_else_reads_the_stream(tmp_path: Path) -> None:
+    """The gate after Afmoe's attention is made from the residual stream too."""
+    model = load_model(str(save_tiny("AfmoeForCausalLM", tmp_path)), device="cpu")
+    for run in by_edges(model):
+        with pytest.raises(InputError, match="something else than the queries, keys, values and MLPs of this model"):
+            run()
+    assert logit_attribution(model.bridge, prompts_of(model)).values.isfinite().all()
+
+
+def test_a_number_of_the_table_of_families_that_is_off_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(*arguments: Any) -> HeadScores:
+        return HeadScores(1.01 * head_scores(*arguments).values)
+
+    monkeypatch.setattr(family_trials, "head_scores", off)
+    said, faults = tried("GPT2LMHeadModel")
+    assert faults == ["GPT2LMHeadModel, heads: " + said["heads"]]
+    assert "head scores differ from the module's own" in said["heads"]
 
 
 @pytest.mark.parametrize("architecture", ["CohereForCausalLM", "OlmoForCausalLM"])
