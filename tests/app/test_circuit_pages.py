@@ -1,5 +1,6 @@
 """The Heads and Circuits pages in their states, run by Streamlit's own test harness on the demo model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_empty_pages_say_what_to_do(tmp_path: Path, open_page: OpenPage) -> None
     assert "`workbench circuits discover" in circuits.info[0].value
     assert not heads.exception
     assert not circuits.exception
+
+
+def test_a_behaviour_that_is_not_there_is_said_beside_its_numbers(tmp_path: Path, open_page: OpenPage) -> None:
+    space = Workspace(tmp_path / "w")
+    row = {"clean": "def f(c, z):\n    return", "corrupted": "def f(a, z):\n    return", "answers": " a", "wrong": " c"}
+    (tmp_path / "turned.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    run_method(space, load_model("demo", device="cpu"), Task(str(tmp_path / "turned.jsonl")), "patching")
+    page = open_page("Circuits", space)
+    assert not page.exception
+    assert page.warning[0].value.startswith("the model does not do the task")
 
 
 def test_the_strongest_head_is_shown_and_a_click_shows_another(space: Workspace, open_page: OpenPage) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from sae.model import SAE
 from sae.rules import TopK
+from workbench.circuits.stored import SHARES
 from workbench.cli.main import run
 from workbench.models.load import LoadedModel
 from workbench.workspace import Workspace
@@ -57,6 +58,31 @@ def test_a_task_of_ones_own_is_patched_and_ablated(folder: Path, tmp_path: Path)
     assert "m3@4" in set(nodes)
     assert run(["circuits", "ablate", str(file), "--kind", "zero", "--name", "z", *common]) == 0
     assert Workspace(folder).results.open("circuit-nodes", "z").parameters["kind"] == "zero"
+
+
+@pytest.mark.parametrize("command", ["patch", "ablate", "discover"])
+def test_a_behaviour_that_is_not_there_has_no_shares_and_says_so(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The wrong answer is the one that the clean prompt asks for."""
+    file = tmp_path / f"turned-{command}.jsonl"
+    text = "def f({}, z):\n    return"
+    rows = [
+        {"clean": text.format(b), "corrupted": text.format(a), "answers": f" {a}", "wrong": f" {b}"}
+        for a, b in (("a", "c"), ("x", "b"))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    method = ["--method", "eap"] if command == "discover" else []
+    called = ["circuits", command, str(file), *method, "--workspace", str(folder), "--device", "cpu"]
+    assert run(called) == 0
+    said = capsys.readouterr().out
+    assert "the model does not do the task: the metric is -" in said
+    assert run([*called, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    tables = [table for table in shown.values() if isinstance(table, list)]
+    shares = [row[column] for table in tables for row in table for column in SHARES[shown["kind"]] if column in row]
+    assert shares
+    assert set(shares) == {None}
 
 
 def test_another_packages_task_is_known_to_the_commands(

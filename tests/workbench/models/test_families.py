@@ -335,6 +335,9 @@ def test_edges_of_the_input_are_the_gradient_of_plain_transformers(
     wanted = ((streams[0] - streams[1]) * gradient).sum().item()
     assert found.nodes()["input"] == pytest.approx(wanted, rel=2e-3)
     assert (found.clean, found.corrupted) == pytest.approx([value.item() for value in values], rel=1e-3)
+    # Integrated along the way from one prompt to the other, the input has the whole difference.
+    whole = attribute_edges(model.bridge, prompts, variant="ig-inputs", steps=64)
+    assert whole.nodes()["input"] == pytest.approx(whole.clean - whole.corrupted, rel=0.02)
 
 
 def test_blocks_that_scale_the_stream_have_no_terms_and_other_scores_work(family: Callable[..., LoadedModel]) -> None:

@@ -1,5 +1,6 @@
 """Loading models: what is recorded, what is shared, and one clear line for each thing that can be wrong with it."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -180,6 +181,17 @@ def test_a_broken_folder_is_refused_in_one_line(tiny_gpt2: Path, tmp_path: Path,
     with pytest.raises(InputError, match=message) as caught:
         load_model(str(folder), device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_code_that_comes_with_weights_does_not_run_for_a_yes_on_standard_input(
+    tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(tiny_gpt2, tmp_path)
+    code_of_its_own(folder)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("standard input was asked"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    with pytest.raises(InputError, match="Python of its own, which is never run"):
+        load_model(str(folder), device="cpu")
 
 
 def test_a_hub_name_without_network_is_refused_in_one_line() -> None:
