@@ -39,6 +39,13 @@ def test_metrics_over_batches_equal_their_definitions_over_all_tokens() -> None:
     known = ReconstructionMetrics(10, 50, mean=wide.mean(0))
     known.update(x, sae.encode(x), sae(x))
     assert known.result().explained_variance_per_token == pytest.approx(per_token, rel=1e-9)
+    # Without a mean each batch has its own, as SAEBench has it.
+    by_batch = [
+        1 - (part - seen).square().sum(1) / (part - part.mean(0)).square().sum(1)
+        for part, seen in zip(wide.split([256, 256, 188]), x_hat.split([256, 256, 188]), strict=True)
+    ]
+    assert got.explained_variance_per_token == pytest.approx(torch.cat(by_batch).mean().item(), rel=1e-9)
+    assert abs(got.explained_variance_per_token - per_token) > 1e-4
     uncentred = 1 - error.mean() / (squares - wide.square().mean() ** 2)
     assert got.explained_variance_uncentred == pytest.approx(uncentred.item(), rel=1e-9)
     bias = x_hat.square().sum(1).mean() / (wide * x_hat).sum(1).mean()
