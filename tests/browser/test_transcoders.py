@@ -51,6 +51,8 @@ def test_a_feature_says_what_it_reads_and_writes_and_its_layer_is_chosen(address
     page.get_by_placeholder("Test on my text").fill("def g(x): return x")
     page.get_by_placeholder("Test on my text").press("Enter")
     page.get_by_text("your text").first.wait_for()
+    page.goto(f"{address}/Prompt?sae=mlps.layer_1&prompt=def%20g(x)&all_saes=true")
+    page.get_by_text("mlps.layer_2 · blocks.2.mlp.hook_in").first.wait_for()
     page.goto(f"{address}/Steering?sae=mlps.layer_2&feature=2&prompt=def%20g(x)%3A&n=4&strength=8")
     page.get_by_text("under the unedited model").first.wait_for()
     assert not page.locator("[data-testid=stException]").count()

@@ -258,14 +258,18 @@ class Catalog:
 
         _save_whole(self.transcoder_folder(name), f"the set of transcoders {name!r}", write)
 
+    def refuse_set(self, name: str) -> None:
+        """Raises InputError where one SAE is wanted and the name is that of a set of transcoders."""
+        layers = next((one.layers for one in self.transcoder_sets() if one.name == name), 0)
+        if layers:
+            raise InputError(f"{name!r} is a set of {layers} transcoders: say which layer, as {name}.layer_0")
+
     def _require_sae(self, name: str) -> Path:
         folder = self.sae_folder(name)
         if not (folder / "cfg.json").is_file():
-            sets = {summary.name: summary.layers for summary in self.transcoder_sets()}
-            if name in sets:
-                raise InputError(f"{name!r} is a set of {sets[name]} transcoders: say which layer, as {name}.layer_0")
+            self.refuse_set(name)
             known = [path.name for path in sae_folders(self.path)]
-            known += [f"{item}.layer_0 to layer_{n - 1}" for item, n in sets.items() if n]
+            known += [f"{one.name}.layer_0 to layer_{one.layers - 1}" for one in self.transcoder_sets() if one.layers]
             raise InputError(f"no SAE {name!r} in {self.path}: it has {', '.join(known) or 'none'}")
         return folder
 

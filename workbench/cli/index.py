@@ -156,7 +156,7 @@ def _search(workspace: "Workspace", sae: str | None, text: str, by: "By", as_jso
     from workbench.features.index.query import search_features
     from workbench.features.index.search import said
 
-    found = search_features(workspace, text, saes=None if sae is None else [sae], by=by)
+    found = search_features(workspace, text, saes=None if sae is None else workspace.with_layers([sae]), by=by)
     if as_json:
         print_json(records(found.table))
     elif not found.n:

@@ -212,6 +212,8 @@ def test_a_search_goes_through_the_layers_and_a_layer_has_a_name(space: Workspac
     assert run(["feature", "--search", "json", *where, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {item["sae"] for item in found} == set(space.indexes())
+    assert run(["feature", "mlps", "--search", "json", *where, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
     assert run(["feature", "mlps.layer_2", str(found[0]["feature"]), *where]) == 0
     # Indexing the set again finds every layer indexed.
     assert run(["index", "mlps", *where]) == 0
@@ -264,6 +266,7 @@ def test_what_cannot_hold_for_a_transcoder_is_refused_in_one_line(
         (["prompt", "mlps", "x"], "'mlps' is a set of 3 transcoders: say which layer, as mlps.layer_0"),
         (["prompt", "gone", "x"], "it has mlps.layer_0 to layer_2"),
         (["concepts", "mlps"], "say which layer"),
+        (["feature", "mlps", "3"], "say which layer"),
         (["sparsity", "sae", "s", "mlps.layer_1"], "is a transcoder, which predicts another"),
     ):
         assert run([*arguments, *where]) == 2, arguments

@@ -150,6 +150,7 @@ class FeatureIndex:
         """Opens the index of an SAE. Raises InputError naming those there are."""
         path = catalog.index_path(sae)
         if not path.is_file():
+            catalog.refuse_set(sae)
             known = ", ".join(catalog.indexes()) or "none"
             raise InputError(f"SAE {sae!r} has no index: make one with `workbench index {sae}` (there is {known})")
         return cls(
