@@ -1,6 +1,7 @@
 """What a workspace holds, as `workbench info` and the app list it."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,18 @@ def _transcoder_set_summary(folder: Path, results: ResultStore) -> TranscoderSet
 
 def _metrics(kind: str, name: str, results: ResultStore) -> dict[str, Any] | None:
     """The one row that an evaluation of this name has; None where there is none."""
+    file = results.path(kind, name)
     try:
-        return results.open(kind, name).table("metrics").iloc[0].to_dict()
+        found = _read_metrics(file, file.stat().st_mtime_ns)
+    except OSError:
+        return None
+    return None if found is None else dict(found)
+
+
+@lru_cache(maxsize=4096)
+def _read_metrics(file: Path, changed: int) -> dict[str, Any] | None:
+    """The row of a result's file, which is written once; the app lists SAEs whenever a page is drawn."""
+    try:
+        return ResultStore(file.parents[1]).open(file.parent.name, file.stem).table("metrics").iloc[0].to_dict()
     except InputError:
         return None
