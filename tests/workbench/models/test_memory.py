@@ -14,8 +14,6 @@ from workbench import HarvestConfig, Workspace
 from workbench.catalog.results import Result
 from workbench.circuits.attention_saes import report_dfa
 from workbench.circuits.task import Task
-from workbench.features.concepts.probes import probe
-from workbench.features.concepts.truth import from_table
 from workbench.features.explanations.language_models import LocalModel
 from workbench.features.index.build import build_index
 from workbench.models import memory
@@ -66,7 +64,6 @@ WORK: list[tuple[str, Callable[[Workspace, LoadedModel], Any]]] = [
     ("reading a prompt of 5 tokens", lambda space, model: space.prompt("s", "x = 1", model=model)),
     ("steering a prompt of 5 tokens", lambda space, model: space.steer("s", 1, "x = 1", model=model)),
     ("counting 64 features beside 2 concepts", lambda space, model: space.concepts("s", table=table(space))),
-    ("probing", lambda space, model: probes(space)),
     ("calibrating on 1,024 tokens", lambda space, model: calibrate(model, open_corpus("python-stdlib"))),
     ("looking at a neuron", lambda space, model: view_neuron(model, open_corpus("python-stdlib"), 0, 1)),
     ("attribution on a text of 5 tokens", lambda space, model: split(space, model)),
@@ -79,11 +76,6 @@ def table(space: Workspace) -> pd.DataFrame:
     """Two concepts on the harvest's rows."""
     rows = [row for (row,) in space.sql("SELECT row FROM tokens WHERE flags = 0 LIMIT 1000", "h").rows]
     return pd.DataFrame({"row": rows, "concept": ["odd" if row % 2 else "even" for row in rows]})
-
-
-def probes(space: Workspace) -> object:
-    harvest = space.open_harvest("h")
-    return probe(space.sae("s"), harvest.vectors(HOOK), from_table(harvest, table(space)))
 
 
 @pytest.mark.parametrize(("what", "work"), WORK, ids=[what for what, _ in WORK])

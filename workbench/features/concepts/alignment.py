@@ -32,7 +32,6 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.features.concepts.truth import ConceptTruth
 from workbench.harvest.reading import Vectors
-from workbench.models.memory import check_fits_memory
 
 LEVELS = 8
 LEVEL_ROWS = 65_536
@@ -117,11 +116,10 @@ def align(
         on_progress: called with (tokens done, tokens in all).
 
     Raises:
-        InputError: fewer than two documents, no concept, or counts that memory does not hold.
+        InputError: fewer than two documents, or no concept.
     """
     if not truth.names:
         raise InputError("none of the harvest's tokens has a concept: give a table of concepts of your own")
-    _check_memory(sae, len(truth.names))
     held_out = held_out_half(truth)
     calibration = np.flatnonzero(~held_out)
     thresholds = _levels(sae, vectors, truth.rows[spread(calibration, LEVEL_ROWS)])
@@ -156,15 +154,6 @@ def spread(places: Int[NDArray, "n"], at_most: int) -> Int[NDArray, "m"]:
     if len(places) <= at_most:
         return places
     return places[np.linspace(0, len(places) - 1, at_most).astype(np.int64)]
-
-
-def _check_memory(sae: SAE, n_concepts: int) -> None:
-    """Raises InputError where both halves' counts (by unit, level and concept) and sums of values do not fit."""
-    of_half = (4 * n_units_of(sae) * LEVELS + 8 * sae.d_sae) * n_concepts
-    check_fits_memory(
-        f"counting {sae.d_sae:,} features beside {n_concepts:,} concepts", 2 * of_half, sae.W_dec.device,
-        "use fewer concepts, by a table of your own, or an SAE with fewer features",
-    )  # fmt: skip
 
 
 class _Counts:

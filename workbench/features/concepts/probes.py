@@ -28,7 +28,6 @@ from workbench.features.concepts.alignment import BATCH_ROWS, held_out_half, spr
 from workbench.features.concepts.logistic import Probe, Scores, best_threshold, difference_in_means, fit, judge
 from workbench.features.concepts.truth import ConceptTruth
 from workbench.harvest.reading import Vectors
-from workbench.models.memory import check_fits_memory
 
 PROBE_ROWS = 16_384
 """Tokens of either half at most."""
@@ -81,17 +80,13 @@ def probe(
         ks: numbers of features.
 
     Raises:
-        InputError: fewer than two documents, no concept on the calibration tokens, or rows that memory does not hold.
+        InputError: fewer than two documents, or no concept on the calibration tokens.
     """
     held_out = held_out_half(truth)
     halves = [truth.select(spread(np.flatnonzero(half), max_rows)) for half in (~held_out, held_out)]
     if not halves[0].counts.any():
         raise InputError("no calibration token has a concept: harvest more, or give a table with more concepts")
-    device, rows = sae.W_dec.device, sum(len(half.rows) for half in halves)
-    check_fits_memory(
-        f"probing {rows:,} tokens", rows * (4 * sae.d_in + len(truth.names)) + 8 * sae.d_sae * len(truth.names), device,
-        "use fewer concepts, by a table of your own, or free memory",
-    )  # fmt: skip
+    device = sae.W_dec.device
     labels = [torch.from_numpy(half.dense(0, len(half.rows))).to(device) for half in halves]
     x = [vectors.rows(half.rows).to(device, torch.float32) for half in halves]
     scores: dict[str, Scores] = {}

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sae.errors import InputError
+from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import versions
-from workbench.features.concepts.alignment import Alignment, align
-from workbench.features.concepts.probes import ProbeScores, probe
+from workbench.features.concepts.alignment import LEVELS, Alignment, align, n_units_of
+from workbench.features.concepts.probes import PROBE_ROWS, ProbeScores, probe
 from workbench.features.concepts.truth import ConceptTruth, Language, from_corpus, from_table
 from workbench.models.load import LoadedModel, reload_model
+from workbench.models.memory import check_fits_memory
 from workbench.saes.overlap import Overlap, overlap_of
 
 KIND, STABILITY_KIND = "concepts", "stability"
@@ -98,7 +100,8 @@ def align_sae(
         on_progress: called with (tokens done, tokens in all).
 
     Raises:
-        InputError: no such SAE, harvest or hook point, or concepts that do not belong to the harvest.
+        InputError: no such SAE, harvest or hook point, concepts that do not belong to the harvest, or more of them than
+            memory holds the counts of.
     """
     sae, origin = catalog.coder(name, device), catalog.origin(name)
     wanted = harvest or origin.harvest
@@ -111,6 +114,7 @@ def align_sae(
         truth = from_table(source, concepts)
     else:
         truth = truth_of(catalog, wanted, language=language, model=model, max_tokens=max_tokens)
+    _check_memory(sae, truth)
     vectors = source.vectors(sae.hook_name)
     report = ConceptReport(
         alignment=align(sae, vectors, truth, on_progress),
@@ -134,6 +138,16 @@ def align_sae(
         },
     )
     return report
+
+
+def _check_memory(sae: SAE, truth: ConceptTruth) -> None:
+    """Raises InputError where counts of both halves (by unit, level, concept), or the tokens probed, do not fit."""
+    n_concepts, place, instead = len(truth.names), sae.W_dec.device, "use fewer concepts, by a table of your own"
+    counts = 2 * (4 * n_units_of(sae) * LEVELS + 8 * sae.d_sae) * n_concepts
+    check_fits_memory(f"counting {sae.d_sae:,} features beside {n_concepts:,} concepts", counts, place, instead)
+    rows = min(len(truth.rows), 2 * PROBE_ROWS)
+    probed = rows * (4 * sae.d_in + n_concepts) + 8 * sae.d_sae * n_concepts
+    check_fits_memory(f"probing {rows:,} tokens for {n_concepts:,} concepts", probed, place, instead)
 
 
 def compare(catalog: Catalog, names: Sequence[str]) -> pd.DataFrame:
