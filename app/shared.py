@@ -11,6 +11,7 @@ from streamlit.errors import StreamlitPageNotFoundError
 
 from workbench import FeatureIndex, InputError, LoadedModel, Workspace, load_model, reload_model
 from workbench.catalog.summaries import SAESummary
+from workbench.features.explanations.language_models import Endpoint, LanguageModel, LocalModel
 from workbench.features.index.titles import concepts_path, explanations_path
 from workbench.models.load_own import must_be_given
 
@@ -127,6 +128,12 @@ def loaded_model(name: str) -> LoadedModel:
     if len(sys.argv) > 2 and must_be_given(name):
         return load_model(sys.argv[2])
     return reload_model(name)
+
+
+@st.cache_resource(max_entries=1, show_spinner="Loading the language model ...")
+def explainer(name: str, endpoint: str | None) -> LanguageModel:
+    """The language model that explains features (`workbench app --explain`)."""
+    return Endpoint(endpoint, name) if endpoint else LocalModel(name)
 
 
 def switch_page(page: str, **query: Any) -> None:

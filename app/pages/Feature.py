@@ -1,5 +1,6 @@
 """Feature page: what one feature does, what people wrote about it, and how it reads a text of one's own."""
 
+import os
 import random
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from app.examples import example_rows
-from app.shared import choose_index, loaded_model, open_workspace, page_link, plain, switch_page
+from app.shared import choose_index, explainer, loaded_model, open_workspace, page_link, plain, switch_page
 from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits.attention_saes import attribute
@@ -135,9 +136,7 @@ def written(workspace: Workspace, feature: Feature) -> None:
             f"{concept.precision:.2f}, recall {concept.recall:.2f}, correlation {concept.correlation:+.2f}; "
             f"above {concept.threshold:.3g}; {concept.positives:,} tokens have it)"
         )
-    if (said := feature.explanation) is not None and said.explanation:
-        score = f", detection **{said.score:.2f}** (chance 0.50)" if said.score is not None else ""
-        st.caption(f"in the words of {plain(said.model)}: **{plain(said.explanation)}**{score}")
+    explained(workspace, feature)
     for note in feature.notes:
         st.text(note)
     st.text_area("Add a note", max_chars=2000, height=68, key=f"note {place}", on_change=save_note)
@@ -158,6 +157,26 @@ def written(workspace: Workspace, feature: Feature) -> None:
                 st.error(plain(str(error)))
             else:
                 st.rerun()
+
+
+def explained(workspace: Workspace, feature: Feature) -> None:
+    """What language models say it responds to, with their scores; one more where the app was given a model."""
+    for said in feature.explanations:
+        if said.explanation:
+            score = f", detection **{said.score:.2f}** (chance 0.50)" if said.score is not None else ""
+            st.caption(f"in the words of {plain(said.model)}: **{plain(said.explanation)}**{score}")
+    name = os.environ.get("WORKBENCH_EXPLAINER")
+    if not name or feature.dead or any(said.model == name for said in feature.explanations):
+        return
+    if st.button("Explain it", help=f"asks {name} for a phrase and tests it on texts that it has not seen"):
+        try:
+            with st.spinner("Asking the language model ..."):
+                model = explainer(name, os.environ.get("WORKBENCH_EXPLAINER_ENDPOINT"))
+                workspace.explain(feature.sae, [feature.feature], model)
+        except InputError as error:
+            st.error(plain(str(error)))
+        else:
+            st.rerun()
 
 
 def related(feature: Feature) -> None:

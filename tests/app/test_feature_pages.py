@@ -273,3 +273,19 @@ def test_hovering_a_token_tells_its_effect_on_the_loss(space: Workspace, busiest
     assert not page.exception
     assert "nats of loss" in rows_of_examples(page)
     assert "border-bottom" in rows_of_examples(page)
+
+
+def test_a_feature_is_explained_where_the_app_was_given_a_model(
+    space: Workspace, busiest: int, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page("Feature", space, sae="s", feature=str(busiest))
+    assert "Explain it" not in [button.label for button in page.button]
+    monkeypatch.setenv("WORKBENCH_EXPLAINER", "demo")
+    page = open_page("Feature", space, sae="s", feature=str(busiest))
+    next(button for button in page.button if button.label == "Explain it").click().run()
+    assert not page.exception
+    assert not page.error
+    told = space.results.open("explanations", "s").table("features")
+    assert told["feature"].tolist() == [busiest]
+    assert any("in the words of demo" in caption.value for caption in page.caption)
+    assert "Explain it" not in [button.label for button in page.button]

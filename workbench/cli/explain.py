@@ -63,7 +63,7 @@ def explain(
     with ProgressBar("explain", len(chosen), enabled=not as_json, unit="features") as bar:
         result = workspace.explain(sae, chosen, asked, examples=examples, texts=texts, on_progress=bar.report)
     table = result.table("features")
-    table = table[table["feature"].isin(chosen)]
+    table = table[table["feature"].isin(chosen) & (table["model"] == asked.name)]
     print_frame(f"Features of {sae} in the words of {asked.name}", table, as_json, titles=TITLES)
     if not as_json:
         print(f"Next: workbench feature {sae} {chosen[0]} --workspace {folder}")

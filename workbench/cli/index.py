@@ -201,8 +201,9 @@ def _print(item: "Feature") -> None:
         print(f"  near {near.feature:6d}  {near.cosine:+.2f}  {shorten(near.name)}")
     for other in item.coactivations[:4]:
         print(f"  with {other.feature:6d}  phi {other.phi:.2f}  {shorten(other.name)}")
-    if (told := item.explanation) is not None and told.explanation:
-        score = f" (detection {told.score:.2f}, chance 0.50)" if told.score is not None else ""
-        print(f"  explained by {told.model}: {shorten(told.explanation)}{score}")
+    for told in item.explanations:
+        if told.explanation:
+            score = f" (detection {told.score:.2f}, chance 0.50)" if told.score is not None else ""
+            print(f"  explained by {told.model}: {shorten(told.explanation)}{score}")
     for note in item.notes:
         print(f"  note: {shorten(note)}")

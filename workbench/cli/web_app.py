@@ -19,6 +19,13 @@ def register(app: typer.Typer) -> None:
 def open_app(
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     model: GivenModelOption = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(envvar="WORKBENCH_EXPLAINER", help="Language model that explains features, as `explain --model`."),
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(envvar="WORKBENCH_EXPLAINER_ENDPOINT", help="Its address, as `explain --endpoint`.")
+    ] = None,
     port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 8501,
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
 ) -> None:
@@ -41,5 +48,8 @@ def open_app(
         "--client.toolbarMode", "viewer",
         "--", str(workspace.path), *([] if model is None else [model]),
     ]  # fmt: skip
+    for name, value in (("WORKBENCH_EXPLAINER", explain), ("WORKBENCH_EXPLAINER_ENDPOINT", endpoint)):
+        if value is not None:
+            os.environ[name] = value
     # In this process's place, so that whatever ends the command ends the server.
     os.execv(sys.executable, command)

@@ -8,7 +8,7 @@ quantiles and as many random texts of the harvest in which the feature does not 
 accuracy, (share right where it fires + share right where it does not) / 2: 0.5 by chance. An answer that is neither
 yes nor no counts as wrong.
 
-One result of kind `explanations` per SAE, with the table
+One result of kind `explanations` per SAE, a row for every feature and model, with the table
 
     features   feature, sign, explanation, score, fires_right, silent_right, unclear, texts, model
 """
@@ -59,7 +59,7 @@ def explain_features(
 ) -> Result:
     """Explains features of an indexed SAE and scores the explanations; stored after every feature.
 
-    Features that the same model has explained before are left as they are; another model's explanation is replaced.
+    Features that the same model has explained before are left as they are; other models' explanations stay beside it.
     Dead features are passed over.
 
     Args:
@@ -80,12 +80,11 @@ def explain_features(
     try:
         index.check(wanted)
         for done, number in enumerate(wanted, start=1):
-            before = rows.get(number)
-            if before is None or before["model"] != model.name:
+            if (number, model.name) not in rows:
                 feature = index.feature(number)
                 if not feature.dead:
                     silent = index.silent_examples(number, texts, seed=number) if texts else []
-                    rows[number] = _explained(feature, silent, model, examples, texts)
+                    rows[number, model.name] = _explained(feature, silent, model, examples, texts)
                     _save(catalog, sae, rows)
             if on_progress is not None:
                 on_progress(done, len(wanted))
@@ -171,20 +170,20 @@ def _detection(
     }  # fmt: skip
 
 
-def _stored(catalog: Catalog, sae: str) -> dict[int, dict[str, Any]]:
-    """The rows there are, by feature."""
+def _stored(catalog: Catalog, sae: str) -> dict[tuple[int, str], dict[str, Any]]:
+    """The rows there are, by feature and model."""
     if not explanations_path(catalog, sae).is_file():
         return {}
     table = catalog.results.open(EXPLANATIONS, sae).table("features")
-    return {int(row["feature"]): row for row in table.to_dict(orient="records")}
+    return {(int(row["feature"]), row["model"]): row for row in table.to_dict(orient="records")}
 
 
-def _save(catalog: Catalog, sae: str, rows: dict[int, dict[str, Any]]) -> None:
+def _save(catalog: Catalog, sae: str, rows: dict[tuple[int, str], dict[str, Any]]) -> None:
     columns = {
         "feature": int, "sign": int, "explanation": str, "score": float, "fires_right": float, "silent_right": float,
         "unclear": int, "texts": int, "model": str,
     }  # fmt: skip
-    table = pd.DataFrame([rows[number] for number in sorted(rows)], columns=list(columns)).astype(columns)
+    table = pd.DataFrame([rows[place] for place in sorted(rows)], columns=list(columns)).astype(columns)
     catalog.results.save(
         EXPLANATIONS, sae, parameters={}, provenance={"sae": sae, "versions": versions()}, tables={"features": table}
     )

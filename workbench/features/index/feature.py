@@ -178,10 +178,15 @@ class Feature:
     """Why there are no logit effects, where there are none."""
     concepts: list[Concept] = dataclasses.field(default_factory=list)
     """The best concept of either sign, best first; empty where the SAE was not aligned or the feature does not fire."""
-    explanation: Explanation | None = None
-    """None where no language model was asked."""
+    explanations: list[Explanation] = dataclasses.field(default_factory=list)
+    """One a language model that was asked, the best score first."""
     target_hook: str = ""
     """The hook point that a transcoder's writes; empty where it is `hook`."""
+
+    @property
+    def explanation(self) -> Explanation | None:
+        """The best of the explanations; None where no language model was asked."""
+        return self.explanations[0] if self.explanations else None
 
     @property
     def dead(self) -> bool:
@@ -227,11 +232,11 @@ LABEL_F1, LABEL_SCORE = 0.5, 0.75
 """Held-out F1 from which a concept, and balanced accuracy from which an explanation, serves as a feature's label."""
 
 
-def label_of(explanation: Explanation | None, concepts: Sequence[Concept]) -> str | None:
-    """What to call a feature that nobody labelled: its explanation, which says more, or its best concept, whichever
-    is good enough; `-` marks a concept that negative activations say."""
-    if explanation is not None and (explanation.score or 0) >= LABEL_SCORE:
-        return explanation.explanation
+def label_of(explanations: Sequence[Explanation], concepts: Sequence[Concept]) -> str | None:
+    """What to call a feature that nobody labelled: its best explanation, which says more, or its best concept,
+    whichever is good enough; `-` marks a concept that negative activations say."""
+    if explanations and (explanations[0].score or 0) >= LABEL_SCORE:
+        return explanations[0].explanation
     if concepts and concepts[0].f1 >= LABEL_F1:
         return ("-" if concepts[0].sign < 0 else "") + concepts[0].name
     return None

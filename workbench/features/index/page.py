@@ -69,11 +69,15 @@ def _concepts(feature: Feature) -> str:
 
 
 def _explanation(feature: Feature) -> str:
-    said = feature.explanation
-    if said is None or not said.explanation:
-        return ""
-    score = f"detection {said.score:.2f}, chance 0.50" if said.score is not None else "not scored"
-    return table_html(f"In the words of {said.model}", [(said.explanation, score)])
+    rows = [
+        (
+            f"{said.explanation} ({said.model})",
+            f"detection {said.score:.2f}, chance 0.50" if said.score is not None else "not scored",
+        )
+        for said in feature.explanations
+        if said.explanation
+    ]
+    return table_html("In the words of a language model", rows)
 
 
 def _numbers(feature: Feature) -> str:

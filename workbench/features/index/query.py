@@ -105,7 +105,7 @@ class FeatureIndex:
         path: the DuckDB file.
         notes: labels and notes of its workspace.
         concepts: concepts of its features, which label those that nobody labelled.
-        explanations: what a language model made of its features, likewise.
+        explanations: what language models made of its features, likewise, best first.
 
     Raises:
         InputError: a file that is no index, or one of another schema.
@@ -116,7 +116,7 @@ class FeatureIndex:
         path: "Path",
         notes: Notes,
         concepts: Mapping[int, list[Concept]] | None = None,
-        explanations: Mapping[int, Explanation] | None = None,
+        explanations: Mapping[int, list[Explanation]] | None = None,
     ) -> None:
         self.path, self._notes = path, notes
         self._concepts, self._explanations = concepts or {}, explanations or {}
@@ -194,7 +194,9 @@ class FeatureIndex:
     def titles(self) -> dict[int, str]:
         """What features are called: the labels people wrote; where there is none, explanations, then concepts."""
         named = self._concepts.keys() | self._explanations.keys()
-        found = {number: label_of(self._explanations.get(number), self._concepts.get(number, [])) for number in named}
+        found = {
+            number: label_of(self._explanations.get(number, []), self._concepts.get(number, [])) for number in named
+        }
         return {number: title for number, title in found.items() if title} | self._notes.labels(self.sae)
 
     def check(self, numbers: Iterable[int]) -> None:
@@ -233,7 +235,7 @@ class FeatureIndex:
             name=names[number],
             label=self._notes.label(self.sae, number),
             concepts=self._concepts.get(number, []),
-            explanation=self._explanations.get(number),
+            explanations=self._explanations.get(number, []),
             notes=[note.text for note in self._notes.notes(self.sae, number)],
             stats=stats,
             groups=self._groups(number, stats),

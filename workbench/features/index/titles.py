@@ -40,8 +40,8 @@ def read_concepts(path: Path) -> dict[int, list[Concept]]:
     return found
 
 
-def read_explanations(path: Path) -> dict[int, Explanation]:
-    """Explanations by feature; empty where no language model was asked."""
+def read_explanations(path: Path) -> dict[int, list[Explanation]]:
+    """Explanations by feature, the best score first; empty where no language model was asked."""
     if not path.is_file():
         return {}
     names = [field.name for field in dataclasses.fields(Explanation)]
@@ -51,4 +51,9 @@ def read_explanations(path: Path) -> dict[int, Explanation]:
             f"CASE WHEN isnan({name}) THEN NULL ELSE {name} END" if name == "score" else name for name in names
         )
         rows = connection.execute(f"SELECT feature, {columns} FROM features").fetchall()
-    return {feature: Explanation(*values) for feature, *values in rows}
+    found: dict[int, list[Explanation]] = {}
+    for feature, *values in rows:
+        found.setdefault(feature, []).append(Explanation(*values))
+    for explanations in found.values():
+        explanations.sort(key=lambda one: one.score or 0, reverse=True)
+    return found

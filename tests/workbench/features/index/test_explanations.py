@@ -85,7 +85,9 @@ def test_the_score_is_balanced_accuracy(space: Workspace, busiest: int) -> None:
     ]
     for number, (answer, (score, right, rejected, unclear)) in enumerate(cases):
         model = Answering(answer, f"model {number}")
-        row = explain_features(space, "s", [busiest], model, examples=3, texts=4).table("features").iloc[0]
+        table = explain_features(space, "s", [busiest], model, examples=3, texts=4).table("features")
+        assert len(table) == number + 1, "other models' explanations stay"
+        row = table[table["model"] == model.name].iloc[0]
         assert (row["explanation"], row["model"]) == ("Odd words", f"model {number}")
         assert (row["score"], row["fires_right"], row["silent_right"]) == (score, right, rejected)
         silent = len(index.silent_examples(busiest, 4, seed=busiest))
@@ -110,21 +112,23 @@ def test_a_model_explains_once_and_another_one_again(space: Workspace, busiest: 
     assert told is not None
     assert (told.explanation, told.score) == ("Odd words", None)
     explain_features(space, "s", [busiest], Answering(lambda text: "yes", "other"))
-    assert FeatureIndex.open(space, "s").feature(busiest).explanation.model == "other"  # type: ignore[union-attr]
+    told_by = FeatureIndex.open(space, "s").feature(busiest).explanations
+    assert [(one.model, one.score) for one in told_by] == [("other", 0.5), (first.name, None)]
 
 
 def test_a_good_explanation_labels_the_feature_and_a_bad_one_shows(space: Workspace, busiest: int) -> None:
     feature = FeatureIndex.open(space, "s").feature(busiest)
     firing = {"".join(example.tokens) for group in feature.groups for example in group.examples}
-    explain_features(space, "s", [busiest], Answering(lambda text: "yes" if text in firing else "no"))
-    index = FeatureIndex.open(space, "s")
-    assert index.titles()[busiest] == index.feature(busiest).name == "Odd words"
-    assert index.search("odd w")["feature"].tolist() == [busiest]
-    assert "Odd words" in index.feature(busiest).to_html()
     explain_features(space, "s", [busiest], Answering(lambda text: "yes", "worse"))
     index = FeatureIndex.open(space, "s")
     assert busiest not in index.titles()
     assert "detection 0.50, chance 0.50" in index.feature(busiest).to_html()
+    explain_features(space, "s", [busiest], Answering(lambda text: "yes" if text in firing else "no"))
+    index = FeatureIndex.open(space, "s")
+    assert index.titles()[busiest] == index.feature(busiest).name == "Odd words"
+    assert index.search("odd w")["feature"].tolist() == [busiest]
+    html = index.feature(busiest).to_html()
+    assert html.index("detection 1.00, chance 0.50") < html.index("detection 0.50, chance 0.50")
 
 
 def test_dead_features_alone_and_wrong_numbers_are_refused(space: Workspace, busiest: int) -> None:
