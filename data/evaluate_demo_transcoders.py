@@ -61,8 +61,8 @@ def of_layer(item: Evaluation) -> dict[str, float]:
         "dead_share": item.dead_share,
         "skip_share": item.skip_share,
         "added_nats": item.added_nats,
-        "added_nats_zero": item.ce_zero - item.ce_clean,
-        "added_nats_mean": item.ce_mean - item.ce_clean,
+        "added_nats_zero": item.added_nats_zero,
+        "added_nats_mean": item.added_nats_mean,
         "kl": item.kl,
     }
 

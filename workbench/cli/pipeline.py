@@ -158,6 +158,8 @@ EVALUATION_COLUMNS = {
     "CE clean": "ce_clean",
     "CE spliced": "ce_spliced",
     "added nats": "added_nats",
+    "added nats (zero)": "added_nats_zero",
+    "added nats (mean)": "added_nats_mean",
     "recovered (zero)": "loss_recovered_zero",
     "recovered (mean)": "loss_recovered_mean",
     "KL": "kl",

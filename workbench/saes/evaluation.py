@@ -87,6 +87,16 @@ class Evaluation:
     note: str = ""
     """What to know before reading the losses; empty where there is nothing."""
 
+    @property
+    def added_nats_zero(self) -> float:
+        """By zeros in its place."""
+        return self.ce_zero - self.ce_clean
+
+    @property
+    def added_nats_mean(self) -> float:
+        """By the mean in its place."""
+        return self.ce_mean - self.ce_clean
+
     def to_dict(self) -> dict[str, Any]:
         """The metrics by name, for JSON."""
         return asdict(self)

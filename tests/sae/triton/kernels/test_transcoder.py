@@ -72,7 +72,8 @@ def test_gradients_are_those_of_float64(rule: Rule, settings: dict[str, Any], sh
         for name, parameter in state.sae.named_parameters():
             if name != "W_dec":
                 parameter += 0.1 * torch.randn(parameter.shape, device=device)
-        state.sae.b_enc[3], state.sae.b_enc[5] = 50, -50
+        # Always on, and never.
+        state.sae.b_enc[3], state.sae.b_enc[5] = 3, -50
     loss, expected = autograd(state, batch, target)
     sizes = fast.KernelSizes(window=4, min_rows=7, candidates=8, dense_share=share)
     FusedStep(state, precision=torch.float32, sizes=sizes)(batch, 0, None, target)
