@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from workbench.catalog.sql import Answer
     from workbench.features.concepts.report import ConceptReport
     from workbench.features.concepts.truth import Language
+    from workbench.features.diff import ModelDiff
     from workbench.features.explanations.language_models import LanguageModel
     from workbench.features.index.build import IndexSummary
     from workbench.features.index.feature import Feature
@@ -211,6 +212,20 @@ class Workspace(Studies):
         from workbench.saes.evaluate import evaluate_set
 
         return evaluate_set(self, name, **settings)
+
+    def evaluate_crosscoder(self, name: str, **settings: Any) -> "Result":
+        """Measures a crosscoder part by part, and what its features are to the parts (kind `crosscoder`); settings and
+        InputErrors as `workbench.saes.crosscoders.evaluate_crosscoder`."""
+        from workbench.saes.crosscoders import evaluate_crosscoder
+
+        return evaluate_crosscoder(self, name, **settings)
+
+    def diff(self, a: "str | LoadedModel", b: "str | LoadedModel", **settings: Any) -> "ModelDiff":
+        """Compares two models of one tokenizer by a crosscoder; settings and InputErrors as
+        `workbench.features.diff.diff_models`."""
+        from workbench.features.diff import diff_models
+
+        return diff_models(self, a, b, **settings)
 
     def compare(self, names: Sequence[str] = ()) -> "pd.DataFrame":
         """The SAEs named, or all, side by side with their stored evaluations; see `saes.comparison.compare`."""

@@ -1,6 +1,6 @@
 """What a workspace holds, as `workbench info` and the app list it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class SAESummary:
     """The set of transcoders that it is a layer of."""
     layer: int = 0
     """Which one."""
+    parts: list[str] = field(default_factory=list)
+    """Names of what a crosscoder reads side by side; empty for others."""
+    by_part: dict[str, dict[str, Any]] | None = None
+    """Headline numbers of a crosscoder's latest evaluation, by part, or None."""
 
     @property
     def rule(self) -> str:
@@ -152,9 +156,18 @@ def _sae_summary(folder: Path, results: ResultStore, name: str | None = None) ->
             hook=metadata.get("hook_name", ""),
             evaluation=_metrics("evaluation", name, results),
             target_hook=metadata.get("hook_name_out") or "",
+            parts=[part["name"] for part in config.get("parts", [])],
+            by_part=_by_part(name, results) if "parts" in config else None,
         )
-    except (InputError, KeyError, AttributeError):
+    except (InputError, KeyError, AttributeError, TypeError):
         return SAESummary(name, DAMAGED, None, 0, 0, "", "", None)
+
+
+def _by_part(name: str, results: ResultStore) -> dict[str, dict[str, Any]] | None:
+    try:
+        return results.open("crosscoder", name).table("parts").set_index("part").to_dict("index")
+    except InputError:
+        return None
 
 
 def transcoder_set_summaries(workspace: Path, results: ResultStore) -> list[TranscoderSetSummary]:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
-from workbench.cli.output import print_json, print_table, shorten
+from workbench.cli.output import format_cell, print_json, print_table, shorten
 from workbench.show.progress import format_bytes
+
+if TYPE_CHECKING:
+    from workbench.catalog.summaries import SAESummary
 
 
 def register(app: typer.Typer) -> None:
@@ -61,8 +64,18 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
             [item.name, item.place.replace(" → ", "\n→ "), item.d_sae]
             + [(item.evaluation or {}).get(key) for key in ("l0", "fvu", "added_nats", "loss_recovered_zero")]
             for item in saes
+            if not item.parts
         ],
     )
+    if crosscoders := [item for item in saes if item.parts]:
+        print_table(
+            "Crosscoders",
+            ["name", "rule", "features", "hook", "parts", "L0", "explained variance", "+ nats"],
+            [
+                [item.name, item.rule, item.d_sae, item.hook, "\n".join(item.parts), *by_part(item)]
+                for item in crosscoders
+            ],
+        )
     if sets:
         print_table(
             "Sets of transcoders",
@@ -73,6 +86,17 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
                 for item in sets
             ],
         )
+
+
+def by_part(item: "SAESummary") -> list[Any]:
+    """L0 of a crosscoder, then explained variance and added nats part by part; nothing where it was not measured."""
+    if item.by_part is None:
+        return [None, None, None]
+    parts = [item.by_part[name] for name in item.parts]
+    variance, nats = (
+        "\n".join(format_cell(part[key]) for part in parts) for key in ("explained_variance", "added_nats")
+    )
+    return [parts[0]["l0"], variance, nats]
 
 
 def sql(

@@ -20,6 +20,7 @@ from workbench.cli import (
     circuits,
     comparison,
     concepts,
+    crosscoders,
     exchange,
     explain,
     graph,
@@ -47,6 +48,7 @@ app = typer.Typer(
 pipeline.register(app)
 training.register(app)
 comparison.register(app)
+crosscoders.register(app)
 exchange.register(app)
 inspection.register(app)
 index.register(app)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.cli.crosscoders import as_document, evaluate_crosscoders, print_crosscoders
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
     DEMO_WORKSPACE,
@@ -197,19 +198,29 @@ def evaluate(
 ) -> None:
     """Measure SAEs on held-out documents: sparsity, reconstruction, and what splicing them costs the model.
 
-    A transcoder's prediction takes the place of what it predicts; a set is measured layer by layer and all at once.
+    A transcoder's prediction takes the place of what it predicts; a set is measured layer by layer and all at once. A
+    crosscoder is measured part by part.
     """
     workspace = open_workspace(folder)
+    kinds = {item.name: bool(item.parts) for item in workspace.saes()}
+    crosscoders = [name for name in dict.fromkeys(saes) if kinds.get(name)]
+    saes = [name for name in saes if name not in crosscoders]
+    text: dict[str, Any] = {"corpus": corpus, "text_field": text_field, "device": device}
+    by_part = evaluate_crosscoders(workspace, crosscoders, quiet=as_json, max_tokens=tokens, **text)
     named = workspace.with_layers(saes)
     give_model(workspace, named, model, device)
-    text: dict[str, Any] = {"corpus": corpus, "text_field": text_field, "device": device}
-    found = evaluate_saes(workspace, named, quiet=as_json, max_tokens=tokens, count_bos=count_bos, **text)
+    found: dict[str, Evaluation] = {}
+    if named or not crosscoders:
+        found = evaluate_saes(workspace, named, quiet=as_json, max_tokens=tokens, count_bos=count_bos, **text)
     sets = [name for name in dict.fromkeys(saes) if name not in found]
     together = {name: workspace.evaluate_transcoders(name, max_tokens=tokens, **text) for name in sets}
     if as_json:
-        print_json({name: item.to_dict() for name, item in (found | together).items()})
+        documents = {one.name: as_document(one) for one in by_part}
+        print_json({name: item.to_dict() for name, item in (found | together).items()} | documents)
         return
-    print_evaluations(found)
+    print_crosscoders(by_part)
+    if found:
+        print_evaluations(found)
     print_sets(together)
 
 

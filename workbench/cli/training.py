@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sae.errors import InputError
+from workbench.cli.crosscoders import as_document, evaluate_crosscoders, print_crosscoders
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
     MODELS,
@@ -31,6 +32,7 @@ from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 if TYPE_CHECKING:
     from sae.config import TrainConfig
     from sae.training import StepMetrics, TrainedSAE
+    from workbench.catalog.results import Result
     from workbench.harvest.plan import HarvestConfig
     from workbench.saes.evaluation import Evaluation
     from workbench.saes.replacement import Replacement
@@ -253,7 +255,12 @@ def train(run: Training, context: typer.Context) -> None:
     sets = list(dict.fromkeys(name.rpartition(".")[0] for name in made)) if run.makes_sets else []
     found: dict[str, Evaluation] = {}
     together: dict[str, Replacement] = {}
-    if run.evaluate_after and made:
+    by_part: list[Result] = []
+    if run.evaluate_after and made and run.is_crosscoder:
+        by_part = evaluate_crosscoders(
+            workspace, made, max_tokens=EVALUATION_TOKENS, device=run.device, quiet=run.as_json
+        )
+    elif run.evaluate_after and made:
         found = evaluate_saes(
             workspace, made, max_tokens=EVALUATION_TOKENS, device=run.device, reuse=True, quiet=run.as_json
         )
@@ -263,11 +270,13 @@ def train(run: Training, context: typer.Context) -> None:
     if run.as_json:
         evaluations = {"evaluations": {sae: item.to_dict() for sae, item in found.items()}} if found else {}
         evaluations |= {"replacements": {name: item.to_dict() for name, item in together.items()}} if together else {}
+        evaluations |= {"crosscoders": {one.name: as_document(one) for one in by_part}} if by_part else {}
         failed = {result.config.name: result.error for result in trained if result.error}
         print_json({"run": run.name, "saes": outcome, "failed": failed, **evaluations})
     elif made:
         print_outcome(outcome, found)
         print_sets(together)
+        print_crosscoders(by_part)
         conclude(workspace, run, outcome, sets, asked_tokens=total)
     refuse_failures(workspace, run.name, trained)
 

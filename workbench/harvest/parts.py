@@ -68,7 +68,12 @@ class SideBySide:
 
     def __init__(self, places: Sequence[Place]) -> None:
         self._vectors = [place.harvest.vectors(place.hook) for place in places]
-        self.width = sum(vectors.width for vectors in self._vectors)
+        self.widths = [vectors.width for vectors in self._vectors]
+
+    @property
+    def width(self) -> int:
+        """Of a concatenated row."""
+        return sum(self.widths)
 
     def pieces(self, start: int, stop: int) -> Iterator[Float[Tensor, "rows width"]]:
         """Rows start to stop, in one piece."""
@@ -101,7 +106,7 @@ class PartLoader(RowLoader):
         norms = [float(torch.linalg.vector_norm(rows.float(), dim=1).mean()) for rows in sample]
         scales = part_scales(norms, [source.width for source in vectors])
         self.parts: Sequence[Part] = [
-            Part(name, place.hook, place.harvest.model["name"], source.width, scale)
+            Part(name, place.hook, place.harvest.config["model"], source.width, scale)
             for name, place, source, scale in zip(names, places, vectors, scales, strict=True)
         ]
 

@@ -60,7 +60,7 @@ def read_hook(model: LoadedModel, sae: SAE) -> HookSpec:
     Raises:
         InputError: the model has no such hook point, or one of another width.
     """
-    return _of_width(model, sae.hook_name, sae.d_in, "reads")
+    return _of_width(model, sae, sae.hook_name, sae.d_in, "reads")
 
 
 def written_hook(model: LoadedModel, sae: SAE) -> HookSpec:
@@ -69,10 +69,13 @@ def written_hook(model: LoadedModel, sae: SAE) -> HookSpec:
     Raises:
         InputError: the model has no such hook point, or one of another width.
     """
-    return _of_width(model, sae.written_hook, sae.d_out, "writes")
+    return _of_width(model, sae, sae.written_hook, sae.d_out, "writes")
 
 
-def _of_width(model: LoadedModel, name: str, width: int, does: str) -> HookSpec:
+def _of_width(model: LoadedModel, sae: SAE, name: str, width: int, does: str) -> HookSpec:
+    if sae.parts:
+        names = ", ".join(part.name for part in sae.parts)
+        raise InputError(f"a crosscoder {does} several activations ({names}) and this needs one")
     hook = resolve_hook(model, name)
     if hook.width != width:
         raise InputError(

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sae.errors import InputError
+from sae.model import SAE
 from sae.transcoder_set import folder_of
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
@@ -152,7 +153,7 @@ def _measure(
 ) -> list[Evaluation]:
     return evaluate_sae(
         model,
-        [catalog.coder(name) for name in names],
+        [_one_activation(name, catalog.coder(name)) for name in names],
         corpus,
         max_tokens=asked["max_tokens"],
         count_bos=asked.get("count_bos", False),
@@ -160,6 +161,13 @@ def _measure(
         context_len=origin.context_len or min(CONTEXT_LEN, model.info.n_ctx),
         on_progress=on_progress,
     )
+
+
+def _one_activation(name: str, coder: SAE) -> SAE:
+    """The SAE or transcoder itself. Raises InputError for a crosscoder."""
+    if coder.parts:
+        raise InputError(f"{name!r} is a crosscoder, measured part by part: use Workspace.evaluate_crosscoder")
+    return coder
 
 
 def _store(results: ResultStore, sae: str, evaluation: Evaluation, asked: Mapping[str, Any], origin: Origin) -> None:

@@ -81,21 +81,22 @@ def _side_by_side(harvests: Sequence[Harvest], hooks: Sequence[str], target_hook
         Place(one, choose_hook(one.hooks, f"harvest {one.name!r}", hook)) for one in harvests for hook in wanted
     ]  # fmt: skip
     check_same_tokens(harvests)
-    several = len(harvests) > 1
-    names: list[str] = []
-    for place in places:
-        name = (
-            place.hook
-            if not several
-            else place.harvest.name
-            if len(hooks) < 2
-            else f"{place.harvest.name}/{place.hook}"
-        )
-        # An activation beside itself is a control.
-        again = sum(other.split("#")[0] == name for other in names)
-        names.append(f"{name}#{again + 1}" if again else name)
+    if len(harvests) == 1:
+        own = [place.hook for place in places]
+    elif len(hooks) < 2:
+        own = _without_shared_prefix([place.harvest.name for place in places])
+    else:
+        own = [f"{place.harvest.name}/{place.hook}" for place in places]
+    # An activation beside itself is a control.
+    own = [name if own.index(name) == i else f"{name}#{own[:i].count(name) + 1}" for i, name in enumerate(own)]
     shown = " + ".join(dict.fromkeys(place.hook for place in places))
-    return HookPairs(shown, None, (), tuple(zip(names, places, strict=True)))
+    return HookPairs(shown, None, (), tuple(zip(own, places, strict=True)))
+
+
+def _without_shared_prefix(names: list[str]) -> list[str]:
+    """Names without what they all have before their last dot: diff.base and diff.tuned are base and tuned."""
+    prefix = names[0].rpartition(".")[0] + "."
+    return [name.removeprefix(prefix) for name in names] if all(name.startswith(prefix) for name in names) else names
 
 
 def pairs_among(known: Sequence[str], where: str, hooks: Sequence[str], target: str | None) -> HookPairs:

@@ -36,7 +36,8 @@ from workbench.features.index.geometry import MapMethod
 from workbench.features.index.logits import effects_of, output_directions
 from workbench.features.index.segments import Segments, write_segments
 from workbench.features.index.statistics import BINS, QUANTILES, feature_statistics, value_order
-from workbench.harvest.reading import Harvest
+from workbench.harvest.parts import Place, SideBySide, check_same_tokens
+from workbench.harvest.reading import Harvest, Vectors
 from workbench.models.devices import choose_device
 from workbench.models.load import reload_model
 from workbench.models.memory import check_fits_memory
@@ -92,7 +93,11 @@ def build_index(
     """
     sae = catalog.coder(sae_name, device=str(choose_device(device)))
     source = catalog.open_harvest(harvest or _harvest_of(catalog, sae_name))
-    _check(sae, sae_name, source)
+    if sae.parts and harvest is not None:
+        raise InputError(
+            f"{sae_name!r} is a crosscoder, indexed on the harvests it was trained on: leave --harvest out"
+        )
+    vectors = places_of(catalog, sae_name, sae) if sae.parts else _vectors(sae, sae_name, source)
     n_rows = min(max_rows or source.n_rows, source.n_rows)
     if n_rows > MAX_ROWS:
         raise InputError(f"an index holds at most {MAX_ROWS:,} rows, this harvest has {n_rows:,}: give --rows")
@@ -107,10 +112,10 @@ def build_index(
     # What lacked its model is built again once the model can be had.
     if same and (read_meta(path)["missing"] is None or _why_missing(source, sae, model, device) is not None):
         return _summary(path, {})
-    _check_memory(sae, source, n_rows)
+    _check_memory(sae, vectors, n_rows)
     partial = path.with_suffix(".partial")
     with RunLock(partial):
-        build = _Build(source, sae, settings, partial, model, device)
+        build = _Build(source, vectors, sae, settings, partial, model, device)
         build.encode(on_progress)
         write_duckdb(path, build.fill, remedy="what is encoded is kept: make room and repeat the command")
     shutil.rmtree(partial)
@@ -136,14 +141,15 @@ class _Build:
     def __init__(
         self,
         source: Harvest,
+        vectors: Vectors | SideBySide,
         sae: SAE,
         settings: dict[str, Any],
         scratch: Path,
         model: "LoadedModel | None",
         device: str,
     ) -> None:
-        self.source, self.sae, self.settings, self.scratch = source, sae, settings, scratch
-        self.model, self.device = model, device
+        self.source, self.vectors, self.sae = source, vectors, sae
+        self.settings, self.scratch, self.model, self.device = settings, scratch, model, device
         self.laps = _Laps()
 
     def encode(self, on_progress: Callable[[int, int], None] | None) -> None:
@@ -154,7 +160,7 @@ class _Build:
             shutil.rmtree(folder, ignore_errors=True)
             description.write_text(json.dumps(begun))
         try:
-            write_segments(self.source, self.sae.hook_name, self.sae, folder, n_rows, on_progress)
+            write_segments(self.vectors, self.source.ordinary, self.sae, folder, n_rows, on_progress)
         except OSError as error:
             raise InputError(
                 f"cannot write to {self.scratch}: {error.strerror}; make room and repeat the command"
@@ -224,23 +230,45 @@ def _harvest_of(catalog: Catalog, sae_name: str) -> str:
     return name
 
 
-def _check(sae: SAE, name: str, harvest: Harvest) -> None:
+def _vectors(sae: SAE, name: str, harvest: Harvest) -> Vectors:
+    """What an SAE reads of a harvest. Raises InputError where that is not there, or of another width."""
     if sae.hook_name not in harvest.hooks:
         raise InputError(
             f"harvest {harvest.name!r} does not hold {sae.hook_name!r}, which SAE {name!r} reads: it has "
             f"{', '.join(harvest.hooks)}; harvest that hook point and name the harvest with --harvest"
         )
-    width = harvest.vectors(sae.hook_name).width
-    if width != sae.d_in:
+    vectors = harvest.vectors(sae.hook_name)
+    if vectors.width != sae.d_in:
         raise InputError(
-            f"SAE {name!r} reads activations of width {sae.d_in}, harvest {harvest.name!r} has {width}: "
+            f"SAE {name!r} reads activations of width {sae.d_in}, harvest {harvest.name!r} has {vectors.width}: "
             "it was trained on another model; name another --harvest"
         )
+    return vectors
 
 
-def _check_memory(sae: SAE, harvest: Harvest, n_rows: int) -> None:
+def places_of(catalog: Catalog, name: str, sae: SAE) -> SideBySide:
+    """What a crosscoder was trained on, side by side.
+
+    Raises:
+        InputError: harvests that are gone or not known, or no longer of its widths or of the same tokens.
+    """
+    record = catalog.origin(name).record.get("parts")
+    if not record:
+        raise InputError(
+            f"crosscoder {name!r} was not trained on harvests of this workspace, which an index is made of"
+        )
+    places = [Place(catalog.open_harvest(part["harvest"]["name"]), part["hook"]) for part in record]
+    check_same_tokens([place.harvest for place in places])
+    found, widths = SideBySide(places), [part.width for part in sae.parts]
+    if found.widths != widths:
+        raise InputError(
+            f"the harvests of crosscoder {name!r} have widths {found.widths} and its parts {widths}: not those it read"
+        )
+    return found
+
+
+def _check_memory(sae: SAE, vectors: Vectors | SideBySide, n_rows: int) -> None:
     """A span, every row's token and document as Python's numbers, or the decoder twice in double precision."""
-    vectors = harvest.vectors(sae.hook_name)
     span = min(n_rows, segments_module.SPAN_ROWS) * vectors.width * next(vectors.pieces(0, 1)).element_size()
     check_fits_memory(f"indexing {n_rows:,} rows", max(span, n_rows * BYTES_PER_ROW), "cpu", "index fewer with --rows")
     check_fits_memory(

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from sae.files import write_atomically
 from sae.model import SAE
 from workbench.harvest.blocks import map_tensors
-from workbench.harvest.reading import Harvest, Vectors
+from workbench.harvest.parts import SideBySide
+from workbench.harvest.reading import Vectors
 
 SPAN_ROWS = 65_536
 BATCH_ROWS = 4_096
@@ -113,8 +114,8 @@ class Segments:
 
 
 def write_segments(
-    harvest: Harvest,
-    hook: str,
+    vectors: Vectors | SideBySide,
+    usable: Bool[NDArray, "rows"],
     sae: SAE,
     folder: Path,
     n_rows: int,
@@ -123,12 +124,12 @@ def write_segments(
     """Encodes the first `n_rows` rows of a harvest into segments below `folder`, going on where an earlier call ended.
 
     Args:
+        vectors: what the SAE reads of the harvest.
+        usable: which rows are encoded.
         sae: on the device it shall run on.
         on_progress: called with (rows done, rows in all).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    vectors = harvest.vectors(hook)
-    usable = harvest.ordinary
     for number, start in enumerate(range(0, n_rows, SPAN_ROWS)):
         file = folder / f"{number:06}.safetensors"
         stop = min(start + SPAN_ROWS, n_rows)
@@ -140,7 +141,9 @@ def write_segments(
             on_progress(stop, n_rows)
 
 
-def _encode(vectors: Vectors, sae: SAE, rows: Int[NDArray, "tokens"], start: int, stop: int) -> dict[str, torch.Tensor]:
+def _encode(
+    vectors: Vectors | SideBySide, sae: SAE, rows: Int[NDArray, "tokens"], start: int, stop: int
+) -> dict[str, torch.Tensor]:
     """One segment's columns."""
     device = sae.W_dec.device
     wanted = torch.from_numpy(rows - start)

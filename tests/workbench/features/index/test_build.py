@@ -167,7 +167,7 @@ def test_segments_join_to_the_dense_code_for_signed_ragged_rules(
         sae.state["threshold"].fill_(4.0)
         # Columns shrink, so that some features fire nowhere and a token may have no active feature.
         sae.W_enc.mul_(torch.linspace(0.001, 1, D_SAE))
-    write_segments(harvest, HOOK, sae, tmp_path / "segments", harvest.n_rows)
+    write_segments(harvest.vectors(HOOK), harvest.ordinary, sae, tmp_path / "segments", harvest.n_rows)
     found = Segments(tmp_path / "segments", D_SAE)
     rows, dense = dense_codes(space, sae)
     assert (dense < 0).any()

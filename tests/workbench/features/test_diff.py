@@ -1,0 +1,123 @@
+"""Comparing two models by a crosscoder: harvests, training, evaluation and index in one go."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae import Crosscoder, InputError
+from workbench.cli.main import run
+from workbench.models.load import LoadedModel, load_model
+from workbench.workspace import Workspace
+
+HOOK = "blocks.1.hook_resid_post"
+SMALL = {"tokens": 4096, "epochs": 4.0, "d_sae": 64, "k": 4, "context_len": 32, "heldout_tokens": 640, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(120):
+        (folder / f"{number}.txt").write_text(f"def function_{number}(value):\n    return value + {number}\n" * 3)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory, tiny_models, tiny_gpt2: Path) -> Path:
+    """The tiny model with another MLP in its second layer."""
+    folder = tiny_models.save(tmp_path_factory.mktemp("models") / "changed", tiny_models.gpt2())
+    model = load_model(str(folder), device="cpu")
+    with torch.no_grad():
+        weight = model.hf.transformer.h[1].mlp.c_proj.weight
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * weight.std())
+    model.hf.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, changed: Path, corpus: str) -> Workspace:
+    workspace = Workspace(tmp_path_factory.mktemp("diff") / "ws")
+    workspace.diff(str(tiny_gpt2), str(changed), name="d", hook=HOOK, corpus=corpus, **SMALL)
+    return workspace
+
+
+def test_it_makes_harvests_a_crosscoder_its_evaluation_and_an_index(compared: Workspace) -> None:
+    assert compared.harvests() == ["d.changed", "d.tiny-gpt2"]
+    coder = compared.coder("d")
+    assert isinstance(coder, Crosscoder)
+    assert [part.name for part in coder.parts] == ["tiny-gpt2", "changed"]
+    result = compared.results.open("crosscoder", "d")
+    assert result.tables() == ["feature_parts", "features", "groups", "parts"]
+    assert set(result.figures()) == {"norms", "latent_scaling"}
+    parts, features = result.table("parts"), result.table("features")
+    assert (parts["explained_variance"] > 0.3).all()
+    assert len(features) == 64
+    assert int(result.table("groups")["features"].sum()) == 64
+    assert ((features["delta"] >= 0) & (features["delta"] <= 1)).all()
+    # The index counts every active feature of every row of both harvests.
+    index = compared.index("d")
+    counted = compared.sql('SELECT count(*) FROM "index.d".feature_activations').rows[0][0]
+    assert counted > 1000
+    assert index.feature(int(features["firings"].argmax())).groups
+    index.close()
+    assert compared.made_from_sae("d")
+
+
+def test_repeated_it_finds_what_is_there(compared: Workspace, tiny_gpt2: Path, changed: Path, corpus: str) -> None:
+    before = compared.results.open("crosscoder", "d").created, compared.coder("d").fingerprint()
+    steps: list[str] = []
+    again = compared.diff(
+        str(tiny_gpt2), str(changed), name="d", hook=HOOK, corpus=corpus,
+        on_progress=lambda step, done, total: steps.append(step), **SMALL,
+    )  # fmt: skip
+    assert (again.evaluation.created, compared.coder("d").fingerprint()) == before
+    assert not {"train", "evaluate", "index"} & set(steps)
+
+
+def test_nothing_is_exclusive_between_a_model_and_itself(tmp_path: Path, tiny_gpt2: Path, corpus: str) -> None:
+    made = Workspace(tmp_path / "ws").diff(str(tiny_gpt2), str(tiny_gpt2), name="self", corpus=corpus, **SMALL)
+    features = made.evaluation.table("features")
+    alive = features[features["group"] != "silent"]
+    assert set(alive["group"]) == {"shared"}
+    assert (alive["delta"] - 0.5).abs().max() < 1e-3
+    assert (alive["nu_error"] - 1).abs().max() < 1e-3
+    assert made.evaluation.table("parts")["part"].tolist() == ["tiny-gpt2", "tiny-gpt2-2"]
+
+
+def test_the_commands_show_it(compared: Workspace, tiny_gpt2: Path, changed: Path, corpus: str, capsys) -> None:
+    folder = ["--workspace", str(compared.path)]
+    capsys.readouterr()
+    assert run(["evaluate", "d", *folder, "--tokens", "640", "--device", "cpu", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)["d"]
+    assert [part["part"] for part in document["parts"]] == ["tiny-gpt2", "changed"]
+    assert sum(group["features"] for group in document["groups"]) == 64
+    assert run(["info", *folder]) == 0
+    assert "Crosscoders" in capsys.readouterr().out
+    sizes = ["--tokens", "4096", "--epochs", "4", "--d-sae", "64", "--k", "4", "--context", "32", "--device", "cpu"]
+    arguments = ["diff", str(tiny_gpt2), str(changed), "--name", "d", "--hook", HOOK, "--corpus", corpus, *sizes]
+    # Its held-out tokens are the command's own.
+    assert run([*arguments, *folder]) == 0
+    said = capsys.readouterr().out
+    assert "explained variance" in said
+    assert "page Crosscoders" in said
+
+
+def test_an_sae_is_asked_for_where_one_is_needed(compared: Workspace, gpt2_model: LoadedModel) -> None:
+    with pytest.raises(InputError, match="crosscoder reads several activations"):
+        compared.prompt("d", "def f", model=gpt2_model)
+    with pytest.raises(InputError, match="is a crosscoder, measured part by part"):
+        compared.evaluate(["d"], model=gpt2_model)
+    with pytest.raises(InputError, match="leave --harvest out"):
+        compared.build_index("d", harvest="d.changed")
+
+
+def test_models_that_cannot_be_compared_give_one_line(
+    tmp_path: Path, gpt2_model: LoadedModel, llama_model: LoadedModel
+) -> None:
+    workspace = Workspace(tmp_path / "ws")
+    with pytest.raises(InputError, match="have different tokenizers, so they do not read the same tokens"):
+        workspace.diff(gpt2_model, llama_model, device="cpu")
+    with pytest.raises(InputError, match="unknown hook point"):
+        workspace.diff(gpt2_model, gpt2_model, hook="blocks.1.hook_resid", device="cpu")
+    assert workspace.harvests() == []

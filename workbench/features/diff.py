@@ -1,0 +1,140 @@
+"""Two models of one tokenizer compared by a crosscoder: what they share, and what only one of them has.
+
+1. Both models' activations at one hook point are harvested on the same text.
+2. A BatchTopK crosscoder of the two trains on them.
+3. It is evaluated on held-out documents, part by part, and its features are sorted into shared ones, those of one model
+   alone, and those in between (`workbench.saes.crosscoders`).
+4. Its features are indexed on the harvests: where each fires.
+
+Each step is stored in the workspace, is found again when it is there, and goes on where it was interrupted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from sae.config import TrainConfig
+from sae.errors import InputError
+from sae.rules import BatchTopK
+from workbench.catalog.catalog import Catalog
+from workbench.catalog.results import Result
+from workbench.disk.names import check_name, new_folder
+from workbench.features.index.build import IndexSummary, build_index
+from workbench.harvest.plan import HarvestConfig
+from workbench.harvest.run import HarvestProgress, harvest_into
+from workbench.models.hooks import resolve_hook
+from workbench.models.load import LoadedModel, load_model
+from workbench.saes.crosscoders import evaluate_crosscoder
+from workbench.saes.train import train_all
+
+BATCH_SIZE = 1024
+OnProgress = Callable[[str, int, int], None]
+"""Called with (the step, done, in all)."""
+
+
+@dataclass(frozen=True)
+class ModelDiff:
+    """What `diff_models` made."""
+
+    name: str
+    """Of the crosscoder, its run, its index and its evaluation."""
+    evaluation: Result
+    """Tables parts, groups, features and feature_parts; see `workbench.saes.crosscoders`."""
+    index: IndexSummary
+
+
+def diff_models(
+    catalog: Catalog,
+    a: str | LoadedModel,
+    b: str | LoadedModel,
+    *,
+    name: str | None = None,
+    hook: str | None = None,
+    corpus: str = "python-stdlib",
+    text_field: str = "text",
+    tokens: int = 400_000,
+    epochs: float = 2.0,
+    d_sae: int = 2048,
+    k: int = 32,
+    context_len: int = 256,
+    heldout_tokens: int = 32_768,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> ModelDiff:
+    """Compares two models; see the module's description.
+
+    Args:
+        a, b: as `load_model` takes them, or loaded.
+        name: of the crosscoder and everything about it; the models' names when None.
+        hook: hook point in both; the residual stream in the middle of the first model when None.
+        corpus, text_field: text that both read.
+        tokens: rows harvested of each model.
+        epochs: how often the crosscoder sees them.
+        d_sae, k: its features, and how many are active a token.
+        heldout_tokens: on which it is evaluated.
+        on_progress: called as each step goes on.
+
+    Raises:
+        InputError: models of different tokenizers, a hook point one of them does not have, or as `harvest_into`,
+            `workbench.saes.train.train_all` and `evaluate_crosscoder`.
+    """
+    models = [load_model(spec, device=device) if isinstance(spec, str) else spec for spec in (a, b)]
+    hook = hook or f"blocks.{models[0].info.n_layers // 2}.hook_resid_post"
+    _check(models, hook)
+    labels = part_labels(models[0].info.name, models[1].info.name)
+    name = check_name(name or "-".join(labels), "name of a comparison")
+
+    def report(step: str) -> Callable[[int, int], None]:
+        return lambda done, total: on_progress(step, done, total) if on_progress is not None else None
+
+    harvests = [f"{name}.{label}" for label in labels]
+    for model, label, harvest in zip(models, labels, harvests, strict=True):
+        asked = HarvestConfig(
+            model=model.info.name, corpus=corpus, text_field=text_field, hooks=(hook,), context_len=context_len,
+            max_tokens=tokens,
+        )  # fmt: skip
+        _harvest(new_folder(catalog.harvest_folder(harvest)), asked, model, device, report(f"harvest {label}"))
+    rows = catalog.open_harvest(harvests[0]).n_trainable_rows
+    # Small batches: a comparison is made of few tokens, and many steps learn more from them.
+    config = TrainConfig(
+        name, total_tokens=max(1, round(epochs * rows)), d_sae=d_sae, rule=BatchTopK(k), batch_size=BATCH_SIZE
+    )
+    train = report("train")
+    (trained,) = train_all(
+        catalog, name, harvests, [config], hook=hook, device=device,
+        on_metrics=lambda metrics: train(metrics.tokens, metrics.total_tokens),
+    )  # fmt: skip
+    if trained.error:
+        raise InputError(f"the crosscoder could not be trained: {trained.error}")
+    evaluation = evaluate_crosscoder(
+        catalog, name, models=models, max_tokens=heldout_tokens, device=device, on_progress=report("evaluate")
+    )
+    index = build_index(catalog, name, model=models[0], device=device, on_progress=report("index"))
+    return ModelDiff(name, evaluation, index)
+
+
+def _check(models: Sequence[LoadedModel], hook: str) -> None:
+    """Raises InputError for models of different tokenizers, or without the hook point."""
+    first, other = models
+    if first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise InputError(
+            f"{first.info.name} and {other.info.name} have different tokenizers, so they do not read the same tokens: "
+            "compare models that share one"
+        )
+    for model in models:
+        resolve_hook(model, hook)
+
+
+def _harvest(
+    folder: Path, config: HarvestConfig, model: LoadedModel, device: str, report: Callable[[int, int], None]
+) -> None:
+    def on_progress(progress: HarvestProgress) -> None:
+        report(progress.tokens, progress.total_tokens)
+
+    harvest_into(folder, config, model=model, device=device, on_progress=on_progress)
+
+
+def part_labels(a: str, b: str) -> list[str]:
+    """What the models are called: the last words of their names, the second by another where these are the same."""
+    first, second = (PurePath(spec.split(":")[0]).stem or spec for spec in (a, b))
+    return [first, second] if first != second else [first, f"{first}-2"]
