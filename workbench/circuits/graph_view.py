@@ -1,9 +1,10 @@
 """An attribution graph to look into: layers upwards, tokens across, as HTML with a script of its own.
 
-Hovering a node says what it is and draws its strongest edges; a click opens it, with Shift it is pinned or let go. The
-opened node's strongest inputs and outputs stand beside the graph, and a click on one of them opens that. Nodes lie on a
-canvas, so that ten thousand stay fluid. Edges are drawn for the node under the mouse or the opened one, and between
-pinned nodes; blue ones serve, red ones oppose.
+Hovering a node says what it is, with texts on which its feature fires hardest, and draws its strongest edges; a click
+opens it, with Shift it is pinned or let go. The opened node's strongest inputs and outputs stand beside the graph, and
+a click on one of them opens that. Nodes lie on a canvas, drawn once and laid under what moves with the mouse, so that
+ten thousand stay fluid. Edges are drawn for the node under the mouse or the opened one, and between pinned nodes; blue
+ones serve, red ones oppose. After an intervention, a ring is as wide as what was observed to move.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ def view_data(
     opened: str | None = None,
     pinned: Sequence[str] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
+    examples: Mapping[str, Sequence[tuple[str, str, str]]] | None = None,
+    notes: Mapping[str, str] | None = None,
+    moved: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     """What SCRIPT draws: plain values.
 
@@ -36,7 +40,11 @@ def view_data(
         opened: the node whose inputs and outputs are listed.
         pinned: nodes that stay marked.
         groups: supernodes: members by title.
+        examples: of nodes, by name: text before a token on which the feature fires, of it and after it.
+        notes: on nodes, by name.
+        moved: what an intervention was predicted to move nodes by, and what it moved them by.
     """
+    examples, notes, moved = examples or {}, notes or {}, moved or {}
     nodes, names = graph.nodes, graph.nodes.names
     of_group = {name: title for title, members in (groups or {}).items() for name in members}
     inputs, outputs = _strongest(graph.edges), _strongest(graph.edges.T)
@@ -49,7 +57,8 @@ def view_data(
             {
                 "name": name, "kind": kind, "layer": int(nodes.layer[node]), "at": int(nodes.position[node]),
                 "title": _title(graph, node, said), "group": of_group.get(name, ""),
-                "influence": float(graph.influence[node]),
+                "influence": float(graph.influence[node]), "note": notes.get(name, ""),
+                "texts": [list(text) for text in examples.get(name, ())], "moved": list(moved.get(name, ())),
                 "in": inputs[rows[node]] if node in rows else [],
                 "out": [[int(graph.targets[row]), weight] for row, weight in outputs[node]]
                 if node < graph.n_sources else [],
@@ -95,7 +104,9 @@ CSS = """
   flex-wrap: wrap; gap: 14px }
 .graph .drawn { flex: 3 1 560px; min-width: 0; position: relative }
 .graph canvas { width: 100%; height: 520px; display: block; cursor: pointer }
-.graph .said { min-height: 1.5em; overflow-wrap: anywhere }
+.graph .said { min-height: 5.7em; overflow-wrap: anywhere }
+.graph .text { opacity: 0.85; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+.graph .text b { display: inline; margin: 0; background: GREY_GROUND; border-radius: 2px }
 .graph .near { flex: 1 1 230px; min-width: 0; max-height: 550px; overflow-y: auto }
 .graph .near b { display: block; margin: 6px 0 2px; overflow-wrap: anywhere }
 .graph .near button { display: flex; width: 100%; gap: 8px; text-align: left; border: 0; background: none;
@@ -109,6 +120,7 @@ function drawGraph(root, data, tell) {
   const canvas = root.querySelector("canvas"), said = root.querySelector(".said"), near = root.querySelector(".near");
   const nodes = data.nodes, [serves, opposes] = data.colours, pinned = new Set(data.pinned);
   let opened = data.opened, hovered = null, places = [];
+  const still = document.createElement("canvas");
   const text = getComputedStyle(root).color;
   const LEFT = 46, TOP = 14, BOTTOM = 62;
 
@@ -133,7 +145,7 @@ function drawGraph(root, data, tell) {
         places[i] = [LEFT + wide * (nodes[i].at + 0.5) + right, TOP + high * level + below];
       });
     }
-    paint();
+    settle();
   }
 
   function edge(context, from, to, weight, strongest) {
@@ -145,8 +157,9 @@ function drawGraph(root, data, tell) {
     context.bezierCurveTo(x, (y + v) / 2, u, (y + v) / 2, u, v); context.stroke();
   }
 
-  function paint() {
-    const context = canvas.getContext("2d"), ratio = window.devicePixelRatio || 1;
+  function settle() {
+    still.width = canvas.width; still.height = canvas.height;
+    const context = still.getContext("2d"), ratio = window.devicePixelRatio || 1;
     const width = canvas.width / ratio, height = canvas.height / ratio;
     context.setTransform(ratio, 0, 0, ratio, 0, 0); context.clearRect(0, 0, width, height);
     context.fillStyle = text; context.font = "11px system-ui, sans-serif"; context.textBaseline = "middle";
@@ -164,6 +177,41 @@ function drawGraph(root, data, tell) {
       context.save(); context.translate(LEFT + wide * (at + 0.5), height - BOTTOM + 6); context.rotate(0.9);
       context.fillText(token.slice(0, 9), 0, 0); context.restore();
     });
+    const most = Math.max(1e-12, ...nodes.filter((node) => node.kind !== 3).map((node) => node.influence));
+    const far = Math.max(1e-12, ...nodes.map((node) => Math.abs(node.moved[1] ?? 0)));
+    nodes.forEach((node, i) => {
+      const [x, y] = places[i];
+      context.globalAlpha = 0.35 + 0.65 * Math.sqrt(Math.min(1, node.influence / most));
+      context.fillStyle = data.colours[[7, 0, 5, 6][node.kind]];
+      shape(context, node, x, y, 3.4); context.fill();
+      if (node.moved.length && Math.abs(node.moved[1]) > 0.01 * far) {
+        context.globalAlpha = 0.9; context.strokeStyle = node.moved[1] > 0 ? serves : opposes;
+        context.lineWidth = 0.5 + 4 * Math.abs(node.moved[1]) / far;
+        shape(context, node, x, y, 4.5); context.stroke();
+      }
+      if (pinned.has(i)) {
+        context.globalAlpha = 1; context.strokeStyle = text; context.lineWidth = 1.3;
+        shape(context, node, x, y, 3.4); context.stroke();
+      }
+      if (node.group || node.note) {
+        context.globalAlpha = 0.9; context.fillStyle = text;
+        context.fillText((node.group + (node.note ? " *" : "")).slice(0, 18), x + 7, y - 7);
+      }
+    });
+    paint();
+  }
+
+  function shape(context, node, x, y, size) {
+    context.beginPath();
+    if (node.kind === 1) context.arc(x, y, size, 0, 7); else context.rect(x - size, y - size, 2 * size, 2 * size);
+  }
+
+  function paint() {
+    const context = canvas.getContext("2d"), ratio = window.devicePixelRatio || 1;
+    context.setTransform(1, 0, 0, 1, 0, 0); context.clearRect(0, 0, canvas.width, canvas.height);
+    context.globalAlpha = 1;
+    if (still.width) context.drawImage(still, 0, 0);
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
     const centre = hovered ?? opened;
     const shown = [];
     if (centre !== null) {
@@ -175,24 +223,32 @@ function drawGraph(root, data, tell) {
     });
     const strongest = Math.max(1e-12, ...shown.map(([, , weight]) => Math.abs(weight)));
     shown.forEach(([from, to, weight]) => edge(context, from, to, weight, strongest));
-    const most = Math.max(1e-12, ...nodes.filter((node) => node.kind !== 3).map((node) => node.influence));
-    nodes.forEach((node, i) => {
-      const [x, y] = places[i], size = i === centre ? 5 : 3.4;
-      context.globalAlpha = 0.35 + 0.65 * Math.sqrt(Math.min(1, node.influence / most));
-      context.fillStyle = data.colours[[7, 0, 5, 6][node.kind]];
-      context.beginPath();
-      if (node.kind === 1) context.arc(x, y, size, 0, 7); else context.rect(x - size, y - size, 2 * size, 2 * size);
-      context.fill();
-      if (pinned.has(i) || i === opened) {
-        context.globalAlpha = 1; context.strokeStyle = text; context.lineWidth = i === opened ? 2.2 : 1.3;
-        context.stroke();
-      }
-      if (node.group) {
-        context.globalAlpha = 0.9; context.fillStyle = text; context.fillText(node.group.slice(0, 18), x + 7, y - 7);
-      }
-    });
+    if (centre !== null && places[centre]) {
+      const [x, y] = places[centre];
+      context.globalAlpha = 1; context.fillStyle = data.colours[[7, 0, 5, 6][nodes[centre].kind]];
+      shape(context, nodes[centre], x, y, 5); context.fill();
+      context.strokeStyle = text; context.lineWidth = centre === opened ? 2.2 : 1;
+      shape(context, nodes[centre], x, y, 5); context.stroke();
+    }
     context.globalAlpha = 1;
   }
+
+  function describe(i) {
+    if (i === null) { said.replaceChildren(); return; }
+    const node = nodes[i], lines = [line(node.title)];
+    if (node.moved.length) {
+      const [predicted, observed] = node.moved.map((value) => value.toPrecision(3));
+      lines.push(line(`moves by ${observed}, predicted ${predicted}`));
+    }
+    if (node.note) lines.push(line("Note: " + node.note));
+    for (const [before, peak, after] of node.texts) {
+      const row = line(""), mark = document.createElement("b");
+      row.className = "text"; mark.textContent = peak; row.append(before, mark, after); lines.push(row);
+    }
+    said.replaceChildren(...lines);
+  }
+
+  function line(words) { const row = document.createElement("div"); row.textContent = words; return row; }
 
   function under(event) {
     const box = canvas.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
@@ -210,32 +266,32 @@ function drawGraph(root, data, tell) {
       return;
     }
     const heading = (words) => { const b = document.createElement("b"); b.textContent = words; return b; };
-    const line = ([other, weight]) => {
+    const neighbour = ([other, weight]) => {
       const [button, number, name] = ["button", "span", "span"].map((tag) => document.createElement(tag));
       number.textContent = weight.toPrecision(3); number.style.color = weight > 0 ? serves : opposes;
       name.textContent = nodes[other].title; button.append(number, name);
       button.onclick = () => open(other);
-      button.onmouseenter = () => { hovered = other; paint(); };
-      button.onmouseleave = () => { hovered = null; paint(); };
+      button.onmouseenter = () => { hovered = other; describe(other); paint(); };
+      button.onmouseleave = () => { hovered = null; describe(null); paint(); };
       return button;
     };
     const pin = document.createElement("button");
     pin.append(pinned.has(opened) ? "Let go" : "Pin"); pin.className = "pin";
     pin.onclick = () => toggle(opened);
-    near.replaceChildren(heading(nodes[opened].title), pin, heading("strongest inputs"), ...nodes[opened].in.map(line),
-      heading("strongest outputs"), ...nodes[opened].out.map(line));
+    near.replaceChildren(heading(nodes[opened].title), pin, heading("strongest inputs"),
+      ...nodes[opened].in.map(neighbour), heading("strongest outputs"), ...nodes[opened].out.map(neighbour));
   }
 
   const report = () => tell({ opened: opened === null ? null : nodes[opened].name,
     pinned: [...pinned].map((i) => nodes[i].name) });
   function open(i) { opened = i; hovered = null; list(); paint(); report(); }
-  function toggle(i) { if (!pinned.delete(i)) pinned.add(i); list(); paint(); report(); }
+  function toggle(i) { if (!pinned.delete(i)) pinned.add(i); list(); settle(); report(); }
   canvas.onmousemove = (event) => {
     const found = under(event);
     if (found === hovered) return;
-    hovered = found; said.textContent = found === null ? "" : nodes[found].title; paint();
+    hovered = found; describe(found); paint();
   };
-  canvas.onmouseleave = () => { hovered = null; said.textContent = ""; paint(); };
+  canvas.onmouseleave = () => { hovered = null; describe(null); paint(); };
   canvas.onclick = (event) => {
     const found = under(event);
     if (found === null) return;

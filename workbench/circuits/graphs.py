@@ -25,8 +25,9 @@ import torch
 import circuits.graph
 from circuits.graph.adjoint import Sources
 from circuits.graph.graph import FEATURE, KINDS, LOGIT, Graph, Nodes
-from circuits.graph.heads import sources_again
-from circuits.graph.interventions import Effects, Intervention, clamped, intervene, supernode_edges
+from circuits.graph.heads import head_shares, sources_again
+from circuits.graph.interventions import Effects, Intervention, clamped, generate, intervene, supernode_edges
+from circuits.graph.looks import look
 from circuits.passes import OnProgress
 from sae.errors import InputError
 from sae.transcoder import Transcoder
@@ -41,7 +42,10 @@ from workbench.models.load import LoadedModel, load_model
 from workbench.models.memory import check_prompt_fits
 from workbench.models.prompt_text import encode_prompt, token_pieces
 
-__all__ = ["GRAPH", "PromptGraph", "attribute", "intervene_on", "make_graph", "open_graph", "supernode_edges"]
+__all__ = [
+    "GRAPH", "Intervention", "PromptGraph", "Sources", "attribute", "frozen_again", "generate", "head_shares",
+    "intervene_on", "look", "make_graph", "open_graph", "sets_for_graphs", "supernode_edges", "transcoders_for",
+]  # fmt: skip
 
 GRAPH = "graph"
 """The kind of result."""
@@ -119,16 +123,23 @@ def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = Non
     return "bundled", load_transcoders(demo_transcoders_dir(), device)
 
 
+def sets_for_graphs(catalog: Catalog) -> list[tuple[str, str]]:
+    """(name, model) of the sets of transcoders that can be read, the one written last first, baselines with random
+    decoders after the trained ones, and at the end those that come with the demo model."""
+    found = []
+    for summary in catalog.transcoder_sets():
+        if summary.layers:
+            baseline = catalog.origin(f"{summary.name}.{folder_of(0)}").frozen_decoder
+            written = (catalog.transcoder_folder(summary.name) / FILE).stat().st_mtime_ns
+            found.append((baseline, -written, summary.name, summary.model))
+    ours = [(name, model) for _, _, name, model in sorted(found)]
+    return [*ours, ("bundled", "demo")] if _are_bundled() else ours
+
+
 def _latest(catalog: Catalog, model: LoadedModel) -> str | None:
-    """The set of a model that was written last; none that cannot be read, nor baselines with random decoders."""
-    found = [
-        summary.name
-        for summary in catalog.transcoder_sets()
-        if summary.layers
-        and summary.model == model.info.name
-        and not catalog.origin(f"{summary.name}.{folder_of(0)}").frozen_decoder
-    ]
-    return max(found, key=lambda name: (catalog.transcoder_folder(name) / FILE).stat().st_mtime_ns, default=None)
+    """The set of a model that was written last and is no baseline with a random decoder."""
+    ours = [name for name, of in sets_for_graphs(catalog) if of == model.info.name and name != "bundled"]
+    return next((name for name in ours if not catalog.origin(f"{name}.{folder_of(0)}").frozen_decoder), None)
 
 
 def _are_bundled() -> bool:

@@ -141,9 +141,7 @@ class FeatureIndex:
         # Indexes made before bytes were kept have none.
         tables = {row[0] for row in self._database.execute("SHOW TABLES").fetchall()}
         none = "(SELECT NULL::INTEGER AS token, NULL::BLOB AS bytes)"
-        self._words = (
-            f"vocabulary LEFT JOIN {'token_bytes' if 'token_bytes' in tables else none} AS parts USING (token)"
-        )
+        self.words = f"vocabulary LEFT JOIN {'token_bytes' if 'token_bytes' in tables else none} AS parts USING (token)"
 
     @classmethod
     def open(cls, catalog: Catalog, sae: str) -> "FeatureIndex":
@@ -188,7 +186,7 @@ class FeatureIndex:
         """
         titles = self.titles()
         wanted = range(self.d_sae) if numbers is None else numbers
-        found = descriptions(self._query, f"SELECT token, text, bytes FROM {self._words}", numbers)
+        found = descriptions(self._query, f"SELECT token, text, bytes FROM {self.words}", numbers)
         return {number: titles.get(number) or found.get(number, DEAD) for number in wanted}
 
     def titles(self) -> dict[int, str]:
@@ -214,7 +212,7 @@ class FeatureIndex:
             "SELECT std, skewness, kurtosis, low, high, histogram FROM logit_stats WHERE feature = ?", number
         )
         effects = self._query(
-            f"SELECT sign, token, text, effect, bytes FROM logit_effects LEFT JOIN ({self._words}) USING (token) "
+            f"SELECT sign, token, text, effect, bytes FROM logit_effects LEFT JOIN ({self.words}) USING (token) "
             "WHERE feature = ? ORDER BY rank",
             number,
         )
@@ -303,7 +301,7 @@ class FeatureIndex:
         tokens = {
             row: (text or "", doc, pos, flags, part)
             for row, text, doc, pos, flags, part in self._query(
-                f"SELECT row, text, doc, pos, flags, bytes FROM tokens LEFT JOIN ({self._words}) USING (token) "
+                f"SELECT row, text, doc, pos, flags, bytes FROM tokens LEFT JOIN ({self.words}) USING (token) "
                 "WHERE row IN (SELECT unnest(?))",
                 wanted,
             )
@@ -396,7 +394,7 @@ class FeatureIndex:
             FROM feature_stats s
             LEFT JOIN logit_stats l USING (feature)
             LEFT JOIN logit_effects e ON e.feature = s.feature AND e.sign = 1 AND e.rank = 0
-            LEFT JOIN (SELECT token, text, bytes FROM {self._words}) v ON v.token = e.token
+            LEFT JOIN (SELECT token, text, bytes FROM {self.words}) v ON v.token = e.token
             LEFT JOIN coactivations c ON c.feature = s.feature AND c.rank = 0
             JOIN decoder_map m ON m.feature = s.feature
             JOIN feature_texts t ON t.feature = s.feature

@@ -1,0 +1,271 @@
+"""What stands around the graph on the page Graph: scores, supernodes, notes, changes, heads, files.
+
+What a reader chose lies in the URL; supernodes and notes lie in the workspace too.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from app.shared import loaded_model, plain
+from workbench import InputError, LoadedModel, Workspace
+from workbench.catalog.notes import Notes
+from workbench.circuits.graph_json import shown_groups, store_document, to_document
+from workbench.circuits.graphs import (
+    GRAPH,
+    Intervention,
+    PromptGraph,
+    Sources,
+    frozen_again,
+    generate,
+    head_shares,
+    intervene_on,
+    look,
+    open_graph,
+    supernode_edges,
+)
+
+GO_ON = 8
+"""Tokens that the model goes on for, without and under a change."""
+
+
+def set_query(key: str, value: str) -> None:
+    """Puts a value into the URL, or takes an empty one out."""
+    if value:
+        st.query_params[key] = value
+    elif key in st.query_params:
+        del st.query_params[key]
+
+
+def read_groups(workspace: Workspace, name: str, whole: PromptGraph) -> dict[str, list[str]]:
+    """Supernodes: the URL's, else the workspace's; nodes that the graph does not have are left out."""
+    found = _from_url("groups")
+    if not isinstance(found, dict):
+        found = Notes(workspace.path).supernodes(name)
+    groups = {
+        str(title): [str(one) for one in members] for title, members in found.items() if isinstance(members, list)
+    }
+    return shown_groups(whole, groups)
+
+
+def _from_url(key: str) -> Any:
+    try:
+        return json.loads(st.query_params.get(key, "null"))
+    except ValueError:
+        return None
+
+
+def score_table(workspace: Workspace, name: str, whole: PromptGraph, pins: list[str]) -> None:
+    """Scores of the graph, its pruned part and of what is pinned."""
+    scores = workspace.results.open(GRAPH, name).table("scores")
+    if pins:
+        row = {"graph": "pinned", "nodes": len(pins), **asdict(whole.scores(pinned=pins))}
+        scores = pd.concat([scores, pd.DataFrame([row])], ignore_index=True)
+    st.dataframe(scores.round(3), hide_index=True, width="stretch")
+
+
+def supernodes(
+    workspace: Workspace, name: str, whole: PromptGraph, pins: list[str], groups: dict[str, list[str]]
+) -> None:
+    """Groups of pinned nodes, and the edges between them."""
+    st.subheader("Supernodes")
+    title = st.text_input("Name for what is pinned", placeholder="self's attributes", key="group")
+    grouped, cleared = st.columns(2)
+    if grouped.button("Group what is pinned", disabled=not pins or not title):
+        taken = {
+            other: [one for one in members if one not in pins] for other, members in groups.items() if other != title
+        }
+        _keep_groups(workspace, name, {key: members for key, members in (taken | {title: pins}).items() if members})
+        set_query("pins", "")
+        st.rerun()
+    if cleared.button("Take the groups apart", disabled=not groups):
+        _keep_groups(workspace, name, {})
+        st.rerun()
+    if not groups:
+        st.caption("Pin nodes in the graph (Shift and click), then give them a name.")
+        return
+    logits = {f"says {whole.text_of(name)!r}": [name] for name in whole.nodes.names[whole.n_sources :][:3]}
+    st.dataframe(supernode_edges(whole, groups | logits), hide_index=True, width="stretch")
+
+
+def _keep_groups(workspace: Workspace, name: str, groups: dict[str, list[str]]) -> None:
+    try:
+        Notes(workspace.path).set_supernodes(name, groups)
+    except InputError as error:
+        st.error(plain(str(error)))
+        st.stop()
+    set_query("groups", json.dumps(groups) if groups else "")
+
+
+def notes(workspace: Workspace, name: str, whole: PromptGraph) -> None:
+    """What people wrote on the graph, and a place to write on it or on the opened node."""
+    written = Notes(workspace.path).graph_notes(name)
+    opened = st.query_params.get("node", "")
+    on = opened if opened in whole.number else ""
+    with st.form("note", border=False):
+        text = st.text_area(
+            f"Note on {on or 'the graph'}", written.get(on, ""), height=68, key=f"note on {name} {on}",
+            help="Kept in the workspace; an empty one is removed. Open a node to write on it.",
+        )  # fmt: skip
+        if st.form_submit_button("Keep the note"):
+            try:
+                Notes(workspace.path).set_graph_note(name, on, text)
+            except InputError as error:
+                st.error(plain(str(error)))
+            else:
+                st.rerun()
+    for node, note in written.items():
+        if node and node != on:
+            st.caption(f"{plain(node)}: {plain(note)}")
+
+
+def changed(workspace: Workspace, name: str, version: int) -> tuple[Intervention, tuple[str, str]] | None:
+    """The intervention that the URL asks for; what is wrong with it is said."""
+    asked = st.query_params.get("change")
+    if not asked:
+        return None
+    try:
+        return _intervened(str(workspace.path), name, version, asked)
+    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
+        st.error(
+            plain(str(error) if isinstance(error, InputError) else "This link's change is damaged: make it again.")
+        )
+        return None
+
+
+@st.cache_resource(max_entries=8, show_spinner="Changing the model ...")
+def _intervened(workspace: str, name: str, version: int, asked: str) -> tuple[Intervention, tuple[str, str]]:
+    space, change = Workspace(workspace, create=False), json.loads(asked)
+    values = {str(node): float(change["to"]) for node in change["on"]}
+    model = loaded_model(space.results.open(GRAPH, name).origin.model)
+    found, model, graph, coders = intervene_on(
+        space, name, {} if change["hold"] else values, held=values if change["hold"] else {},
+        effects="direct" if change["direct"] else "through", model=model,
+    )  # fmt: skip
+    left = model.info.n_ctx - len(graph.tokens)
+    texts = generate(model.bridge, graph, coders, found.changes, min(GO_ON, left)) if left > 0 else ("", "")
+    return found, texts
+
+
+def change(
+    pins: list[str], groups: Mapping[str, Sequence[str]], done: tuple[Intervention, tuple[str, str]] | None
+) -> None:
+    """A change of the pinned features and errors or of a supernode, and what it did, observed beside predicted."""
+    choices = {title: list(members) for title, members in groups.items()}
+    if pins:
+        choices = {"what is pinned": pins, **choices}
+    choices = {title: [one for one in members if one[0] in "fe"] for title, members in choices.items()}
+    choices = {title: members for title, members in choices.items() if members}
+    if not choices:
+        st.caption("Pin features or errors in the graph; here they are ablated, multiplied or held at a value.")
+    else:
+        with st.form("change", border=False):
+            chosen = st.selectbox("Change", list(choices))
+            hold = st.radio("How", ["multiply by", "hold at"], horizontal=True) == "hold at"
+            value = st.number_input("Number", value=0.0, help="0 takes them out; multiplied by -1 they turn round.")
+            direct = st.checkbox("Hold every MLP: direct effects alone")
+            if st.form_submit_button("Change the model"):
+                asked = {"on": choices[chosen], "to": value, "hold": hold, "direct": direct}
+                set_query("change", json.dumps(asked))
+                st.rerun()
+    if done is None:
+        return
+    found, (without, under) = done
+    if st.button("Undo the change"):
+        set_query("change", "")
+        st.rerun()
+    st.markdown(f"**Changed**: {plain(', '.join(f'{node} by {factor:.3g}' for node, factor in found.changes.items()))}")
+    st.markdown("**Next token**, before and after")
+    st.dataframe(found.next_tokens[["text", "before", "after"]].round(4), hide_index=True, width="stretch")
+    if without or under:
+        st.markdown(f"Goes on with `{without!r}`; under the change with `{under!r}`.")
+    st.markdown(f"**What moves**; predicted and observed agree with Spearman's {found.agreement():.2f}")
+    st.dataframe(found.table().head(200).round(4), hide_index=True, width="stretch", height=260)
+
+
+def heads(workspace: Workspace, name: str, version: int, graph: PromptGraph, labels: Mapping[str, str]) -> None:
+    """Through which heads an edge into the opened node goes, and why such a head looks where it does."""
+    node = st.query_params.get("node", "")
+    if node not in graph.number or graph.number[node] not in graph.row:
+        return
+    if workspace.results.open(GRAPH, name).origin.transcoders is None:
+        return
+    if not st.toggle("Through which heads", key="heads", bind="query-params"):
+        return
+    called = {one: f"{labels[one]} ({one})" if one in labels else one for one in graph.nodes.names}
+    inputs = graph.inputs(node, 12)["source"].tolist()
+    try:
+        model, sources = _frozen(str(workspace.path), name, version)
+        source = st.selectbox("Edge from", inputs, format_func=lambda one: called.get(one, one), key=f"edge {node}")
+        if source is None:
+            return
+        parts = head_shares(graph, sources, source, node)
+        st.dataframe(parts.head(40).round(4), hide_index=True, width="stretch", height=210)
+        st.caption(f"They sum to the edge, {parts['weight'].sum():.4g}; each path counts at the last head on it.")
+        looks = [(str(head), int(at)) for head, at in zip(parts["head"], parts["at"], strict=True) if head[0] == "a"]
+        if not looks:
+            return
+        position = int(graph.nodes.position[graph.number[node]])
+        head, at = st.selectbox(
+            "Why a head looks there", looks[:20], key=f"look {node} {source}",
+            format_func=lambda one: f"{one[0]} from {position} to {one[1]} {graph.texts[one[1]]!r}",
+        )  # fmt: skip
+        found = look(model.bridge, sources, head, position, at, top=40)
+    except InputError as error:
+        st.error(plain(str(error)))
+        return
+    pairs = found.pairs.assign(
+        query=[called.get(one, one) for one in found.pairs["query"]],
+        key=[called.get(one, one) for one in found.pairs["key"]],
+    )
+    st.caption(
+        f"Score {found.score:.4g}, attention {found.pattern:.3f}: the pairs that make the score, and all by kind."
+    )
+    left, right = st.columns([3, 2])
+    left.dataframe(pairs.round(4), hide_index=True, width="stretch", height=260)
+    right.dataframe(found.kinds.round(4), hide_index=True, width="stretch", height=260)
+
+
+@st.cache_resource(max_entries=2, show_spinner="Freezing the model on the prompt ...")
+def _frozen(workspace: str, name: str, version: int) -> tuple[LoadedModel, Sources]:
+    space = Workspace(workspace, create=False)
+    return frozen_again(space, name, loaded_model(space.results.open(GRAPH, name).origin.model))
+
+
+def take_along(
+    workspace: Workspace, name: str, graph: PromptGraph, labels: dict[str, str], pins: list[str],
+    groups: dict[str, list[str]],
+) -> None:  # fmt: skip
+    """The graph as JSON of circuit-tracer and Neuronpedia, and from it."""
+    with st.expander("JSON of circuit-tracer and Neuronpedia"):
+        origin = workspace.results.open(GRAPH, name).origin
+        document = to_document(
+            graph, name, origin.model or str(graph.settings.get("scan", "")), labels=labels,
+            supernodes=shown_groups(graph, groups), pinned=[pin for pin in pins if pin in graph.number],
+        )  # fmt: skip
+        st.download_button("Save what is shown", json.dumps(document), f"{name}.json", "application/json")
+        open_file(workspace)
+
+
+def open_file(workspace: Workspace) -> None:
+    """A graph from a file."""
+    file = st.file_uploader("Open a file", type="json")
+    title = st.text_input("Name of the graph in it", "imported")
+    if file is not None and st.button("Store it"):
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / Path(file.name).name
+            path.write_bytes(file.getvalue())
+            try:
+                store_document(workspace, title, path)
+                open_graph(workspace, title)
+            except InputError as error:
+                st.error(plain(str(error)))
+                return
+        st.query_params.from_dict({"graph": title})
+        st.rerun()
