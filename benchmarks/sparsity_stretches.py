@@ -20,7 +20,7 @@ from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.at_cost import at_costs
 from workbench.sparsity.calibration import calibrate
 from workbench.sparsity.enforce import enforce
-from workbench.sparsity.methods import METHODS
+from workbench.sparsity.methods import method_named
 from workbench.text.corpora import open_corpus
 
 TOKENS, CONTEXT = 2048, 256
@@ -54,7 +54,7 @@ def stretches(model: LoadedModel, n: int) -> Iterator[pd.DataFrame]:
     calibration = calibrate(model, corpus, context_len=CONTEXT)
     read = list(context_batches(model, corpus, "heldout", max_tokens=n * TOKENS, context_len=CONTEXT))
     whole = [torch.cat([getattr(batch, part) for batch in read]) for part in PARTS]
-    graded = [method for method in METHODS.values() if len(method.levels) > 1]
+    graded = [method_named(name) for name in dict.fromkeys(name for pair in PAIRS for name in pair)]
     for parts in zip(*(tensor.split(TOKENS // CONTEXT) for tensor in whole), strict=True):
         held = [ContextBatch(*parts)]
         found = enforce(model, calibration, held, methods=graded)
