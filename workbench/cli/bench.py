@@ -16,7 +16,7 @@ from workbench.disk.extras import require
 if TYPE_CHECKING:
     import torch
 
-QUALITY_SAMPLES, MIN_QUALITY_SAMPLES = 400_000, 20_000
+QUALITY_SAMPLES, MIN_QUALITY_SAMPLES = 800_000, 20_000
 
 
 def register(app: typer.Typer) -> None:
