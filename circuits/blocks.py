@@ -52,14 +52,15 @@ def check_reads(bridge: Bridge) -> None:
     for layer, block in enumerate(bridge.blocks):
         at = {point: found.get(f"blocks.{layer}.{point}") for point in points}
         for part in ("attn", "mlp"):
-            norm, seen = norm_before(block, part), at[f"{part}.hook_in"]
+            seen = at[f"{part}.hook_in"]
+            if seen is None:
+                continue
+            norm = norm_before(block, part)
             if part == "mlp" and norm is None:
                 # What it reads is then the stream itself.
                 continue
             stream = at["ln2.hook_in"] if norm is getattr(block, "ln2", None) else at["hook_resid_pre"]
-            if seen is None or stream is None:
-                continue
-            if difference(normed(norm, stream), seen) > tolerance(seen.dtype):
+            if stream is not None and difference(normed(norm, stream), seen) > tolerance(seen.dtype):
                 raise InputError(
                     f"the {'MLP' if part == 'mlp' else 'attention'} of layer {layer} does not read the residual stream "
                     "through the norm that TransformerLens names: its weights are not read through it"

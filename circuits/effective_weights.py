@@ -63,17 +63,19 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         return _through_norm(bridge, bridge.ln_final, scale * W, scale * b)
     if layer is None or not 0 <= layer < bridge.cfg.n_layers:
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {bridge.cfg.n_layers - 1}")
-    check_reads(bridge)
     block = bridge.blocks[layer]
     if reader in ("q", "k", "v"):
         W, b = linear_of(reading_matrix(block, "attn", reader))
+        check_reads(bridge)
         found = _through_norm(bridge, norm_before(block, "attn"), W, b)
         d_head = bridge.cfg.d_head
         return EffectiveWeights(
             rearrange(found.W, "d (head h) -> d head h", h=d_head), rearrange(found.b, "(head h) -> head h", h=d_head)
         )
     name = "in" if reader == "mlp_in" else "gate"
-    return _through_norm(bridge, norm_before(block, "mlp"), *linear_of(reading_matrix(block, "mlp", name)))
+    W, b = linear_of(reading_matrix(block, "mlp", name))
+    check_reads(bridge)
+    return _through_norm(bridge, norm_before(block, "mlp"), W, b)
 
 
 def effective_unembedding(bridge: Bridge) -> Float[Tensor, "d_model vocab"]:

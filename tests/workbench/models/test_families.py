@@ -16,6 +16,7 @@ from benchmarks.family_trials import prompts_of, splicing, tiny_sae
 from circuits.ablation import ablate_heads
 from circuits.attribution import logit_attribution
 from circuits.blocks import head_outputs
+from circuits.composition import composition_scores
 from circuits.dfa import direct_feature_attribution
 from circuits.eap import attribute_edges
 from circuits.effective_weights import effective_weights
@@ -382,6 +383,9 @@ def test_latent_attention_has_sources_and_direct_terms_and_no_edges(family: Call
 def test_layers_without_heads_are_no_graph(family: Callable[..., LoadedModel]) -> None:
     with pytest.raises(InputError, match="layer 0 of this model has no attention heads"):
         graph_of(family("MambaForCausalLM").bridge)
+    for architecture in ("MambaForCausalLM", "JambaForCausalLM"):
+        with pytest.raises(InputError, match=r"has no . matrix of its own|does not split into heads"):
+            composition_scores(family(architecture).bridge, "k")
 
 
 @pytest.mark.parametrize(
