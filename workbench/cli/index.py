@@ -39,8 +39,15 @@ def register(app: typer.Typer) -> None:
 
 def make_index(
     sae: Annotated[str, typer.Argument(help="Name of an SAE, or of a set of transcoders: every layer is indexed.")],
-    harvest: Annotated[str | None, typer.Option(help="Harvest to index; the SAE's own when left out.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows of the harvest at most; all when left out.", min=1)] = None,
+    harvest: Annotated[
+        str | None,
+        typer.Option(
+            help="Harvest to index; the SAE's own when left out, its model over its corpus where it has none."
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Rows at most; all of a harvest when left out, 2,000,000 without one.", min=1)
+    ] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     model: GivenModelOption = None,
     device: DeviceOption = "auto",

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,14 @@ def test_a_streamed_run_is_listed_evaluated_and_answers_again(
     assert summary.state == "finished"
     assert summary.rows_from == f"{source.model} on {source.corpus}"
     assert workspace.evaluate(["s"], max_tokens=512, device="cpu")[0].l0 == 4
+    indexed = workspace.build_index("s", max_rows=640, device="cpu")
+    with closing(workspace.index("s")) as index:
+        assert index.feature(0).feature == 0
+    assert not list(workspace.path.glob("indexes/*.partial"))
+    workspace.harvest("h", replace(source, hooks=(HOOK,), max_tokens=640), device="cpu")
+    assert workspace.build_index("s", max_rows=640, device="cpu").seconds == {}, "it is there"
+    held = workspace.build_index("s", harvest="h", device="cpu")
+    assert (held.tokens, held.activations, held.missing) == (indexed.tokens, indexed.activations, None)
     # Without loading the model again.
     monkeypatch.setattr("workbench.saes.feeding.opened", None)
     (again,) = workspace.train("r", source, [CONFIG], hook=HOOK, **STREAM)

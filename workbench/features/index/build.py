@@ -1,7 +1,8 @@
 """Builds the index of one SAE on one harvest: `indexes/SAE.duckdb`.
 
 1. Encode the harvest into segments (workbench/features/index/segments.py), in `indexes/SAE.partial/`.
-2. Feature range by feature range, write activations, statistics, examples and co-activations.
+2. Feature range by feature range, on all cores, measure statistics, examples and co-activations, and write them with
+   the activations, in order.
 3. Write what the weights say: logit effects, decoder neighbours, map, heads.
 4. Copy the harvest's tokens and vocabulary, so that the index can be read without it, and the texts to search.
 5. Rename the file into place and remove the segments.
@@ -30,12 +31,14 @@ from workbench.disk.database import write_duckdb
 from workbench.disk.locks import RunLock
 from workbench.features.index import schema
 from workbench.features.index import segments as segments_module
-from workbench.features.index.coactivation import TokenFeatures, coactivations
-from workbench.features.index.examples import CUTS, TOP, find_examples
+from workbench.features.index.coactivation import Coactivations, TokenFeatures, coactivations
+from workbench.features.index.examples import CUTS, TOP, Examples, find_examples
 from workbench.features.index.geometry import MapMethod
 from workbench.features.index.logits import effects_of, output_directions
-from workbench.features.index.segments import Segments, write_segments
-from workbench.features.index.statistics import BINS, QUANTILES, feature_statistics, value_order
+from workbench.features.index.own_pass import own_pass
+from workbench.features.index.segments import Entries, Segments, write_segments
+from workbench.features.index.statistics import BINS, QUANTILES, Statistics, feature_statistics, value_order
+from workbench.features.index.workers import in_order, workers
 from workbench.harvest.parts import Place, SideBySide, check_same_tokens
 from workbench.harvest.reading import Harvest, Vectors
 from workbench.models.devices import choose_device
@@ -79,8 +82,10 @@ def build_index(
     """Builds the index of an SAE, or returns at once when the same one is there; see the module's description.
 
     Args:
-        harvest: a harvest of the SAE's hook point; the one it was trained on when left out.
-        max_rows: rows of the harvest to index at most, from its start, BOS and padding counted.
+        harvest: a harvest of the SAE's hook point; the one it was trained on when left out. An SAE trained straight
+            from a model has none: then the model runs over the beginning of the corpus first.
+        max_rows: rows to index at most, from the start, BOS and padding counted; all of a harvest when left out,
+            2,000,000 without one.
         model: the SAE's model, already loaded, for logit effects; otherwise the one the harvest names is loaded.
         device: where the SAE runs: `auto`, `cpu`, `cuda`, ...
         on_progress: called with (rows encoded, rows in all).
@@ -92,30 +97,35 @@ def build_index(
     A model that cannot be loaded costs the logit effects only; the summary and the index say so.
     """
     sae = catalog.coder(sae_name, device=str(choose_device(device)))
-    source = catalog.open_harvest(harvest or _harvest_of(catalog, sae_name))
-    if sae.parts and harvest is not None:
-        raise InputError(
-            f"{sae_name!r} is a crosscoder, indexed on the harvests it was trained on: leave --harvest out"
-        )
-    vectors = places_of(catalog, sae_name, sae) if sae.parts else _vectors(sae, sae_name, source)
-    n_rows = min(max_rows or source.n_rows, source.n_rows)
-    if n_rows > MAX_ROWS:
-        raise InputError(f"an index holds at most {MAX_ROWS:,} rows, this harvest has {n_rows:,}: give --rows")
-    path = catalog.index_path(sae_name)
-    settings = {
-        "schema": SCHEMA, "sae": sae_name, "weights": sae.fingerprint(),
-        "harvest": source.name, "corpus": source.corpus, "model": source.model, "hook": sae.hook_name, "rows": n_rows,
-    }  # fmt: skip
+    origin, path = catalog.origin(sae_name), catalog.index_path(sae_name)
+    own, source, model_name = own_pass(origin, sae, max_rows) if harvest is None else None, None, origin.model
+    if own is not None:
+        read = own.settings
+    else:
+        source, vectors = _held(catalog, sae, sae_name, harvest)
+        n_rows, model_name = min(max_rows or source.n_rows, source.n_rows), source.config["model"]
+        read = {"harvest": source.name, "corpus": source.corpus, "model": source.model, "rows": n_rows}
+        _check_memory(sae, vectors, n_rows)
+    if read["rows"] > MAX_ROWS:
+        raise InputError(f"an index holds at most {MAX_ROWS:,} rows, these are {read['rows']:,}: give --rows")
+    settings = {"schema": SCHEMA, "sae": sae_name, "weights": sae.fingerprint(), "hook": sae.hook_name, **read}
     if sae.written_hook != sae.hook_name:
         settings["target_hook"] = sae.written_hook
     same = path.exists() and read_meta(path)["settings"] == settings
     # What lacked its model is built again once the model can be had.
-    if same and (read_meta(path)["missing"] is None or _why_missing(source, sae, model, device) is not None):
+    if same and (read_meta(path)["missing"] is None or _why_missing(model_name, sae, model, device) is not None):
         return _summary(path, {})
-    _check_memory(sae, vectors, n_rows)
     partial = path.with_suffix(".partial")
     with RunLock(partial):
-        build = _Build(source, vectors, sae, settings, partial, model, device)
+        _begin(partial, settings)
+        if own is not None:
+            model = model or reload_model(origin.model, device=device)
+            source = own.run(partial / "rows", model, on_progress)
+            vectors = _vectors(sae, sae_name, source)
+            _check_memory(sae, vectors, source.n_rows)
+        assert source is not None
+        n_rows = min(settings["rows"], source.n_rows)
+        build = _Build(source, vectors, sae, settings, n_rows, partial, model, device)
         build.encode(on_progress)
         write_duckdb(path, build.fill, remedy="what is encoded is kept: make room and repeat the command")
     shutil.rmtree(partial)
@@ -135,6 +145,16 @@ class _Laps:
         self._start = now
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured on the tokens of some consecutive features."""
+
+    entries: Entries
+    statistics: Statistics
+    examples: Examples
+    coactivations: Coactivations
+
+
 class _Build:
     """One build, in the folder `scratch` that it has locked: encoding into segments, then filling the DuckDB file."""
 
@@ -144,21 +164,19 @@ class _Build:
         vectors: Vectors | SideBySide,
         sae: SAE,
         settings: dict[str, Any],
+        n_rows: int,
         scratch: Path,
         model: "LoadedModel | None",
         device: str,
     ) -> None:
         self.source, self.vectors, self.sae = source, vectors, sae
-        self.settings, self.scratch, self.model, self.device = settings, scratch, model, device
+        self.settings, self.scratch, self.n_rows = settings, scratch, n_rows
+        self.model, self.device = model, device
         self.laps = _Laps()
 
     def encode(self, on_progress: Callable[[int, int], None] | None) -> None:
-        """Writes the segments that are missing; those of another SAE, harvest or number of rows go."""
-        description, folder, n_rows = self.scratch / "settings.json", self.scratch / "segments", self.settings["rows"]
-        begun = {**self.settings, "span": segments_module.SPAN_ROWS}
-        if not description.exists() or json.loads(description.read_text()) != begun:
-            shutil.rmtree(folder, ignore_errors=True)
-            description.write_text(json.dumps(begun))
+        """Writes the segments that are missing."""
+        folder, n_rows = self.scratch / "segments", self.n_rows
         try:
             write_segments(self.vectors, self.source.ordinary, self.sae, folder, n_rows, on_progress)
         except OSError as error:
@@ -177,7 +195,7 @@ class _Build:
         schema.create(connection)
         self._features(connection)
         missing, method = self._weights(connection)
-        schema.copy_tokens(connection, self.source, self.settings["rows"])
+        schema.copy_tokens(connection, self.source, self.n_rows)
         schema.insert_texts(connection)
         self.laps.lap("texts")
         meta = {
@@ -191,19 +209,27 @@ class _Build:
 
     def _features(self, connection: duckdb.DuckDBPyConnection) -> None:
         """What is measured on the tokens, feature range by feature range."""
-        segments, lap = self.segments, self.laps.lap
-        by_token = TokenFeatures.of(*segments.by_token(self.scratch / "active.bin"))
-        for first, last in segments.groups(ENTRIES_AT_ONCE):
-            entries = segments.features(first, last)
-            schema.insert_activations(connection, entries)
-            lap("activations")
+        segments = self.segments
+        by_token = TokenFeatures.of(*segments.by_token(self.scratch / "active.bin"), device=self.sae.W_dec.device)
+
+        def measured(features: tuple[int, int]) -> _Measured:
+            entries = segments.features(*features)
             order = value_order(entries)
-            schema.insert_statistics(connection, first, feature_statistics(entries, order, segments.n_tokens))
-            lap("statistics")
-            schema.insert_examples(connection, find_examples(entries, order, self.source.context_len))
-            lap("examples")
-            schema.insert_coactivations(connection, coactivations(entries, by_token, segments.firings))
-            lap("coactivations")
+            return _Measured(
+                entries,
+                feature_statistics(entries, order, segments.n_tokens),
+                find_examples(entries, order, self.source.context_len),
+                coactivations(entries, by_token, segments.firings),
+            )
+
+        groups = segments.groups(ENTRIES_AT_ONCE)
+        for found in in_order(measured, groups, workers(len(groups))):
+            self.laps.lap("measuring")
+            schema.insert_activations(connection, found.entries)
+            schema.insert_statistics(connection, found.entries.first, found.statistics)
+            schema.insert_examples(connection, found.examples)
+            schema.insert_coactivations(connection, found.coactivations)
+            self.laps.lap("writing")
 
     def _weights(self, connection: duckdb.DuckDBPyConnection) -> tuple[str | None, MapMethod]:
         """What the weights say; returns why there are no logit effects, and how the map was made."""
@@ -221,6 +247,24 @@ class _Build:
         )
         self.laps.lap("geometry")
         return missing, method
+
+
+def _begin(scratch: Path, settings: dict[str, Any]) -> None:
+    """Removes what an earlier build has left of another SAE, harvest or number of rows."""
+    description = scratch / "settings.json"
+    begun = {**settings, "span": segments_module.SPAN_ROWS}
+    if not description.exists() or json.loads(description.read_text()) != begun:
+        shutil.rmtree(scratch / "segments", ignore_errors=True)
+        shutil.rmtree(scratch / "rows", ignore_errors=True)
+        description.write_text(json.dumps(begun))
+
+
+def _held(catalog: Catalog, sae: SAE, name: str, harvest: str | None) -> tuple[Harvest, Vectors | SideBySide]:
+    """The harvest that is indexed, and what of it, or of several, the SAE reads."""
+    source = catalog.open_harvest(harvest or _harvest_of(catalog, name))
+    if sae.parts and harvest is not None:
+        raise InputError(f"{name!r} is a crosscoder, indexed on the harvests it was trained on: leave --harvest out")
+    return source, places_of(catalog, name, sae) if sae.parts else _vectors(sae, name, source)
 
 
 def _harvest_of(catalog: Catalog, sae_name: str) -> str:
@@ -277,10 +321,10 @@ def _check_memory(sae: SAE, vectors: Vectors | SideBySide, n_rows: int) -> None:
     )  # fmt: skip
 
 
-def _why_missing(source: Harvest, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:
+def _why_missing(name: str, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:
     """Why logit effects cannot be computed; None when they can."""
     try:
-        output_directions(model or reload_model(source.config["model"], device=device), sae)
+        output_directions(model or reload_model(name, device=device), sae)
     except InputError as error:
         return str(error)
     return None

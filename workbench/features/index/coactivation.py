@@ -9,7 +9,7 @@ Each feature keeps its `NEIGHBOURS` partners of largest phi among those it fires
 more. A signed feature fires whether its activation is positive or negative.
 
 For a block of features the tokens of their entries are looked up, and the features of those tokens counted; a
-[block, d_sae] table of counts is all that is held.
+[block, d_sae] table of counts is all that is held. A GPU, where the SAE lies on one, does the counting.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,19 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Int32
 from numpy.typing import NDArray
+from torch import Tensor
 
 from workbench.features.index.segments import Entries
+from workbench.models.devices import free_bytes
 
 NEIGHBOURS = 10
 MIN_TOGETHER = 3
 COUNTS_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 22
+COPIED_AT_ONCE = 1 << 26
+CPU = torch.device("cpu")
+ROOM = 2
+"""Times the features' size that must be free on a GPU for it to count."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,24 @@ class TokenFeatures:
     starts: Int[NDArray, "tokens+1"]
     active: Int32[NDArray, "entries"]
 
+    on_device: Int[Tensor, "entries"] | None = None
+    """The same features, where a GPU counts them."""
+
     @classmethod
-    def of(cls, tokens: NDArray, starts: NDArray, active: NDArray) -> "TokenFeatures":
-        """From `Segments.by_token`."""
+    def of(cls, tokens: NDArray, starts: NDArray, active: NDArray, device: torch.device = CPU) -> "TokenFeatures":
+        """From `Segments.by_token`; `device` counts, a GPU if it has the room."""
         place = np.zeros(int(tokens.max(initial=-1)) + 1, dtype=np.int32)
         place[tokens] = np.arange(len(tokens), dtype=np.int32)
-        return cls(place, starts, active)
+        fits = device.type == "cuda" and ROOM * active.nbytes < free_bytes(device)
+        return cls(place, starts, active, _to_device(active, device) if fits else None)
+
+
+def _to_device(active: Int32[NDArray, "entries"], device: torch.device) -> Int32[Tensor, "entries"]:
+    """Piece by piece: what is mapped from a file need not be in memory at once."""
+    found = torch.empty(len(active), dtype=torch.int32, device=device)
+    for start in range(0, len(active), COPIED_AT_ONCE):
+        found[start : start + COPIED_AT_ONCE] = torch.from_numpy(active[start : start + COPIED_AT_ONCE].copy())
+    return found
 
 
 def coactivations(entries: Entries, by_token: TokenFeatures, firings: Int[NDArray, "d_sae"]) -> Coactivations:
@@ -75,7 +93,8 @@ def coactivations(entries: Entries, by_token: TokenFeatures, firings: Int[NDArra
 def _count(entries: Entries, by_token: TokenFeatures, low: int, high: int, d_sae: int) -> Int[NDArray, "block d_sae"]:
     """n_fg of local features low ... high - 1 with every feature."""
     start, stop = int(entries.starts[low]), int(entries.starts[high - 1] + entries.counts[high - 1])
-    counted = torch.zeros((high - low) * d_sae, dtype=torch.int64)
+    device = torch.device("cpu") if by_token.on_device is None else by_token.on_device.device
+    counted = torch.zeros((high - low) * d_sae, dtype=torch.int64, device=device)
     token = by_token.place[entries.row[start:stop]]
     local = np.repeat(np.arange(high - low), entries.counts[low:high])
     begin, l0 = by_token.starts[token], by_token.starts[token + 1] - by_token.starts[token]
@@ -85,11 +104,19 @@ def _count(entries: Entries, by_token: TokenFeatures, low: int, high: int, d_sae
         until = max(cut + 1, int(np.searchsorted(ends, (ends[cut - 1] if cut else 0) + PAIRS_AT_ONCE, side="right")))
         width = l0[cut:until]
         offset = np.cumsum(width) - width
-        where = np.arange(int(width.sum())) + np.repeat(begin[cut:until] - offset, width)
-        key = by_token.active[where] + np.repeat(local[cut:until] * d_sae, width)
-        counted += torch.bincount(torch.from_numpy(key), minlength=len(counted))
+        if by_token.on_device is None:
+            where = np.arange(int(width.sum())) + np.repeat(begin[cut:until] - offset, width)
+            key = by_token.active[where] + np.repeat(local[cut:until] * d_sae, width)
+            counted += torch.bincount(torch.from_numpy(key), minlength=len(counted))
+        else:
+            first, row = (torch.from_numpy(n).to(device) for n in (begin[cut:until] - offset, local[cut:until] * d_sae))
+            repeats = torch.from_numpy(width).to(device)
+            pairs = int(width.sum())
+            places = first.repeat_interleave(repeats, output_size=pairs) + torch.arange(pairs, device=device)
+            key = by_token.on_device[places] + row.repeat_interleave(repeats, output_size=pairs)
+            counted += torch.bincount(key, minlength=len(counted))
         cut = until
-    return counted.view(high - low, d_sae).numpy()
+    return counted.view(high - low, d_sae).cpu().numpy()
 
 
 def _strongest(

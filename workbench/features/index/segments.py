@@ -10,7 +10,9 @@
 A segment is complete or absent, so a pass that was killed goes on with the first one that is missing.
 """
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float32, Int, Int32
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sae.files import write_atomically
 from sae.model import SAE
@@ -130,46 +133,66 @@ def write_segments(
         on_progress: called with (rows done, rows in all).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number, start in enumerate(range(0, n_rows, SPAN_ROWS)):
-        file = folder / f"{number:06}.safetensors"
-        stop = min(start + SPAN_ROWS, n_rows)
-        if not file.exists():
-            rows = start + np.flatnonzero(usable[start:stop])
-            columns = _encode(vectors, sae, rows, start, stop)
-            write_atomically(file, lambda partial, columns=columns: save_file(columns, partial))  # type: ignore[misc]
-        if on_progress is not None:
-            on_progress(stop, n_rows)
+    spans = [(start, min(start + SPAN_ROWS, n_rows)) for start in range(0, n_rows, SPAN_ROWS)]
+
+    # One thread sorts and writes a span while the next one is encoded; two spans are held at most.
+    with ThreadPoolExecutor(1, thread_name_prefix="segments") as writer:
+        waiting: deque[Future[None]] = deque()
+        for number, (start, stop) in enumerate(spans):
+            file = folder / f"{number:06}.safetensors"
+            if not file.exists():
+                rows = start + np.flatnonzero(usable[start:stop])
+                encoded = _encode(vectors, sae, rows, start, stop)
+                while waiting:
+                    waiting.popleft().result()
+                waiting.append(writer.submit(_write, file, encoded, rows, sae.d_sae))
+            if on_progress is not None:
+                on_progress(stop, n_rows)
+        while waiting:
+            waiting.popleft().result()
 
 
 def _encode(
     vectors: Vectors | SideBySide, sae: SAE, rows: Int[NDArray, "tokens"], start: int, stop: int
-) -> dict[str, torch.Tensor]:
-    """One segment's columns."""
+) -> tuple[Int[Tensor, "entries"], Int[Tensor, "entries"], Float32[Tensor, "entries"]]:
+    """Token (counted from the span's first), feature and activation of a span's entries, on the SAE's device."""
     device = sae.W_dec.device
     wanted = torch.from_numpy(rows - start)
-    tokens, features, values = [], [], []
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    tokens, features, values = [none], [none], [torch.zeros(0, device=device)]
     done = 0
     span = torch.cat(list(vectors.pieces(start, stop)))
     for batch in wanted.split(BATCH_ROWS):
         token, feature, value = sae.encode(span[batch].to(device, torch.float32)).entries()
-        tokens.append((token + done).cpu())
-        features.append(feature.cpu())
-        values.append(value.float().cpu())
+        tokens.append(token + done)
+        features.append(feature)
+        values.append(value.float())
         done += len(batch)
-    if not tokens:
-        tokens, features, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)], [
-            torch.zeros(0)
-        ]  # fmt: skip
-    token, feature, value = torch.cat(tokens), torch.cat(features), torch.cat(values)
-    # Sorting (feature, place) as one integer is several times faster than a stable argsort, and as exact.
-    packed = np.sort((feature.numpy() << 40) | np.arange(len(feature)))
-    order = torch.from_numpy(packed & ((1 << 40) - 1))
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(feature, minlength=sae.d_sae).cumsum(0)])
-    return {
-        "starts": starts.int(),
-        "row": torch.from_numpy(rows)[token[order]].int(),
+    return torch.cat(tokens), torch.cat(features), torch.cat(values)
+
+
+def _write(
+    file: Path,
+    encoded: tuple[Int[Tensor, "entries"], Int[Tensor, "entries"], Float32[Tensor, "entries"]],
+    rows: Int[NDArray, "tokens"],
+    d_sae: int,
+) -> None:
+    """Sorts a span's entries by feature and writes its segment."""
+    token, feature, value = encoded
+    if feature.is_cuda:
+        order = torch.sort(feature, stable=True).indices
+    else:
+        # Sorting (feature, place) as one integer is several times faster than a stable argsort, and as exact.
+        packed = np.sort(((feature << 40) | torch.arange(len(feature))).numpy())
+        order = torch.from_numpy(packed & ((1 << 40) - 1))
+    counts = torch.bincount(feature, minlength=d_sae).cumsum(0)
+    columns = {
+        "starts": torch.cat([counts.new_zeros(1), counts]).int(),
+        "row": torch.from_numpy(rows).to(token.device)[token[order]].int(),
         "activation": value[order],
         "tokens": torch.from_numpy(rows).int(),
         "l0": torch.bincount(token, minlength=len(rows)).int(),
         "active": feature.int(),
     }
+    on_cpu = {name: column.cpu() for name, column in columns.items()}
+    write_atomically(file, lambda partial: save_file(on_cpu, partial))

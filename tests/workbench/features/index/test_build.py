@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import duckdb
@@ -18,6 +19,7 @@ from workbench import Workspace
 from workbench.features.index import segments as segments_module
 from workbench.features.index.build import build_index, read_meta
 from workbench.features.index.segments import Segments, write_segments
+from workbench.features.index.workers import in_order
 from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel
 
@@ -108,6 +110,40 @@ def test_a_repeated_build_returns_at_once_and_a_changed_sae_is_indexed_anew(
     assert changed.seconds
     _, dense = dense_codes(space, space.sae(SAE_NAME))
     assert changed.activations == (dense != 0).sum()
+
+
+def test_pieces_on_several_threads_fill_the_same_tables(
+    space: Workspace, gpt2_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(threads: int) -> dict[str, list[str]]:
+        monkeypatch.setattr("workbench.features.index.build.workers", lambda pieces: threads)
+        made = build_index(space, SAE_NAME, harvest="h", model=gpt2_model, device="cpu")
+        found = tables(made.path)
+        made.path.unlink()
+        return found
+
+    monkeypatch.setattr("workbench.features.index.build.ENTRIES_AT_ONCE", 100)
+    assert built(4) == built(1)
+
+
+def tables(path: Path) -> dict[str, list[str]]:
+    """The rows of every table but `meta`, which says when it was made."""
+    with duckdb.connect(str(path), read_only=True) as connection:
+        names = [row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
+        found = {name: connection.execute(f"FROM {name}").fetchall() for name in names if name != "meta"}
+    return {name: [repr(row) for row in rows] for name, rows in found.items()}
+
+
+def test_work_on_threads_comes_in_order_and_its_errors_reach_the_caller() -> None:
+    def slow_first(piece: int) -> int:
+        time.sleep(0.05 if piece == 0 else 0)
+        if piece == 7:
+            raise InputError("seven")
+        return piece * piece
+
+    assert list(in_order(slow_first, range(7), 3)) == [0, 1, 4, 9, 16, 25, 36]
+    with pytest.raises(InputError, match="seven"):
+        list(in_order(slow_first, range(9), 3))
 
 
 KILLED = """
