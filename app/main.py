@@ -35,6 +35,8 @@ LAYOUT = """
   :is(.st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] {
     flex-wrap: wrap }
   :is(.st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > * > [data-testid=stColumn] { min-width: 100% }
+  .st-key-pairs > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] { flex-wrap: wrap }
+  .st-key-pairs > [data-testid=stLayoutWrapper] > * > [data-testid=stColumn] { min-width: 45% }
 }
 """
 

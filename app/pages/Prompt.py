@@ -45,7 +45,7 @@ def main() -> None:
     if reading.truncated:
         st.info(f"Only the beginning was read: {reading.n_read:,} tokens (at most 10,000 characters, "
                 f"{MAX_TOKENS:,} tokens and one context of the model).")  # fmt: skip
-    with st.container(key="below"):
+    with st.container(key="pairs"):
         token_box, feature_box, ranking, dense = st.columns([2, 2, 3, 2], vertical_alignment="bottom")
     position, feature = chosen(reading, token_box, feature_box)
     by, max_density = choose_ranking(reading, ranking, dense)

@@ -299,9 +299,18 @@ def test_two_saes_are_compared(address: str, page: Any, folder: Path) -> None:
 
 def test_a_token_of_a_prompt_is_clicked(address: str, page: Any) -> None:
     page.goto(link(address, "Prompt", sae="s", prompt=f"def f(x): # {MARKS}\n    return '{HOSTILE}'"))
-    page.locator(".row span[data-at='0']").click()
-    page.get_by_text("After token 0").wait_for()
-    page.wait_for_url(re.compile("token=0"))
+    page.locator(".row span[data-at='1']").click()
+    page.get_by_text("After token 1").wait_for()
+    page.wait_for_url(re.compile("token=1"))
+    settled(page)
+    # A cell of the grid says what it is and leads to its token and feature.
+    cell = page.locator(".grid tr[data-row] td[style]").last
+    feature, at = cell.evaluate("(cell) => [cell.parentElement.dataset.row, cell.dataset.at]")
+    cell.hover()
+    page.locator(".said").filter(has_text=re.compile(f"^{feature} .* on {at} ")).wait_for()
+    cell.click()
+    page.wait_for_url(re.compile(f"feature={feature}"))
+    page.get_by_text(f"After token {at}").wait_for()
     assert page.evaluate("window.attacked") is None
 
 
@@ -311,7 +320,7 @@ def test_the_model_is_steered(address: str, page: Any, folder: Path, busiest: in
     page.get_by_text("Clean", exact=True).wait_for()
     metrics = page.get_by_test_id("stMetric")
     metrics.filter(has_text="KL (nats)").filter(has_text=f"{expected.mean_kl:.4f}").wait_for()
-    metrics.filter(has_text="Loss (nats)").filter(has_text=f"{expected.steered_loss.mean():.3f}").wait_for()
+    metrics.filter(has_text="Loss (nats)").filter(has_text=f"{expected.mean_losses[1]:.3f}").wait_for()
     for text, nats in ((expected.clean, expected.clean_nats), (expected.steered, expected.steered_nats)):
         page.locator("strong").filter(has_text=text.strip().splitlines()[0]).first.wait_for()
         page.get_by_text(f"{nats:.2f} nats a token under the unedited model").first.wait_for()

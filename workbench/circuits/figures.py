@@ -14,19 +14,18 @@ from circuits.feature_circuits import ERROR, FeatureCircuit
 from circuits.graph.graph import KINDS, Graph
 from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
-from workbench.show.colours import GREY, MARK, NODE, ON_NODE, PALETTE, series_colour
+from workbench.show.colours import BOTH_WAYS, GREY, MARK, NODE, ON_NODE, PALETTE, UPWARDS, series_colour
 
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
-DIVERGING = "RdBu"
 SERVES, OPPOSES = PALETTE[:2]
-"""Blue and red, as at the ends of DIVERGING."""
+"""Blue and red, as at the ends of BOTH_WAYS."""
 
 
 def head_heatmap(values: Float[Tensor, "layers heads"], title: str, *, diverging: bool = True) -> go.Figure:
     """One cell a head, layers upwards; a scale symmetric around zero unless not `diverging`."""
     finite = values[torch.isfinite(values)].abs()
     limit = float(finite.max()) if len(finite) else 1.0
-    scale = {"colorscale": DIVERGING, "zmin": -limit, "zmax": limit} if diverging else {"colorscale": "Blues"}
+    scale = {"colorscale": BOTH_WAYS, "zmin": -limit, "zmax": limit} if diverging else {"colorscale": UPWARDS}
     names = [[head_name(layer, head) for head in range(values.shape[1])] for layer in range(values.shape[0])]
     figure = go.Figure(
         go.Heatmap(z=values.tolist(), text=names, hovertemplate="%{text}: %{z:.4g}<extra></extra>", **scale)
@@ -89,7 +88,7 @@ def attention_pattern(pattern: Float[Tensor, "q k"], tokens: Sequence[str], titl
     ticks = [f"{position} {token!r}" for position, token in enumerate(tokens)]
     figure = go.Figure(
         go.Heatmap(
-            z=pattern.tolist(), x=ticks, y=ticks, colorscale="Blues", zmin=0, zmax=1, colorbar={"thickness": 8},
+            z=pattern.tolist(), x=ticks, y=ticks, colorscale=UPWARDS, zmin=0, zmax=1, colorbar={"thickness": 8},
             hovertemplate="from %{y}<br>to %{x}<br>%{z:.3f}<extra></extra>",
         )
     )  # fmt: skip
@@ -284,7 +283,7 @@ def attribution_map(found: FeatureAttribution, tokens: Sequence[str]) -> go.Figu
             z=found.values.T.tolist(),
             x=[f"{position} {token!r}" for position, token in enumerate(tokens)],
             y=[head_name(found.layer, head) for head in range(found.values.shape[1])],
-            colorscale=DIVERGING, zmin=-limit, zmax=limit,
+            colorscale=BOTH_WAYS, zmin=-limit, zmax=limit,
             hovertemplate="%{y} from %{x}: %{z:.4g}<extra></extra>",
         )
     )  # fmt: skip

@@ -17,6 +17,9 @@ NODE, ON_NODE = "#5b6470", "#fff"
 GREY, GREY_LINE, GREY_GROUND = "#888", "#8884", "#8882"
 """Of what has no value, on a light page and on a dark one: points, lines, grounds."""
 PALETTE = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#efb118", "#6cc5b0")
+FAINT = "rgba(128,128,128,0.08)"
+UPWARDS, BOTH_WAYS = [[0, FAINT], [1, PALETTE[0]]], [[0, PALETTE[1]], [0.5, FAINT], [1, PALETTE[0]]]
+"""Plotly's scales from zero on, and around zero: zero is the page's own ground, a light one's and a dark one's."""
 
 
 def series_colour(number: int) -> str:
