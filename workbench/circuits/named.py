@@ -7,6 +7,7 @@ from plotly import io
 from circuits.feature_circuits import ERROR
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
+from workbench.circuits.methods import FEATURES
 from workbench.circuits.stored import table_of
 from workbench.features.index.query import FeatureIndex
 
@@ -32,6 +33,12 @@ def named_nodes(catalog: Catalog, result: Result) -> pd.DataFrame:
         names = feature_names(catalog, str(sae), rows["feature"].tolist())
         table.loc[rows.index, "name"] = [names.get(number, "") for number in rows["feature"]]
     return table[["node", "name", *table.columns.difference(["node", "name"], sort=False)]]
+
+
+def shown_table(catalog: Catalog, result: Result, name: str) -> pd.DataFrame:
+    """A table of a result as it is shown (`table_of`), the nodes of a circuit of features with their names."""
+    named = result.kind == FEATURES and name == "nodes"
+    return named_nodes(catalog, result) if named else table_of(result, name)
 
 
 def named_graph(result: Result, nodes: pd.DataFrame) -> go.Figure:

@@ -141,17 +141,19 @@ class OnTask(Analysis):
 
     def run(self, method: str, options: dict[str, Any], saes: list[str] | None = None) -> None:
         """Runs a method, or opens its stored result, and shows it."""
+        from workbench.circuits.named import shown_table
         from workbench.circuits.report import checked
-        from workbench.circuits.stored import note_of, table_of
+        from workbench.circuits.stored import note_of
 
         asked = self.asked()
         checked(asked, method, saes or [], options)
+        workspace = self.workspace()
         with self.bar(method) as on_progress:
-            result = self.workspace().circuit(
+            result = workspace.circuit(
                 self.load(), asked, method, name=self.name, saes=saes or [], options=options,
                 batch_size=self.batch_size, on_progress=on_progress,
             )  # fmt: skip
-        self.show(result, {table: table_of(result, table) for table in SHOWN[result.kind]})
+        self.show(result, {table: shown_table(workspace, result, table) for table in SHOWN[result.kind]})
         if (note := note_of(result)) and not self.as_json:
             print(note)
 
