@@ -3,9 +3,10 @@
     python benchmarks/web_app.py WORKSPACE SAE [--features 10] [--json]
 
 The workspace must hold the SAE with its index; what the numbers mean depends on its size, which is printed. Server
-time is the time of one script run in Streamlit's own test harness, without network and browser. Time to visible is
-from the click (or the start of the server) until Chromium shows the new content, server time included; it needs the
-package playwright and a Chromium. Medians over the repetitions, and the largest.
+time is the time of one script run in Streamlit's own test harness, without network and browser. Two times are those of
+Chromium, from the click (or the start of the server) on, server time included: until the new content is visible, and
+until all is drawn and no run of the page is under way. They need the package playwright and a Chromium. Medians over
+the repetitions, and the largest.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from streamlit.testing.v1 import AppTest
 
@@ -69,8 +72,58 @@ def server_times(workspace: Path, sae: str, numbers: list[int]) -> Timings:
     return found
 
 
-def visible_times(workspace: Path, sae: str, numbers: list[int]) -> Timings:
-    """Clicks in Chromium until what they lead to is shown."""
+IDLE = "[data-testid=stApp][data-test-script-state=notRunning]"
+
+
+def browser_times(browser: Any, address: str, sae: str, numbers: list[int]) -> dict[str, Timings]:
+    """What a visitor does, until it is visible and until all is drawn."""
+    found: dict[str, Timings] = {"visible": {}, "drawn": {}}
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(120_000)
+
+    def measure(what: str, act: Callable[[], object], shown: Callable[[], object], on: Any = page) -> None:
+        start = time.perf_counter()
+        act()
+        shown()
+        found["visible"].setdefault(what, []).append(time.perf_counter() - start)
+        on.locator(IDLE).wait_for()
+        found["drawn"].setdefault(what, []).append(time.perf_counter() - start)
+
+    def heading(on: Any, number: int) -> Callable[[], object]:
+        shown = on.get_by_role("heading", name=f"{sae} / {number}", exact=True).wait_for
+        return cast(Callable[[], object], shown)
+
+    page.goto(f"{address}/Feature?sae={sae}&feature=0")
+    heading(page, 0)()
+    page.wait_for_load_state("networkidle")
+    for number in numbers:
+        page.get_by_role("spinbutton", name="Feature").fill(str(number))
+        measure("another feature", partial(page.keyboard.press, "Enter"), heading(page, number))
+    for number in numbers[:5]:
+        tab = browser.new_page(viewport={"width": 1280, "height": 1000})
+        link = f"{address}/Feature?sae={sae}&feature={number}"
+        measure("a link in a new tab", partial(tab.goto, link), heading(tab, number), tab)
+        tab.close()
+    page.goto(f"{address}/Features?sae={sae}")
+    page.locator(IDLE).wait_for()
+    for text in SEARCHES[:5]:
+        page.get_by_role("textbox", name="Search").fill(text)
+        found_text = page.get_by_text(f"with {text!r} in")
+        measure("search", partial(page.keyboard.press, "Enter"), found_text.wait_for)
+    page.goto(f"{address}/Prompt?sae={sae}")
+    for number in range(5):
+        page.locator(IDLE).wait_for()
+        page.get_by_role("textbox", name="Prompt").fill(f"{PROMPT}# {number}\nx{number}")
+        last = page.locator(".row span").filter(has_text=str(number)).last
+        measure("prompt of 100 tokens", partial(page.keyboard.press, "Control+Enter"), last.wait_for)
+    for at in range(1, 6):
+        token = page.locator(f".row span[data-at='{at}']")
+        measure("click on a token", token.click, page.get_by_text(f"After token {at}", exact=True).wait_for)
+    return found
+
+
+def visible_times(workspace: Path, sae: str, numbers: list[int]) -> dict[str, Timings]:
+    """Starts the server, and what a browser sees of it."""
     from playwright.sync_api import sync_playwright
 
     with socket.socket() as probe:
@@ -96,18 +149,9 @@ def visible_times(workspace: Path, sae: str, numbers: list[int]) -> Timings:
                     time.sleep(0.05)
             page.goto(address)
             page.get_by_test_id("stDataFrame").first.wait_for()
-            found: Timings = {"start to first page": [time.perf_counter() - start], "open another feature": []}
-            page.goto(f"{address}/Feature?sae={sae}&feature=0")
-            page.get_by_role("heading", name=f"{sae} / 0", exact=True).wait_for()
-            page.wait_for_load_state("networkidle")
-            for number in numbers:
-                page.get_by_role("spinbutton", name="Feature").fill(str(number))
-
-                def opened(number: int = number) -> None:
-                    page.keyboard.press("Enter")
-                    page.get_by_role("heading", name=f"{sae} / {number}", exact=True).wait_for()
-
-                found["open another feature"].append(timed(opened))
+            started = time.perf_counter() - start
+            found = browser_times(browser, address, sae, numbers)
+            found["visible"]["start to first page"] = [started]
             browser.close()
         return found
     finally:
@@ -130,7 +174,7 @@ def main() -> None:
     index.close()
     measured = {
         "server": server_times(arguments.workspace, arguments.sae, numbers),
-        "visible": visible_times(arguments.workspace, arguments.sae, numbers),
+        **visible_times(arguments.workspace, arguments.sae, numbers),
     }
     if arguments.json:
         print(json.dumps({"size": size, "seconds": measured}, indent=2))
