@@ -1,23 +1,25 @@
 """Lenses: what the residual stream after each block would say if the blocks that follow were left out, or were linear.
 
-    logit lens       U(h_l)
-    Jacobian lens    U(m_L + J_l (h_l - m_l)),   J_l = E[d h_L(t) / d h_l(t)],   m_l = E[h_l(t)]
+    logit lens            U(h_l)
+    Jacobian lens         U(J_l h_l),   J_l = mean over p of sum over p' of d h_L(p') / d h_l(p)
+    centred               U(m_L + J_l (h_l - m_l)),   m_l = E[h_l(p)]
+    of a position's own   J_l = mean over p of d h_L(p) / d h_l(p)
 
 h_0 is the residual stream that enters the first block, h_l the one that block l - 1 hands on, h_L the last. U is
 whatever the model does after its last block (final norm, unembedding, a scale or cap of the logits): it is run and not
-read from weights, so at l = L both lenses are the model itself. The averages are over the positions of a text.
+read from weights, so at l = L all lenses are the model itself. p and p' run over the counted positions of a text, of
+which a causal model gives p' >= p; J_l is averaged over texts.
 
-The logit lens is nostalgebraist's (2020); that a later state is read by a mean Jacobian and the bias that is right on
-average is the construction of Hernandez et al. (2023, arXiv 2308.09124, section 3), here over all text instead of one
-relation's. Nothing is trained, unlike in the tuned lens (Belrose et al. 2023, arXiv 2303.08112), so what a layer does
-not hold yet is not learnt into the reading.
+The logit lens is nostalgebraist's (2020). The Jacobian lens is that of Gurnee et al. (2026, "Verbalizable
+Representations Form a Global Workspace in Language Models", arXiv 2607.15495), whose code leaves out the first 16
+positions and the last of every text, and mentions the Jacobian of a position's own stream as another estimator. The
+centred form is reconstructed: the bias that makes the reading right on average (as Hernandez et al. 2023, arXiv
+2308.09124, section 3, have it for one relation). Nothing is trained, unlike in the tuned lens (Belrose et al. 2023,
+arXiv 2303.08112).
 
-J_l takes d_model backward passes for all layers and positions of a batch together: with signs s(t) = +-1 at random,
-
-    s(t) d(sum_t' s(t') h_L,i(t')) / d h_l(t)
-        = d h_L,i(t) / d h_l(t) + sum over t' != t of s(t) s(t') d h_L,i(t') / d h_l(t)
-
-whose second line's last term has the mean zero (Hutchinson's estimator of a diagonal).
+The sum over p' of one entry of h_L is one pass back for all p, layers and texts of a batch together. For a position's
+own, signs s(p) = +-1 at random stand before each term and again on each gradient: what positions do to each other has
+the mean zero then (Hutchinson's estimator of a diagonal).
 """
 
 from collections.abc import Iterable, Iterator
@@ -47,12 +49,16 @@ class Jacobians:
     """Norm of half the difference between the averages over every second batch and the others, over J_l's own: about
     the relative error that is left. NaN with one batch."""
 
-    def last(self, layer: int, h: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    def last(
+        self, layer: int, h: Float[Tensor, "*rows d_model"], *, centred: bool = False
+    ) -> Float[Tensor, "*rows d_model"]:
         """The last residual stream that the lens expects of h_l, with h_L itself at l = L."""
         if layer == len(self.matrices):
             return h
-        matrix, mean, last = (part.to(h) for part in (self.matrices[layer], self.means[layer], self.means[-1]))
-        return last + (h - mean) @ matrix.T
+        matrix = self.matrices[layer].to(h)
+        if not centred:
+            return h @ matrix.T
+        return self.means[-1].to(h) + (h - self.means[layer].to(h)) @ matrix.T
 
 
 def stream_names(bridge: Bridge) -> list[str]:
@@ -63,12 +69,13 @@ def stream_names(bridge: Bridge) -> list[str]:
 
 @torch.no_grad()
 def lens_logits(
-    bridge: Bridge, tokens: Int[Tensor, "n pos"], jacobians: Jacobians | None = None
+    bridge: Bridge, tokens: Int[Tensor, "n pos"], jacobians: Jacobians | None = None, *, centred: bool = False
 ) -> Iterator[Float[Tensor, "n pos vocab"]]:
     """The logits that a lens reads at h_0 ... h_L, one layer at a time: the last are the model's own.
 
     Args:
         jacobians: for the Jacobian lens; the logit lens without.
+        centred: whether the Jacobian lens is the centred one.
 
     Raises:
         InputError: Jacobians of a model of another shape.
@@ -83,7 +90,7 @@ def lens_logits(
     with recorded_block(bridge, n_layers - 1) as output:
         streams = activations(bridge, tokens, names)
     for layer, name in enumerate(names):
-        h = streams[name] if jacobians is None else jacobians.last(layer, streams[name])
+        h = streams[name] if jacobians is None else jacobians.last(layer, streams[name], centred=centred)
 
         def instead(value: Tensor, hook: object, h: Tensor = h) -> Tensor:
             return h
@@ -98,21 +105,23 @@ def mean_jacobians(
     batches: Iterable[tuple[Int[Tensor, "n pos"], Bool[Tensor, "n pos"]]],
     *,
     n_batches: int,
+    own: bool = False,
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Jacobians:
-    """J_l and m_l of every layer, from some batches of tokens.
+    """J_l and m_l of every layer, from some batches of tokens; a pass back through the model for each of the d_model
+    entries of h_L.
 
     Args:
-        batches: tokens, and the positions that are averaged over (BOS and padding left out).
+        batches: tokens, and the positions p and p' that are counted.
         n_batches: how many there are at most, for the progress.
-        seed: of the signs.
+        own: only what a position does to itself, by signs drawn with `seed`.
 
     Raises:
         InputError: no position to average over.
     """
     names, d_model = stream_names(bridge), bridge.cfg.d_model
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed) if own else None
     halves = [_Sums.zeros(len(names), d_model) for _ in range(2)]
     for number, (tokens, counted) in enumerate(batches):
         done = number * d_model
@@ -152,9 +161,9 @@ def _add_batch(
     tokens: Int[Tensor, "n pos"],
     counted: Bool[Tensor, "n pos"],
     sums: _Sums,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> Iterator[int]:
-    """Adds a batch's Jacobians row by row and yields the row's number."""
+    """Adds a batch's Jacobians row by row and yields the row's number; those of a position's own with a generator."""
     names = stream_names(bridge)
     streams: dict[str, Tensor] = {}
     probes: dict[str, Tensor] = {}
@@ -165,8 +174,11 @@ def _add_batch(
     sums.n += int(counted.sum())
     below, last = [probes[name] for name in names[:-1]], streams[names[-1]]
     for row in range(last.shape[-1]):
-        signs = torch.randint(2, counted.shape, generator=generator).mul_(2).sub_(1).to(last) * counted
-        gradients = torch.autograd.grad((last[..., row] * signs).sum(), below, retain_graph=row + 1 < last.shape[-1])
+        weights = counted.to(last)
+        if generator is not None:
+            weights = weights * torch.randint(2, counted.shape, generator=generator).mul_(2).sub_(1).to(last)
+        gradients = torch.autograd.grad((last[..., row] * weights).sum(), below, retain_graph=row + 1 < last.shape[-1])
+        # Each gradient with its own sign again; 1 where all of them are.
         for layer, gradient in enumerate(gradients):
-            sums.matrices[layer, row] += torch.einsum("npd,np->d", gradient, signs).double().cpu()
+            sums.matrices[layer, row] += torch.einsum("npd,np->d", gradient, weights).double().cpu()
         yield row

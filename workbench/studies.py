@@ -52,12 +52,15 @@ class Studies(Catalog):
 
         return fit_lens(self, name, model, corpus, **settings)
 
-    def read_lens(self, model: "LoadedModel", prompt: str, name: str | None = None) -> "LensReading":
+    def read_lens(
+        self, model: "LoadedModel", prompt: str, name: str | None = None, *, centred: bool = False
+    ) -> "LensReading":
         """What the residual stream of a prompt says layer by layer: by the logit lens, or by Jacobians stored under
         `name`; InputErrors as `workbench.circuits.lenses.read_lens` and `open_lens`."""
         from workbench.circuits.lenses import open_lens, read_lens
 
-        return read_lens(model, prompt, None if name is None else (name, open_lens(self, name, model)))
+        fitted = None if name is None else (name, open_lens(self, name, model))
+        return read_lens(model, prompt, fitted, centred=centred)
 
     def agreement(
         self, model: "LoadedModel", task: "Task | str", *, name: str | None = None, **settings: Any

@@ -20,7 +20,7 @@ from workbench.show.html import STYLE, visible
 SHOWN = 200
 DENSE = 0.1
 LINK = "feature=(.*)$"
-LOGIT = "logit lens"
+LOGIT, CENTRED = "logit lens", ", centred"
 
 
 def main() -> None:
@@ -156,12 +156,13 @@ def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position:
     ):  # fmt: skip
         return
     fitted = [result.name for result in workspace.results.find(LENS) if result.origin.model == live.model.info.name]
+    lenses = [LOGIT, *(f"{name}{form}" for name in fitted for form in ("", CENTRED))]
     name = choice.selectbox(
-        "Lens", [LOGIT, *fitted], key="lens", bind="query-params", label_visibility="collapsed",
+        "Lens", lenses, key="lens", bind="query-params", label_visibility="collapsed",
         help="`workbench lens fit NAME` averages Jacobians, which read early layers better",
     )  # fmt: skip
     try:
-        found = _lens(workspace, live, version, text, None if name == LOGIT else name)
+        found = _lens(workspace, live, version, text, name)
     except InputError as error:
         st.warning(plain(str(error)))
         return
@@ -173,8 +174,9 @@ def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position:
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading ...")
-def _lens(_workspace: Workspace, _live: LiveSAE, version: int, text: str, name: str | None) -> LensReading:
-    return _workspace.read_lens(_live.model, text, name)
+def _lens(_workspace: Workspace, _live: LiveSAE, version: int, text: str, name: str) -> LensReading:
+    fitted = None if name == LOGIT else name.removesuffix(CENTRED)
+    return _workspace.read_lens(_live.model, text, fitted, centred=name.endswith(CENTRED))
 
 
 def siblings(workspace: Workspace, live: LiveSAE) -> list[str]:

@@ -2,9 +2,10 @@
 
 `fit_lens` stores a `lens` result:
 
-    layers     lens (logit, Jacobian), layer (0: what enters the first block, L: the model itself), kl (nats, of the
-               model's next-token distribution to the lens'), cross_entropy (nats), agrees (share of positions whose
-               likeliest token is the model's), noise (of the Jacobian, see `circuits.lens.Jacobians`); on held-out text
+    layers     lens (logit, Jacobian, centred), layer (0: what enters the first block, L: the model itself), kl (nats,
+               of the model's next-token distribution to the lens'), cross_entropy (nats), agrees (share of positions
+               whose likeliest token is the model's), noise (of the Jacobian, see `circuits.lens.Jacobians`); all on
+               held-out text
     jacobians  layer, mean (float32 bytes), matrix (likewise, a row an entry of the last residual stream; none at L)
     summary    positions averaged over, positions measured on
 
@@ -41,6 +42,8 @@ LENS = "lens"
 CONTEXTS = 16
 """Of a batch whose Jacobians are taken together."""
 PREDICTIONS = 5
+SINKS = 16
+"""Positions at a context's start that are not counted: attention sinks have streams of their own kind."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class LensReading:
     """A prompt through a lens. Positions are those of the model's row of tokens: BOS, where it has one, is 0."""
 
     lens: str
-    """`logit`, or the name of the Jacobians."""
+    """`logit`, or the name of the Jacobians, with `, centred` where it is."""
     texts: tuple[str, ...]
     top: Int[NDArray, "layers+1 pos PREDICTIONS"]
     """Likeliest next tokens, the likeliest first."""
@@ -101,11 +104,14 @@ class LensReading:
 
 
 @torch.no_grad()
-def read_lens(model: LoadedModel, prompt: str, jacobians: tuple[str, Jacobians] | None = None) -> LensReading:
+def read_lens(
+    model: LoadedModel, prompt: str, jacobians: tuple[str, Jacobians] | None = None, *, centred: bool = False
+) -> LensReading:
     """Reads a prompt's residual streams by the logit lens, or by a Jacobian lens.
 
     Args:
         jacobians: their name and what `open_lens` gave.
+        centred: see `circuits.lens`.
 
     Raises:
         InputError: a prompt without tokens or longer than the model takes, a bridge that computes another model, or
@@ -120,7 +126,7 @@ def read_lens(model: LoadedModel, prompt: str, jacobians: tuple[str, Jacobians] 
     likeliest, n_out = clean.argmax(dim=-1, keepdim=True), clean.shape[-1]
     top, texts, probabilities, final, kl = [], [], [], [], []
     # One layer's logits at a time: those of all layers together are what a prompt would need most memory for.
-    for logits in lens_logits(model.bridge, tokens, fitted):
+    for logits in lens_logits(model.bridge, tokens, fitted, centred=centred):
         log_p = next_log_probabilities(logits[0])
         best = log_p.topk(min(PREDICTIONS, n_out), dim=-1)
         top.append(best.indices.cpu().numpy())
@@ -129,8 +135,8 @@ def read_lens(model: LoadedModel, prompt: str, jacobians: tuple[str, Jacobians] 
         final.append(log_p.gather(1, likeliest)[:, 0].exp().cpu().numpy())
         kl.append(F.kl_div(log_p, clean, reduction="none", log_target=True).sum(dim=-1).clamp(min=0).cpu().numpy())
     return LensReading(
-        name, (*["BOS"] * model.n_bos, *token_pieces(model, ids)), np.stack(top), tuple(texts),
-        np.stack(probabilities), np.stack(final), np.stack(kl),
+        f"{name}, centred" if centred else name, (*["BOS"] * model.n_bos, *token_pieces(model, ids)), np.stack(top),
+        tuple(texts), np.stack(probabilities), np.stack(final), np.stack(kl),
     )  # fmt: skip
 
 
@@ -142,22 +148,25 @@ def fit_lens(
     *,
     max_tokens: int = 4096,
     heldout_tokens: int = 8192,
-    context_len: int = 64,
-    seed: int = 0,
+    context_len: int = 128,
+    own: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Result:
-    """Averages Jacobians over a corpus' training side, measures both lenses on the other, and stores them.
+    """Averages Jacobians over a corpus' training side, measures the lenses on the other, and stores them.
 
     Args:
         max_tokens: to average over; a pass back through the model for each of its `d_model` directions.
-        seed: of the estimator's signs.
+        context_len: positions of a context; the first `SINKS` and the last are left out, as Gurnee et al. leave them.
+        own: Jacobians of a position's own stream; see `circuits.lens`.
 
     Raises:
-        InputError: contexts that the model does not take, too few tokens for one, too little memory, or a bridge that
-            computes another model.
+        InputError: contexts that the model does not take or that leave no position, too few tokens for one, too little
+            memory, or a bridge that computes another model.
     """
+    if context_len < SINKS + 2:
+        raise InputError(f"contexts of {context_len} leave no position: the first {SINKS} and the last are left out")
     whole_contexts(model, min(max_tokens, heldout_tokens), context_len)
-    parameters = {"max_tokens": max_tokens, "heldout_tokens": heldout_tokens, "context_len": context_len, "seed": seed}
+    parameters = {"max_tokens": max_tokens, "heldout_tokens": heldout_tokens, "context_len": context_len, "own": own}
     d_model, n_layers = model.info.d_model, model.info.n_layers
 
     def make() -> Made:
@@ -168,10 +177,16 @@ def fit_lens(
         )  # fmt: skip
         found = mean_jacobians(
             model.bridge, _batches(model, corpus, max_tokens, context_len),
-            n_batches=-(-max_tokens // (CONTEXTS * context_len)), seed=seed, on_progress=on_progress,
+            n_batches=-(-max_tokens // (CONTEXTS * context_len)), own=own, on_progress=on_progress,
         )  # fmt: skip
         held = list(context_batches(model, corpus, "heldout", max_tokens=heldout_tokens, context_len=context_len))
-        layers = pd.concat([_measured(model, held, None), _measured(model, held, found)], ignore_index=True)
+        layers = pd.concat(
+            [
+                _measured(model, held, "logit", None), _measured(model, held, "Jacobian", found),
+                _measured(model, held, "centred", found),
+            ],
+            ignore_index=True,
+        )  # fmt: skip
         n_measured = sum(int(batch.counted.sum()) for batch in held)
         stored = pd.DataFrame(
             {
@@ -203,20 +218,26 @@ def open_lens(catalog: Catalog, name: str, model: LoadedModel) -> Jacobians:
 def _batches(model: LoadedModel, corpus: Corpus, max_tokens: int, context_len: int) -> list[tuple[Tensor, Tensor]]:
     """Tokens and the positions to average over, a few contexts at a time."""
     return [
-        (part.tokens, part.ordinary)
+        (part.tokens, part.ordinary & _inside(context_len, model.device))
         for batch in context_batches(model, corpus, "train", max_tokens=max_tokens, context_len=context_len)
         for start in range(0, len(batch.tokens), CONTEXTS)
         for part in [batch.part(slice(start, start + CONTEXTS))]
     ]
 
 
+def _inside(context_len: int, device: torch.device) -> Tensor:
+    """The positions of a context that are counted."""
+    position = torch.arange(context_len, device=device)
+    return (position >= SINKS) & (position < context_len - 1)
+
+
 @torch.no_grad()
-def _measured(model: LoadedModel, held: Sequence[ContextBatch], jacobians: Jacobians | None) -> pd.DataFrame:
+def _measured(model: LoadedModel, held: Sequence[ContextBatch], lens: str, jacobians: Jacobians | None) -> pd.DataFrame:
     """A lens beside the model, by layer, on held-out text."""
     sums = np.zeros((model.info.n_layers + 1, 3))
     for batch in held:
         clean = model.bridge(batch.tokens)
-        for layer, logits in enumerate(lens_logits(model.bridge, batch.tokens, jacobians)):
+        for layer, logits in enumerate(lens_logits(model.bridge, batch.tokens, jacobians, centred=lens == "centred")):
             cross_entropy, kl = losses(batch, logits, clean)
             same = (logits[:, :-1].argmax(dim=-1) == clean[:, :-1].argmax(dim=-1))[batch.counted].sum()
             sums[layer] += [float(kl), float(cross_entropy), float(same)]
@@ -224,7 +245,7 @@ def _measured(model: LoadedModel, held: Sequence[ContextBatch], jacobians: Jacob
     noise = [np.nan] * len(sums) if jacobians is None else [*jacobians.noise.tolist(), 0.0]
     return pd.DataFrame(
         {
-            "lens": "logit" if jacobians is None else "Jacobian", "layer": range(len(sums)), "kl": sums[:, 0],
+            "lens": lens, "layer": range(len(sums)), "kl": sums[:, 0],
             "cross_entropy": sums[:, 1], "agrees": sums[:, 2], "noise": noise,
         }
     )  # fmt: skip

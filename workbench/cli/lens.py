@@ -7,7 +7,6 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
-    MOST_SEED,
     ContextOption,
     CorpusOption,
     DeviceOption,
@@ -41,6 +40,9 @@ def read(
     jacobian: Annotated[
         str | None, typer.Option(help="Name of Jacobians made by `lens fit`; the logit lens when left out.")
     ] = None,
+    centred: Annotated[
+        bool, typer.Option("--centred", help="The Jacobian lens with a bias that is right on average.")
+    ] = False,
     model: ModelOption = "demo",
     position: Annotated[
         int | None, typer.Option(help="Position to show (BOS is 0, -1 the last token); all when left out.")
@@ -53,8 +55,10 @@ def read(
     from workbench.models.load import load_model
     from workbench.workspace import Workspace
 
+    if centred and jacobian is None:
+        raise InputError("--centred is a Jacobian lens: name its Jacobians with --jacobian")
     workspace = Workspace(folder, create=jacobian is None)
-    found = workspace.read_lens(load_model(model, device=device), prompt, jacobian)
+    found = workspace.read_lens(load_model(model, device=device), prompt, jacobian, centred=centred)
     table, n = found.table(), len(found.texts)
     if position is not None:
         if not -n <= position < n:
@@ -80,8 +84,11 @@ def fit(
     text_field: TextFieldOption = "text",
     tokens: TokensOption = 4096,
     heldout: Annotated[int, typer.Option(help="Held-out tokens to measure the lenses on.", min=2)] = 8192,
-    context: ContextOption = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the estimator's signs.", min=0, max=MOST_SEED)] = 0,
+    context: ContextOption = 128,
+    own: Annotated[
+        bool,
+        typer.Option("--own", help="Only what a position does to itself: nearer to its next token."),
+    ] = False,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -95,7 +102,7 @@ def fit(
     loaded = load_model(model, device=device)
     with ProgressBar("jacobians", 1, enabled=not as_json, unit="steps") as bar:
         result = workspace.lens(
-            name, loaded, opened, max_tokens=tokens, heldout_tokens=heldout, context_len=context, seed=seed,
+            name, loaded, opened, max_tokens=tokens, heldout_tokens=heldout, context_len=context, own=own,
             on_progress=bar.report,
         )  # fmt: skip
     print_result(result, {title: result.table(title) for title in ("summary", "layers")}, as_json, top=1000)

@@ -16,7 +16,7 @@ from workbench.text.corpora import open_corpus
 from workbench.workspace import Workspace
 
 PROMPT = "def add(self, x):\n    self."
-SMALL = {"max_tokens": 2048, "heldout_tokens": 256, "context_len": 32}
+SMALL = {"max_tokens": 2048, "heldout_tokens": 256, "context_len": 64}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def lenses(small: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_both_lenses_end_at_the_model(lenses: tuple[Workspace, Result]) -> None:
     layers = lenses[1].table("layers")
-    assert layers["layer"].tolist() == [0, 1, 2] * 2
+    assert layers["layer"].tolist() == [0, 1, 2] * 3
     last = layers.query("layer == 2")
     assert (last["kl"].abs() < 1e-6).all()
     assert (last["agrees"] == 1).all()
@@ -36,9 +36,9 @@ def test_both_lenses_end_at_the_model(lenses: tuple[Workspace, Result]) -> None:
     assert ((noise > 0) & (noise < 0.5)).all()
 
 
-def test_the_mean_jacobian_reads_a_layer_better_than_none(lenses: tuple[Workspace, Result]) -> None:
+def test_the_centred_lens_reads_a_layer_better_than_none(lenses: tuple[Workspace, Result]) -> None:
     table = lenses[1].table("layers").pivot(index="layer", columns="lens", values="kl")
-    assert (table["Jacobian"][:2] < table["logit"][:2]).all()
+    assert (table["centred"][:2] < table["logit"][:2]).all()
 
 
 def test_what_is_stored_is_read_again(lenses: tuple[Workspace, Result], small: LoadedModel) -> None:
@@ -53,7 +53,9 @@ def test_what_is_stored_is_read_again(lenses: tuple[Workspace, Result], small: L
 def test_a_prompt_by_both_lenses(lenses: tuple[Workspace, Result], small: LoadedModel) -> None:
     workspace, _ = lenses
     plain, through = workspace.read_lens(small, PROMPT), workspace.read_lens(small, PROMPT, "mine")
-    for reading in (plain, through):
+    centred = workspace.read_lens(small, PROMPT, "mine", centred=True)
+    assert (plain.lens, through.lens, centred.lens) == ("logit", "mine", "mine, centred")
+    for reading in (plain, through, centred):
         assert reading.texts[0] == "BOS"
         assert "".join(reading.texts[1:]) == PROMPT
         assert reading.top.shape == (3, len(reading.texts), 5)
@@ -66,6 +68,7 @@ def test_a_prompt_by_both_lenses(lenses: tuple[Workspace, Result], small: Loaded
         assert "KL to the model" in reading._repr_html_()
     np.testing.assert_allclose(plain.probabilities[-1], through.probabilities[-1])
     assert not np.allclose(plain.kl[0], through.kl[0])
+    assert not np.allclose(centred.kl[0], through.kl[0])
     tokens = torch.tensor([small.begun(small.encode(PROMPT))])
     with torch.no_grad():
         own = small.hf(tokens).logits[0].softmax(dim=-1)
@@ -82,7 +85,7 @@ def test_the_command_line(
     assert [row["layer"] for row in rows] == [0, 1, 2]
     assert run(["lens", PROMPT, *known]) == 0
     assert "logit lens" in capsys.readouterr().out
-    for wrong in (["--position", "99"], ["--jacobian", "none"]):
+    for wrong in (["--position", "99"], ["--jacobian", "none"], ["--centred"]):
         assert run(["lens", PROMPT, *known, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -95,3 +98,5 @@ def test_bad_input(lenses: tuple[Workspace, Result], small: LoadedModel, demo: L
         read_lens(small, "x y " * 200)
     with pytest.raises(InputError, match="do not fill"):
         workspace.lens("other", small, open_corpus("python-stdlib"), max_tokens=16)
+    with pytest.raises(InputError, match="leave no position"):
+        workspace.lens("other", small, open_corpus("python-stdlib"), context_len=17)
