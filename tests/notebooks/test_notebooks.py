@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "5_activation_sparsity": {"TOKENS": 5_000, "HELD_OUT_TOKENS": 512},
     "6_your_own_model": {"STEPS": 5, "TOKENS": 30_000},
     "7_transcoders": {"TOKENS": 20_000, "HELD_OUT_TOKENS": 2_048},
+    "8_attribution_graphs": {"MAX_FEATURES": 400},
 }
 
 
