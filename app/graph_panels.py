@@ -4,7 +4,7 @@ What a reader chose lies in the URL; supernodes and notes lie in the workspace t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from app.shared import loaded_model, plain
 from workbench import InputError, LoadedModel, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits.graph_json import shown_groups, store_document, to_document
+from workbench.circuits.graph_tasks import TASK_GRAPHS
 from workbench.circuits.graphs import (
     GRAPH,
     Intervention,
@@ -236,6 +237,33 @@ def heads(workspace: Workspace, name: str, version: int, graph: PromptGraph, lab
 def _frozen(workspace: str, name: str, version: int) -> tuple[LoadedModel, Sources]:
     space = Workspace(workspace, create=False)
     return frozen_again(space, name, loaded_model(space.results.open(GRAPH, name).origin.model))
+
+
+def of_tasks(workspace: Workspace, labels_of: Callable[[str, int, Sequence[int]], Mapping[int, str]]) -> None:
+    """Graphs of tasks laid over each other, where there are any.
+
+    Args:
+        labels_of: what features of a layer of a set of transcoders are called.
+    """
+    names = [item.name for item in reversed(workspace.results.find(TASK_GRAPHS))]
+    if not names:
+        return
+    with st.expander("Graphs of a task laid over each other"):
+        result = workspace.results.open(TASK_GRAPHS, str(st.selectbox("Of", names)))
+        summary, features = result.table("summary").iloc[0], result.table("features").head(200)
+        called: dict[tuple[int, int], str] = {}
+        for layer, rows in features.groupby("layer"):
+            found = labels_of(str(result.origin.transcoders), int(layer), rows["feature"].tolist())
+            called |= {(int(layer), number): label for number, label in found.items()}
+        if called:
+            keys = zip(features["layer"], features["feature"], strict=True)
+            features.insert(2, "name", [called.get((layer, number), "") for layer, number in keys])
+        st.markdown(f"**Features that recur** in {summary['prompts']} prompts of {plain(str(summary['task']))}")
+        st.dataframe(features.round(3), hide_index=True, width="stretch", height=260)
+        st.markdown("**Heads** of the strongest edges into the likeliest token, beside EAP-IG's")
+        st.caption(f"The two agree with Spearman's {summary['agreement']:.2f}.")
+        st.dataframe(result.table("heads").round(4), hide_index=True, width="stretch", height=260)
+        st.dataframe(result.table("prompts").round(3), hide_index=True, width="stretch", height=200)
 
 
 def take_along(

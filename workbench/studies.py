@@ -45,6 +45,13 @@ class Studies(Catalog):
 
         return make_graph(self, name, model, prompt, **settings)
 
+    def graph_task(self, name: str, model: "LoadedModel", task: "Task | str", **settings: Any) -> "Result":
+        """What recurs in the attribution graphs of a task's prompts; settings and InputErrors as
+        `workbench.circuits.graph_tasks.graph_task`."""
+        from workbench.circuits.graph_tasks import graph_task
+
+        return graph_task(self, name, model, task, **settings)
+
     def lens(self, name: str, model: "LoadedModel", corpus: "Corpus", **settings: Any) -> "Result":
         """Mean Jacobians of a model and how well they and the logit lens read it; settings and InputErrors as
         `workbench.circuits.lenses.fit_lens`."""

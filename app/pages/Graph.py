@@ -1,6 +1,7 @@
 """Graph page: why the model said its next token. An attribution graph to look into, group, change and take along."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import streamlit as st
 
@@ -33,6 +34,7 @@ def main() -> None:
     name = choose(workspace)
     if name is None:
         panels.open_file(workspace)
+        panels.of_tasks(workspace, partial(called, workspace))
         return
     version = workspace.results.path(GRAPH, name).stat().st_mtime_ns
     whole = opened_graph(str(workspace.path), name, version)
@@ -65,6 +67,7 @@ def main() -> None:
         panels.change(pins, groups, done)
     links(workspace, name, whole)
     panels.heads(workspace, name, version, whole, labels)
+    panels.of_tasks(workspace, partial(called, workspace))
     panels.take_along(workspace, name, graph, labels, pins, groups)
 
 
@@ -142,6 +145,12 @@ def named(
         labels |= {row: called[number] for row, number in at.items()}
         examples |= {row: fires[number] for row, number in at.items() if number in fires}
     return labels, examples
+
+
+def called(workspace: Workspace, transcoders: str, layer: int, numbers: Sequence[int]) -> dict[int, str]:
+    """What features of a layer are called; nothing where it is not indexed."""
+    sae = f"{transcoders}.layer_{layer}"
+    return open_index(workspace, sae).names(numbers) if sae in workspace.indexes() else {}
 
 
 def drawn(data: Mapping[str, object], hidden: Sequence[str]) -> None:

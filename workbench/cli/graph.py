@@ -64,6 +64,35 @@ def make(
 
 
 @commands.command()
+def task(
+    task: Annotated[str, typer.Argument(help="A task that `workbench circuit` knows, or a .jsonl file.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the result.")],
+    prompts: Annotated[int, typer.Option("--prompts", help="Prompts to generate; a file is taken whole.", min=1)] = 16,
+    model: ModelOption = "demo",
+    transcoders: TranscodersOption = None,
+    max_features: Annotated[int, typer.Option(help="Features that become nodes of each graph, at most.", min=1)] = 2000,
+    top: TopOption = 20,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Lay the graphs of a task's prompts over each other: features that recur, heads beside EAP-IG's."""
+    from workbench.circuits.task import Task
+    from workbench.models.load import load_model
+    from workbench.workspace import Workspace
+
+    asked = Task(str(Path(task).resolve()) if task.endswith(".jsonl") else task, prompts)
+    asked.check()
+    workspace, loaded = Workspace(folder), load_model(model, device=device)
+    with ProgressBar("graphs", 1, enabled=not as_json, unit="graphs") as bar:
+        result = workspace.graph_task(
+            name, loaded, asked, transcoders=transcoders, max_features=max_features, on_progress=bar.report
+        )
+    shown = {title: result.table(title) for title in ("summary", "features", "heads", "prompts")}
+    print_result(result, shown, as_json, top=top)
+
+
+@commands.command()
 def show(
     name: GraphArgument,
     node: Annotated[

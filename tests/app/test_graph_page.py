@@ -1,0 +1,55 @@
+"""The page Graph by itself: which models it offers, a link whose change is damaged, graphs of a task."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.rules import TopK
+from sae.transcoder import Transcoder
+from sae.transcoder_set import TranscoderSet
+from workbench import Workspace, load_model
+from workbench.circuits.task import Task
+
+from .conftest import OpenPage
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    model = load_model("demo", device="cpu")
+    workspace = Workspace(tmp_path_factory.mktemp("graph") / "w")
+    coders = {}
+    for layer in range(model.info.n_layers):
+        coder = Transcoder(
+            model.info.d_model, model.info.d_model, 40, TopK(3), hook_name=f"blocks.{layer}.mlp.hook_in",
+            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name="demo",
+        )  # fmt: skip
+        for parameter in coder.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer))
+        coders[layer] = coder.requires_grad_(False)
+    workspace.add_transcoders("mine", TranscoderSet(coders), [{}] * len(coders))
+    workspace.graph_task("induced", model, Task("induction", 2))
+    return workspace
+
+
+def test_graphs_of_a_task_and_the_sets_there_are(space: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Graph", space)
+    offered = next(box for box in page.selectbox if box.label == "Transcoders").options
+    assert offered == ["mine of demo", "bundled of demo"]
+    assert any("Features that recur" in one.value for one in page.markdown)
+    heads = [one.value for one in page.dataframe if "eap_ig" in one.value]
+    assert len(heads[0]) == 32
+    assert next(box for box in page.selectbox if box.label == "Of").options == ["induced"]
+
+
+def test_a_damaged_change_is_said_and_the_graph_is_there(space: Workspace, open_page: OpenPage) -> None:
+    space.graph("list", load_model("demo", device="cpu"), "x = [1, 2")
+    for change in ("{", '{"on": ["f9/9/9"], "to": 0, "hold": false, "direct": false}', "[1]"):
+        page = open_page("Graph", space, graph="list", change=change)
+        assert any("damaged" in one.value or "no node" in one.value for one in page.error)
+        assert any(box.label == "Graph" for box in page.selectbox)
+
+
+def test_a_workspace_without_transcoders_offers_those_of_the_demo_model(tmp_path: Path, open_page: OpenPage) -> None:
+    page = open_page("Graph", Workspace(tmp_path / "w"))
+    assert next(box for box in page.selectbox if box.label == "Transcoders").options == ["bundled of demo"]
