@@ -19,7 +19,7 @@ ICON = str(Path(__file__).with_name("icon.svg"))
 ORDER = {
     "Overview": "space_dashboard", "Compare": "balance", "Features": "grid_view", "Feature": "center_focus_strong",
     "Prompt": "chat", "Steering": "explore", "Heads": "visibility", "Circuits": "account_tree",
-    "Graph": "hub", "Sparsity": "blur_on", "SQL": "database",
+    "Graph": "hub", "Crosscoders": "compare_arrows", "Sparsity": "blur_on", "SQL": "database",
 }  # fmt: skip
 
 # Streamlit leaves more room around things than a page of data wants; columns of containers with these keys stand below
