@@ -1,6 +1,6 @@
 """What attribution graphs of the demo model explain, and whether interventions do what the graphs predict.
 
-    python benchmarks/graph_scores.py [--prompts 50] [--tokens 40] [--features 2] [--workers 2]
+    python benchmarks/graph_scores.py [--prompts 50] [--tokens 24] [--features 2] [--workers 2]
 
 1. Prompts are windows of held-out files of the interpreter's standard library, BOS before them.
 2. Of each prompt a graph is made with the bundled transcoders, and with random features in their place: as many encoder
@@ -66,7 +66,7 @@ def main() -> None:
     """Measures both sets and prints them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--features", type=int, default=2, help="of each choice, ablated in each prompt")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a thread")
     arguments = parser.parse_args()
@@ -74,7 +74,7 @@ def main() -> None:
     chosen = list(islice(prompts(model, arguments.tokens), arguments.prompts))
     bundled = load_transcoders(demo_transcoders_dir())
     sets = {"bundled": bundled, "random features": random_features(model, bundled)}
-    report: dict[str, Any] = {
+    about = {
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}, Python {platform.python_version()}",
         "prompts": len(chosen), "tokens": arguments.tokens, "ablations": 2 * arguments.features * len(chosen),
     }  # fmt: skip
@@ -82,8 +82,8 @@ def main() -> None:
         for name, transcoders in sets.items():
             parts = [list(range(len(chosen)))[first :: arguments.workers] for first in range(arguments.workers)]
             measure = partial(measured, transcoders, arguments.features)
-            report[name] = summary(pool.map(measure, [{i: chosen[i] for i in part} for part in parts]))
-    print(json.dumps({**report, "seconds": round(time.monotonic() - began)}, indent=1))
+            found = summary(pool.map(measure, [{i: chosen[i] for i in part} for part in parts]))
+            print(json.dumps({**about, "set": name, **found, "seconds": round(time.monotonic() - began)}), flush=True)
 
 
 @torch.no_grad()
