@@ -12,6 +12,8 @@
 | AutoEncoder            | relu(z)                                   | ReLU                                       |
 | AutoEncoderNew         | relu(z); reads x itself                   | ReLU                                       |
 | GatedAutoEncoder       | gate and magnitude                        | thresholds                                 |
+
+CrossCoder and BatchTopKCrossCoder, of a fork, are `sae.formats.crosscoders`'.
 """
 
 import json
@@ -24,8 +26,10 @@ import torch
 from torch import Tensor
 
 from sae import rules
+from sae.crosscoder import Crosscoder
 from sae.errors import InputError
 from sae.files import write_atomically
+from sae.formats import crosscoders
 from sae.formats.conversion import Weights, build, gated, not_subtracting, refuse, subtracting, topk_of, weights_of
 from sae.formats.reading import read_json, read_pickle
 from sae.model import SAE
@@ -49,6 +53,8 @@ def load(path: Path, *, hook_name: str | None = None, model_name: str | None = N
     if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
         raise InputError(f"{path / CONFIG} lacks trainer.dict_class: it is not a dictionary_learning configuration")
     class_name = trainer["dict_class"]
+    if class_name in crosscoders.CLASSES:
+        return crosscoders.load(path, hook_name=hook_name, model_name=model_name)
     if class_name not in READERS:
         raise InputError(f"{path} holds a {class_name}, which is not supported: supported are {', '.join(READERS)}")
     state = read_pickle(path / WEIGHTS)
@@ -152,6 +158,9 @@ def save(sae: SAE, path: Path) -> None:
     """
     if isinstance(sae, Transcoder):
         raise InputError("dictionary_learning cannot express a transcoder: export it to saelens or sparsify")
+    if isinstance(sae, Crosscoder):
+        crosscoders.save(sae, path)
+        return
     class_name, state = _state_of(sae)
     block = re.fullmatch(r"blocks\.(\d+)\.(.*)", sae.hook_name)
     resid_post = block is not None and block[2] == "hook_resid_post"

@@ -5,12 +5,13 @@
 | cfg.json, sae_weights.safetensors    | SAELens, the native |
 | cfg.json, sae.safetensors            | sparsify            |
 | config.json, ae.pt                   | dictionary_learning |
+| cfg.json, cc_weights.pt              | crosscoder          |
 """
 
 from pathlib import Path
 
 from sae.errors import InputError
-from sae.formats import dictionary_learning, saelens, saelens_import, sparsify
+from sae.formats import crosscoders, dictionary_learning, saelens, saelens_import, sparsify
 from sae.formats.reading import read_json, read_safetensors
 from sae.model import SAE
 
@@ -18,6 +19,7 @@ FILES = {
     "saelens": (saelens.CONFIG, saelens.WEIGHTS),
     "sparsify": (sparsify.CONFIG, sparsify.WEIGHTS),
     "dictionary_learning": (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
+    "crosscoder": (crosscoders.CC_CONFIG, crosscoders.CC_WEIGHTS),
 }
 
 
@@ -57,6 +59,8 @@ def load_foreign(path: Path | str, *, hook_name: str | None = None, model_name: 
         return sparsify.load(path, hook_name=hook_name, model_name=model_name)
     if form == "dictionary_learning":
         return dictionary_learning.load(path, hook_name=hook_name, model_name=model_name)
+    if form == "crosscoder":
+        return crosscoders.load(path, hook_name=hook_name, model_name=model_name)
     return _load_saelens(path, hook_name, model_name)
 
 

@@ -74,8 +74,10 @@ def save(sae: SAE, path: Path) -> None:
     """Writes an SAE, or a transcoder between activations of one width, to the folder `path`.
 
     Raises:
-        InputError: a rule other than TopK, or a transcoder whose widths differ.
+        InputError: a rule other than TopK, a transcoder whose widths differ, or a crosscoder.
     """
+    if sae.parts:
+        raise InputError("sparsify cannot express a crosscoder: export it to saelens or dictionary_learning")
     k = topk_of(sae.rule)
     if k is None:
         raise refuse(sae, "sparsify", "topk")
