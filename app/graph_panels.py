@@ -147,7 +147,7 @@ def _intervened(workspace: str, name: str, version: int, asked: str) -> tuple[In
     model = loaded_model(space.results.open(GRAPH, name).origin.model)
     found, model, graph, coders = intervene_on(
         space, name, {} if change["hold"] else values, held=values if change["hold"] else {},
-        effects="direct" if change["direct"] else "through", model=model,
+        effects="direct" if change["direct"] else "through", freeze_attention=not change.get("free"), model=model,
     )  # fmt: skip
     left = model.info.n_ctx - len(graph.tokens)
     texts = generate(model.bridge, graph, coders, found.changes, min(GO_ON, left)) if left > 0 else ("", "")
@@ -171,8 +171,9 @@ def change(
             hold = st.radio("How", ["multiply by", "hold at"], horizontal=True) == "hold at"
             value = st.number_input("Number", value=0.0, help="0 takes them out; multiplied by -1 they turn round.")
             direct = st.checkbox("Hold every MLP: direct effects alone")
+            free = st.checkbox("Let attention patterns move")
             if st.form_submit_button("Change the model"):
-                asked = {"on": choices[chosen], "to": value, "hold": hold, "direct": direct}
+                asked = {"on": choices[chosen], "to": value, "hold": hold, "direct": direct, "free": free}
                 set_query("change", json.dumps(asked))
                 st.rerun()
     if done is None:
@@ -181,11 +182,13 @@ def change(
     if st.button("Undo the change"):
         set_query("change", "")
         st.rerun()
-    st.markdown(f"**Changed**: {plain(', '.join(f'{node} by {factor:.3g}' for node, factor in found.changes.items()))}")
+    st.markdown(
+        f"**Changed**: {plain(', '.join(f'{node} times {factor:.3g}' for node, factor in found.changes.items()))}"
+    )
     st.markdown("**Next token**, before and after")
     st.dataframe(found.next_tokens[["text", "before", "after"]].round(4), hide_index=True, width="stretch")
     if without or under:
-        st.markdown(f"Goes on with `{without!r}`; under the change with `{under!r}`.")
+        st.text(f"Goes on with {without!r}\nUnder the change with {under!r}")
     st.markdown(f"**What moves**; predicted and observed agree with Spearman's {found.agreement():.2f}")
     st.dataframe(found.table().head(200).round(4), hide_index=True, width="stretch", height=260)
 

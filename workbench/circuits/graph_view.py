@@ -278,8 +278,9 @@ function drawGraph(root, data, tell) {
     const pin = document.createElement("button");
     pin.append(pinned.has(opened) ? "Let go" : "Pin"); pin.className = "pin";
     pin.onclick = () => toggle(opened);
-    near.replaceChildren(heading(nodes[opened].title), pin, heading("strongest inputs"),
-      ...nodes[opened].in.map(neighbour), heading("strongest outputs"), ...nodes[opened].out.map(neighbour));
+    const listed = (words, edges) => edges.length ? [heading(words), ...edges.map(neighbour)] : [];
+    near.replaceChildren(heading(nodes[opened].title), pin, ...listed("strongest inputs", nodes[opened].in),
+      ...listed("strongest outputs", nodes[opened].out));
   }
 
   const report = () => tell({ opened: opened === null ? null : nodes[opened].name,

@@ -1,9 +1,11 @@
 """What an attribution graph is exact about, on random models of every family in float64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig
 
 from circuits.graph import attribute
 from circuits.graph.adjoint import feature_rows
@@ -15,7 +17,7 @@ from sae.errors import InputError
 from sae.rules import ReLU
 from sae.transcoder import Transcoder
 
-from .conftest import FEATURES, LAYERS, WIDTH, Case, frozen_hooks, mlp_as_coder, random_coder, tolerance
+from .conftest import FEATURES, LAYERS, WIDTH, Case, frozen_hooks, mlp_as_coder, random_bridge, random_coder, tolerance
 
 EXACT = 1e-10
 
@@ -262,6 +264,13 @@ def test_an_empty_coder_leaves_everything_to_errors_but_what_tokens_do_past_the_
     p = frozen.probabilities[graph.nodes.token[graph.targets]]
     assert graph.scores().replacement == pytest.approx(float((p * (1 - share)).sum() / p.sum()))
     assert graph.scores().completeness_targets == pytest.approx(graph.scores().replacement)
+
+
+def test_a_model_without_attention_heads_is_refused(tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=60, hidden_size=WIDTH, num_hidden_layers=2, state_size=4)
+    bridge = random_bridge("mamba", tmp_path, config)
+    with pytest.raises(InputError, match="cannot be frozen: its layer 0 has no attention heads"):
+        attribute(bridge, torch.tensor([0, 5, 17]), {0: random_coder(0)}, bos_id=0)
 
 
 def test_other_models_and_other_coders_are_refused_by_name(relu_bridge: Any) -> None:
