@@ -154,10 +154,11 @@ def _all_of(
     Raises:
         InputError: something else reads the stream, so that the edges are not all of it.
     """
-    rest, size = whole.clone(), whole.square().sum()
+    rest = whole.to(torch.promote_types(whole.dtype, torch.float32))
+    size = rest.square().sum()
     for columns, gradient in gradients:
-        rest -= gradient.sum(dim=-1)
-        size += gradient.square().sum()
+        rest = rest - gradient.to(rest.dtype).sum(dim=-1)
+        size += gradient.to(rest.dtype).square().sum()
         yield columns, gradient
     if rest.square().sum().sqrt() > tolerance(whole.dtype) * size.sqrt():
         raise InputError(NOT_WHOLE)

@@ -234,6 +234,8 @@ def test_sums_hold_in_half_precision(architecture: str, tmp_path: Path) -> None:
         recursive_dfa(half.bridge, attention, residuals, prompts_of(half).clean[0], number) for number in range(8)
     ]
     assert max(map(len, chains)) >= 3
+    for run in by_edges(half):
+        run()
 
 
 def test_what_is_read_through_an_unembedding_that_is_not_the_models_is_left_out(tmp_path: Path) -> None:
