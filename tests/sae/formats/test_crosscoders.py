@@ -35,7 +35,7 @@ def theirs(state: dict[str, Tensor], x: Tensor) -> Tensor:
     f = (torch.einsum("nmd,mdf->nf", x, state["encoder.weight"]) + state["encoder.bias"]).relu()
     if "threshold" in state:
         norms = state["decoder.weight"].norm(dim=2)
-        size = {1: norms.sum(0), 2: state["decoder.weight"].norm(dim=(0, 2)), 4: torch.ones(F)}
+        size = {1: norms.sum(0), 2: state["decoder.weight"].norm(dim=(0, 2)), 4: torch.ones_like(norms[0])}
         f = f * (f * size[int(state["code_normalization_id"])] > state["threshold"])
     x_hat = torch.einsum("nf,mfd->nmd", f, state["decoder.weight"]) + state["decoder.bias"]
     if "activation_mean" in state and not state["activation_mean"].isnan().any():
@@ -52,15 +52,17 @@ def rows(n: int = 60) -> Tensor:
 def test_batchtopk_crosscoders_compute_what_theirs_do(tmp_path: Path, kind: int, normalised: bool) -> None:
     state = random_state(
         k=torch.tensor(3), threshold=torch.tensor(2.5), code_normalization_id=torch.tensor(kind),
-        activation_mean=torch.randn(M, D) if normalised else torch.full((M, D), torch.nan),
+        activation_mean=rows(1)[0] if normalised else torch.full((M, D), torch.nan),
         activation_std=torch.ones(M, D), activation_global_scale=torch.tensor([0.5, 2.0]),
     )  # fmt: skip
     made = load_foreign(write(tmp_path / "c", state, "BatchTopKCrossCoder"), hook_name="h", model_name="base, tuned")
     assert isinstance(made, Crosscoder)
     assert [part.model_name for part in made.parts] == ["base", "tuned"]
     assert made.rule == BatchTopK(3)
-    found = torch.stack(made.split(made(rows().flatten(1))), dim=1)
-    torch.testing.assert_close(found, theirs(state, rows()), rtol=1e-5, atol=1e-5)
+    found = torch.stack(made.double().split(made(rows().double().flatten(1))), dim=1)
+    expected = theirs({name: tensor.double() for name, tensor in state.items()}, rows().double())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    made.float()
     assert 0 < float(made.encode(rows().flatten(1)).l0().double().mean()) < 0.7 * F
 
 
