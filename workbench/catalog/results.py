@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
-import pandas as pd
 
 from sae.errors import InputError
 from workbench.catalog.origin import Origin
@@ -24,9 +23,10 @@ from workbench.disk.database import create_table, read_duckdb, write_duckdb
 from workbench.disk.names import check_name
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
-Made = tuple[Mapping[str, pd.DataFrame], Mapping[str, "go.Figure"]]
+Made = tuple[Mapping[str, "pd.DataFrame"], Mapping[str, "go.Figure"]]
 """What an analysis produces: tables by name, and Plotly figures by name."""
 
 
@@ -47,12 +47,19 @@ class Result:
         """What it was made from."""
         return Origin.of_result(self.provenance, self.parameters)
 
-    def table(self, name: str) -> pd.DataFrame:
+    def table(self, name: str) -> "pd.DataFrame":
         """A table the analysis stored. Raises InputError naming the tables there are."""
         with read_duckdb(self.path) as connection:
             if name not in (names := _tables(connection)):
                 raise InputError(f"{self.kind} result {self.name!r} has no table {name!r}: it has {', '.join(names)}")
             return connection.execute(f'SELECT * FROM "{name}"').df()
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a table that it has, by column, without loading pandas as `table` does."""
+        with read_duckdb(self.path) as connection:
+            found = connection.execute(f'SELECT * FROM "{name}"')
+            columns = [column[0] for column in found.description or []]
+            return [dict(zip(columns, row, strict=True)) for row in found.fetchall()]
 
     def tables(self) -> list[str]:
         """Names of its tables."""
@@ -88,7 +95,7 @@ class ResultStore:
         *,
         parameters: Mapping[str, Any],
         provenance: Mapping[str, Any],
-        tables: Mapping[str, pd.DataFrame],
+        tables: "Mapping[str, pd.DataFrame]",
         figures: Mapping[str, str] | None = None,
     ) -> Result:
         """Writes a result, replacing one of the same kind and name.

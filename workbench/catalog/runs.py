@@ -15,14 +15,16 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
-import pandas as pd
 
 from sae.errors import InputError
 from workbench.disk.database import create_table, read_duckdb, write_duckdb
 from workbench.disk.descriptions import differences, read_description, write_description
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REPORTED = ("name", "step", "tokens", "total_tokens", "loss", "fvu", "l0", "dead_share", "aux_loss", "lr", "seconds")
 """Columns of the metrics, as `sae.StepMetrics`, which takes torch."""
@@ -129,11 +131,13 @@ class Run:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def metrics(self) -> pd.DataFrame:
+    def metrics(self) -> "pd.DataFrame":
         """All reports of all SAEs, live or finished: one row per SAE and report, as `sae.StepMetrics`."""
         if self.finished:
             with read_duckdb(self.database) as connection:
                 return connection.execute("SELECT * FROM metrics").df()
+        import pandas as pd
+
         return pd.DataFrame(self._live_records())
 
     def errors(self) -> dict[str, str]:
@@ -152,6 +156,8 @@ class Run:
             configurations: of every SAE, with its name.
             errors: why SAEs failed, by name.
         """
+        import pandas as pd
+
         # A run that failed before its first report has the columns all the same.
         reports = self._live_records()
         metrics = pd.DataFrame(reports) if reports else pd.DataFrame(columns=list(REPORTED))
@@ -174,20 +180,27 @@ class Run:
         """Name, what it trains and how far it is."""
         description = self.description
         stream = description.get("stream", {})
-        metrics = self.metrics()
         return RunSummary(
             name=self.name,
             harvest=description.get("harvest"),
             hook=description["hook"],
             saes=[config["name"] for config in description["configs"]],
             finished=self.finished,
-            tokens=int(metrics["tokens"].max()) if len(metrics) else 0,
+            tokens=self._tokens(),
             total_tokens=max(config["total_tokens"] for config in description["configs"]),
             errors=self.errors() if self.finished else {},
             model=stream.get("model"),
             corpus=stream.get("corpus"),
             kept=description.get("keep"),
         )
+
+    def _tokens(self) -> int:
+        """Tokens trained on so far; unlike `metrics` it loads no pandas, which takes as long as all the rest."""
+        if self.finished:
+            with read_duckdb(self.database) as connection:
+                found = connection.execute("SELECT max(tokens)::BIGINT FROM metrics").fetchone()
+            return int(found[0] or 0) if found else 0
+        return max((record["tokens"] for record in self._live_records()), default=0)
 
     def _live_records(self) -> list[dict[str, Any]]:
         if not self.metrics_file.is_file():

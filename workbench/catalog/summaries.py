@@ -5,6 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import duckdb
+
 from sae.errors import InputError
 from workbench.catalog.results import ResultStore
 from workbench.catalog.runs import Run, RunSummary
@@ -209,6 +211,6 @@ def _metrics(kind: str, name: str, results: ResultStore) -> dict[str, Any] | Non
 def _read_metrics(file: Path, changed: int) -> dict[str, Any] | None:
     """The row of a result's file, which is written once; the app lists SAEs whenever a page is drawn."""
     try:
-        return ResultStore(file.parents[1]).open(file.parent.name, file.stem).table("metrics").iloc[0].to_dict()
-    except InputError:
+        return ResultStore(file.parents[1]).open(file.parent.name, file.stem).rows("metrics")[0]
+    except (InputError, duckdb.Error, IndexError):
         return None

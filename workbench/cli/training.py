@@ -115,7 +115,8 @@ class Training:
     harvest: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Name of a finished harvest; those of two models for a crosscoder of them; none with --model."
+            metavar="[HARVEST]...",
+            help="Name of a finished harvest; those of two models for a crosscoder of them; none with --model.",
         ),
     ] = None
     name: Annotated[str, typer.Option(help="Name of the SAE and of the run.")]
@@ -132,7 +133,7 @@ class Training:
     ] = "auto"
     separate: SeparateOption = False
     buffer: Annotated[
-        int | None, typer.Option(help="Rows of the model's that are shuffled together; 262,144 when left out.", min=1)
+        int | None, typer.Option(help="Rows that are shuffled together; by default 262,144, on a GPU 1M.", min=1)
     ] = None
     keep: Annotated[
         str | None, typer.Option(metavar="HARVEST", help="With --model: also write the rows as this harvest.")

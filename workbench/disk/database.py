@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
-import pandas as pd
 import psutil
 
 from sae.errors import InputError
 from sae.files import sync_and_rename
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def write_duckdb(
@@ -69,7 +72,7 @@ def _remove_leftovers(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def create_table(connection: duckdb.DuckDBPyConnection, table: str, content: pd.DataFrame) -> None:
+def create_table(connection: duckdb.DuckDBPyConnection, table: str, content: "pd.DataFrame") -> None:
     """Makes the table of a data frame, with the columns and types DuckDB reads from it."""
     connection.register("_content", content)
     connection.execute(f'CREATE TABLE "{table}" AS SELECT * FROM _content')

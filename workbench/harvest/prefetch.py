@@ -1,12 +1,18 @@
 """Runs an iterator ahead of its consumer, in a thread."""
 
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+
+SWITCH_SECONDS = 1e-4
+"""How long the thread may hold the interpreter. At Python's 5 ms a consumer that calls into torch every few
+microseconds, as a model's pass does, waits for the thread again and again: measured on a CPU, calls beside packing took
+four times as long."""
 
 
 @contextmanager
@@ -49,9 +55,12 @@ def prefetch(items: Iterator[T], ahead: int) -> Iterator[Iterator[T]]:
                 return
 
     thread = threading.Thread(target=work, daemon=True)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
     thread.start()
     try:
         yield results()
     finally:
         stopped.set()
         thread.join()
+        sys.setswitchinterval(before)

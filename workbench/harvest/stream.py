@@ -9,7 +9,7 @@
    again: nothing but the place is stored, and nothing before that document is read as text.
 
 A batch of 4,096 from a chunk of 262,144 rows has 4 rows of every context of 256 among others of 1,024 contexts, and no
-row a second time in an epoch. docs/scale.md compares that with batches from a harvest.
+row a second time in an epoch. docs/scale.md says what smaller chunks cost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,8 +34,11 @@ from workbench.models.model import LoadedModel
 from workbench.text.corpora import Corpus
 from workbench.text.packing import FLAG_OK, PackedBatch, Place, is_ordinary, place_after
 
-BUFFER_ROWS = 262_144
-"""Of a chunk of one or two vectors a row; chunks of more are shorter, so that they take no more memory."""
+BUFFER_ROWS = {"cpu": 262_144, "cuda": 1_048_576}
+"""Of a chunk, as far as memory goes: in a short run of the demo model SAEs came within 1% of those from a shuffled
+harvest from 262,144 on, and those with a fourth of that were 4% behind (docs/scale.md)."""
+BUFFER_BYTES = {"cpu": 2**29, "cuda": 2**31}
+"""Of a chunk at most: many or wide hook points get fewer rows."""
 
 
 class _Filling:
@@ -62,8 +65,7 @@ class ModelRows(ShuffledRows):
         plan: the sizes that follow.
         columns: which of the plan's values a row holds, gradients under `HOOK.grad`.
         seed: of the permutations.
-        buffer_rows: rows of a chunk, rounded to whole batches of the model; BUFFER_ROWS for one or two columns when
-            None.
+        buffer_rows: rows of a chunk, rounded to whole batches of the model; by BUFFER_ROWS and BUFFER_BYTES when None.
         expected_rows: how many will be taken; the model does not run ahead for more.
         keeping: gets the rows of the first epoch too.
 
@@ -89,7 +91,7 @@ class ModelRows(ShuffledRows):
         self._model, self._corpus, self._config, self._plan = model, corpus, config, plan
         self._names, self._keeping = list(columns), keeping
         self.scales: dict[str, float] = {}
-        self._chunk_batches = chunk_batches(plan, len(self._names), buffer_rows)
+        self._chunk_batches = chunk_batches(plan, self._names, buffer_rows, model.device)
         self._expected, self._taken = expected_rows, 0
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._memory: list[list[Tensor]] = []
@@ -279,16 +281,21 @@ class ModelRows(ShuffledRows):
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
-def chunk_batches(plan: HarvestPlan, n_columns: int, buffer_rows: int | None) -> int:
+def chunk_batches(plan: HarvestPlan, columns: Sequence[str], buffer_rows: int | None, device: torch.device) -> int:
     """Batches of the model in a chunk."""
-    rows = buffer_rows or BUFFER_ROWS * 2 // max(2, n_columns)
+    most = BUFFER_BYTES[device.type] // _row_bytes(plan, columns)
+    rows = buffer_rows or min(BUFFER_ROWS[device.type], most)
     return max(1, round(rows / (plan.batch_contexts * plan.context_len)))
 
 
-def buffer_bytes(plan: HarvestPlan, columns: Sequence[str], buffer_rows: int | None) -> int:
+def buffer_bytes(plan: HarvestPlan, columns: Sequence[str], buffer_rows: int | None, device: torch.device) -> int:
     """Memory of the two chunks of a stream."""
-    rows = chunk_batches(plan, len(columns), buffer_rows) * plan.batch_contexts * plan.context_len
-    return 2 * rows * sum(plan.widths[name] for name in columns) * plan.dtype.itemsize
+    rows = chunk_batches(plan, columns, buffer_rows, device) * plan.batch_contexts * plan.context_len
+    return 2 * rows * _row_bytes(plan, columns)
+
+
+def _row_bytes(plan: HarvestPlan, columns: Sequence[str]) -> int:
+    return sum(plan.widths[name] for name in columns) * plan.dtype.itemsize
 
 
 def columns_of(hooks: Sequence[str], slopes: Sequence[str]) -> list[str]:

@@ -17,9 +17,10 @@ and whether a contribution is what is added, is measured when a model is loaded 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from circuits.nodes import Bridge
+if TYPE_CHECKING:
+    from circuits.nodes import Bridge
 
 KINDS: dict[str, str] = {
     "resid_pre": "hook_resid_pre",
@@ -56,7 +57,7 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
 
 
-def bridge_hooks(bridge: Bridge, n_layers: int) -> tuple[dict[str, HookSpec], dict[str, str]]:
+def bridge_hooks(bridge: "Bridge", n_layers: int) -> tuple[dict[str, HookSpec], dict[str, str]]:
     """The hook points that a TransformerBridge has, their widths still 0, and why it lacks the others, by name."""
     points = bridge.hook_dict
     found: dict[str, HookSpec] = {}
@@ -73,7 +74,7 @@ def bridge_hooks(bridge: Bridge, n_layers: int) -> tuple[dict[str, HookSpec], di
     return found, lacking
 
 
-def _place(bridge: Bridge, point: str) -> tuple[str, Literal["input", "output"], float] | None:
+def _place(bridge: "Bridge", point: str) -> tuple[str, Literal["input", "output"], float] | None:
     """(component, its side, scale) of a TransformerBridge's own name for a hook point."""
     component, _, local = point.rpartition(".")
     if local == "hook_in":
@@ -87,7 +88,7 @@ def _place(bridge: Bridge, point: str) -> tuple[str, Literal["input", "output"],
     return f"{component}.{getattr(block, part)}", "output", float(block.residual_contribution_scale)
 
 
-def _lacking(bridge: Bridge, layer: int, kind: str) -> str:
+def _lacking(bridge: "Bridge", layer: int, kind: str) -> str:
     if kind == "resid_mid" and bridge.cfg.parallel_attn_mlp:
         return "attention and MLP run side by side, so there is no residual stream between them"
     if kind in ("z", "attn_out") and not hasattr(bridge.blocks[layer], "attn"):

@@ -18,7 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae import checkpoint
 from sae.config import TrainConfig
@@ -32,10 +32,12 @@ from workbench.catalog.origin import versions
 from workbench.catalog.runs import Run
 from workbench.disk.locks import RunLock
 from workbench.disk.names import new_folder
-from workbench.harvest.plan import HarvestConfig
 from workbench.models.devices import choose_device
-from workbench.saes.feeding import Feed, FromHarvest, FromModel, needs_gradients
+from workbench.saes.feeding import Feed, FromHarvest, needs_gradients
 from workbench.saes.sweeps import SweepEstimate, check_memory, estimate
+
+if TYPE_CHECKING:
+    from workbench.harvest.plan import HarvestConfig
 
 OnMetrics = Callable[[StepMetrics], None]
 
@@ -43,7 +45,7 @@ OnMetrics = Callable[[StepMetrics], None]
 def train_all(
     catalog: Catalog,
     run: str,
-    source: str | Sequence[str] | HarvestConfig,
+    source: "str | Sequence[str] | HarvestConfig",
     configs: Sequence[TrainConfig],
     *,
     hook: str | Sequence[str] | None = None,
@@ -111,7 +113,7 @@ def train_all(
 
 def estimate_training(
     catalog: Catalog,
-    source: str | Sequence[str] | HarvestConfig,
+    source: "str | Sequence[str] | HarvestConfig",
     configs: Sequence[TrainConfig],
     *,
     hook: str | Sequence[str] | None = None,
@@ -134,7 +136,7 @@ def estimate_training(
 
 def _feed(
     catalog: Catalog,
-    source: str | Sequence[str] | HarvestConfig,
+    source: "str | Sequence[str] | HarvestConfig",
     configs: Sequence[TrainConfig],
     hook: str | Sequence[str] | None,
     target_hook: str | None,
@@ -143,7 +145,10 @@ def _feed(
     each: bool,
     **streaming: Any,
 ) -> Feed:
-    if isinstance(source, HarvestConfig):
+    if not isinstance(source, str | Sequence):
+        # The model library takes seconds to load.
+        from workbench.saes.streaming import FromModel
+
         gradients = needs_gradients(configs)
         return FromModel(catalog, source, hook, target_hook, device, each=each, gradients=gradients, **streaming)
     wrong = next((name for name, value in streaming.items() if value is not None), None)

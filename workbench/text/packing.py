@@ -13,17 +13,19 @@ writes the BOS token's text holds that token: it is flagged as BOS wherever it s
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from sae.errors import InputError
 from workbench.text.corpora import Document
 from workbench.text.long_text import encode_long
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS_AT_ONCE = 64
 CHARACTERS_AT_ONCE = 1 << 21
@@ -84,7 +86,7 @@ def refuse_padding(batch: PackedBatch) -> None:
 
 def pack(
     documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     bos_id: int | None,
     context_len: int,
     batch_contexts: int,
@@ -172,7 +174,7 @@ def _contexts(
 
 
 def _encoded(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool
+    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", split_special_tokens: bool
 ) -> Iterator[_Piece]:
     """Documents as token ids, encoded some at a time: the tokenizer spreads a list over the cores."""
     for some in _batches(documents):
@@ -207,7 +209,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield some
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], split_special_tokens: bool) -> list[list[int]]:
     """Token ids without BOS."""
     if not tokenizer.is_fast:
         encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False)[
@@ -227,8 +229,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], split_speci
         ) from None
 
 
-def _backend(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> Tokenizer:
-    backend = cast(Tokenizer, tokenizer.backend_tokenizer)
+def _backend(tokenizer: "PreTrainedTokenizerBase", split_special_tokens: bool) -> "Tokenizer":
+    backend = cast("Tokenizer", tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = split_special_tokens

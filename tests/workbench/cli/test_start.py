@@ -6,6 +6,7 @@ Timings depend on the machine, so what is held is which modules are in memory wh
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -65,3 +66,22 @@ def test_no_help_text_shows_a_list_type_for_what_is_typed() -> None:
         for one in getattr(command, "commands", {"": command}).values():
             several = [p for p in one.params if p.multiple or p.nargs == -1]
             assert all(parameter.metavar for parameter in several), one.name
+
+
+@pytest.mark.parametrize(
+    ("code", "light"),
+    [
+        (
+            "from workbench.cli.main import run; from workbench.workspace import Workspace; import sys\n"
+            "Workspace(sys.argv[1]); assert run(['info', '--workspace', sys.argv[1]]) == 0",
+            {"torch", "transformers", "transformer_lens", "pandas", "plotly"},
+        ),
+        ("import workbench.saes.train", {"transformers", "transformer_lens", "plotly"}),
+    ],
+    ids=["info", "training on a harvest"],
+)
+def test_what_needs_no_model_loads_no_model_library(code: str, light: set[str], tmp_path: Path) -> None:
+    """`workbench info` is there in a second, and a training run begins seconds earlier."""
+    code += "\nimport sys; print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "w")], capture_output=True, text=True, check=True)
+    assert not set(done.stderr.split()) & light

@@ -1,12 +1,8 @@
 """Training straight from a model: what comes of it, what is refused, and kills at random moments."""
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +64,7 @@ def test_a_streamed_run_is_listed_evaluated_and_answers_again(
     held = workspace.build_index("s", harvest="h", device="cpu")
     assert (held.tokens, held.activations, held.missing) == (indexed.tokens, indexed.activations, None)
     # Without loading the model again.
-    monkeypatch.setattr("workbench.saes.feeding.opened", None)
+    monkeypatch.setattr("workbench.saes.streaming.opened", None)
     (again,) = workspace.train("r", source, [CONFIG], hook=HOOK, **STREAM)
     assert again.fingerprint() == trained.fingerprint()
 
@@ -139,71 +135,82 @@ def test_the_command_trains_estimates_and_names_what_is_missing(
 
 
 KILLED = """
-import sys
+import os, random, signal, sys, time
 from pathlib import Path
 import torch
-import workbench.harvest.plan as plan, sae.training, sae.checkpoint
+import workbench.harvest.plan as plan, sae.training
+import workbench.saes.streaming, workbench.saes.train as runs
 from sae.config import TrainConfig
 from sae.rules import BatchTopK, TopK
+from workbench.models.load import load_model
 from workbench.workspace import Workspace
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
 plan.BLOCK_ROWS, plan.BATCH_TOKENS = 512, {"cpu": 128}
 train = sae.training.train
-import workbench.saes.train as runs
 runs.train = lambda *given, **more: train(*given, **{**more, "checkpoint_seconds": 0.05})
-source = plan.HarvestConfig(sys.argv[2], sys.argv[3], (), context_len=32)
-configs = [TrainConfig(name=rule.name, total_tokens=120 * 64, batch_size=64, d_sae=64, rule=rule)
+folder, model_path, corpus, kills = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+model = load_model(model_path, device="cpu")
+source = plan.HarvestConfig(model_path, corpus, (), context_len=32)
+configs = [TrainConfig(name=rule.name, total_tokens=200 * 64, batch_size=64, d_sae=64, rule=rule)
            for rule in (TopK(4), BatchTopK(4))]
-print("begun", flush=True)
-Workspace(sys.argv[1]).train("r", source, configs, hook="blocks.1.hook_resid_post", buffer_rows=512, keep="kept",
-                             device="cpu")
+
+def attempt(workspace, kill_after, how):
+    '''Trains in a process that is stopped some seconds after it has begun; whether it came to its end before.'''
+    process = os.fork()
+    if process == 0:
+        try:
+            Workspace(workspace).train("r", source, configs, hook="blocks.1.hook_resid_post", buffer_rows=512,
+                                       keep="kept", device="cpu", model=model)
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    until = time.monotonic() + kill_after
+    while time.monotonic() < until:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            assert status == 0, status
+            return True
+        time.sleep(0.005)
+    os.kill(process, how)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (0, -how, 130), code
+    return code == 0
+
+started = time.monotonic()
+assert attempt(folder / "whole", 1e9, signal.SIGKILL)
+seconds = time.monotonic() - started
+chance = random.Random(kills)
+stopped, ended = 0, 0
+while stopped < kills:
+    workspace = folder / f"killed{ended}"
+    for _ in range(min(4, kills - stopped)):
+        if attempt(workspace, chance.uniform(0, 0.7 * seconds), chance.choice([signal.SIGKILL, signal.SIGINT])):
+            break
+        stopped += 1
+    assert attempt(workspace, 1e9, signal.SIGKILL)
+    ended += 1
+print(stopped, ended)
 """
 
 
 def contents(workspace: Path) -> dict[str, bytes]:
-    """The SAEs' weights, and the kept harvest but for its DuckDB file and record of versions."""
+    """The SAEs' weights and the kept harvest's blocks."""
     files = [*workspace.glob("saes/*/sae_weights.safetensors"), *workspace.glob("harvests/kept/*/**/*.safetensors")]
     return {str(file.relative_to(workspace)): file.read_bytes() for file in sorted(files)}
 
 
-def attempt(workspace: Path, given: list[str], kill_after: float | None, how: int) -> bool:
-    """Trains in a process that is stopped some seconds after it has begun; whether it came to its end before."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(workspace), *given], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=dict(os.environ))  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begun\n"
-    if kill_after is not None:
-        try:
-            process.wait(kill_after)
-        except subprocess.TimeoutExpired:
-            process.send_signal(how)
-    _, errors = process.communicate()
-    assert process.returncode in (0, -how, 1), errors
-    assert process.returncode != 1 or "KeyboardInterrupt" in errors, errors
-    return process.returncode == 0
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(
     kills: int, tiny_gpt2: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
-    given = [str(tiny_gpt2), str(corpus_folder)]
-    started = time.monotonic()
-    assert attempt(tmp_path / "whole", given, None, signal.SIGKILL)
-    seconds = time.monotonic() - started
+    given = [str(tmp_path), str(tiny_gpt2), str(corpus_folder), str(kills)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    stopped, ended = map(int, done.stdout.split())
+    assert stopped == kills
     wanted = contents(tmp_path / "whole")
     assert len(wanted) > 8
-    chance = random.Random(kills)
-    stopped, number = 0, 0
-    while stopped < kills:
-        workspace = tmp_path / f"killed{number}"
-        for _ in range(min(4, kills - stopped)):
-            how = chance.choice([signal.SIGKILL, signal.SIGINT])
-            if attempt(workspace, given, chance.uniform(0, 0.8 * seconds), how):
-                break
-            stopped += 1
-        assert attempt(workspace, given, None, signal.SIGKILL)
-        assert contents(workspace) == wanted
-        assert verify(workspace / "harvests/kept") == []
-        number += 1
+    for number in range(ended):
+        assert contents(tmp_path / f"killed{number}") == wanted
+        assert verify(tmp_path / f"killed{number}" / "harvests/kept") == []
