@@ -88,7 +88,8 @@ def test_asked_again_a_result_is_opened_and_with_other_settings_made_anew(space:
     assert run_method(space, demo, INDUCTION, "attribution", name="again").path.stat().st_mtime_ns == file
     other = run_method(space, demo, Task("induction", n=3), "attribution", name="again")
     assert other.table("summary").prompts[0] == 3
-    assert other.path.stat().st_mtime_ns != file
+    assert (other.name, other.kind) == ("again-2", first.kind)
+    assert first.path.stat().st_mtime_ns == file, "another run stays"
 
 
 def test_node_methods_report_what_they_return_and_how_far_they_are(space: Workspace, demo: LoadedModel) -> None:
