@@ -206,21 +206,19 @@ def heads(workspace: Workspace, name: str, version: int, graph: PromptGraph, lab
     inputs = graph.inputs(node, 12)["source"].tolist()
     try:
         model, sources = _frozen(str(workspace.path), name, version)
-        source = st.selectbox("Edge from", inputs, format_func=lambda one: called.get(one, one), key=f"edge {node}")
-        if source is None:
-            return
+        source = _kept_choice("Edge from", "edge", {one: called.get(one, one) for one in inputs})
         parts = head_shares(graph, sources, source, node)
         st.dataframe(parts.head(40).round(4), hide_index=True, width="stretch", height=210)
         st.caption(f"They sum to the edge, {parts['weight'].sum():.4g}; each path counts at the last head on it.")
-        looks = [(str(head), int(at)) for head, at in zip(parts["head"], parts["at"], strict=True) if head[0] == "a"]
+        position = int(graph.nodes.position[graph.number[node]])
+        looks = {
+            f"{head}@{at}": f"{head} from {position} to {at} {graph.texts[at]!r}"
+            for head, at in zip(parts["head"], parts["at"].tolist(), strict=True) if head[0] == "a"
+        }  # fmt: skip
         if not looks:
             return
-        position = int(graph.nodes.position[graph.number[node]])
-        head, at = st.selectbox(
-            "Why a head looks there", looks[:20], key=f"look {node} {source}",
-            format_func=lambda one: f"{one[0]} from {position} to {one[1]} {graph.texts[one[1]]!r}",
-        )  # fmt: skip
-        found = look(model.bridge, sources, head, position, at, top=40)
+        head, _, at = _kept_choice("Why a head looks there", "look", dict(list(looks.items())[:20])).partition("@")
+        found = look(model.bridge, sources, head, position, int(at), top=40)
     except InputError as error:
         st.error(plain(str(error)))
         return
@@ -234,6 +232,16 @@ def heads(workspace: Workspace, name: str, version: int, graph: PromptGraph, lab
     left, right = st.columns([3, 2])
     left.dataframe(pairs.round(4), hide_index=True, width="stretch", height=260)
     right.dataframe(found.kinds.round(4), hide_index=True, width="stretch", height=260)
+
+
+def _kept_choice(label: str, key: str, titles: Mapping[str, str]) -> str:
+    """One of several things, kept in the URL; the first where it names none of them."""
+    asked = st.query_params.get(key, "")
+    st.session_state[key] = asked if asked in titles else next(iter(titles))
+    return str(
+        st.selectbox(label, list(titles), key=key, format_func=lambda one: titles[one],
+                     on_change=lambda: set_query(key, st.session_state[key]))
+    )  # fmt: skip
 
 
 @st.cache_resource(max_entries=2, show_spinner="Freezing the model on the prompt ...")

@@ -9,6 +9,7 @@ from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 from workbench import Workspace, load_model
+from workbench.circuits.graphs import open_graph
 from workbench.circuits.task import Task
 
 from .conftest import OpenPage
@@ -48,6 +49,20 @@ def test_a_damaged_change_is_said_and_the_graph_is_there(space: Workspace, open_
         page = open_page("Graph", space, graph="list", change=change)
         assert any("damaged" in one.value or "no node" in one.value for one in page.error)
         assert any(box.label == "Graph" for box in page.selectbox)
+
+
+def test_a_link_opens_an_edge_and_a_look(space: Workspace, open_page: OpenPage) -> None:
+    space.graph("list", load_model("demo", device="cpu"), "x = [1, 2")
+    graph = open_graph(space, "list")
+    logit = graph.nodes.names[graph.n_sources]
+    source = graph.inputs(logit, 5)["source"][2]
+    page = open_page("Graph", space, graph="list", node=logit, heads="true", edge=source)
+    edge = next(box for box in page.selectbox if box.label == "Edge from")
+    assert edge.value == source
+    assert any("They sum to the edge" in one.value for one in page.caption)
+    edge.select(graph.inputs(logit, 5)["source"][1]).run()
+    assert graph.inputs(logit, 5)["source"][1] in page.query_params["edge"]
+    assert not page.exception
 
 
 def test_a_workspace_without_transcoders_offers_those_of_the_demo_model(tmp_path: Path, open_page: OpenPage) -> None:
