@@ -123,11 +123,11 @@ def test_saes_are_tested_against_a_tasks_attributes(
     rows = [{"clean": f"def f({a}, b):\n    return", "corrupted": f"def f({b}, b):\n    return", "answers": f" {a}",
              "wrong": f" {b}", "attributes": {"name": [a, b], "first": 1}} for a, b in ("ac", "ca") * 4]  # fmt: skip
     seen = []
-    for renamed in ("first", "second"):
+    for renamed, stored in (("first", "named-dictionary"), ("second", "named-dictionary-2")):
         text = "\n".join(json.dumps(row) for row in rows).replace('"first"', f'"{renamed}"')
         file.write_text(text, encoding="utf-8")
         assert run(["circuits", "dictionary", str(file), *common]) == 0
-        table = space.results.open("circuit-dictionary", "named-dictionary").table("attributes")
+        table = space.results.open("circuit-dictionary", stored).table("attributes")
         seen.append(set(table.attribute))
     assert seen == [{"name", "first"}, {"name", "second"}]
     bad = [
