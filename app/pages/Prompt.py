@@ -13,7 +13,7 @@ from workbench.features.live import LiveSAE, read_with
 from workbench.features.prompt_page import feature_rows, sae_rows
 from workbench.features.prompts import RANKINGS, PromptReading, Ranking
 from workbench.models.places import between
-from workbench.models.prompt_text import MAX_TOKENS
+from workbench.models.prompt_text import MAX_CHARACTERS, MAX_TOKENS
 from workbench.show.grid import grid_html
 from workbench.show.html import STYLE, visible
 
@@ -43,7 +43,7 @@ def main() -> None:
         st.error(plain(str(error)))
         return
     if reading.truncated:
-        st.info(f"Only the beginning was read: {reading.n_read:,} tokens (at most 10,000 characters, "
+        st.info(f"Only the beginning was read: {reading.n_read:,} tokens (at most {MAX_CHARACTERS:,} characters, "
                 f"{MAX_TOKENS:,} tokens and one context of the model).")  # fmt: skip
     with st.container(key="pairs"):
         token_box, feature_box, ranking, dense = st.columns([2, 2, 3, 2], vertical_alignment="bottom")

@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.frozen import Frozen, FrozenLayer
+from circuits.graph.graph import ERROR, FEATURE, TOKEN, node_name
 from sae.errors import InputError
 from sae.transcoder import Transcoder
 
@@ -79,11 +80,11 @@ class Sources:
     @cached_property
     def names(self) -> list[str]:
         """Of the columns, as a graph names its nodes."""
-        names = [f"token/{at}" for at in range(self.n_pos)]
+        names = [node_name(TOKEN, -1, at) for at in range(self.n_pos)]
         for number, layer in enumerate(self.layers):
-            features = zip(layer.feature.tolist(), layer.position.tolist(), strict=True)
-            names += [f"f{number}/{feature}/{at}" for feature, at in features]
-            names += [f"e{number}/{at}" for at in range(self.n_pos)]
+            features = zip(layer.position.tolist(), layer.feature.tolist(), strict=True)
+            names += [node_name(FEATURE, number, at, feature) for at, feature in features]
+            names += [node_name(ERROR, number, at) for at in range(self.n_pos)]
         return names
 
     @property

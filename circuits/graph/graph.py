@@ -60,10 +60,11 @@ class Nodes:
     def names(self) -> list[str]:
         """`token/3`, `f2/1041/7` (layer, feature, position), `e2/7` (layer, position), `logit/318`: unique keys."""
         columns = (value.tolist() for value in (self.kind, self.layer, self.position, self.feature, self.token))
-        return [_name(*row) for row in zip(*columns, strict=True)]
+        return [node_name(*row) for row in zip(*columns, strict=True)]
 
 
-def _name(kind: int, layer: int, position: int, feature: int, token: int) -> str:
+def node_name(kind: int, layer: int, position: int, feature: int = -1, token: int = -1) -> str:
+    """The name of a node of a kind, as `Nodes.names` has it."""
     if kind == TOKEN:
         return f"token/{position}"
     if kind == FEATURE:

@@ -28,7 +28,7 @@ from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_prompt_fits
-from workbench.models.prompt_text import token_pieces
+from workbench.models.prompt_text import row_texts
 
 DFA = "circuit-dfa"
 
@@ -46,11 +46,7 @@ def attribute(
     """
     tokens = torch.tensor(ids, device=model.device)
     found = direct_feature_attribution(model.bridge, sae, tokens, feature, position)
-    return found, figures.attribution_map(found, _texts(model, ids))
-
-
-def _texts(model: LoadedModel, ids: Sequence[int]) -> list[str]:
-    return [*["BOS"][: model.n_bos], *token_pieces(model, list(ids[model.n_bos :]))]
+    return found, figures.attribution_map(found, row_texts(model, ids))
 
 
 def report_dfa(
@@ -88,7 +84,7 @@ def report_dfa(
     def make() -> Made:
         check_prompt_fits("attribution on a text", model, len(tokens), attention=True)
         found, figure = attribute(model, attention, tokens.tolist(), feature, position)
-        texts = _texts(model, tokens.tolist())
+        texts = row_texts(model, tokens.tolist())
         shares, of_norms = (
             head_shares(attention.W_dec, model.info.n_heads, squared=squared)[feature].tolist()
             for squared in (True, False)

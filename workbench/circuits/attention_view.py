@@ -22,7 +22,7 @@ from circuits.nodes import graph_of, head_names
 from circuits.passes import activations
 from sae.errors import InputError
 from workbench.models.load import LoadedModel
-from workbench.models.prompt_text import token_pieces
+from workbench.models.prompt_text import row_texts
 from workbench.show.colours import GREY_LINE, PALETTE
 from workbench.show.html import one_line
 
@@ -95,8 +95,7 @@ def attention_view(
     hooks = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.info.n_layers)]
     found = activations(model.bridge, torch.tensor([row], device=model.device), hooks)
     patterns = torch.cat([found[hook][0].float().cpu() for hook in hooks])
-    tokens = [*["BOS"][: model.n_bos], *token_pieces(model, row[model.n_bos :])]
-    return AttentionView(tokens, names, patterns, head, other, len(ids) > limit)
+    return AttentionView(row_texts(model, row), names, patterns, head, other, len(ids) > limit)
 
 
 ROOT = '<div class="att"><div class="grid"></div><div class="large"></div></div>'

@@ -40,7 +40,7 @@ from workbench.circuits.figures import attribution_figure
 from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.memory import check_prompt_fits
-from workbench.models.prompt_text import encode_prompt, token_pieces
+from workbench.models.prompt_text import row_texts, whole_prompt
 
 __all__ = [
     "GRAPH", "Intervention", "PromptGraph", "Sources", "attribute", "frozen_again", "generate", "head_shares",
@@ -80,14 +80,11 @@ def attribute(model: LoadedModel, prompt: str, transcoders: Coders, **settings: 
     Raises:
         InputError: as `circuits.graph.attribute`, or transcoders that are of another model.
     """
-    ids, truncated = encode_prompt(model, prompt)
-    if truncated:
-        raise InputError(f"the prompt has more tokens than {model.info.name} takes ({model.info.n_ctx}): shorten it")
-    tokens = torch.tensor(model.begun(ids), device=model.device)
+    row = model.begun(whole_prompt(model, prompt))
+    tokens = torch.tensor(row, device=model.device)
     graph = circuits.graph.attribute(model.bridge, tokens, transcoders, bos_id=model.bos_id, **settings)
-    texts = (*["BOS"] * model.n_bos, *token_pieces(model, ids))
     said = tuple(model.text([token]) for token in graph.nodes.token[graph.n_sources :].tolist())
-    return PromptGraph(**{**vars_of(graph), "texts": texts}, logit_texts=said)
+    return PromptGraph(**{**vars_of(graph), "texts": tuple(row_texts(model, row))}, logit_texts=said)
 
 
 def vars_of(graph: Graph) -> dict[str, Any]:
@@ -172,7 +169,7 @@ def make_graph(
     origin = Origin.of_measurement(model, transcoders=(label, coders))
 
     def make() -> Made:
-        n_pos = len(encode_prompt(model, prompt)[0]) + model.n_bos
+        n_pos = len(whole_prompt(model, prompt)) + model.n_bos
         # Frozen, every layer keeps its patterns.
         patterns = 4 * model.info.n_layers * model.info.n_heads * n_pos**2
         check_prompt_fits("the graph of a prompt", model, n_pos, more=patterns)

@@ -17,7 +17,7 @@ from circuits.nodes import graph_of, head_names
 from circuits.passes import activations
 from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel
-from workbench.models.prompt_text import token_pieces
+from workbench.models.prompt_text import row_texts
 from workbench.show.colours import PALETTE
 from workbench.show.html import STYLE, one_line, visible
 from workbench.text.corpora import Corpus
@@ -93,7 +93,7 @@ def head_examples(
                 _keep(found, names[layer * model.info.n_heads :], patterns[hook][0], text, len(contexts))
             contexts.append(one.tokens[0].tolist())
             documents.append(one.doc[0].tolist())
-    texts = [[*["BOS"][: model.n_bos], *token_pieces(model, ids[model.n_bos :])] for ids in contexts]
+    texts = [row_texts(model, ids) for ids in contexts]
     looks = {name: _best(pairs, texts, documents, n) for name, pairs in found.items()}
     return HeadExamples(corpus.name, sum(map(len, contexts)), looks)
 

@@ -34,7 +34,7 @@ from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
 from workbench.models.load import LoadedModel
 from workbench.models.memory import attention_bytes, check_fits_memory
-from workbench.models.prompt_text import token_pieces
+from workbench.models.prompt_text import row_texts
 from workbench.models.readout import check_unembedding
 
 HEADS = "circuit-heads"
@@ -222,5 +222,4 @@ def head_on_text(model: LoadedModel, head: str, text: str, *, most: int = MAX_PR
             "suppresses": [" ".join(repr(model.label_of(token, n_out)) for token in found) for found in worst],
         }
     )
-    texts = [*["BOS"][: model.n_bos], *token_pieces(model, ids[:limit])]
-    return HeadOnText(head, texts, pattern.float().cpu(), copies, len(ids) > limit)
+    return HeadOnText(head, row_texts(model, row), pattern.float().cpu(), copies, len(ids) > limit)

@@ -33,7 +33,7 @@ from workbench.circuits import figures
 from workbench.models.contexts import ContextBatch, context_batches, losses, whole_contexts
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_fits_memory
-from workbench.models.prompt_text import encode_prompt, next_log_probabilities, token_pieces
+from workbench.models.prompt_text import next_log_probabilities, row_texts, whole_prompt
 from workbench.show.grid import GRID_CSS, Cell, Row, grid_html
 from workbench.text.corpora import Corpus
 
@@ -114,13 +114,11 @@ def read_lens(
         centred: see `circuits.lens`.
 
     Raises:
-        InputError: a prompt without tokens or longer than the model takes, a bridge that computes another model, or
+        InputError: a prompt without tokens or longer than is read at once, a bridge that computes another model, or
             Jacobians of another model's shape.
     """
-    ids, truncated = encode_prompt(model, prompt, model.n_bos)
-    if truncated:
-        raise InputError(f"the prompt has more tokens than {model.info.name} takes ({model.info.n_ctx}): shorten it")
-    tokens = torch.tensor([model.begun(ids)], device=model.device)
+    row = model.begun(whole_prompt(model, prompt))
+    tokens = torch.tensor([row], device=model.device)
     name, fitted = jacobians or ("logit", None)
     clean = next_log_probabilities(model.bridge(tokens)[0])
     likeliest, n_out = clean.argmax(dim=-1, keepdim=True), clean.shape[-1]
@@ -135,7 +133,7 @@ def read_lens(
         final.append(log_p.gather(1, likeliest)[:, 0].exp().cpu().numpy())
         kl.append(F.kl_div(log_p, clean, reduction="none", log_target=True).sum(dim=-1).clamp(min=0).cpu().numpy())
     return LensReading(
-        f"{name}, centred" if centred else name, (*["BOS"] * model.n_bos, *token_pieces(model, ids)), np.stack(top),
+        f"{name}, centred" if centred else name, tuple(row_texts(model, row)), np.stack(top),
         tuple(texts), np.stack(probabilities), np.stack(final), np.stack(kl),
     )  # fmt: skip
 

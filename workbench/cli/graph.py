@@ -65,7 +65,7 @@ def make(
 
 @commands.command()
 def task(
-    task: Annotated[str, typer.Argument(help="A task that `workbench circuit` knows, or a .jsonl file.")],
+    task: Annotated[str, typer.Argument(help="A task that `workbench circuits` knows, or a .jsonl file.")],
     name: Annotated[str, typer.Option("--name", help="Name of the result.")],
     prompts: Annotated[int, typer.Option("--prompts", help="Prompts to generate; a file is taken whole.", min=1)] = 16,
     model: ModelOption = "demo",

@@ -111,7 +111,7 @@ def steer(
         print_json(_steering_dict(found))
         return
     if found.truncated:
-        print(f"Only the beginning of the prompt was read: {len(found.texts):,} tokens")
+        print(f"Only the beginning of the prompt was read: {len(found.texts) - found.first:,} tokens")
     for feature, name in found.names.items():
         print(f"feature {feature}: {shorten(name)}")
     print(f"clean    {shorten(found.clean)}")

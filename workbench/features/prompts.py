@@ -42,7 +42,7 @@ from workbench.features.index.logits import output_directions
 from workbench.models.capture import capture
 from workbench.models.hooks import read_hook, written_hook
 from workbench.models.memory import check_prompt_fits
-from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, token_losses, token_pieces
+from workbench.models.prompt_text import encode_prompt, mean_loss, next_log_probabilities, row_texts, token_losses
 from workbench.models.readout import final_scale, unembedding
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def read_through(
     next_tokens = likeliest.indices.cpu().numpy()
     shared: dict[str, Any] = {
         "model": model.info.name, "text": model.text(ids), "truncated": truncated, "first": model.n_bos,
-        "tokens": row, "texts": [*["BOS"][: model.n_bos], *token_pieces(model, ids)],
+        "tokens": row, "texts": row_texts(model, row),
         "losses": token_losses(model, log_probabilities, tokens[0]).numpy(), "next_tokens": next_tokens,
         "next_texts": [[model.label_of(token, n_out) for token in one] for one in next_tokens.tolist()],
         "next_probabilities": likeliest.values.exp().cpu().numpy(), "_loaded": model,

@@ -45,8 +45,8 @@ from workbench.models.prompt_text import (
     encode_prompt,
     mean_loss,
     next_log_probabilities,
+    row_texts,
     token_losses,
-    token_pieces,
 )
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def steer(
     kl = (before.exp() * (before - after)).sum(dim=1).clamp_min(0)
     return Steering(
         sae=name, model=model.info.name, edit=edit, units=units, names=dict(names or {}), prompt=model.text(ids),
-        truncated=truncated, first=model.n_bos, texts=[*["BOS"][: model.n_bos], *token_pieces(model, ids)],
+        truncated=truncated, first=model.n_bos, texts=row_texts(model, tokens[0].tolist()),
         clean=model.text(clean), steered=model.text(steered), clean_nats=_nats(model, tokens, clean),
         steered_nats=_nats(model, tokens, steered), kl=kl.cpu().numpy(), clean_loss=clean_loss,
         steered_loss=steered_loss, next_tokens=_shifts(model, before[-1], after[-1]),

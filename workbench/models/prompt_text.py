@@ -4,6 +4,8 @@
 2. Tokens are shown as text, the bytes of a character that several tokens share joined at the first of them.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +35,15 @@ def encode_prompt(model: LoadedModel, text: str, room: int = 1) -> tuple[list[in
     if not kept:
         raise InputError("a prompt without tokens activates nothing: type some text")
     return kept, len(kept) < len(ids) or len(text) > MAX_CHARACTERS
+
+
+def whole_prompt(model: LoadedModel, text: str) -> list[int]:
+    """Token ids of a prompt without BOS. Raises InputError for a text without tokens, or one that is read in part."""
+    ids, truncated = encode_prompt(model, text, model.n_bos)
+    if truncated:
+        most = min(MAX_TOKENS, model.info.n_ctx - model.n_bos)
+        raise InputError(f"the prompt has more than {most:,} tokens or {MAX_CHARACTERS:,} characters: shorten it")
+    return ids
 
 
 def has_chat_template(model: LoadedModel) -> bool:
@@ -65,6 +76,11 @@ def token_pieces(model: LoadedModel, ids: list[int]) -> list[str]:
     """Text of each token; where several share a character, the first has it and the others have an empty text."""
     texts = [model.text([token]) for token in ids]
     return joined(texts, [part_bytes(model.tokenizer, token, text) for token, text in zip(ids, texts, strict=True)])
+
+
+def row_texts(model: LoadedModel, row: Sequence[int]) -> list[str]:
+    """Text of each token of a row as the model reads it: `BOS` of BOS, then as `token_pieces`."""
+    return [*["BOS"][: model.n_bos], *token_pieces(model, list(row[model.n_bos :]))]
 
 
 def next_log_probabilities(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:

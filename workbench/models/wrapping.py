@@ -11,7 +11,7 @@ Whether that bridge computes the model is measured as of every other (`workbench
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from circuits.nodes import Bridge
 from sae.errors import InputError
-
-Adapt = Callable[[Any, nn.Module], None]
 
 
 def wrapped(spec: str, location: str, hf: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Bridge:
