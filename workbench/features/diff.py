@@ -22,8 +22,10 @@ from workbench.disk.names import check_name, new_folder
 from workbench.features.index.build import IndexSummary, build_index
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestProgress, harvest_into
+from workbench.models.hooked import SUFFIXES
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
+from workbench.models.load_own import LIVE
 from workbench.saes.crosscoders import evaluate_crosscoder
 from workbench.saes.train import train_all
 
@@ -136,5 +138,11 @@ def _harvest(
 
 def part_labels(a: str, b: str) -> list[str]:
     """What the models are called: the last words of their names, the second by another where these are the same."""
-    first, second = (PurePath(spec.split(":")[0]).stem or spec for spec in (a, b))
+    first, second = _last_word(a), _last_word(b)
     return [first, second] if first != second else [first, f"{first}-2"]
+
+
+def _last_word(spec: str) -> str:
+    """Of a path or a name on the hub; without dots, which stand between a comparison's name and its harvests'."""
+    path = PurePath(spec.removeprefix(LIVE).split(":")[0])
+    return (path.stem if path.suffix in (".py", *SUFFIXES) else path.name).replace(".", "-") or spec

@@ -8,6 +8,7 @@ import torch
 
 from sae import Crosscoder, InputError
 from workbench.cli.main import run
+from workbench.features.diff import part_labels
 from workbench.models.load import LoadedModel, load_model
 from workbench.workspace import Workspace
 
@@ -40,6 +41,19 @@ def compared(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, changed:
     workspace = Workspace(tmp_path_factory.mktemp("diff") / "ws")
     workspace.diff(str(tiny_gpt2), str(changed), name="d", hook=HOOK, corpus=corpus, **SMALL)
     return workspace
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "labels"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct", ["Qwen2-5-0-5B", "Qwen2-5-0-5B-Instruct"]),
+        ("google/gemma-2-2b", "other/gemma-2-2b", ["gemma-2-2b", "gemma-2-2b-2"]),
+        ("models/base/", "tuned.py:make", ["base", "tuned"]),
+        ("weights.pt", "live:mine", ["weights", "mine"]),
+    ],
+)
+def test_models_are_called_by_the_last_words_of_their_names(a: str, b: str, labels: list[str]) -> None:
+    assert part_labels(a, b) == labels
 
 
 def test_it_makes_harvests_a_crosscoder_its_evaluation_and_an_index(compared: Workspace) -> None:
