@@ -86,12 +86,17 @@ class ModelRows(ShuffledRows):
         expected_rows: int | None = None,
         keeping: KeptHarvest | None = None,
     ) -> None:
-        identity = f"{corpus.name} ({corpus.fingerprint[:12]}) through {model.info.name}"
-        super().__init__(f"{identity}: {', '.join(columns)}", None, seed=seed, device=model.device)
+        batches = chunk_batches(plan, columns, buffer_rows, model.device)
+        at_once = batches * plan.batch_contexts * plan.context_len
+        name = (
+            f"{corpus.name} ({corpus.fingerprint[:12]}) through {model.info.name} ({model.info.weights_sha256[:12]}), "
+            f"{at_once:,} rows at a time: {', '.join(columns)}"
+        )
+        super().__init__(name, None, seed=seed, device=model.device)
         self._model, self._corpus, self._config, self._plan = model, corpus, config, plan
         self._names, self._keeping = list(columns), keeping
         self.scales: dict[str, float] = {}
-        self._chunk_batches = chunk_batches(plan, self._names, buffer_rows, model.device)
+        self._chunk_batches = batches
         self._expected, self._taken = expected_rows, 0
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._memory: list[list[Tensor]] = []

@@ -227,6 +227,20 @@ def test_the_state_of_another_stream_is_refused(gpt2_model: LoadedModel, corpus:
         other.load_state_dict(rows.state_dict())
 
 
+def test_other_weights_and_other_chunks_are_another_stream(
+    gpt2_model: LoadedModel, corpus: Corpus, config: HarvestConfig
+) -> None:
+    changed = replace(gpt2_model, info=replace(gpt2_model.info, weights_sha256="0" * 64))
+    with stream(gpt2_model, corpus, config) as rows:
+        state = rows.state_dict()
+    for model, rows_of_a_chunk in ((changed, SMALL), (gpt2_model, 2 * SMALL)):
+        with (
+            stream(model, corpus, config, buffer_rows=rows_of_a_chunk) as other,
+            pytest.raises(InputError, match="the checkpoint reads"),
+        ):
+            other.load_state_dict(state)
+
+
 def test_a_corpus_without_tokens_is_an_input_error(
     gpt2_model: LoadedModel, corpus: Corpus, config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
