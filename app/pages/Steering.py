@@ -9,7 +9,7 @@ from app.shared import open_workspace, page_link, plain
 from workbench import InputError
 from workbench.features import prompt_figures as live_figures
 from workbench.features.live import LiveSAE
-from workbench.features.steering import KINDS, NEW_TOKENS, PLACES, Edit, Steering
+from workbench.features.steering import KINDS, NEW_TOKENS, PLACES, Edit, Steering, read_strength
 from workbench.features.steering_sweep import Sweep
 from workbench.models.prompt_text import has_chat_template
 from workbench.show.html import STYLE
@@ -105,11 +105,10 @@ def further(text: str, strength: float) -> tuple[tuple[int, float], ...]:
     """The features and strengths of a list such as `7=-1.5, 12`; what is none is said and left out."""
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        number, _, own = part.partition("=")
         try:
-            found.append((int(number), float(own) if own else strength))
-        except ValueError:
-            st.warning(plain(f"{part!r} is no feature: write numbers as in 7=-1.5, 12."))
+            found.append(read_strength(part, strength))
+        except InputError as error:
+            st.warning(plain(str(error)))
     return tuple(found)
 
 

@@ -124,14 +124,12 @@ def steer(
 
 
 def parse_strengths(features: list[str], strength: float) -> dict[int, float]:
-    """The strength of each feature of `NUMBER` or `NUMBER=STRENGTH`. Raises InputError for one that is neither."""
+    """The strength of each feature. Raises InputError for one that is none, or that is given twice."""
+    from workbench.features.steering import read_strength
+
     found: dict[int, float] = {}
     for text in features:
-        number, _, own = text.partition("=")
-        try:
-            feature, amount = int(number), float(own) if own else strength
-        except ValueError:
-            raise InputError(f"{text!r} is no feature: give its number, or NUMBER=STRENGTH such as 7=-1.5") from None
+        feature, amount = read_strength(text, strength)
         if feature in found:
             raise InputError(f"feature {feature} is given twice: give each once, with its strength")
         found[feature] = amount

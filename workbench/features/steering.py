@@ -95,6 +95,15 @@ class Edit:
                 raise InputError(f"a strength of {strength} cannot be added: give one up to {MOST_STRENGTH:,}")
 
 
+def read_strength(text: str, strength: float) -> tuple[int, float]:
+    """Feature and strength of `NUMBER=STRENGTH`, or of `NUMBER` with the one given. Raises InputError for neither."""
+    number, _, own = text.partition("=")
+    try:
+        return int(number), float(own) if own else strength
+    except ValueError:
+        raise InputError(f"{text!r} is no feature: give its number, or NUMBER=STRENGTH such as 7=-1.5") from None
+
+
 @dataclass(frozen=True)
 class Steering:
     """A prompt continued with and without an edit. Positions count from BOS, which is 0 where the model has one."""
