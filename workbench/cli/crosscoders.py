@@ -16,7 +16,7 @@ from workbench.cli.options import (
     TextFieldOption,
     WorkspaceOption,
 )
-from workbench.cli.output import print_json, print_table, shorten
+from workbench.cli.output import print_json, print_table, records, shorten
 from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -102,13 +102,7 @@ def evaluate_crosscoders(
 
 def as_document(evaluation: "Result") -> dict[str, Any]:
     """Parts and groups of features, for JSON."""
-    return {table: to_records(evaluation, table) for table in ("parts", "groups")}
-
-
-def to_records(evaluation: "Result", table: str) -> list[dict[str, Any]]:
-    """A table's lines, null where a number is not defined."""
-    frame = evaluation.table(table)
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return {table: records(evaluation.table(table)) for table in ("parts", "groups")}
 
 
 def print_crosscoders(evaluations: "Sequence[Result]") -> None:
