@@ -21,6 +21,8 @@ FILES = {
     "dictionary_learning": (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
     "crosscoder": (crosscoders.CC_CONFIG, crosscoders.CC_WEIGHTS),
 }
+WRITERS = {"saelens": saelens.save, "sparsify": sparsify.save, "dictionary_learning": dictionary_learning.save}
+"""Crosscoders of the field's two classes are dictionary_learning's."""
 
 
 def recognise(path: Path) -> str:
@@ -77,15 +79,14 @@ def _load_saelens(path: Path, hook_name: str | None, model_name: str | None) -> 
 
 
 def export(sae: SAE, path: Path | str, form: str) -> None:
-    """Writes an SAE in a format of FILES.
+    """Writes an SAE in a format of WRITERS.
 
     Raises:
         InputError: an unknown format, or a rule that the format cannot express.
     """
-    savers = {"saelens": saelens.save, "sparsify": sparsify.save, "dictionary_learning": dictionary_learning.save}
-    if form not in savers:
-        raise InputError(f"unknown format {form!r}: choose one of {', '.join(savers)}")
-    savers[form](sae, Path(path))
+    if form not in WRITERS:
+        raise InputError(f"unknown format {form!r}: choose one of {', '.join(WRITERS)}")
+    WRITERS[form](sae, Path(path))
 
 
 def _expected() -> str:

@@ -347,7 +347,7 @@ def test_no_request_leaves_the_machine(address: str, page: Any, busiest: int) ->
     asked: list[str] = []
     page.context.on("request", lambda request: asked.append(request.url))
     page.context.on("console", lambda message: asked.extend(re.findall(r"https?://[^\s'\"]+", message.text)))
-    for name in ("", "Features", "Feature", "Prompt", "Steering", "Heads", "Circuits", "Sparsity", "Compare", "SQL"):
+    for name in sorted({file.stem for file in PAGES.glob("*.py")} - {"Overview"} | {""}):
         page.goto(link(address, name, sae="s", feature=busiest))
         page.get_by_test_id("stSidebarNavLink").first.wait_for()
         settled(page)

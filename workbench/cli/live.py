@@ -82,7 +82,10 @@ def prompt(
 
 def steer(
     sae: SAEArgument,
-    features: Annotated[list[str], typer.Argument(help="Numbers; with a strength of its own as NUMBER=STRENGTH.")],
+    features: Annotated[
+        list[str],
+        typer.Argument(metavar="NUMBER[=STRENGTH]...", help="Features, each with a strength of its own where given."),
+    ],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     kind: Annotated[EditKind, typer.Option(help="What to do to the feature.")] = "add",
     strength: Annotated[float, typer.Option(help="In units of the feature's maximum activation.")] = 1.0,

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.show.colours import series_colour
+from workbench.show.colours import UPWARDS, series_colour
 from workbench.sparsity.attention import STRUCTURED, best_of_heads
 from workbench.sparsity.neurons import NeuronView
 
@@ -118,7 +118,7 @@ def attention_coverage(coverage: pd.DataFrame, budget: int) -> go.Figure:
     table = rows.pivot(index="place", columns="pattern", values="kept")
     table = table.loc[rows["place"].unique(), rows["pattern"].unique()]
     figure = go.Figure(
-        go.Heatmap(z=table, x=list(table.columns), y=list(table.index), zmin=0, zmax=1, colorscale="Blues")
+        go.Heatmap(z=table, x=list(table.columns), y=list(table.index), zmin=0, zmax=1, colorscale=UPWARDS)
     )
     height = 120 + 14 * len(table)
     return figure.update_layout(height=height, margin=MARGIN, title=f"attention kept with {budget} keys per query")
@@ -182,7 +182,7 @@ def head_costs(heads: pd.DataFrame, column: str = "restricted_kl") -> go.Figure:
     cells = heads.pivot(index="layer", columns="head", values=column).astype(float)
     figure = go.Figure(
         go.Heatmap(
-            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, colorscale="Blues", texttemplate="%{z:.2g}",
+            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, colorscale=UPWARDS, texttemplate="%{z:.2g}",
             hovertemplate="layer %{y}, head %{x}: %{z:.4f}<extra></extra>", colorbar={"thickness": 8},
         )
     )  # fmt: skip
@@ -258,7 +258,7 @@ def layer_grid(layers: pd.DataFrame) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=values.T, x=[f"layer {layer}" for layer in layers["layer"]], y=titles, zmin=0, zmax=1,
-            colorscale="Blues", texttemplate="%{z:.1%}", hovertemplate="%{x}, %{y}: %{z:.2%}<extra></extra>",
+            colorscale=UPWARDS, texttemplate="%{z:.1%}", hovertemplate="%{x}, %{y}: %{z:.2%}<extra></extra>",
             showscale=False,
         )
     )  # fmt: skip
@@ -297,7 +297,7 @@ def sinks(heads: pd.DataFrame) -> go.Figure:
     uniform = heads["sink_uniform"].mean()
     figure = go.Figure(
         go.Heatmap(
-            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, zmax=1, colorscale="Blues",
+            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, zmax=1, colorscale=UPWARDS,
             texttemplate="%{z:.2f}", hovertemplate="layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
         )
     )  # fmt: skip
