@@ -202,7 +202,9 @@ def intervene(
 def group(
     name: GraphArgument,
     title: Annotated[str, typer.Argument(help="Name of the supernode.")],
-    nodes: Annotated[list[str] | None, typer.Argument(help="Its nodes; none takes it apart.")] = None,
+    nodes: Annotated[
+        list[str] | None, typer.Argument(metavar="NODE...", help="Its nodes; none takes it apart.")
+    ] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
 ) -> None:
     """Put nodes of a stored graph into a supernode, which `intervene` and the page take by its name."""
