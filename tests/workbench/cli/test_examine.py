@@ -29,7 +29,7 @@ def test_a_library_is_sound_absent_or_of_another_version() -> None:
 
 def test_every_required_library_is_looked_at(tmp_path: Path) -> None:
     checks = {check.what: check for check in examine(tmp_path)}
-    for name in ("torch", "transformers", "duckdb", "streamlit", "sae-lens"):
+    for name in ("torch", "transformers", "duckdb", "streamlit", "transformer-lens"):
         assert checks[name].state == "ok"
     assert "pytest" not in checks, "extras are nobody's duty to install"
     assert checks["disk"].finding.endswith(str(tmp_path))
