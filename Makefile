@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-workbench test-others lint notebooks docs dist app clean help
+.PHONY: demo test test-workbench test-others test-slow lint notebooks docs dist app clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   set up, then harvest, train and evaluate an SAE on the bundled model (5 minutes on 2 cores)"
 	@echo "make app    set up, then open the web app on the demo's workspace"
 	@echo "make test   set up, then run linters, type checker and tests"
+	@echo "make test-slow   set up, then run the tests that take long: all notebooks, many kills (ONLY=WORDS for some)"
 	@echo "make lint   set up, then run ruff and mypy"
 	@echo "make notebooks   set up, then run the notebooks from nothing and store their outputs (needs Chrome or Chromium)"
 	@echo "make docs   set up, then build the documentation into docs/_build/html; a warning is an error"
@@ -53,10 +54,14 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 WORKBENCH := tests/workbench tests/app
 
 test-workbench: $(VENV)/.dev
-	$(PYTEST) $(WORKBENCH)
+	$(PYTEST) -m "not slow" $(WORKBENCH)
 
 test-others: $(VENV)/.dev
-	$(PYTEST) $(addprefix --ignore=,$(WORKBENCH))
+	$(PYTEST) -m "not slow" $(addprefix --ignore=,$(WORKBENCH))
+
+# ONLY="1_quickstart or small_benchmark" runs those whose names hold the words.
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow $(if $(ONLY),-k "$(ONLY)")
 
 notebooks: $(VENV)/.dev
 	rm -rf notebooks/workspace notebooks/own

@@ -32,7 +32,7 @@ PICTURES: dict[str, tuple[str, dict[str, Any], int]] = {
                               "sweep": "true"}, 1240),
     "heads": ("Heads", {"head": "a3.h0"}, 1300),
     "circuits": ("Circuits", {"result": "circuit-edges/induction-ig-inputs", "edges": 25}, 900),
-    "graph": ("Graph", {}, 1000),
+    "graph": ("Graph", {"graph": "items", "share": 0.7, "node": "logit/1244", "pins": "token/3"}, 1000),
     "compare": ("Compare", {}, 620),
 }  # fmt: skip
 """Page, its state in the URL, and the height of the window."""
@@ -43,6 +43,8 @@ def settle(page: Page) -> None:
     """Waits until the page is drawn."""
     for pause in (1500, 1500):
         page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for(timeout=1000 * SECONDS)
+        # Figures are drawn after the script has run.
+        page.wait_for_function("!document.querySelector('[data-testid=stSkeleton]')", timeout=1000 * SECONDS)
         page.wait_for_timeout(pause)
 
 
