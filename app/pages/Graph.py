@@ -11,6 +11,7 @@ from workbench import InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits import graph_view as view
 from workbench.circuits.graphs import GRAPH, PromptGraph, make_graph, open_graph, sets_for_graphs
+from workbench.disk.names import layer_name
 from workbench.features.index.snippets import snippets
 
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self."
@@ -135,9 +136,12 @@ def named(
     transcoders = workspace.results.open(GRAPH, name).origin.transcoders
     labels: dict[str, str] = {}
     examples: dict[str, Sequence[tuple[str, str, str]]] = {}
+    if transcoders is None:
+        return labels, examples
+    indexed = workspace.indexes()
     for layer in range(int(graph.nodes.layer.max())):
-        sae = f"{transcoders}.layer_{layer}"
-        if transcoders is None or sae not in workspace.indexes():
+        sae = layer_name(transcoders, layer)
+        if sae not in indexed:
             continue
         at = {row: int(graph.nodes.feature[node]) for row, node in graph.number.items() if row.startswith(f"f{layer}/")}
         index, numbers = open_index(workspace, sae), sorted(set(at.values()))
@@ -149,7 +153,7 @@ def named(
 
 def called(workspace: Workspace, transcoders: str, layer: int, numbers: Sequence[int]) -> dict[int, str]:
     """What features of a layer are called; nothing where it is not indexed."""
-    sae = f"{transcoders}.layer_{layer}"
+    sae = layer_name(transcoders, layer)
     return open_index(workspace, sae).names(numbers) if sae in workspace.indexes() else {}
 
 
@@ -171,7 +175,7 @@ def links(workspace: Workspace, name: str, whole: PromptGraph) -> None:
     transcoders = workspace.results.open(GRAPH, name).origin.transcoders
     if node in whole.number and node.startswith("f") and transcoders is not None:
         layer, feature = node[1:].split("/")[:2]
-        sae = f"{transcoders}.layer_{layer}"
+        sae = layer_name(transcoders, int(layer))
         if sae in workspace.indexes():
             page_link("Feature", f"Feature {feature} of layer {layer}: examples and effects", sae=sae, feature=feature)
         else:

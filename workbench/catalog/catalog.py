@@ -39,7 +39,7 @@ from workbench.catalog.summaries import (
     transcoder_set_summaries,
 )
 from workbench.disk.descriptions import read_description, write_description
-from workbench.disk.names import check_name, new_folder
+from workbench.disk.names import check_name, layer_name, new_folder
 
 if TYPE_CHECKING:
     from sae.model import SAE
@@ -154,7 +154,7 @@ class Catalog:
         found: list[str] = []
         for name in names:
             of_set = name in layers and not self.sae_folder(name).is_dir()
-            found += [f"{name}.layer_{layer}" for layer in range(layers[name])] if of_set else [name]
+            found += [layer_name(name, layer) for layer in range(layers[name])] if of_set else [name]
         return found
 
     def sae_folder(self, name: str) -> Path:

@@ -11,6 +11,7 @@ from sae.errors import InputError
 from workbench.catalog.results import ResultStore
 from workbench.catalog.runs import Run, RunSummary
 from workbench.disk.descriptions import read_description
+from workbench.disk.names import layer_name
 from workbench.harvest.record import DESCRIPTION, HarvestRecord
 from workbench.models.places import between
 
@@ -138,7 +139,7 @@ def layer_summaries(workspace: Path, results: ResultStore) -> list[SAESummary]:
     for item in transcoder_set_summaries(workspace, results):
         for layer in range(item.layers):
             folder = workspace / "transcoders" / item.name / f"layer_{layer}"
-            summary = _sae_summary(folder, results, f"{item.name}.layer_{layer}")
+            summary = _sae_summary(folder, results, layer_name(item.name, layer))
             found.append(replace(summary, member_of=item.name, layer=layer))
     return found
 

@@ -31,12 +31,13 @@ from circuits.graph.looks import look
 from circuits.passes import OnProgress
 from sae.errors import InputError
 from sae.transcoder import Transcoder
-from sae.transcoder_set import FILE, TranscoderSet, folder_of, load_transcoders
+from sae.transcoder_set import FILE, TranscoderSet, load_transcoders
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.notes import Notes
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.figures import attribution_figure
+from workbench.disk.names import layer_name
 from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.memory import check_prompt_fits
@@ -106,7 +107,7 @@ def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = Non
                 f"the set of transcoders {name!r} has {len(found)} layers of width {found[0].W_enc.shape[0]}, "
                 f"{model.info.name} has {model.info.n_layers} of width {model.info.d_model}: it is of another model"
             )
-        catalog.origin(f"{name}.{folder_of(0)}").check_model(model, f"the set of transcoders {name!r}")
+        catalog.origin(layer_name(name, 0)).check_model(model, f"the set of transcoders {name!r}")
         return name, found
     if name is None:
         latest = _latest(catalog, model)
@@ -126,7 +127,7 @@ def sets_for_graphs(catalog: Catalog) -> list[tuple[str, str]]:
     found = []
     for summary in catalog.transcoder_sets():
         if summary.layers:
-            baseline = catalog.origin(f"{summary.name}.{folder_of(0)}").frozen_decoder
+            baseline = catalog.origin(layer_name(summary.name, 0)).frozen_decoder
             written = (catalog.transcoder_folder(summary.name) / FILE).stat().st_mtime_ns
             found.append((baseline, -written, summary.name, summary.model))
     ours = [(name, model) for _, _, name, model in sorted(found)]
@@ -136,7 +137,7 @@ def sets_for_graphs(catalog: Catalog) -> list[tuple[str, str]]:
 def _latest(catalog: Catalog, model: LoadedModel) -> str | None:
     """The set of a model that was written last and is no baseline with a random decoder."""
     ours = [name for name, of in sets_for_graphs(catalog) if of == model.info.name and name != "bundled"]
-    return next((name for name in ours if not catalog.origin(f"{name}.{folder_of(0)}").frozen_decoder), None)
+    return next((name for name in ours if not catalog.origin(layer_name(name, 0)).frozen_decoder), None)
 
 
 def _are_bundled() -> bool:

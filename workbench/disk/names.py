@@ -20,6 +20,11 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def layer_name(transcoders: str, layer: int) -> str:
+    """The name that a layer of a set of transcoders has where an SAE's name is asked for."""
+    return f"{transcoders}.layer_{layer}"
+
+
 def new_folder(folder: Path) -> Path:
     """Raises InputError when a name differs from another only by case: DuckDB and many disks take them for one."""
     for other in folder.parent.glob("*/"):

@@ -15,10 +15,10 @@ import pandas as pd
 
 from sae.errors import InputError
 from sae.model import SAE
-from sae.transcoder_set import folder_of
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import ResultStore
+from workbench.disk.names import layer_name
 from workbench.models.load import LoadedModel, reload_model
 from workbench.saes.evaluation import Evaluation, evaluate_sae
 from workbench.saes.replacement import Replacement, evaluate_replacement
@@ -109,7 +109,7 @@ def evaluate_set(
             `workbench.saes.replacement.evaluate_replacement`.
     """
     coders = catalog.transcoders(name)
-    layers = [f"{name}.{folder_of(layer)}" for layer in coders]
+    layers = [layer_name(name, layer) for layer in coders]
     origin = _common_origin({layer: catalog.origin(layer) for layer in layers})
     wanted = corpus or origin.corpus
     if wanted is None:
