@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from workbench.features.index.build import IndexSummary
     from workbench.features.index.feature import Feature
     from workbench.features.index.query import FeatureIndex
+    from workbench.features.neuronpedia import NeuronpediaExport
     from workbench.features.prompts import PromptReading
     from workbench.features.steering import EditKind, Steering, Where
     from workbench.harvest.plan import HarvestConfig
@@ -188,7 +189,7 @@ class Workspace(Studies):
 
     def export_sae(self, name: str, folder: str | Path, form: str = "saelens") -> None:
         """Writes an SAE to a new folder in the format `saelens`, `dictionary_learning` or `sparsify`; a set of
-        transcoders in that of `circuit_tracer`.
+        transcoders in that of `circuit_tracer`. What its features are goes out by `export_neuronpedia`.
 
         Raises:
             InputError: unknown names, a folder in use, or a rule the format cannot express.
@@ -253,6 +254,13 @@ class Workspace(Studies):
         from workbench.features.index.query import FeatureIndex
 
         return FeatureIndex.open(self, sae)
+
+    def export_neuronpedia(self, sae: str, folder: str | Path, **settings: Any) -> "NeuronpediaExport":
+        """Writes the index of an SAE as the JSON lines that Neuronpedia imports; settings and InputErrors as
+        `workbench.features.neuronpedia.export_neuronpedia`."""
+        from workbench.features.neuronpedia import export_neuronpedia
+
+        return export_neuronpedia(self, sae, Path(folder).expanduser(), **settings)
 
     def feature(self, sae: str, number: int) -> "Feature":
         """What the index knows of one feature; in a notebook it shows as a page."""

@@ -1,5 +1,6 @@
-"""`workbench import` and `workbench export`: SAEs and sets of transcoders from and to other libraries."""
+"""`workbench import` and `workbench export`: SAEs and sets of transcoders from and to other libraries and sites."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -8,13 +9,14 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
 from workbench.cli.output import print_json
+from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
     from sae.transcoder_set import TranscoderSet
     from workbench.workspace import Workspace
 
-# As in sae.formats.foreign, which loads torch; circuit-tracer's is of sets.
-Form = Literal["saelens", "dictionary_learning", "sparsify", "circuit_tracer"]
+# As in sae.formats.foreign, which loads torch; circuit-tracer's is of sets, Neuronpedia's of what was indexed.
+Form = Literal["saelens", "dictionary_learning", "sparsify", "circuit_tracer", "neuronpedia"]
 
 
 def register(app: typer.Typer) -> None:
@@ -102,15 +104,37 @@ def _say_set(workspace: "Workspace", name: str, made: "TranscoderSet", as_json: 
 def export(
     name: Annotated[str, typer.Argument(help="Name of an SAE or a set of transcoders of the workspace.")],
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write; new or empty.")],
-    form: Annotated[Form, typer.Option("--format", help="The library that is to read it.")] = "saelens",
+    form: Annotated[Form, typer.Option("--format", help="Who is to read it.")] = "saelens",
+    model_id: Annotated[str | None, typer.Option(help="neuronpedia: its name of the model, as gpt2-small.")] = None,
+    source_set: Annotated[
+        str | None, typer.Option(help="neuronpedia: name of the source set; NAME if left out.")
+    ] = None,
+    creator: Annotated[str | None, typer.Option(help="neuronpedia: who made the SAE.")] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an SAE in the format of another library, or a set of transcoders in circuit_tracer's.
+    """Write an SAE in the format of another library, a set of transcoders in circuit_tracer's, or what the index of an
+    SAE holds as the JSON lines that Neuronpedia imports.
 
     What the format cannot express is refused by name.
     """
-    open_workspace(folder).export_sae(name, target, form)
+    workspace = open_workspace(folder)
+    settings = {"model_id": model_id, "source_set": source_set, "creator": creator}
+    if form == "neuronpedia":
+        with ProgressBar("export", 1, enabled=not as_json, unit="features") as bar:
+            made = workspace.export_neuronpedia(name, target, **settings, on_progress=bar.report)
+        if as_json:
+            print_json({"name": name, "format": form, **asdict(made)})
+        else:
+            print(
+                f"Exported {made.features:,} features, {made.activations:,} examples and {made.explanations:,} "
+                f"explanations to {made.path}"
+            )
+        return
+    wrong = next((key for key, value in settings.items() if value is not None), None)
+    if wrong is not None:
+        raise InputError(f"--{wrong.replace('_', '-')} is for --format neuronpedia: leave it out")
+    workspace.export_sae(name, target, form)
     if as_json:
         print_json({"name": name, "format": form, "path": str(target)})
     else:
