@@ -1,4 +1,4 @@
-"""Commands on activation sparsity: sparsity measure, enforce, attention, heads, sae, report, compare."""
+"""Commands on activation sparsity: sparsity measure, enforce, attention, heads, sae, experts, report, compare."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ Rest = Literal["dropped", "at its mean"]
 POINT_COLUMNS = ["method", "level", "sparsity", "added_nats", "kl", "flops_saved"]
 COST_COLUMNS = ["method", "cost", "level", "sparsity", "added_nats", "flops_saved"]
 """What a terminal has room for; --json gives the rest."""
+SHOWN_PAIRS = 20
 
 commands = typer.Typer(
     name="sparsity",
@@ -107,7 +108,7 @@ def enforce(
     run: Measurement,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", metavar="METHOD", help="Method; repeat for several, all when left out."),
+        typer.Option("--method", metavar="METHOD", help="Method; repeat for several, all that fit when left out."),
     ] = None,
     p: Annotated[
         list[float],
@@ -115,10 +116,10 @@ def enforce(
     ] = [0.01, 0.05, 0.1],  # noqa: B006
 ) -> None:
     """Set activations to zero while the model runs, by every method, and measure what that costs on held-out tokens."""
-    from workbench.sparsity.methods import METHODS, method_named
+    from workbench.sparsity.methods import method_named
 
-    methods = [method_named(item).name for item in method or METHODS]
-    run.show(run.run("enforce", methods=methods, ps=p), ["points", "costs", "ppl"])
+    methods = [method_named(item).name for item in method or ()]
+    run.show(run.run("enforce", methods=methods or None, ps=p), ["points", "costs", "ppl"])
 
 
 @commands.command()
@@ -178,6 +179,18 @@ def sae(
     loaded = {item: workspace.sae(item) for item in saes}
     spec = run.model or workspace.origin(saes[0]).model or "demo"
     run.show(run.run("sae", spec, saes=loaded), ["summary", "terms"])
+
+
+@commands.command()
+@sharing(Measurement, tokens=100_000)
+def experts(run: Measurement) -> None:
+    """Measure what the experts of a mixture are used for: load, entropy, which go together, the concept of each."""
+    result = run.run("experts")
+    found = {name: result.table(name) for name in ("layers", "experts", "pairs")}
+    if not run.as_json:
+        # What goes together most, of experts that many tokens choose.
+        found["pairs"] = found["pairs"].nlargest(SHOWN_PAIRS, "together")
+    print_result(result, found, run.as_json)
 
 
 @commands.command()

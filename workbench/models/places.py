@@ -8,7 +8,8 @@
 | blocks.i.attn.hook_z      | heads' outputs before W_O, concatenated   | input of blocks.i.attn.o        |
 | blocks.i.hook_attn_out    | what attention adds to the stream         | output of blocks.i.attn         |
 | blocks.i.mlp.hook_in      | what the MLP reads, after LayerNorm       | input of blocks.i.mlp           |
-| blocks.i.mlp.hook_post    | MLP activations                           | input of blocks.i.mlp.out       |
+| blocks.i.mlp.hook_post    | MLP activations; of a mixture of experts  | input of blocks.i.mlp.out       |
+|                           | all experts', zero where not chosen       | (`workbench.models.mixtures`)   |
 | blocks.i.hook_mlp_out     | what the MLP adds to the stream           | output of blocks.i.mlp          |
 
 Where else a family has a value (after a norm, in Gemma 2 and OLMo 2; before the residual stream is added, in BLOOM)
@@ -66,7 +67,7 @@ def bridge_hooks(bridge: "Bridge", n_layers: int) -> tuple[dict[str, HookSpec], 
         for kind, inner in KINDS.items():
             name = f"blocks.{layer}.{inner}"
             place = _place(bridge, points[name].name) if name in points else None
-            if place is None or (kind == "mlp_post" and not place[0].endswith(".out")):
+            if place is None or (kind == "mlp_post" and not place[0].endswith(("out", "dense_out"))):
                 lacking[name] = _lacking(bridge, layer, kind)
             else:
                 component, side, scale = place
@@ -94,7 +95,7 @@ def _lacking(bridge: "Bridge", layer: int, kind: str) -> str:
     if kind in ("z", "attn_out") and not hasattr(bridge.blocks[layer], "attn"):
         return f"layer {layer} has no attention heads"
     if kind == "mlp_post":
-        return f"layer {layer} has no MLP with a single matrix out (a mixture of experts has several)"
+        return f"layer {layer} has no MLP with a single matrix out (several, or experts that are no such MLP)"
     return f"layer {layer} has no such place"
 
 

@@ -7,11 +7,12 @@ from what the model's first block is:
    and at the output. Queries, keys and values that lie in one matrix are not told apart.
 2. A norm that the block does not have under the adapter's name is the block's one module that nothing else names.
 
-Whether that bridge computes the model is measured as of every other (`workbench.models.guards`).
+Whether that bridge computes the model is measured as of every other (`workbench.models.guards`). Of a mixture of
+experts both adapters learn where its neurons are (`workbench.models.mixtures`).
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,19 +22,27 @@ from transformers import PreTrainedTokenizerBase
 
 from circuits.nodes import Bridge
 from sae.errors import InputError
+from workbench.models.mixtures import add_out, widen
+
+Change = Callable[[Any], None]
+"""Of an adapter, before it is used."""
 
 
 def wrapped(spec: str, location: str, hf: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Bridge:
-    """A TransformerBridge over a copy of `hf` that shares its weight tensors; `hf` itself is left as it is.
+    """A TransformerBridge over a copy of `hf` that shares its weight tensors.
+
+    `hf` itself is left as it is, but for the module `out` that its mixtures of experts get.
 
     Raises:
         InputError: a class that TransformerLens does not know, or a variant that neither adapter fits.
     """
+    changes: list[Change] = [add_out] if widen(hf) else []
     try:
-        bridge = _boot(location, hf, tokenizer, dtype)
+        with _changed_adapter(hf, changes):
+            bridge = _boot(location, hf, tokenizer, dtype)
     except Exception as error:  # adapters that do not fit a model fail in many ways
         try:
-            with _adapter_in_one_piece(hf):
+            with _changed_adapter(hf, [*changes, lambda adapter: _in_one_piece(adapter, hf)]):
                 bridge = _boot(location, hf, tokenizer, dtype)
         except Exception:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -57,19 +66,23 @@ def _boot(location: str, hf: Any, tokenizer: PreTrainedTokenizerBase, dtype: tor
 
 
 @contextmanager
-def _adapter_in_one_piece(hf: Any) -> Iterator[None]:
-    """TransformerLens takes the second adapter for the class of `hf` inside the context."""
+def _changed_adapter(hf: Any, changes: Sequence[Change]) -> Iterator[None]:
+    """TransformerLens makes its adapter of the class of `hf` with some changes inside the context."""
     from transformer_lens.factories.architecture_adapter_factory import (
         SUPPORTED_ARCHITECTURES,
         ArchitectureAdapterFactory,
     )
 
     name = type(hf).__name__
-    first = SUPPORTED_ARCHITECTURES[name]
+    first = SUPPORTED_ARCHITECTURES.get(name)
+    if first is None or not changes:
+        yield
+        return
 
     def second(cfg: Any) -> Any:
         adapter = first(cfg)
-        _in_one_piece(adapter, hf)
+        for change in changes:
+            change(adapter)
         return adapter
 
     ArchitectureAdapterFactory.register_adapter(name, second)

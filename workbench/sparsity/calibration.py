@@ -60,8 +60,8 @@ class Calibration:
     """By layer, in the model's precision."""
     inputs: dict[str, Quantiles]
     """|x| by the name of the matrix that reads x."""
-    gates: tuple[Quantiles, ...]
-    """|act(z)| by layer."""
+    gates: tuple[Quantiles | None, ...]
+    """|act(z)| by layer; None for a mixture of experts."""
 
     @property
     def tokens(self) -> int:
@@ -85,7 +85,8 @@ def calibrate(model: LoadedModel, corpus: Corpus, *, tokens: int = 1024, context
 
 def calibrate_on(model: LoadedModel, sample: Sequence[ContextBatch]) -> Calibration:
     """As `calibrate`, on given batches, with the same InputErrors."""
-    blocks, matrices = mlps(model), projections(model)
+    blocks = mlps(model)
+    matrices = [*projections(model), *(mlp.out for mlp in blocks if mlp.drive is None)]
     inputs: dict[str, list[Tensor]] = {matrix.name: [] for matrix in matrices}
     gates: list[list[Tensor]] = [[] for _ in blocks]
     activations: list[list[Tensor]] = [[] for _ in blocks]
@@ -105,7 +106,8 @@ def calibrate_on(model: LoadedModel, sample: Sequence[ContextBatch]) -> Calibrat
             for matrix in matrices:
                 stack.callback(_on_input(matrix, see_input))
             for mlp in blocks:
-                stack.callback(_on_output(mlp, see_drive))
+                if mlp.drive is not None:
+                    stack.callback(_on_output(mlp, mlp.drive, see_drive))
             getattr(model.hf, "base_model", model.hf)(batch.tokens, use_cache=False)
     if any(matrix.d_in == 0 or not inputs[matrix.name] for matrix in matrices):
         raise InputError(f"some matrices of {model.info.architecture} never ran: its blocks are not plain layers")
@@ -114,7 +116,7 @@ def calibrate_on(model: LoadedModel, sample: Sequence[ContextBatch]) -> Calibrat
         projections=tuple(matrices),
         h=tuple(torch.cat(rows) for rows in activations),
         inputs={name: Quantiles.of(torch.cat(values)) for name, values in inputs.items()},
-        gates=tuple(Quantiles.of(torch.cat(values)) for values in gates),
+        gates=tuple(Quantiles.of(torch.cat(values)) if values else None for values in gates),
     )
 
 
@@ -132,8 +134,8 @@ def _on_input(matrix: Projection, see: Any) -> Any:
     return matrix.module.register_forward_pre_hook(hook).remove
 
 
-def _on_output(mlp: MLP, see: Any) -> Any:
+def _on_output(mlp: MLP, drive: Projection, see: Any) -> Any:
     def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         see(mlp, output)
 
-    return mlp.drive.module.register_forward_hook(hook).remove
+    return drive.module.register_forward_hook(hook).remove

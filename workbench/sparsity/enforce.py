@@ -12,6 +12,7 @@
                         gate, the rows of W_in of the same neurons
        with a predictor  MLP methods only: the rows of every matrix into h too, were the mask known beforehand, which
                         takes a predictor that is never wrong; an upper bound
+   NaN where an MLP is a mixture of experts: its zeros come by whole experts, whose products were never made.
 """
 
 import math
@@ -30,7 +31,7 @@ from workbench.models.contexts import ContextBatch, logits_of, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
 from workbench.sparsity.layers import flat_like
-from workbench.sparsity.methods import METHODS, Keep, Method
+from workbench.sparsity.methods import METHODS, Keep, Method, check_methods
 
 
 class Tally:
@@ -104,7 +105,7 @@ def enforced(
         embeddings: Any = model.hf
         stack.callback(embeddings.get_input_embeddings().register_forward_pre_hook(see_tokens).remove)
         for mlp in calibration.mlps:
-            if mlp.out.name in keeps:
+            if mlp.out.name in keeps and mlp.drive is not None:
                 stack.callback(mlp.drive.module.register_forward_hook(see_drive(mlp.out.name)).remove)
         for matrix in calibration.projections:
             if matrix.name in keeps:
@@ -161,8 +162,9 @@ def enforce(
         on_progress: called with (passes done, passes in all), in tokens.
 
     Raises:
-        InputError: no held-out position to measure on.
+        InputError: no held-out position to measure on, or a method that the MLPs cannot be thinned with.
     """
+    check_methods(methods, calibration.mlps)
     plan = [(method, level, method.keeps(level, calibration)) for method in methods for level in method.levels]
     tallies = [Tally() for _ in plan]
     sums = torch.zeros(len(plan), 2, dtype=torch.float64)
@@ -236,11 +238,13 @@ def flops_saved(
         skips_up: the W_in of a gated MLP loses the rows of its zero neurons.
         skips_drive: so does the matrix before the activation function.
     """
+    if any(mlp.drive is None for mlp in calibration.mlps):
+        return math.nan
     saved = sum(matrix.flops * shares.get(matrix.name, 0.0) for matrix in calibration.projections)
     for mlp in calibration.mlps:
         share = shares.get(mlp.out.name, 0.0)
         saved += share * mlp.up.flops if skips_up and mlp.up is not None else 0.0
-        saved += share * mlp.drive.flops if skips_drive else 0.0
+        saved += share * mlp.drive.flops if skips_drive and mlp.drive is not None else 0.0
     return saved / sum(matrix.flops for matrix in calibration.projections)
 
 

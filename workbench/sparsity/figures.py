@@ -61,6 +61,18 @@ def neuron_densities(neurons: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(type="log")
 
 
+def expert_loads(experts: pd.DataFrame) -> go.Figure:
+    """Share of tokens that choose each expert, the busiest first, one line per layer. Args: the table `experts`."""
+    figure = go.Figure()
+    for number, (layer, rows) in enumerate(experts.groupby("layer", sort=True)):
+        ordered = rows.sort_values("load", ascending=False)
+        figure.add_scatter(
+            x=list(range(1, len(ordered) + 1)), y=ordered["load"], name=f"layer {layer}", mode="lines+markers",
+            text=[f"expert {expert}" for expert in ordered["expert"]], line={"color": series_colour(number)},
+        )  # fmt: skip
+    return _laid_out(figure, "experts, the busiest first", "share of tokens")
+
+
 def cost_curves(points: pd.DataFrame) -> go.Figure:
     """Added nats against sparsity and against the FLOPs saved, one line per method.
 

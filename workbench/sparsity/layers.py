@@ -2,6 +2,9 @@
 
 An MLP computes y = W_out h (+ b), with h = act(W_in x) or, gated, h = act(W_gate x) * (W_in x). Neuron i hands
 n_i = W_out[:, i] h_i to the output. `MLP.drive` is the matrix whose output goes into the activation function.
+
+A mixture of experts is one wide MLP (`workbench.models.mixtures`): h holds the activations of all experts, times their
+gates and zero where an expert was not chosen.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sae.errors import InputError
 from workbench.models.load import LoadedModel
+from workbench.models.mixtures import WideOut
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Projection:
     @property
     def d_in(self) -> int:
         """Width of its input."""
-        return self.weight.shape[1]
+        # A mixture's matrix is put together whenever it is asked for.
+        return self.module.in_features if isinstance(self.module, WideOut) else self.weight.shape[1]
 
     @property
     def flops(self) -> int:
@@ -48,8 +53,8 @@ class MLP:
     """The matrices of one MLP."""
 
     layer: int
-    drive: Projection
-    """W_gate of a gated MLP, W_in of another."""
+    drive: Projection | None
+    """W_gate of a gated MLP, W_in of another; None in a mixture of experts, whose matrices in are not told apart."""
     up: Projection | None
     """W_in of a gated MLP."""
     out: Projection
@@ -63,8 +68,8 @@ class MLP:
 
     @property
     def gated(self) -> bool:
-        """Whether a second projection of the input multiplies the activations."""
-        return self.up is not None
+        """Whether a second projection of the input multiplies the activations, as it may in a mixture of experts."""
+        return self.up is not None or self.drive is None
 
     def act(self, z: Float[Tensor, "n d_mlp"]) -> Float[Tensor, "n d_mlp"]:
         """The activation function of pre-activations."""
@@ -93,22 +98,32 @@ def mlps(model: LoadedModel) -> list[MLP]:
     """The MLP of every block.
 
     Raises:
-        InputError: a block whose MLP is not made of single matrices in and out (mixtures of experts, fused gates).
+        InputError: a block whose MLP is not made of single matrices in and out (fused gates), or whose experts are no
+            such MLP.
     """
     by_module = {id(projection.module): projection for projection in projections(model)}
     activation = _activation(model)
     found = []
     for layer in range(model.info.n_layers):
-        parts = {name: model.component(f"blocks.{layer}.mlp.{name}") for name in ("in", "gate", "out")}
-        entry, gate, out = (by_module.get(id(parts[name])) for name in ("in", "gate", "out"))
+        wide = model.component(f"blocks.{layer}.mlp.out")
+        if isinstance(wide, WideOut):
+            found.append(MLP(layer, None, None, Projection(f"blocks.{layer}.mlp.out", layer, wide), activation))
+            continue
+        entry, gate, out = (_matrix(model, by_module, layer, name) for name in ("in", "gate", "out"))
         drive = gate or entry
         if drive is None or entry is None or out is None or drive.weight.shape[0] != out.d_in:
             raise InputError(
-                f"{model.info.architecture} has no plain MLP in block {layer} (mixture of experts or fused gate): "
+                f"{model.info.architecture} has no plain MLP in block {layer} (fused gate, or experts that are none): "
                 "activation sparsity is measured on MLPs with one matrix in, at most one gate, and one matrix out"
             )
         found.append(MLP(layer, drive, entry if gate is not None else None, out, activation))
     return found
+
+
+def _matrix(model: LoadedModel, by_module: dict[int, Projection], layer: int, name: str) -> Projection | None:
+    """A matrix of a block's MLP; `dense_` stands before its name where other blocks are mixtures."""
+    parts = (model.component(f"blocks.{layer}.mlp.{prefix}{name}") for prefix in ("", "dense_"))
+    return next((by_module[id(part)] for part in parts if id(part) in by_module), None)
 
 
 def flat_like(mask: Bool[Tensor, "batch pos"], value: Float[Tensor, "*rows width"]) -> Bool[Tensor, "*rows"]:

@@ -5,6 +5,7 @@
     sparsity-attention   tables curves, coverage, heads, with tasks also tasks
     sparsity-heads       tables heads, layers, curve
     sparsity-sae         tables summary, positions, spectrum, terms
+    sparsity-experts     tables layers, experts, pairs
 
 A measurement that is already stored under its name, made from the same model, corpus and settings, is opened and not
 made again: repeating an interrupted series of commands goes on where it stopped.
@@ -37,14 +38,16 @@ from workbench.sparsity.attention_rank import KEYS, looking_ranks
 from workbench.sparsity.attention_tasks import task_costs
 from workbench.sparsity.calibration import calibrate
 from workbench.sparsity.enforce import enforce
+from workbench.sparsity.experts import measure_experts
+from workbench.sparsity.layers import mlps
 from workbench.sparsity.measure import measure
-from workbench.sparsity.methods import METHODS, cett, method_named
+from workbench.sparsity.methods import cett, check_methods, method_named, usable_methods
 from workbench.sparsity.ppl import ppl_sparsity, search_passes
 from workbench.sparsity.sae_codes import measure_saes
 from workbench.text.corpora import Corpus
 
 MLP, CURVES, ATTENTION = "sparsity-mlp", "sparsity-curves", "sparsity-attention"
-HEADS, SAES = "sparsity-heads", "sparsity-sae"
+HEADS, SAES, EXPERTS = "sparsity-heads", "sparsity-sae", "sparsity-experts"
 CETT_TARGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
 """Of the table of thresholds."""
 SEARCH_PASSES = 3
@@ -86,7 +89,7 @@ def report_curves(
     model: LoadedModel,
     corpus: Corpus,
     *,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | None = None,
     ps: Sequence[float] = (0.01, 0.05, 0.1),
     max_tokens: int = 8192,
     context_len: int = 256,
@@ -95,10 +98,11 @@ def report_curves(
     """Measures and stores what enforced sparsity costs; see `enforce` and `ppl`.
 
     Args:
-        methods: by name.
+        methods: by name; all that the model's MLPs can be thinned with when left out.
         ps: allowed growth of the perplexity for PPL-p%; none to leave that out.
     """
-    chosen = [method_named(method) for method in methods]
+    chosen = [method_named(method) for method in methods or ()] or usable_methods(mlps(model))
+    check_methods(chosen, mlps(model))
     parameters = {
         "methods": [method.name for method in chosen], "ps": list(ps), "max_tokens": max_tokens,
         "context_len": context_len, "costs": list(COSTS),
@@ -266,6 +270,29 @@ def report_saes(
     )
 
 
+def report_experts(
+    catalog: Catalog,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    max_tokens: int = 100_000,
+    context_len: int = 256,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Measures and stores what the experts of mixtures are used for; see `experts`."""
+    parameters = {"max_tokens": max_tokens, "context_len": context_len}
+
+    def make() -> Made:
+        found = measure_experts(model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress)
+        tables = {"layers": found.layers, "experts": found.experts, "pairs": found.pairs}
+        return tables, {"loads": figures.expert_loads(found.experts)}
+
+    return catalog.results.get_or_make(
+        EXPERTS, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
+    )
+
+
 def _heldout(
     what: str, model: LoadedModel, corpus: Corpus, max_tokens: int, context_len: int, *, attention: bool = False
 ) -> list[ContextBatch]:
@@ -279,7 +306,7 @@ def _heldout(
 
 PARTS: Mapping[str, Callable[..., Result]] = {
     "measure": report_mlps, "enforce": report_curves, "attention": report_attention, "heads": report_heads,
-    "sae": report_saes,
+    "sae": report_saes, "experts": report_experts,
 }  # fmt: skip
 """The measurements by the names of their commands."""
 
@@ -343,6 +370,9 @@ def report_all(
             on_progress=of("heads"),
         ),
     ]
+    if any(mlp.drive is None for mlp in mlps(model)):
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "context_len": context_len}
+        results.append(report_experts(catalog, name, model, corpus, **settings, on_progress=of("experts")))
     if saes:
         results.append(report_saes(catalog, name, model, corpus, saes=saes, **held, on_progress=of("sae")))
     return results

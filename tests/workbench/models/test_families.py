@@ -391,7 +391,6 @@ def test_layers_without_heads_are_no_graph(family: Callable[..., LoadedModel]) -
 @pytest.mark.parametrize(
     ("architecture", "name", "message"),
     [
-        ("MixtralForCausalLM", "blocks.0.mlp.hook_post", "mixture of experts"),
         ("MambaForCausalLM", "blocks.1.attn.hook_z", "no attention heads; use blocks.1.hook_resid_pre"),
         ("Qwen3NextForCausalLM", "blocks.0.attn.hook_z", "no attention heads"),
         ("FalconH1ForCausalLM", "blocks.1.hook_attn_out", "not what this block adds"),

@@ -11,6 +11,7 @@ import plotly.io
 import pytest
 import torch
 
+from benchmarks.families import save_tiny
 from sae.model import SAE
 from sae.rules import TopK
 from workbench.cli.main import run
@@ -164,17 +165,11 @@ def test_bad_input_is_one_line(
 
 
 def test_an_mlp_without_plain_matrices_is_one_line(
-    tmp_path: Path, tiny_models: Any, text_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers import MixtralConfig
-
-    config = MixtralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=0,
-    )  # fmt: skip
-    folder = tiny_models.save(tmp_path / "experts", config, with_bos=True)
+    folder = save_tiny("Phi3ForCausalLM", tmp_path / "fused")
     assert run(arguments("measure", tmp_path / "w", folder, text_folder)) == 2
-    assert "has no plain MLP in block 0 (mixture of experts" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has no plain MLP in block 0 (fused gate" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_figures_stand_in_panels_with_one_legend_and_common_axes() -> None:

@@ -26,6 +26,7 @@ from workbench.features.concepts.text_spans import text_spans
 from workbench.harvest.blocks import map_tensors
 from workbench.harvest.reading import Harvest
 from workbench.text.corpora import Corpus, Document
+from workbench.text.python_source import Split
 
 Language = Literal["auto", "python", "text"]
 """auto: Python for documents named *.py, text for the others."""
@@ -119,7 +120,50 @@ def from_corpus(
             f"corpus {corpus.name} is not what harvest {harvest.name!r} was made from (its contents changed): "
             "harvest again, or give the corpus as it was"
         )
-    tokens = _ordinary_tokens(harvest)
+    return _of_documents(
+        _ordinary_tokens(harvest), corpus, harvest.config.get("split", "train"), tokenizer,
+        language=language, split_special_tokens=harvest.split_special_tokens, whose=f"harvest {harvest.name!r}",
+        on_progress=on_progress, max_tokens=max_tokens,
+    )  # fmt: skip
+
+
+def from_contexts(
+    token: Int[NDArray, "tokens"],
+    document: Int[NDArray, "tokens"],
+    position: Int[NDArray, "tokens"],
+    corpus: Corpus,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    language: Language = "auto",
+) -> ConceptTruth:
+    """The concepts of tokens that were read from a corpus without a harvest; rows are places in the arrays.
+
+    Args:
+        token, document, position: of ordinary tokens, as `workbench.models.contexts` hands them over.
+        tokenizer: the model's.
+        language: how documents are read.
+
+    Raises:
+        InputError: a corpus of token ids, no offsets, or no document that parses.
+    """
+    order = np.lexsort((position, document))
+    tokens = _Tokens(order, token[order], document[order], position[order])
+    return _of_documents(tokens, corpus, split, tokenizer, language=language, whose="what was read")
+
+
+def _of_documents(
+    tokens: _Tokens,
+    corpus: Corpus,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    language: Language,
+    whose: str,
+    split_special_tokens: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    max_tokens: int | None = None,
+) -> ConceptTruth:
+    """The concepts of tokens, sorted by document and position, from their documents."""
     wanted = np.unique(tokens.document)
     wanted = wanted[:: 1 if max_tokens is None else max(1, len(tokens.row) // max_tokens)]
     bounds = np.searchsorted(tokens.document, wanted), np.searchsorted(tokens.document, wanted, side="right")
@@ -127,12 +171,12 @@ def from_corpus(
     found: dict[str, list[NDArray[np.int64]]] = {}
     known: list[NDArray[np.int64]] = []
     read = unparsed = 0
-    for document, ids, offsets in _encoded(_wanted(corpus, harvest, place), tokenizer, harvest.split_special_tokens):
+    for document, ids, offsets in _encoded(_wanted(corpus, split, place, whose), tokenizer, split_special_tokens):
         here = np.arange(*place[document.index])
         position = tokens.position[here]
         if position.max() >= len(ids) or (ids[position] != tokens.token[here]).any():
             raise InputError(
-                f"the tokens of document {document.name!r} are not those of harvest {harvest.name!r}: "
+                f"the tokens of document {document.name!r} are not those of {whose}: "
                 "use the model and corpus it was made with"
             )
         read += 1
@@ -150,9 +194,7 @@ def from_corpus(
         if on_progress is not None:
             on_progress(read, len(wanted))
     if not known:
-        raise InputError(
-            f"none of the {unparsed} documents of harvest {harvest.name!r} is valid Python: use language 'text'"
-        )
+        raise InputError(f"none of the {unparsed} documents of {whose} is valid Python: use language 'text'")
     chosen = np.sort(np.concatenate(known))
     names = tuple(sorted(concept for concept, parts in found.items() if any(len(part) for part in parts)))
     entries = [np.concatenate(found[name]) for name in names]
@@ -233,10 +275,10 @@ def _ordinary_tokens(harvest: Harvest, by_document: bool = True) -> _Tokens:
     return _Tokens(row, token, document, position)
 
 
-def _wanted(corpus: Corpus, harvest: Harvest, place: dict[int, tuple[int, int]]) -> Iterator[Document]:
-    """The documents of the harvest; reading stops after the last."""
+def _wanted(corpus: Corpus, split: Split, place: dict[int, tuple[int, int]], whose: str) -> Iterator[Document]:
+    """The documents that tokens came from; reading stops after the last."""
     missing = set(place)
-    for document in corpus.documents(harvest.config.get("split", "train")):
+    for document in corpus.documents(split):
         if document.index in missing:
             if document.tokens is not None:
                 raise InputError("concepts are read from text, and this corpus holds token ids: give them with --table")
@@ -244,7 +286,7 @@ def _wanted(corpus: Corpus, harvest: Harvest, place: dict[int, tuple[int, int]])
             yield document
             if not missing:
                 return
-    raise InputError(f"corpus {corpus.name} lacks {len(missing)} documents of harvest {harvest.name!r}")
+    raise InputError(f"corpus {corpus.name} lacks {len(missing)} documents of {whose}")
 
 
 def _encoded(

@@ -13,7 +13,7 @@ Of each feature are kept the `TOKENS` largest and smallest effects, standard dev
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,8 +65,7 @@ def output_directions(model: "LoadedModel", sae: SAE) -> Float[Tensor, "d_sae d_
         raise InputError(f"{hook.name} is read by the MLP and written nowhere: its features have no logit effects")
     if hook.kind not in ("z", "mlp_post"):
         return W_dec
-    block = model.structure.blocks[hook.layer]
-    module = (block.attn.o if hook.kind == "z" else block.mlp.out).original_component
+    module: Any = model.component(hook.component)
     weight = module.weight.float()
     # GPT-2's Conv1D stores [in, out], nn.Linear [out, in].
     return W_dec @ (weight if type(module).__name__ == "Conv1D" else weight.T)

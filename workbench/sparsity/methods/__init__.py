@@ -1,6 +1,9 @@
 """Methods of enforcing sparsity, one file each; a new one is a file and a line here."""
 
+from collections.abc import Sequence
+
 from sae.errors import InputError
+from workbench.sparsity.layers import MLP
 from workbench.sparsity.methods import cats, cett, statistical_topk, teal, threshold, topk, wina, zero
 from workbench.sparsity.methods.base import Keep, Method
 
@@ -17,4 +20,21 @@ def method_named(name: str) -> Method:
     raise InputError(f"unknown sparsity method {name!r}: choose from {', '.join(METHODS)}")
 
 
-__all__ = ["METHODS", "Keep", "Method", "method_named"]
+def usable_methods(mlps: Sequence[MLP]) -> list[Method]:
+    """The methods that these MLPs can be thinned with."""
+    mixture = any(mlp.drive is None for mlp in mlps)
+    return [method for method in METHODS.values() if not (mixture and method.needs_matrices_in)]
+
+
+def check_methods(methods: Sequence[Method], mlps: Sequence[MLP]) -> None:
+    """Raises InputError for a method that these MLPs cannot be thinned with."""
+    usable = usable_methods(mlps)
+    for method in methods:
+        if method not in usable:
+            raise InputError(
+                f"{method.name} looks at single matrices into the MLP's activations, and a mixture of experts has none "
+                f"that is one: choose {', '.join(known.name for known in usable)}"
+            )
+
+
+__all__ = ["METHODS", "Keep", "Method", "check_methods", "method_named", "usable_methods"]

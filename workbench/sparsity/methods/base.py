@@ -38,6 +38,11 @@ class Method:
     skips_up: bool = False
     """Whether a gated MLP's W_in is saved too."""
 
+    @property
+    def needs_matrices_in(self) -> bool:
+        """Whether it reads what a single matrix into h reads or gives; a mixture of experts has none."""
+        return self.scope == "all" or self.skips_up
+
 
 def top_k_mask(scores: Float[Tensor, "n d"], k: int) -> Bool[Tensor, "n d"]:
     """The `k` largest entries of each row; exactly `k` also where scores tie."""
