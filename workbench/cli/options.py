@@ -42,7 +42,11 @@ GivenModelOption = Annotated[
     typer.Option("--model", help="The SAE's model, where it has to be given again: FILE.py:FUNCTION, which is run."),
 ]
 CorpusOption = Annotated[
-    str, typer.Option(help="python-stdlib, a text/JSONL/Parquet/npy file or folder, or a hub dataset.")
+    str,
+    typer.Option(
+        help="python-stdlib, a text/JSONL/Parquet/npy file or folder, one at s3://, gs://, hf:// or https://, or a hub "
+        "dataset."
+    ),
 ]
 TextFieldOption = Annotated[str, typer.Option(help="Field holding the text in JSONL, Parquet and hub datasets.")]
 TokensOption = Annotated[int, typer.Option(help="Tokens to run on.", min=2)]

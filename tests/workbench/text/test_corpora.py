@@ -206,7 +206,7 @@ def test_suffixes_count_whatever_their_case(tmp_path: Path) -> None:
         open_corpus(str(tmp_path / "c.CSV"))
 
 
-@pytest.mark.parametrize("left_out", ["more.json.gz", "more.csv", "deep/more.CSV", "more.arrow"])
+@pytest.mark.parametrize("left_out", ["more.csv.gz", "more.csv", "deep/more.CSV", "more.arrow"])
 def test_data_beside_data_that_is_read_is_not_left_out_silently(left_out: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / left_out).parent.mkdir(exist_ok=True)
