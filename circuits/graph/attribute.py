@@ -22,7 +22,7 @@ from torch import Tensor
 from circuits.graph.adjoint import Sources, feature_rows, sources_of, stream_rows
 from circuits.graph.frozen import Frozen, freeze, texts_of
 from circuits.graph.graph import ERROR, FEATURE, LOGIT, TOKEN, Graph, Nodes
-from circuits.graph.influence import Wiring
+from circuits.graph.influence import Wiring, blocks
 from circuits.nodes import Bridge
 from circuits.passes import OnProgress
 from circuits.prompts import ids
@@ -218,7 +218,10 @@ def _graph(rows: _Rows, texts: list[str], settings: Mapping[str, Any]) -> Graph:
     nodes = nodes.part(torch.cat([kept, kept.new_ones(n_logits)]))
     # Rows in the order of the nodes: features by their number, logits after them.
     order = torch.argsort(rows.of, stable=True)
-    edges = rows.edges[:, kept][order]
+    columns = kept.nonzero().squeeze(1)
+    edges = rows.edges.new_empty(len(order), len(columns))
+    for part in blocks(edges):
+        torch.index_select(rows.edges[order[part]], 1, columns, out=edges[part])
     rest = (rows.edges @ (~kept).to(rows.edges))[order]
     graph = Graph(
         tuple(frozen.tokens.tolist()), tuple(texts), nodes.mapped(lambda value: value.cpu()), edges.cpu(),

@@ -191,10 +191,10 @@ class Graph:
         Raises:
             InputError: a name of no node.
         """
-        edges, errors = self.edges, self._is(ERROR)
+        wiring = self.wiring
         if pinned is not None:
-            edges = self._with_features_as_errors({self.node(name) for name in pinned})
-        return scores_of(replace(self.wiring, edges=edges), self.bias, self._is(TOKEN), errors)
+            wiring = replace(wiring, edges=self._with_features_as_errors({self.node(name) for name in pinned}))
+        return scores_of(wiring, self.bias, self._is(TOKEN), self._is(ERROR))
 
     def prune(self, node_share: float = 0.8, edge_share: float = 0.98) -> Self:
         """The graph of the fewest nodes and edges that hold these shares of influence; `circuits.graph.pruning`.

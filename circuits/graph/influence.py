@@ -19,6 +19,7 @@ share of the leaves' influence that biases have once they are a leaf beside the 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,17 @@ from torch import Tensor
 
 CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 25
 """Edges worked on at a time: what a cache holds, and what keeps a GPU busy."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Holds torch to one thread: many small operations end sooner than their threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ class Wiring:
         return inner, rows
 
 
+@one_thread()
 def _sweep(
     wiring: Wiring, total: Float[Tensor, "targets"], bias: Float[Tensor, "targets"] | None
 ) -> tuple[Float[Tensor, "sources"], float]:
@@ -112,6 +125,7 @@ def blocks(edges: Float[Tensor, "targets sources"], n_rows: int | None = None) -
         yield slice(first, min(n, first + step))
 
 
+@one_thread()
 def row_sums(edges: Float[Tensor, "targets sources"]) -> Float[Tensor, "targets"]:
     """Sums of |edges| in float64."""
     none = edges.new_zeros(0, dtype=torch.float64)
@@ -123,6 +137,7 @@ def divisors(total: Float[Tensor, "targets"]) -> Float[Tensor, "targets"]:
     return torch.where(total > 0, total, 1.0)
 
 
+@one_thread()
 def scores_of(
     wiring: Wiring, bias: Float[Tensor, "targets"], tokens: Bool[Tensor, "sources"], errors: Bool[Tensor, "sources"]
 ) -> Scores:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.graph.influence import Wiring, blocks, divisors
+from circuits.graph.influence import Wiring, blocks, divisors, one_thread
 
 Blocks = Callable[[], Iterator[Float[Tensor, "n"]]]
 BINS = 256
@@ -94,6 +94,7 @@ def at_least(values: Blocks, chosen: Threshold) -> list[Bool[Tensor, "n"]]:
     return kept
 
 
+@one_thread()
 def prune(
     wiring: Wiring, tokens: Bool[Tensor, "sources"], errors: Bool[Tensor, "sources"], node_share: float,
     edge_share: float,

@@ -26,7 +26,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.notes import Notes
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Result
-from workbench.circuits.graphs import GRAPH, PromptGraph, graph_tables
+from workbench.circuits.graphs import GRAPH, KEPT, PromptGraph, graph_tables
 
 TYPES = {
     TOKEN: "embedding", FEATURE: "cross layer transcoder", ERROR: "mlp reconstruction error", LOGIT: "logit",
@@ -288,7 +288,7 @@ def store_document(catalog: Catalog, name: str, path: Path) -> Result:
     document = read_document(path)
     graph = from_document(document)
     origin = Origin.of_result({"imported": {"format": "circuit-tracer", "file": path.name}}, {})
-    tables = graph_tables(graph, all_of_it=True)
+    tables = graph_tables(graph, graph.prune(*KEPT), all_of_it=True)
     result = catalog.results.save(
         GRAPH, name, parameters={"file": path.name}, provenance=origin.record, tables=tables,
         figures={"graph": graph.figure().to_json()},

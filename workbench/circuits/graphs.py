@@ -175,16 +175,22 @@ def make_graph(
         patterns = 4 * model.info.n_layers * model.info.n_heads * n_pos**2
         check_prompt_fits("the graph of a prompt", model, n_pos, more=patterns)
         whole = attribute(model, prompt, coders, max_features=max_features, on_progress=on_progress)
-        return graph_tables(whole), {"graph": whole.prune(*KEPT).figure()}
+        pruned = whole.prune(*KEPT)
+        return graph_tables(whole, pruned), {"graph": pruned.figure()}
 
     parameters = {"prompt": prompt, "transcoders": label, "max_features": max_features}
     return catalog.results.get_or_make(GRAPH, name, parameters=parameters, origin=origin, make=make)
 
 
-def graph_tables(whole: PromptGraph, *, all_of_it: bool = False) -> dict[str, pd.DataFrame]:
-    """The tables of a graph, of the part at `STORED` or of all of it; see the module's description."""
+def graph_tables(
+    whole: PromptGraph, pruned: PromptGraph, *, all_of_it: bool = False
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """The tables of a graph, of the part at `STORED` or of all of it; see the module's description.
+
+    Args:
+        pruned: the part of it at `KEPT`.
+    """
     stored = whole if all_of_it else whole.prune(*STORED)
-    pruned = whole.prune(*KEPT)
     scores = pd.DataFrame(
         [
             {
