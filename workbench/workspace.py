@@ -274,11 +274,12 @@ class Workspace(Studies):
         table: "pd.DataFrame | None" = None,
         language: "Language" = "auto",
         max_tokens: int | None = None,
+        neurons: str | None = None,
         model: "LoadedModel | None" = None,
         device: str = "auto",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> "ConceptReport":
-        """Which of an SAE's features fire on which concepts, and what probes reach; stored as kind `concepts`.
+        """Which of an SAE's features fire on which concepts, and what neurons and probes reach; stored as `concepts`.
 
         Args:
             table: concepts of your own, columns row (of the harvest) and concept; from the corpus when left out.
@@ -290,8 +291,8 @@ class Workspace(Studies):
         from workbench.models.devices import choose_device
 
         return align_sae(
-            self, sae, harvest=harvest, concepts=table, language=language, max_tokens=max_tokens, model=model,
-            device=str(choose_device(device)), on_progress=on_progress,
+            self, sae, harvest=harvest, concepts=table, language=language, max_tokens=max_tokens,
+            neurons=neurons, model=model, device=str(choose_device(device)), on_progress=on_progress,
         )  # fmt: skip
 
     def match(self, a: str, b: str) -> "Overlap":

@@ -22,6 +22,8 @@ from workbench.show.progress import ProgressBar
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.features.concepts.report import ConceptReport
+
 # As in workbench.features.concepts.truth, which loads torch.
 Language = Literal["auto", "python", "text"]
 CONCEPT_TITLES = {
@@ -30,9 +32,12 @@ CONCEPT_TITLES = {
     "feature": "feature",
     "sign": "sign",
     "best_feature": "best feature",
+    "neuron": "neuron",
+    "best_neuron": "best neuron",
     "sae_k1": "k = 1",
     "sae_k4": "k = 4",
     "sae_k16": "k = 16",
+    "neurons_k16": "neurons, k = 16",
     "difference_in_means": "diff. in means",
     "linear_probe": "linear probe",
 }
@@ -65,13 +70,20 @@ def concepts(
     tokens: Annotated[
         int | None, typer.Option(help="About so many, of documents evenly spaced; all when left out.", min=1)
     ] = None,
+    neurons: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOOK",
+            help="Hook point of the harvest whose neurons are scored too; mlp.hook_post of the SAE's layer, if there.",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Features to list, best first.", min=1)] = 20,
     model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Name an SAE's features by what is known about tokens, beside what plain probes reach.
+    """Name an SAE's features by what is known about tokens, beside what single neurons and plain probes reach.
 
     Half of the documents choose thresholds and fit probes; every score is F1 on the other half. The result is stored
     and can be queried as "concepts.SAE".
@@ -86,6 +98,7 @@ def concepts(
             table=given,
             language=language,
             max_tokens=tokens,
+            neurons=neurons,
             device=device,
             on_progress=bar.report,
         )
@@ -99,6 +112,7 @@ def concepts(
                 "unparsed": report.n_unparsed,
                 "concepts": records(by_concept),
                 "features": records(by_feature),
+                "neurons": records(neurons_of(report)),
             }
         )
         return
@@ -109,16 +123,29 @@ def concepts(
     )
     show(f"Features of {sae} and the concept of each, by held-out F1", by_feature.head(top), FEATURE_TITLES)
     show(
-        "Held-out F1 by concept: the best feature, k-sparse probes on features, probes on raw activations",
+        "Held-out F1 by concept: the best feature, "
+        + ("" if report.neurons is None else f"the best neuron of {report.neurons_hook}, ")
+        + "k-sparse probes on features, probes on raw activations",
         by_concept,
         CONCEPT_TITLES,
     )
     print(f"Next: workbench sql 'SELECT * FROM \"concepts.{sae}\".pairs LIMIT 10' --workspace {folder}")
 
 
+def neurons_of(report: "ConceptReport") -> "pd.DataFrame":
+    """One line a neuron that has a value on some token: its best concept; none without neurons."""
+    import pandas as pd
+
+    if report.neurons is None:
+        return pd.DataFrame()
+    found = report.neurons.best_concepts().rename(columns={"feature": "neuron"})
+    return found.sort_values(["f1", "neuron"], ascending=[False, True])
+
+
 def show(title: str, found: "pd.DataFrame", titles: dict[str, str]) -> None:
     """Prints the columns in `titles`; the sign only where activations have two."""
-    shown = {key: heading for key, heading in titles.items() if key != "sign" or (found["sign"] < 0).any()}
+    there = {key: heading for key, heading in titles.items() if key in found}
+    shown = {key: heading for key, heading in there.items() if key != "sign" or (found["sign"] < 0).any()}
     print_frame(title, found, as_json=False, titles=shown)
 
 

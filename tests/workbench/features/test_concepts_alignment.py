@@ -9,7 +9,7 @@ from sae.errors import InputError
 from sae.model import SAE
 from sae.rules import AbsTopK, TopK
 from workbench.features.concepts import alignment, logistic
-from workbench.features.concepts.alignment import LEVELS, align, held_out_half
+from workbench.features.concepts.alignment import LEVELS, Units, align, held_out_half
 from workbench.features.concepts.probes import probe
 from workbench.features.concepts.truth import ConceptTruth, from_table
 from workbench.harvest.reading import Harvest
@@ -72,15 +72,17 @@ def test_halves_are_whole_documents(truth) -> None:
     assert abs(len(held) - len(chosen)) <= 1
 
 
-@pytest.mark.parametrize("rule", [TopK(4), AbsTopK(4)])
+@pytest.mark.parametrize("rule", [TopK(4), AbsTopK(4), None], ids=["TopK", "AbsTopK", "neurons"])
 def test_alignment_is_the_naive_float64_computation(harvest, truth, rule, monkeypatch) -> None:
     monkeypatch.setattr(alignment, "BATCH_ROWS", 128)
-    sae = make_sae(rule)
-    found = align(sae, harvest.vectors("hook"), truth)
-    dense = sae.encode(harvest.vectors("hook").rows(truth.rows)).to_dense().double().numpy()
+    arm = Units.of_neurons(D, torch.device("cpu")) if rule is None else Units.of(make_sae(rule))
+    found = align(arm, harvest.vectors("hook"), truth)
+    rows = harvest.vectors("hook").rows(truth.rows)
+    dense = (rows if rule is None else make_sae(rule).encode(rows).to_dense()).double().numpy()
     concepts = truth.dense(0, len(truth.rows))
     held = held_out_half(truth)
-    units = np.concatenate([np.maximum(dense, 0), np.maximum(-dense, 0)], axis=1) if rule.signed else dense
+    signed = rule is None or rule.signed
+    units = np.concatenate([np.maximum(dense, 0), np.maximum(-dense, 0)], axis=1) if signed else dense
     assert found.f1.shape == (units.shape[1], 3)
     for unit in range(units.shape[1]):
         strengths = units[:, unit]
@@ -102,7 +104,7 @@ def test_alignment_is_the_naive_float64_computation(harvest, truth, rule, monkey
             assert found.f1[unit, c] == pytest.approx(2 * hits / (said.sum() + true.sum()))
             assert found.precision[unit, c] == pytest.approx(hits / said.sum() if said.any() else 0)
             assert found.recall[unit, c] == pytest.approx(hits / true.sum())
-    for feature in range(F):
+    for feature in range(dense.shape[1]):
         for c in range(3):
             a, true = dense[held, feature], concepts[held, c].astype(float)
             expected = np.corrcoef(a, true)[0, 1] if a.std() > 0 else 0.0
@@ -207,6 +209,13 @@ def test_probes_are_their_definitions(harvest, truth) -> None:
     f1 = table.set_index(["method", "concept"]).f1
     assert f1["linear_probe", "even"] > 0.85
     assert f1["linear_probe", "first"] > 0.9
+    both = probe(sae, harvest.vectors("hook"), truth, neurons=harvest.vectors("hook"), ks=(1, 3))
+    for c in range(3):
+        a, b = ~held & concepts[:, c], ~held & ~concepts[:, c]
+        difference = np.abs(x[a].mean(axis=0) - x[b].mean(axis=0))
+        assert both.selected["neurons_k3"][c] == tuple(np.argsort(-difference)[:3])
+    assert both.selected["neurons_k1"][0] == (0,)
+    assert both.table().set_index(["method", "concept"]).f1["neurons_k1", "even"] > 0.85
     # One feature cannot do better than its own best threshold would, and is as good as alignment says.
     aligned = align(sae, harvest.vectors("hook"), truth).best_features().set_index("concept")
     assert f1["sae_k1", "even"] == pytest.approx(aligned.loc["even", "f1"], abs=0.1)

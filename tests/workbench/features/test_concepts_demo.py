@@ -23,6 +23,7 @@ from workbench.text.corpora import open_corpus
 from workbench.text.python_source import stdlib_files
 
 HOOK = "blocks.0.hook_resid_post"
+NEURONS = "blocks.0.mlp.hook_post"
 BROKEN = 3
 
 
@@ -42,14 +43,14 @@ def space(tmp_path_factory: pytest.TempPathFactory, demo: LoadedModel) -> Worksp
     for number in range(BROKEN):
         (texts / f"broken{number}.py").write_text(f"print 'number {number}'\n" * 5)
     space = Workspace(root / "w")
-    config = HarvestConfig("demo", str(texts), (HOOK,), context_len=64, max_tokens=30_000)
+    config = HarvestConfig("demo", str(texts), (HOOK, NEURONS), context_len=64, max_tokens=30_000)
     space.harvest("h", config, model=demo)
     base = {"total_tokens": 60_000, "batch_size": 512, "d_sae": 256}
     configs = [
         TrainConfig(name="a", rule=TopK(8), seed=0, **base),
         TrainConfig(name="b", rule=AbsTopK(8), seed=1, **base),
     ]
-    space.train("r", "h", configs, device="cpu")
+    space.train("r", "h", configs, hook=HOOK, device="cpu")
     return space
 
 
@@ -131,6 +132,15 @@ def test_the_report_is_stored_and_names_features(space: Workspace, demo: LoadedM
     assert mean["sae_k1"] < mean["sae_k16"] < mean["linear_probe"] + 0.02
     assert set(result.table("features").feature) == set(np.flatnonzero(report.alignment.firings))
     assert report.n_unparsed == truth.n_unparsed
+    # The neurons of the same layer, which the harvest holds too, beside them.
+    assert result.parameters["neurons"] == report.neurons_hook == NEURONS
+    neurons = result.table("neuron_concepts").set_index("concept")
+    side = report.table().set_index("concept")
+    assert side["best_neuron"].to_dict() == pytest.approx(neurons["f1"].to_dict(), nan_ok=True)
+    assert (side["neuron"] == neurons["neuron"].loc[side.index]).all()
+    assert neurons.loc["line_end", "f1"] > 0.3
+    assert set(result.table("neurons").neuron) <= set(range(space.open_harvest("h").vectors(NEURONS).width))
+    assert mean["neurons_k1"] < mean["neurons_k16"]
 
 
 def test_a_users_own_table_is_taken(space: Workspace, truth: ConceptTruth) -> None:

@@ -13,11 +13,14 @@
 
 Memory: 2 x units x levels x concepts int32 counts; no [tokens, d_sae] matrix.
 
+The neurons of a hook point are aligned likewise (`Units.of_neurons`): a neuron fires where its value is not zero, and
+positive and negative values are two units.
+
 Source: F1 of a feature's active set against an attribute, Makelov et al. 2024 (arXiv 2405.08366); levels, the split and
 the treatment of signs are our own choice ("reconstructed").
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +39,51 @@ from workbench.harvest.reading import Vectors
 LEVELS = 8
 LEVEL_ROWS = 65_536
 BATCH_ROWS = 4096
+DENSE_LEVEL_ENTRIES, DENSE_BATCH_ENTRIES = 1 << 24, 1 << 20
+"""Of neurons, most of which have a value on every token: fewer tokens for the levels and at once."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What is aligned: features of an SAE, or neurons."""
+
+    encode: Callable[[Float[Tensor, "n d_in"]], SparseCode]
+    n: int
+    """Features or neurons."""
+    signed: bool
+    """Whether each is two units, by the sign of its value."""
+    device: torch.device
+    dtype: torch.dtype
+    level_rows: int
+    """Tokens that levels are taken from, at most."""
+    batch_rows: int
+
+    @classmethod
+    def of(cls, sae: SAE) -> "Units":
+        """The features of an SAE."""
+        place = sae.W_dec.device, sae.W_dec.dtype
+        return cls(sae.encode, sae.d_sae, sae.rule.signed, *place, LEVEL_ROWS, BATCH_ROWS)
+
+    @classmethod
+    def of_neurons(cls, width: int, device: torch.device) -> "Units":
+        """The axes of a hook point."""
+
+        def encode(x: Float[Tensor, "n d_in"]) -> SparseCode:
+            token, neuron = x.nonzero(as_tuple=True)
+            counts = torch.bincount(token, minlength=len(x))
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            return SparseCode(x[token, neuron], neuron, width, offsets)
+
+        return cls(
+            encode, width, True, device, torch.float32,
+            level_rows=max(1024, min(LEVEL_ROWS, DENSE_LEVEL_ENTRIES // width)),
+            batch_rows=max(16, min(BATCH_ROWS, DENSE_BATCH_ENTRIES // width)),
+        )  # fmt: skip
+
+    @property
+    def n_units(self) -> int:
+        """Features or neurons, or each of them and its sign."""
+        return self.n * (2 if self.signed else 1)
 
 
 @dataclass(frozen=True)
@@ -102,16 +150,16 @@ class Alignment:
 
 @torch.no_grad()
 def align(
-    sae: SAE,
+    sae: SAE | Units,
     vectors: Vectors,
     truth: ConceptTruth,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Alignment:
-    """Scores every feature of an SAE against every concept.
+    """Scores every feature of an SAE, or every neuron, against every concept.
 
     Args:
-        sae: on the device it shall run on.
-        vectors: the harvest's rows of the SAE's hook point.
+        sae: on the device it shall run on; or other units.
+        vectors: the harvest's rows of the hook point that they read.
         truth: concepts of these rows.
         on_progress: called with (tokens done, tokens in all).
 
@@ -120,20 +168,21 @@ def align(
     """
     if not truth.names:
         raise InputError("none of the harvest's tokens has a concept: give a table of concepts of your own")
+    units = sae if isinstance(sae, Units) else Units.of(sae)
     held_out = held_out_half(truth)
     calibration = np.flatnonzero(~held_out)
-    thresholds = _levels(sae, vectors, truth.rows[spread(calibration, LEVEL_ROWS)])
-    counts = [_Counts(sae, len(truth.names)) for _ in range(2)]
-    for done in range(0, len(truth.rows), BATCH_ROWS):
-        stop = min(done + BATCH_ROWS, len(truth.rows))
-        code = sae.encode(_inputs(sae, vectors, truth.rows[done:stop]))
+    thresholds = _levels(units, vectors, truth.rows[spread(calibration, units.level_rows)])
+    counts = [_Counts(units, len(truth.names)) for _ in range(2)]
+    for done in range(0, len(truth.rows), units.batch_rows):
+        stop = min(done + units.batch_rows, len(truth.rows))
+        code = units.encode(_inputs(units, vectors, truth.rows[done:stop]))
         half = torch.from_numpy(held_out[done:stop]).to(thresholds.device)
         concepts = torch.from_numpy(truth.dense(done, stop)).to(thresholds.device)
         for number, mine in enumerate((~half, half)):
             counts[number].add(code, concepts, mine, thresholds)
         if on_progress is not None:
             on_progress(stop, len(truth.rows))
-    return _scores(truth.names, sae.d_sae, thresholds, counts[0], counts[1])
+    return _scores(truth.names, units.n, thresholds, counts[0], counts[1])
 
 
 def held_out_half(truth: ConceptTruth, seed: int = 0) -> Bool[NDArray, "tokens"]:
@@ -159,16 +208,15 @@ def spread(places: Int[NDArray, "n"], at_most: int) -> Int[NDArray, "m"]:
 class _Counts:
     """Sums over the tokens of one half."""
 
-    def __init__(self, sae: SAE, n_concepts: int) -> None:
-        device = sae.W_dec.device
-        self.signed, self.d_sae = sae.rule.signed, sae.d_sae
-        n_units = n_units_of(sae)
+    def __init__(self, units: Units, n_concepts: int) -> None:
+        device, n_units = units.device, units.n_units
+        self.d_sae = units.n
         self.n_tokens = 0
         self.positives = torch.zeros(n_concepts, dtype=torch.int64, device=device)
         self.firings = torch.zeros(n_units * LEVELS, dtype=torch.int64, device=device)
         self.joint = torch.zeros(n_units * LEVELS, n_concepts, dtype=torch.int32, device=device)
-        self.sums, self.squares = torch.zeros(2, sae.d_sae, dtype=torch.float64, device=device)
-        self.joint_sums = torch.zeros(sae.d_sae, n_concepts, dtype=torch.float64, device=device)
+        self.sums, self.squares = torch.zeros(2, units.n, dtype=torch.float64, device=device)
+        self.joint_sums = torch.zeros(units.n, n_concepts, dtype=torch.float64, device=device)
 
     def add(
         self,
@@ -201,11 +249,6 @@ class _Counts:
         return firings.cpu().numpy(), joint.cpu().numpy()
 
 
-def n_units_of(sae: SAE) -> int:
-    """Units of an SAE: features, or features and signs."""
-    return sae.d_sae * (2 if sae.rule.signed else 1)
-
-
 def units_of(
     feature: Int[Tensor, "entries"], value: Float[Tensor, "entries"], d_sae: int
 ) -> tuple[Int[Tensor, "entries"], Float[Tensor, "entries"]]:
@@ -213,23 +256,24 @@ def units_of(
     return feature + d_sae * (value < 0), value.abs().float()
 
 
-def _inputs(sae: SAE, vectors: Vectors, rows: Int[NDArray, "n"]) -> Float[Tensor, "n d_in"]:
-    return vectors.rows(rows).to(sae.W_dec.device, sae.W_dec.dtype)
+def _inputs(units: Units, vectors: Vectors, rows: Int[NDArray, "n"]) -> Float[Tensor, "n d_in"]:
+    return vectors.rows(rows).to(units.device, units.dtype)
 
 
-def _levels(sae: SAE, vectors: Vectors, rows: Int[NDArray, "n"]) -> Float[Tensor, "units levels"]:
+def _levels(units: Units, vectors: Vectors, rows: Int[NDArray, "n"]) -> Float[Tensor, "units levels"]:
     """Octiles of each unit's strengths, the lowest replaced by 0; infinite for units that do not fire here."""
-    units, strengths = [], []
-    for batch in _batches(rows):
-        _, feature, value = sae.encode(_inputs(sae, vectors, batch)).entries()
-        unit, strength = units_of(feature, value, sae.d_sae)
-        units.append(unit)
+    found, strengths = [], []
+    for start in range(0, len(rows), units.batch_rows):
+        batch = rows[start : start + units.batch_rows]
+        _, feature, value = units.encode(_inputs(units, vectors, batch)).entries()
+        unit, strength = units_of(feature, value, units.n)
+        found.append(unit)
         strengths.append(strength)
-    unit, strength = torch.cat(units), torch.cat(strengths)
+    unit, strength = torch.cat(found), torch.cat(strengths)
     strength, order = strength.sort()
     unit, by_unit = unit[order].sort(stable=True)
     strength = strength[by_unit]
-    counts = torch.bincount(unit, minlength=n_units_of(sae))
+    counts = torch.bincount(unit, minlength=units.n_units)
     starts = counts.cumsum(0) - counts
     levels = torch.full((len(counts), LEVELS), torch.inf, device=unit.device)
     fires = counts > 0
@@ -237,11 +281,6 @@ def _levels(sae: SAE, vectors: Vectors, rows: Int[NDArray, "n"]) -> Float[Tensor
         levels[fires, level] = strength[(starts + counts * level // LEVELS)[fires]]
     levels[:, 0] = 0
     return levels
-
-
-def _batches(rows: Int[NDArray, "n"]) -> Iterator[Int[NDArray, "batch"]]:
-    for start in range(0, len(rows), BATCH_ROWS):
-        yield rows[start : start + BATCH_ROWS]
 
 
 def _scores(

@@ -7,9 +7,13 @@ One result of kind `concepts` per SAE, with the tables
     pairs      (unit, concept) with a held-out F1 of 0.1 or more
     probes     one line for each baseline and concept
 
+and, where the harvest holds the MLP activations of the SAE's layer, with the tables `neurons` (one line a neuron: its
+best concept) and `neuron_concepts` (one line a concept: its best neuron),
+
 and one of kind `stability` per pair of SAEs, with the tables `features` and `summary`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +23,10 @@ from sae.errors import InputError
 from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import versions
-from workbench.features.concepts.alignment import LEVELS, Alignment, align, n_units_of
+from workbench.features.concepts.alignment import LEVELS, Alignment, Units, align
 from workbench.features.concepts.probes import PROBE_ROWS, ProbeScores, probe
 from workbench.features.concepts.truth import ConceptTruth, Language, from_corpus, from_table
+from workbench.harvest.reading import Harvest
 from workbench.models.load import LoadedModel, reload_model
 from workbench.models.memory import check_fits_memory
 from workbench.saes.overlap import Overlap, overlap_of
@@ -39,15 +44,23 @@ class ConceptReport:
     """Documents whose concepts are known."""
     n_unparsed: int
     """Documents left out since they are not valid source."""
+    neurons: Alignment | None = None
+    """The same of an MLP's neurons, where the harvest holds them."""
+    neurons_hook: str | None = None
 
     def table(self) -> pd.DataFrame:
-        """One line a concept, best first: its best feature, and held-out F1 of feature and probes side by side.
+        """One line a concept, best first: its best feature, and held-out F1 of feature, neuron and probes side by side.
 
-        Columns concept, positives (held-out tokens), feature, sign, best_feature, then one column a probe.
+        Columns concept, positives (held-out tokens), feature, sign, best_feature, with neurons also neuron and
+        best_neuron, then one column a probe.
         """
         best = self.alignment.best_features().rename(columns={"f1": "best_feature"})
         probes = self.probes.table().pivot(index="concept", columns="method", values="f1")
-        kept = best[["concept", "positives", "feature", "sign", "best_feature"]].join(probes, on="concept")
+        kept = best[["concept", "positives", "feature", "sign", "best_feature"]]
+        if self.neurons is not None:
+            found = self.neurons.best_features()
+            kept = kept.assign(neuron=found["feature"], best_neuron=found["f1"])
+        kept = kept.join(probes, on="concept")
         return kept.sort_values("best_feature", ascending=False, ignore_index=True)
 
 
@@ -84,6 +97,7 @@ def align_sae(
     concepts: pd.DataFrame | ConceptTruth | None = None,
     language: Language = "auto",
     max_tokens: int | None = None,
+    neurons: str | None = None,
     model: LoadedModel | None = None,
     device: str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
@@ -97,6 +111,8 @@ def align_sae(
         concepts: the user's own table (row, concept), or a truth already made for this harvest; from the harvest's
             corpus when left out.
         max_tokens: of the harvest's corpus, as `truth_of`.
+        neurons: hook point of the harvest whose axes are scored beside the features; the MLP activations of the layer
+            that the SAE reads when left out, where the harvest holds them.
         on_progress: called with (tokens done, tokens in all).
 
     Raises:
@@ -114,19 +130,25 @@ def align_sae(
         truth = from_table(source, concepts)
     else:
         truth = truth_of(catalog, wanted, language=language, model=model, max_tokens=max_tokens)
-    _check_memory(sae, truth)
-    vectors = source.vectors(sae.hook_name)
+    vectors, hook = source.vectors(sae.hook_name), neurons or _neurons_hook(source, sae)
+    of_neurons = None if hook is None else source.vectors(hook)
+    place = sae.W_dec.device
+    units = None if of_neurons is None else Units.of_neurons(of_neurons.width, place)
+    _check_memory([Units.of(sae), *([] if units is None else [units])], sae.d_in, truth)
     report = ConceptReport(
         alignment=align(sae, vectors, truth, on_progress),
-        probes=probe(sae, vectors, truth),
+        probes=probe(sae, vectors, truth, neurons=of_neurons),
         n_documents=truth.n_documents,
         n_unparsed=truth.n_unparsed,
+        neurons=None if units is None or of_neurons is None else align(units, of_neurons, truth),
+        neurons_hook=hook,
     )
     catalog.results.save(
         KIND,
         name,
         parameters={"sae": name, "harvest": wanted, "language": "table" if concepts is not None else language}
-        | ({} if max_tokens is None else {"max_tokens": max_tokens}),
+        | ({} if max_tokens is None else {"max_tokens": max_tokens})
+        | ({} if hook is None else {"neurons": hook}),
         provenance=origin.measured_with(
             aligned_on=source.provenance(), documents=truth.n_documents, unparsed=truth.n_unparsed
         ).record,
@@ -135,18 +157,36 @@ def align_sae(
             "concepts": report.alignment.best_features(),
             "pairs": report.alignment.table(),
             "probes": report.probes.table(),
-        },
+        }
+        | _neuron_tables(report),
     )
     return report
 
 
-def _check_memory(sae: SAE, truth: ConceptTruth) -> None:
+def _neurons_hook(source: Harvest, sae: SAE) -> str | None:
+    """The MLP activations of the layer that an SAE reads, where the harvest holds them."""
+    block = re.match(r"blocks\.\d+\.", sae.hook_name)
+    name = f"{block[0]}mlp.hook_post" if block else ""
+    return name if name in source.hooks else None
+
+
+def _neuron_tables(report: ConceptReport) -> dict[str, pd.DataFrame]:
+    if report.neurons is None:
+        return {}
+    tables = {"neurons": report.neurons.best_concepts(), "neuron_concepts": report.neurons.best_features()}
+    return {name: table.rename(columns={"feature": "neuron"}) for name, table in tables.items()}
+
+
+def _check_memory(arms: Sequence[Units], d_in: int, truth: ConceptTruth) -> None:
     """Raises InputError where counts of both halves (by unit, level, concept), or the tokens probed, do not fit."""
-    n_concepts, place, instead = len(truth.names), sae.W_dec.device, "use fewer concepts, by a table of your own"
-    counts = 2 * (4 * n_units_of(sae) * LEVELS + 8 * sae.d_sae) * n_concepts
-    check_fits_memory(f"counting {sae.d_sae:,} features beside {n_concepts:,} concepts", counts, place, instead)
+    n_concepts, instead = len(truth.names), "use fewer concepts, by a table of your own"
+    place, n_units = arms[0].device, sum(units.n for units in arms)
+    counts = sum(2 * (4 * units.n_units * LEVELS + 8 * units.n) * n_concepts for units in arms)
+    what = "features" if len(arms) == 1 else "features and neurons"
+    check_fits_memory(f"counting {n_units:,} {what} beside {n_concepts:,} concepts", counts, place, instead)
     rows = min(len(truth.rows), 2 * PROBE_ROWS)
-    probed = rows * (4 * sae.d_in + n_concepts) + 8 * sae.d_sae * n_concepts
+    width = d_in + sum(units.n for units in arms[1:])
+    probed = rows * (4 * width + n_concepts) + 8 * n_units * n_concepts
     check_fits_memory(f"probing {rows:,} tokens for {n_concepts:,} concepts", probed, place, instead)
 
 
