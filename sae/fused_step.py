@@ -15,7 +15,8 @@ weights. Adam runs feature by feature while a gradient is made; where gradients 
 all of them, they are written to memory first. A transcoder's step takes two arrays of rows, what its encoder reads and
 what it predicts. Not fused, and so on the plain path: a k above 512, more than 16 reconstructions of a token (prefixes,
 and twice as many with multi-k), rules without a fused encoder, transcoders between activations of different widths,
-and machines without triton.
+and machines without triton; over several ranks that share out the features, all rules without a k, prefixes and
+multi-k.
 """
 
 from collections.abc import Callable
@@ -75,6 +76,8 @@ def new_step(state: TrainingState) -> Step:
     fused = state.device.type == "cuda" and kernels.has_triton() and can_be_fused(state.config)
     # The kernels make a feature's two rows in one pass over their columns.
     fused = fused and state.sae.d_in == state.sae.d_out and not _weighs_parts(state)
+    if state.shards.size > 1:
+        fused = fused and isinstance(state.config.rule, CodeRule) and not (state.config.widths or state.config.multi_k)
     return FusedStep(state) if fused else PlainStep(state)
 
 
@@ -173,7 +176,9 @@ class FusedStep:
         bucket = 0
         n_revivable = self.state.last_revivable() if config.has_aux(step) else 0
         if n_revivable:
-            bucket = min(config.d_sae, max(self.min_bucket, 1 << (n_revivable - 1).bit_length()))
+            bucket = max(self.min_bucket, 1 << (n_revivable - 1).bit_length())
+            # All may be one rank's, and the smallest has so many features.
+            bucket = min(config.d_sae // self.state.shards.size, bucket)
         if not isinstance(config.rule, CodeRule):
             return StepPlan(config.rule, bucket)
         return StepPlan(config.rule.stage(step / config.n_steps).at_k(config.k_at(step)), bucket)
@@ -221,7 +226,7 @@ class FusedStep:
         """What encodes: with multi-k at the larger k, and then also what finds the code at the rule's own in it."""
         config, density = self.state.config, self.state.density
         inputs = FusedInputs(
-            config.batch_size, config.d_sae, self.shadowed().shadows, density, self._gradients, self.sizes
+            config.batch_size, self.state.sae.d_sae, self.shadowed().shadows, density, self._gradients, self.sizes
         )  # fmt: skip
         encoder = rule.fused_encoder(inputs)
         if not config.multi_k:
@@ -278,7 +283,10 @@ class FusedStep:
 
         assert self._made is not None
         centred, code = self._made
-        config = self.state.config
+        config, shards = self.state.config, self.state.shards
+        if shards.size > 1:
+            assert isinstance(plan.rule, CodeRule)
+            code = plan.rule.among(code, config.batch_size, shards)
         kept = None if narrow is None else narrow(code)
         parts = None if self._nesting is None else self._nesting.parts_of(code, kept)
         result = fast.learn(
@@ -347,7 +355,7 @@ class FusedStep:
             )  # fmt: skip
             W_skip = state.trained.get("W_skip")
             self._parameters = replace(
-                made, subtracts_b_dec=sae.subtracts_b_dec, W_skip=W_skip,
+                made, subtracts_b_dec=sae.subtracts_b_dec, W_skip=W_skip, ranks=state.shards,
                 m_W_skip=None if W_skip is None else moments("W_skip", W_skip),
             )  # fmt: skip
         return self._parameters

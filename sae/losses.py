@@ -39,6 +39,7 @@ from torch import Tensor
 from sae import kernels
 from sae.code import SparseCode
 from sae.kernels import Gradients
+from sae.ranks import ALONE, Ranks
 
 AUX_COEFFICIENT = 1 / 32
 ZIPF_GAMMA = 0.1
@@ -101,19 +102,23 @@ def prefixes(
     W_dec: Float[Tensor, "d_sae d"],
     b_dec: Float[Tensor, "*n d"],
     widths: Sequence[int],
+    first: int = 0,
+    ranks: Ranks = ALONE,
 ) -> PrefixFit:
     """The Matryoshka loss; see the module's description.
 
     Args:
+        code: of this rank's features, which are those from `first` on.
         b_dec: what every prefix's reconstruction starts from; with a transcoder's skip, one row a token.
-        widths: increasing; the last is d_sae.
+        widths: increasing; the last is the number of all features.
+        ranks: those that have the features.
     """
-    edges = [0, *widths]
+    edges = [min(max(edge - first, 0), code.d_sae) for edge in (0, *widths)]
     blocks = [kernels.feature_block(code, first, last) for first, last in itertools.pairwise(edges)]
     x_hat = b_dec
     fits = []
     for first, block in zip(edges, blocks, strict=False):
-        x_hat = x_hat + kernels.decode(block, W_dec[first : first + block.d_sae])
+        x_hat = x_hat + ranks.sum_(kernels.decode(block, W_dec[first : first + block.d_sae]))
         fits.append(reconstruction(x, x_hat))
     grad = [fit.grad_x_hat / len(fits) for fit in fits]
     for j in range(len(grad) - 2, -1, -1):
@@ -150,34 +155,39 @@ def add_aux_k(
     *,
     signed: bool = False,
     centred: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Float[Tensor, ""]:
     """Adds the gradients of coefficient * L_aux to `gradients`, in place, and returns L_aux.
 
     Works densely on the columns of the dead features alone, gathered into a small matrix, in chunks of rows.
 
     Args:
-        dead: indices of the dead features, at least one.
+        dead: indices of the dead features, of which at least one rank has one.
         residual: x - x_hat, a constant here.
         x_centred: what the encoder multiplies.
         signed: select by magnitude and keep signs, for rules whose activations are signed.
         centred: whether that is x - b_dec, so that b_dec has a gradient through it.
+        ranks: those that have the features; b_dec's gradient gets this rank's part.
     """
-    n_dead = dead.shape[0]
+    counts = ranks.counts(dead.shape[0])
+    n_dead, most = sum(counts), max(counts)
     k_aux = min(max(1, x_centred.shape[1] // 2), n_dead)
     encoder, decoder, bias = W_enc.T[dead], W_dec[dead], b_enc[dead]
     variance = (residual - residual.mean(dim=0)).square().sum().clamp_min(torch.finfo(residual.dtype).tiny)
     squared_error = torch.zeros_like(variance)
     grad_encoder, grad_decoder, grad_b = torch.zeros_like(encoder), torch.zeros_like(decoder), torch.zeros_like(bias)
-    rows = max(MIN_ROWS, DENSE_ENTRIES // n_dead)
+    rows = max(MIN_ROWS, DENSE_ENTRIES // most)
     for first in range(0, x_centred.shape[0], rows):
         x, e = x_centred[first : first + rows], residual[first : first + rows]
         a = torch.addmm(bias, x, encoder.T)
         if not signed:
             a.relu_()
         if k_aux < n_dead:
-            kept = a.abs().topk(k_aux, dim=1, sorted=False).indices
-            a = torch.zeros_like(a).scatter_(1, kept, a.gather(1, kept))
-        difference = torch.addmm(e, a, decoder, beta=-1)
+            a = kernels.best_of_columns(a, k_aux, min(k_aux, most), ranks)
+        if ranks.size == 1:
+            difference = torch.addmm(e, a, decoder, beta=-1)
+        else:
+            difference = ranks.sum_(a @ decoder) - e
         squared_error += difference.square().sum()
         grad_e_hat = difference.mul_(2 * coefficient / variance)
         grad_z = (grad_e_hat @ decoder.T).mul_(a != 0)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.ranks import ALONE, Ranks
+
 # Entries of a temporary product: on a CPU it stays in the cache, on a GPU it is bounded.
 CPU_CHUNK, GPU_CHUNK = 2**21, 2**26
 
@@ -29,14 +31,25 @@ def remove_parallel_(gradient: Float[Tensor, "f d"], rows: Float[Tensor, "f d"])
         g.addcmul_(row, along, value=-1)
 
 
-def clip_norm_(gradients: Sequence[Float[Tensor, "..."]], limit: Float[Tensor, ""]) -> None:
+def clip_norm_(
+    gradients: Sequence[Float[Tensor, "..."]],
+    limit: Float[Tensor, ""],
+    shared: Sequence[bool] = (),
+    ranks: Ranks = ALONE,
+) -> None:
     """Scales all gradients by one factor, in place, so that their common norm is at most `limit`.
 
     Args:
         gradients: tensors of any shapes.
         limit: on their device, so that nothing waits for it.
+        shared: with several ranks, for each gradient whether it is equal on all of them; others are of their features.
     """
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    if ranks.size > 1:
+        equal = torch.tensor(shared, device=norms.device)
+        summed = ranks.sum_(norms.square())
+        norms = torch.where(equal, norms, summed.sqrt())
+    norm = torch.linalg.vector_norm(norms)
     factor = (limit.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
     for gradient in gradients:
         gradient.mul_(factor)

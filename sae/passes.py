@@ -27,6 +27,7 @@ from sae.code import SparseCode
 from sae.crosscoder import block_norms
 from sae.kernels import Gradients
 from sae.model import SAE
+from sae.ranks import ALONE, Ranks
 from sae.rules.base import ActiveSums
 from sae.source import Part
 from sae.transcoder import Transcoder
@@ -59,6 +60,8 @@ def code_pass(
     widths: tuple[int, ...] = (),
     decoder: bool = True,
     out: Gradients | None = None,
+    first: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Pass:
     """Loss and gradients of a code.
 
@@ -68,25 +71,28 @@ def code_pass(
         widths: prefixes of the Matryoshka loss, increasing up to d_sae; none for the plain error.
         decoder: whether the decoder's gradient is wanted.
         out: as for `kernels.gradients`.
+        first: the first of this rank's features among all.
+        ranks: those that have the features. b_dec's gradient is this rank's part, the ranks' sum is the whole.
     """
     firings = _firings(code)
     skipped = _skipped(sae, x_centred)
     if not widths:
-        y_hat = kernels.decode(code, sae.W_dec, sae.b_dec)
+        y_hat = ranks.sum_(kernels.decode(code, sae.W_dec, sae.b_dec if ranks.leads else None))
         if skipped is not None:
             y_hat += skipped
         fit = losses.reconstruction(y, y_hat)
         gradients = kernels.gradients(
             code, x_centred, fit.grad_x_hat, sae.W_enc, sae.W_dec, decoder=decoder, centred=sae.subtracts_b_dec, out=out
         )
+        _keep_part(gradients, fit.grad_x_hat, ranks)
         return Pass(fit.loss, fit, _with_skip(gradients, skipped, fit.grad_x_hat, x_centred), firings)
     start = sae.b_dec if skipped is None else sae.b_dec + skipped
-    nested = losses.prefixes(y, code, sae.W_dec, start, widths)
-    sums, first = [], 0
+    nested = losses.prefixes(y, code, sae.W_dec, start, widths, first, ranks)
+    sums, place = [], 0
     for block, grad in zip(nested.blocks, nested.grad_x_hat, strict=True):
-        grad_values = kernels.entry_gradients(block, grad, sae.W_dec[first : first + block.d_sae])
+        grad_values = kernels.entry_gradients(block, grad, sae.W_dec[place : place + block.d_sae])
         sums.append(kernels.sum_entries(block, grad_values, x_centred, grad, decoder=decoder))
-        first += block.d_sae
+        place += block.d_sae
     bias = torch.cat([part.bias for part in sums])
     gradients = Gradients(
         W_enc=torch.cat([part.encoder for part in sums]).T,
@@ -95,8 +101,15 @@ def code_pass(
         # b_dec and a skip are in every prefix, as the features of the first block are.
         b_dec=kernels.bias_gradient(nested.grad_x_hat[0], sae.W_enc, bias, centred=sae.subtracts_b_dec),
     )
+    _keep_part(gradients, nested.grad_x_hat[0], ranks)
     gradients = _with_skip(gradients, skipped, nested.grad_x_hat[0], x_centred)
     return Pass(nested.loss, nested.fit, gradients, firings)
+
+
+def _keep_part(gradients: Gradients, grad_y_hat: Float[Tensor, "n d_out"], ranks: Ranks) -> None:
+    """Leaves in b_dec's gradient what goes through this rank's features; the first rank's has the rest."""
+    if not ranks.leads:
+        gradients.b_dec.sub_(grad_y_hat.sum(0))
 
 
 def _skipped(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"] | None:
@@ -140,6 +153,8 @@ def threshold_pass(
     shrinkage: float | Tensor = 0.0,
     parts: Sequence[Part] = (),
     decoder: bool = True,
+    d_sae: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> ThresholdPass:
     """Error and gradients of a = z 1[z > threshold] for thresholds that are not negative.
 
@@ -151,20 +166,28 @@ def threshold_pass(
         shrinkage: added, over n, to the gradient of every active entry (an L1 penalty's).
         parts: a crosscoder's, whose penalty counts a feature by the sum of its decoder norms in the parts.
         decoder: whether the decoder's gradient is wanted.
+        d_sae: features of all ranks; None where this SAE has all.
+        ranks: those that have the features. b_dec's gradient is this rank's part, the ranks' sum is the whole.
     """
     norms = block_norms(sae.W_dec, parts) if parts else None
     shrink = shrinkage / y.shape[0]
     each = shrink if norms is None else shrink * norms.sum(0)
-    work = _Accumulator(sae, y, x_centred, threshold, bandwidth, each, decoder, by_feature=norms is not None)
-    for first, z in kernels.Encoder.of(encoded, sae.W_enc, sae.b_enc).chunks():
+    work = _Accumulator(
+        sae, y, x_centred, threshold, bandwidth, each, decoder, by_feature=norms is not None, ranks=ranks
+    )
+    entries = sae.d_sae if d_sae is None else d_sae
+    for first, z in kernels.Encoder.of(encoded, sae.W_enc, sae.b_enc).chunks(-(-entries // ranks.size)):
         support = kernels.is_above(z, threshold - bandwidth / 2)
         # Waits for the device once a chunk: which of the two ways is faster is not known before.
-        if int(support.sum()) > DENSE_SHARE * support.numel():
+        if int(ranks.sum_(support.sum())) > DENSE_SHARE * entries * z.shape[0]:
             work.add_dense(first, z)
         else:
             work.collect(first, z, support)
     done = work.finish()
-    return done if norms is None else _weighed(done, work.magnitude, sae.W_dec, parts, norms, shrink)
+    if norms is not None:
+        done = _weighed(done, work.magnitude, sae.W_dec, parts, norms, shrink)
+    sums = replace(done.sums, active=ranks.sum_(done.sums.active), magnitude=ranks.sum_(done.sums.magnitude))
+    return replace(done, sums=sums)
 
 
 def _weighed(
@@ -198,7 +221,9 @@ class _Accumulator:
         decoder: bool,
         *,
         by_feature: bool,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.sae, self.y, self.x_centred, self.skipped = sae, y, x_centred, _skipped(sae, x_centred)
         self.threshold, self.bandwidth, self.shrink, self.decoder = threshold, bandwidth, shrink, decoder
         self.step = 2 / losses.total_variance(y)
@@ -217,7 +242,8 @@ class _Accumulator:
         sae, rows = self.sae, slice(first, first + z.shape[0])
         active = kernels.is_above(z, self.threshold)
         a = torch.where(active, z, 0)
-        y_hat = self._started(torch.addmm(sae.b_dec, a, sae.W_dec), rows)
+        bias = sae.b_dec if self.ranks.leads else torch.zeros_like(sae.b_dec)
+        y_hat = self._started(self.ranks.sum_(torch.addmm(bias, a, sae.W_dec)), rows)
         grad_y_hat = (y_hat - self.y[rows]) * self.step
         grad = grad_y_hat @ sae.W_dec.T
         if self.bandwidth:
@@ -252,7 +278,8 @@ class _Accumulator:
         theta = self.threshold[feature]
         active = ~(z <= theta)
         code = kernels.ragged_code(place[token], feature, torch.where(active, z, 0), len(rows), sae.d_sae)
-        y_hat = self._started(kernels.decode(code, sae.W_dec, sae.b_dec), rows)
+        decoded = kernels.decode(code, sae.W_dec, sae.b_dec if self.ranks.leads else None)
+        y_hat = self._started(self.ranks.sum_(decoded), rows)
         grad_y_hat = (y_hat - self.y[rows]) * self.step
         grad = kernels.entry_gradients(code, grad_y_hat, sae.W_dec)
         if self.bandwidth:
@@ -286,6 +313,7 @@ class _Accumulator:
             b_enc=self.bias,
             b_dec=kernels.bias_gradient(fit.grad_x_hat, self.sae.W_enc, self.bias, centred=self.sae.subtracts_b_dec),
         )
+        _keep_part(gradients, fit.grad_x_hat, self.ranks)
         gradients = _with_skip(gradients, self.skipped, fit.grad_x_hat, self.x_centred)
         sums = ActiveSums(
             self.y.shape[0],

@@ -68,7 +68,9 @@ class PlainStep:
             done = self._threshold_pass(config.rule, y, x_centred, encoded, step)
         else:
             done = self._code_pass(y, x_centred, encoded, gradients, step)
-        return done, self._add_aux(done, x_centred, step)
+        aux_loss = self._add_aux(done, x_centred, step)
+        state.shards.sum_(done.gradients.b_dec)
+        return done, aux_loss
 
     def count(self, done: Pass, aux_loss: Float[Tensor, ""] | None, step: int) -> None:
         """Adds a step to the state's counters, densities and sums."""
@@ -93,16 +95,24 @@ class PlainStep:
         batch = Batch(encoded, sae.W_enc, sae.b_enc, sae.W_dec, density, step / config.n_steps, gradients)
 
         def run(code: SparseCode, out: kernels.Gradients | None) -> Pass:
-            return code_pass(sae, code, y, x_centred, widths=config.widths, decoder=not config.frozen_decoder, out=out)
+            return code_pass(
+                sae, code, y, x_centred, widths=config.widths, decoder=not config.frozen_decoder, out=out,
+                first=self.state.first, ranks=self.state.shards,
+            )  # fmt: skip
 
-        done = run(rule.select(batch), self.gradients)
+        done = run(self._select(rule, batch), self.gradients)
         if not y.is_cuda:
             self.gradients = done.gradients
         if config.multi_k:
-            wider = run(rule.at_k(min(MULTI_K * rule.k, config.d_sae)).select(batch), None)
+            wider = run(self._select(rule.at_k(min(MULTI_K * rule.k, config.d_sae)), batch), None)
             done.gradients.add_(wider.gradients, config.multi_k)
             done = replace(done, loss=done.loss + config.multi_k * wider.loss)
         return done
+
+    def _select(self, rule: CodeRule, batch: Batch) -> SparseCode:
+        """The rule's code; of this rank's features, what it chooses among those of all."""
+        code, shards = rule.select(batch), self.state.shards
+        return code if shards.size == 1 else rule.among(code, batch.x.shape[0], shards)
 
     def _threshold_pass(
         self,
@@ -118,6 +128,7 @@ class PlainStep:
         done = threshold_pass(
             sae, y, x_centred, encoded, rule.threshold(own, sae.W_enc), bandwidth=rule.bandwidth_at(width),
             shrinkage=rule.shrinkage(coefficient, width), parts=self.state.parts, decoder=not config.frozen_decoder,
+            d_sae=config.d_sae, ranks=self.state.shards,
         )  # fmt: skip
         return Pass(
             loss=done.fit.loss + rule.penalty(done.sums, coefficient, width),
@@ -132,11 +143,13 @@ class PlainStep:
         if not config.has_aux(step):
             return None
         chosen = torch.nonzero(self.state.revivable()).squeeze(1)
-        if chosen.numel() == 0:
+        shards = self.state.shards
+        if sum(shards.counts(chosen.numel())) == 0:
             return None
         return losses.add_aux_k(
             done.gradients, chosen, done.fit.residual, x_centred, sae.W_enc, sae.b_enc, sae.W_dec,
             config.aux_coefficient, signed=config.rule.signed, centred=sae.subtracts_b_dec,
+            ranks=shards,
         )  # fmt: skip
 
     def _update(self, done: Pass, step: int) -> None:
@@ -152,7 +165,9 @@ class PlainStep:
         if config.clip_grad_norm is not None:
             # The loss is a share of the batch's variance; the limit is for squared error a token.
             limit = config.clip_grad_norm * done.fit.residual.shape[0] / done.fit.total_variance
-            optim.clip_norm_([tensor.grad for tensor in state.trained.values() if tensor.grad is not None], limit)
+            made = {name: tensor.grad for name, tensor in state.trained.items() if tensor.grad is not None}
+            shared = [state.feature_dim(f"adam.{name}.exp_avg") is None for name in made]
+            optim.clip_norm_(list(made.values()), limit, shared, state.shards)
         state.last_lr = config.lr_at(step)
         for group in state.adam.param_groups:
             group["lr"] = state.last_lr

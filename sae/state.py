@@ -7,7 +7,7 @@ that a checkpoint holds.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from sae.code import SparseCode
 from sae.config import TrainConfig
 from sae.crosscoder import Crosscoder
 from sae.model import SAE
+from sae.ranks import ALONE, Ranks
 from sae.rules import Batch, ThresholdRule
 from sae.source import Pair, Part, Rows
 from sae.transcoder import Transcoder
@@ -53,11 +54,14 @@ class TrainingState:
         d_in: width of the activations; for a transcoder the pair of hook points it goes between, for a crosscoder its
             parts.
         device: where it lives.
+        shards: the ranks over which its features are shared out, each of which has a state of its own with a span of
+            them; what all have in common is equal on all.
 
     Attributes:
-        sae: the SAE as it trains: for activations multiplied by `input_scale`, a transcoder's target by `output_scale`;
-            for a crosscoder that of the parts' scaled activations.
+        sae: the SAE as it trains, with this rank's features: for activations multiplied by `input_scale`, a
+            transcoder's target by `output_scale`; for a crosscoder that of the parts' scaled activations.
         parts: a crosscoder's; empty for others.
+        first: the first of these among all.
         tokens_since_fired: [d_sae], tokens since each feature was last active.
         density: [d_sae], running share of tokens on which each feature is active.
         trained: what Adam moves, by name: parameters and the rule's own tensors, W_enc as [d_sae, d_in].
@@ -66,28 +70,29 @@ class TrainingState:
         error: why it trains no longer; None while it does.
     """
 
-    def __init__(self, config: TrainConfig, d_in: int | Pair | Sequence[Part], device: torch.device) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: TrainConfig,
+        d_in: int | Pair | Sequence[Part],
+        device: torch.device,
+        shards: Ranks = ALONE,
+    ) -> None:
+        self.config, self.shards = config, shards
+        self.first, last = shards.span(config.d_sae)
+        d_sae = last - self.first
         self.error: str | None = None
         self.last_lr = 0.0
-        self.parts: tuple[Part, ...] = ()
-        if isinstance(d_in, Pair):
-            self.sae: SAE = Transcoder(
-                d_in.d_in, d_in.d_out, config.d_sae, config.rule, skip=config.skip, hook_name=d_in.hook_name,
-                target_hook_name=d_in.target_hook_name, device=device,
-            )  # fmt: skip
-        else:
-            self.parts = () if isinstance(d_in, int) else tuple(d_in)
-            width = d_in if isinstance(d_in, int) else sum(part.width for part in d_in)
-            self.sae = SAE(width, config.d_sae, config.rule, device=device)
+        self.parts: tuple[Part, ...] = () if isinstance(d_in, int | Pair) else tuple(d_in)
+        self._reads = d_in
+        self.sae = self._new_sae(d_sae, device)
         self.input_scale = torch.ones((), device=device)
         # An SAE's two are one tensor.
         self.output_scale = torch.ones((), device=device) if self.is_transcoder else self.input_scale
-        self.tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
-        self.density = torch.zeros(config.d_sae, device=device)
+        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.density = torch.zeros(d_sae, device=device)
         self.totals = torch.zeros(7, dtype=torch.float64, device=device)
         rule = config.rule
-        own = rule.trained_tensors(config.d_sae, self.sae.d_out) if isinstance(rule, ThresholdRule) else {}
+        own = rule.trained_tensors(d_sae, self.sae.d_out) if isinstance(rule, ThresholdRule) else {}
         self.own = {name: tensor.to(device) for name, tensor in own.items()}
         # W_enc's memory is [d_sae, d_in]; Adam sees it that way round, since it copies what is not contiguous.
         self.trained = {
@@ -104,6 +109,17 @@ class TrainingState:
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
         self.n_revivable: int | None = None
+
+    def _new_sae(self, d_sae: int, device: torch.device) -> SAE:
+        """Of so many features, all zero."""
+        config, reads = self.config, self._reads
+        if isinstance(reads, Pair):
+            return Transcoder(
+                reads.d_in, reads.d_out, d_sae, config.rule, skip=config.skip, hook_name=reads.hook_name,
+                target_hook_name=reads.target_hook_name, device=device,
+            )  # fmt: skip
+        width = reads if isinstance(reads, int) else sum(part.width for part in reads)
+        return SAE(width, d_sae, config.rule, device=device)
 
     @property
     def is_transcoder(self) -> bool:
@@ -127,6 +143,31 @@ class TrainingState:
             named.update({f"adam.{name}.{key}": value for key, value in self.adam.state[tensor].items()})
         return named
 
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """`tensors` as a checkpoint has them: the sums that each rank keeps of its own features are added up."""
+        named = self.tensors()
+        if self.shards.size > 1:
+            named["totals"] = self.totals.clone()
+            named["totals"][ACTIVE] = self.shards.sum_(self.totals[ACTIVE].clone())
+        return named
+
+    @torch.no_grad()
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Takes what `saved_tensors` gave, on this or another number of ranks."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(saved[name])
+        if not self.shards.leads:
+            self.totals[ACTIVE] = 0
+        self.n_revivable = None
+
+    def feature_dim(self, name: str) -> int | None:
+        """The dimension along which the features of a tensor of `tensors` lie; None for one without."""
+        kind = name.removeprefix("adam.").split(".")[0] if name.endswith((".exp_avg", ".exp_avg_sq")) else name
+        if kind == "W_enc":
+            return 0 if name.startswith("adam.") else 1
+        of_features = kind in ("W_dec", "b_enc", "tokens_since_fired", "density", *self.own) or kind.startswith("own.")
+        return 0 if of_features else None
+
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "m d_in"], target: Float[Tensor, "m d_out"] | None = None) -> None:
         """Starting values from a sample: random unit decoder rows, b_dec from what is predicted.
@@ -147,7 +188,7 @@ class TrainingState:
         if config.normalize_input:
             self.input_scale.copy_(_scale(x))
             self.output_scale.copy_(_scale(y))
-        rows = self._first_rows(x.device, x.dtype)
+        rows = self._mine(self._first_rows(x.device, x.dtype))
         sae.W_dec.copy_(rows)
         sae.b_enc.zero_()
         scaled = y * self.output_scale
@@ -167,10 +208,15 @@ class TrainingState:
         block = optim.random_unit_rows(self.config.d_sae, self.parts[0].width, self.config.seed, device, dtype)
         return block.repeat(1, len(self.parts)) / math.sqrt(len(self.parts))
 
+    def _mine(self, rows: Float[Tensor, "all d"]) -> Float[Tensor, "d_sae d"]:
+        """This rank's among those of all features."""
+        return rows[self.first : self.first + self.sae.d_sae]
+
     def _start_encoder(self, x: Float[Tensor, "m d_in"], y: Float[Tensor, "m d_out"]) -> None:
         """A transcoder's encoder, for scaled activations."""
         config, sae, rule = self.config, self.sae, self.config.rule
         rows = optim.random_unit_rows(config.d_sae, sae.d_in, (config.seed + ENCODER_SEED) % 2**63, x.device, x.dtype)
+        rows = self._mine(rows)
         sae.W_enc.copy_(rows.T)
         sae.b_enc.copy_(-(rows @ x.mean(dim=0)))
         x, y = x[:SPREAD_ROWS], y[:SPREAD_ROWS]
@@ -178,8 +224,10 @@ class TrainingState:
             code = kernels.threshold_encode(x, sae.W_enc, sae.b_enc, rule.threshold(self.own, sae.W_enc))
         else:
             values, indices = kernels.topk_encode(x, sae.W_enc, sae.b_enc, config.k_at(0))
-            code = SparseCode(values, indices, config.d_sae)
-        written = kernels.decode(code, sae.W_dec).square().sum()
+            if self.shards.size > 1:
+                values, indices = kernels.best_of_shards(values, indices, self.shards)
+            code = SparseCode(values, indices, sae.d_sae)
+        written = self.shards.sum_(kernels.decode(code, sae.W_dec)).square().sum()
         size = (STARTING_SPREAD * losses.total_variance(y) / written.clamp_min(torch.finfo(y.dtype).tiny)).sqrt()
         sae.W_enc.mul_(size)
         sae.b_enc.mul_(size)
@@ -218,7 +266,11 @@ class TrainingState:
     def revivable(self) -> Bool[Tensor, "d_sae"]:
         """The features that the auxiliary loss works on: dead ones, or with aux-zipf those that have become rare."""
         dead = self.tokens_since_fired >= self.config.dead_after
-        return losses.rare_features(self.density, dead) if self.config.aux_kind == "aux_zipf" else dead
+        if self.config.aux_kind != "aux_zipf":
+            return dead
+        d_sae = self.config.d_sae
+        rare = losses.rare_features(self.shards.join(self.density, d_sae), self.shards.join(dead, d_sae))
+        return self._mine(rare)
 
     def last_revivable(self) -> int:
         """How many features the last report found to revive; waits for the device once after resuming."""
@@ -228,9 +280,12 @@ class TrainingState:
 
     def read_totals(self) -> Totals:
         """Means since the last call; waits for the device."""
-        dead = (self.tokens_since_fired >= self.config.dead_after).double().mean()
+        dead = (self.tokens_since_fired >= self.config.dead_after).double().sum()
         self.totals[REVIVABLE] = self.revivable().sum()
-        values = [*self.totals.tolist(), dead.item()]
+        counted = self.shards.sum_(torch.stack([self.totals[ACTIVE], self.totals[REVIVABLE], dead]))
+        self.totals[REVIVABLE] = counted[1]
+        values = [*self.totals.tolist(), counted[2].item() / self.config.d_sae]
+        values[ACTIVE] = counted[0].item()
         self.totals[:REVIVABLE] = 0
         self.n_revivable = int(values[REVIVABLE])
         steps = max(values[STEPS], 1.0)
@@ -256,7 +311,7 @@ class TrainingState:
                 thresholds; rules whose `needs_calibration` is set need it.
         """
         rule, scale = self.sae.rule, self.output_scale
-        finished = copy.deepcopy(self.sae)
+        finished = self._whole()
         finished.model_name = model_name
         if isinstance(finished, Transcoder):
             finished.W_enc.mul_(self.input_scale / scale)
@@ -268,16 +323,30 @@ class TrainingState:
         finished.b_dec.div_(scale)
         state: dict[str, Tensor] = {}
         if isinstance(rule, ThresholdRule):
-            state = rule.finished_state(self.own, scale)
+            own = {name: self.shards.join(tensor, self.config.d_sae) for name, tensor in self.own.items()}
+            state = rule.finished_state(own, scale)
         elif rule.needs_calibration:
             if sample is None:
                 raise ValueError(f"the rule {rule.name} measures its thresholds on a sample of activations")
             weights = finished.W_enc, finished.b_enc, finished.W_dec
-            batch = Batch(finished.centred(sample.x), *weights, self.density, 1.0, sample.gradients)
+            density = self.shards.join(self.density, self.config.d_sae)
+            batch = Batch(finished.centred(sample.x), *weights, density, 1.0, sample.gradients)
             state = rule.calibrate(replace(batch, batch_size=self.config.batch_size))
         for name, tensor in state.items():
             finished.get_buffer(name).copy_(tensor)
         return Crosscoder.of_scaled(finished, self.parts) if self.parts else finished
+
+    def _whole(self) -> SAE:
+        """A copy of the SAE with the features of all ranks."""
+        if self.shards.size == 1:
+            return copy.deepcopy(self.sae)
+        whole = self._new_sae(self.config.d_sae, self.device)
+        parts = dict(self.sae.named_parameters())
+        for name, parameter in whole.named_parameters():
+            dim = self.feature_dim(name)
+            part = parts[name].data
+            parameter.data.copy_(part if dim is None else self.shards.join(part, self.config.d_sae, dim))
+        return whole
 
 
 def _scale(rows: Float[Tensor, "m d"]) -> Float[Tensor, ""]:

@@ -25,7 +25,7 @@ and the same torch).
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +37,9 @@ from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.fused_step import Step, new_step
 from sae.interrupts import deferred_interrupt
-from sae.model import SAE
-from sae.source import BatchSource, GradientSource, PartSource, Rows, TargetSource
+from sae.ranks import ALONE, Ranks
+from sae.sharing import Sharing, TrainedSAE
+from sae.source import BatchSource, GradientSource, Pair, Part, PartSource, Rows, TargetSource
 from sae.state import TrainingState
 
 SAMPLE_ROWS = 16_384
@@ -67,15 +68,6 @@ class StepMetrics:
     """Wall-clock seconds of training so far, in this process."""
 
 
-@dataclass(frozen=True)
-class TrainedSAE:
-    """What became of one configuration: a finished SAE, or the reason why there is none."""
-
-    config: TrainConfig
-    sae: SAE | None
-    error: str | None = None
-
-
 def train(
     configs: Sequence[TrainConfig],
     source: BatchSource | TargetSource,
@@ -89,6 +81,7 @@ def train(
     hook_name: str = "",
     model_name: str = "",
     make_step: Callable[[TrainingState], Step] = new_step,
+    ranks: Ranks = ALONE,
 ) -> list[TrainedSAE]:
     """Trains SAEs on one stream of batches.
 
@@ -105,10 +98,12 @@ def train(
         on_metrics: called with every SAE's metrics about 200 times a run.
         hook_name, model_name: recorded in the SAEs; transcoders and crosscoders know theirs.
         make_step: how an SAE's steps are made; the fastest way that its device and configuration allow.
+        ranks: those that train together, see `sae.sharing`; all of them call this alike, and `on_metrics` is called on
+            the first.
 
     Returns:
-        One entry per configuration. A configuration whose loss stops being finite has an error and no SAE; the
-        others go on.
+        One entry per configuration, on the first of several ranks. A configuration whose loss stops being finite has an
+        error and no SAE; the others go on.
 
     Raises:
         InputError: no or clashing configurations, a rule without the gradients it needs, a skip in an SAE, or a
@@ -116,45 +111,55 @@ def train(
         KeyboardInterrupt: stopped with Ctrl-C; the same call with `resume=True` goes on.
     """
     check_configs(configs)
-    stream = _Stream(configs, source, torch.device(device))
+    sharing = Sharing(configs, ranks)
+    stream = _Stream(configs, source, torch.device(device), sharing)
     states = stream.states(configs, pairs)
-    steps = [make_step(state) for state in states]
-    step = 0
-    restored = checkpoint.load(checkpoint_dir, states, source) if resume and checkpoint_dir is not None else None
-    if restored is None:
-        for state, sample in zip(states, stream.each(stream.sample(SAMPLE_ROWS)), strict=True):
-            state.initialise(sample.x, sample.target)
-    else:
-        step = restored
+    steps = {number: make_step(state) for number, state in states.items()}
+    resumable = resume and checkpoint_dir is not None
+    step = checkpoint.load(checkpoint_dir, states, source, ranks) if resumable and checkpoint_dir is not None else None
+    if step is None:
+        step, sample = 0, stream.sample(SAMPLE_ROWS)
+        for number, state in states.items():
+            rows = stream.of(number, sample)
+            state.initialise(rows.x, rows.target)
     n_steps, batch_size = configs[0].n_steps, configs[0].batch_size
     report_every = max(1, n_steps // REPORTS_PER_RUN)
     started = last_checkpoint = time.monotonic()
+    alone = sharing.shards.size > 1 or len(configs) == 1
+    going = True
     with deferred_interrupt() as interrupt:
-        while step < n_steps and any(state.error is None for state in states):
-            batches = stream.each(stream.next_rows(batch_size))
-            for state, make, rows in zip(states, steps, batches, strict=True):
+        while step < n_steps and going:
+            batches = stream.next_rows(batch_size)
+            for number, state in states.items():
                 if state.error is None:
-                    _step(state, make, rows, step, alone=len(states) == 1)
+                    _step(state, steps[number], stream.of(number, batches), step, alone=alone)
             step += 1
             if step % report_every == 0 or step == n_steps:
-                for state in states:
-                    _report(state, step, time.monotonic() - started, on_metrics)
-            due = interrupt.pressed or time.monotonic() - last_checkpoint >= checkpoint_seconds
-            if checkpoint_dir is not None and due:
-                checkpoint.save(checkpoint_dir, states, source, step)
+                _report(states, step, time.monotonic() - started, on_metrics, ranks)
+            if not sharing.agrees_at(step):
+                continue
+            due = checkpoint_dir is not None and time.monotonic() - last_checkpoint >= checkpoint_seconds
+            left = any(state.error is None for state in states.values())
+            pressed, due, going = (bool(one) for one in ranks.most(interrupt.pressed, due and ranks.leads, left))
+            if checkpoint_dir is not None and (pressed or due):
+                checkpoint.save(checkpoint_dir, states, source, step, ranks)
                 last_checkpoint = time.monotonic()
-            if interrupt.pressed:
+            if pressed:
                 raise KeyboardInterrupt
-    return _finish(states, stream, hook_name, model_name)
+    return _finish(configs, states, stream, hook_name, model_name, ranks)
 
 
 class _Stream:
     """What training draws from: rows for every pair of hook points, one for all where there are no pairs."""
 
     def __init__(
-        self, configs: Sequence[TrainConfig], source: BatchSource | TargetSource, device: torch.device
+        self,
+        configs: Sequence[TrainConfig],
+        source: BatchSource | TargetSource,
+        device: torch.device,
+        sharing: Sharing,
     ) -> None:
-        self.source, self.device = source, device
+        self.source, self.device, self.sharing = source, device, sharing
         self.needing = next((config.rule.name for config in configs if config.rule.needs_gradients), None)
         self.of_state: list[int] = []
         self.hook_names: list[str] | None = None
@@ -174,20 +179,24 @@ class _Stream:
                     f"the rule {self.needing} needs gradients: harvest with --gradients and train on that harvest"
                 )
 
-    def states(self, configs: Sequence[TrainConfig], pairs: Sequence[int] | None) -> list[TrainingState]:
-        """The states of the configurations, each on its pair."""
+    def states(self, configs: Sequence[TrainConfig], pairs: Sequence[int] | None) -> dict[int, TrainingState]:
+        """The states that this rank has, by the number of their configuration, each on its pair."""
         self.of_state = [0] * len(configs) if pairs is None else list(pairs)
+        places: Sequence[int | Pair | Sequence[Part]]
         if isinstance(self.source, TargetSource):
             chosen = [self.source.pairs[pair] for pair in self.of_state]
             self.hook_names = [pair.hook_name for pair in chosen]
             places = [pair if pair.target_hook_name else pair.d_in for pair in chosen]
-            return [TrainingState(config, place, self.device) for config, place in zip(configs, places, strict=True)]
-        width = self.source.parts if isinstance(self.source, PartSource) else self.source.d_in
-        return [TrainingState(config, width, self.device) for config in configs]
+        else:
+            places = [self.source.parts if isinstance(self.source, PartSource) else self.source.d_in] * len(configs)
+        shards = self.sharing.shards
+        return {
+            number: TrainingState(configs[number], places[number], self.device, shards) for number in self.sharing.own
+        }
 
-    def each(self, rows: Sequence[Rows]) -> list[Rows]:
-        """The rows of every state."""
-        return [rows[pair] for pair in self.of_state]
+    def of(self, number: int, rows: Sequence[Rows]) -> Rows:
+        """The rows of a state."""
+        return rows[self.of_state[number]]
 
     def next_rows(self, n: int) -> list[Rows]:
         """The next n rows of every pair, with gradients if a rule needs them."""
@@ -219,19 +228,27 @@ class _Stream:
         return Rows(rows.x.to(self.device, torch.float32), moved(rows.target), moved(rows.gradients))
 
 
-def _finish(states: Sequence[TrainingState], stream: _Stream, hook_name: str, model_name: str) -> list[TrainedSAE]:
-    samples: Sequence[Rows | None] = [None] * len(states)
-    if any(state.error is None and state.config.rule.needs_calibration for state in states):
-        samples = stream.each(stream.calibration())
-    results = []
-    hook_names = stream.hook_names or [hook_name] * len(states)
-    for state, sample, hook_name in zip(states, samples, hook_names, strict=True):
+def _finish(
+    configs: Sequence[TrainConfig],
+    states: Mapping[int, TrainingState],
+    stream: _Stream,
+    hook_name: str,
+    model_name: str,
+    ranks: Ranks,
+) -> list[TrainedSAE]:
+    sample: Sequence[Rows] | None = None
+    calibrated = any(state.error is None and state.config.rule.needs_calibration for state in states.values())
+    if ranks.most(calibrated)[0]:
+        sample = stream.calibration()
+    hook_names = stream.hook_names or [hook_name] * len(configs)
+    results = {}
+    for number, state in states.items():
+        sae = None
         if state.error is None:
-            sae = state.finish(hook_name=hook_name, model_name=model_name, sample=sample)
-            results.append(TrainedSAE(state.config, sae))
-        else:
-            results.append(TrainedSAE(state.config, None, state.error))
-    return results
+            rows = None if sample is None else stream.of(number, sample)
+            sae = state.finish(hook_name=hook_names[number], model_name=model_name, sample=rows)
+        results[number] = TrainedSAE(state.config, sae, state.error)
+    return stream.sharing.collected(results)
 
 
 def _step(state: TrainingState, make: Step, rows: Rows, step: int, *, alone: bool) -> None:
@@ -257,26 +274,38 @@ def check_configs(configs: Sequence[TrainConfig]) -> None:
         config.check()
 
 
-def _report(state: TrainingState, step: int, seconds: float, on_metrics: Callable[[StepMetrics], None] | None) -> None:
+def _report(
+    states: Mapping[int, TrainingState],
+    step: int,
+    seconds: float,
+    on_metrics: Callable[[StepMetrics], None] | None,
+    ranks: Ranks,
+) -> None:
+    """Reports every SAE's means, in the order of the configurations, on the first rank."""
+    made = {number: metrics for number, state in states.items() if (metrics := _measured(state, step, seconds))}
+    every = {number: metrics for one in ranks.objects(made) for number, metrics in one.items()}
+    if on_metrics is not None and ranks.leads:
+        for number in sorted(every):
+            on_metrics(every[number])
+
+
+def _measured(state: TrainingState, step: int, seconds: float) -> StepMetrics | None:
     if state.error is not None:
-        return
+        return None
     totals = state.read_totals()
     if not math.isfinite(totals.loss):
         state.error = f"the loss stopped being finite by step {step}: try a lower learning rate"
-        return
-    if on_metrics is not None:
-        on_metrics(
-            StepMetrics(
-                name=state.config.name,
-                step=step,
-                tokens=step * state.config.batch_size,
-                total_tokens=state.config.n_steps * state.config.batch_size,
-                loss=totals.loss,
-                fvu=totals.fvu,
-                l0=totals.l0,
-                dead_share=totals.dead_share,
-                aux_loss=totals.aux_loss,
-                lr=state.last_lr,
-                seconds=seconds,
-            )
-        )
+        return None
+    return StepMetrics(
+        name=state.config.name,
+        step=step,
+        tokens=step * state.config.batch_size,
+        total_tokens=state.config.n_steps * state.config.batch_size,
+        loss=totals.loss,
+        fvu=totals.fvu,
+        l0=totals.l0,
+        dead_share=totals.dead_share,
+        aux_loss=totals.aux_loss,
+        lr=state.last_lr,
+        seconds=seconds,
+    )

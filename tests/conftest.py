@@ -1,13 +1,21 @@
 """Fixtures shared by all tests."""
 
 import atexit
+import multiprocessing
 import os
+import pickle
 import shutil
+import socket
 import tempfile
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from sae.ranks import meet
 
 # No test may reach for the network; loading code is tested on local folders.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +35,50 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"third-party test data not found at {folder}")
     return folder
+
+
+def _of_rank(work: Callable[..., Any], rank: int, size: int, port: int, arguments: Sequence[Any], results: Any) -> None:
+    """One rank, in a process of its own."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        # As bytes: torch would send tensors as files that end with this process.
+        results.put((rank, pickle.dumps(work(meet(), *arguments)), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    # The others may still be reading what this rank has told them.
+    results.close()
+    results.join_thread()
+
+
+@pytest.fixture
+def on_ranks() -> Callable[..., list[Any]]:
+    """`on_ranks(n, work, *arguments)` runs `work(ranks, *arguments)` as n ranks; what each returns."""
+
+    def run(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # Forked, so that nothing is imported again; no thread of torch's has been used in them.
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        started = [
+            context.Process(target=_of_rank, args=(work, rank, size, port, arguments, results), daemon=True)
+            for rank in range(size)
+        ]
+        for process in started:
+            process.start()
+        found = {}
+        for _ in started:
+            rank, result, error = results.get(timeout=300)
+            assert error is None, f"rank {rank}: {error}"
+            found[rank] = pickle.loads(result)
+        for process in started:
+            process.join()
+        return [found[rank] for rank in range(size)]
+
+    return run
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from sae.kernels.backward import Gradients, bias_gradient, entry_gradients, sum_
 from sae.kernels.dispatch import (
     MAX_K,
     batch_topk_encode,
+    best_of_shards,
     decode,
     feature_topk_encode,
     gradient_topk_encode,
@@ -17,6 +18,7 @@ from sae.kernels.dispatch import (
 )
 from sae.kernels.gradient_topk import mean_influence
 from sae.kernels.scores import Encoder
+from sae.kernels.shards import best_of_columns, largest_of_shards
 from sae.kernels.sparse import by_feature, feature_block, ragged_code
 from sae.kernels.threshold import count_positive, is_above, threshold_encode
 from sae.kernels.topk import topk_reference
@@ -26,6 +28,8 @@ __all__ = [
     "Encoder",
     "Gradients",
     "batch_topk_encode",
+    "best_of_columns",
+    "best_of_shards",
     "bias_gradient",
     "by_feature",
     "count_positive",
@@ -37,6 +41,7 @@ __all__ = [
     "gradients",
     "has_triton",
     "is_above",
+    "largest_of_shards",
     "mean_influence",
     "ragged_code",
     "sum_entries",

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels import backward, batch_topk, feature_topk, gradient_topk, sparse, topk
+from sae.kernels import backward, batch_topk, feature_topk, gradient_topk, shards, sparse, topk
 from sae.kernels.backward import Gradients
+from sae.ranks import Ranks
 
 MAX_K = 512
 
@@ -100,6 +101,18 @@ def feature_topk_encode(
         return feature_topk.feature_topk_encode(x, W_enc, b_enc, budgets)
     with torch.cuda.device_of(x):
         return _without_empty_slots(kernels.feature_topk_encode(x, W_enc, b_enc, budgets))
+
+
+def best_of_shards(
+    values: Float[Tensor, "n k"], indices: Int[Tensor, "n k"], ranks: Ranks
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """See `sae.kernels.shards.best_of_shards`."""
+    kernels = _kernels_for(values)
+    if kernels is None or values.shape[1] > MAX_K:
+        return shards.best_of_shards(values, indices, ranks)
+    with torch.cuda.device_of(values):
+        kept, features = kernels.best_of_shards(values, indices, ranks)
+    return kept, features
 
 
 def _without_empty_slots(code: SparseCode) -> SparseCode:

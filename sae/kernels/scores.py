@@ -56,9 +56,13 @@ class Encoder:
         """Writes the scores of the rows from `first` on, as many as `out` has."""
         multiply_add(self.x[first : first + out.shape[0]], self.W_enc, self.b_enc, out)
 
-    def chunks(self) -> Iterator[tuple[int, Float[Tensor, "rows d_sae"]]]:
-        """(first row, scores) of all rows in turn; each chunk's scores lie in the same memory."""
-        step = self.rows_at_once()
+    def chunks(self, width: int | None = None) -> Iterator[tuple[int, Float[Tensor, "rows d_sae"]]]:
+        """(first row, scores) of all rows in turn; each chunk's scores lie in the same memory.
+
+        Args:
+            width: features by which a chunk's rows are chosen, where others must cut theirs alike.
+        """
+        step = _at_once(width or self.d_sae, self.x.is_cuda)
         buffer = self.empty(min(step, self.n), self.d_sae)
         for first in range(0, self.n, step):
             scores = buffer[: min(step, self.n - first)]

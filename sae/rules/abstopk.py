@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels import topk_encode
+from sae.kernels import best_of_shards, topk_encode
+from sae.ranks import Ranks
 from sae.rules.base import NO_TENSORS, Batch, CodeRule, FusedEncoder, FusedInputs, Tensors
 
 
@@ -37,6 +38,10 @@ class AbsTopK(CodeRule):
         """Codes of inputs from which b_dec has been subtracted; no gradients."""
         values, indices = topk_encode(x, W_enc, b_enc, self.k, absolute=True)
         return SparseCode(values, indices, W_enc.shape[1])
+
+    def among(self, code: SparseCode, n_tokens: int, ranks: Ranks) -> SparseCode:
+        """Every token's k best of all ranks' lists."""
+        return SparseCode(*best_of_shards(code.values, code.indices, ranks), code.d_sae)
 
     def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
         """The kernel that selects row by row, by magnitude."""

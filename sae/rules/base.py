@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.errors import InputError
+from sae.ranks import Ranks
 
 if TYPE_CHECKING:
     from sae.kernels.triton import KernelSizes
@@ -148,6 +149,24 @@ class CodeRule(Rule):
         """The rule that chooses when that share of the training steps is done: this one, for most."""
         return self
 
+    def among(self, code: SparseCode, n_tokens: int, ranks: Ranks) -> SparseCode:
+        """What remains of this rank's code when all ranks choose together, each of which has a shard of the features:
+        what this rule would choose of them all.
+
+        Args:
+            code: what this rule, with the same k, chooses of a batch among this rank's features alone.
+            n_tokens: of the batch.
+
+        Raises:
+            InputError: a rule that has no such way, because it must see all features at once.
+        """
+        raise InputError(f"the rule {self.name} needs all features on one rank: train it without torchrun")
+
+    @classmethod
+    def has_among(cls) -> bool:
+        """Whether `among` is defined, by the class that defines `select` or one derived from that."""
+        return _goes_with_select(cls, "among")
+
     def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
         """How this rule, as a stage of training, chooses on a GPU with triton; needed for the fused step.
 
@@ -158,9 +177,7 @@ class CodeRule(Rule):
     @classmethod
     def has_fused_encoder(cls) -> bool:
         """Whether `fused_encoder` is defined, by the class that defines `select` or one derived from that."""
-        return _definer(cls, "fused_encoder") is not CodeRule and issubclass(
-            _definer(cls, "fused_encoder"), _definer(cls, "select")
-        )
+        return _goes_with_select(cls, "fused_encoder")
 
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
         """Raises InputError unless 1 <= k <= d_sae."""
@@ -230,6 +247,11 @@ class ThresholdRule(Rule):
     def finished_state(self, trained: Tensors, input_scale: Float[Tensor, ""]) -> dict[str, Tensor]:
         """The state for raw activations, which were multiplied by `input_scale` in training."""
         return {}
+
+
+def _goes_with_select(cls: type, method: str) -> bool:
+    """Whether a rule's method is defined where its `select` is, or in a class derived from that."""
+    return _definer(cls, method) is not CodeRule and issubclass(_definer(cls, method), _definer(cls, "select"))
 
 
 def _definer(cls: type, method: str) -> type:

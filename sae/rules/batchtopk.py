@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels import batch_topk_encode, threshold_encode
+from sae.kernels import batch_topk_encode, largest_of_shards, threshold_encode
+from sae.ranks import Ranks
 from sae.rules.base import NO_TENSORS, AuxKind, Batch, CodeRule, FusedEncoder, FusedInputs, Tensors, just_below
 
 
@@ -47,6 +48,10 @@ class BatchTopK(CodeRule):
     ) -> SparseCode:
         """Entries above the stored threshold."""
         return threshold_encode(x, W_enc, b_enc, state["threshold"], absolute=self.signed)
+
+    def among(self, code: SparseCode, n_tokens: int, ranks: Ranks) -> SparseCode:
+        """The k n largest of all ranks' lists."""
+        return largest_of_shards(code, self.k * n_tokens, ranks)
 
     def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
         """A list of candidates, which is captured, and a look at whether it holds the answer, which is not."""

@@ -1,10 +1,11 @@
 """Entry point: assembles the commands and turns every mistake into one line and an exit code.
 
 Exit codes: 0 done, 1 a check found something wrong (`doctor`), 2 bad input, 130 interrupted.
+
+Where torchrun has started several ranks, all run the same command, and one of them speaks (`workbench.cli.ranks`).
 """
 
 import os
-import sys
 from typing import Any
 
 # Before any import of the libraries that read these: no progress bars of theirs among ours, no telemetry.
@@ -33,6 +34,7 @@ from workbench.cli import (
     training,
     web_app,
 )
+from workbench.cli.ranks import ended, ranks_together, refuse_ranks, started_by_torchrun, tell
 
 # Typer carries click inside since 0.26 and used the real one before: its public BadParameter leads to either.
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -68,6 +70,7 @@ def _root(
     context: typer.Context,
     show_version: bool = typer.Option(False, "--version", help="Print the version and exit."),
 ) -> None:
+    refuse_ranks(context.invoked_subcommand)
     if show_version:
         from importlib.metadata import version
 
@@ -79,6 +82,11 @@ def _root(
 
 def run(arguments: list[str]) -> int:
     """Runs one command; returns its exit code."""
+    with ranks_together():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         for argument in arguments:
             if any("\ud800" <= character <= "\udfff" for character in argument):
@@ -89,7 +97,7 @@ def run(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except InputError as error:
-        print(f"workbench: error: {error}", file=sys.stderr)
+        tell(f"workbench: error: {error}")
         return 2
     except ClickException as error:
         context = getattr(error, "ctx", None)
@@ -98,15 +106,21 @@ def run(arguments: list[str]) -> int:
         if not message:
             # A group by itself, whose help has been printed.
             return 0
-        print(f"workbench: error: {message} (see `{usage} --help`)", file=sys.stderr)
+        tell(f"workbench: error: {message} (see `{usage} --help`)")
         return 2
     except (OSError, MemoryError) as error:
         # What no command foresaw, such as a disk that fills up or a folder that may not be read.
         reason = " ".join(
             str(part) for part in (getattr(error, "strerror", None), getattr(error, "filename", None)) if part
         )
-        print(f"workbench: error: {reason or type(error).__name__}", file=sys.stderr)
+        tell(f"workbench: error: {reason or type(error).__name__}")
         return 2
+    except RuntimeError as error:
+        # Of one rank, or of those that it has left waiting.
+        if not started_by_torchrun():
+            raise
+        tell(f"workbench: error: {ended(error)}")
+        return 1
     except (KeyboardInterrupt, typer.Abort):
-        print("workbench: interrupted; repeat the same command to go on where it stopped", file=sys.stderr)
+        tell("workbench: interrupted; repeat the same command to go on where it stopped")
         return 130

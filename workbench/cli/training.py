@@ -26,6 +26,7 @@ from workbench.cli.options import (
 )
 from workbench.cli.output import print_json, print_table
 from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations, print_sets
+from workbench.cli.ranks import is_first, started_by_torchrun
 from workbench.cli.shared import sharing
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
@@ -243,7 +244,9 @@ def train(run: Training, context: typer.Context) -> None:
     epoch = workspace.open_harvest(run.harvest[0]).n_trainable_rows if run.harvest else STREAMED_TOKENS
     total = run.tokens or asked.tokens or epoch
     configs = run.configs(asked, total)
-    if run.sweep is not None or run.estimate_only:
+    if run.estimate_only and started_by_torchrun():
+        raise InputError("--estimate-only tries a few steps in one process: start it without torchrun")
+    if run.estimate_only or (run.sweep is not None and not started_by_torchrun()):
         estimate = workspace.estimate_training(source, configs, **run.placed)
         if not run.as_json:
             print(describe_training(estimate, run.counted(estimate.saes, len(configs))))
@@ -252,6 +255,8 @@ def train(run: Training, context: typer.Context) -> None:
         if run.estimate_only:
             return
     trained = train_with_progress(workspace, run, source, configs)
+    if not is_first():
+        return
     made = [result.config.name for result in trained if not result.error]
     sets = list(dict.fromkeys(name.rpartition(".")[0] for name in made)) if run.makes_sets else []
     found: dict[str, Evaluation] = {}
@@ -384,7 +389,7 @@ def train_with_progress(
     workspace: "Workspace", run: Training, source: "str | list[str] | HarvestConfig", configs: "list[TrainConfig]"
 ) -> "list[TrainedSAE]":
     """Trains behind a progress bar that shows the first SAE still running."""
-    with ProgressBar("train", configs[0].total_tokens, enabled=not run.as_json) as bar:
+    with ProgressBar("train", configs[0].total_tokens, enabled=not run.as_json and is_first()) as bar:
         furthest = 0
 
         def on_metrics(metrics: "StepMetrics") -> None:

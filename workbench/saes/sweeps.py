@@ -31,6 +31,8 @@ import torch
 from sae import rules
 from sae.config import TrainConfig
 from sae.errors import InputError
+from sae.ranks import ALONE, Ranks
+from sae.sharing import Sharing
 from sae.source import BatchSource, TargetSource
 from sae.training import StepMetrics, train
 from workbench.disk.names import check_name
@@ -41,6 +43,8 @@ BYTES_PER_PARAMETER = 16
 BYTES_OF_FINISHING = 36
 """Per parameter of the widest SAE, for a moment at its end: the input's scale is folded in, it is saved and read back.
 Measured on a CPU, where all of it is one memory: the peak at 200,000 features less that at 100,000."""
+BYTES_MADE_WHOLE = 8
+"""Per parameter of an SAE that several GPUs have shared out: at its end each has it whole, for a moment twice."""
 TRIAL_STEPS = 3
 """The first step, which allocates, is not timed."""
 SHORT_NAMES = {"d_sae": "d", "sparsity_coefficient": "sparsity"}
@@ -219,17 +223,26 @@ def _parameters(config: TrainConfig, d_in: int, d_out: int) -> int:
 
 
 def check_memory(
-    configs: Sequence[TrainConfig], d_in: int, d_out: int, device: torch.device | str, more: int = 0
+    configs: Sequence[TrainConfig],
+    d_in: int,
+    d_out: int,
+    device: torch.device | str,
+    more: int = 0,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Raises InputError, with what they take, when the device cannot hold these SAEs until they are finished.
 
     Args:
         more: bytes that something beside them takes.
+        ranks: those that train them, each on a GPU of its own, or all in one memory.
     """
-    where = torch.device(device)
-    widest = max(_parameters(config, d_in, d_out) for config in configs)
-    finishing = BYTES_OF_FINISHING * widest if where.type == "cpu" else 0
-    needed = memory(configs, d_in, d_out) + finishing + more
+    where, sharing = torch.device(device), Sharing(configs, ranks)
+    own = [configs[number] for number in sharing.own]
+    widest = max(_parameters(config, d_in, d_out) for config in own)
+    finishing = BYTES_OF_FINISHING if where.type == "cpu" else BYTES_MADE_WHOLE if sharing.shards.size > 1 else 0
+    needed = memory(own, d_in, d_out) // sharing.shards.size + finishing * widest + more
+    if where.type == "cpu":
+        needed *= ranks.size
     SweepEstimate(len(configs), needed, free_bytes(where), 0.0).check()
 
 

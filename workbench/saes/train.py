@@ -8,6 +8,9 @@ harvest or of a model that runs beside training (`workbench.saes.feeding`).
    under the set's name; the metrics move into the run's
    DuckDB file, which marks it as finished; the checkpoints go.
 
+Started by torchrun, all ranks run this alike and train together (`sae.sharing`), and the first alone writes records and
+SAEs.
+
 A kill between saving the SAEs and finishing the run leaves some that are this run's own: they are kept. A run that
 failed as a whole keeps its record, which says why, until another of its name is started; one that was refused before
 its first step leaves nothing.
@@ -17,6 +20,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,7 @@ from sae import checkpoint
 from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.model import SAE
+from sae.ranks import Ranks, meet
 from sae.training import StepMetrics, TrainedSAE, check_configs, train
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
@@ -80,35 +85,49 @@ def train_all(
         InputError: unknown harvest, model, corpus or hook, names taken, a finished run whose SAE was removed, too
             little memory, or harvests of different tokens.
     """
+    ranks = meet()
     chosen = str(choose_device(device))
     feed = _feed(catalog, source, configs, hook, target_hook, chosen, each=each, **streaming)
     configs = feed.places.spread(configs)
     check_configs(configs)
     record = Run(new_folder(catalog.run_folder(run)))
-    if record.failed:
-        shutil.rmtree(record.folder)
     description = {
         **feed.description, "hook": feed.places.hook, "device": chosen,
         "configs": [config.to_dict() for config in configs],
     }  # fmt: skip
     if feed.places.target_hook is not None:
         description["target_hook"] = feed.places.target_hook
+    if ranks.lead(lambda: _is_finished(record, description)):
+        return _finished(catalog, record, configs)
+    check_memory(configs, *feed.widths, chosen, feed.buffer_bytes, ranks)
+    done, resuming = ranks.lead(lambda: _start(catalog, record, configs, description))
+    try:
+        errors = _run(catalog, record, feed, configs, chosen, resuming, done, on_metrics, ranks)
+    except InputError:
+        if ranks.leads and not resuming and not len(record.metrics()):
+            shutil.rmtree(record.folder)
+        raise
+    return [_trained(catalog, config, error) for config, error in zip(configs, errors, strict=True)]
+
+
+def _is_finished(record: Run, description: dict[str, Any]) -> bool:
+    """Whether a run of this name and description is finished; one that failed as a whole is removed."""
+    if record.failed:
+        shutil.rmtree(record.folder)
     if record.finished:
         record.start(description)
-        return _finished(catalog, record, configs)
-    done = {config.name for config in configs if _is_of(catalog, run, config)}
+    return record.finished
+
+
+def _start(
+    catalog: Catalog, record: Run, configs: Sequence[TrainConfig], description: dict[str, Any]
+) -> tuple[Set[str], bool]:
+    """Records the run; which SAEs it has saved before, and whether it is resumed."""
+    done = {config.name for config in configs if _is_of(catalog, record.name, config)}
     for config in configs:
         if config.name not in done:
             catalog.check_new_sae(config.name)
-    check_memory(configs, *feed.widths, chosen, feed.buffer_bytes)
-    resuming = record.start(description)
-    try:
-        trained = _run(catalog, record, feed, configs, chosen, resuming, done, on_metrics)
-    except InputError:
-        if not resuming and not len(record.metrics()):
-            shutil.rmtree(record.folder)
-        raise
-    return [_trained(catalog, result.config, result.error) for result in trained]
+    return done, record.start(description)
 
 
 def estimate_training(
@@ -166,22 +185,33 @@ def _run(
     resuming: bool,
     done: Set[str],
     on_metrics: OnMetrics | None,
-) -> list[TrainedSAE]:
-    """Steps 2 and 3 of the module's description; `done` are SAEs that this run has saved before."""
-    with RunLock(record.folder):
+    ranks: Ranks,
+) -> list[str | None]:
+    """Steps 2 and 3 of the module's description; why an SAE came to nothing, or None, for each. `done` are SAEs that
+    this run has saved before."""
+    with ExitStack() as stack:
+        lock = RunLock(record.folder)
+        ranks.lead(lambda: stack.enter_context(lock) and None)
         try:
-            trained = _train(record, feed, configs, device, resuming, on_metrics)
+            trained = _train(record, feed, configs, device, resuming, on_metrics, ranks)
         except RuntimeError as error:
+            if ranks.size > 1:
+                # The others cannot go on, and it need not be this one that failed.
+                raise
             # Out of memory, say; beside others the trainer takes out the one it happens to.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             trained = [TrainedSAE(config, None, reason) for config in configs]
-        trained = _save(catalog, record, feed, trained, done)
-        record.finish(
-            [config.to_dict() for config in configs],
-            errors={result.config.name: result.error for result in trained if result.error},
-        )
-        shutil.rmtree(record.checkpoints, ignore_errors=True)
-    return trained
+
+        def conclude() -> list[str | None]:
+            saved = _save(catalog, record, feed, trained, done)
+            record.finish(
+                [config.to_dict() for config in configs],
+                errors={result.config.name: result.error for result in saved if result.error},
+            )
+            shutil.rmtree(record.checkpoints, ignore_errors=True)
+            return [result.error for result in saved]
+
+        return ranks.lead(conclude)
 
 
 def _save(catalog: Catalog, record: Run, feed: Feed, trained: list[TrainedSAE], done: Set[str]) -> list[TrainedSAE]:
@@ -221,9 +251,10 @@ def _train(
     device: str,
     resuming: bool,
     on_metrics: OnMetrics | None,
+    ranks: Ranks,
 ) -> list[TrainedSAE]:
     """The trainer on the stream, its metrics kept in the run's record."""
-    if resuming:
+    if resuming and ranks.leads:
         record.drop_metrics_after(checkpoint.tokens_done(record.checkpoints))
 
     def report(metrics: StepMetrics) -> None:
@@ -242,6 +273,7 @@ def _train(
             on_metrics=report,
             hook_name=feed.places.hook,
             model_name=feed.model_name,
+            ranks=ranks,
         )
 
 

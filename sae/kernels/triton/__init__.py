@@ -25,6 +25,7 @@ from sae.kernels.triton.dense import DensePass, dense_pass
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
 from sae.kernels.triton.nested import Nesting, Parts
+from sae.kernels.triton.shards import best_of_shards, summed_residual
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, centre_pair, decode, residual
 from sae.kernels.triton.step import (
@@ -73,6 +74,7 @@ __all__ = [
     "aux_gradients",
     "batch_topk_encode",
     "best_of_features",
+    "best_of_shards",
     "centre",
     "centre_pair",
     "clip_factor",
@@ -90,6 +92,7 @@ __all__ = [
     "paired_topk_encode",
     "residual",
     "step_scalars",
+    "summed_residual",
     "topk_encode",
     "topk_rule",
     "training_step",

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae.kernels.shards import best_of_columns
 from sae.kernels.triton.encode import product
 from sae.kernels.triton.features import AuxGradients
 from sae.kernels.triton.update import Parameters
@@ -37,9 +38,10 @@ def aux_gradients(
 
     Args:
         dead: the features to revive.
-        bucket: features treated at most; at most d_sae.
+        bucket: features treated at most, the same on every rank that has some; at most d_sae.
         signed: select by magnitude and keep signs.
     """
+    ranks = parameters.ranks
     d_sae, d = parameters.W_dec.shape
     n, dtype = x_centred.shape[0], parameters.shadow_enc.dtype
     features = torch.sort(dead, descending=True, stable=True).indices[:bucket]
@@ -63,10 +65,9 @@ def aux_gradients(
         a = _product(x, encoder.T).add_(bias)
         if not signed:
             a.relu_()
-        if k_aux < bucket:
-            kept = a.abs().topk(k_aux, dim=1, sorted=False).indices
-            a = torch.zeros_like(a).scatter_(1, kept, a.gather(1, kept))
-        difference = _product(a.to(dtype), decoder).sub_(e)
+        if k_aux < bucket * ranks.size:
+            a = best_of_columns(a, k_aux, min(k_aux, bucket), ranks)
+        difference = ranks.sum_(_product(a.to(dtype), decoder)).sub_(e)
         squared_error += difference.square().sum()
         grad_e_hat = difference.mul_(2 * coefficient / variance).to(dtype)
         grad_z = _product(grad_e_hat, decoder.T).mul_(a != 0)
@@ -76,7 +77,8 @@ def aux_gradients(
     # Of rows that stand for nothing the gradient is zero, whatever row of W_dec is taken for them.
     along = torch.linalg.vecdot(grad_decoder, parameters.W_dec[features])
     gradients = AuxGradients(slot, grad_decoder, grad_encoder, grad_bias, along, grad_bias @ encoder.float())
-    return gradients, torch.where(real.any(), squared_error / variance, 0)
+    any_real = ranks.sum_(real.sum()) > 0
+    return gradients, torch.where(any_real, squared_error / variance, 0)
 
 
 def _product(left: Float[Tensor, "n m"], right: Float[Tensor, "m p"]) -> Float[Tensor, "n p"]:

@@ -182,6 +182,11 @@ def decode(
     return out
 
 
+def decode_into(code: SparseCode, W_dec: Float[Tensor, "d_sae d"], out: Float[Tensor, "n d"]) -> None:
+    """Writes what a code's entries add up to, in `out`'s precision."""
+    _launch(code, W_dec, None, None, out, out)
+
+
 @dataclass(frozen=True)
 class Residual:
     """Target less prediction of a batch, and its squared norm."""

@@ -26,6 +26,7 @@ from sae.kernels.triton.features import (
     feature_gradients,
 )
 from sae.kernels.triton.nested import Parts, nested_residuals
+from sae.kernels.triton.shards import summed_residual
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
 from sae.kernels.triton.update import (
@@ -215,7 +216,7 @@ def _update_from_memory(
     factor = torch.ones((), device=grad_b_dec.device)
     if limit is not None:
         # The loss is a share of the batch's variance; the limit given to users is for squared error a token.
-        factor = clip_factor(made, [grad_b_dec, *(own.gradient for own in owned)], limit)
+        factor = clip_factor(made, [grad_b_dec, *(own.gradient for own in owned)], limit, p.ranks)
     update_from_gradients(p, made, grad_b_dec, adam, factor)
     for own in owned:
         own.move(adam, factor)
@@ -227,7 +228,10 @@ def _forward(
     """What a code leaves of a batch, its entries in the order of features, and the residuals that they work for."""
     dtype, variance = p.shadow_dec.dtype, centred.total_variance
     if parts is None:
-        fit = residual(code, p.shadow_dec, centred.target, dtype)
+        if p.ranks.size == 1:
+            fit = residual(code, p.shadow_dec, centred.target, dtype)
+        else:
+            fit = summed_residual(code, p.shadow_dec, centred.target, dtype, p.ranks)
         if thresholds is None:
             order = by_feature(code)
         else:

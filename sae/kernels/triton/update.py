@@ -40,6 +40,7 @@ from sae.kernels.triton.features import (
 )
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import alignment
+from sae.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Parameters:
     W_skip: Float[Tensor, "d d"] | None = None
     """[d_out, d_in] of a linear path beside the features, where there is one."""
     m_W_skip: Moments | None = None
+    ranks: Ranks = ALONE
+    """Those that have the features, of which these are one rank's; b_dec and a skip are the same on all."""
 
     @property
     def padded_enc(self) -> Float[Tensor, "padded d"]:
@@ -311,16 +314,21 @@ def update_vector(
     )  # fmt: skip
 
 
-def clip_factor(gradients: FeatureGradients, others: Sequence[Tensor], limit: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def clip_factor(
+    gradients: FeatureGradients, others: Sequence[Tensor], limit: Float[Tensor, ""], ranks: Ranks = ALONE
+) -> Float[Tensor, ""]:
     """What all gradients are multiplied with so that their common norm is at most `limit`; 1 where it is.
 
     Of W_dec's gradient the part across its unit rows counts, which is all that the update takes.
 
     Args:
-        others: gradients of other tensors, of any shape.
+        others: gradients of other tensors, of any shape; the same on all ranks.
+        ranks: those that have the features.
     """
     squares = gradients.squares.sum(dtype=torch.float64)
-    for gradient in (gradients.b_enc, *others):
+    squares += gradients.b_enc.square().sum()
+    ranks.sum_(squares)
+    for gradient in others:
         squares += gradient.square().sum()
     norm = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return (limit / norm).clamp_max(1).float()
@@ -352,7 +360,7 @@ def b_dec_gradient(
 ) -> Float[Tensor, "d"]:
     """Gradient of b_dec, which is a part of every prediction and, in an SAE, subtracted from what is encoded."""
     gradient = residual.sum(0, dtype=torch.float32) * scale
-    return gradient - through_encoder(grad_b_enc, p.shadow_enc) if p.subtracts_b_dec else gradient
+    return gradient - p.ranks.sum_(through_encoder(grad_b_enc, p.shadow_enc)) if p.subtracts_b_dec else gradient
 
 
 def update_from_code(
@@ -394,6 +402,6 @@ def update_from_code(
         AUX=aux is not None, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
     if aux is not None and p.subtracts_b_dec:
-        grad_b_dec -= aux.through_x
+        grad_b_dec -= p.ranks.sum_(aux.through_x)
     update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)
     return made.thresholds

@@ -1,0 +1,217 @@
+"""Training over several GPUs of one host, beside one of them in the same run.
+
+    torchrun --nproc-per-node 2 benchmarks/ranks.py [--losses] [--sizes M L] [--sweep S] [--rounds 20] [--json]
+
+Steps: an SAE's training step with its features shared out over the ranks, and the whole of it on one rank, in turns, on
+the same batches; `workbench.bench` says what the sizes are. Reported: medians of the first rank in ms, the speed-up,
+and the peak memory that a rank's state and steps take.
+
+Sweep: SAEs of one size side by side, two for each rank: the seconds of their steps on all ranks together, and on one
+rank that has them all.
+
+Agreement: planted ties, in numbers whose sums are exact in any order, chosen among over the ranks and on one; and
+losses of a short run on all ranks and on one. It comes first, and stops the run where something differs.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sae import kernels
+from sae.config import TrainConfig
+from sae.fused_step import FusedStep, new_step
+from sae.ranks import ALONE, Ranks, meet
+from sae.rules import AbsTopK, BatchTopK, Rule, TopK
+from sae.state import TrainingState
+from sae.training import StepMetrics, train
+from workbench.bench.arms import LR, SIZES, Size, batches
+
+WARM_UP = 6
+
+
+class Cycle:
+    """The same batches over and over, on the device."""
+
+    def __init__(self, data: list[Tensor]) -> None:
+        self.data, self.place, self.d_in = data, 0, data[0].shape[1]
+
+    def next_batch(self, n: int) -> Tensor:
+        self.place += 1
+        return self.data[self.place % len(self.data)][:n]
+
+    def sample(self, n: int) -> Tensor:
+        return self.data[0][:n]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+def config_of(size: Size, steps: int = 10**5, rule: Rule | None = None, **settings: Any) -> TrainConfig:
+    return TrainConfig(
+        **{
+            "name": "bench", "d_sae": size.d_sae, "rule": rule or TopK(size.k), "batch_size": size.batch,
+            "total_tokens": steps * size.batch, "aux": "none", "b_dec_init": "mean", "lr": LR, **settings,
+        }
+    )  # fmt: skip
+
+
+def check_choices(ranks: Ranks, device: torch.device) -> None:
+    """TopK and BatchTopK of small whole numbers, over the ranks and on one."""
+    generator = torch.Generator(device).manual_seed(0)
+    n, d, d_sae, k = 512, 64, 1024 * ranks.size, 32
+    x = torch.randint(-2, 3, (n, d), generator=generator, device=device).to(torch.bfloat16)
+    W = torch.randint(-1, 2, (d, d_sae), generator=generator, device=device).to(torch.bfloat16)
+    b = torch.zeros(d_sae, device=device)
+    # Rows of which one rank has all, and features that no token wants.
+    x[:8], W[:, : d_sae // 2 : 3] = 0, 0
+    first, last = ranks.span(d_sae)
+    own, bias = W[:, first:last].contiguous(), b[first:last]
+    for rule in (TopK(k), AbsTopK(k)):
+        code = kernels.topk_encode(x, own, bias, k, absolute=rule.signed)
+        values, indices = kernels.best_of_shards(*code, ranks)
+        dense = torch.zeros(n, last - first, device=device).scatter_add_(1, indices, values)
+        whole_values, whole = kernels.topk_encode(x, W, b, k, absolute=rule.signed)
+        expected = torch.zeros(n, d_sae, device=device).scatter_add_(1, whole, whole_values)
+        compare(ranks, f"{rule.name}'s choices", ranks.join(dense, d_sae, 1), expected)
+    listed = kernels.batch_topk_encode(x, own, bias, n * k)
+    chosen = kernels.largest_of_shards(listed, n * k, ranks).to_dense()
+    whole_code = kernels.batch_topk_encode(x, W, b, n * k).to_dense()
+    compare(ranks, "batchtopk's choices", ranks.join(chosen, d_sae, 1), whole_code)
+
+
+def compare(ranks: Ranks, what: str, got: Tensor, expected: Tensor) -> None:
+    differing = int((got != expected).sum())
+    if ranks.leads:
+        print(f"{what}: {differing} of {int((expected != 0).sum())} differ", flush=True)
+    if differing:
+        sys.exit(1)
+
+
+def check_losses(ranks: Ranks, size: Size, data: list[Tensor]) -> list[dict[str, Any]]:
+    """FVU and L0 of short runs on one rank and on all, report by report."""
+    found = []
+    for rule, settings in ((TopK(size.k), {}), (TopK(size.k), {"clip_grad_norm": 1.0}), (BatchTopK(size.k), {})):
+        config = config_of(
+            size, 300, rule, aux="aux_k", dead_after_tokens=4 * size.batch, lr=1e-3, **settings
+        )  # fmt: skip
+        curves: dict[str, list[StepMetrics]] = {"one": [], "all": []}
+        train([config], Cycle(data), device=data[0].device, on_metrics=curves["one"].append)
+        train([config], Cycle(data), device=data[0].device, on_metrics=curves["all"].append, ranks=ranks)
+        if ranks.leads:
+            worst = max(abs(a.fvu - b.fvu) / a.fvu for a, b in zip(curves["one"], curves["all"], strict=True))
+            last = {key: (made[-1].fvu, made[-1].l0, made[-1].dead_share) for key, made in curves.items()}
+            found.append({"rule": rule.name, **settings, "worst": worst, **last})
+            print(f"losses, {found[-1]}", flush=True)
+    return found
+
+
+def stepper(size: Size, example: Tensor, ranks: Ranks, rule: Rule | None) -> tuple[Callable[[Tensor], None], Any]:
+    config = config_of(size, rule=rule)
+    state = TrainingState(config, size.d_in, example.device, ranks)
+    state.initialise(example)
+    step, number = new_step(state), iter(range(10**5))
+    return lambda batch: step(batch, next(number)), step
+
+
+def time_steps(ranks: Ranks, name: str, data: list[Tensor], rounds: int, rule: Rule | None) -> dict[str, Any]:
+    """Median milliseconds of a step on one rank and over all, in turns, and peak memory."""
+    size, device = SIZES[name], data[0].device
+    made, peaks = {}, {}
+    times: dict[str, list[float]] = {"one": [], "all": []}
+    for key, over in (("one", ALONE), ("all", ranks)):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        made[key] = stepper(size, data[0], over, rule)
+        for number in range(WARM_UP):
+            made[key][0](data[number % len(data)])
+        torch.cuda.synchronize()
+        peaks[key] = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        ranks.wait()
+    for number in range(rounds):
+        for key, (step, _) in made.items():
+            torch.cuda.synchronize()
+            ranks.wait()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for repeat in range(3):
+                step(data[(number + repeat) % len(data)])
+            stop.record()
+            torch.cuda.synchronize()
+            times[key].append(start.elapsed_time(stop) / 3)
+    one, every = (statistics.median(times[key]) for key in ("one", "all"))
+    captured = [isinstance(step, FusedStep) and step.is_captured for _, step in made.values()]
+    return {
+        "size": name, "ranks": ranks.size, "rule": (rule or TopK(size.k)).name, "one_ms": one, "all_ms": every,
+        "speed_up": one / every, "one_gib": peaks["one"] / 2**30, "all_gib": peaks["all"] / 2**30,
+        "memory_share": peaks["all"] / peaks["one"], "captured": captured, "device": torch.cuda.get_device_name(device),
+    }  # fmt: skip
+
+
+def time_sweep(ranks: Ranks, name: str, data: list[Tensor], steps: int) -> dict[str, Any]:
+    """Seconds of the last nine tenths of a sweep of two SAEs a rank, on all ranks and on one."""
+    size, seconds = SIZES[name], {}
+    configs = [config_of(size, steps, name=f"seed {seed}", seed=seed) for seed in range(2 * ranks.size)]
+    for key, over in (("one", ALONE), ("all", ranks)):
+        reports: dict[int, float] = {}
+        ranks.wait()
+        if key == "all" or ranks.leads:
+            train(
+                configs, Cycle(data), device=data[0].device, ranks=over,
+                on_metrics=lambda metrics, into=reports: into.update({metrics.step: metrics.seconds}),  # type: ignore[misc]
+            )  # fmt: skip
+        if ranks.leads:
+            seconds[key] = reports[steps] - reports[steps // 10]
+    if not ranks.leads:
+        return {}
+    return {
+        "sweep": len(configs), "size": name, "ranks": ranks.size, "one_s": seconds["one"], "all_s": seconds["all"],
+        "speed_up": seconds["one"] / seconds["all"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="*", default=["M", "L"], choices=SIZES)
+    parser.add_argument("--batchtopk", nargs="*", default=[], choices=SIZES, help="sizes to time BatchTopK at")
+    parser.add_argument("--sweep", choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--losses", action="store_true", help="compare the losses of short runs")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    ranks = meet()
+    device = torch.device("cuda", torch.cuda.current_device())
+    results: list[dict[str, Any]] = []
+
+    def note(found: dict[str, Any]) -> None:
+        if ranks.leads:
+            results.append({**found, "at_s": time.perf_counter() - began})
+            print(json.dumps(results[-1]) if options.json else results[-1], flush=True)
+
+    began = time.perf_counter()
+    check_choices(ranks, device)
+    if options.losses:
+        check_losses(ranks, SIZES["S"], batches(SIZES["S"], device))
+    for name, rule in [(one, None) for one in options.sizes] + [(one, "batch") for one in options.batchtopk]:
+        data = batches(SIZES[name], device)
+        note(time_steps(ranks, name, data, options.rounds, BatchTopK(SIZES[name].k) if rule else None))
+        torch.cuda.empty_cache()
+    if options.sweep:
+        note(time_sweep(ranks, options.sweep, batches(SIZES[options.sweep], device), 400))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

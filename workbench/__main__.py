@@ -1,0 +1,5 @@
+"""`python -m workbench`, and `torchrun -m workbench`: the command line."""
+
+from workbench.cli import main
+
+main()
