@@ -1,7 +1,7 @@
 """The ranks of a run that torchrun started, one process a GPU: who they are, and what they tell each other.
 
 A run on one rank sends nothing, and each message costs it nothing: `sum_` gives back what it is given, and so on.
-Numbers of a step go between GPUs by NCCL, what the hosts decide goes by gloo; on CPUs both are gloo. All ranks must send
+Numbers of a step go between GPUs by NCCL, what the hosts decide by gloo; on CPUs all goes by gloo. All ranks must send
 the same messages in the same order.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sae.errors import InputError
@@ -54,7 +54,7 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Shaped[Tensor, "*any"]) -> Shaped[Tensor, "ranks *any"]:
         """The tensors of all ranks, of one shape, along a new first dimension."""
         if self.size == 1:
             return tensor.unsqueeze(0)
@@ -70,7 +70,7 @@ class Ranks:
         _reduce_scatter(out, rows)
         return out
 
-    def join(self, part: Tensor, total: int, dim: int = 0) -> Tensor:
+    def join(self, part: Shaped[Tensor, "*part"], total: int, dim: int = 0) -> Shaped[Tensor, "*whole"]:
         """A tensor of which every rank has its `span` of `total` along `dim`, whole."""
         if self.size == 1:
             return part

@@ -56,6 +56,11 @@ class Sharing:
             for config in configs:
                 check_shards(config, ranks)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the run has one SAE, or a part of each, so that none goes on without another."""
+        return self._n == 1 or self.shards.size > 1
+
     def agrees_at(self, step: int) -> bool:
         """Whether the ranks speak after that step."""
         return self.ranks.size == 1 or step % AGREE_EVERY == 0

@@ -122,31 +122,49 @@ def train(
         for number, state in states.items():
             rows = stream.of(number, sample)
             state.initialise(rows.x, rows.target)
-    n_steps, batch_size = configs[0].n_steps, configs[0].batch_size
-    report_every = max(1, n_steps // REPORTS_PER_RUN)
-    started = last_checkpoint = time.monotonic()
-    alone = sharing.shards.size > 1 or len(configs) == 1
-    going = True
-    with deferred_interrupt() as interrupt:
-        while step < n_steps and going:
-            batches = stream.next_rows(batch_size)
-            for number, state in states.items():
-                if state.error is None:
-                    _step(state, steps[number], stream.of(number, batches), step, alone=alone)
-            step += 1
-            if step % report_every == 0 or step == n_steps:
-                _report(states, step, time.monotonic() - started, on_metrics, ranks)
-            if not sharing.agrees_at(step):
-                continue
-            due = checkpoint_dir is not None and time.monotonic() - last_checkpoint >= checkpoint_seconds
-            left = any(state.error is None for state in states.values())
-            pressed, due, going = (bool(one) for one in ranks.most(interrupt.pressed, due and ranks.leads, left))
-            if checkpoint_dir is not None and (pressed or due):
-                checkpoint.save(checkpoint_dir, states, source, step, ranks)
-                last_checkpoint = time.monotonic()
-            if pressed:
-                raise KeyboardInterrupt
+    run = _Run(states, steps, stream, checkpoint_dir, checkpoint_seconds, on_metrics)
+    run.go_on_from(step)
     return _finish(configs, states, stream, hook_name, model_name, ranks)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The steps of a run."""
+
+    states: Mapping[int, TrainingState]
+    steps: Mapping[int, Step]
+    stream: "_Stream"
+    checkpoint_dir: Path | None
+    checkpoint_seconds: float
+    on_metrics: Callable[[StepMetrics], None] | None
+
+    def go_on_from(self, step: int) -> None:
+        """Makes all steps that are left; see `train`."""
+        sharing, states, ranks = self.stream.sharing, self.states, self.stream.sharing.ranks
+        n_steps, batch_size = self.stream.n_steps, self.stream.batch_size
+        report_every = max(1, n_steps // REPORTS_PER_RUN)
+        started = last_checkpoint = time.monotonic()
+        going = True
+        with deferred_interrupt() as interrupt:
+            while step < n_steps and going:
+                batches = self.stream.next_rows(batch_size)
+                for number, state in states.items():
+                    if state.error is None:
+                        rows = self.stream.of(number, batches)
+                        _step(state, self.steps[number], rows, step, alone=sharing.is_alone)
+                step += 1
+                if step % report_every == 0 or step == n_steps:
+                    _report(states, step, time.monotonic() - started, self.on_metrics, ranks)
+                if not sharing.agrees_at(step):
+                    continue
+                due = self.checkpoint_dir is not None and time.monotonic() - last_checkpoint >= self.checkpoint_seconds
+                left = any(state.error is None for state in states.values())
+                pressed, due, going = (bool(one) for one in ranks.most(interrupt.pressed, due and ranks.leads, left))
+                if self.checkpoint_dir is not None and (pressed or due):
+                    checkpoint.save(self.checkpoint_dir, states, self.stream.source, step, ranks)
+                    last_checkpoint = time.monotonic()
+                if pressed:
+                    raise KeyboardInterrupt
 
 
 class _Stream:
@@ -160,6 +178,7 @@ class _Stream:
         sharing: Sharing,
     ) -> None:
         self.source, self.device, self.sharing = source, device, sharing
+        self.n_steps, self.batch_size = configs[0].n_steps, configs[0].batch_size
         self.needing = next((config.rule.name for config in configs if config.rule.needs_gradients), None)
         self.of_state: list[int] = []
         self.hook_names: list[str] | None = None
