@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from workbench.features.index.feature import Feature
     from workbench.features.index.query import FeatureIndex
     from workbench.features.neuronpedia import NeuronpediaExport
+    from workbench.features.opening import Opened, Opening
     from workbench.features.prompts import PromptReading
     from workbench.features.steering import EditKind, Steering, Where
     from workbench.harvest.plan import HarvestConfig
@@ -186,6 +187,13 @@ class Workspace(Studies):
         if release is None or ids is None:
             raise InputError("say where the set of transcoders lies: a folder, or a release with a pattern of ids")
         return import_published_set(self, name, release, ids, model=model)
+
+    def open_dictionary(self, plan: "Opening", **settings: Any) -> "Opened":
+        """Imports a dictionary of somebody else's, harvests as it was trained and indexes it, as
+        `workbench.features.opening.plan_opening` said; settings and InputErrors as `open_dictionary` there."""
+        from workbench.features.opening import open_dictionary
+
+        return open_dictionary(self, plan, **settings)
 
     def export_sae(self, name: str, folder: str | Path, form: str = "saelens") -> None:
         """Writes an SAE to a new folder in the format `saelens`, `dictionary_learning` or `sparsify`; a set of

@@ -63,11 +63,9 @@ def from_parts(
     metadata = {key: value for key, value in saelens_old.nested(config).items() if value is not None}
     _refuse(config, metadata, where)
     weights = _weights(config, _tensors(config, state, where), where)
-    hook, model = metadata.pop("hook_name", ""), metadata.pop("model_name", "")
+    hook = place_read(metadata)
+    _, model = metadata.pop("hook_name", ""), metadata.pop("model_name", "")
     target = metadata.pop("hook_name_out", "") or ""
-    if str(metadata.get("hf_hook_name")).endswith(".pre_feedforward_layernorm.output"):
-        # Gemma Scope 2: what the norm gives to the MLP. `hook_mlp_in` is elsewhere what goes into the norm.
-        hook = hook.replace(".hook_mlp_in", ".mlp.hook_in")
     for key in ("sae_lens_version", "sae_lens_training_version"):
         metadata.pop(key, None)
     return build(
@@ -77,6 +75,15 @@ def from_parts(
         metadata={**metadata, "imported_from": f"SAELens {config['architecture']}"},
         target_hook_name=target if weights.is_transcoder else "",
     )
+
+
+def place_read(metadata: Mapping[str, Any]) -> str:
+    """The hook point that SAELens' metadata names, as it is called here; empty where it names none."""
+    hook = str(metadata.get("hook_name") or "")
+    if str(metadata.get("hf_hook_name")).endswith(".pre_feedforward_layernorm.output"):
+        # Gemma Scope 2: what the norm gives to the MLP. `hook_mlp_in` is elsewhere what goes into the norm.
+        return hook.replace(".hook_mlp_in", ".mlp.hook_in")
+    return hook
 
 
 def _refuse(config: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> None:

@@ -29,6 +29,7 @@ from workbench.cli import (
     inspection,
     lens,
     live,
+    opening,
     pipeline,
     sparsity,
     training,
@@ -52,6 +53,7 @@ training.register(app)
 comparison.register(app)
 crosscoders.register(app)
 exchange.register(app)
+opening.register(app)
 inspection.register(app)
 index.register(app)
 sparsity.register(app)

@@ -46,6 +46,8 @@ class HarvestConfig:
     """Also store the gradient of the summed next-token loss at every hook point."""
     separate: bool = False
     """No context holds parts of two documents; what is left of a document's last one is padding."""
+    bos: bool = True
+    """Whether contexts and documents begin with BOS, where the model has one."""
 
     def absolute(self) -> "HarvestConfig":
         """The same with paths that mean the same wherever the workspace is opened from."""

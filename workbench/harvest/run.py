@@ -29,7 +29,7 @@ from workbench.disk.descriptions import differences, read_description, write_des
 from workbench.disk.locks import RunLock
 from workbench.harvest.finishing import write_database
 from workbench.harvest.journal import Block, read_journal, recover_journal
-from workbench.harvest.passes import contexts, place_of, run_batch
+from workbench.harvest.passes import bos_of, contexts, place_of, run_batch
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.reading import Harvest
 from workbench.harvest.record import DATABASE, DESCRIPTION, SCHEMA, SPECIAL_TOKENS
@@ -84,7 +84,12 @@ def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: 
 def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> float:
     documents = corpus.documents(config.split)
     batches = pack(
-        documents, model.tokenizer, model.bos_id, plan.context_len, plan.batch_contexts, separate=config.separate
+        documents,
+        model.tokenizer,
+        bos_of(model, config),
+        plan.context_len,
+        plan.batch_contexts,
+        separate=config.separate,
     )
     fastest = math.inf
     # The first batch warms up; the fastest of the others is what the rest will take.
@@ -169,7 +174,8 @@ def description_of(model: LoadedModel, corpus: Corpus, config: HarvestConfig, pl
 def made_from(config: HarvestConfig, model: LoadedModel, corpus: Corpus) -> dict[str, Any]:
     """What rows are made from; recorded with everything made from them."""
     # Recorded where it is not as it always was, so that harvests begun before there was a choice go on.
-    recorded = {key: value for key, value in asdict(config).items() if value or key != "separate"}
+    usual = {"separate": False, "bos": True}
+    recorded = {key: value for key, value in asdict(config).items() if usual.get(key) is not value}
     return {
         "config": recorded,
         "model": model.info.to_dict(),

@@ -64,7 +64,8 @@ def _repository_file(location: str, name: str) -> Path | None:
 
 
 def locate(spec: str) -> tuple[str, str]:
-    """(what transformers loads, where it comes from: bundled, folder or hub) for `demo`, a folder or a hub name.
+    """(what transformers loads, where it comes from: bundled, folder or hub) for `demo`, a folder, a name on the hub or
+    one of TransformerLens'.
 
     Raises:
         InputError: an empty name, no model folder where a path is named, or a name on the hub without a network.
@@ -80,12 +81,22 @@ def locate(spec: str) -> tuple[str, str]:
         return str(folder), "folder"
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise InputError(f"no model folder at {spec}")
+    found = hub_name(spec)
     require_hub(
-        spec, "model",
+        found, "model",
         f"cannot load {spec!r} from the Hugging Face hub: no network ({{reason}}); give a local folder or `demo`, or "
         "download the model once where there is a network",
     )  # fmt: skip
-    return spec, "hub"
+    return found, "hub"
+
+
+def hub_name(name: str) -> str:
+    """A model's name on the hub, where it may be one of TransformerLens' own: gpt2 for gpt2-small."""
+    if "/" in name:
+        return name
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    return next((official for official, aliases in MODEL_ALIASES.items() if name in aliases), name)
 
 
 def reads_as_model(name: str) -> bool:

@@ -32,9 +32,8 @@ def load_pretrained(release: str, sae_id: str, *, hook_name: str | None = None, 
         InputError: an unknown release or id (names the nearest), no network, no SAELens, or an SAE that cannot be
             expressed here.
     """
-    known = _known(release)
-    if known is not None and sae_id not in known.saes_map:
-        raise InputError(f"release {release!r} has no SAE {sae_id!r}: {_near(sae_id, list(known.saes_map))}")
+    known = registered(release)
+    check_id(release, sae_id)
     return _fetch(release, known.repo_id if known else release, sae_id, hook_name, model_name)
 
 
@@ -53,7 +52,25 @@ def load_pretrained_set(release: str, ids: str) -> dict[int, tuple[str, Transcod
         InputError: as `load_pretrained`, a pattern that no id or two of one layer have, a missing layer, SAEs that are
             no transcoders, or layers of a cross-layer transcoder.
     """
-    known = _known(release)
+    found = ids_of_set(release, ids)
+    known = registered(release)
+    assert known is not None
+    made = {}
+    for layer, sae_id in found.items():
+        coder = _fetch(release, known.repo_id, sae_id, None, None)
+        if not isinstance(coder, Transcoder):
+            raise InputError(f"{release}/{sae_id} is no transcoder: import SAEs one by one")
+        made[layer] = (sae_id, coder)
+    return made
+
+
+def ids_of_set(release: str, ids: str) -> dict[int, str]:
+    """The ids of a release that a pattern stands for, by layer.
+
+    Raises:
+        InputError: as `load_pretrained_set`.
+    """
+    known = registered(release)
     if known is None:
         raise InputError(f"{release} is not in SAELens' registry, so its ids are not known: name one with --id")
     if "clt" in (known.conversion_func or ""):
@@ -76,16 +93,17 @@ def load_pretrained_set(release: str, ids: str) -> dict[int, tuple[str, Transcod
     missing = next((layer for layer in range(max(found)) if layer not in found), None)
     if missing is not None:
         raise InputError(f"release {release!r} has no {ids} of layer {missing}: a set has one for every layer")
-    made = {}
-    for layer in sorted(found):
-        coder = _fetch(release, known.repo_id, found[layer], None, None)
-        if not isinstance(coder, Transcoder):
-            raise InputError(f"{release}/{found[layer]} is no transcoder: import SAEs one by one")
-        made[layer] = (found[layer], coder)
-    return made
+    return {layer: found[layer] for layer in sorted(found)}
 
 
-def _known(release: str) -> "PretrainedSAELookup | None":
+def check_id(release: str, sae_id: str) -> None:
+    """Raises InputError, naming the nearest, for an id that a release of the registry does not have."""
+    known = registered(release)
+    if known is not None and sae_id not in known.saes_map:
+        raise InputError(f"release {release!r} has no SAE {sae_id!r}: {_near(sae_id, list(known.saes_map))}")
+
+
+def registered(release: str) -> "PretrainedSAELookup | None":
     """A release in SAELens' registry; None for a repository of the hub. Raises InputError naming the nearest."""
     require("sae_lens", "fetching a published SAE")
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory

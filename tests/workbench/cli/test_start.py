@@ -50,7 +50,8 @@ def test_no_help_text_loads_what_is_heavy() -> None:
     ("offered", "known"),
     [
         (live.Ranking, prompts.RANKINGS), (live.EditKind, steering.KINDS), (live.Where, steering.PLACES),
-        (concepts.Language, get_args(truth.Language)), (exchange.Form, (*foreign.WRITERS, "circuit_tracer")),
+        (concepts.Language, get_args(truth.Language)),
+        (exchange.Form, (*foreign.WRITERS, "circuit_tracer", "neuronpedia")),
         (options.Precision, ("auto", *load.DTYPES)), (circuits.Site, get_args(patching.Site)),
         (circuits.Direction, patching.DIRECTIONS), (circuits.Ablation, get_args(ablation.Ablation)),
         (circuits.Published, tables.PUBLISHED), (sparsity.Rest, attention.RESTS),
