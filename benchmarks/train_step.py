@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --trainer [--sizes S M]
 
 What is timed and how is `workbench.bench`'s, as `workbench bench` runs it; here also plain torch, the other selection
-rules, the libraries' trainers of these, transcoders, and two forms of this project's step that the trainer does not
-use: without a CUDA graph, and with gradients in memory. Reported: median, p10 and p90 in ms, tokens a second, the
-roofline's share, and the peak memory of a step with its state.
+rules, the libraries' trainers of these, transcoders, crosscoders of two parts, and two forms of this project's step
+that the trainer does not use: without a CUDA graph, and with gradients in memory. Reported: median, p10 and p90 in ms,
+tokens a second, the roofline's share, and the peak memory of a step with its state.
 
 With --trainer: the rate of `sae.train` fed by the real loader from a harvest of random rows on disk, after its
 first tenth, against the bare step's on batches that lie on the device.
@@ -109,6 +109,11 @@ def all_arms(size: Size, example: Tensor) -> dict[str, Arm]:
         "transcoder, JumpReLU": {"rule": JumpReLU(SPARSE, threshold_of(size, example))},
     }
     losses |= {name: {"target": target, **settings} for name, settings in transcoders.items()}
+    losses |= {
+        "crosscoder": {"n_parts": 2},
+        "crosscoder, BatchTopK": {"n_parts": 2, "rule": BatchTopK(size.k)},
+        "crosscoder, ReLU": {"n_parts": 2, "rule": ReLU()},
+    }
 
     def with_settings(settings: dict[str, Any]) -> Arm:
         return lambda: ours(size, example, **settings)

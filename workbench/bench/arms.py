@@ -25,7 +25,7 @@ from torch import Tensor
 from sae.config import TrainConfig
 from sae.fused_step import new_step
 from sae.rules import Rule, TopK
-from sae.source import Pair
+from sae.source import Pair, Part
 from sae.state import TrainingState
 
 Step = Callable[[Tensor], object]
@@ -89,18 +89,24 @@ def ours(
     rule: Rule | None = None,
     *,
     target: Float[Tensor, "batch d_in"] | None = None,
+    n_parts: int = 1,
     **settings: Any,
 ) -> Step:
     """The trainer's step with a selection rule, TopK unless told, and other settings of `TrainConfig`.
 
     Args:
         target: what a transcoder predicts of every batch; None for an SAE.
+        n_parts: activations of one width that lie side by side in a row, of which a crosscoder is trained; 1 for none.
     """
     config = TrainConfig(
         name="bench", d_sae=size.d_sae, rule=rule or TopK(size.k), batch_size=size.batch, total_tokens=10**9,
         aux="none", b_dec_init="mean", lr=LR, **settings,
     )  # fmt: skip
-    widths = size.d_in if target is None else Pair("read", "predicted", size.d_in, size.d_in)
+    widths: int | Pair | list[Part] = size.d_in
+    if target is not None:
+        widths = Pair("read", "predicted", size.d_in, size.d_in)
+    elif n_parts > 1:
+        widths = [Part(str(number), "read", "", size.d_in // n_parts) for number in range(n_parts)]
     state = TrainingState(config, widths, example.device)
     state.initialise(example, target)
     step, numbers = new_step(state), iter(range(config.n_steps))
