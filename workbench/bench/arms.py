@@ -4,15 +4,17 @@
   auxiliary loss, which no batch here needs.
 - dense: matrix products, torch.topk, a dense code, autograd and fused Adam; eager and compiled by torch.compile.
 - topk + embedding_bag: the encoder's product, torch.topk, embedding_bag, autograd, fused Adam.
-- sparsify, SAELens, dictionary_learning: where installed, their own training code with stock settings, and fused Adam
-  where they leave the choice.
+- sparsify, SAELens, dictionary_learning, llamascopium: where installed, their own training code with stock settings,
+  and fused Adam where they leave the choice.
 - encoder product alone: what every exact step must do, and no step.
 
 On a GPU products run in bf16 and weights are fp32; on a CPU everything is fp32, without the dense arms.
 """
 
 import importlib.util
+import math
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -233,9 +235,49 @@ def dictionary_learning(size: Size, device: torch.device) -> Step:
     return dictionary_learning_step(TopKTrainer, size, device, k=size.k)
 
 
+def llamascopium(size: Size, device: torch.device) -> Step:
+    """llamascopium's TopK in the order of operations of its trainer, without its metrics."""
+    from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
+    from llamascopium.optim import clip_grad_norm
+    from llamascopium.trainer import Trainer, TrainerConfig
+
+    hook = "activations"
+    config = SAEConfig(
+        hook_point_in=hook, hook_point_out=hook, d_model=size.d_in, expansion_factor=size.d_sae / size.d_in,
+        act_fn="topk", top_k=size.k, norm_activation="batch-wise", device=str(device), dtype=torch.float32,
+    )  # fmt: skip
+    sae = SparseAutoEncoder(config)
+    sae.init_parameters(encoder_uniform_bound=size.d_in**-0.5, decoder_uniform_bound=size.d_in**-0.5)
+    # It makes a folder for its results.
+    settings = TrainerConfig(
+        lr=LR, lr_scheduler_name="constant", l1_coefficient=None, exp_result_path=tempfile.mkdtemp()
+    )  # fmt: skip
+    trainer = Trainer(settings)
+    trainer.total_training_steps = 10**6
+    trainer._initialize_optimizer(sae)
+    tokens = torch.zeros(size.batch, dtype=torch.int64, device=device)
+
+    def step(batch: Tensor) -> None:
+        with torch.autocast(device.type, settings.amp_dtype, enabled=device.type == "cuda"):
+            made = sae.normalize_activations({hook: batch, "tokens": tokens})
+            loss = trainer._training_step(sae, made)["loss"]
+        # Its progress bar shows the loss of every step.
+        loss.item()
+        loss.backward()
+        clip_grad_norm(list(sae.parameters()), max_norm=math.inf)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer.scheduler.step()
+
+    return step
+
+
 def libraries(size: Size, device: torch.device) -> dict[str, Arm]:
     """The installed libraries' arms."""
-    makers = {"sparsify": sparsify, "sae_lens": sae_lens, "dictionary_learning": dictionary_learning}
+    makers = {
+        "sparsify": sparsify, "sae_lens": sae_lens, "dictionary_learning": dictionary_learning,
+        "llamascopium": llamascopium,
+    }  # fmt: skip
 
     def arm(make: Callable[[Size, torch.device], Step]) -> Arm:
         return lambda: make(size, device)

@@ -41,7 +41,7 @@ def bench(
 
     Steps run in turn on the same batches: forward, backward and optimiser. The encoder's matrix product alone is the
     floor of every exact step. Libraries that join in where installed: sparsify (eai-sparsify), SAELens (sae-lens),
-    dictionary_learning.
+    dictionary_learning, llamascopium.
 
     With --quality, SAEs of several rules, and SAELens' BatchTopK, are trained on a small model of SynthSAEBench's kind
     (400 planted features in trees, 48 dimensions, 96 latents, L0 4) and measured by what they find of it.
