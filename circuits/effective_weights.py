@@ -120,5 +120,5 @@ def stream_vector(bridge: Bridge) -> Float[Tensor, "d_model"]:
 
 def logit_scale(bridge: Bridge) -> float:
     """What the unembedding's outputs are multiplied by (Granite, Cohere); a soft cap is close to 1 at small logits."""
-    small = torch.tensor(1e-4, dtype=torch.float64)
+    small = torch.tensor(1e-8, dtype=torch.float64)
     return float(bridge.adapter.apply_output_logits_transform(small) / small)

@@ -79,15 +79,15 @@ def measured_norm(component: Any, like: Float[Tensor, "d_model"]) -> Norm:
         value: Tensor = module(x.to(like)[None])[0]
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
-    width = like.shape[0]
-    x = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(like.device) + 0.5
+    width, precision = like.shape[0], torch.promote_types(like.dtype, torch.float32)
+    x = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(like.device, precision) + 0.5
     if torch.equal(normed(x), x.to(like).to(normed(x).dtype)):
         return Norm(torch.ones_like(x), torch.zeros_like(x), centred=False, eps=0.0, divides=False)
-    signs = torch.ones(width, device=like.device)
+    signs = torch.ones(width, device=like.device, dtype=precision)
     signs[1::2] = -1.0
     if width % 2:
         # Mean 0 all the same: three entries 1, 1, -2 in place of the last three.
-        signs[-3:] = torch.tensor([1.0, 1.0, -2.0], device=like.device)
+        signs[-3:] = torch.tensor([1.0, 1.0, -2.0], device=like.device, dtype=precision)
     unit = signs / signs.square().mean().sqrt()
     shift = normed(torch.zeros_like(signs))
     large = normed(LARGE * signs) - shift

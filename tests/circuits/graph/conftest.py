@@ -1,6 +1,7 @@
 """Tiny random models in float64 of every family that a graph is made of, with random transcoders of every layer."""
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from sae.transcoder import Transcoder
 from ..conftest import boot
 
 WIDTH, FEATURES, K, LAYERS = 16, 40, 4, 3
+EXACT = 1e-10
 SIZES: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
     "intermediate_size": 24, "max_position_embeddings": 32,
@@ -54,8 +56,17 @@ def random_coder(layer: int, *, skip: bool = True, hook: str = "mlp.hook_in") ->
     return coder.requires_grad_(False)
 
 
+def exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """What an RMSNorm (or Cohere's LayerNorm) computes, in the precision of x; the library's own rounds to float32."""
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    gain = module.weight + (1.0 if type(module).__name__.startswith("Gemma") else 0.0)
+    if type(module).__name__ == "CohereLayerNorm":
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+
+
 def random_bridge(family: str, folder: Any, config: Any = None) -> Any:
-    """A model of a family whose every parameter is random, gains and biases too."""
+    """A model of a family whose every parameter is random, gains and biases too, and whose norms are in float64."""
     torch.manual_seed(0)
     config = FAMILIES[family] if config is None else config
     model = AutoModelForCausalLM.from_config(config).double()
@@ -66,6 +77,9 @@ def random_bridge(family: str, folder: Any, config: Any = None) -> Any:
         for name, parameter in model.named_parameters():
             if "norm" in name.lower() or ".ln_" in name:
                 parameter.add_(1.0 if name.endswith("weight") else 0.3)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") or type(module).__name__ == "CohereLayerNorm":
+            module.forward = MethodType(exact_norm, module)
     words = Tokenizer(models.WordLevel({str(token): token for token in range(60)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="0", eos_token="0").save_pretrained(folder)
     return boot(family, model, folder)
@@ -95,11 +109,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         del coders[2]
     graph = attribute(bridge, tokens, coders, bos_id=0)
     return Case(request.param, bridge, tokens, coders, graph, sources_of(freeze(bridge, tokens), coders, 0))
-
-
-def tolerance(case: Case) -> float:
-    """Of comparisons with the model's own pass: the library computes RMSNorm in float32 whatever the precision."""
-    return 1e-9 if case.family in ("gpt2", "neox") else 2e-5
 
 
 def frozen_hooks(bridge: Any, tokens: torch.Tensor) -> list[Any]:

@@ -17,9 +17,7 @@ from sae.errors import InputError
 from sae.rules import ReLU
 from sae.transcoder import Transcoder
 
-from .conftest import FEATURES, LAYERS, WIDTH, Case, frozen_hooks, mlp_as_coder, random_bridge, random_coder, tolerance
-
-EXACT = 1e-10
+from .conftest import EXACT, FEATURES, LAYERS, WIDTH, Case, frozen_hooks, mlp_as_coder, random_bridge, random_coder
 
 
 def reading(case: Case, layer: int) -> str:
@@ -74,7 +72,7 @@ def test_edges_and_bias_add_up_to_every_pre_activation(case: Case) -> None:
     z = graph.nodes.z[graph.targets]
     assert (graph.edges.sum(dim=1) + graph.bias - z).abs().max() < EXACT
     assert graph.rest.abs().max() == 0
-    torch.testing.assert_close(values(case, []), z, atol=tolerance(case), rtol=tolerance(case))
+    torch.testing.assert_close(values(case, []), z, atol=EXACT, rtol=EXACT)
     features = graph.nodes.kind == FEATURE
     torch.testing.assert_close(graph.nodes.activation[features], graph.nodes.z[features], atol=EXACT, rtol=0)
 
@@ -107,7 +105,7 @@ def test_edges_are_those_of_autograd_with_patterns_and_denominators_detached(cas
                 gradient = gradients[at + 1]
                 g = torch.zeros(WIDTH, dtype=torch.float64) if gradient is None else gradient[0, where]
                 wanted = float(written(case, kind, at, where, int(nodes.feature[source])) @ g)
-                assert float(graph.edges[row, source]) == pytest.approx(wanted, abs=10 * tolerance(case))
+                assert float(graph.edges[row, source]) == pytest.approx(wanted, abs=EXACT)
 
 
 def written(case: Case, kind: int, layer: int, position: int, feature: int) -> torch.Tensor:
@@ -140,7 +138,7 @@ def test_a_changed_feature_moves_every_later_node_by_its_column(case: Case, fact
         changes[layer] = changes.get(layer, 0.0) + change
     moved = values(case, frozen_hooks(case.bridge, case.tokens) + mlp_hooks(case, changes)) - clean
     predicted = (factor - 1) * graph.edges[:, chosen].sum(dim=1)
-    torch.testing.assert_close(moved, predicted, atol=10 * tolerance(case), rtol=10 * tolerance(case))
+    torch.testing.assert_close(moved, predicted, atol=EXACT, rtol=EXACT)
     assert predicted.abs().max() > 0.1
 
 

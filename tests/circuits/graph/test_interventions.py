@@ -10,9 +10,10 @@ from transformers import CohereConfig, GraniteConfig
 from circuits.graph import Graph, attribute
 from circuits.graph.graph import ERROR, FEATURE, LOGIT
 from circuits.graph.interventions import generate, intervene, predicted_through, supernode_edges
+from circuits.passes import activations
 from sae.errors import InputError
 
-from .conftest import GROUPED, Case, frozen_hooks, mlp_as_coder, random_bridge, random_coder, tolerance
+from .conftest import EXACT, GROUPED, LAYERS, Case, frozen_hooks, mlp_as_coder, random_bridge, random_coder
 
 
 def a_feature(case: Case, layer: int) -> str:
@@ -24,12 +25,12 @@ def a_feature(case: Case, layer: int) -> str:
 def test_a_factor_of_one_changes_nothing(case: Case) -> None:
     for effects in ("direct", "through"):
         found = intervene(case.bridge, case.graph, case.coders, {a_feature(case, 0): 1.0}, effects=effects)
-        assert found.nodes["observed"].abs().max() < 1e-5
+        assert found.nodes["observed"].abs().max() < EXACT
         assert found.nodes["predicted"].abs().max() == 0
-        assert (found.next_tokens["before"] - found.next_tokens["after"]).abs().max() < 1e-6
+        assert (found.next_tokens["before"] - found.next_tokens["after"]).abs().max() < EXACT
 
 
-def check_direct(bridge: Any, graph: Graph, coders: Any, name: str, exact: float) -> None:
+def check_direct(bridge: Any, graph: Graph, coders: Any, name: str) -> None:
     """With every norm's denominator held too, what is observed is what is predicted, at any size."""
     tokens = torch.tensor(graph.tokens)
     with bridge.hooks(fwd_hooks=frozen_hooks(bridge, tokens)):
@@ -38,21 +39,21 @@ def check_direct(bridge: Any, graph: Graph, coders: Any, name: str, exact: float
     torch.testing.assert_close(
         torch.tensor(found["observed"].tolist(), dtype=torch.float64),
         torch.tensor(found["predicted"].to_numpy()),
-        atol=exact,
-        rtol=exact,
+        atol=EXACT,
+        rtol=EXACT,
     )
     torch.testing.assert_close(
         torch.tensor(found["before"].tolist(), dtype=torch.float64),
         graph.nodes.z[graph.targets],
-        atol=exact,
-        rtol=exact,
+        atol=EXACT,
+        rtol=EXACT,
     )
 
 
 def test_with_denominators_held_direct_effects_are_what_the_edges_say(case: Case) -> None:
-    check_direct(case.bridge, case.graph, case.coders, a_feature(case, 0), 10 * tolerance(case))
+    check_direct(case.bridge, case.graph, case.coders, a_feature(case, 0))
     error = case.graph.nodes.names[int((case.graph.nodes.kind == ERROR).nonzero()[4])]
-    check_direct(case.bridge, case.graph, case.coders, error, 10 * tolerance(case))
+    check_direct(case.bridge, case.graph, case.coders, error)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_logits_are_at_the_scale_of_the_graphs(family: str, config: Any, tmp_pat
     coders = {0: random_coder(0), 2: random_coder(2, skip=False)}
     graph = attribute(bridge, torch.tensor([0, 7, 31, 4, 18]), coders, bos_id=0)
     feature = graph.nodes.names[int((graph.nodes.kind == FEATURE).nonzero()[3])]
-    check_direct(bridge, graph, coders, feature, 2e-4)
+    check_direct(bridge, graph, coders, feature)
 
 
 def test_without_bos_the_first_token_has_features_like_every_other(case: Case) -> None:
@@ -76,7 +77,7 @@ def test_without_bos_the_first_token_has_features_like_every_other(case: Case) -
     at = ((nodes.kind == FEATURE) & (nodes.layer == 0) & (nodes.position == 0)).nonzero()
     assert len(at)
     assert not bool(((case.graph.nodes.kind == FEATURE) & (case.graph.nodes.position == 0)).any())
-    check_direct(case.bridge, graph, case.coders, nodes.names[int(at[0])], 10 * tolerance(case))
+    check_direct(case.bridge, graph, case.coders, nodes.names[int(at[0])])
 
 
 def test_effects_through_perfect_coders_are_what_the_graph_says(relu_bridge: Any) -> None:
@@ -98,6 +99,43 @@ def test_effects_through_perfect_coders_are_what_the_graph_says(relu_bridge: Any
     assert predicted[changed].tolist()[1] != 0
 
 
+def coded_hooks(case: Case) -> list[Any]:
+    """Hooks that put each coder in its MLP's place, with what it leaves of the MLP on the prompt added to it."""
+    outputs = {layer: f"blocks.{layer}.hook_mlp_out" for layer in range(LAYERS)}
+    reads = {layer: coder.hook_name for layer, coder in case.coders.items()}
+    clean = activations(case.bridge, case.tokens[None], [*outputs.values(), *reads.values()])
+    now: dict[int, torch.Tensor] = {}
+    hooks: list[Any] = [
+        (name, lambda value, hook, layer=layer: now.__setitem__(layer, value)) for layer, name in reads.items()
+    ]
+    coded = (case.tokens != 0).double()[:, None]
+
+    def written(layer: int) -> Any:
+        def replace(value: Any, hook: Any) -> Any:
+            coder = case.coders.get(layer)
+            if coder is None:
+                return clean[outputs[layer]]
+            moved = coder.predict(now[layer][0]) - coder.predict(clean[reads[layer]][0])
+            return clean[outputs[layer]] + coded * moved
+
+        return replace
+
+    return [*hooks, *((name, written(layer)) for layer, name in outputs.items())]
+
+
+def test_effects_through_coders_in_the_places_of_mlps_are_what_the_graph_says(case: Case) -> None:
+    """In every family: norms held, and no gate turns at this size."""
+    changes = {a_feature(case, 0): 1 - 1e-3, a_feature(case, 1): 1 + 2e-3}
+    held = [*frozen_hooks(case.bridge, case.tokens), *coded_hooks(case)]
+    with case.bridge.hooks(fwd_hooks=held):
+        found = intervene(case.bridge, case.graph, case.coders, changes).nodes
+    predicted, observed = (
+        torch.tensor(found[title].tolist(), dtype=torch.float64) for title in ("predicted", "observed")
+    )
+    assert predicted.abs().max() > 1e-3
+    torch.testing.assert_close(predicted, observed, atol=EXACT, rtol=0)
+
+
 def test_direct_effects_are_linear_in_small_changes_and_reach_no_earlier_node(case: Case) -> None:
     name = a_feature(case, 1)
     left = []
@@ -112,7 +150,7 @@ def test_direct_effects_are_linear_in_small_changes_and_reach_no_earlier_node(ca
     layers = case.graph.nodes.layer[case.graph.targets]
     earlier = layers <= 1
     assert bool(unmoved[earlier].all())
-    assert torch.tensor(found["observed"].tolist(), dtype=torch.float64)[earlier].abs().max() < 1e-5
+    assert torch.tensor(found["observed"].tolist(), dtype=torch.float64)[earlier].abs().max() < EXACT
 
 
 def test_effects_over_every_path_are_the_inverse_of_the_relative_edges(case: Case) -> None:
