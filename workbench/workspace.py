@@ -6,6 +6,7 @@ one's own programs. The command line and the app call the same methods, or the s
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from sae.config import TrainConfig
     from sae.model import SAE
-    from sae.training import TrainedSAE
+    from sae.training import StepMetrics, TrainedSAE
     from sae.transcoder_set import TranscoderSet
     from workbench.catalog.gc import Removed
     from workbench.catalog.results import Result
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from workbench.saes.overlap import Overlap
     from workbench.saes.replacement import Replacement
     from workbench.saes.sweeps import SweepEstimate
+    from workbench.saes.trackers import Tracker
 
 
 Source: TypeAlias = "str | Sequence[str] | HarvestConfig"
@@ -116,6 +118,13 @@ class Workspace(Studies):
         from workbench.saes.train import train_all
 
         return train_all(self, run, source, configs, **settings)
+
+    def tracker(self, run: str, tracker: "Tracker") -> "AbstractContextManager[Callable[[StepMetrics], None]]":
+        """Context manager giving the `on_metrics` of `train` that keeps a run's curves in TensorBoard or Weights &
+        Biases, offline; see `workbench.saes.trackers`, also for the InputErrors."""
+        from workbench.saes.trackers import tracking
+
+        return tracking(tracker, self.run_folder(run))
 
     def estimate_training(self, source: "Source", configs: "Sequence[TrainConfig]", **settings: Any) -> "SweepEstimate":
         """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.

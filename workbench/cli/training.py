@@ -3,9 +3,10 @@
 The options say what a sweep file says and go the same way (`workbench.saes.sweeps`).
 """
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -99,6 +100,10 @@ TrainedTokensOption = Annotated[
 ]
 RateOption = Annotated[float | None, typer.Option(help="Peak learning rate; a default by width when left out.")]
 BaselineOption = Annotated[bool, typer.Option(help="Also train the frozen-random-decoder baseline on the same stream.")]
+TrackOption = Annotated[
+    Literal["tensorboard", "wandb"] | None,
+    typer.Option(help="Also keep the curves in a tracker, offline, in the run's folder."),
+]
 EvaluateOption = Annotated[
     bool, typer.Option("--evaluate", help="Evaluate the SAEs on held-out documents when they are trained.")
 ]
@@ -151,6 +156,7 @@ class Training:
     skip: Annotated[bool, typer.Option("--skip", help="Give transcoders a linear path beside the features.")] = False
     baseline: BaselineOption = False
     estimate_only: Annotated[bool, typer.Option(help="Print memory and time, and stop.")] = False
+    track: TrackOption = None
     evaluate_after: EvaluateOption = False
     folder: WorkspaceOption = DEFAULT_WORKSPACE
     device: DeviceOption = "auto"
@@ -389,11 +395,16 @@ def train_with_progress(
     workspace: "Workspace", run: Training, source: "str | list[str] | HarvestConfig", configs: "list[TrainConfig]"
 ) -> "list[TrainedSAE]":
     """Trains behind a progress bar that shows the first SAE still running."""
-    with ProgressBar("train", configs[0].total_tokens, enabled=not run.as_json and is_first()) as bar:
+    tracker = nullcontext() if run.track is None else workspace.tracker(run.name, run.track)
+    with tracker as track, ProgressBar(
+        "train", configs[0].total_tokens, enabled=not run.as_json and is_first()
+    ) as bar:  # fmt: skip
         furthest = 0
 
         def on_metrics(metrics: "StepMetrics") -> None:
             nonlocal furthest
+            if track is not None:
+                track(metrics)
             # The first report at a step is that of the first SAE that still runs.
             if metrics.tokens > furthest:
                 furthest = metrics.tokens

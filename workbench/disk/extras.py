@@ -4,7 +4,9 @@ import importlib.util
 
 from sae.errors import InputError
 
-EXTRAS = {"sae_lens": "saelens", "openai": "autointerp"}
+EXTRAS = {
+    "sae_lens": "saelens", "openai": "autointerp", "aiohttp": "remote", "wandb": "wandb", "tensorboard": "tensorboard",
+}  # fmt: skip
 """Extra by package."""
 
 
