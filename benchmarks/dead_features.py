@@ -1,0 +1,94 @@
+"""What keeps features alive on SynthSAEBench-16k, one cause at a time: the table of docs/methods/rules.md.
+
+    python benchmarks/dead_features.py [--samples 10000000] [--seeds 3] [--arms NAME ...] [--tiny] [--out FILE]
+
+All arms and seeds (of the SAEs) train side by side on one stream; measures as in `workbench.bench.quality`, printed as
+means and standard deviations over the seeds, and as differences of an arm from its rule's first on the same seed.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sae import TrainConfig, train
+from sae.rules import BatchTopK, JumpReLU, Rule, TopK
+from workbench.bench.quality import BATCH, measures
+from workbench.bench.synthetic import FULL, TINY, ModelSize, Planted, Stream, benchmark_model
+
+COLUMNS = ("dead", "f1", "mcc", "explained_variance", "absorbed")
+
+
+def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]]:
+    """Rule and settings by name; the first of each rule is what the others are held against."""
+    k = size.l0
+    tenth, revived = {"dead_after_tokens": samples // 10}, {"aux": "aux_k", "dead_after_tokens": 1000 * size.d_sae // k}
+    clipped, slow, annealed = {"clip_grad_norm": 1.0}, {"sparsity_warmup": 0.7}, {"anneal_from_k": 4 * k}
+    batch, jump = BatchTopK(k), JumpReLU(target_l0=k)
+    return {
+        "BatchTopK": (batch, {}),
+        "BatchTopK, dead after a tenth of the run": (batch, tenth),
+        "BatchTopK, clipped": (batch, clipped),
+        "BatchTopK, k from 4 k": (batch, annealed),
+        "TopK": (TopK(k), {}),
+        "TopK, dead after a tenth of the run": (TopK(k), tenth),
+        "JumpReLU": (jump, {}),
+        "JumpReLU, clipped": (jump, clipped),
+        "JumpReLU, lambda rising over 70%": (jump, slow),
+        "JumpReLU, revived": (jump, revived),
+        "JumpReLU, revived, clipped": (jump, revived | clipped),
+        "JumpReLU, revived, clipped, lambda rising over 70%": (jump, revived | clipped | slow),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=arms(FULL, BATCH), metavar="NAME")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="400 features, 400,000 samples")
+    parser.add_argument("--out", type=Path, help="a CSV file of every run")
+    options = parser.parse_args()
+    size = TINY if options.tiny else FULL
+    samples = options.samples or (400_000 if options.tiny else 10_000_000)
+    planted = Planted.of(benchmark_model(size, options.device))
+    chosen = {name: arm for name, arm in arms(size, samples).items() if options.arms is None or name in options.arms}
+    settings: dict[str, Any] = {"lr": size.lr, "batch_size": BATCH}
+    configs = {
+        (name, seed): TrainConfig(f"{name}-{seed}", samples, size.d_sae, rule, seed=seed, **settings, **own)
+        for seed in range(options.seeds)
+        for name, (rule, own) in chosen.items()
+    }
+    lines = []
+    made = train(list(configs.values()), Stream(planted, 0), device=options.device)
+    for (name, seed), one in zip(configs, made, strict=True):
+        if one.sae is None:
+            raise SystemExit(f"{name}, seed {seed}: {one.error}")
+        found = measures(one.sae, Stream(planted, 0), 1)
+        lines.append({"arm": name, "seed": seed, "l0": found["l0"], **{key: found[key] for key in COLUMNS}})
+        print(lines[-1], flush=True)
+        if options.out:
+            pd.DataFrame(lines).to_csv(options.out, index=False)
+    show(pd.DataFrame(lines))
+
+
+def show(runs: pd.DataFrame) -> None:
+    """Markdown: mean ± standard deviation over the seeds, and the change from the rule's first arm in brackets."""
+    wide = runs.set_index(["arm", "seed"])
+    print(f"| | L0 | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|")
+    first: dict[str, str] = {}
+    for arm in dict.fromkeys(runs["arm"]):
+        base = first.setdefault(arm.split(",")[0], arm)
+        cells = [f"{wide.loc[arm]['l0'].mean():.1f}"]
+        for key in COLUMNS:
+            own, change = wide.loc[arm][key], wide.loc[arm][key] - wide.loc[base][key]
+            beside = "" if arm == base else f" ({change.mean():+.3f} ± {change.std():.3f})"
+            cells.append(f"{own.mean():.3f} ± {own.std():.3f}{beside}")
+        print(f"| {arm} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

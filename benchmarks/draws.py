@@ -1,0 +1,332 @@
+"""What the pages of docs/methods say of the demo model, its GELU twin and others, on several draws: one table a number,
+mean (least to greatest) over the draws, and the lead of one method over another on the same draw.
+
+    python benchmarks/draws.py MEASUREMENT ... [--model demo] [--corpus python-stdlib] [--draws 4] [--out FILE]
+
+A draw of text is every n-th document of a corpus, for calibration and for what is held out alike; a draw of prompts is
+a seed. With `--out` every draw is written as it ends, a line of JSON, and one that is there is not measured again.
+
+    mlps         docs/methods/sparsity.md, 1: how sparse MLPs are by themselves
+    costs        2: zeros at a given cost, PPL-p%
+    attention    3: patterns of keys at every budget, sinks, on tasks with --task
+    heads        3: heads one at a time and left whole; layers, with each query's best keys
+    saes         4: terms a token, with --workspace and --sae
+    lenses       docs/methods/lenses.md
+    transcoders  docs/methods/transcoders.md, the bundled set
+    tasks        docs/methods/circuits.md: the code tasks
+    retrieval    the same page: heads masked on needle tests
+    graphs       docs/methods/graphs.md: graphs of many prompts
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from circuits.passes import answer_logits
+from circuits.patching import patch_activations
+from sae import load_transcoders
+from workbench import Workspace
+from workbench.circuits.task import Task
+from workbench.models.bundled import demo_transcoders_dir
+from workbench.models.contexts import context_batches
+from workbench.models.load import LoadedModel, load_model
+from workbench.saes.evaluation import evaluate_sae
+from workbench.saes.replacement import evaluate_replacement
+from workbench.sparsity.at_cost import at_costs
+from workbench.sparsity.attention import STRUCTURED, best_of_heads, measure_attention
+from workbench.sparsity.attention_heads import measure_heads
+from workbench.sparsity.attention_patterns import pattern_named
+from workbench.sparsity.attention_rank import looking_ranks
+from workbench.sparsity.attention_tasks import task_costs
+from workbench.sparsity.calibration import calibrate
+from workbench.sparsity.enforce import enforce
+from workbench.sparsity.measure import measure
+from workbench.sparsity.methods import METHODS
+from workbench.sparsity.ppl import ppl_sparsity
+from workbench.sparsity.sae_codes import measure_saes
+from workbench.text.corpora import Corpus, Document, open_corpus
+from workbench.text.python_source import Split
+
+MEASURED_TOKENS, HELD_OUT, CONTEXT = 24_576, 2048, 256
+CODE_TASKS = ("argument", "self-attribute", "docstring", "brackets", "induction")
+GRAPH_TASKS = ("self-attribute", "induction")
+LEADS = {
+    "zeros": (("CETT", "threshold"), ("CETT", "topk"), ("topk", "threshold"), ("WINA", "TEAL"), ("topk", "CATS")),
+    "dropped": (
+        ("vertical-slash", "sink + local"), ("top-p", "top-k keys"), ("relative threshold", "top-p"),
+        ("vertical stripes", "sink + local"),
+    ),
+    "at its mean": (("vertical-slash", "sink + local"), ("top-p", "top-k keys")),
+    "left whole": (("sensitivity", "uncovered"), ("sensitivity", "random")),
+    "terms": (("neurons", "random rotation"), ("PCA", "demo-topk")),
+}  # fmt: skip
+"""By table: the first less the second."""
+
+
+class Value(NamedTuple):
+    """A number of one draw, and where it stands."""
+
+    table: str
+    row: str
+    column: str
+    value: float
+
+
+class Ask(NamedTuple):
+    """What a measurement is given."""
+
+    model: LoadedModel
+    corpus: Corpus
+    """The draw's part of the text."""
+    draw: int
+    options: argparse.Namespace
+
+    def held(self, tokens: int = HELD_OUT) -> list[Any]:
+        """Held-out contexts of the draw."""
+        return list(context_batches(self.model, self.corpus, "heldout", max_tokens=tokens, context_len=CONTEXT))
+
+
+class Part(Corpus):
+    """Every `of`-th document of a corpus, from `number` on; of a corpus of one text its `number`-th part."""
+
+    def __init__(self, whole: Corpus, number: int, of: int) -> None:
+        self.name, self.text_field = whole.name, whole.text_field
+        self.fingerprint = f"{whole.fingerprint}, {number} of {of}"
+        self._whole, self._number, self._of = whole, number, of
+
+    def documents(self, split: Split, start: int = 0) -> Iterator[Document]:
+        first = list(islice(self._whole.documents(split), 2))
+        if len(first) == 1:
+            text = first[0].text
+            cuts = [len(text) * place // self._of for place in (self._number, self._number + 1)]
+            yield replace(first[0], text=text[cuts[0] : cuts[1]])
+            return
+        for count, document in enumerate(self._whole.documents(split)):
+            if count % self._of == self._number:
+                yield document
+
+
+def mlps(ask: Ask) -> Iterator[Value]:
+    found = measure(ask.model, ask.corpus, max_tokens=MEASURED_TOKENS)
+    for table in (found.layers, found.residual[["layer", "max_abs", "ratio"]]):
+        yield from _cells("mlps", table.set_index("layer"))
+
+
+def costs(ask: Ask) -> Iterator[Value]:
+    calibration, held = calibrate(ask.model, ask.corpus, context_len=CONTEXT), ask.held()
+    curves = enforce(ask.model, calibration, held)
+    for point in curves.points:
+        if point.method == "zero":
+            yield Value("zeros", "zero", "none enforced", point.sparsity)
+    graded = [method for method in METHODS.values() if len(method.levels) > 1]
+    found = at_costs(ask.model, calibration, held, graded, curves.points, clean_loss=curves.clean_loss)
+    for title, column in (("zeros", "sparsity"), ("FLOPs saved", "flops_saved"), ("met", "added_nats")):
+        yield from _cells(title, found.pivot(index="cost", columns="method", values=column))
+    for item in ppl_sparsity(ask.model, calibration, held):
+        yield Value("PPL-p%", f"{item.p:.0%}", "zeros", item.sparsity)
+        yield Value("PPL-p%", f"{item.p:.0%}", "CETT", item.cett)
+
+
+def attention(ask: Ask) -> Iterator[Value]:
+    found = measure_attention(ask.model, ask.held())
+    for rest, rows in found.curves.groupby("rest"):
+        yield from _cells(str(rest), rows.pivot(index="budget", columns="pattern", values="added_nats"))
+    kept = found.coverage.groupby(["budget", "pattern"])["kept"].mean().unstack()
+    yield from _cells("kept", kept)
+    for budget in found.coverage["budget"].unique():
+        best = best_of_heads(found.coverage, int(budget))["best"].value_counts()
+        for pattern in STRUCTURED:
+            yield Value("best for heads", pattern, str(budget), float(best.get(pattern, 0)))
+    heads = found.heads.assign(node=[f"a{row.layer}.h{row.head}" for row in found.heads.itertuples()])
+    yield from _cells("looks", heads.set_index("node")[["sink", "sink_uniform", "keys_95"]])
+    tasks = [Task(name, seed=ask.draw) for name in ask.options.task]
+    for (task, rest), rows in task_costs(ask.model, found.settings, tasks).groupby(["task", "rest"]) if tasks else ():
+        yield from _cells(f"{task}, {rest}", rows.pivot(index="budget", columns="pattern", values="kept"))
+
+
+def heads(ask: Ask) -> Iterator[Value]:
+    held = ask.held()
+    found = measure_heads(ask.model, held, pattern_named("sink + local"), 16, seed=ask.draw)
+    curve = found.curve.groupby(["whole", "order"])["added_nats"]
+    yield from _cells("left whole", curve.mean().unstack())
+    yield from _cells("left whole, least of the draws", curve.min().unstack())
+    yield from _cells("left whole, greatest of the draws", curve.max().unstack())
+    ranks = looking_ranks(ask.model, held)
+    table = found.heads.merge(ranks, on=["layer", "head"])
+    nodes = [f"a{row.layer}.h{row.head}" for row in table.itertuples()]
+    columns = ["restricted_nats", "removed_nats", "uncovered", "dims_95"]
+    yield from _cells("heads", table.assign(node=nodes).set_index("node")[columns])
+    yield Value("heads", "of all", "cost less than 0.04", float((table["restricted_nats"] < 0.04).sum()))
+    yield Value("heads", "of all", "look with one direction", float((table["dims_95"] == 1).sum()))
+    best = measure_heads(ask.model, held, pattern_named("top-k keys"), 16, draws=1)
+    for title, layers in (("sink + local", found.layers), ("top-k keys", best.layers)):
+        yield from _cells(f"layers, {title}", layers.set_index("layer")[["alone_nats", "others_nats"]])
+
+
+def saes(ask: Ask) -> Iterator[Value]:
+    space = Workspace(ask.options.workspace, create=False)
+    loaded = {name: space.sae(name) for name in ask.options.sae}
+    found = measure_saes(ask.model, loaded, ask.corpus, max_tokens=8192)
+    for title, column in (("terms", "terms_mean"), ("reached", "reached")):
+        yield from _cells(title, found.terms.pivot(index="error", columns="dictionary", values=column))
+    yield from _cells(
+        "codes", found.summary.set_index("sae")[["dead_share", "dense_share", "zipf_exponent", "zipf_r2"]]
+    )
+
+
+def lenses(ask: Ask) -> Iterator[Value]:
+    with tempfile.TemporaryDirectory() as folder:
+        space = Workspace(Path(folder) / "w")
+        for own in (False, True):
+            layers = space.lens(f"own-{own}", ask.model, ask.corpus, own=own).table("layers")
+            layers["lens"] = [f"{lens}, own" if own and lens != "logit" else lens for lens in layers["lens"]]
+            for title in ("kl", "agrees", "noise"):
+                rows = layers[~((layers["lens"] == "logit") & own)]
+                yield from _cells(title, rows.pivot(index="layer", columns="lens", values=title))
+
+
+def transcoders(ask: Ask) -> Iterator[Value]:
+    bundled = load_transcoders(demo_transcoders_dir()).coders.values()
+    coders = [coder.to(ask.model.device, torch.float32) for coder in bundled]
+    for layer, item in enumerate(evaluate_sae(ask.model, coders, ask.corpus, max_tokens=16_384)):
+        for key in ("fvu", "added_nats", "added_nats_mean", "added_nats_zero"):
+            yield Value("layers", str(layer), key, float(getattr(item, key)))
+    together = evaluate_replacement(ask.model, coders, ask.corpus, max_tokens=16_384).to_dict()
+    for key in ("added_nats", "added_nats_mean", "added_nats_zero"):
+        yield Value("together", "all", key, float(together[key]))
+
+
+def tasks(ask: Ask) -> Iterator[Value]:
+    for name in CODE_TASKS:
+        prompts = Task(name, 128, seed=ask.draw).prompts(ask.model)
+        logits = answer_logits(ask.model.bridge, prompts.clean, prompts.last)
+        said = logits.argmax(dim=-1, keepdim=True)
+        yield Value("tasks", name, "likeliest is right", (said == prompts.answers).any(dim=1).double().mean().item())
+        before = Task(name).measure(prompts)(logits, prompts) > 0
+        yield Value("tasks", name, "answer before wrong", before.double().mean().item())
+        scores = patch_activations(ask.model.bridge, prompts)
+        shares = scores.table().set_index("node")["score"] / (scores.clean - scores.corrupted)
+        for node, share in shares[shares.abs() > 0.1].items():
+            yield Value("patching", f"{name}: {node}", "share", float(share))
+
+
+def retrieval(ask: Ask) -> Iterator[Value]:
+    with tempfile.TemporaryDirectory() as folder:
+        found = Workspace(Path(folder) / "w").retrieval("r", ask.model, seed=ask.draw)
+        masks, scored, summary = (found.table(name) for name in ("masks", "heads", "summary"))
+    for key, value in summary.iloc[0].items():
+        yield Value("summary", str(key), "value", float(value))
+    for (order, masked), recall in masks.groupby(["order", "masked"])["recall"]:
+        for title in ("mean", "min", "max") if order == "random" else ("mean",):
+            yield Value(
+                "recall", f"{order}, {title}" if order == "random" else str(order), str(masked), recall.agg(title)
+            )
+    yield from _cells("heads", scored.set_index("node")[["retrieval", "evidence", "masked_recall"]])
+    first = scored.set_index("node")["retrieval"].nlargest(2).index
+    for place, node in enumerate(first):
+        yield Value("first by copying", str(node), str(place + 1), 1.0)
+
+
+def graphs(ask: Ask) -> Iterator[Value]:
+    with tempfile.TemporaryDirectory() as folder:
+        space = Workspace(Path(folder) / "w")
+        for name in GRAPH_TASKS:
+            found = space.graph_task(name, ask.model, Task(name, 16, seed=ask.draw))
+            features, ranked = found.table("features"), found.table("heads").set_index("head")
+            yield Value(name, "agreement", "Spearman", float(found.table("summary")["agreement"].iloc[0]))
+            yield Value(name, "features", "in every graph", float((features["share"] == 1).sum()))
+            for row in features[features["share"] == 1].itertuples():
+                yield Value(name, f"f{row.layer}/{row.feature}", "influence", float(row.influence))
+            places = ranked[["graph", "eap_ig"]].rank(ascending=False)
+            yield from _cells(f"{name}: place", places[(places <= 8).any(axis=1)])
+
+
+MEASUREMENTS: dict[str, Callable[[Ask], Iterator[Value]]] = {
+    function.__name__: function
+    for function in (mlps, costs, attention, heads, saes, lenses, transcoders, tasks, retrieval, graphs)
+}
+
+
+def _cells(table: str, frame: pd.DataFrame) -> Iterator[Value]:
+    """Every number of a frame: its columns are rows of the printed table where they are methods, else columns."""
+    turned = frame.columns.name is not None
+    for row, values in frame.iterrows():
+        for column, value in values.items():
+            places = (str(column), str(row)) if turned else (str(row), str(column))
+            if pd.notna(value):
+                yield Value(table, *places, float(value))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measurements", nargs="+", choices=list(MEASUREMENTS), metavar="MEASUREMENT")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--corpus", default="python-stdlib")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--task", action="append", default=[], help="of `attention`")
+    parser.add_argument("--workspace", type=Path, help="of `saes`")
+    parser.add_argument("--sae", action="append", default=[], help="of `saes`")
+    parser.add_argument("--out", type=Path, help="every draw is written there, and taken from there")
+    options = parser.parse_args()
+    model, corpus = load_model(options.model, device=options.device), open_corpus(options.corpus)
+    known = {}
+    if options.out and options.out.is_file():
+        lines = [json.loads(line) for line in options.out.read_text().splitlines()]
+        known = {
+            (line["measurement"], line["draw"]): line["values"] for line in lines if line["model"] == options.model
+        }
+    for name in options.measurements:
+        draws = []
+        for draw in range(options.draws):
+            if (name, draw) not in known:
+                started = time.monotonic()
+                asked = Ask(model, Part(corpus, draw, options.draws), draw, options)
+                known[name, draw] = [list(value) for value in MEASUREMENTS[name](asked)]
+                print(f"{options.model}, {name}, draw {draw}: {time.monotonic() - started:.0f} s", flush=True)
+                if options.out:
+                    line = {"model": options.model, "measurement": name, "draw": draw, "values": known[name, draw]}
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+            draws.append(pd.DataFrame(known[name, draw], columns=Value._fields).assign(draw=draw))
+        show(options.model, name, pd.concat(draws, ignore_index=True))
+
+
+def show(model: str, measurement: str, values: pd.DataFrame) -> None:
+    """Markdown tables: mean (least to greatest) over the draws, and how many of them where some lack the number."""
+    n = values["draw"].nunique()
+    for table, rows in values.groupby("table", sort=False):
+        wide = rows.pivot(index="draw", columns=["row", "column"], values="value")
+        for one, other in LEADS.get(str(table), ()):
+            if {one, other} <= set(wide.columns.get_level_values(0)):
+                lead = wide[one] - wide[other]
+                for column in lead.dropna(axis=1, how="all"):
+                    wide[f"{one} over {other}", column] = lead[column]
+        columns = list(dict.fromkeys(wide.columns.get_level_values(1)))
+        print(f"\n{model}, {measurement}: {table}, {n} draws\n\n| | {' | '.join(columns)} |")
+        print("|---" * (len(columns) + 1) + "|")
+        for row in dict.fromkeys(wide.columns.get_level_values(0)):
+            cells = [_cell(wide[row, column]) if (row, column) in wide else "" for column in columns]
+            print(f"| {row} | {' | '.join(cells)} |")
+
+
+def _cell(values: "pd.Series[float]") -> str:
+    """Mean (least to greatest)."""
+    found = values.dropna()
+    if not len(found):
+        return ""
+    few = f", {len(found)} draws" if len(found) < len(values) else ""
+    return f"{found.mean():.3g} ({found.min():.3g} to {found.max():.3g}{few})"
+
+
+if __name__ == "__main__":
+    main()
