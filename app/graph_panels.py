@@ -68,7 +68,7 @@ def score_table(workspace: Workspace, name: str, whole: PromptGraph, pins: list[
     if pins:
         row = {"graph": "pinned", "nodes": len(pins), **asdict(whole.scores(pinned=pins))}
         scores = pd.concat([scores, pd.DataFrame([row])], ignore_index=True)
-    st.dataframe(scores.round(3), hide_index=True, width="stretch")
+    st.dataframe(scores.round(3), hide_index=True, width="stretch", placeholder="")
 
 
 def supernodes(

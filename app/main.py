@@ -29,6 +29,7 @@ LAYOUT = """
 .stMainBlockContainer { padding: 2.4rem 2rem 2rem }
 .stMainBlockContainer [data-testid=stVerticalBlock] { gap: 0.6rem }
 .stMainBlockContainer h1 { font-size: 1.7rem; padding: 0.2rem 0 }
+.stHeading [data-testid=stMarkdownContainer]:has(h1) { margin-bottom: -0.3rem }
 .stMainBlockContainer h3 { font-size: 1.2rem; line-height: 1.5; padding: 0.1rem 0 0.3rem }
 @media (max-width: 1000px) {
   .stMainBlockContainer { padding: 2.4rem 1rem 1rem }

@@ -255,7 +255,7 @@ def tables(result: Result, named: pd.DataFrame | None) -> None:
     }[result.kind]  # fmt: skip
     for tab, name in zip(st.tabs(order), order, strict=True):
         table = stored.table_of(result, name) if named is None or name != "nodes" else named
-        tab.dataframe(table.head(MOST_ROWS), hide_index=True, width="stretch")
+        tab.dataframe(table.head(MOST_ROWS), hide_index=True, width="stretch", placeholder="")
         if len(table) > MOST_ROWS:
             tab.caption(
                 f"The first {MOST_ROWS} of {len(table):,} rows; `{result.kind}.{result.name}` holds all in SQL."

@@ -27,7 +27,8 @@ def main() -> None:
     if known.empty:
         st.info("Nothing to query yet. Make a harvest with `workbench harvest`, or run `workbench demo`.")
         return
-    left, right = st.columns([5, 2], gap="large")
+    with st.container(key="beside"):
+        left, right = st.columns([5, 2], gap="large")
     with right:
         schema(known)
     with left:

@@ -89,6 +89,8 @@ def sweep_curves(found: Sweep, strength: float | None = None) -> go.Figure:
         figure.update_yaxes(title_text=title, rangemode="tozero", secondary_y=right, showgrid=not right)
     if strength is not None:
         figure.add_vline(x=strength, line_color=MARK)
+    # Plotly would put the right axis' ticks at the left one's heights, at numbers such as 0.148.
+    figure.update_yaxes(tickmode="auto", secondary_y=True)
     figure.update_xaxes(title_text="strength (maxima)")
     return figure.update_layout(height=300, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}, **_LAYOUT)
 

@@ -390,7 +390,7 @@ class FeatureIndex:
                    s.skewness, s.kurtosis, s.minimum, s.maximum, greatest(abs(s.minimum), abs(s.maximum)) AS strongest,
                    l.skewness AS logit_skewness, l.kurtosis AS logit_kurtosis, v.text AS top_token,
                    v.bytes AS top_bytes, e.effect AS top_effect,
-                   t.peaks[:60] AS peak_tokens, m.encoder_cosine, c.phi AS best_phi, m.x, m.y
+                   t.peaks AS peak_tokens, m.encoder_cosine, c.phi AS best_phi, m.x, m.y
             FROM feature_stats s
             LEFT JOIN logit_stats l USING (feature)
             LEFT JOIN logit_effects e ON e.feature = s.feature AND e.sign = 1 AND e.rank = 0
@@ -406,6 +406,8 @@ class FeatureIndex:
             alone(text, part) if isinstance(text, str) else text
             for text, part in zip(table["top_token"], parts, strict=True)
         ]
+        # Most features fire on one token: eight times the same word tells no more than once.
+        table["peak_tokens"] = [" ".join(dict.fromkeys(peaks.split()))[:60] for peaks in table["peak_tokens"]]
         titles = self.titles()
         best = {number: concepts[0] for number, concepts in self._concepts.items()}
         names = self.names()
