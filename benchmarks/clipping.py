@@ -1,23 +1,27 @@
-"""Held-out error of every kind of rule with and without clipped gradients: the table of docs/methods/rules.md.
+"""Held-out error of every kind of rule with and without clipped gradients, and where penalties that are not tuned end:
+two tables of docs/methods/rules.md.
 
-One seed, 300 steps of 1,024 tokens in a fixed random order, on the harvests that benchmarks/rules.py leaves in a
-workspace. The third arm forgets large gradients faster instead: betas (0.9, 0.99), no clipping.
+300 steps of 1,024 tokens in a random order, each seed (of start and order) its own, on the harvests that
+benchmarks/rules.py leaves in a workspace. The third arm forgets large gradients faster instead: betas (0.9, 0.99), no
+clipping. Printed are means and standard deviations over the seeds, and of each arm's FVU over the first arm's of the
+same seed.
 
     python benchmarks/rules.py WORKSPACE --train-only
-    python benchmarks/clipping.py WORKSPACE
+    python benchmarks/clipping.py WORKSPACE [--seeds 3] [--device cuda] [--out FILE]
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae.config import TrainConfig
 from sae.metrics import ReconstructionMetrics
-from sae.rules import AbsTopK, BatchTopK, JumpReLU, ReLU, Rule, TopK
+from sae.rules import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
 from sae.training import train
 from workbench import Workspace
 
@@ -30,12 +34,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "clipped to norm 1": {"clip_grad_norm": 1.0},
     "betas (0.9, 0.99)": {"betas": (0.9, 0.99)},
 }
-RULES: dict[str, Rule] = {
-    "TopK": TopK(32),
-    "AbsTopK": AbsTopK(32),
-    "BatchTopK": BatchTopK(32),
-    "JumpReLU, target 32": JumpReLU(target_l0=32.0),
-    "ReLU, lambda 0.1": ReLU(),
+RULES: dict[str, dict[str, Any]] = {
+    "TopK, k 32": {"rule": TopK(32)},
+    "AbsTopK, k 32": {"rule": AbsTopK(32)},
+    "BatchTopK, k 32": {"rule": BatchTopK(32)},
+    "JumpReLU, target 32, lambda 1 (default)": {"rule": JumpReLU(target_l0=32.0)},
+    "JumpReLU, target 32, lambda 0.1": {"rule": JumpReLU(target_l0=32.0), "sparsity_coefficient": 0.1},
+    "JumpReLU, target 32, lambda 10": {"rule": JumpReLU(target_l0=32.0), "sparsity_coefficient": 10.0},
+    "JumpReLU, lambda 1e-3 (default)": {"rule": JumpReLU()},
+    "ReLU, lambda 0.1 (default)": {"rule": ReLU()},
 }
 
 
@@ -71,22 +78,41 @@ def rows_of(space: Workspace, harvest: str, n: int, seed: int | None) -> Float[T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path)
-    space = Workspace(parser.parse_args().workspace, create=False)
-    x = rows_of(space, "demo-train", STEPS * BATCH + AHEAD, seed=0)
-    held_out = rows_of(space, "demo-heldout", HELD_OUT, seed=None)
-    for label, rule in RULES.items():
-        for arm, settings in ARMS.items():
-            config = TrainConfig("arm", STEPS * BATCH, D_SAE, rule=rule, batch_size=BATCH, seed=0, **settings)
-            outcome = train([config], InOrder(x))[0]
-            if outcome.sae is None:
-                raise SystemExit(f"{label}, {arm}: {outcome}")
-            sae = outcome.sae
-            metrics = ReconstructionMetrics(x.shape[1], D_SAE)
-            code = sae.encode(held_out)
-            metrics.update(held_out, code, sae.decode(code))
-            found = metrics.result()
-            numbers = f"FVU {found.fvu:.4f}  L0 {found.l0:5.1f}  dead {found.dead_share:.3f}"
-            print(f"{label:20} {arm:18} {numbers}", flush=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="a CSV file of every run")
+    options = parser.parse_args()
+    space = Workspace(options.workspace, create=False)
+    held_out = rows_of(space, "demo-heldout", HELD_OUT, seed=None).to(options.device)
+    lines = []
+    for seed in range(options.seeds):
+        x = rows_of(space, "demo-train", STEPS * BATCH + AHEAD, seed=seed).to(options.device)
+        for label, settings in RULES.items():
+            for arm, changed in ARMS.items():
+                found = trained(x, held_out, seed, {**settings, **changed})
+                lines.append({"rule": label, "arm": arm, "seed": seed, **found})
+                print(lines[-1], flush=True)
+                if options.out:
+                    pd.DataFrame(lines).to_csv(options.out, index=False)
+    runs = pd.DataFrame(lines)
+    first = runs[runs["arm"] == next(iter(ARMS))].set_index(["rule", "seed"])["fvu"]
+    runs["over the first"] = runs["fvu"] / first.loc[list(zip(runs["rule"], runs["seed"], strict=True))].to_numpy()
+    print(runs.groupby(["rule", "arm"], sort=False).agg(["mean", "std"]).drop(columns="seed").round(4).to_string())
+
+
+def trained(
+    x: Float[Tensor, "rows d_in"], held_out: Float[Tensor, "n d_in"], seed: int, settings: dict[str, Any]
+) -> dict[str, float]:
+    """Held-out FVU, L0 and dead share after one run."""
+    config = TrainConfig("arm", STEPS * BATCH, D_SAE, batch_size=BATCH, seed=seed, **settings)
+    outcome = train([config], InOrder(x), device=str(x.device))[0]
+    if outcome.sae is None:
+        raise SystemExit(f"{settings}: {outcome}")
+    metrics = ReconstructionMetrics(x.shape[1], D_SAE)
+    code = outcome.sae.encode(held_out)
+    metrics.update(held_out, code, outcome.sae.decode(code))
+    found = metrics.result()
+    return {"fvu": found.fvu, "l0": found.l0, "dead": found.dead_share}
 
 
 if __name__ == "__main__":

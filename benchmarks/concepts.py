@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def prepare(
         for arm, settings in arms.items()
         for seed in range(options.seeds)
     ]
-    space.train(f"{prefix}-run", f"{prefix}-train", configs, device="cpu")
+    space.train(f"{prefix}-run", f"{prefix}-train", configs, device=str(model.device))
     return [config.name for config in configs]
 
 
@@ -81,13 +82,14 @@ def main() -> None:
     parser.add_argument("--train-tokens", type=int, default=1_000_000)
     parser.add_argument("--harvest-tokens", type=int, default=500_000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     arms: dict[str, dict[str, Any]] = {name: {"rule": rule} for name, rule in RULES.items()}
     arms["frozen"] = {"rule": TopK(K), "frozen_decoder": True}
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace(Path(folder) / "w")
-        model = load_model("demo", device="cpu")
-        copy = load_model(str(save_random_copy(model, Path(folder) / "random")), device="cpu")
+        model = load_model("demo", device=options.device)
+        copy = load_model(str(save_random_copy(model, Path(folder) / "random")), device=options.device)
         tables = []
         for prefix, loaded, mine in (("demo", model, arms), ("random", copy, {"topk": arms["topk"]})):
             names = prepare(space, prefix, loaded, options, mine)
@@ -104,11 +106,15 @@ def main() -> None:
         best = space.results.open("concepts", "demo-topk-0").table("concepts")
         print(best.sort_values("f1", ascending=False).round(3).to_string(index=False))
         for arm in arms:
-            found = [match(space, f"demo-{arm}-0", f"demo-{arm}-{seed}") for seed in range(1, options.seeds)]
-            if found:
-                shares = statistics.fmean(one.stable_share for one in found)
-                cosine = statistics.fmean(one.mean_max_cosine[0] for one in found)
-                print(f"{arm}: mean max cosine between seeds {cosine:.3f}, stable share {shares:.3f}")
+            pairs = combinations(range(options.seeds), 2)
+            found = [match(space, *(f"demo-{arm}-{seed}" for seed in pair)) for pair in pairs]
+            for what, values in (
+                ("mean max cosine between seeds", [one.mean_max_cosine[0] for one in found]),
+                ("stable share", [one.stable_share for one in found]),
+            ):
+                if found:
+                    ends = f"{min(values):.3f} to {max(values):.3f}, {len(found)} pairs"
+                    print(f"{arm}: {what} {statistics.fmean(values):.3f} ({ends})")
 
 
 if __name__ == "__main__":

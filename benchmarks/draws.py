@@ -16,6 +16,7 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
     tasks        docs/methods/circuits.md: the code tasks
     retrieval    the same page: heads masked on needle tests
     graphs       docs/methods/graphs.md: graphs of many prompts
+    diffs        docs/methods/crosscoders.md: a crosscoder of the model and --beside; a draw is a seed of the crosscoder
 """
 
 import argparse
@@ -36,6 +37,7 @@ from circuits.patching import patch_activations
 from sae import load_transcoders
 from workbench import Workspace
 from workbench.circuits.task import Task
+from workbench.features.diff import diff_models
 from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel, load_model
@@ -250,9 +252,23 @@ def graphs(ask: Ask) -> Iterator[Value]:
             yield from _cells(f"{name}: place", places[(places <= 8).any(axis=1)])
 
 
+def diffs(ask: Ask) -> Iterator[Value]:
+    options = ask.options
+    with tempfile.TemporaryDirectory() as folder:
+        found = diff_models(
+            Workspace(Path(folder) / "w"), ask.model, options.beside, name="diff", corpus=options.corpus,
+            tokens=options.tokens, epochs=options.epochs, d_sae=1024, seed=ask.draw, device=options.device,
+        ).evaluation  # fmt: skip
+        parts, groups, features = (found.table(name) for name in ("parts", "groups", "features"))
+    columns = ["explained_variance", "ce_clean", "added_nats", "loss_recovered_zero", "l0"]
+    yield from _cells("parts", parts.set_index("part")[columns])
+    yield from _cells("groups", groups.set_index("group").select_dtypes("number"))
+    yield from _cells("features", features.select_dtypes("number").quantile([0, 0.5, 1]))
+
+
 MEASUREMENTS: dict[str, Callable[[Ask], Iterator[Value]]] = {
     function.__name__: function
-    for function in (mlps, costs, attention, heads, saes, lenses, transcoders, tasks, retrieval, graphs)
+    for function in (mlps, costs, attention, heads, saes, lenses, transcoders, tasks, retrieval, graphs, diffs)
 }
 
 
@@ -276,6 +292,9 @@ def main() -> None:
     parser.add_argument("--task", action="append", default=[], help="of `attention`")
     parser.add_argument("--workspace", type=Path, help="of `saes`")
     parser.add_argument("--sae", action="append", default=[], help="of `saes`")
+    parser.add_argument("--beside", help="of `diffs`: the other model")
+    parser.add_argument("--tokens", type=int, default=60_000, help="of `diffs`")
+    parser.add_argument("--epochs", type=float, default=6.0, help="of `diffs`")
     parser.add_argument("--out", type=Path, help="every draw is written there, and taken from there")
     options = parser.parse_args()
     model, corpus = load_model(options.model, device=options.device), open_corpus(options.corpus)

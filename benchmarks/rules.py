@@ -9,7 +9,7 @@
 
 Everything lands in the workspace: run it again and it goes on where it stopped.
 
-    python benchmarks/rules.py WORKSPACE [--tokens 600000] [--seeds 3] [--arms NAME ...] [--figure FILE]
+    python benchmarks/rules.py WORKSPACE [--tokens 600000] [--seeds 3] [--arms NAME ...] [--device cuda] [--figure FILE]
 """
 
 import argparse
@@ -126,7 +126,7 @@ class Arena:
             for arm, settings in arms.items()
         ]
         started = time.monotonic()
-        self.space.train(name + suffix, f"{self.prefix}-train", configs, device="cpu")
+        self.space.train(name + suffix, f"{self.prefix}-train", configs, device=str(self.model.device))
         say(f"{name + suffix}: {len(configs)} SAEs in {time.monotonic() - started:.0f} s")
         return [config.name for config in configs]
 
@@ -249,14 +249,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=EVERY_ARM, default=EVERY_ARM)
     parser.add_argument("--figure", type=Path, help="write the figure there (.svg or .png)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--train-only", action="store_true", help="stop before the evaluation")
     options = parser.parse_args()
     space = Workspace(options.workspace)
-    demo = Arena(space, "demo", load_model("demo", device="cpu"))
+    demo = Arena(space, "demo", load_model("demo", device=options.device))
     copy = options.workspace.with_name(options.workspace.name + "-random-model")
     if not copy.exists():
         save_random_copy(demo.model, copy)
-    random = Arena(space, "random", load_model(str(copy), device="cpu"))
+    random = Arena(space, "random", load_model(str(copy), device=options.device))
     for arena in (demo, random):
         arena.harvest(options.tokens)
     arms = {arm: settings for arm, settings in ARMS.items() if arm in options.arms}

@@ -218,17 +218,21 @@ def main() -> None:
 
 
 def report(found: pd.DataFrame) -> None:
-    """Means over concepts with their spread over seeds, and how often an arm beats difference in means."""
+    """Means over concepts with their spread over seeds and over concepts, beside difference in means too."""
     print(f"directions whose side effect stays below the limit: {found[['toward', 'away']].isna().sum().to_dict()}")
     reference = found[found["arm"] == "difference_in_means"].set_index("concept")
     for way in ("toward", "away"):
         wide = found.pivot_table(index="concept", columns=["arm", "seed"], values=way)
-        seeds = wide.mean()
         beats = wide.gt(reference[way], axis=0).mean()
-        summary = pd.DataFrame({"effect": seeds, "beats": beats}).groupby("arm").agg(["mean", "std"])
+        summary = pd.DataFrame({"effect": wide.mean(), "beats": beats}).groupby("arm").agg(["mean", "std"])
         print(f"\n{way}: change of log odds at a side effect of {SIDE_EFFECT} nats; share of concepts where it beats")
         print(summary.round(3).to_string())
-        print(wide.T.groupby("arm").mean().T.round(2).to_string())
+        concepts = wide.T.groupby("arm").mean().T
+        print(concepts.round(2).to_string())
+        for name, one in (("over difference in means", "difference_in_means"), ("over topk", "topk")):
+            lead = concepts.sub(concepts[one], axis=0)
+            ends = pd.DataFrame({"mean": lead.mean(), "std error over concepts": lead.sem(), "n": lead.count()})
+            print(f"{name}, concept by concept\n{ends.round(3).to_string()}")
 
 
 if __name__ == "__main__":

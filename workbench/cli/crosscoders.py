@@ -52,6 +52,7 @@ def diff(
     epochs: Annotated[float, typer.Option(help="How often the crosscoder sees them.", min=0.01)] = 2.0,
     d_sae: Annotated[int, typer.Option(help="Number of features.", min=1)] = 2048,
     k: Annotated[int, typer.Option(help="Active features per token, on average.", min=1)] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the crosscoder: repeat with others before you believe it.")] = 0,
     context: ContextOption = 256,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
@@ -77,7 +78,7 @@ def diff(
 
         made = workspace.diff(
             a, b, name=name, hook=hook, corpus=corpus, text_field=text_field, tokens=tokens, epochs=epochs, d_sae=d_sae,
-            k=k, context_len=context, device=device, on_progress=on_progress,
+            k=k, seed=seed, context_len=context, device=device, on_progress=on_progress,
         )  # fmt: skip
     if as_json:
         print_json({"name": made.name, **as_document(made.evaluation)})

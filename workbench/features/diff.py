@@ -59,6 +59,7 @@ def diff_models(
     d_sae: int = 2048,
     k: int = 32,
     context_len: int = 256,
+    seed: int = 0,
     heldout_tokens: int = 32_768,
     device: str = "auto",
     on_progress: OnProgress | None = None,
@@ -73,6 +74,7 @@ def diff_models(
         tokens: rows harvested of each model.
         epochs: how often the crosscoder sees them.
         d_sae, k: its features, and how many are active a token.
+        seed: of its start and of the order of the rows.
         heldout_tokens: on which it is evaluated.
         on_progress: called as each step goes on.
 
@@ -99,8 +101,9 @@ def diff_models(
     rows = catalog.open_harvest(harvests[0]).n_trainable_rows
     # Small batches: a comparison is made of few tokens, and many steps learn more from them.
     config = TrainConfig(
-        name, total_tokens=max(1, round(epochs * rows)), d_sae=d_sae, rule=BatchTopK(k), batch_size=BATCH_SIZE
-    )
+        name, total_tokens=max(1, round(epochs * rows)), d_sae=d_sae, rule=BatchTopK(k), batch_size=BATCH_SIZE,
+        seed=seed,
+    )  # fmt: skip
     train = report("train")
     (trained,) = train_all(
         catalog, name, harvests, [config], hook=hook, device=device,
