@@ -7,7 +7,7 @@ the same messages in the same order.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,6 +34,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    group: Any = field(default=None, compare=False)
+    """torch's process group; None for that of all."""
 
     @property
     def leads(self) -> bool:
@@ -51,7 +53,7 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks of a tensor of any shape, in its memory; the same bits on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, tensor: Shaped[Tensor, "*any"]) -> Shaped[Tensor, "ranks *any"]:
@@ -59,7 +61,7 @@ class Ranks:
         if self.size == 1:
             return tensor.unsqueeze(0)
         out = tensor.new_empty(self.size, *tensor.shape)
-        _all_gather(out.view(-1), tensor.contiguous().view(-1))
+        _all_gather(out.view(-1), tensor.contiguous().view(-1), group=self.group)
         return out
 
     def sum_rows(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "part d"]:
@@ -67,7 +69,7 @@ class Ranks:
         if self.size == 1:
             return rows
         out = rows.new_empty(rows.shape[0] // self.size, rows.shape[1])
-        _reduce_scatter(out, rows)
+        _reduce_scatter(out, rows, group=self.group)
         return out
 
     def join(self, part: Shaped[Tensor, "*part"], total: int, dim: int = 0) -> Shaped[Tensor, "*whole"]:
@@ -128,6 +130,10 @@ class Ranks:
         else:
             dist.recv_object_list(told, src=owner)
         return told[0]
+
+    def apart(self) -> "Ranks":
+        """The same ranks by a way of their own, for what is told beside other things, on another stream of a GPU."""
+        return self if self.size == 1 else replace(self, group=dist.new_group(timeout=PATIENCE))
 
     def wait(self) -> None:
         """Returns when all ranks have come here."""

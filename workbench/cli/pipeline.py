@@ -25,6 +25,7 @@ from workbench.cli.options import (
     open_workspace,
 )
 from workbench.cli.output import print_json, print_table
+from workbench.cli.ranks import is_first, refuse_ranks
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 from workbench.text.python_source import Split
 
@@ -109,10 +110,11 @@ def harvest(
     )  # fmt: skip
     workspace = Workspace(folder)
     if estimate_only:
+        refuse_ranks("--estimate-only")
         estimate = workspace.estimate_harvest(name, config, device=device)
         print_json(asdict(estimate)) if as_json else print(describe_estimate(estimate))
         return
-    with ProgressBar("harvest", tokens, enabled=not as_json) as bar:
+    with ProgressBar("harvest", tokens, enabled=not as_json and is_first()) as bar:
 
         def on_estimate(estimate: HarvestEstimate) -> None:
             if not as_json:

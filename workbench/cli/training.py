@@ -27,7 +27,7 @@ from workbench.cli.options import (
 )
 from workbench.cli.output import print_json, print_table
 from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations, print_sets
-from workbench.cli.ranks import is_first, started_by_torchrun
+from workbench.cli.ranks import is_first, refuse_ranks, started_by_torchrun
 from workbench.cli.shared import sharing
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
@@ -250,8 +250,8 @@ def train(run: Training, context: typer.Context) -> None:
     epoch = workspace.open_harvest(run.harvest[0]).n_trainable_rows if run.harvest else STREAMED_TOKENS
     total = run.tokens or asked.tokens or epoch
     configs = run.configs(asked, total)
-    if run.estimate_only and started_by_torchrun():
-        raise InputError("--estimate-only tries a few steps in one process: start it without torchrun")
+    if run.estimate_only:
+        refuse_ranks("--estimate-only")
     if run.estimate_only or (run.sweep is not None and not started_by_torchrun()):
         estimate = workspace.estimate_training(source, configs, **run.placed)
         if not run.as_json:

@@ -3,16 +3,25 @@
 When all files of a block are in place, one synced line records their rows, sizes and checksums. From then on the block
 belongs to the harvest. So whatever a kill or a power cut leaves (temporary files, files without a record, half a line)
 is never taken for data, and is overwritten when the harvest goes on.
+
+Each of several ranks writes every so many-th block and a journal of its own; they are one as soon as the harvest is
+finished, or goes on. Blocks may then be missing between others.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sae.files import write_atomically
 
 JOURNAL = "journal.jsonl"
+
+
+def journal_of(rank: int) -> str:
+    """Name of a rank's journal; the first one's is that of a single process."""
+    return f"journal.{rank}.jsonl" if rank else JOURNAL
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,9 @@ class Block:
         return [*self.hooks.values(), self.tokens]
 
 
-def append_block(folder: Path, block: Block) -> None:
-    """Records a block whose files are in place."""
-    path = folder / JOURNAL
+def append_block(folder: Path, block: Block, rank: int = 0) -> None:
+    """Records a block whose files are in place, in the journal of a rank."""
+    path = folder / journal_of(rank)
     if not path.exists():
         # A rename syncs the folder too, without which a power cut could lose the whole journal.
         write_atomically(path, lambda partial: partial.touch())
@@ -78,19 +87,31 @@ def append_block(folder: Path, block: Block) -> None:
 
 
 def read_journal(folder: Path) -> list[Block]:
-    """The recorded blocks, in order; a torn last line is left out. May run while another process appends."""
-    path = folder / JOURNAL
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    return [Block.from_json(line) for line in content[: content.rfind(b"\n") + 1].decode().splitlines()]
+    """The recorded blocks, in order; a torn last line is left out. May run while other processes append."""
+    blocks = {}
+    for path in (folder / JOURNAL, *_of_ranks(folder)):
+        content = path.read_bytes() if path.is_file() else b""
+        for line in content[: content.rfind(b"\n") + 1].decode().splitlines():
+            block = Block.from_json(line)
+            blocks[block.number] = block
+    return [blocks[number] for number in sorted(blocks)]
+
+
+def _of_ranks(folder: Path) -> list[Path]:
+    return sorted(folder.glob("journal.*.jsonl"))
+
+
+def leading(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks up to the first that is missing."""
+    return [block for place, block in enumerate(blocks) if block.number == place]
 
 
 def recover_journal(folder: Path) -> list[Block]:
     """The blocks that a harvest can go on from; call it with the harvest's lock held.
 
     Recorded blocks count up to the first one with a file that is missing or has another size than was recorded (a
-    restored backup, a copy that was cut short). The journal is cut to those, so a torn last line goes too.
+    restored backup, a copy that was cut short). The journal is cut to those, so a torn last line goes too, and those of
+    several ranks become one.
     """
     blocks: list[Block] = []
     for block in read_journal(folder):
@@ -99,8 +120,10 @@ def recover_journal(folder: Path) -> list[Block]:
         blocks.append(block)
     content = "".join(block.to_json() + "\n" for block in blocks)
     path = folder / JOURNAL
-    if path.is_file() and path.read_bytes() != content.encode():
+    if (blocks and not path.is_file()) or (path.is_file() and path.read_bytes() != content.encode()):
         write_atomically(path, lambda partial: partial.write_text(content))
+    for other in _of_ranks(folder):
+        other.unlink()
     return blocks
 
 

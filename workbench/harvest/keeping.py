@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.disk.locks import RunLock
-from workbench.harvest.journal import recover_journal
+from workbench.harvest.journal import leading, recover_journal
 from workbench.harvest.passes import contexts, place_of, run_batch
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.record import DATABASE
@@ -67,7 +67,7 @@ class KeptHarvest:
             opened.enter_context(RunLock(self.folder))
             begin(self.folder, description_of(self._model, self._corpus, self._config, self._plan))
             if not (self.folder / DATABASE).is_file():
-                blocks = recover_journal(self.folder)
+                blocks = leading(recover_journal(self.folder))
                 done = sum(block.n_rows for block in blocks)
                 check_space(self.folder, self._plan, max(0, min(self._expected, self._plan.rows) - done))
                 plan = self._plan

@@ -3,7 +3,7 @@
 A place is known by its document and the position in it, so going on reads no token before that document.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def contexts(
     after: Place | None = None,
     names: MutableMapping[int, str] | None = None,
     split_special_tokens: bool = False,
+    wanted: Callable[[int], bool] | None = None,
 ) -> Iterator[Iterator[PackedBatch]]:
     """Context manager giving the batches of a pass that are left, packed ahead in a thread for a GPU.
 
@@ -43,6 +44,7 @@ def contexts(
         after: the place where these end.
         names: gets the name of every document that is read, by its index.
         split_special_tokens: as for `pack`.
+        wanted: whether to give the batch whose first context has this number; all when None.
     """
 
     def documents() -> Iterator[Document]:
@@ -51,21 +53,22 @@ def contexts(
                 names[document.index] = document.name
             yield document
 
-    def wanted() -> Iterator[PackedBatch]:
+    def batches() -> Iterator[PackedBatch]:
         left = plan.n_contexts - first
         packed = pack(
             documents(), model.tokenizer, bos_of(model, config), plan.context_len, plan.batch_contexts,
             separate=config.separate, split_special_tokens=split_special_tokens, after=after,
         )  # fmt: skip
         while left > 0 and (batch := next(packed, None)) is not None:
-            yield PackedBatch(batch.tokens[:left], batch.doc[:left], batch.pos[:left], batch.flags[:left])
+            if wanted is None or wanted(plan.n_contexts - left):
+                yield PackedBatch(batch.tokens[:left], batch.doc[:left], batch.pos[:left], batch.flags[:left])
             left -= len(batch.tokens)
 
     if model.device.type == "cpu":
         # A thread beside a forward pass on the CPU takes a core from under it, and the pass waits for its slowest one.
-        yield wanted()
+        yield batches()
         return
-    with prefetch(wanted(), PACKED_AHEAD) as ahead:
+    with prefetch(batches(), PACKED_AHEAD) as ahead:
         yield ahead
 
 

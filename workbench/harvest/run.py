@@ -8,9 +8,12 @@
    (`workbench.harvest.journal`) while the model goes on into a second buffer.
 4. When the corpus or the budget is exhausted, the DuckDB file is made and the harvest is finished.
 
+Started by torchrun, several ranks make one harvest: each packs the whole corpus and runs the model over every so
+many-th block alone; the first one makes the DuckDB file. The files are those of a single process.
+
 A batch never straddles two blocks and everything before a block is deterministic, so a harvest that was killed goes
-on after the last recorded block and ends in the same bytes as one that was not (same device, number of threads and
-torch, which are recorded).
+on with the blocks that are not recorded, on any number of ranks, and ends in the same bytes as one that was not (same
+device, number of threads and torch, which are recorded).
 """
 
 import json
@@ -18,17 +21,20 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sae.errors import InputError
+from sae.ranks import meet
 from workbench.disk.descriptions import differences, read_description, write_description
 from workbench.disk.locks import RunLock
 from workbench.harvest.finishing import write_database
-from workbench.harvest.journal import Block, read_journal, recover_journal
+from workbench.harvest.journal import Block, leading, read_journal, recover_journal
 from workbench.harvest.passes import bos_of, contexts, place_of, run_batch
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.reading import Harvest
@@ -142,18 +148,35 @@ def run_harvest(
             changed since it began, NaN or infinities, a full disk, or another process at work on it.
         KeyboardInterrupt: passed on once the blocks that were complete are stored.
     """
-    plan = HarvestPlan.of(model, config)
-    with RunLock(folder):
+    plan, ranks = HarvestPlan.of(model, config), meet()
+
+    def recorded() -> list[Block] | None:
         begin(folder, description_of(model, corpus, config, plan))
-        if not (folder / DATABASE).is_file():
-            blocks = recover_journal(folder)
-            check_space(folder, plan, plan.rows - sum(block.n_rows for block in blocks))
+        if (folder / DATABASE).is_file():
+            return None
+        blocks = recover_journal(folder)
+        check_space(folder, plan, plan.rows - sum(block.n_rows for block in blocks))
+        return blocks
+
+    with ExitStack() as stack:
+        ranks.lead(lambda: stack.enter_context(RunLock(folder)) and None)
+        blocks = ranks.lead(recorded)
+        if blocks is not None:
             writer = BlockWriter(
-                folder, blocks, plan.widths, plan.dtype, model.device, plan.block_contexts, plan.context_len
+                folder, blocks, plan.widths, plan.dtype, model.device, plan.block_contexts, plan.context_len, ranks
             )
             _fill(model, corpus, config, plan, writer, on_progress)
-            finish(folder, model, writer.blocks, plan)
+            ranks.wait()
+            ranks.lead(lambda: _conclude(folder, model, corpus, config, plan))
     return Harvest.open(folder)
+
+
+def _conclude(folder: Path, model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> None:
+    """Finishes a harvest of which every block is recorded."""
+    blocks = recover_journal(folder)
+    if not blocks:
+        raise InputError(f"corpus {corpus.name} gave no tokens: its {config.split} documents are empty")
+    finish(folder, model, blocks, plan)
 
 
 def description_of(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> dict[str, Any]:
@@ -208,26 +231,35 @@ def _fill(
     writer: BlockWriter,
     on_progress: Callable[[HarvestProgress], None] | None,
 ) -> None:
-    """Runs every batch that is not recorded yet and hands it to the writer."""
-    seen = len(writer.blocks) * plan.block_contexts
+    """Runs every batch that is not recorded yet, and is this rank's, and hands it to the writer."""
+    before = leading(writer.blocks)
+    first = seen = len(before) * plan.block_contexts
+    # The first batch of all says what every rank multiplies gradients by, also those that do not store it.
+    scaling = plan.gradients and not writer.blocks and not writer.makes(0)
 
     def report() -> None:
-        if on_progress is not None:
+        if on_progress is not None and writer.ranks.leads:
             on_progress(HarvestProgress(min(seen, plan.n_contexts) * plan.context_len, plan.rows))
+
+    def wanted(context: int) -> bool:
+        nonlocal seen
+        seen = context + plan.batch_contexts
+        return writer.makes(context // plan.block_contexts) or (scaling and context == 0)
 
     report()
     ahead = contexts(
-        model, corpus, config, plan, first=seen, after=place_of(writer.folder, writer.blocks), names=writer.names,
-        split_special_tokens=SPECIAL_TOKENS not in read_description(writer.folder / DESCRIPTION),
+        model, corpus, config, plan, first=first, after=place_of(writer.folder, before), names=writer.names,
+        split_special_tokens=SPECIAL_TOKENS not in read_description(writer.folder / DESCRIPTION), wanted=wanted,
     )  # fmt: skip
     with writer, ahead as batches:
-        for batch in batches:
-            writer.add(batch, run_batch(model, plan, batch))
-            seen += len(batch.tokens)
+        for number, batch in enumerate(batches):
+            values = run_batch(model, plan, batch)
+            if scaling and number == 0:
+                writer.settle(values)
+            else:
+                writer.add(batch, values)
             report()
         writer.flush()
-    if not writer.blocks:
-        raise InputError(f"corpus {corpus.name} gave no tokens: its {config.split} documents are empty")
 
 
 def opened(
@@ -257,9 +289,11 @@ def harvest_into(
     on_progress: Callable[[HarvestProgress], None] | None = None,
 ) -> Harvest:
     """Opens what the configuration names and harvests into a folder; see `Workspace.harvest`."""
+    ranks = meet()
     config, model, corpus = opened(config, model, corpus, device)
     if on_estimate is not None:
-        on_estimate(estimate(model, corpus, config, folder))
+        expected = ranks.lead(partial(estimate, model, corpus, config, folder))
+        on_estimate(replace(expected, seconds=expected.seconds / ranks.size))
     return run_harvest(model, corpus, config, folder, on_progress=on_progress)
 
 

@@ -5,13 +5,16 @@
 2. A chunk is the next `buffer_rows` of them. They are written on the device as they come, the usable ones permuted.
 3. There are two chunks. While batches are taken from one, the model fills the other: whenever a batch has been taken,
    it goes on until the one is as full as the other is used; on a GPU on a CUDA stream of its own, beside training.
-4. The state names the chunk and the place in the corpus where it begins. Going on, the model runs over that chunk
+4. Started by torchrun, each of several ranks runs the model on one batch of as many, and tells the others its rows: all
+   have the same chunks, those of a single process.
+5. The state names the chunk and the place in the corpus where it begins. Going on, the model runs over that chunk
    again: nothing but the place is stored, and nothing before that document is read as text.
 
 A batch of 4,096 from a chunk of 262,144 rows has 4 rows of every context of 256 among others of 1,024 contexts, and no
 row a second time in an epoch. docs/scale.md says what smaller chunks cost.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.ranks import ALONE, Ranks
 from workbench.harvest.keeping import KeptHarvest
 from workbench.harvest.passes import contexts, run_batch
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
@@ -68,6 +72,7 @@ class ModelRows(ShuffledRows):
         buffer_rows: rows of a chunk, rounded to whole batches of the model; by BUFFER_ROWS and BUFFER_BYTES when None.
         expected_rows: how many will be taken; the model does not run ahead for more.
         keeping: gets the rows of the first epoch too.
+        ranks: those that share the model's work.
 
     Attributes:
         scales: what gradients are multiplied by, by hook point; filled with the first batch.
@@ -85,6 +90,7 @@ class ModelRows(ShuffledRows):
         buffer_rows: int | None = None,
         expected_rows: int | None = None,
         keeping: KeptHarvest | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         batches = chunk_batches(plan, columns, buffer_rows, model.device)
         at_once = batches * plan.batch_contexts * plan.context_len
@@ -94,7 +100,9 @@ class ModelRows(ShuffledRows):
         )
         super().__init__(name, None, seed=seed, device=model.device)
         self._model, self._corpus, self._config, self._plan = model, corpus, config, plan
-        self._names, self._keeping = list(columns), keeping
+        self._names, self._keeping, self._ranks = list(columns), keeping, ranks.apart()
+        # What is kept is kept by the first rank, which needs all for it.
+        self._told = list(plan.widths) if ranks.most(keeping is not None)[0] else self._names
         self.scales: dict[str, float] = {}
         self._chunk_batches = batches
         self._expected, self._taken = expected_rows, 0
@@ -235,22 +243,47 @@ class ModelRows(ShuffledRows):
             pass
 
     def _fill(self, filling: _Filling) -> bool:
-        """Runs the model on one batch; false where the chunk is full or the corpus at its end."""
-        if filling.corpus_ended or filling.rows == len(filling.columns[0]):
+        """Runs the model on one batch, several ranks on one each; false where the chunk is full or the corpus at its
+        end."""
+        rows = self._plan.batch_contexts * self._plan.context_len
+        room = (len(filling.columns[0]) - filling.rows) // rows
+        if filling.corpus_ended or not room:
             return False
-        batch = next(self._batches, None)
-        if batch is None:
+        batches = list(itertools.islice(self._batches, min(room, self._ranks.size)))
+        if not batches:
             filling.corpus_ended = True
             return False
         with self._beside():
-            values = run_batch(self._model, self._plan, batch)
-            if self._plan.gradients and not self.scales:
-                found = gradient_scale(values)
-                self.scales.update({name.removesuffix(GRADIENT): scale for name, scale in found.items()})
-            if self._keeping is not None and filling.cursor[0] == 0:
-                self._keeping.add(batch, values)
-            self._write(filling, batch, values)
+            for batch, values in zip(batches, self._computed(batches, rows), strict=True):
+                self._take(filling, batch, values)
         return True
+
+    def _computed(self, batches: Sequence[PackedBatch], rows: int) -> list[dict[str, Tensor]]:
+        """The model's values of each batch, of which every rank computes one; batches have `rows` rows, or fewer."""
+        rank = self._ranks.rank
+        own = run_batch(self._model, self._plan, batches[rank]) if rank < len(batches) else None
+        if self._ranks.size == 1:
+            assert own is not None
+            return [own]
+        computed: list[dict[str, Tensor]] = [{} for _ in batches]
+        for name in self._told:
+            # Activations as they are stored; gradients are scaled before.
+            dtype = torch.float32 if name.endswith(GRADIENT) else self._plan.dtype
+            told = torch.zeros(rows, self._plan.widths[name], dtype=dtype, device=self._device)
+            if own is not None:
+                told[: len(own[name])] = own[name]
+            for batch, values, got in zip(batches, computed, self._ranks.gather(told), strict=False):
+                values[name] = got[: batch.tokens.size]
+        return computed
+
+    def _take(self, filling: _Filling, batch: PackedBatch, values: dict[str, Tensor]) -> None:
+        """Adds a batch to the chunk, and to what is kept."""
+        if self._plan.gradients and not self.scales:
+            found = gradient_scale(values)
+            self.scales.update({name.removesuffix(GRADIENT): scale for name, scale in found.items()})
+        if self._keeping is not None and filling.cursor[0] == 0:
+            self._keeping.add(batch, values)
+        self._write(filling, batch, values)
 
     def _write(self, filling: _Filling, batch: PackedBatch, values: dict[str, Tensor]) -> None:
         rows = slice(filling.rows, filling.rows + batch.tokens.size)
@@ -260,7 +293,7 @@ class ModelRows(ShuffledRows):
                 value = value * self.scales[name.removesuffix(GRADIENT)]
             column[rows].copy_(value)
             filling.extremes += torch.aminmax(column[rows])
-        filling.flags.append(flags_of(batch, values).reshape(-1))
+        filling.flags.append(flags_of(batch, self._plan.widths).reshape(-1))
         filling.rows, filling.end = rows.stop, place_after(batch)
 
     def _chunk_of(self, filling: _Filling) -> Chunk:

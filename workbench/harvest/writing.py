@@ -7,9 +7,10 @@ the model can run ahead of the disk.
 """
 
 import errno
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.ranks import ALONE, Ranks
 from workbench.harvest.blocks import TOKEN_COLUMNS, write_file
 from workbench.harvest.journal import Block, StoredFile, append_block
 from workbench.harvest.record import GRADIENT
@@ -55,12 +57,13 @@ class BlockWriter:
 
     Args:
         folder: the harvest's folder.
-        blocks: blocks recorded before; new ones are appended to it.
+        blocks: blocks recorded before; new ones are appended to it, those that this rank has to make.
         widths: width of what is stored, by hook name (gradients under `HOOK.grad`).
         dtype: stored precision.
         device: where values come from.
         block_contexts: contexts per block; every batch must fit into what is left of one.
         context_len: rows per context.
+        ranks: those that make the harvest, each every so many-th of the blocks that are not recorded.
 
     Attributes:
         blocks: the blocks recorded so far.
@@ -76,8 +79,9 @@ class BlockWriter:
         device: torch.device,
         block_contexts: int,
         context_len: int,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.folder, self.blocks = folder, blocks
+        self.folder, self.blocks, self.ranks = folder, blocks, ranks
         self.names: dict[int, str] = {}
         self._widths, self._dtype, self._context_len = widths, dtype, context_len
         self._rows = block_contexts * context_len
@@ -88,8 +92,17 @@ class BlockWriter:
         self._writing: deque[tuple[Future[None], _Buffer]] = deque()
         self._buffer: _Buffer | None = None
         self._made = 0
-        self._number = len(blocks)
-        self._first_row = blocks[-1].first_row + blocks[-1].n_rows if blocks else 0
+        self._recorded = {block.number for block in blocks}
+        self._number = next(self.numbers())
+        self._failed: list[int] = []
+
+    def makes(self, number: int) -> bool:
+        """Whether a block is this rank's to make."""
+        return number not in self._recorded and number % self.ranks.size == self.ranks.rank
+
+    def numbers(self, first: int = 0) -> Iterator[int]:
+        """The blocks from `first` on that are this rank's to make."""
+        return filter(self.makes, itertools.count(first))
 
     def __enter__(self) -> "BlockWriter":
         return self
@@ -102,10 +115,16 @@ class BlockWriter:
         while self._writing and error is None:
             self._writing.popleft()[0].result()
 
+    def settle(self, values: Mapping[str, Float[Tensor, "rows width"]]) -> None:
+        """Takes from the harvest's first batch what gradients are multiplied by."""
+        self._scale = gradient_scale(values)
+
     def add(self, batch: PackedBatch, values: Mapping[str, Float[Tensor, "rows width"]]) -> None:
         """Takes the values of a batch, [batch rows, width] by hook name, in any precision."""
         buffer = self._buffer = self._buffer or self._free_buffer()
-        scale = self._scale = self._scale if self._scale is not None else gradient_scale(values)
+        if self._scale is None:
+            self.settle(values)
+        scale = self._scale or {}
         rows = slice(buffer.filled, buffer.filled + batch.tokens.size)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
@@ -134,10 +153,9 @@ class BlockWriter:
                 buffer.extremes = [torch.stack(buffer.extremes).to("cpu", non_blocking=True)]
                 buffer.arrived = self._stream.record_event()
         before = self._writing[-1][0] if self._writing else None
-        future = self._threads.submit(self._write, buffer, self._number, self._first_row, before)
+        future = self._threads.submit(self._write, buffer, self._number, self._number * self._rows, before)
         self._writing.append((future, buffer))
-        self._number += 1
-        self._first_row += buffer.filled
+        self._number = next(self.numbers(self._number + 1))
 
     def _free_buffer(self) -> _Buffer:
         if self._made < self._n_buffers:
@@ -149,6 +167,13 @@ class BlockWriter:
         return buffer
 
     def _write(self, buffer: _Buffer, number: int, first_row: int, before: "Future[None] | None") -> None:
+        try:
+            self._store(buffer, number, first_row, before)
+        except BaseException:
+            self._failed.append(number)
+            raise
+
+    def _store(self, buffer: _Buffer, number: int, first_row: int, before: "Future[None] | None") -> None:
         if buffer.arrived is not None:
             buffer.arrived.synchronize()
         rows = buffer.filled
@@ -166,9 +191,9 @@ class BlockWriter:
             block = Block(number, first_row, rows, hooks, tokens, documents, self._scale or {})
             if before is not None:
                 wait([before])
-            # Where a block before it could not be stored this one is not recorded: the journal has no gaps.
-            if number == len(self.blocks):
-                append_block(self.folder, block)
+            # Where a block before it could not be stored this one is not recorded: blocks count up to there.
+            if not any(one < number for one in self._failed):
+                append_block(self.folder, block, self.ranks.rank)
                 self.blocks.append(block)
         except OSError as error:
             what = "the disk is full" if error.errno in DISK_FULL else f"cannot write: {error.strerror}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from sae.config import TrainConfig
 from sae.errors import InputError
+from sae.ranks import meet
 from sae.source import TargetSource
 from sae.training import CALIBRATION_ROWS
 from workbench.catalog.catalog import Catalog
@@ -134,12 +135,12 @@ class FromModel:
         expected = configs[0].n_steps * configs[0].batch_size
         if any(one.rule.needs_calibration for one in configs):
             expected += CALIBRATION_ROWS
-        kept = None
-        if self._folder is not None:
+        kept, ranks = None, meet()
+        if self._folder is not None and ranks.leads:
             kept = KeptHarvest(self._folder, model, corpus, config, plan, expected_rows=expected)
         rows = ModelRows(
             model, corpus, config, plan, self._columns, seed=configs[0].seed, buffer_rows=self._buffer_rows,
-            expected_rows=expected, keeping=kept,
+            expected_rows=expected, keeping=kept, ranks=ranks,
         )  # fmt: skip
         if kept is None:
             with rows:

@@ -20,6 +20,7 @@ import torch
 import workbench.harvest.plan
 import workbench.harvest.run
 from sae.errors import InputError
+from sae.ranks import Ranks
 from workbench.disk.locks import FILE as LOCK
 from workbench.harvest.blocks import map_tensors
 from workbench.harvest.plan import DATABASE_BYTES, HarvestConfig
@@ -530,3 +531,58 @@ def test_a_harvest_on_a_gpu_holds_the_same_values(
         )
         gradients = [h.vectors(name + ".grad").rows(rows) / h.gradient_scale(name) for h in (on_gpu, on_cpu)]
         torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-4)
+
+
+def of_ranks(
+    ranks: Ranks, model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: Path, stops: bool = False
+) -> str:
+    """A harvest by several ranks, or one of them that ends in the midst of it; how it ended."""
+
+    def on_progress(progress: HarvestProgress) -> None:
+        if stops and progress.tokens > 250:
+            raise RuntimeError("killed")
+
+    try:
+        run_harvest(model, corpus, config, folder, on_progress=on_progress)
+    except RuntimeError as error:
+        return str(error)
+    return "finished"
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_several_ranks_make_the_files_of_one(
+    on_ranks: Callable[..., list[Any]],
+    gradients: bool,
+    gpt2_model: LoadedModel,
+    corpus: Corpus,
+    config: HarvestConfig,
+    tmp_path: Path,
+) -> None:
+    given = gpt2_model, corpus, replace(config, gradients=gradients)
+    on_ranks(1, of_ranks, *given, tmp_path / "one" / "h")
+    assert on_ranks(2, of_ranks, *given, tmp_path / "two" / "h") == ["finished"] * 2
+    assert_same(tmp_path / "one" / "h", tmp_path / "two" / "h")
+    # The first rank's blocks are recorded up to there, perhaps the other's beyond.
+    assert on_ranks(2, of_ranks, *given, tmp_path / "three" / "h", True)[0] == "killed"
+    assert not (tmp_path / "three" / "h" / DATABASE).exists()
+    on_ranks(3, of_ranks, *given, tmp_path / "three" / "h")
+    assert_same(tmp_path / "one" / "h", tmp_path / "three" / "h")
+
+
+def test_a_harvest_goes_on_with_the_blocks_that_are_missing(
+    gpt2_model: LoadedModel, corpus: Corpus, config: HarvestConfig, tmp_path: Path
+) -> None:
+    """As two ranks leave it of which one was slower, whatever goes on from there."""
+    whole = run_harvest(gpt2_model, corpus, config, tmp_path / "whole").directory
+    folder = tmp_path / "parts" / "whole"
+    shutil.copytree(whole, folder)
+    (folder / DATABASE).unlink()
+    lines = (folder / "journal.jsonl").read_text().splitlines(keepends=True)
+    (folder / "journal.jsonl").write_text(lines[0])
+    (folder / "journal.1.jsonl").write_text("".join([lines[1], lines[3], lines[5]]))
+    for number in (2, 4, 6, 7):
+        for file in folder.glob(f"*/**/{number:05}.safetensors"):
+            file.unlink()
+    run_harvest(gpt2_model, corpus, config, folder)
+    assert_same(whole, folder)
+    assert not list(folder.glob("journal.*.jsonl"))

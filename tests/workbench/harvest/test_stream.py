@@ -1,8 +1,8 @@
 """The stream from a model: the harvest's rows, each once an epoch, the same after a resume, and mixed as well."""
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 import workbench.harvest.plan
 from sae.errors import InputError
+from sae.ranks import Ranks
 from workbench.harvest.keeping import KeptHarvest
 from workbench.harvest.pairs import PairSource, targets_of
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
@@ -288,3 +289,38 @@ def test_a_batch_holds_no_more_of_one_context_than_chance_within_its_chunk(
     with stream(gpt2_model, corpus, replace(config, separate=False)) as rows:
         taken = rows.next_columns(110 * 10, 1)[0][:, 0].long()
     assert together(taken, 20) == pytest.approx(14 / 119, rel=0.15)
+
+
+def streamed(
+    ranks: Ranks, model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: Path, keeps: bool
+) -> list[torch.Tensor]:
+    """Rows of a stream of several ranks, over an epoch and a half, of which the first one keeps a harvest."""
+    plan = HarvestPlan.of(model, config)
+    with ExitStack() as stack:
+        kept = None
+        if keeps and ranks.leads:
+            kept = stack.enter_context(KeptHarvest(folder, model, corpus, config, plan, expected_rows=2500))
+        settings: dict[str, Any] = {"keeping": kept, "ranks": ranks}
+        rows = stack.enter_context(stream(model, corpus, config, **settings))
+        drawn = [column for _ in range(50) for column in rows.next_columns(49, 4 if config.gradients else 2)]
+        if kept is not None:
+            kept.finish()
+    return drawn
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradients": True, "max_tokens": 23 * CONTEXT}])
+def test_several_ranks_share_the_models_work_and_all_have_the_same_rows(
+    changes: dict[str, Any],
+    on_ranks: Callable[..., list[Any]],
+    gpt2_model: LoadedModel,
+    corpus: Corpus,
+    config: HarvestConfig,
+    tmp_path: Path,
+) -> None:
+    given = gpt2_model, corpus, replace(config, **changes)
+    (expected,) = on_ranks(1, streamed, *given, tmp_path / "one", True)
+    found = on_ranks(3, streamed, *given, tmp_path / "three", True)
+    for drawn in found:
+        assert all(torch.equal(one, other) for one, other in zip(drawn, expected, strict=True))
+    one, three = Harvest.open(tmp_path / "one"), Harvest.open(tmp_path / "three")
+    assert [block.hooks for block in one.blocks] == [block.hooks for block in three.blocks]
