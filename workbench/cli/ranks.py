@@ -68,9 +68,10 @@ def _comes_first() -> bool:
 
 
 def ended(error: RuntimeError) -> str:
-    """What ended a run of several ranks."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"the ranks no longer work together (rank {os.environ.get('RANK')}: {reason}): repeat the same command to go "
-        "on from the last checkpoint"
-    )
+    """What ended a run of several ranks: an error of this one, or another that is gone."""
+    from torch.distributed import DistError
+
+    rank, reason = os.environ.get("RANK"), (str(error).splitlines() or [type(error).__name__])[0]
+    gone = isinstance(error, DistError) or "gloo" in reason
+    what = f"a rank has ended, without which rank {rank} cannot go on" if gone else f"rank {rank}: {reason}"
+    return f"{what}: repeat the same command to go on from the last checkpoint"
