@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
     from workbench.saes.evaluation import Evaluation
     from workbench.saes.overlap import Overlap
+    from workbench.saes.publishing import Publication
     from workbench.saes.replacement import Replacement
     from workbench.saes.sweeps import SweepEstimate
     from workbench.saes.trackers import Tracker
@@ -214,6 +215,13 @@ class Workspace(Studies):
         from workbench.saes.exchange import export_sae
 
         export_sae(self, name, Path(folder).expanduser(), form)
+
+    def publish(self, name: str, repo: str, **settings: Any) -> "Publication":
+        """An SAE or a set of transcoders with a model card for the Hugging Face hub; nothing is sent without
+        `send=True`. Settings and InputErrors as `workbench.saes.publishing.publish`."""
+        from workbench.saes.publishing import publish
+
+        return publish(self, name, repo, **settings)
 
     # Evaluation
 

@@ -1,4 +1,4 @@
-"""`workbench import` and `workbench export`: SAEs and sets of transcoders from and to other libraries and sites."""
+"""`workbench import`, `export`, `publish`: SAEs and sets of transcoders from and to other libraries and sites."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
 from workbench.cli.output import print_json
-from workbench.show.progress import ProgressBar
+from workbench.show.progress import ProgressBar, format_bytes
 
 if TYPE_CHECKING:
     from sae.transcoder_set import TranscoderSet
@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command("import")(import_)
     app.command()(export)
+    app.command()(publish)
 
 
 def import_(
@@ -139,3 +140,29 @@ def export(
         print_json({"name": name, "format": form, "path": str(target)})
     else:
         print(f"Exported {name} to {target} for {form}")
+
+
+def publish(
+    name: Annotated[str, typer.Argument(help="Name of an SAE or a set of transcoders of the workspace.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hugging Face hub.")],
+    path: Annotated[str | None, typer.Option(help="Folder in the repository; NAME when left out.")] = None,
+    license: Annotated[str | None, typer.Option(help="License as the hub knows it, such as mit.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    send: Annotated[bool, typer.Option("--send", help="Send it; without, show what would be sent.")] = False,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Put an SAE on the Hugging Face hub, in SAELens' format with a model card, or a set of transcoders in
+    circuit-tracer's.
+
+    Without --send nothing leaves this machine: the card and the files are shown.
+    """
+    made = open_workspace(folder).publish(name, repo, folder=path, license=license, private=private, send=send)
+    if as_json:
+        print_json(asdict(made))
+        return
+    if not send:
+        print(made.card)
+    for file, size in made.files.items():
+        print(f"{'Sent' if send else 'Would send'} {file}: {format_bytes(size)}")
+    print(made.url if send else f"Nothing was sent to {repo}: repeat with --send.")
