@@ -6,6 +6,9 @@ sources, z_h[dst] = sum_src A_h[dst, src] v_h[src], so the pre-activation of fea
     DFA(f, dst, src, h) = A_h[dst, src] v_h[src] . W_enc[h, :, f]
     sum_src,h DFA + b_enc[f] - b_dec . W_enc[:, f] = pre-activation of f at dst
 
+Where a gate multiplies what a head's sources add up to before W_O (Qwen3-Next), z_h[dst] = g_h[dst] * that sum entry by
+entry, and every term above has g_h[dst] in it: `circuits.sources` measures on the prompt whether there is such a gate.
+
 From the weights alone, head h's share of f is ||W_dec[f, h]||^2 / sum_h' ||W_dec[f, h']||^2. The heads' parts of a
 decoder row are orthogonal, so that their squared norms add up to the row's and the shares are parts of a whole; the
 paper divides norms by the sum of the norms, which ranks the heads alike and levels the shares; `head_shares` has both.
@@ -18,12 +21,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.nodes import Bridge, head_name
 from circuits.passes import activations
+from circuits.sources import split_heads, split_points
 from sae.errors import InputError
 from sae.model import SAE
 
@@ -108,34 +112,6 @@ def constant_term(sae: SAE, feature: int) -> float:
     return float(sae.b_enc[feature] - sae.b_dec @ sae.W_enc[:, feature])
 
 
-def weighted_values(
-    pattern: Float[Tensor, "heads q k"],
-    v: Float[Tensor, "k kv_heads d_head"],
-    z: Float[Tensor, "q heads d_head"],
-    destination: int,
-) -> Float[Tensor, "k heads d_head"]:
-    """A_h[destination, src] v_h[src]: what each source hands to each head; sums to z[destination].
-
-    Raises:
-        InputError: it does not, as where a gate follows attention (Qwen3-Next), so that sources are not separate terms.
-    """
-    wanted = z[destination]
-    allowed = max(1e-3, 16 * torch.finfo(z.dtype).eps) * wanted.norm()
-    # Latent attention (DeepSeek) hands its values over head by head.
-    for values in (v, v.transpose(0, 1)):
-        n_keys, n_heads, width = values.shape
-        if (n_keys, width) != (pattern.shape[-1], z.shape[-1]) or pattern.shape[0] % n_heads:
-            continue
-        own = repeat(values, "k h z -> k (h r) z", r=pattern.shape[0] // n_heads)
-        sources = pattern[:, destination].T[..., None] * own
-        if (sources.sum(dim=0) - wanted.to(sources.dtype)).norm() <= allowed:
-            return sources
-    raise InputError(
-        "what sources hand to the heads of this layer does not add up to hook_z: something follows attention, such "
-        "as a gate, so the sources are not separate terms"
-    )
-
-
 @torch.no_grad()
 def direct_feature_attribution(
     bridge: Bridge, sae: SAE, tokens: Int[Tensor, "pos"], feature: int, destination: int = -1
@@ -143,14 +119,13 @@ def direct_feature_attribution(
     """DFA of one feature at one position of a prompt (BOS first).
 
     Raises:
-        InputError: an SAE that does not read hook_z, a feature or position there is not, or see `weighted_values`.
+        InputError: an SAE that does not read hook_z, a feature or position there is not, or see
+            `circuits.sources.split_heads`.
     """
     layer = attention_layer(sae)
     check(sae, tokens, feature, destination)
-    names = [f"blocks.{layer}.attn.hook_{part}" for part in ("pattern", "v", "z")]
-    found = activations(bridge, tokens[None], names)
-    pattern, v, z = (found[name][0] for name in names)
-    sources = weighted_values(pattern, v, z, destination)
+    found = activations(bridge, tokens[None], split_points(bridge, layer))
+    sources = split_heads(found, layer, destination).sources
     encoder = encoder_by_head(sae, feature, sources.shape[1]).to(sources.dtype)
     values = torch.einsum("khz,hz->kh", sources, encoder)
     return FeatureAttribution(layer, feature, destination % len(tokens), values, constant_term(sae, feature))

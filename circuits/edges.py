@@ -119,9 +119,16 @@ def reader_names(bridge: Bridge) -> list[str]:
 def read_through(
     bridge: Bridge, layer: int, part: str, x: Float[Tensor, "n pos heads d_model"]
 ) -> Float[Tensor, "n pos heads d_head"]:
-    """Queries, keys or values (`part` q, k or v) of each head from a residual stream of its own."""
+    """Queries, keys or values (`part` q, k or v) of each head from a residual stream of its own.
+
+    Raises:
+        InputError: a matrix that makes more than these, such as each head's gate beside its queries (Qwen3-Next).
+    """
     block = bridge.blocks[layer]
-    weights = getattr(block.attn, f"W_{part.upper()}")
+    try:
+        weights = getattr(block.attn, f"W_{part.upper()}")
+    except ValueError:
+        raise InputError(NOT_WHOLE) from None
     bias = getattr(block.attn, f"b_{part.upper()}")
     out = torch.einsum("nphd,hdz->nphz", normed(norm_before(block, "attn"), x), weights)
     return out if bias is None else out + bias

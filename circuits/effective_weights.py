@@ -69,9 +69,12 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         check_reads(bridge)
         found = _through_norm(bridge, norm_before(block, "attn"), W, b)
         d_head = bridge.cfg.d_head
-        return EffectiveWeights(
-            rearrange(found.W, "d (head h) -> d head h", h=d_head), rearrange(found.b, "(head h) -> head h", h=d_head)
-        )
+        W = rearrange(found.W, "d (head h) -> d head h", h=d_head)
+        b = rearrange(found.b, "(head h) -> head h", h=d_head)
+        if reader == "q" and W.shape[1] == 2 * bridge.cfg.n_heads:
+            # Beside each head's queries the matrix makes its gate (Qwen3-Next).
+            W, b = W[:, ::2], b[::2]
+        return EffectiveWeights(W, b)
     name = "in" if reader == "mlp_in" else "gate"
     W, b = linear_of(reading_matrix(block, "mlp", name))
     check_reads(bridge)

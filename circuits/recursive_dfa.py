@@ -17,7 +17,8 @@ Two exact decompositions alternate, attention patterns and LayerNorm scales froz
 
        head h of layer l from src   A_h[pos, src] v_h[src] W_O[h] . W_enc_res[:, r]
 
-   (a norm after attention, as in Gemma 2, is in W_O with its scale at its value on the prompt: `circuits.blocks`).
+   (a gate on what a head read, as in Qwen3-Next, multiplies every term of it: `circuits.sources`; a norm after
+   attention, as in Gemma 2, is in W_O with its scale at its value on the prompt: `circuits.blocks`).
 
 The terms of either add up to the pre-activation, which is checked. `recursive_dfa` follows the strongest (source,
 feature) term of 1, then the strongest (head, source) term of 2, then 1 again for that head with the residual SAE below
@@ -35,15 +36,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.blocks import attention_constant, attention_scale, head_weights, norm_before
-from circuits.dfa import attention_layer, check, constant_term, encoder_by_head, residual_layer, weighted_values
+from circuits.dfa import attention_layer, check, constant_term, encoder_by_head, residual_layer
 from circuits.effective_weights import effective_weights
 from circuits.nodes import Bridge, graph_of, head_name
 from circuits.norms import measured_norm
 from circuits.passes import activations
+from circuits.sources import split_heads, split_points
 from sae.errors import InputError
 from sae.model import SAE
-
-SPLIT = ("attn.hook_pattern", "attn.hook_v", "attn.hook_z")
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,13 @@ def of_residual_feature(
     direction = residual.W_enc[:, feature]
     names = ["blocks.0.hook_resid_pre", residual.hook_name]
     for layer in range(below):
-        names += [f"blocks.{layer}.{name}" for name in (*SPLIT, "hook_mlp_out")]
+        names += [*split_points(bridge, layer), f"blocks.{layer}.hook_mlp_out"]
     found = activations(bridge, tokens[None], names)
     embedded = _dot(found[names[0]], position, direction)
     rows: list[tuple[Any, ...]] = [("input", position % len(tokens), None, None, embedded)]
     for layer in range(below):
-        pattern, v, z = (found[f"blocks.{layer}.{name}"][0] for name in SPLIT)
-        sources = weighted_values(pattern, v, z, position)
-        scale = attention_scale(bridge, layer, z[None])
+        z, sources = found[f"blocks.{layer}.attn.hook_z"], split_heads(found, layer, position).sources
+        scale = attention_scale(bridge, layer, z)
         divisor = 1.0 if scale is None else scale[0, position]
         read = head_weights(bridge, layer).to(direction) @ direction
         values = torch.einsum("khz,hz->kh", (sources / divisor).to(direction), read)
@@ -113,7 +112,7 @@ def of_residual_feature(
         ]
         mlp = found[f"blocks.{layer}.hook_mlp_out"]
         rows.append(("mlp", position % len(tokens), f"m{layer}", None, _dot(mlp, position, direction)))
-        constant = attention_constant(bridge, layer, z[None])
+        constant = attention_constant(bridge, layer, z)
         if constant.any():
             rows.append(("b_O", None, f"a{layer}", None, _dot(constant, position, direction)))
     _check_sum(rows, _dot(found[residual.hook_name], position, direction), found[residual.hook_name].dtype)
@@ -205,19 +204,20 @@ def _value_terms(
     """Terms of sum over heads and sources of A_h v_h . encoder[h] by what the residual SAE sees at the sources."""
     if residual_layer(residual) != layer:
         raise InputError(f"{residual.hook_name} is not the input of layer {layer}: give the residual SAE that is")
-    names = [f"blocks.{layer}.{name}" for name in (*SPLIT, "hook_resid_pre")]
-    found = activations(bridge, tokens[None], names)
-    pattern, v, z, x = (found[name][0] for name in names)
+    stream = f"blocks.{layer}.hook_resid_pre"
+    found = activations(bridge, tokens[None], [*split_points(bridge, layer), stream])
+    split, x = split_heads(found, layer, destination), found[stream][0]
     norm = norm_before(bridge.blocks[layer], "attn")
     scale = x.new_ones(len(x)) if norm is None else measured_norm(norm, x[0]).scale(x.float())
     effective = effective_weights(bridge, "v", layer)
-    repeats = pattern.shape[0] // effective.W.shape[1]
+    repeats = len(split.gate) // effective.W.shape[1]
     W_V, b_V = effective.W.repeat_interleave(repeats, dim=1), effective.b.repeat_interleave(repeats, dim=0)
-    attention = pattern[:, destination].T.to(W_V.dtype)
+    attention = split.attention.to(W_V.dtype)
     if source is not None:
         attention = attention * (torch.arange(len(attention), device=attention.device) == source)[:, None]
-    # What one unit in the residual stream at each source does to the target.
-    readout = torch.einsum("kh,dhz,hz->kd", attention / scale.to(W_V.dtype)[:, None], W_V, encoder.to(W_V.dtype))
+    # What one unit in the residual stream at each source does to the target; a gate stands between values and encoder.
+    gated = (split.gate.to(encoder) * encoder).to(W_V.dtype)
+    readout = torch.einsum("kh,dhz,hz->kd", attention / scale.to(W_V.dtype)[:, None], W_V, gated)
     code = residual.encode(x)
     position, feature, activation = code.entries()
     directions = residual.W_dec.detach()[feature].to(W_V.dtype)
@@ -225,12 +225,12 @@ def _value_terms(
     error = x - residual.decode(code).to(x.dtype)
     entries = zip(position.tolist(), feature.tolist(), terms.tolist(), strict=True)
     rows: list[tuple[Any, ...]] = [("feature", src, None, number, value) for src, number, value in entries]
-    bias = torch.einsum("kh,hz,hz->k", attention, b_V, encoder.to(W_V.dtype))
+    bias = torch.einsum("kh,hz,hz->k", attention, b_V, gated)
     for src in range(len(tokens)):
         rows.append(("error", src, None, None, float(error[src].to(W_V.dtype) @ readout[src])))
         rows.append(("b_dec", src, None, None, float(residual.b_dec.to(W_V.dtype) @ readout[src])))
         rows.append(("b_V", src, None, None, float(bias[src])))
-    handed = torch.einsum("khz,hz->k", weighted_values(pattern, v, z, destination).to(W_V.dtype), encoder.to(W_V.dtype))
+    handed = torch.einsum("khz,hz->k", split.sources.to(W_V.dtype), encoder.to(W_V.dtype))
     _check_sum(rows, float(handed.sum() if source is None else handed[source]), x.dtype)
     return rows
 

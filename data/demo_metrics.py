@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from demo_architectures import activation_modules
 from demo_tokenizer import BOS_ID, CONTEXT, VOCABULARY
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 IGNORED = -100
 
@@ -34,7 +35,7 @@ def document_windows(tokens: np.ndarray) -> Int[Tensor, "window position"]:
 
 @torch.no_grad()
 def nats_per_document(
-    model: GPT2LMHeadModel, documents: Sequence[np.ndarray], batch: int = 16
+    model: PreTrainedModel, documents: Sequence[np.ndarray], batch: int = 16
 ) -> Float[np.ndarray, "document"]:
     """Summed loss of each text. A window sees nothing of the one before, so its first tokens have little context."""
     windows = [document_windows(tokens) for tokens in documents]
@@ -44,7 +45,7 @@ def nats_per_document(
     return np.bincount(owner, weights=torch.cat(losses).cpu().numpy(), minlength=len(documents))
 
 
-def window_losses(model: GPT2LMHeadModel, windows: Int[Tensor, "window position"]) -> Float[Tensor, "window"]:
+def window_losses(model: PreTrainedModel, windows: Int[Tensor, "window position"]) -> Float[Tensor, "window"]:
     """Summed loss of each window over the tokens that are not padding."""
     windows = windows.to(model.device)
     targets = torch.where(windows[:, 1:] < 0, IGNORED, windows[:, 1:])
@@ -114,24 +115,24 @@ class Sparsity(NamedTuple):
 
 
 @torch.no_grad()
-def mlp_sparsity(model: GPT2LMHeadModel, windows: Int[Tensor, "window position"], batch: int = 8) -> Sparsity:
-    """Counts zeros among the MLP activations on some windows without padding."""
-    blocks = model.transformer.h
-    # Tokens on which each unit is active.
-    active = torch.zeros(len(blocks), blocks[0].mlp.c_fc.nf, dtype=torch.float64, device=model.device)
+def mlp_sparsity(model: PreTrainedModel, windows: Int[Tensor, "window position"], batch: int = 8) -> Sparsity:
+    """Counts zeros among the outputs of the MLPs' activation functions on some windows without padding."""
+    functions = activation_modules(model)
+    # By layer, the tokens on which each unit is active.
+    active: list[Tensor | float] = [0.0] * len(functions)
 
     def counter(layer: int) -> "torch.utils.hooks.RemovableHandle":
         def count(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            active[layer] += (output != 0).sum((0, 1))
+            active[layer] += (output != 0).sum((0, 1)).double()
 
-        return blocks[layer].mlp.act.register_forward_hook(count)
+        return functions[layer].register_forward_hook(count)
 
-    handles = [counter(layer) for layer in range(len(blocks))]
+    handles = [counter(layer) for layer in range(len(functions))]
     try:
         for rows in windows.split(batch):
             model(rows.to(model.device))
     finally:
         for handle in handles:
             handle.remove()
-    active = active.cpu()
-    return Sparsity(1 - active.mean(1) / windows.numel(), (active == 0).double().mean(1))
+    counts = torch.stack([torch.as_tensor(count) for count in active]).cpu()
+    return Sparsity(1 - counts.mean(1) / windows.numel(), (counts == 0).double().mean(1))

@@ -4,7 +4,7 @@
 
 1. Read the standard library and every installed package (`corpus_sources`), split by module path.
 2. Remove duplicates and near-duplicates (`corpus_duplicates`).
-3. Train a byte-level BPE of 4,096 tokens on the training side (`demo_tokenizer`).
+3. Train a byte-level BPE of 4,096 tokens on the training side (`demo_tokenizer`), or take a model's (`--tokenizer`).
 4. Encode. The training stream is `<|bos|> doc <|bos|> doc ...` in a shuffled order of documents, as uint16 under xz;
    held-out documents stay apart, with their sizes in bytes.
 
@@ -33,6 +33,7 @@ from corpus_sources import (
     standard_library,
 )
 from demo_tokenizer import BOS_ID, save_tokenizer, train_tokenizer
+from tokenizers import Tokenizer
 
 # Token ids below 4,096 leave the high byte nearly constant: two-byte alignment (lp, pb) packs that away.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 2, "lp": 1, "pb": 1, "dict_size": 1 << 26}]
@@ -46,9 +47,12 @@ def main() -> None:
     report(f"{len(corpus.train)} training and {len(corpus.heldout)} held-out files", started)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(document.text for document in corpus.train[:: arguments.tokenizer_every])
+    if arguments.tokenizer is None:
+        tokenizer = train_tokenizer(document.text for document in corpus.train[:: arguments.tokenizer_every])
+        report("tokenizer trained", started)
+    else:
+        tokenizer = Tokenizer.from_file(str(arguments.tokenizer / "tokenizer.json"))
     save_tokenizer(tokenizer, arguments.out / "tokenizer")
-    report("tokenizer trained", started)
 
     train_ids = encode(tokenizer, [document.text for document in corpus.train])
     stream = np.concatenate([part for ids in train_ids for part in (np.array([BOS_ID], np.uint16), ids)])
@@ -92,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path(".corpus"))
     parser.add_argument("--max-package-mb", type=float, default=2.0, help="most text taken from one package")
+    parser.add_argument("--tokenizer", type=Path, help="model folder whose tokenizer is taken; none is trained then")
     parser.add_argument("--tokenizer-every", type=int, default=1, help="train the tokenizer on every n-th file")
     parser.add_argument("--seed", type=int, default=0, help="order of the documents in the stream")
     arguments = parser.parse_args()

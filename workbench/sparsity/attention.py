@@ -36,6 +36,7 @@ from workbench.models.contexts import ContextBatch, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.attention_levels import LevelSearch
 from workbench.sparsity.attention_patterns import ADAPTIVE, PATTERNS, Pattern, reaching
+from workbench.sparsity.gates import gate_statistics
 from workbench.sparsity.sinks import HeadSums
 
 BUDGETS = (8, 16, 32, 64, 128)
@@ -80,7 +81,7 @@ class AttentionSparsity:
     """pattern, rest, budget, level (budget, p or threshold), keys (kept per query, mean over heads and ordinary
     queries of the restricted pass), loss, added_nats, perplexity, kl."""
     heads: pd.DataFrame
-    """layer, head and `sinks.COLUMNS`."""
+    """layer, head and `sinks.COLUMNS`; with a gate behind attention also `gates.COLUMNS`."""
     settings: list[BudgetedPattern]
     """Every pattern at every budget."""
 
@@ -190,7 +191,9 @@ def measure_attention(
         }
         for (setting, rest), keys, (loss, kl) in zip(plan, counts, (sums / count).tolist(), strict=True)
     ]  # fmt: skip
-    return AttentionSparsity(clean_loss, count, coverage.table(), pd.DataFrame(rows), heads.table(), settings)
+    gates = gate_statistics(model, batches)
+    looks = heads.table() if gates.empty else heads.table().merge(gates, how="left", on=["layer", "head"])
+    return AttentionSparsity(clean_loss, count, coverage.table(), pd.DataFrame(rows), looks, settings)
 
 
 def best_of_heads(coverage: pd.DataFrame, budget: int) -> pd.DataFrame:
