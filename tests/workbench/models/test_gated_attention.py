@@ -26,7 +26,6 @@ from workbench.models.contexts import ContextBatch
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.gates import gate_statistics
-from workbench.sparsity.layers import mlps
 
 TOKENS = torch.randint(5, 4000, (2, 20), generator=torch.Generator().manual_seed(1))
 
@@ -140,12 +139,3 @@ def test_gates_by_head_are_those_of_the_bare_model(architecture: str, family: Ca
             found = table[(table["layer"] == layer) & (table["head"] == head)].iloc[0]
             assert found["gate_mean"] == pytest.approx(sum(gates) / len(gates), rel=1e-5)
             assert found["gate_closed"] == pytest.approx(sum(gate < 0.1 for gate in gates) / len(gates))
-
-
-def test_the_plain_mlps_of_a_family_of_mixtures_are_found(family: Callable[..., LoadedModel]) -> None:
-    model = family("Qwen3NextForCausalLM", **FULL_ATTENTION)
-    found = mlps(model)
-    assert [mlp.gated for mlp in found] == [True, True]
-    assert found[1].out.module is model.hf.get_submodule("model.layers.1.mlp.down_proj")
-    with pytest.raises(InputError, match="has no plain MLP in block"):
-        mlps(family("AfmoeForCausalLM"))
