@@ -26,16 +26,8 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.notes import Notes
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Result
+from workbench.circuits.graph_schema import TYPES, check_document, name_of, place_of
 from workbench.circuits.graphs import GRAPH, KEPT, PromptGraph, graph_tables
-
-TYPES = {
-    TOKEN: "embedding", FEATURE: "cross layer transcoder", ERROR: "mlp reconstruction error", LOGIT: "logit",
-}  # fmt: skip
-REQUIRED = {
-    "metadata": ("slug", "scan", "prompt_tokens", "prompt"),
-    "node": ("node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp"),
-    "link": ("source", "target", "weight"),
-}
 
 
 def to_document(
@@ -138,53 +130,6 @@ def _node(graph: PromptGraph, node: int, node_id: str, share: float, label: str)
             "activation": value}  # fmt: skip
 
 
-def check_document(document: Any) -> None:
-    """Raises InputError where a document is no such graph, with the first place that is wrong."""
-    if not isinstance(document, dict):
-        raise InputError("a graph's JSON is an object with metadata, qParams, nodes and links")
-    for part, kind in (("metadata", dict), ("qParams", dict), ("nodes", list), ("links", list)):
-        if not isinstance(document.get(part), kind):
-            raise InputError(f"this is no attribution graph's JSON: it lacks {part!r}")
-    _check_keys("metadata", document["metadata"], "metadata")
-    if not isinstance(document["metadata"]["prompt_tokens"], list):
-        raise InputError("this is no attribution graph's JSON: metadata.prompt_tokens is no list of tokens")
-    if all(not isinstance(node, dict) or node.get("feature_type") != TYPES[LOGIT] for node in document["nodes"]):
-        raise InputError("this graph has no logit, to which its nodes could lead: nothing can be said of influence")
-    known = set()
-    for number, node in enumerate(document["nodes"]):
-        _check_keys("node", node, f"nodes[{number}]")
-        texts = [key for key in ("node_id", "feature_type", "clerp") if not isinstance(node[key], str)]
-        texts += [key for key in ("activation", "token_prob") if not _is_value(node.get(key))]
-        if texts:
-            raise InputError(f"nodes[{number}] has {texts[0]} = {node[texts[0]]!r}, which is no such value")
-        if node["feature_type"] not in TYPES.values():
-            raise InputError(f"nodes[{number}] is a {node['feature_type']!r}: known are {', '.join(TYPES.values())}")
-        if not isinstance(node["ctx_idx"], int) or not 0 <= node["ctx_idx"] < len(
-            document["metadata"]["prompt_tokens"]
-        ):
-            raise InputError(f"nodes[{number}] stands at position {node['ctx_idx']!r}, which the prompt does not have")
-        if node["node_id"] in known:
-            raise InputError(f"nodes[{number}] has the id {node['node_id']!r} of a node before it")
-        known.add(node["node_id"])
-    for number, link in enumerate(document["links"]):
-        _check_keys("link", link, f"links[{number}]")
-        if not isinstance(link["weight"], int | float) or not math.isfinite(link["weight"]):
-            raise InputError(f"links[{number}] has the weight {link['weight']!r}: a finite number is expected")
-        for end in ("source", "target"):
-            if not isinstance(link[end], str) or link[end] not in known:
-                raise InputError(f"links[{number}] has the {end} {link[end]!r}, which is no node: the file is damaged")
-
-
-def _is_value(found: Any) -> bool:
-    return found is None or isinstance(found, int | float)
-
-
-def _check_keys(what: str, found: Any, place: str) -> None:
-    missing = [key for key in REQUIRED[what] if not isinstance(found, dict) or key not in found]
-    if missing:
-        raise InputError(f"this is no attribution graph's JSON: {place} lacks {missing[0]!r}")
-
-
 def from_document(document: Mapping[str, Any]) -> PromptGraph:
     """The graph of a document.
 
@@ -192,7 +137,7 @@ def from_document(document: Mapping[str, Any]) -> PromptGraph:
         InputError: a foreign or damaged document; see `check_document`.
     """
     check_document(document)
-    parsed = [(*_place(node), node) for node in document["nodes"]]
+    parsed = [(*place_of(node), node) for node in document["nodes"]]
     layers = [layer for kind, layer, _, _, _ in parsed if kind != LOGIT]
     n_layers = max([0, *(layer + 1 for layer in layers)])
     # Tokens, each layer's features and errors, logits.
@@ -221,34 +166,16 @@ def from_document(document: Mapping[str, Any]) -> PromptGraph:
     )
     z = torch.where(kind[targets] == FEATURE, activation[targets], edges.sum(dim=1))
     # Which token it is, the file does not say.
-    bos = None if document["metadata"]["prompt"] == "".join(map(str, prompt)) else -1
+    bos = None if document["metadata"]["prompt"] == "".join(prompt) else -1
     nodes.z[targets] = z
     said = [re.fullmatch(r'Output "(.*)" \(p=[^)]*\)', row[4]["clerp"], re.DOTALL) for row in parsed if row[0] == LOGIT]
     graph = PromptGraph(
-        tuple(ids.get(at, -1) for at in range(len(prompt))), tuple(map(str, prompt)), nodes, edges,
+        tuple(ids.get(at, -1) for at in range(len(prompt))), tuple(prompt), nodes, edges,
         torch.zeros(len(targets), dtype=torch.float64), z - edges.sum(dim=1), torch.empty(0),
         {"n_layers": n_layers, "bos": bos, "scan": document["metadata"]["scan"]},
         tuple("" if found is None else found[1] for found in said),
     )  # fmt: skip
     return replace(graph, influence=graph.influences())
-
-
-def _place(node: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """(kind, layer, feature, token) of a node by its id."""
-    kind = next(kind for kind, title in TYPES.items() if title == node["feature_type"])
-    first = "E" if kind == TOKEN else r"\d+"
-    found = re.fullmatch(rf"({first})_(-?\d+)_(\d+)", node["node_id"])
-    if found is None:
-        expected = "E_TOKEN_POSITION" if kind == TOKEN else "LAYER_FEATURE_POSITION"
-        raise InputError(f"the node id {node['node_id']!r} of a {node['feature_type']} is none: expected {expected}")
-    if kind == TOKEN:
-        return TOKEN, -1, -1, int(found[2])
-    if kind == LOGIT:
-        return LOGIT, int(found[1]) - 1, -1, int(found[2])
-    if kind == ERROR:
-        # Older files have 0_LAYER_POSITION.
-        return ERROR, int(found[1] if int(found[2]) == -1 else found[2]), -1, -1
-    return FEATURE, int(found[1]), int(found[2]), -1
 
 
 def shown_groups(graph: Graph, groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -259,23 +186,18 @@ def shown_groups(graph: Graph, groups: Mapping[str, Sequence[str]]) -> dict[str,
 
 def supernodes_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
     """Members of the supernodes of a document that was checked, by title: names of nodes as graphs have them."""
-    names = {}
-    for node in document["nodes"]:
-        kind, layer, feature, token = _place(node)
-        at = node["ctx_idx"]
-        named = {TOKEN: f"token/{at}", FEATURE: f"f{layer}/{feature}/{at}", ERROR: f"e{layer}/{at}"}
-        names[node["node_id"]] = named.get(kind, f"logit/{token}")
+    names = {node["node_id"]: name_of(node) for node in document["nodes"]}
     groups = document["qParams"].get("supernodes") or []
-    return {str(title): [names[one] for one in members if one in names] for title, *members in groups}
+    return {title: [names[one] for one in members if one in names] for title, *members in groups}
 
 
 def read_document(path: Path) -> dict[str, Any]:
     """A document from a file. Raises InputError where it cannot be read or is no such graph."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON: give a graph as circuit-tracer or Neuronpedia writes it") from None
     check_document(document)
     found: dict[str, Any] = document

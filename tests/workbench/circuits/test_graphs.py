@@ -13,7 +13,8 @@ from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 from workbench.catalog.notes import Notes
-from workbench.circuits.graph_json import check_document, from_document, store_document, supernodes_of, to_document
+from workbench.circuits.graph_json import from_document, store_document, supernodes_of, to_document
+from workbench.circuits.graph_schema import check_document
 from workbench.circuits.graphs import GRAPH, attribute, intervene_on, make_graph, open_graph, transcoders_for
 from workbench.cli.main import run
 from workbench.models.load import LoadedModel
@@ -135,12 +136,37 @@ def test_foreign_and_damaged_documents_are_refused_with_the_place(graphs: Worksp
         ("d['nodes'] = [n for n in d['nodes'] if n['feature_type'] != 'logit']", "no logit"),
         ("d['links'][0]['weight'] = 'heavy'", "'heavy'"),
         ("d['links'][0]['target'] = d['nodes'][0]['node_id']", "edges lead to later layers"),
+        ("d['links'][0]['weight'] = 10 ** 400", "a finite number"),
+        ("d['links'][0]['weight'] = True", "a finite number"),
+        ("d['links'].append(d['links'][0])", "as a link before it"),
+        ("d['links'] = []", "no links"),
+        ("d['metadata']['prompt'] = 5", "metadata has prompt = 5"),
+        ("d['metadata']['scan'] = {}", "metadata has scan"),
+        ("d['metadata']['prompt_tokens'][0] = None", "no list of texts"),
+        ("d['nodes'][3]['ctx_idx'] = True", "position True"),
+        ("d['nodes'][3]['ctx_idx'] = (d['nodes'][3]['ctx_idx'] + 1) % 5", "by its ctx_idx"),
+        ("d['nodes'][3]['activation'] = float('inf')", "finite"),
+        ("d['nodes'][-1]['token_prob'] = None", "a probability"),
+        ("d['nodes'][-1]['token_prob'] = -1", "a probability"),
+        ("d['nodes'][-1]['token_prob'] = float('nan')", "finite"),
+        ("d['nodes'][-1]['node_id'] = '9' * 30 + '_5_1'", "expected LAYER_FEATURE_POSITION"),
+        ("d['nodes'][-1]['node_id'] = f\"99999_5_{d['nodes'][-1]['ctx_idx']}\"", "which no model has"),
+        ("d['nodes'][0]['node_id'] = 'E_7_1'; d['nodes'][0]['ctx_idx'] = 1", "where a node before it does"),
+        ("d['qParams']['supernodes'] = 'abc'", "supernodes is 'abc'"),
+        ("d['qParams']['supernodes'] = [5]", r"supernodes\[0\] is 5"),
+        ("d['qParams']['supernodes'] = [[]]", r"supernodes\[0\] is \[\]"),
+        ("d['qParams']['supernodes'] = [['a', {}]]", "a title and ids"),
+        ("d['qParams']['supernodes'] = [[' ']]", "has no title"),
+        ("i = d['nodes'][0]['node_id']; d['qParams']['supernodes'] = [['a', i], ['b', i]]", "a second time"),
     ):
         with pytest.raises(InputError, match=said):
             from_document(broken(change))
     file = tmp_path / "no.json"
-    file.write_text("{")
-    assert run(["graph", "import", str(file), "--name", "no", "--workspace", str(graphs.path)]) == 2
+    for text in ("", "{", "[" * 100_000, "\xff"):
+        file.write_text(text, encoding="latin-1")
+        assert run(["graph", "import", str(file), "--name", "no", "--workspace", str(graphs.path)]) == 2
+    file.write_text(json.dumps(good), encoding="utf-8-sig")
+    store_document(graphs, "marked", file)
 
 
 def test_errors_in_the_older_form_are_read(graphs: Workspace) -> None:
