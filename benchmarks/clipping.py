@@ -1,16 +1,18 @@
-"""Held-out error of every kind of rule with and without clipped gradients, and where penalties that are not tuned end:
-two tables of docs/methods/rules.md.
+"""Held-out error of every kind of rule by how it is trained, and where penalties that are not tuned end: three tables
+of docs/methods/rules.md.
 
 300 steps of 1,024 tokens in a random order, each seed (of start and order) its own, on the harvests that
-benchmarks/rules.py leaves in a workspace. The third arm forgets large gradients faster instead: betas (0.9, 0.99), no
-clipping. Printed are means and standard deviations over the seeds, and of each arm's FVU over the first arm's of the
-same seed.
+benchmarks/rules.py leaves in a workspace. Arms: gradients clipped to norm 1; large gradients forgotten faster instead,
+betas (0.9, 0.99); and for rules with a k, features that count as dead after a tenth of the run, and k falling from
+128. Printed are means and standard deviations over the seeds, and of each arm's FVU over the first arm's of the same
+seed.
 
     python benchmarks/rules.py WORKSPACE --train-only
-    python benchmarks/clipping.py WORKSPACE [--seeds 3] [--device cuda] [--out FILE]
+    python benchmarks/clipping.py WORKSPACE [--seeds 3] [--d-sae 2048] [--rules NAME ...] [--device cuda] [--out FILE]
 """
 
 import argparse
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +28,27 @@ from sae.training import train
 from workbench import Workspace
 
 HOOK = "blocks.2.hook_resid_post"
-STEPS, BATCH, D_SAE, HELD_OUT = 300, 1024, 2048, 16_384
+STEPS, BATCH, K, HELD_OUT = 300, 1024, 32, 16_384
 AHEAD = 34_000
 """Rows beyond the steps' own, for the trainer's calibration at the end."""
 ARMS: dict[str, dict[str, Any]] = {
     "no clipping": {},
     "clipped to norm 1": {"clip_grad_norm": 1.0},
     "betas (0.9, 0.99)": {"betas": (0.9, 0.99)},
+    "dead after a tenth of the run": {"dead_after_tokens": STEPS * BATCH // 10},
+    "k from 128": {"anneal_from_k": 4 * K},
 }
-RULES: dict[str, dict[str, Any]] = {
-    "TopK, k 32": {"rule": TopK(32)},
-    "AbsTopK, k 32": {"rule": AbsTopK(32)},
-    "BatchTopK, k 32": {"rule": BatchTopK(32)},
-    "JumpReLU, target 32, lambda 1 (default)": {"rule": JumpReLU(target_l0=32.0)},
-    "JumpReLU, target 32, lambda 0.1": {"rule": JumpReLU(target_l0=32.0), "sparsity_coefficient": 0.1},
-    "JumpReLU, target 32, lambda 10": {"rule": JumpReLU(target_l0=32.0), "sparsity_coefficient": 10.0},
-    "JumpReLU, lambda 1e-3 (default)": {"rule": JumpReLU()},
-    "ReLU, lambda 0.1 (default)": {"rule": ReLU()},
+RULES: dict[str, tuple[dict[str, Any], int]] = {
+    "TopK": ({"rule": TopK(K)}, 5),
+    "AbsTopK": ({"rule": AbsTopK(K)}, 5),
+    "BatchTopK": ({"rule": BatchTopK(K)}, 5),
+    "JumpReLU, target 32": ({"rule": JumpReLU(target_l0=K)}, 3),
+    "JumpReLU, target 32, lambda 0.1": ({"rule": JumpReLU(target_l0=K), "sparsity_coefficient": 0.1}, 1),
+    "JumpReLU, target 32, lambda 10": ({"rule": JumpReLU(target_l0=K), "sparsity_coefficient": 10.0}, 1),
+    "JumpReLU": ({"rule": JumpReLU()}, 1),
+    "ReLU": ({"rule": ReLU()}, 3),
 }
+"""Settings, and how many of the arms."""
 
 
 class InOrder:
@@ -79,6 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="NAME")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="a CSV file of every run")
     options = parser.parse_args()
@@ -87,9 +94,10 @@ def main() -> None:
     lines = []
     for seed in range(options.seeds):
         x = rows_of(space, "demo-train", STEPS * BATCH + AHEAD, seed=seed).to(options.device)
-        for label, settings in RULES.items():
-            for arm, changed in ARMS.items():
-                found = trained(x, held_out, seed, {**settings, **changed})
+        for label in options.rules:
+            settings, n_arms = RULES[label]
+            for arm, changed in islice(ARMS.items(), n_arms):
+                found = trained(x, held_out, options.d_sae, seed, {**settings, **changed})
                 lines.append({"rule": label, "arm": arm, "seed": seed, **found})
                 print(lines[-1], flush=True)
                 if options.out:
@@ -101,14 +109,14 @@ def main() -> None:
 
 
 def trained(
-    x: Float[Tensor, "rows d_in"], held_out: Float[Tensor, "n d_in"], seed: int, settings: dict[str, Any]
+    x: Float[Tensor, "rows d_in"], held_out: Float[Tensor, "n d_in"], d_sae: int, seed: int, settings: dict[str, Any]
 ) -> dict[str, float]:
     """Held-out FVU, L0 and dead share after one run."""
-    config = TrainConfig("arm", STEPS * BATCH, D_SAE, batch_size=BATCH, seed=seed, **settings)
+    config = TrainConfig("arm", STEPS * BATCH, d_sae, batch_size=BATCH, seed=seed, **settings)
     outcome = train([config], InOrder(x), device=str(x.device))[0]
     if outcome.sae is None:
         raise SystemExit(f"{settings}: {outcome}")
-    metrics = ReconstructionMetrics(x.shape[1], D_SAE)
+    metrics = ReconstructionMetrics(x.shape[1], d_sae)
     code = outcome.sae.encode(held_out)
     metrics.update(held_out, code, outcome.sae.decode(code))
     found = metrics.result()

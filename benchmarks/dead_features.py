@@ -1,4 +1,5 @@
-"""What keeps features alive on SynthSAEBench-16k, one cause at a time: the table of docs/methods/rules.md.
+"""Rules on SynthSAEBench-16k in short runs of several seeds, and what keeps their features alive, one cause at a time:
+a table of docs/methods/rules.md.
 
     python benchmarks/dead_features.py [--samples 10000000] [--seeds 3] [--arms NAME ...] [--tiny] [--out FILE]
 
@@ -14,11 +15,14 @@ import pandas as pd
 import torch
 
 from sae import TrainConfig, train
-from sae.rules import BatchTopK, JumpReLU, Rule, TopK
-from workbench.bench.quality import BATCH, measures
+from sae.rules import AbsTopK, BatchTopK, FeatureChoice, JumpReLU, Rule, TopK
+from workbench.bench.quality import BATCH, measures, recipes
 from workbench.bench.synthetic import FULL, TINY, ModelSize, Planted, Stream, benchmark_model
 
-COLUMNS = ("dead", "f1", "mcc", "explained_variance", "absorbed")
+COLUMNS = {
+    "dead": "dead", "f1": "F1", "mcc": "MCC", "explained_variance": "explained variance",
+    "missed_with_child": "missed with child", "missed_alone": "without", "absorbed": "absorbed",
+}  # fmt: skip
 
 
 def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]]:
@@ -26,7 +30,7 @@ def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]
     k = size.l0
     tenth, revived = {"dead_after_tokens": samples // 10}, {"aux": "aux_k", "dead_after_tokens": 1000 * size.d_sae // k}
     clipped, slow, annealed = {"clip_grad_norm": 1.0}, {"sparsity_warmup": 0.7}, {"anneal_from_k": 4 * k}
-    batch, jump = BatchTopK(k), JumpReLU(target_l0=k)
+    batch, jump, nested = BatchTopK(k), JumpReLU(target_l0=k), recipes(size)["matryoshka"]
     return {
         "BatchTopK": (batch, {}),
         "BatchTopK, dead after a tenth of the run": (batch, tenth),
@@ -34,6 +38,10 @@ def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]
         "BatchTopK, k from 4 k": (batch, annealed),
         "TopK": (TopK(k), {}),
         "TopK, dead after a tenth of the run": (TopK(k), tenth),
+        "AbsTopK": (AbsTopK(k), {}),
+        "feature choice": (FeatureChoice(k), {}),
+        "Matryoshka": (nested.rule, dict(nested.settings)),
+        "Matryoshka, clipped": (nested.rule, {**nested.settings, **clipped}),
         "JumpReLU": (jump, {}),
         "JumpReLU, clipped": (jump, clipped),
         "JumpReLU, lambda rising over 70%": (jump, slow),
@@ -78,7 +86,7 @@ def main() -> None:
 def show(runs: pd.DataFrame) -> None:
     """Markdown: mean ± standard deviation over the seeds, and the change from the rule's first arm in brackets."""
     wide = runs.set_index(["arm", "seed"])
-    print(f"| | L0 | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|")
+    print(f"| | L0 | {' | '.join(COLUMNS.values())} |\n{'|---' * (len(COLUMNS) + 2)}|")
     first: dict[str, str] = {}
     for arm in dict.fromkeys(runs["arm"]):
         base = first.setdefault(arm.split(",")[0], arm)
