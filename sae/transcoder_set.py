@@ -7,6 +7,7 @@ layer_1/             ...
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sae.formats.reading import read_json
 from sae.transcoder import Transcoder
 
 FILE, SCHEMA = "transcoders.json", 1
+BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 class TranscoderSet:
@@ -37,7 +39,7 @@ class TranscoderSet:
         model_name: the model they belong to.
 
     Raises:
-        InputError: no coder, a missing layer, or coders of several models.
+        InputError: no coder, a missing layer, coders of several models, or one of another layer than where it stands.
     """
 
     def __init__(self, coders: Mapping[int, Transcoder], *, metadata: dict[str, Any] | None = None) -> None:
@@ -48,6 +50,10 @@ class TranscoderSet:
             raise InputError(
                 f"the set of transcoders lacks layer {missing[0]}: it needs every one from 0 to {max(coders)}"
             )
+        for layer, coder in coders.items():
+            for hook in (coder.hook_name, coder.target_hook_name):
+                if (found := BLOCK.match(hook)) and int(found[1]) != layer:
+                    raise InputError(f"the transcoder of layer {layer} of the set is one of {hook}: copy the set again")
         models = sorted({coder.model_name for coder in coders.values()})
         if len(models) > 1:
             raise InputError(f"transcoders of several models are no set: these are of {' and '.join(models)}")

@@ -205,16 +205,19 @@ class Workspace(Studies):
 
         return open_dictionary(self, plan, **settings)
 
-    def export_sae(self, name: str, folder: str | Path, form: str = "saelens") -> None:
+    def export_sae(self, name: str, folder: str | Path, form: str = "saelens") -> str | None:
         """Writes an SAE to a new folder in the format `saelens`, `dictionary_learning` or `sparsify`; a set of
         transcoders in that of `circuit_tracer`. What its features are goes out by `export_neuronpedia`.
 
+        Returns:
+            where its reader computes something else than is computed here; None where it does not.
+
         Raises:
-            InputError: unknown names, a folder in use, or a rule the format cannot express.
+            InputError: unknown names, a folder in use, or a kind or rule the format cannot express.
         """
         from workbench.saes.exchange import export_sae
 
-        export_sae(self, name, Path(folder).expanduser(), form)
+        return export_sae(self, name, Path(folder).expanduser(), form)
 
     def publish(self, name: str, repo: str, **settings: Any) -> "Publication":
         """An SAE or a set of transcoders with a model card for the Hugging Face hub; nothing is sent without

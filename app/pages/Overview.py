@@ -74,7 +74,7 @@ def transcoders(workspace: Workspace) -> None:
     """Table of sets of transcoders, with what each costs with all its layers in place at once."""
     rows = [
         {"name": item.name, "layers": item.layers, "rule": item.rule, "features": item.d_sae,
-         "layer 0": between(item.hook, item.target_hook)}
+         "hook": between(item.hook, item.target_hook)}
         | {label: (item.replacement or {}).get(key) for key, label in REPLACEMENT_COLUMNS.items()}
         for item in workspace.transcoder_sets()
     ]  # fmt: skip

@@ -8,7 +8,8 @@
 W_skip is added as x W_skip^T. The hook points are names within a block, such as mlp.hook_in and hook_mlp_out. k is read
 from config.yaml, or from a scalar tensor `k` beside the weights; on writing there is no such tensor, since
 circuit-tracer's own loader refuses it. Its TopK takes the k largest pre-activations whether positive or not, that here
-the k largest positive ones: they differ where a token has fewer than k.
+the k largest positive ones: they differ where a token has fewer than k (`CAUTION` says so). Releases of circuit-tracer
+up to 0.5 do not know `activation` and take every positive feature of such a set.
 
 `ln2.hook_normalized`, which Gemma Scope's transcoders read, lies before the norm's gain and mlp.hook_in after it:
 `after_gain` moves a coder, and importing one into a workspace does it with the model's own gain.
@@ -35,6 +36,11 @@ from sae.transcoder import Transcoder
 
 CONFIG = "config.yaml"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+CAUTION = (
+    "circuit-tracer takes a token's k largest features, negative ones too where fewer than k are positive; its "
+    "releases up to 0.5 know no TopK and would take every positive feature"
+)
+"""Of a set of TopK transcoders: where its readers differ from what it does here."""
 THRESHOLD, SKIP = "activation_function.threshold", "W_skip"
 _FILE = re.compile(r"layer_(\d+)\.safetensors")
 _LINE = re.compile(r"([A-Za-z_]\w*)\s*:\s*(.*?)\s*")
@@ -58,32 +64,30 @@ def load(path: Path) -> dict[int, Transcoder]:
     files = {int(found[1]): file for file in path.iterdir() if (found := _FILE.fullmatch(file.name))}
     if not files:
         raise InputError(f"{path} has no layer_0.safetensors: copy the set again, with its weights")
-    return {layer: _read_layer(file, layer, config) for layer, file in files.items()}
+    coders = {layer: _read_layer(file, layer, config) for layer, file in files.items()}
+    widths = {coder.d_in: file.name for coder, file in zip(coders.values(), files.values(), strict=True)}
+    if len(widths) > 1:
+        found = " and ".join(f"{width} ({name})" for width, name in widths.items())
+        raise InputError(f"the layers of {path} read different widths, {found}: they are of several models")
+    return coders
 
 
 def _read_layer(file: Path, layer: int, config: dict[str, str]) -> Transcoder:
     tensors = read_safetensors(file)
-    k = config.get("k") or (str(int(tensors["k"])) if "k" in tensors else None)
     unknown = sorted(tensors.keys() - {*NAMES, THRESHOLD, SKIP, "k"})
     missing = [name for name in NAMES if name not in tensors]
     if missing or unknown:
         raise InputError(f"{file} holds {', '.join(sorted(tensors))}: expected {', '.join(NAMES)} of a transcoder")
     threshold = tensors.get(THRESHOLD)
-    if threshold is not None:
-        rule: rules.Rule = rules.JumpReLU()
-    elif k is not None:
-        if not k.isdigit():
-            raise InputError(f"{file.with_name(CONFIG)} has k = {k!r}: expected a whole number")
-        rule = rules.TopK(int(k))
-    elif (activation := config.get("activation", "relu")) != "relu":
-        raise InputError(f"{file.with_name(CONFIG)} says activation: {activation}, and its k or threshold is missing")
-    else:
-        rule = rules.ReLU()
     weights = Weights(
-        tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], rule,
-        None if threshold is None else threshold.clamp_min(0), is_transcoder=True, W_skip=tensors.get(SKIP),
+        tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], _rule_of(file, tensors, config),
+        threshold, is_transcoder=True, W_skip=tensors.get(SKIP),
     )  # fmt: skip
     weights.check(str(file))
+    if threshold is not None and bool((threshold < 0).any()):
+        raise InputError(
+            f"{file} has thresholds below 0, where circuit-tracer keeps negative activations, which no rule here does"
+        )
     made = build(
         weights,
         hook_name=f"blocks.{layer}.{config.get('feature_input_hook', '')}",
@@ -95,6 +99,29 @@ def _read_layer(file: Path, layer: int, config: dict[str, str]) -> Transcoder:
     return made
 
 
+def _rule_of(file: Path, tensors: Mapping[str, Tensor], config: Mapping[str, str]) -> rules.Rule:
+    """What chooses a layer's features, by its thresholds, the configuration's activation and k, or a tensor k."""
+    where, activation = file.with_name(CONFIG), config.get("activation")
+    if THRESHOLD in tensors:
+        if activation in ("relu", "topk"):
+            raise InputError(f"{where} says activation: {activation}, and {file.name} has thresholds: one is wrong")
+        return rules.JumpReLU()
+    k = config.get("k")
+    if k is None and "k" in tensors:
+        k, where = ", ".join(f"{number:g}" for number in tensors["k"].flatten().tolist()), file
+    if activation == "relu" or (activation is None and k is None):
+        return rules.ReLU()
+    if activation not in (None, "topk"):
+        raise InputError(
+            f"{where} says activation: {activation}: expected relu, topk with a k, or files with thresholds"
+        )
+    if k is None:
+        raise InputError(f"{where} says activation: topk, and its k is missing")
+    if not k.isdigit():
+        raise InputError(f"{where} has k = {k!r}: expected a whole number")
+    return rules.TopK(int(k))
+
+
 def save(coders: Mapping[int, Transcoder], path: Path) -> None:
     """Writes a set to the folder `path`, made if needed.
 
@@ -102,8 +129,8 @@ def save(coders: Mapping[int, Transcoder], path: Path) -> None:
         coders: by layer, as `TranscoderSet.coders`.
 
     Raises:
-        InputError: coders of several rules, a rule that the format cannot express, widths that differ, or hook points
-            that are not the same place of every block.
+        InputError: coders of several rules, a rule that the format cannot express, widths or numbers of features that
+            differ, a skip in some layers and not in others, or hook points that are not the same place of every block.
     """
     described: dict[str, Any] = {"model_kind": "transcoder_set", "model_name": coders[0].model_name}
     described["feature_input_hook"] = _common([coder.hook_name for coder in coders.values()])
@@ -113,6 +140,12 @@ def save(coders: Mapping[int, Transcoder], path: Path) -> None:
         raise InputError("circuit-tracer's sets have one rule for all layers, and these have several")
     if any(coder.d_in != coder.d_out for coder in coders.values()):
         raise InputError("circuit-tracer's transcoders have one width: one of these reads another than it predicts")
+    for what, found in (("width", "d_in"), ("number of features", "d_sae")):
+        sizes = sorted({getattr(coder, found) for coder in coders.values()})
+        if len(sizes) > 1:
+            raise InputError(f"circuit-tracer's sets have one {what} in all layers, and these have {sizes}")
+    if len({coder.W_skip is None for coder in coders.values()}) > 1:
+        raise InputError("circuit-tracer's sets have a skip in every layer or in none, and these have it in some")
     rule = coders[0].rule
     if (k := topk_of(rule)) is not None:
         described |= {"activation": "topk", "k": k}

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sae import rules
 from sae.errors import InputError
+from sae.formats.reading import check_numbers
 from sae.model import SAE
 from sae.transcoder import Transcoder
 
@@ -47,15 +48,14 @@ class Weights:
     """A transcoder's, added as x W_skip^T."""
 
     def check(self, where: str) -> None:
-        """Raises InputError when shapes or number formats do not fit together; `where` begins the message."""
+        """Raises InputError when shapes or number formats do not fit together, or numbers are none; `where` begins the
+        message."""
         tensors = {"encoder": self.W_enc, "encoder bias": self.b_enc, "decoder": self.W_dec, "decoder bias": self.b_dec}
         if self.threshold is not None:
             tensors["threshold"] = self.threshold
         if self.W_skip is not None:
             tensors["skip"] = self.W_skip
-        for name, tensor in tensors.items():
-            if not tensor.dtype.is_floating_point:
-                raise InputError(f"{where}: the {name} holds {tensor.dtype}: expected floating-point numbers")
+        check_numbers(tensors, where)
         if self.W_enc.ndim != 2:
             raise InputError(f"{where}: the encoder has shape {list(self.W_enc.shape)}: expected two dimensions")
         d_in, d_sae = self.W_enc.shape

@@ -157,7 +157,9 @@ def save(sae: SAE, path: Path) -> None:
         InputError: a rule that is none of these, or a transcoder.
     """
     if isinstance(sae, Transcoder):
-        raise InputError("dictionary_learning cannot express a transcoder: export it to saelens or sparsify")
+        raise InputError(
+            "dictionary_learning cannot express a transcoder: export it to sparsify (TopK) or saelens (other rules)"
+        )
     if isinstance(sae, Crosscoder):
         crosscoders.save(sae, path)
         return

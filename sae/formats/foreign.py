@@ -10,8 +10,10 @@
 
 from pathlib import Path
 
+from sae.crosscoder import Crosscoder
 from sae.errors import InputError
 from sae.formats import crosscoders, dictionary_learning, saelens, saelens_import, sparsify
+from sae.formats.conversion import topk_of, weights_of
 from sae.formats.reading import read_json, read_safetensors
 from sae.model import SAE
 
@@ -36,6 +38,8 @@ def recognise(path: Path) -> str:
     for name, (_, weights) in FILES.items():
         if (path / weights).is_file():
             return name
+    if (path / "layer_0.safetensors").is_file():
+        raise InputError(f"{path} has layers' files and no config.yaml, which a set of circuit-tracer has: copy it too")
     weight_files = {weights for _, weights in FILES.values()}
     below = sorted({file.parent.name for name in weight_files for file in path.glob(f"*/{name}")})
     if below:
@@ -73,6 +77,7 @@ def _load_saelens(path: Path, hook_name: str | None, model_name: str | None) -> 
         return saelens_import.from_parts(config, state, str(path), hook_name=hook_name, model_name=model_name)
     # Written by this project.
     sae = saelens.load(path)
+    weights_of(sae).check(str(path))
     sae.hook_name = sae.hook_name if hook_name is None else hook_name
     sae.model_name = sae.model_name if model_name is None else model_name
     return sae
@@ -82,10 +87,22 @@ def export(sae: SAE, path: Path | str, form: str) -> None:
     """Writes an SAE in a format of WRITERS.
 
     Raises:
-        InputError: an unknown format, or a rule that the format cannot express.
+        InputError: an unknown format, a rule that the format cannot express, or an SAE that SAELens, which lies in its
+            layout, has no class for.
     """
     if form not in WRITERS:
         raise InputError(f"unknown format {form!r}: choose one of {', '.join(WRITERS)}")
+    architecture = saelens.architecture_of(sae)
+    if form == "saelens" and architecture not in saelens_import.TENSORS:
+        others = (
+            "export it to dictionary_learning" if isinstance(sae, Crosscoder)
+            else "export it to sparsify, or its set to circuit_tracer" if topk_of(sae.rule) is not None
+            else "no library here has one"
+        )  # fmt: skip
+        raise InputError(
+            f"SAELens has no class {architecture!r} and could not load it: {others}; another workspace imports this "
+            "one's own folder of it"
+        )
     WRITERS[form](sae, Path(path))
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,27 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{file} is not a configuration: expected a JSON object")
     return document
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""The number formats that weights may have, by their names in configurations."""
+
+
+def check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises InputError for weights of another number format than DTYPES, or that hold NaN or, but for thresholds of
+    features that never fire, infinity; `where` begins the message."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{where}: the {name} holds {found}: expected floating-point numbers, {', '.join(DTYPES)}")
+        # A sum is finite where every number is; one that overflows is looked into.
+        if not bool(tensor.sum(dtype=torch.float64).isfinite()):
+            wrong = int((tensor.isnan() if name == "threshold" else ~tensor.isfinite()).sum())
+            if wrong:
+                raise InputError(
+                    f"{where}: the {name} holds NaN or infinity in {wrong:,} of {tensor.numel():,} places: the file is "
+                    "damaged, or training diverged"
+                )
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from sae import rules
 from sae.crosscoder import Crosscoder, parts_from_dict, parts_to_dict
 from sae.errors import InputError
 from sae.files import write_atomically
+from sae.formats.reading import DTYPES
 from sae.formats.saelens_old import is_old
 from sae.model import SAE
 from sae.rules import CodeRule
@@ -58,14 +59,12 @@ K_ARCHITECTURES = ("topk", "abstopk")
 TRANSCODER, CROSSCODER = "transcoder", "crosscoder"
 """How the architectures of transcoders and crosscoders end; without a word before it the rule is ReLU."""
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
 
 def save(sae: SAE, path: Path) -> None:
     """Writes an SAE, a transcoder or a crosscoder to the directory `path`, made if needed."""
     transcoder = sae if isinstance(sae, Transcoder) else None
     config = {
-        "architecture": _architecture(sae),
+        "architecture": architecture_of(sae),
         "d_in": sae.d_in,
         **({"parts": parts_to_dict(sae.parts)} if isinstance(sae, Crosscoder) else {}),
         **({"d_out": sae.d_out} if transcoder else {}),
@@ -94,7 +93,7 @@ def save(sae: SAE, path: Path) -> None:
     write_atomically(path / CONFIG, lambda file: file.write_text(json.dumps(config, indent=2), encoding="utf-8"))
 
 
-def _architecture(sae: SAE) -> str:
+def architecture_of(sae: SAE) -> str:
     """SAELens' name of it, or the rule's own where SAELens has none."""
     inference = sae.rule.saelens or sae.rule.name
     skip = isinstance(sae, Transcoder) and sae.W_skip is not None
@@ -224,6 +223,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     rule = config.get("rule", {})
     architecture, is_transcoder, _ = _inference(str(config["architecture"]))
+    if str(config["architecture"]).endswith(CROSSCODER) and "parts" not in config:
+        raise InputError(f"{path / CONFIG} lacks parts, what a crosscoder's rows are made of: copy it again")
     if is_transcoder and "d_out" not in config:
         raise InputError(f"{path / CONFIG} lacks d_out, the width of what a transcoder predicts")
     if not isinstance(rule, dict):
@@ -261,4 +262,6 @@ def _read_weights(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
             raise InputError(
                 f"{file}: {name} has shape {list(weights[name].shape)}, the configuration says {list(shape)}"
             )
+        if weights[name].dtype not in DTYPES.values():
+            raise InputError(f"{file}: {name} holds {weights[name].dtype}: expected one of {', '.join(DTYPES)}")
     return weights

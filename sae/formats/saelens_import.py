@@ -22,7 +22,8 @@ from sae import rules
 from sae.errors import InputError
 from sae.formats import saelens_old
 from sae.formats.conversion import Weights, build, fold, gated, subtracting
-from sae.formats.saelens import DTYPES, TRANSCODER
+from sae.formats.reading import DTYPES, check_numbers
+from sae.formats.saelens import TRANSCODER
 from sae.model import SAE
 
 _LINEAR = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -139,6 +140,9 @@ def _tensors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str)
     for key, size in zip(("d_in", "d_sae"), found["W_enc"].shape, strict=False):
         if config.get(key, size) != size:
             raise InputError(f"{where} has {key} = {config[key]!r} and an encoder of {list(found['W_enc'].shape)}")
+    check_numbers(found, where)
+    if architecture.endswith(TRANSCODER) and config.get("d_out", found["W_dec"].shape[-1]) != found["W_dec"].shape[-1]:
+        raise InputError(f"{where} has d_out = {config['d_out']!r} and a decoder of {list(found['W_dec'].shape)}")
     if "dtype" not in config:
         return found
     dtype = DTYPES.get(str(config["dtype"]).removeprefix("torch."))

@@ -77,7 +77,7 @@ def save(sae: SAE, path: Path) -> None:
         InputError: a rule other than TopK, a transcoder whose widths differ, or a crosscoder.
     """
     if sae.parts:
-        raise InputError("sparsify cannot express a crosscoder: export it to saelens or dictionary_learning")
+        raise InputError("sparsify cannot express a crosscoder: export it to dictionary_learning")
     k = topk_of(sae.rule)
     if k is None:
         raise refuse(sae, "sparsify", "topk")

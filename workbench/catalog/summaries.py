@@ -13,7 +13,7 @@ from workbench.catalog.runs import Run, RunSummary
 from workbench.disk.descriptions import read_description
 from workbench.disk.names import layer_name
 from workbench.harvest.record import DESCRIPTION, HarvestRecord
-from workbench.models.places import between
+from workbench.models.places import between, in_every_layer
 
 DAMAGED = "damaged"
 """State of what cannot be read; `workbench doctor` says why."""
@@ -77,13 +77,14 @@ class TranscoderSetSummary:
     layers: int
     """0 for one that cannot be read."""
     rule: str
-    """How the first layer encodes; `damaged` for one that cannot be read."""
+    """How the layers encode; `damaged` for one that cannot be read."""
     d_sae: int
+    """Features of a layer, of the widest where they differ."""
     model: str
     hook: str
-    """Hook point that the first layer reads."""
+    """Hook point that the layers read, as blocks.*.mlp.hook_in."""
     target_hook: str
-    """Hook point that it predicts."""
+    """Hook point that they predict."""
     replacement: dict[str, Any] | None = None
     """The latest numbers with all its layers in place at once, or None."""
 
@@ -182,19 +183,20 @@ def transcoder_set_summaries(workspace: Path, results: ResultStore) -> list[Tran
 def _transcoder_set_summary(folder: Path, results: ResultStore) -> TranscoderSetSummary:
     try:
         description = read_description(folder / "transcoders.json")
-        config = read_description(folder / "layer_0" / "cfg.json")
-        k = config.get("k")
+        layers = description["layers"]
+        configs = [read_description(folder / f"layer_{layer}" / "cfg.json") for layer in range(layers)]
+        rules = [each["architecture"] + (f" k={each['k']}" if "k" in each else "") for each in configs]
         return TranscoderSetSummary(
             name=folder.name,
-            layers=description["layers"],
-            rule=config["architecture"] if k is None else f"{config['architecture']} k={k}",
-            d_sae=config["d_sae"],
+            layers=layers,
+            rule=", ".join(dict.fromkeys(rules)),
+            d_sae=max(each["d_sae"] for each in configs),
             model=description["model_name"],
-            hook=config["metadata"]["hook_name"],
-            target_hook=config["metadata"]["hook_name_out"],
+            hook=in_every_layer([each["metadata"]["hook_name"] for each in configs]),
+            target_hook=in_every_layer([each["metadata"]["hook_name_out"] for each in configs]),
             replacement=_metrics("replacement", folder.name, results),
         )
-    except (InputError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError, ValueError):
         return TranscoderSetSummary(folder.name, 0, DAMAGED, 0, "", "", "")
 
 

@@ -87,17 +87,23 @@ def import_(
 
 def _say_set(workspace: "Workspace", name: str, made: "TranscoderSet", as_json: bool) -> None:
     """What came in, and what to do next."""
-    first, path = made[0], workspace.transcoder_folder(name)
+    from workbench.models.places import in_every_layer
+
+    coders = made.coders.values()
+    rules = ", ".join(dict.fromkeys(coder.rule.name for coder in coders))
+    hooks = [in_every_layer(getattr(coder, which) for coder in coders) for which in ("hook_name", "target_hook_name")]
     said = {
-        "name": name, "layers": len(made), "rule": first.rule.name, "d_in": first.d_in, "d_sae": first.d_sae,
-        "hook": first.hook_name, "target_hook": first.target_hook_name, "model": made.model_name, "path": str(path),
+        "name": name, "layers": len(made), "rule": rules, "d_in": made[0].d_in, "d_sae": made[0].d_sae,
+        "hook": hooks[0], "target_hook": hooks[1], "model": made.model_name,
+        "path": str(workspace.transcoder_folder(name)),
     }  # fmt: skip
     if as_json:
         print_json(said)
         return
+    features = " to ".join(f"{size:,}" for size in sorted({min(c.d_sae for c in coders), max(c.d_sae for c in coders)}))
     print(
-        f"Imported the set {name}: {len(made)} layers, {first.rule.name}, {first.d_sae:,} features, from "
-        f"{first.hook_name} to {first.target_hook_name} of {made.model_name}"
+        f"Imported the set {name}: {len(made)} layers, {rules}, {features} features a layer, from {hooks[0]} to "
+        f"{hooks[1]} of {made.model_name}"
     )
     print(f"Next: workbench graph TEXT --name GRAPH --transcoders {name} --workspace {workspace.path}")
 
@@ -135,11 +141,13 @@ def export(
     wrong = next((key for key, value in settings.items() if value is not None), None)
     if wrong is not None:
         raise InputError(f"--{wrong.replace('_', '-')} is for --format neuronpedia: leave it out")
-    workspace.export_sae(name, target, form)
+    caution = workspace.export_sae(name, target, form)
     if as_json:
-        print_json({"name": name, "format": form, "path": str(target)})
-    else:
-        print(f"Exported {name} to {target} for {form}")
+        print_json({"name": name, "format": form, "path": str(target), "caution": caution})
+        return
+    print(f"Exported {name} to {target} for {form}")
+    if caution:
+        print(f"Beware: {caution}.")
 
 
 def publish(

@@ -79,7 +79,7 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
     if sets:
         print_table(
             "Sets of transcoders",
-            ["name", "layers", "rule", "features", "layer 0", "all layers: + nats", "by zeros"],
+            ["name", "layers", "rule", "features", "hook", "all layers: + nats", "by zeros"],
             [
                 [item.name, item.layers, item.rule, item.d_sae, f"{item.hook}\n→ {item.target_hook}"]
                 + [(item.replacement or {}).get(key) for key in ("added_nats", "added_nats_zero")]

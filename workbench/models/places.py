@@ -17,6 +17,8 @@ the TransformerBridge knows: the bare module is the one that its hook point of t
 and whether a contribution is what is added, is measured when a model is loaded (`workbench.models.guards`).
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +99,11 @@ def _lacking(bridge: "Bridge", layer: int, kind: str) -> str:
     if kind == "mlp_post":
         return f"layer {layer} has no MLP with a single matrix out (several, or experts that are no such MLP)"
     return f"layer {layer} has no such place"
+
+
+def in_every_layer(hooks: Iterable[str]) -> str:
+    """What to call hook points of all layers: `blocks.*.mlp.hook_in` where they are one place of every block."""
+    return ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", hook) for hook in hooks))
 
 
 def between(read: str, written: str) -> str:

@@ -17,6 +17,7 @@ from circuits.norms import measured_norm
 from sae import rules
 from sae.errors import InputError
 from sae.formats import circuit_tracer
+from sae.formats.conversion import topk_of, weights_of
 from sae.formats.foreign import export, load_foreign, recognise
 from sae.model import SAE
 from sae.transcoder import Transcoder
@@ -60,6 +61,7 @@ def import_set(catalog: Catalog, name: str, folder: Path, *, model: str | None =
     folder = demo_transcoders_dir() if folder == BUNDLED else folder
     coders = load_transcoders(folder)
     for layer, coder in coders.coders.items():
+        weights_of(coder).check(f"layer {layer} of {folder}")
         for key, hook in (("feature_input_hook", coder.hook_name), ("feature_output_hook", coder.target_hook_name)):
             if hook in ("", f"blocks.{layer}."):
                 raise InputError(f"the set {folder} does not say its {key}: add it to {circuit_tracer.CONFIG}")
@@ -158,15 +160,16 @@ def _provenance(sae: SAE, origin: Mapping[str, Any]) -> Record:
     return {"imported": {**origin, **identity}, "hook": sae.hook_name, **target, "versions": versions()}
 
 
-def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> None:
-    """Writes an SAE of the workspace to a new folder; see `Workspace.export_sae`, also for the InputErrors."""
+def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> str | None:
+    """Writes an SAE of the workspace to a new folder; returns and raises what `Workspace.export_sae` does."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists: name a new or an empty folder")
     sets = [summary.name for summary in catalog.transcoder_sets()]
     try:
         if form == "circuit_tracer":
-            circuit_tracer.save(catalog.transcoders(name).coders, folder)
-            return
+            transcoders = catalog.transcoders(name)
+            circuit_tracer.save(transcoders.coders, folder)
+            return circuit_tracer.CAUTION if topk_of(transcoders[0].rule) is not None else None
         if name in sets:
             raise InputError(
                 f"{name} is a set of transcoders: export it with --format circuit_tracer, or a layer, as {name}.layer_0"
@@ -174,3 +177,4 @@ def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> None:
         export(catalog.coder(name), folder, form)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
+    return None

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae import InputError, Transcoder, TranscoderSet, load_transcoders
+from sae import Crosscoder, InputError, Transcoder, TranscoderSet, load_transcoders
 from sae.formats import circuit_tracer
 from sae.formats.foreign import export, load_foreign
 from sae.formats.saelens_import import from_parts
 from sae.rules import BatchTopK, JumpReLU, ReLU, Rule, TopK
+from sae.source import Part
 
 D_IN, D_OUT, F = 12, 9, 40
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -247,3 +248,113 @@ def test_a_skip_in_a_file_of_a_kind_without_one_is_refused(tmp_path: Path) -> No
     (tmp_path / "cfg.json").write_text(json.dumps({**config, "architecture": "transcoder"}))
     with pytest.raises(InputError, match="holds W_skip, which no SAELens transcoder SAE here has"):
         load_foreign(tmp_path)
+
+
+def test_what_saelens_has_no_class_for_is_not_written_for_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"SAELens has no class 'topk_skip_transcoder'.* export it to sparsify"):
+        export(a_transcoder(TopK(5), skip=True), tmp_path / "a", "saelens")
+    parts = [Part(name, "hook", name, 6) for name in "AB"]
+    with pytest.raises(InputError, match=r"no class 'jumprelu_crosscoder'.* export it to dictionary_learning"):
+        export(Crosscoder(parts, F, BatchTopK(3)), tmp_path / "a", "saelens")
+    assert not (tmp_path / "a").exists()
+
+
+def changed(file: Path, **tensors: Tensor) -> None:
+    save_file({**load_file(file), **{name.replace("__", "."): t for name, t in tensors.items()}}, file)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"W_enc": torch.full((F, D_IN), torch.nan)}, "the encoder holds NaN or infinity in 480 of 480 places"),
+        ({"b_dec": torch.full((D_IN,), torch.inf)}, "the decoder bias holds NaN or infinity in 12 of 12 places"),
+        ({"W_dec": torch.zeros(F, D_IN, dtype=torch.int32)}, "the decoder holds int32"),
+        ({"b_enc": torch.zeros(F).to(torch.float8_e4m3fn)}, "the encoder bias holds float8_e4m3fn"),
+        ({"activation_function__threshold": torch.full((F,), -1.0)}, "thresholds below 0"),
+        ({"activation_function__threshold": torch.full((F,), torch.nan)}, "the threshold holds NaN"),
+        ({"W_skip": torch.zeros(D_IN, 3)}, r"the skip has shape \[12, 3\]"),
+    ],
+)
+def test_weights_that_are_no_numbers_or_of_another_kind_give_one_line(
+    wrong: dict[str, Tensor], message: str, tmp_path: Path
+) -> None:
+    circuit_tracer.save({0: a_transcoder(JumpReLU(), skip=False, d_out=D_IN)}, tmp_path)
+    changed(tmp_path / "layer_0.safetensors", **wrong)
+    with pytest.raises(InputError, match=message):
+        load_transcoders(tmp_path)
+
+
+def test_a_threshold_of_infinity_is_a_feature_that_never_fires(tmp_path: Path) -> None:
+    coder = a_transcoder(JumpReLU(), skip=False, d_out=D_IN)
+    coder.state["threshold"][3] = torch.inf
+    circuit_tracer.save({0: coder}, tmp_path)
+    x = inputs(coder)
+    assert torch.equal(load_transcoders(tmp_path)[0](x), coder(x))
+
+
+@pytest.mark.parametrize(
+    ("config", "k", "message"),
+    [
+        ("activation: relu\n", None, "says activation: relu, and layer_0.safetensors has thresholds"),
+        ("activation: topk\nk: many\n", None, "k = 'many': expected a whole number"),
+        ("activation: gelu\n", None, "expected relu, topk with a k, or files with thresholds"),
+        ("", torch.tensor([5, 3]), "has k = '5, 3': expected a whole number"),
+        ("", torch.tensor(torch.nan), "has k = 'nan'"),
+    ],
+)
+def test_a_configuration_that_does_not_say_what_fires_gives_one_line(
+    config: str, k: Tensor | None, message: str, tmp_path: Path
+) -> None:
+    rule = JumpReLU() if "relu" in config else TopK(5)
+    circuit_tracer.save({0: a_transcoder(rule, skip=False, d_out=D_IN)}, tmp_path)
+    file = tmp_path / "config.yaml"
+    kept = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith(("activation", "k:"))]
+    file.write_text("".join(kept) + config)
+    if k is not None:
+        changed(tmp_path / "layer_0.safetensors", k=k)
+    with pytest.raises(InputError, match=message):
+        load_transcoders(tmp_path)
+
+
+def test_layers_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    first = a_transcoder(TopK(5), skip=False, d_out=D_IN)
+    with_skip = a_transcoder(TopK(5), skip=True, d_out=D_IN, layer=1)
+    with pytest.raises(InputError, match="a skip in every layer or in none"):
+        circuit_tracer.save({0: first, 1: with_skip}, tmp_path)
+    narrow = Transcoder(
+        D_IN, D_IN, 9, TopK(5), hook_name="blocks.1.mlp.hook_in", target_hook_name="blocks.1.hook_mlp_out"
+    )
+    with pytest.raises(InputError, match=r"one number of features in all layers, and these have \[9, 40\]"):
+        circuit_tracer.save({0: first, 1: narrow}, tmp_path)
+    with pytest.raises(InputError, match=r"layer 1 of the set is one of blocks\.2\.mlp.hook_in"):
+        TranscoderSet({0: first, 1: a_transcoder(TopK(5), skip=False, d_out=D_IN, layer=2)})
+    circuit_tracer.save({0: first}, tmp_path / "set")
+    other = Transcoder(5, 5, F, TopK(5), hook_name="blocks.0.mlp.hook_in", target_hook_name="blocks.0.hook_mlp_out")
+    circuit_tracer.save({0: other}, tmp_path / "other")
+    (tmp_path / "other" / "layer_0.safetensors").rename(tmp_path / "set" / "layer_1.safetensors")
+    with pytest.raises(InputError, match=r"read different widths, 12 .* and 5"):
+        load_transcoders(tmp_path / "set")
+    (tmp_path / "set" / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"no config\.yaml, which a set of circuit-tracer has"):
+        load_foreign(tmp_path / "set")
+
+
+def test_an_activation_of_relu_holds_whatever_k_says(tmp_path: Path) -> None:
+    circuit_tracer.save({0: a_transcoder(TopK(5), skip=False, d_out=D_IN)}, tmp_path)
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().replace('"topk"', "relu"))
+    assert load_transcoders(tmp_path)[0].rule == ReLU()
+
+
+def test_widths_and_parts_that_the_configuration_gets_wrong_are_refused(tmp_path: Path) -> None:
+    peer_of("transcoder", 1.0).save_model(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    (tmp_path / "a" / "cfg.json").write_text(json.dumps({**config, "d_out": 99}))
+    with pytest.raises(InputError, match=r"d_out = 99 and a decoder of \[40, 9\]"):
+        load_foreign(tmp_path / "a")
+    Crosscoder([Part(name, "hook", name, 6) for name in "AB"], F, TopK(3)).save(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "cfg.json").read_text())
+    del config["parts"]
+    (tmp_path / "b" / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="lacks parts"):
+        load_foreign(tmp_path / "b")
