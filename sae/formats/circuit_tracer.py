@@ -67,8 +67,8 @@ def load(path: Path) -> dict[int, Transcoder]:
     coders = {layer: _read_layer(file, layer, config) for layer, file in files.items()}
     widths = {coder.d_in: file.name for coder, file in zip(coders.values(), files.values(), strict=True)}
     if len(widths) > 1:
-        found = " and ".join(f"{width} ({name})" for width, name in widths.items())
-        raise InputError(f"the layers of {path} read different widths, {found}: they are of several models")
+        listed = " and ".join(f"{width} ({name})" for width, name in widths.items())
+        raise InputError(f"the layers of {path} read different widths, {listed}: they are of several models")
     return coders
 
 

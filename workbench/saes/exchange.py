@@ -161,7 +161,11 @@ def _provenance(sae: SAE, origin: Mapping[str, Any]) -> Record:
 
 
 def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> str | None:
-    """Writes an SAE of the workspace to a new folder; returns and raises what `Workspace.export_sae` does."""
+    """Writes an SAE of the workspace to a new folder; returns what `Workspace.export_sae` does.
+
+    Raises:
+        InputError: as `Workspace.export_sae`.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists: name a new or an empty folder")
     sets = [summary.name for summary in catalog.transcoder_sets()]
