@@ -26,7 +26,7 @@ def open_(
         str,
         typer.Argument(
             metavar="RELEASE|FOLDER",
-            help="Release in SAELens' registry, a hub repository of SAEs, or a folder that `import` reads.",
+            help="Release in SAELens' registry, a hub repository of SAEs or of circuit-tracer's, or a folder.",
         ),
     ],
     sae_id: Annotated[

@@ -24,6 +24,7 @@ from workbench.harvest.run import HarvestEstimate, HarvestProgress, harvest_into
 from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.load import load_model
 from workbench.saes.exchange import BUNDLED, import_folder, import_pretrained, import_published_set, import_set, is_set
+from workbench.saes.hub_sets import describe_hub_set, fetch_hub_set
 from workbench.saes.published import Published, Trained, describe_published
 
 CONTEXT = 128
@@ -75,7 +76,8 @@ def plan_opening(
     """What opening a dictionary will do; see the module's description.
 
     Args:
-        source: a release in SAELens' registry or a repository of the hub, with `sae_id`, or a local folder.
+        source: a release in SAELens' registry or a repository of the hub, with `sae_id`; a repository with a set of
+            circuit-tracer's alone; or a local folder.
         sae_id: the dictionary in the release; with a * for the layer, a set of transcoders.
         name: in the workspace; made of the release and id, or the folder, when None.
         hook, model, corpus: what it reads and was trained on, where it does not say.
@@ -95,6 +97,9 @@ def plan_opening(
     elif Path(source).expanduser().is_dir():
         coder = load_foreign(Path(source).expanduser(), hook_name=hook, model_name=model)
         trained, called = Trained.of({0: coder}), Path(source).name
+    elif "/" in source and not source.startswith(("/", ".", "~")):
+        published = describe_hub_set(source, model=model)
+        trained, called = published.trained, source
     else:
         raise InputError(f"no folder at {source}: give a folder, or a release and the id of a published SAE in it")
     named = model or trained.model
@@ -163,27 +168,28 @@ def open_dictionary(
 
 def _imported(catalog: Catalog, plan: Opening) -> dict[str, str]:
     """Imports the dictionary where it is not there yet; hook points by the names of what reads them."""
-    published, name = plan.published, plan.name
-    release = {} if published is None else {"release": published.release}
+    published, name, model = plan.published, plan.name, plan.config.model
     folder = Path(plan.source).expanduser()
-    is_a_set = len(published.ids) > 1 if published else is_set(folder)
+    is_a_set = published.is_folder or len(published.ids) > 1 if published else is_set(folder)
     names = [one.name for one in (catalog.transcoder_sets() if is_a_set else catalog.saes())]
     if name not in names:
-        if published is not None and is_a_set:
-            pattern = plan.source.removeprefix(f"{published.release}/")
-            import_published_set(catalog, name, published.release, pattern, model=plan.config.model)
+        if published is not None and published.is_folder:
+            import_set(catalog, name, fetch_hub_set(published.release), model=model, repo=published.release)
+        elif published is not None and is_a_set:
+            import_published_set(catalog, name, published.release, published.ids, model=model)
         elif published is not None:
-            import_pretrained(
-                catalog, name, published.release, published.ids[0], hook=plan.trained.hooks[0], model=plan.config.model
-            )
+            hook = plan.trained.hooks[0]
+            import_pretrained(catalog, name, published.release, published.ids[0], hook=hook, model=model)
         elif is_a_set:
-            import_set(catalog, name, folder, model=plan.config.model)
+            import_set(catalog, name, folder, model=model)
         else:
-            import_folder(catalog, name, folder, hook=plan.trained.hooks[0], model=plan.config.model)
+            import_folder(catalog, name, folder, hook=plan.trained.hooks[0], model=model)
     coders = catalog.with_layers([name])
     imported = catalog.origin(coders[0]).imported or {}
     lies = demo_transcoders_dir() if folder == BUNDLED else folder
-    where = release or {"path": str(lies.resolve())}
+    where = {"path": str(lies.resolve())}
+    if published is not None:
+        where = {"repo" if published.is_folder else "release": published.release}
     if any(imported.get(key) != value for key, value in where.items()):
         raise InputError(f"{name!r} exists and is something else: choose another --name")
     return {one: catalog.origin(one).hook for one in coders}

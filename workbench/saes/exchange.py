@@ -47,12 +47,15 @@ def is_set(folder: Path) -> bool:
     return folder == BUNDLED or any((folder / name).is_file() for name in (circuit_tracer.CONFIG, FILE))
 
 
-def import_set(catalog: Catalog, name: str, folder: Path, *, model: str | None = None) -> TranscoderSet:
+def import_set(
+    catalog: Catalog, name: str, folder: Path, *, model: str | None = None, repo: str | None = None
+) -> TranscoderSet:
     """Brings a set of transcoders into the workspace.
 
     Args:
         folder: one of circuit-tracer's or of this project's, or `BUNDLED`.
         model: what it reads, where its files do not say.
+        repo: where on the hub the folder was fetched from.
 
     Raises:
         InputError: a taken name, no such set, or one that does not say its model or hook points.
@@ -66,12 +69,12 @@ def import_set(catalog: Catalog, name: str, folder: Path, *, model: str | None =
             if hook in ("", f"blocks.{layer}."):
                 raise InputError(f"the set {folder} does not say its {key}: add it to {circuit_tracer.CONFIG}")
     form = "circuit_tracer" if (folder / circuit_tracer.CONFIG).is_file() else "transcoders"
-    origin = {"format": form, "path": str(folder.resolve())}
+    origin = {"format": form, "path": str(folder.resolve())} if repo is None else {"format": form, "repo": repo}
     return _store_set(catalog, name, coders.coders, [origin] * len(coders), model, coders.metadata)
 
 
 def import_published_set(
-    catalog: Catalog, name: str, release: str, ids: str, *, model: str | None = None
+    catalog: Catalog, name: str, release: str, ids: str | Mapping[int, str], *, model: str | None = None
 ) -> TranscoderSet:
     """Brings the transcoders of a published release, one a layer, into the workspace as a set (network).
 

@@ -6,6 +6,7 @@ folders would be (`sae.formats.saelens_import`).
 """
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -37,13 +38,13 @@ def load_pretrained(release: str, sae_id: str, *, hook_name: str | None = None, 
     return _fetch(release, known.repo_id if known else release, sae_id, hook_name, model_name)
 
 
-def load_pretrained_set(release: str, ids: str) -> dict[int, tuple[str, Transcoder]]:
+def load_pretrained_set(release: str, ids: str | Mapping[int, str]) -> dict[int, tuple[str, Transcoder]]:
     """Downloads the transcoders of a release, one a layer.
 
     Args:
         release: SAELens' name of the release.
         ids: pattern of their ids, such as `layer_*/width_16k/average_l0_*`: the first * stands for the layer's number,
-            further ones for anything.
+            further ones for anything. Or the ids themselves, by layer.
 
     Returns:
         Layer -> (id, transcoder).
@@ -52,7 +53,7 @@ def load_pretrained_set(release: str, ids: str) -> dict[int, tuple[str, Transcod
         InputError: as `load_pretrained`, a pattern that no id or two of one layer have, a missing layer, SAEs that are
             no transcoders, or layers of a cross-layer transcoder.
     """
-    found = ids_of_set(release, ids)
+    found = ids_of_set(release, ids) if isinstance(ids, str) else ids
     known = registered(release)
     assert known is not None
     made = {}

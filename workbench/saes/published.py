@@ -60,13 +60,18 @@ class Published:
     trained: Trained
     fetched: Mapping[str, int | None] = field(default_factory=dict)
     """Bytes to download, by what it is; None where the hub was not asked."""
+    is_folder: bool = False
+    """Whether it is a set of circuit-tracer's, whose files are fetched as a folder (`workbench.saes.hub_sets`)."""
 
 
-def describe_published(release: str, sae_id: str, *, hook: str | None = None, model: str | None = None) -> Published:
+def describe_published(
+    release: str, sae_id: str | Mapping[int, str], *, hook: str | None = None, model: str | None = None
+) -> Published:
     """What a published dictionary is; its configuration is fetched (network, or the hub's cache).
 
     Args:
-        release, sae_id: as `load_pretrained`; an id with a * is a set's, as `load_pretrained_set`.
+        release: as `load_pretrained`.
+        sae_id: likewise; with a * a set's, as `load_pretrained_set`, which may also name its ids by layer.
         hook, model: what it reads, where the release does not say.
 
     Raises:
@@ -74,21 +79,24 @@ def describe_published(release: str, sae_id: str, *, hook: str | None = None, mo
     """
     known = registered(release)
     repo = known.repo_id if known else release
+    called = f"{release}/{sae_id}" if isinstance(sae_id, str) else release
     require_hub(
         repo, "model",
-        f"cannot fetch {release}/{sae_id}: no network ({{reason}}); download it once where there is one, or copy the "
-        "folder and open that",
+        f"cannot fetch {called}: no network ({{reason}}); download it once where there is one, or copy the folder and "
+        "open that",
     )  # fmt: skip
-    ids = {0: sae_id}
-    if "*" in sae_id:
+    if not isinstance(sae_id, str):
+        ids = dict(sae_id)
+    elif "*" in sae_id:
         ids = ids_of_set(release, sae_id)
     else:
         check_id(release, sae_id)
+        ids = {0: sae_id}
     trained = _trained(release, ids, hook, model)
     paths = [known.saes_map[one] if known else one for one in ids.values()]
-    fetched = {f"{release}/{sae_id}": _missing_bytes(repo, paths)}
+    fetched = {called: missing_bytes(repo, paths)}
     if not Path(trained.model).exists() and trained.model != "demo":
-        fetched[f"the model {trained.model}"] = _missing_bytes(hub_name(trained.model), None)
+        fetched[f"the model {trained.model}"] = missing_bytes(hub_name(trained.model), None)
     return Published(release, ids, trained, fetched)
 
 
@@ -129,7 +137,7 @@ def _config(release: str, sae_id: str) -> dict[str, Any]:
         raise InputError(f"cannot fetch {release}/{sae_id} ({reason}): check the names and the network") from None
 
 
-def _missing_bytes(repo: str, paths: list[str] | None) -> int | None:
+def missing_bytes(repo: str, paths: list[str] | None) -> int | None:
     """Bytes of what a repository holds at some paths, or of a model's weights and tokenizer, and the cache does not."""
     if constants.HF_HUB_OFFLINE:
         return None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.hf_api import RepoFile, RepoFolder
+from safetensors.torch import save_file
 
 from sae import SAE, TopK
 from sae.errors import InputError
@@ -151,3 +152,57 @@ def test_only_what_is_not_in_the_cache_counts_as_a_download(repo: Path, monkeypa
 def test_transformer_lens_names_are_the_hubs() -> None:
     names = ("gpt2-small", "gemma-2-2b", "gpt2", "a/b")
     assert [hub_name(name) for name in names] == ["gpt2", "google/gemma-2-2b", "gpt2", "a/b"]
+
+
+def hub_set(tmp_path: Path, config: str, *, layers: int = 0) -> None:
+    """A repository `someone/set` in the hub's cache, with a config.yaml and some layers."""
+    folder = tmp_path / "hub" / "models--someone--set"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0")
+    place = folder / "snapshots" / "0"
+    place.mkdir(parents=True)
+    (place / "config.yaml").write_text(config)
+    for layer in range(layers):
+        generator = torch.Generator().manual_seed(layer)
+        shapes = {"W_enc": (24, 32), "b_enc": (24,), "W_dec": (24, 32), "b_dec": (32,)}
+        save_file(
+            {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+            place / f"layer_{layer}.safetensors",
+        )
+
+
+def test_a_set_of_circuit_tracers_is_opened_by_its_repository(
+    tmp_path: Path, tiny_gpt2: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hooks = "feature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n"
+    hub_set(tmp_path, f"model_kind: transcoder_set\nmodel_name: {tiny_gpt2}\n{hooks}", layers=3)
+    where = ["--workspace", str(tmp_path / "w"), "--device", "cpu", "--no-app", "--tokens", "512"]
+    for _ in range(2):
+        assert run(["open", "someone/set", "--corpus", str(corpus), "--layer", "1", *where]) == 0
+        assert "24 features at blocks.0.mlp.hook_in and 2 more" in capsys.readouterr().out
+    space = Workspace(tmp_path / "w")
+    assert space.indexes() == ["someone-set.layer_1"]
+    assert space.origin("someone-set.layer_1").imported["repo"] == "someone/set"  # type: ignore[index]
+    with pytest.raises(InputError, match="cannot fetch someone/else"):
+        opening.plan_opening("someone/else")
+
+
+def test_a_set_that_lists_files_of_others_goes_by_saelens_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sae_lens", reason="the extra saelens is not installed")
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    known = get_pretrained_saes_directory()["gemma-scope-2b-pt-transcoders"]
+    first = {sae_id.split("/")[0]: sae_id for sae_id in reversed(known.saes_map) if "width_16k" in sae_id}
+    ids = [first[f"layer_{layer}"] for layer in range(26)]
+    listed = "".join(f'  - "hf://{known.repo_id}/{sae_id}/params.npz"\n' for sae_id in ids)
+    hub_set(tmp_path, f"model_kind: transcoder_set\nmodel_name: google/gemma-2-2b\ntranscoders:\n{listed}")
+    told = {"d_in": 2304, "d_sae": 16384, "metadata": {"hook_name": "blocks.0.ln2.hook_normalized"}}
+    monkeypatch.setattr(published, "_config", lambda release, sae_id: {**told, "sae_lens_version": "6.54.12"})
+    plan = opening.plan_opening("someone/set", corpus="python-stdlib")
+    assert plan.published is not None
+    assert plan.published.release == "gemma-scope-2b-pt-transcoders"
+    assert list(plan.published.ids.values()) == ids
