@@ -97,13 +97,18 @@ class Catalog:
         return self.path / "harvests" / check_name(name, "harvest name")
 
     def open_harvest(self, name: str) -> "Harvest":
-        """Opens a finished harvest. Raises InputError naming those there are."""
+        """Opens a finished harvest; `NAME:ONLY` with some of its tokens left out, as `Harvest.open` says.
+
+        Raises:
+            InputError: no harvest of that name, naming those there are, or as `Harvest.open`.
+        """
         from workbench.harvest.reading import Harvest
 
         names = self.harvests()
+        name, _, only = name.partition(":")
         if name not in names:
             raise InputError(f"no finished harvest {name!r} in {self.path}: it has {', '.join(names) or 'none'}")
-        return Harvest.open(self.harvest_folder(name))
+        return Harvest.open(self.harvest_folder(name), only)
 
     def harvests(self) -> list[str]:
         """Names of the finished harvests."""

@@ -48,7 +48,17 @@ CorpusOption = Annotated[
         "dataset."
     ),
 ]
-TextFieldOption = Annotated[str, typer.Option(help="Field holding the text in JSONL, Parquet and hub datasets.")]
+TextFieldOption = Annotated[
+    str, typer.Option(help="Field holding text or messages in JSONL, Parquet and hub datasets.")
+]
+OnlyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--only",
+        metavar="WHICH",
+        help="Which tokens count: roles of conversations (assistant), positions (8:), no-special; commas between.",
+    ),
+]
 TokensOption = Annotated[int, typer.Option(help="Tokens to run on.", min=2)]
 ContextOption = Annotated[int, typer.Option(help="Tokens per context, BOS included.", min=2)]
 SeparateOption = Annotated[

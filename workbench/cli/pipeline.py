@@ -16,6 +16,7 @@ from workbench.cli.options import (
     DeviceOption,
     GivenModelOption,
     JsonOption,
+    OnlyOption,
     Precision,
     SeparateOption,
     TextFieldOption,
@@ -78,6 +79,7 @@ def harvest(
     model: Annotated[str | None, typer.Option(help=f"{MODELS}; demo when left out.")] = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
+    only: OnlyOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens to harvest at most.", min=1)] = 2_000_000,
     context: ContextOption = 256,
     split: Annotated[
@@ -101,10 +103,12 @@ def harvest(
     """
     from workbench.harvest.plan import HarvestConfig
     from workbench.harvest.run import HarvestEstimate, HarvestProgress
+    from workbench.text.chats import counting
     from workbench.workspace import Workspace
 
     config = HarvestConfig(
-        model=harvested(name, model), corpus=corpus, text_field=text_field, hooks=tuple(hook), context_len=context,
+        model=harvested(name, model), corpus=corpus, text_field=counting(text_field, only), hooks=tuple(hook),
+        context_len=context,
         max_tokens=tokens, split=split, dtype=dtype, model_dtype=model_dtype, gradients=gradients,
         separate=separate,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from workbench.cli.options import (
     DeviceOption,
     JsonOption,
     MeasuredOption,
+    OnlyOption,
     ResultArgument,
     TextFieldOption,
     TokensOption,
@@ -60,6 +61,7 @@ class Measurement:
     model: MeasuredOption = None
     corpus: CorpusOption = "python-stdlib"
     text_field: TextFieldOption = "text"
+    only: OnlyOption = None
     tokens: TokensOption = 8192
     context: ContextOption = 256
     folder: WorkspaceOption = DEFAULT_WORKSPACE
@@ -75,9 +77,11 @@ class Measurement:
     def load(self, spec: str) -> "tuple[LoadedModel, Corpus]":
         """Model and corpus."""
         from workbench.models.load import load_model
+        from workbench.text.chats import counting
         from workbench.text.corpora import open_corpus
 
-        return load_model(spec, device=self.device), open_corpus(self.corpus, text_field=self.text_field)
+        field = counting(self.text_field, self.only)
+        return load_model(spec, device=self.device), open_corpus(self.corpus, text_field=field)
 
     def run(self, part: str, spec: str | None = None, **settings: Any) -> "Result":
         """Makes a part of a report, or opens it as stored. `spec` is the model where the name cannot be one."""

@@ -19,6 +19,7 @@ from workbench.cli.options import (
     CorpusOption,
     DeviceOption,
     JsonOption,
+    OnlyOption,
     Precision,
     SeparateOption,
     TextFieldOption,
@@ -132,6 +133,7 @@ class Training:
     model: Annotated[str | None, typer.Option(help=f"Train straight from a model, no harvest: {MODELS}.")] = None
     corpus: CorpusOption = "python-stdlib"
     text_field: TextFieldOption = "text"
+    only: OnlyOption = None
     context_len: Annotated[int, typer.Option("--context", help="Tokens per context, BOS included.", min=2)] = 256
     dtype: Annotated[Precision, typer.Option(help="Precision of the rows; auto is the checkpoint's own.")] = "auto"
     model_dtype: Annotated[
@@ -175,13 +177,16 @@ class Training:
             wrong = next((option for name, option in STREAMING.items() if given(context, name)), None)
             if wrong is not None:
                 raise InputError(f"{wrong} does not go with the harvest {self.harvest[0]!r}: leave one of them out")
-            return self.harvest[0] if len(self.harvest) == 1 else self.harvest
+            names = [name if self.only is None else f"{name}:{self.only}" for name in self.harvest]
+            return names[0] if len(names) == 1 else names
         if self.model is None:
             raise InputError("nothing to train on: name a harvest, or a model with --model, --corpus and --hook")
         from workbench.harvest.plan import HarvestConfig
+        from workbench.text.chats import counting
 
+        field = counting(self.text_field, self.only)
         return HarvestConfig(
-            model=self.model, corpus=self.corpus, hooks=(), text_field=self.text_field, context_len=self.context_len,
+            model=self.model, corpus=self.corpus, hooks=(), text_field=field, context_len=self.context_len,
             max_tokens=MOST_TOKENS, dtype=self.dtype, model_dtype=self.model_dtype, separate=self.separate,
         )  # fmt: skip
 

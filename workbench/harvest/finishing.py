@@ -1,6 +1,6 @@
 """The DuckDB file of a harvest, made from its journal and token files; with it in place the harvest is finished.
 
-tokens(row, context, doc, pos, token, flags)
+tokens(row, context, doc, pos, token, flags, role)    role in a conversation, NULL outside of any
 documents(doc, name, n_tokens)         n_tokens counts the harvested ones, without BOS
 vocabulary(token, text), token_bytes(token, bytes)
 blocks(hook, block, first_row, n_rows, dtype, width, file, bytes, crc32)
@@ -20,10 +20,12 @@ from workbench.disk.database import write_duckdb
 from workbench.harvest.blocks import TOKEN_COLUMNS, map_tensors
 from workbench.harvest.journal import Block
 from workbench.harvest.record import DATABASE
+from workbench.text.chats import ROLE_SHIFT, ROLES, STATE_BITS
 from workbench.text.packing import NO_TEXT
 
 SCHEMA = """
-    CREATE TABLE tokens (row BIGINT, context INTEGER, doc INTEGER, pos INTEGER, token INTEGER, flags UTINYINT);
+    CREATE TABLE tokens (row BIGINT, context INTEGER, doc INTEGER, pos INTEGER, token INTEGER, flags UTINYINT,
+                         role VARCHAR);
     CREATE TABLE names (doc INTEGER, name VARCHAR);
     CREATE TABLE vocabulary (token INTEGER, text VARCHAR);
     CREATE TABLE token_bytes (token INTEGER, bytes BLOB);
@@ -82,8 +84,11 @@ def write_database(
 def _token_rows(folder: Path, block: Block, context_len: int) -> pa.Table:
     columns = map_tensors(folder / block.tokens.file)
     rows = np.arange(block.first_row, block.first_row + block.n_rows)
+    found = {name: columns[name].numpy() for name in TOKEN_COLUMNS}
+    bits = found["flags"]
+    roles = pa.DictionaryArray.from_arrays(pa.array(bits >> ROLE_SHIFT, mask=bits >> ROLE_SHIFT == 0), pa.array(ROLES))
     return pa.table(
-        {"row": rows, "context": rows // context_len} | {name: columns[name].numpy() for name in TOKEN_COLUMNS}
+        {"row": rows, "context": rows // context_len, **found, "flags": bits & STATE_BITS, "role": roles.cast("string")}
     )
 
 

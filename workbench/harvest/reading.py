@@ -16,6 +16,7 @@ Row numbers: row = context * context_len + position in context. Flagged rows (BO
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from sae.errors import InputError
 from workbench.harvest.blocks import map_tensors
 from workbench.harvest.journal import Block
 from workbench.harvest.record import DATABASE, DESCRIPTION, GRADIENT, HarvestRecord
-from workbench.text.packing import is_ordinary
+from workbench.text.chats import FLAG_LEFT_OUT, NO_SPECIAL, ROLE_SHIFT, STATE_BITS, Only, counting
+from workbench.text.packing import NO_TEXT, is_ordinary
 
 
 class Vectors:
@@ -97,34 +99,67 @@ class Vectors:
 class Harvest(HarvestRecord):
     """A finished harvest with its rows."""
 
+    only: Only | None = None
+    """Which of its tokens count, of those that did when it was made; all of them when None."""
+
     @classmethod
-    def open(cls, directory: Path | str) -> "Harvest":
+    def open(cls, directory: Path | str, only: str = "") -> "Harvest":
         """Opens a finished harvest.
 
+        Args:
+            only: which of its tokens count, as `workbench.text.chats.Only.parse` takes it; the harvest goes by
+                `NAME:ONLY` then.
+
         Raises:
-            InputError: nothing there, not finished, or another schema.
+            InputError: nothing there, not finished, or another schema; an `only` that a harvest cannot tell.
         """
         directory = Path(directory)
         if not (directory / DESCRIPTION).is_file():
             raise InputError(f"no harvest at {directory}: make one with `workbench harvest`")
         if not (directory / DATABASE).is_file():
             raise InputError(f"harvest {directory.name!r} is not finished: repeat the command that started it")
-        return cls(directory)
+        harvest = cls(directory)
+        if only:
+            harvest.only = Only.parse(only)
+            # What is made from it says what counted, and is evaluated on the same.
+            harvest.config = harvest.config | {"text_field": counting(harvest.config.get("text_field", "text"), only)}
+            harvest.name = f"{harvest.name}:{only}"
+            if not harvest.only.special:
+                raise InputError(f"{harvest.name}: special tokens are left out when harvesting (--only {NO_SPECIAL})")
+            if not harvest.ordinary.any():
+                raise InputError(f"{harvest.name} has no row that counts: harvest conversations, or choose others")
+        return harvest
+
+    def _column(self, name: str) -> NDArray[Any]:
+        columns = [map_tensors(self.directory / block.tokens.file)[name] for block in self.blocks]
+        return torch.cat(columns).numpy()
+
+    @cached_property
+    def _bits(self) -> UInt8[NDArray, "rows"]:
+        return self._column("flags")
 
     @cached_property
     def flags(self) -> UInt8[NDArray, "rows"]:
         """FLAG_... bits of every row."""
-        columns = [map_tensors(self.directory / block.tokens.file)["flags"] for block in self.blocks]
-        return torch.cat(columns).numpy()
+        flags = self._bits & STATE_BITS
+        if self.only is not None:
+            out = self.only.leaves_out(self.roles, self._column("pos"), np.zeros(len(flags), dtype=bool))
+            flags[out & ((flags & NO_TEXT) == 0)] |= FLAG_LEFT_OUT
+        return flags
+
+    @property
+    def roles(self) -> UInt8[NDArray, "rows"]:
+        """Role of every row in its conversation, its place in `workbench.text.chats.ROLES`; 0 outside of any."""
+        return self._bits >> ROLE_SHIFT
 
     @property
     def ordinary(self) -> Bool[NDArray, "rows"]:
-        """Which rows are neither BOS nor padding."""
+        """Which rows are trained on and counted: neither BOS nor padding, nor tokens that were left out."""
         return is_ordinary(self.flags)
 
     @property
     def n_trainable_rows(self) -> int:
-        """Rows that are neither BOS nor padding."""
+        """Rows that are trained on and counted."""
         return int(self.ordinary.sum())
 
     def vectors(self, hook: str) -> Vectors:

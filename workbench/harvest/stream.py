@@ -35,6 +35,7 @@ from workbench.harvest.record import GRADIENT
 from workbench.harvest.shuffled import Chunk, ShuffledRows, generator
 from workbench.harvest.writing import flags_of, gradient_scale, not_finite
 from workbench.models.model import LoadedModel
+from workbench.text.chats import STATE_BITS
 from workbench.text.corpora import Corpus
 from workbench.text.packing import FLAG_OK, PackedBatch, Place, is_ordinary, place_after
 
@@ -306,7 +307,7 @@ class ModelRows(ShuffledRows):
             first = number * len(filling.columns[0])
             where = not_finite(dict(zip(self._names, columns, strict=True)), first, self._plan.context_len)
             raise InputError(f"{where} (epoch {epoch + 1}); what was trained before is kept in the checkpoint")
-        flags = np.concatenate(filling.flags)
+        flags = np.concatenate(filling.flags) & STATE_BITS
         usable = np.flatnonzero(flags == FLAG_OK if self._plan.gradients else is_ordinary(flags))
         order = torch.from_numpy(generator(self._seed, *filling.cursor).permutation(usable))
         if self._stream is not None:

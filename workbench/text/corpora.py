@@ -10,7 +10,7 @@
 - the name of a dataset on the Hugging Face hub (`owner/name`, or `owner/name:configuration`), streamed (network).
 
 A text file is split at lines that hold only `<|endoftext|>`, where it has them, and is one document otherwise. A row
-of JSON lines, Parquet or a hub dataset is a document, and may be a list of token ids in place of text;
+of JSON lines, Parquet or a hub dataset is a document, and may be a list of token ids or of messages in place of text;
 `Corpus.of_tokens` takes token ids from Python. A tenth of the documents is held out, chosen by a hash of the document's
 name, so the choice does not depend on the others. A corpus of one document holds out its last tenth.
 
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from sae.errors import InputError
 from workbench.disk.hub import require_hub
+from workbench.text.chats import Messages, Only, field_and_only
 from workbench.text.document_counts import DocumentCounts
 from workbench.text.entries import (
     JSON_LINES,
@@ -71,6 +72,10 @@ class Document:
     text: str
     """Empty where token ids are given in its place."""
     tokens: NDArray[np.int32] | None = None
+    messages: Messages | None = None
+    """Of a conversation, in place of a text."""
+    only: Only | None = None
+    """Which of its tokens count; all when None."""
 
 
 class Corpus:
@@ -81,7 +86,7 @@ class Corpus:
         entries: starts a new pass over all documents, always in the same order.
         split: the side of the split a document's name falls on.
         fingerprint: identity of the contents, recorded with everything made from them.
-        text_field: field that held the text, where there are fields.
+        text_field: field that held the text, where there are fields, and what of it counts (`workbench.text.chats`).
         entries_from: starts a pass at a document, by its index, or at one before it that costs less reading than all:
             (index of the first, it and those after it).
 
@@ -99,6 +104,7 @@ class Corpus:
         entries_from: Callable[[int], tuple[int, Iterator[Entry]]] | None = None,
     ) -> None:
         self.name, self.fingerprint, self.text_field = name, fingerprint, text_field
+        self._only = field_and_only(text_field)[1]
         self._entries, self._split = entries, split
         self._entries_from = entries_from or (lambda start: (0, entries()))
         first = list(islice(entries(), 2))
@@ -116,7 +122,7 @@ class Corpus:
         if self._single is not None:
             content = self._single.read()
             cut = len(content) - len(content) // HELD_OUT_ONE_IN
-            yield _document(0, self._single.name, content[:cut] if split == "train" else content[cut:])
+            yield _document(0, self._single.name, content[:cut] if split == "train" else content[cut:], self._only)
             return
         found = 0
         first, entries = self._entries_from(start)
@@ -125,7 +131,7 @@ class Corpus:
             if self._split(one.name) == split:
                 found += 1
                 if total > start:
-                    yield _document(total - 1, one.name, one.read())
+                    yield _document(total - 1, one.name, one.read(), self._only)
         if not found and not first:
             raise InputError(
                 f"corpus {self.name} has {total} documents and none of them is in its {split} split: "
@@ -156,7 +162,8 @@ def open_corpus(spec: str | Corpus, *, text_field: str = "text") -> Corpus:
     """Opens a corpus; see the module's description. One that is open already is given back.
 
     Args:
-        text_field: field that holds the text in JSON lines, Parquet and hub datasets.
+        text_field: field that holds the text in JSON lines, Parquet and hub datasets; which tokens count may stand
+            behind it, `messages:assistant` (`workbench.text.chats`).
 
     Raises:
         InputError: nothing there, no documents, a missing field, text that is not UTF-8, or broken JSON. What only
@@ -165,7 +172,7 @@ def open_corpus(spec: str | Corpus, *, text_field: str = "text") -> Corpus:
     if isinstance(spec, Corpus):
         return spec
     if spec == "python-stdlib":
-        return _python_stdlib()
+        return _python_stdlib(text_field)
     if spec.startswith(LIVE):
         raise InputError(
             f"the corpus {spec.removeprefix(LIVE)!r} was given from Python, which a workspace does not keep: give it "
@@ -188,21 +195,25 @@ def hash_split(name: str) -> Split:
     return "heldout" if int(_digest([name])[:8], 16) % HELD_OUT_ONE_IN == 0 else "train"
 
 
-def _document(index: int, name: str, content: Content) -> Document:
-    return Document(index, name, content) if isinstance(content, str) else Document(index, name, "", content)
+def _document(index: int, name: str, content: Content, only: Only | None) -> Document:
+    if isinstance(content, str):
+        return Document(index, name, content, only=only)
+    if isinstance(content, tuple):
+        return Document(index, name, "", messages=content, only=only)
+    return Document(index, name, "", content, only=only)
 
 
 def _digest(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _python_stdlib() -> Corpus:
+def _python_stdlib(text_field: str) -> Corpus:
     files = sorted(stdlib_files(), key=lambda file: _digest([file.module_path]))
     if not files:
         raise InputError("this Python's standard library has no source files: use another interpreter or corpus")
     entries = [Entry(file.module_path, file.read) for file in files]
     contents = [f"{file.module_path}:{_file_digest(file.path)}" for file in files]
-    return Corpus("python-stdlib", lambda: iter(entries), split_of, _digest(contents))
+    return Corpus("python-stdlib", lambda: iter(entries), split_of, _digest(contents), text_field)
 
 
 def _local(spec: str, path: Path, text_field: str) -> Corpus:
@@ -215,7 +226,7 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
     if any(kind_of(file.name) in JSON_LINES | {".parquet"} for file in files):
         for file in present:
             kind = kind_of(file.name)
-            if kind in BESIDE_DATA or (kind == ".json" and _holds_rows(file, text_field)):
+            if kind in BESIDE_DATA or (kind == ".json" and _holds_rows(file, field_and_only(text_field)[0])):
                 raise InputError(
                     f"{spec} holds {file.name} beside data that is read, and {file.suffix} files are not read: convert "
                     "it to JSON lines or Parquet, or move it out of the folder"
@@ -228,13 +239,17 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
     named = _in_order(local_file(file, file.relative_to(root).as_posix()) for file in files)
     contents = [f"{file.name}:{_file_digest(file.path)}" for file in named if file.path is not None]
     return Corpus(
-        spec, lambda: _all_entries(named, text_field), hash_split, _digest([text_field, *contents]), text_field
+        spec,
+        lambda: _all_entries(named, text_field),
+        hash_split,
+        _digest([field_and_only(text_field)[0], *contents]),
+        text_field,
     )
 
 
 def _remote(address: str, text_field: str) -> Corpus:
     files, marks = remote_files(address)
-    named, fingerprint = _in_order(files), _digest([address, text_field, *marks])
+    named, fingerprint = _in_order(files), _digest([address, field_and_only(text_field)[0], *marks])
     counts = DocumentCounts(fingerprint)
 
     def entries_from(start: int) -> tuple[int, Iterator[Entry]]:
@@ -301,10 +316,11 @@ def _hub(spec: str, text_field: str) -> Corpus:
 
 def streamed(name: str, rows: Any, text_field: str, revision: str) -> Corpus:
     """A corpus over an iterable dataset (anything that starts anew when iterated) of rows with a text field."""
+    field, _ = field_and_only(text_field)
 
     def entries() -> Iterator[Entry]:
         for number, row in enumerate(rows):
-            if len(content := field_of(row, text_field, f"{name}, row {number}")):
+            if len(content := field_of(row, field, f"{name}, row {number}")):
                 yield entry(f"{name}#{number}", content)
 
-    return Corpus(name, entries, hash_split, _digest([name, revision, text_field]), text_field)
+    return Corpus(name, entries, hash_split, _digest([name, revision, field]), text_field)

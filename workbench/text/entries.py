@@ -1,8 +1,8 @@
 """The documents in one file of a corpus, wherever it lies: text, JSON lines, Parquet, or an array of token ids.
 
 A text file is split at lines that hold only `<|endoftext|>`, where it has them, and is one document otherwise. A row
-of JSON lines or Parquet is a document, its text or token ids in a field. Text and JSON lines may be compressed (.gz,
-.zst).
+of JSON lines or Parquet is a document, its text, token ids or messages in a field. Text and JSON lines may be
+compressed (.gz, .zst).
 A file is read as a stream, from its beginning, and no further than is asked for.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae.errors import InputError
+from workbench.text.chats import Messages, field_and_only, messages_of
 
 SEPARATOR = "<|endoftext|>"
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py", ".html", ".tex", ".c", ".js", ".ts", ".rs", ".go"}
@@ -28,8 +29,8 @@ COMPRESSED = {".gz", ".zst"}
 READ_AT_ONCE = 1 << 22
 """Bytes of a file that are asked for together."""
 
-Content: TypeAlias = str | NDArray[np.int32]
-"""Of a document: its text, or its token ids."""
+Content: TypeAlias = str | NDArray[np.int32] | Messages
+"""Of a document: its text, its token ids, or its messages."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,12 @@ class CorpusFile:
         Raises:
             InputError: what cannot be read, by line or row.
         """
+        field, _ = field_and_only(text_field)
         if self.kind == ".npy":
             return _array_entries(self)
         if self.kind == ".parquet":
-            return _parquet_entries(self, text_field)
-        return _jsonl_entries(self, text_field) if self.kind in JSON_LINES else _text_entries(self)
+            return _parquet_entries(self, field)
+        return _jsonl_entries(self, field) if self.kind in JSON_LINES else _text_entries(self)
 
 
 def kind_of(name: str) -> str:
@@ -209,20 +211,22 @@ def entry(name: str, content: Content) -> Entry:
 
 
 def field_of(row: dict[str, Any], text_field: str, where: str) -> Content:
-    """The text or token ids in a field of a row. Raises InputError, which begins with `where`, for anything else."""
+    """The text, token ids or messages in a field of a row. Raises InputError, beginning with `where`, for others."""
     if text_field not in row:
         raise InputError(_no_field(where, text_field, list(row)))
     return _content(row[text_field], text_field, where)
 
 
 def _content(value: Any, text_field: str, where: str) -> Content:
-    """The text or token ids of a field; a missing value is an empty document, which is left out."""
+    """The text, token ids or messages of a field; a missing value is an empty document, which is left out."""
     if value is None:
         return ""
     if isinstance(value, list):
-        return token_ids(value, where)
+        return messages_of(value, where) if value and isinstance(value[0], dict) else token_ids(value, where)
     if not isinstance(value, str):
-        raise InputError(f"{where}: field {text_field!r} holds {type(value).__name__}, expected text or token ids")
+        raise InputError(
+            f"{where}: field {text_field!r} holds {type(value).__name__}, expected text, token ids or messages"
+        )
     if not is_unicode(value):
         raise InputError(f"{where}: field {text_field!r} holds half of a surrogate pair, no character; mend the text")
     return value

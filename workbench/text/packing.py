@@ -9,6 +9,9 @@ none: documents follow each other as they are, and padding is token 0.
 
 The text of a special token, such as a chat marker, is that one token, in documents as in prompts. So a document that
 writes the BOS token's text holds that token: it is flagged as BOS wherever it stands, and not put in front twice.
+
+Conversations are written by the tokenizer's chat template; the role of a token, and whether it counts, stand in its
+flags (`workbench.text.chats`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,6 +23,7 @@ from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
 
 from sae.errors import InputError
+from workbench.text.chats import FLAG_LEFT_OUT, ROLE_SHIFT, write
 from workbench.text.corpora import Document
 from workbench.text.long_text import encode_long
 
@@ -39,11 +43,13 @@ FLAG_NO_GRADIENT = 4
 """Last position of a context, whose loss term does not exist; set where gradients are harvested."""
 NO_TEXT = FLAG_BOS | FLAG_PADDING
 """Bits of rows that are no token of a document."""
+NOT_COUNTED = NO_TEXT | FLAG_LEFT_OUT
+"""Bits of rows that are neither trained on nor counted."""
 
 
 def is_ordinary(flags: UInt8[NDArray, "*rows"]) -> Bool[NDArray, "*rows"]:
-    """Rows that are a token of a document: neither BOS nor padding."""
-    return (flags & NO_TEXT) == 0
+    """Rows that are trained on and counted: neither BOS nor padding, nor a token that was left out."""
+    return (flags & NOT_COUNTED) == 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class PackedBatch:
     pos: NDArray[np.int32]
     """Position of the token in its document, -1 for BOS and padding."""
     flags: NDArray[np.uint8]
-    """FLAG_... bits; 0 for an ordinary token."""
+    """FLAG_... bits, and from `ROLE_SHIFT` on the role in a conversation; 0 for an ordinary token of a text."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,17 @@ class _Piece:
     first: int
     """Position of the first of them in the document."""
     ids: NDArray[np.int32]
+    flags: NDArray[np.uint8]
+    """Roles and what does not count."""
 
 
 def _rest(pieces: Iterable[_Piece], after: Place) -> Iterator[_Piece]:
     """What is left after a place."""
     for piece in pieces:
         done = after.position + 1 - piece.first if piece.document.index == after.document else 0
-        yield _Piece(piece.document, piece.first + done, piece.ids[done:]) if done > 0 else piece
+        if done > 0:
+            piece = _Piece(piece.document, piece.first + done, piece.ids[done:], piece.flags[done:])
+        yield piece
 
 
 def _contexts(
@@ -163,7 +173,9 @@ def _contexts(
             context[0, filled:end] = some
             context[1, filled:end] = index
             context[2, filled:end] = piece.first + np.arange(start, start + len(some))
-            context[3, filled:end] = FLAG_OK if bos_id is None else np.where(some == bos_id, FLAG_BOS, FLAG_OK)
+            context[3, filled:end] = piece.flags[start : start + len(some)]
+            if bos_id is not None:
+                context[3, filled:end][some == bos_id] = FLAG_BOS
             filled, start = end, start + len(some)
             if filled == context_len:
                 yield context.copy()
@@ -181,14 +193,48 @@ def _encoded(
         if len(some) == 1 and len(some[0].text) > LONG_DOCUMENT and tokenizer.is_fast:
             first = 0
             for ids in encode_long(_backend(tokenizer, split_special_tokens), some[0].text):
-                yield _Piece(some[0], first, ids)
+                yield _piece(some[0], first, ids, None, tokenizer)
                 first += len(ids)
             continue
-        texts = [document.text for document in some if document.tokens is None]
+        texts = [document.text for document in some if document.tokens is None and document.messages is None]
         encoded = iter(_token_ids(tokenizer, texts, split_special_tokens) if texts else [])
         for document in some:
+            if document.messages is not None:
+                ids, roles = _conversation(document, tokenizer)
+                yield _piece(document, 0, ids, roles, tokenizer)
+                continue
             whole = next(encoded) if document.tokens is None else document.tokens
-            yield _Piece(document, 0, np.asarray(whole, dtype=np.int32))
+            yield _piece(document, 0, np.asarray(whole, dtype=np.int32), None, tokenizer)
+
+
+def _piece(
+    document: Document,
+    first: int,
+    ids: NDArray[np.int32],
+    roles: NDArray[np.uint8] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> _Piece:
+    """Some tokens of a document with their roles, and which of them do not count."""
+    roles = np.zeros(len(ids), dtype=np.uint8) if roles is None else roles
+    flags = (roles << ROLE_SHIFT).astype(np.uint8)
+    if document.only is not None:
+        special = np.isin(ids, tokenizer.all_special_ids)
+        flags[document.only.leaves_out(roles, first + np.arange(len(ids)), special)] |= FLAG_LEFT_OUT
+    return _Piece(document, first, ids, flags)
+
+
+def _conversation(
+    document: Document, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Token ids and roles of a conversation."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            "this model's tokenizer gives no character offsets, so conversations have no roles: give texts"
+        )
+    assert document.messages is not None
+    written = write(document.messages, tokenizer, document.name)
+    encoding = _backend(tokenizer, False).encode(written.text, add_special_tokens=False)
+    return np.asarray(encoding.ids, dtype=np.int32), written.roles(encoding.offsets)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

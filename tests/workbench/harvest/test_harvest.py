@@ -109,7 +109,7 @@ def test_tables_say_what_every_row_is(
     batch = next(pack(corpus.documents("train"), gpt2_model.tokenizer, gpt2_model.bos_id, CONTEXT, 43))
     columns = zip(batch.doc.flat, batch.pos.flat, batch.tokens.flat, batch.flags.flat, strict=True)
     assert tables["tokens"] == [
-        (row, row // CONTEXT, *[int(value) for value in rest]) for row, rest in enumerate(columns)
+        (row, row // CONTEXT, *[int(value) for value in rest], None) for row, rest in enumerate(columns)
     ]
     names = {document.index: document.name for document in corpus.documents("train")}
     for doc, name, n_tokens in tables["documents"]:

@@ -25,6 +25,7 @@ from workbench.features.concepts.spans import Span, anchors, tokens_of
 from workbench.features.concepts.text_spans import text_spans
 from workbench.harvest.blocks import map_tensors
 from workbench.harvest.reading import Harvest
+from workbench.text.chats import write
 from workbench.text.corpora import Corpus, Document
 from workbench.text.python_source import Split
 
@@ -301,6 +302,8 @@ def _encoded(
     backend.encode_special_tokens = split_special_tokens
     some: list[Document] = []
     for document in documents:
+        if document.messages is not None:
+            document = replace(document, text=write(document.messages, tokenizer, document.name).text)
         some.append(document)
         if len(some) == DOCUMENTS_AT_ONCE:
             yield from _encode(some, backend)

@@ -46,7 +46,7 @@ from workbench.features.index.geometry import MapMethod
 from workbench.features.index.search import MAX_HITS, By, Found, find, together
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
 from workbench.models.places import between
-from workbench.text.packing import NO_TEXT
+from workbench.text.packing import NO_TEXT, NOT_COUNTED
 from workbench.text.token_bytes import alone, joined
 
 if TYPE_CHECKING:
@@ -350,7 +350,7 @@ class FeatureIndex:
         rows = self._query("SELECT max(row) + 1 FROM tokens")[0][0]
         drawn = np.random.default_rng(seed).choice(rows, size=min(rows, 4 * n), replace=False).tolist()
         ordinary = {row for (row,) in self._query(
-            f"SELECT row FROM tokens WHERE flags & {NO_TEXT} = 0 AND row IN (SELECT unnest(?))", drawn
+            f"SELECT row FROM tokens WHERE flags & {NOT_COUNTED} = 0 AND row IN (SELECT unnest(?))", drawn
         )}  # fmt: skip
         examples = self._examples(number, [(row, 0.0) for row in drawn if row in ordinary])
         return [example for example in examples if not any(example.activations)][:n]
