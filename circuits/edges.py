@@ -110,10 +110,15 @@ def unread(name: str) -> InputError:
 
 
 def reader_names(bridge: Bridge) -> list[str]:
-    """Hook points of queries, keys, values and MLPs, layer by layer. Raises InputError as `check_reads`."""
+    """Hook points of queries, keys, values and MLPs, layer by layer. Raises InputError for one that a model does not
+    have, and as `check_reads`."""
     check_reads(bridge)
     places = [(*(f"attn.{part}.hook_out" for part in "qkv"), mlp_input(block)[0]) for block in bridge.blocks]
-    return [f"blocks.{layer}.{name}" for layer, names in enumerate(places) for name in names]
+    names = [f"blocks.{layer}.{name}" for layer, inner in enumerate(places) for name in inner]
+    for name in names:
+        if name not in bridge.hook_dict:
+            raise unread(name)
+    return names
 
 
 def read_through(

@@ -7,7 +7,7 @@
    hook point, also where a tensor's own retain_grad() stays empty because the module computes on a view of it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,14 +72,20 @@ def taking(bridge: Bridge, names: Iterable[str], found: dict[str, Tensor]) -> It
 
         return take
 
+    def check(there: Container[str]) -> None:
+        for name in wanted:
+            if name not in there:
+                raise InputError(
+                    f"this model has nothing at {name}: TransformerLens runs its attention or MLP in one piece, or the "
+                    "layer has none"
+                )
+
     wanted = list(names)
+    # From TransformerLens 4.0 on a name that is none is a KeyError, before it nothing at all.
+    check(bridge.hook_dict)
     with bridge.hooks(fwd_hooks=[(name, taker(name)) for name in wanted]):
         yield
-    if missing := [name for name in wanted if name not in found]:
-        raise InputError(
-            f"this model has nothing at {missing[0]}: TransformerLens runs its attention or MLP in one piece, or the "
-            "layer has none"
-        )
+    check(found)
 
 
 def last_values(value: Float[Tensor, "n pos d"], prompts: PromptSet) -> Float[Tensor, "n d"]:

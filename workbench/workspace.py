@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from workbench.features.opening import Opened, Opening
     from workbench.features.prompts import PromptReading
     from workbench.features.steering import EditKind, Steering, Where
+    from workbench.harvest.outside import Values
     from workbench.harvest.plan import HarvestConfig
     from workbench.harvest.reading import Harvest
     from workbench.harvest.run import HarvestEstimate, HarvestProgress
@@ -94,6 +95,18 @@ class Workspace(Studies):
         from workbench.harvest.run import estimate_into
 
         return estimate_into(self.harvest_folder(name), config, device=device)
+
+    def add_harvest(self, name: str, activations: "Mapping[str, Values]", **described: Any) -> "Harvest":
+        """Stores activations from elsewhere as a harvest, by the names of their hook points.
+
+        Args:
+            activations: [contexts, pos, width], or [rows, width]; arrays may be memory-mapped.
+            described: tokens, counted, vocabulary, model: as `workbench.harvest.outside.write_activations`, also for
+                the InputErrors.
+        """
+        from workbench.harvest.outside import write_activations
+
+        return write_activations(new_folder(self.harvest_folder(name)), activations, **described)
 
     # Training
 

@@ -93,15 +93,9 @@ def concepts(
     given = None if table is None else read_table(table)
     with ProgressBar("concepts", 1, enabled=not as_json) as bar:
         report = workspace.concepts(
-            sae,
-            harvest=harvest,
-            table=given,
-            language=language,
-            max_tokens=tokens,
-            neurons=neurons,
-            device=device,
+            sae, harvest=harvest, table=given, language=language, max_tokens=tokens, neurons=neurons, device=device,
             on_progress=bar.report,
-        )
+        )  # fmt: skip
     by_concept = report.table()
     by_feature = report.alignment.best_concepts().sort_values(["f1", "feature"], ascending=[False, True])
     if as_json:

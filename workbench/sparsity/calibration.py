@@ -60,8 +60,8 @@ class Calibration:
     """By layer, in the model's precision."""
     inputs: dict[str, Quantiles]
     """|x| by the name of the matrix that reads x."""
-    gates: tuple[Quantiles | None, ...]
-    """|act(z)| by layer; None for a mixture of experts."""
+    gates: tuple[Quantiles, ...]
+    """|act(z)| by layer, mixtures of experts left out."""
 
     @property
     def tokens(self) -> int:
@@ -116,7 +116,7 @@ def calibrate_on(model: LoadedModel, sample: Sequence[ContextBatch]) -> Calibrat
         projections=tuple(matrices),
         h=tuple(torch.cat(rows) for rows in activations),
         inputs={name: Quantiles.of(torch.cat(values)) for name, values in inputs.items()},
-        gates=tuple(Quantiles.of(torch.cat(values)) if values else None for values in gates),
+        gates=tuple(Quantiles.of(torch.cat(values)) for values in gates if values),
     )
 
 

@@ -124,16 +124,13 @@ def align_sae(
     if wanted is None:
         raise InputError(f"SAE {name!r} was not trained here: name a harvest of its model")
     source = catalog.open_harvest(wanted)
-    if isinstance(concepts, ConceptTruth):
-        truth = concepts
-    elif concepts is not None:
-        truth = from_table(source, concepts)
+    if concepts is not None:
+        truth = concepts if isinstance(concepts, ConceptTruth) else from_table(source, concepts)
     else:
         truth = truth_of(catalog, wanted, language=language, model=model, max_tokens=max_tokens)
     vectors, hook = source.vectors(sae.hook_name), neurons or _neurons_hook(source, sae)
     of_neurons = None if hook is None else source.vectors(hook)
-    place = sae.W_dec.device
-    units = None if of_neurons is None else Units.of_neurons(of_neurons.width, place)
+    units = None if of_neurons is None else Units.of_neurons(of_neurons.width, sae.W_dec.device)
     _check_memory([Units.of(sae), *([] if units is None else [units])], sae.d_in, truth)
     report = ConceptReport(
         alignment=align(sae, vectors, truth, on_progress),

@@ -24,7 +24,6 @@ def keeps(level: float, calibration: Calibration) -> dict[str, Keep]:
     return {
         mlp.out.name: keep_in(mlp, gate.at(level))
         for mlp, gate in zip(calibration.mlps, calibration.gates, strict=True)
-        if gate is not None
     }
 
 
