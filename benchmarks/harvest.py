@@ -55,10 +55,11 @@ def main() -> None:
             print(f"{key:32} {value:,.4g}" if isinstance(value, float) else f"{key:32} {value}")
 
 
-def gpt2_small(folder: Path, dtype: torch.dtype) -> str:
-    """A random model of GPT-2 small's width and depth with the demo model's tokenizer, saved as `dtype`."""
+def gpt2_small(folder: Path, dtype: torch.dtype, **shape: int) -> str:
+    """A random model of GPT-2 small's width and depth, or another's, with the demo model's tokenizer, saved as
+    `dtype`."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, bos_token_id=0, eos_token_id=0)).to(dtype)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, bos_token_id=0, eos_token_id=0, **shape)).to(dtype)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((demo_model_dir() / name).read_bytes())

@@ -1,6 +1,6 @@
 """Training over several GPUs of one host, beside one of them in the same run.
 
-    torchrun --nproc-per-node 2 benchmarks/ranks.py [--losses] [--sizes M L] [--sweep S] [--rounds 20] [--json]
+    torchrun --nproc-per-node 2 benchmarks/ranks.py [--losses] [--sizes M L] [--sweep S] [--harvest TOKENS] [--json]
 
 Steps: an SAE's training step with its features shared out over the ranks, and the whole of it on one rank, in turns, on
 the same batches; `workbench.bench` says what the sizes are. Reported: medians of the first rank in ms, the speed-up,
@@ -8,6 +8,9 @@ and the peak memory that a rank's state and steps take.
 
 Sweep: SAEs of one size side by side, two for each rank: the seconds of their steps on all ranks together, and on one
 rank that has them all.
+
+Harvest: a random model of 16 layers of width 2,048 (0.8 billion parameters, bf16) on the standard library of Python, by
+all ranks and by one of them, into --folder.
 
 Agreement: planted ties, in numbers whose sums are exact in any order, chosen among over the ranks and on one; and
 losses of a short run on all ranks and on one. It comes first, and stops the run where something differs.
@@ -17,8 +20,10 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +40,7 @@ from sae.training import StepMetrics, train
 from workbench.bench.arms import LR, SIZES, Size, batches
 
 WARM_UP = 6
+BILLION = {"n_embd": 2048, "n_layer": 16, "n_head": 16}
 
 
 class Cycle:
@@ -182,11 +188,50 @@ def time_sweep(ranks: Ranks, name: str, data: list[Tensor], steps: int) -> dict[
     }  # fmt: skip
 
 
+def time_harvest(ranks: Ranks, tokens: int, folder: Path, rounds: int, device: str = "cuda") -> dict[str, Any]:
+    """Seconds of a whole harvest by one rank and by all, in turns, medians."""
+    # What a harvest takes is not needed, nor installed perhaps, where training alone is timed.
+    from harvest import gpt2_small
+
+    from workbench.harvest.plan import HarvestConfig
+    from workbench.harvest.run import run_harvest
+    from workbench.models.load import load_model
+    from workbench.text.corpora import open_corpus
+
+    spec = ranks.lead(lambda: gpt2_small(folder / "model", torch.bfloat16, **BILLION))
+    model, corpus = load_model(spec, device=device), open_corpus("python-stdlib")
+    layer = model.info.n_layers - 1
+    config = HarvestConfig(spec, "python-stdlib", (f"blocks.{layer}.hook_resid_post",), max_tokens=tokens)
+    seconds: dict[str, list[float]] = {"one": [], "all": []}
+    made: dict[str, Path] = {}
+    for number in range(rounds + 1):
+        for key, over in (("one", ALONE), ("all", ranks)):
+            ranks.wait()
+            started = time.perf_counter()
+            if key == "all" or ranks.leads:
+                made[key] = folder / f"{key}-{number}"
+                run_harvest(model, corpus, config, made[key], ranks=over)
+            seconds[key].append(time.perf_counter() - started)
+            ranks.wait()
+    # The first round compiles and warms up.
+    one, every = (statistics.median(seconds[key][1:]) for key in ("one", "all"))
+    files = [sorted(file.relative_to(place) for file in place.rglob("*.safetensors")) for place in made.values()]
+    same = ranks.leads and files[0] == files[1] and all(
+        (made["one"] / file).read_bytes() == (made["all"] / file).read_bytes() for file in files[0]
+    )  # fmt: skip
+    return {
+        "harvest": tokens, "ranks": ranks.size, "one_s": one, "all_s": every, "speed_up": one / every,
+        "files": len(files[0]), "same_bytes": same,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=["M", "L"], choices=SIZES)
     parser.add_argument("--batchtopk", nargs="*", default=[], choices=SIZES, help="sizes to time BatchTopK at")
     parser.add_argument("--sweep", choices=SIZES)
+    parser.add_argument("--harvest", type=int, metavar="TOKENS")
+    parser.add_argument("--folder", type=Path, help="where harvests go; the system's temporary folder when left out")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--losses", action="store_true", help="compare the losses of short runs")
     parser.add_argument("--json", action="store_true")
@@ -210,6 +255,11 @@ def main() -> None:
         torch.cuda.empty_cache()
     if options.sweep:
         note(time_sweep(ranks, options.sweep, batches(SIZES[options.sweep], device), 400))
+    if options.harvest:
+        with tempfile.TemporaryDirectory(dir=options.folder) as own:
+            # The first rank's, which all write to.
+            note(time_harvest(ranks, options.harvest, Path(ranks.lead(lambda: own)), 3))
+            ranks.wait()
     dist.destroy_process_group()
 
 

@@ -37,46 +37,47 @@ def shared_data() -> Path:
     return folder
 
 
-def _of_rank(work: Callable[..., Any], rank: int, size: int, port: int, arguments: Sequence[Any], results: Any) -> None:
+def _of_rank(work: Callable[..., Any], rank: int, size: int, port: int, arguments: Sequence[Any], told: Any) -> None:
     """One rank, in a process of its own."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         # As bytes: torch would send tensors as files that end with this process.
-        results.put((rank, pickle.dumps(work(meet(), *arguments)), None))
+        told.send((pickle.dumps(work(meet(), *arguments)), None))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
-    # The others may still be reading what this rank has told them.
-    results.close()
-    results.join_thread()
+        told.send((None, traceback.format_exc()))
 
 
 @pytest.fixture
 def on_ranks() -> Callable[..., list[Any]]:
-    """`on_ranks(n, work, *arguments)` runs `work(ranks, *arguments)` as n ranks; what each returns."""
+    """`on_ranks(n, work, *arguments)` runs `work(ranks, *arguments)` as n ranks; what each returns, None for one that
+    was killed where ranks may die."""
 
-    def run(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(size: int, work: Callable[..., Any], *arguments: Any, may_die: bool = False) -> list[Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         # Forked, so that nothing is imported again; no thread of torch's has been used in them.
         context = multiprocessing.get_context("fork")
-        results = context.Queue()
-        started = [
-            context.Process(target=_of_rank, args=(work, rank, size, port, arguments, results), daemon=True)
-            for rank in range(size)
-        ]
-        for process in started:
+        started = []
+        for rank in range(size):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_of_rank, args=(work, rank, size, port, arguments, theirs), daemon=True)
             process.start()
-        found = {}
-        for _ in started:
-            rank, result, error = results.get(timeout=300)
+            theirs.close()
+            started.append((process, ours))
+        found = []
+        for rank, (_, ours) in enumerate(started):
+            try:
+                result, error = ours.recv()
+            except EOFError:
+                result, error = pickle.dumps(None), None if may_die else "it was killed"
             assert error is None, f"rank {rank}: {error}"
-            found[rank] = pickle.loads(result)
-        for process in started:
+            found.append(pickle.loads(result))
+        for process, _ in started:
             process.join()
-        return [found[rank] for rank in range(size)]
+        return found
 
     return run
 

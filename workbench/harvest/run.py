@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from sae.errors import InputError
-from sae.ranks import meet
+from sae.ranks import Ranks, meet
 from workbench.disk.descriptions import differences, read_description, write_description
 from workbench.disk.locks import RunLock
 from workbench.harvest.finishing import write_database
@@ -130,6 +130,7 @@ def run_harvest(
     folder: Path,
     *,
     on_progress: Callable[[HarvestProgress], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Harvest:
     """Makes or resumes the harvest in `folder`; see the module's description.
 
@@ -139,6 +140,7 @@ def run_harvest(
         config: what to harvest.
         folder: its name is the harvest's.
         on_progress: called after every batch.
+        ranks: those that make it together; all that torchrun has started when None.
 
     Returns:
         The finished harvest; at once when it was finished before.
@@ -148,7 +150,7 @@ def run_harvest(
             changed since it began, NaN or infinities, a full disk, or another process at work on it.
         KeyboardInterrupt: passed on once the blocks that were complete are stored.
     """
-    plan, ranks = HarvestPlan.of(model, config), meet()
+    plan, ranks = HarvestPlan.of(model, config), meet() if ranks is None else ranks
 
     def recorded() -> list[Block] | None:
         begin(folder, description_of(model, corpus, config, plan))
