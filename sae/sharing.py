@@ -20,7 +20,7 @@ from sae.errors import InputError
 from sae.model import SAE
 from sae.plain_step import MULTI_K
 from sae.ranks import ALONE, Ranks
-from sae.rules import CodeRule
+from sae.rules import CodeRule, ThresholdRule
 
 AGREE_EVERY = 16
 """Steps after which ranks agree on whether to write a checkpoint or to stop: Ctrl-C meets them at different steps."""
@@ -83,8 +83,11 @@ class Sharing:
 def check_shards(config: TrainConfig, ranks: Ranks) -> None:
     """Raises InputError for an SAE whose features cannot be shared out over so many ranks."""
     rule, least = config.rule, config.d_sae // ranks.size
-    if not isinstance(rule, CodeRule):
+    if isinstance(rule, ThresholdRule):
+        if any(len(tensor) != config.d_sae for tensor in rule.trained_tensors(config.d_sae, 1).values()):
+            raise InputError(f"{config.name}: the rule {rule.name} trains tensors that are not of its features")
         return
+    assert isinstance(rule, CodeRule)
     if not rule.has_among():
         raise InputError(
             f"{config.name}: the rule {rule.name} must see all features of a token or a batch on one rank: train it "

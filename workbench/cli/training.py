@@ -400,7 +400,7 @@ def train_with_progress(
     workspace: "Workspace", run: Training, source: "str | list[str] | HarvestConfig", configs: "list[TrainConfig]"
 ) -> "list[TrainedSAE]":
     """Trains behind a progress bar that shows the first SAE still running."""
-    tracker = nullcontext() if run.track is None else workspace.tracker(run.name, run.track)
+    tracker = nullcontext() if run.track is None or not is_first() else workspace.tracker(run.name, run.track)
     with tracker as track, ProgressBar(
         "train", configs[0].total_tokens, enabled=not run.as_json and is_first()
     ) as bar:  # fmt: skip
