@@ -131,8 +131,8 @@ def _config(release: str, sae_id: str) -> dict[str, Any]:
 
     try:
         return dict(load_sae_config_from_huggingface(release, sae_id))
-    except OSError as error:
-        # Of Hugging Face's errors too: no connection, no such file or repository, no access.
+    except (OSError, ValueError, KeyError) as error:
+        # Of Hugging Face's errors too: no connection, no such file or repository, no access; or a file of another kind.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot fetch {release}/{sae_id} ({reason}): check the names and the network") from None
 

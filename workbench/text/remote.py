@@ -16,6 +16,7 @@ says so. What no patience mends (no such file, no access) and what lasts longer 
 import io
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from workbench.text.entries import COMPRESSED, READ_AT_ONCE, SUFFIXES, CorpusFil
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+    from fsspec.implementations.arrow import ArrowFSWrapper
 
 PROTOCOLS = ("s3", "gs", "hf", "https", "http")
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -154,7 +156,11 @@ def _reach(host: str) -> None:
 
 def _listed(system: "AbstractFileSystem", at: str) -> dict[str, dict[str, Any]]:
     """What lies at a path, by path: a file, all files of a folder, or those of a pattern."""
-    if "*" in at:
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    if isinstance(system, ArrowFSWrapper):
+        found = _stored(system, at)
+    elif "*" in at:
         found = system.glob(at, detail=True)
     elif at.endswith("/") or ("://" not in at and system.isdir(at)):
         # Of a web server it is not asked, which would have the whole file sent.
@@ -164,6 +170,26 @@ def _listed(system: "AbstractFileSystem", at: str) -> dict[str, dict[str, Any]]:
     files = {key: dict(info) for key, info in found.items() if info["type"] == "file"}
     # A web server's listing names its files and no more.
     return {key: {**info, **system.info(key)} for key, info in files.items()} if "://" in at else files
+
+
+def _stored(system: "ArrowFSWrapper", at: str) -> dict[str, dict[str, Any]]:
+    """As `_listed`, of an object store: in one listing, since folders are there only as beginnings of names."""
+    from fsspec.utils import glob_translate
+    from pyarrow.fs import FileSelector, FileType
+
+    (one,) = system.fs.get_file_info([at]) if "*" not in at else [None]
+    if one is not None and one.type == FileType.File:
+        entries, pattern = [one], None
+    else:
+        folder, pattern = (_root(at, []), re.compile(glob_translate(at))) if "*" in at else (at, None)
+        entries = system.fs.get_file_info(FileSelector(folder, recursive=True))
+        if not entries:
+            raise FileNotFoundError(at)
+    return {
+        entry.path: {"type": "file", "size": entry.size, "mtime": entry.mtime}
+        for entry in entries
+        if entry.type == FileType.File and (pattern is None or pattern.match(entry.path))
+    }
 
 
 def _root(at: str, keys: list[str]) -> str:
@@ -288,7 +314,7 @@ def _tried(
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if isinstance(error, TimeoutError):
                 reason = f"nothing came for {SILENT_SECONDS} s"
-            if isinstance(error, FileNotFoundError) or _status(error) == 404:
+            if isinstance(error, FileNotFoundError) or _status(error) == 404 or "No such file" in reason:
                 raise InputError(f"there is nothing at {where}: check the address") from None
             if _lasts(error, reason) or (first and any(part in reason for part in UNREACHED)):
                 raise InputError(

