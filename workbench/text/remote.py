@@ -72,7 +72,7 @@ def remote_files(address: str) -> tuple[list[CorpusFile], list[str]]:
         known = ", ".join(f"{name}://" for name in PROTOCOLS)
         raise InputError(f"cannot read {address}: addresses of corpora begin with {known} and name a file or a folder")
     system = _file_system(protocol, path, address)
-    at = address if protocol in ("https", "http") else path.rstrip("/")
+    at = address if protocol in ("https", "http") else _pinned(path) if protocol == "hf" else path.rstrip("/")
     found = _tried(lambda: _listed(system, at), address, first=True)
     root = _root(at, list(found))
     files, marks = [], []
@@ -105,13 +105,26 @@ def _file_system(protocol: str, path: str, address: str) -> "AbstractFileSystem"
         if kind == "datasets":
             repo = "/".join(rest.split("@")[0].split("/")[:2])
             require_hub(repo, "dataset", f"cannot read {address}: no network ({{reason}})")
-        return HfFileSystem()
+        # What it listed before may have changed.
+        return HfFileSystem(skip_instance_cache=True)
     require("aiohttp", f"reading {address}")
     import aiohttp
     from fsspec.implementations.http import HTTPFileSystem
 
     waits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
     return HTTPFileSystem(client_kwargs={"timeout": waits, "trust_env": True}, skip_instance_cache=True)
+
+
+def _pinned(path: str) -> str:
+    """A path on the hub with the commit that its data set stands at, so that all that is read is of one state."""
+    kind, *parts = path.rstrip("/").split("/")
+    if kind != "datasets" or len(parts) < 2 or "@" in parts[1]:
+        return path.rstrip("/")
+    owner, name, *below = parts
+    from huggingface_hub import HfApi
+
+    commit = _tried(lambda: HfApi().dataset_info(f"{owner}/{name}").sha, f"hf://{path}", first=True)
+    return "/".join([kind, owner, f"{name}@{commit}", *below])
 
 
 def _s3(bucket: str) -> Any:
