@@ -116,7 +116,7 @@ def trained(
     outcome = train([config], InOrder(x), device=str(x.device))[0]
     if outcome.sae is None:
         raise SystemExit(f"{settings}: {outcome}")
-    metrics = ReconstructionMetrics(x.shape[1], d_sae)
+    metrics = ReconstructionMetrics(x.shape[1], d_sae, x.device)
     code = outcome.sae.encode(held_out)
     metrics.update(held_out, code, outcome.sae.decode(code))
     found = metrics.result()

@@ -97,7 +97,7 @@ COLUMNS = {
 PANELS = ("fvu", "added_nats", "dead_share", "best_feature")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arena:
     """One model with its harvests, `PREFIX-train` and `PREFIX-heldout`."""
 

@@ -108,7 +108,7 @@ def measure_heads(
          "head": list(range(n_heads)) * n_layers,
          "restricted_nats": restricted_[:, 0], "restricted_kl": restricted_[:, 1],
          "removed_nats": removed[:, 0], "removed_kl": removed[:, 1],
-         "uncovered": (first + second).uncovered().flatten()}
+         "uncovered": (first + second).uncovered().flatten().cpu()}
     )  # fmt: skip
     layers = pd.DataFrame(
         {"layer": range(n_layers), "alone_nats": alone[:, 0], "alone_kl": alone[:, 1],
