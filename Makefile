@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-workbench test-others test-slow lint notebooks docs dist app clean help
+.PHONY: demo test test-workbench test-others test-slow test-lens4 lint notebooks docs dist app clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make app    set up, then open the web app on the demo's workspace"
 	@echo "make test   set up, then run linters, type checker and tests"
 	@echo "make test-slow   set up, then run the tests that take long: all notebooks, many kills (ONLY=WORDS for some)"
+	@echo "make test-lens4   set up, then run what TransformerLens 4 could change under it"
 	@echo "make lint   set up, then run ruff and mypy"
 	@echo "make notebooks   set up, then run the notebooks from nothing and store their outputs (needs Chrome or Chromium)"
 	@echo "make docs   set up, then build the documentation into docs/_build/html; a warning is an error"
@@ -62,6 +63,14 @@ test-others: $(VENV)/.dev
 # ONLY="1_quickstart or small_benchmark" runs those whose names hold the words.
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow $(if $(ONLY),-k "$(ONLY)")
+
+# TransformerLens 4 stands before 3.9 on the path: what reads models through it, from loading to circuits.
+LENS4 := tests/workbench/models/test_models.py tests/workbench/models/test_capture.py \
+         tests/workbench/models/test_variants.py tests/circuits/test_splice.py tests/circuits/methods/test_heads.py
+
+test-lens4: $(VENV)/.dev
+	@$(PIP) --no-deps --upgrade --target $(VENV)/lens4 --requirement constraints-lens4.txt
+	PYTHONPATH=$(VENV)/lens4 $(PYTEST) -m "not slow" $(LENS4)
 
 notebooks: $(VENV)/.dev
 	rm -rf notebooks/workspace notebooks/own

@@ -97,12 +97,10 @@ class Workspace(Studies):
         return estimate_into(self.harvest_folder(name), config, device=device)
 
     def add_harvest(self, name: str, activations: "Mapping[str, Values]", **described: Any) -> "Harvest":
-        """Stores activations from elsewhere as a harvest, by the names of their hook points.
+        """Stores activations from elsewhere, [contexts, pos, width] or [rows, width] by hook point, as a harvest.
 
         Args:
-            activations: [contexts, pos, width], or [rows, width]; arrays may be memory-mapped.
-            described: tokens, counted, vocabulary, model: as `workbench.harvest.outside.write_activations`, also for
-                the InputErrors.
+            described: as `workbench.harvest.outside.write_activations`, also for the InputErrors.
         """
         from workbench.harvest.outside import write_activations
 
@@ -155,20 +153,21 @@ class Workspace(Studies):
 
     # SAEs
 
-    def import_sae(self, name: str, folder: str | Path, *, hook: str | None = None, model: str | None = None) -> "SAE":
-        """Brings an SAE of SAELens, dictionary_learning or sparsify into the workspace.
+    def import_sae(self, name: str, folder: str | Path, **read: str | None) -> "SAE":
+        """Brings an SAE of SAELens, dictionary_learning or sparsify, or one in a single file, into the workspace.
 
         Args:
             name: the name it gets.
-            folder: where its files lie; they say which format it is.
-            hook, model: what it reads, where its files do not say.
+            folder: where its files lie, which say which format it is; or its file.
+            read: hook, model: what it reads, where its files do not say; class_name, input_mean: of a single file, as
+                `sae.formats.single_file.load`.
 
         Raises:
             InputError: a taken name, no such SAE, or one that cannot be expressed here.
         """
         from workbench.saes.exchange import import_folder
 
-        return import_folder(self, name, Path(folder).expanduser(), hook=hook, model=model)
+        return import_folder(self, name, Path(folder).expanduser(), **read)
 
     def import_pretrained(
         self, name: str, release: str, sae_id: str, *, hook: str | None = None, model: str | None = None

@@ -6,13 +6,14 @@
 | cfg.json, sae.safetensors            | sparsify            |
 | config.json, ae.pt                   | dictionary_learning |
 | cfg.json, cc_weights.pt              | crosscoder          |
+| one file, .pt                        | `single_file`       |
 """
 
 from pathlib import Path
 
 from sae.crosscoder import Crosscoder
 from sae.errors import InputError
-from sae.formats import crosscoders, dictionary_learning, saelens, saelens_import, sparsify
+from sae.formats import crosscoders, dictionary_learning, saelens, saelens_import, single_file, sparsify
 from sae.formats.conversion import topk_of, weights_of
 from sae.formats.reading import read_json, read_safetensors
 from sae.model import SAE
@@ -28,11 +29,13 @@ WRITERS = {"saelens": saelens.save, "sparsify": sparsify.save, "dictionary_learn
 
 
 def recognise(path: Path) -> str:
-    """Name of the format of the folder `path`, as in FILES.
+    """Name of the format of the folder `path`, as in FILES, or `file`.
 
     Raises:
         InputError: no folder, or none of the formats; names the folders below that are.
     """
+    if single_file.is_file(path):
+        return "file"
     if not path.is_dir():
         raise InputError(f"no SAE at {path}: a folder is expected, holding {_expected()}")
     for name, (_, weights) in FILES.items():
@@ -48,19 +51,33 @@ def recognise(path: Path) -> str:
     raise InputError(f"{path} is no SAE of a known format: expected {_expected()}")
 
 
-def load_foreign(path: Path | str, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
+def load_foreign(
+    path: Path | str,
+    *,
+    hook_name: str | None = None,
+    model_name: str | None = None,
+    class_name: str | None = None,
+    input_mean: str | None = None,
+) -> SAE:
     """Reads an SAE of any known format.
 
     Args:
-        path: its folder.
+        path: its folder or file.
         hook_name: TransformerLens name of the hook point it reads, where its files do not say, or say wrongly.
         model_name: the model it reads, likewise.
+        class_name, input_mean: of a single file, which does not say them; see `sae.formats.single_file`.
 
     Raises:
-        InputError: not an SAE, damaged, or one that cannot be expressed here.
+        InputError: not an SAE, damaged, or one that cannot be expressed here; a class or a mean given for a folder.
     """
     path = Path(path)
     form = recognise(path)
+    if form == "file":
+        return single_file.load(
+            path, class_name=class_name, input_mean=input_mean, hook_name=hook_name, model_name=model_name
+        )
+    if class_name is not None or input_mean is not None:
+        raise InputError(f"{path} says itself which SAE it is: --class and --input-mean are for a single .pt file")
     if form == "sparsify":
         return sparsify.load(path, hook_name=hook_name, model_name=model_name)
     if form == "dictionary_learning":

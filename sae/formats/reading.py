@@ -58,16 +58,28 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The state dict in `file`, with torch's loader that makes tensors and nothing else.
+    """The state dict in `file`.
 
     Raises:
-        InputError: missing, damaged, or holding anything but tensors by name.
+        InputError: as `read_values`, or anything in it that is no tensor.
+    """
+    state = read_values(file)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{file} is not a state dict: expected tensors by name")
+    return state
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """What `file` holds by name, with torch's loader that makes tensors and plain values and nothing else.
+
+    Raises:
+        InputError: missing, damaged, or something else than values by name.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{file} cannot be read as tensors ({reason}): copy it again") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict):
         raise InputError(f"{file} is not a state dict: expected tensors by name")
     return state

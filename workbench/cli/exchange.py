@@ -32,7 +32,7 @@ def import_(
         Path | None,
         typer.Argument(
             metavar="FOLDER",
-            help="Folder of an SAE by SAELens, dictionary_learning or sparsify, or of "
+            help="Folder of an SAE by SAELens, dictionary_learning or sparsify, one .pt file, or folder of "
             "circuit-tracer's or this project's set of transcoders; bundled: the demo model's set.",
         ),
     ] = None,
@@ -43,6 +43,14 @@ def import_(
     ] = None,
     hook: Annotated[str | None, typer.Option(help="Hook point it reads, where its files do not say.")] = None,
     model: Annotated[str | None, typer.Option(help="Model it reads, where its files do not say.")] = None,
+    class_name: Annotated[
+        str | None,
+        typer.Option("--class", metavar="CLASS", help="Of a .pt file: dictionary_learning's class, or ReLU or TopK."),
+    ] = None,
+    input_mean: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Of a .pt file: the mean in it that was taken from activations, or none."),
+    ] = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,7 +73,9 @@ def import_(
         _say_set(workspace, name, workspace.import_transcoders(name, **where), as_json)
         return
     if source is not None:
-        sae = workspace.import_sae(name, source, hook=hook, model=model)
+        sae = workspace.import_sae(
+            name, source, hook=hook, model=model, class_name=class_name, input_mean=input_mean
+        )  # fmt: skip
     else:
         assert release is not None
         assert sae_id is not None

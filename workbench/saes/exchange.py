@@ -30,10 +30,18 @@ from workbench.models.load import reload_model
 from workbench.saes.pretrained import load_pretrained, load_pretrained_set
 
 
-def import_folder(catalog: Catalog, name: str, folder: Path, *, hook: str | None, model: str | None) -> SAE:
+def import_folder(
+    catalog: Catalog,
+    name: str,
+    folder: Path,
+    *,
+    hook: str | None = None,
+    model: str | None = None,
+    **single: str | None,
+) -> SAE:
     """Imports the SAE in `folder`; see `Workspace.import_sae`."""
     catalog.check_new_sae(name)
-    sae = load_foreign(folder, hook_name=hook, model_name=model)
+    sae = load_foreign(folder, hook_name=hook, model_name=model, **single)
     origin = {"format": recognise(folder), "path": str(folder.resolve())}
     return _store(catalog, name, sae, origin)
 
