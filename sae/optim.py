@@ -61,13 +61,18 @@ def normalise_rows_(rows: Float[Tensor, "f d"]) -> None:
 
 
 def random_unit_rows(
-    d_sae: int, d_in: int, seed: int, device: torch.device | str, dtype: torch.dtype
+    d_sae: int,
+    d_in: int,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    part: slice = slice(None),
 ) -> Float[Tensor, "d_sae d_in"]:
-    """Rows drawn uniformly from the sphere; the same on every device."""
+    """Rows drawn uniformly from the sphere, or a part of them; the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(d_sae, d_in, generator=generator, dtype=torch.float32)
     normalise_rows_(rows)
-    return rows.to(device, dtype)
+    return rows[part].to(device, dtype)
 
 
 def geometric_median(x: Float[Tensor, "n d"], iterations: int = 100) -> Float[Tensor, "d"]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sae.errors import InputError
 
 T = TypeVar("T")
+OVERLAP = True
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: the first may be writing a large file. When one has ended, torchrun ends the
 others much sooner."""
@@ -61,16 +62,21 @@ class Ranks:
         if self.size == 1:
             return tensor.unsqueeze(0)
         out = tensor.new_empty(self.size, *tensor.shape)
-        _all_gather(out.view(-1), tensor.contiguous().view(-1), group=self.group)
+        # As bytes: gloo does not know all types.
+        _all_gather(out.view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8), group=self.group)
         return out
 
-    def sum_rows(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "part d"]:
-        """This rank's part of the rows' sum over the ranks; n is a multiple of their number."""
-        if self.size == 1:
-            return rows
+    def send_rows(self, rows: Float[Tensor, "n d"]) -> "Sent":
+        """This rank's part of the rows' sum over the ranks, to be waited for later; n is a multiple of their number."""
         out = rows.new_empty(rows.shape[0] // self.size, rows.shape[1])
-        _reduce_scatter(out, rows, group=self.group)
-        return out
+        work = _reduce_scatter(out, rows, group=self.group, async_op=OVERLAP)
+        return Sent(out, work if OVERLAP else None)
+
+    def send_sum(self, tensor: Shaped[Tensor, "*any"]) -> "Sent":
+        """As `sum_`, to be waited for later."""
+        if self.size == 1 or not OVERLAP:
+            return Sent(self.sum_(tensor))
+        return Sent(tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
 
     def join(self, part: Shaped[Tensor, "*part"], total: int, dim: int = 0) -> Shaped[Tensor, "*whole"]:
         """A tensor of which every rank has its `span` of `total` along `dim`, whole."""
@@ -141,6 +147,20 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A sum on its way: other work may be given to the GPU before it is asked for."""
+
+    result: Shaped[Tensor, "*any"]
+    work: Any = None
+
+    def get(self) -> Shaped[Tensor, "*any"]:
+        """The sum; what follows on the GPU waits for it."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
 
 
 def meet() -> Ranks:

@@ -39,6 +39,7 @@ class Sharing:
     """Which SAEs a rank trains, and over which ranks their features are shared out.
 
     Attributes:
+        ranks, configs: all of them.
         own: the numbers of the configurations whose SAEs this rank has, or has a part of.
         shards: the ranks that have these SAEs' features.
 
@@ -47,7 +48,7 @@ class Sharing:
     """
 
     def __init__(self, configs: Sequence[TrainConfig], ranks: Ranks) -> None:
-        self.ranks = ranks
+        self.ranks, self.configs = ranks, configs
         self._n = len(configs)
         together = self._n < ranks.size
         self.shards = ranks if together else ALONE
@@ -60,6 +61,11 @@ class Sharing:
     def is_alone(self) -> bool:
         """Whether the run has one SAE, or a part of each, so that none goes on without another."""
         return self._n == 1 or self.shards.size > 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank reports on what it has; of an SAE that all share, the first one does."""
+        return self.shards.size == 1 or self.ranks.leads
 
     def agrees_at(self, step: int) -> bool:
         """Whether the ranks speak after that step."""

@@ -188,7 +188,7 @@ class TrainingState:
         if config.normalize_input:
             self.input_scale.copy_(_scale(x))
             self.output_scale.copy_(_scale(y))
-        rows = self._mine(self._first_rows(x.device, x.dtype))
+        rows = self._first_rows(x.device, x.dtype)
         sae.W_dec.copy_(rows)
         sae.b_enc.zero_()
         scaled = y * self.output_scale
@@ -203,20 +203,22 @@ class TrainingState:
 
     def _first_rows(self, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "d_sae d_out"]:
         """Random unit rows; parts of one width start alike, so that what tells them apart is what training finds."""
+        seed = self.config.seed
         if not self.parts or len({part.width for part in self.parts}) > 1:
-            return optim.random_unit_rows(self.config.d_sae, self.sae.d_out, self.config.seed, device, dtype)
-        block = optim.random_unit_rows(self.config.d_sae, self.parts[0].width, self.config.seed, device, dtype)
+            return optim.random_unit_rows(self.config.d_sae, self.sae.d_out, seed, device, dtype, self.own_span)
+        block = optim.random_unit_rows(self.config.d_sae, self.parts[0].width, seed, device, dtype, self.own_span)
         return block.repeat(1, len(self.parts)) / math.sqrt(len(self.parts))
 
-    def _mine(self, rows: Float[Tensor, "all d"]) -> Float[Tensor, "d_sae d"]:
-        """This rank's among those of all features."""
-        return rows[self.first : self.first + self.sae.d_sae]
+    @property
+    def own_span(self) -> slice:
+        """This rank's features among all."""
+        return slice(self.first, self.first + self.sae.d_sae)
 
     def _start_encoder(self, x: Float[Tensor, "m d_in"], y: Float[Tensor, "m d_out"]) -> None:
         """A transcoder's encoder, for scaled activations."""
         config, sae, rule = self.config, self.sae, self.config.rule
-        rows = optim.random_unit_rows(config.d_sae, sae.d_in, (config.seed + ENCODER_SEED) % 2**63, x.device, x.dtype)
-        rows = self._mine(rows)
+        seed = (config.seed + ENCODER_SEED) % 2**63
+        rows = optim.random_unit_rows(config.d_sae, sae.d_in, seed, x.device, x.dtype, self.own_span)
         sae.W_enc.copy_(rows.T)
         sae.b_enc.copy_(-(rows @ x.mean(dim=0)))
         x, y = x[:SPREAD_ROWS], y[:SPREAD_ROWS]
@@ -270,7 +272,7 @@ class TrainingState:
             return dead
         d_sae = self.config.d_sae
         rare = losses.rare_features(self.shards.join(self.density, d_sae), self.shards.join(dead, d_sae))
-        return self._mine(rare)
+        return rare[self.own_span]
 
     def last_revivable(self) -> int:
         """How many features the last report found to revive; waits for the device once after resuming."""

@@ -45,6 +45,7 @@ from sae.state import TrainingState
 SAMPLE_ROWS = 16_384
 """Rows from which the input scale and b_dec's starting value are taken."""
 REPORTS_PER_RUN = 200
+MEANS = ("loss", "fvu", "l0", "dead_share", "aux_loss", "lr")
 CALIBRATION_ROWS = 32_768
 """Rows on which thresholds are measured. With k = 32 the relative error of L0 is below 1%."""
 
@@ -154,7 +155,7 @@ class _Run:
                         _step(state, self.steps[number], rows, step, alone=sharing.is_alone)
                 step += 1
                 if step % report_every == 0 or step == n_steps:
-                    _report(states, step, time.monotonic() - started, self.on_metrics, ranks)
+                    _report(states, step, time.monotonic() - started, self.on_metrics, sharing)
                 if not sharing.agrees_at(step):
                     continue
                 due = self.checkpoint_dir is not None and time.monotonic() - last_checkpoint >= self.checkpoint_seconds
@@ -298,33 +299,32 @@ def _report(
     step: int,
     seconds: float,
     on_metrics: Callable[[StepMetrics], None] | None,
-    ranks: Ranks,
+    sharing: Sharing,
 ) -> None:
     """Reports every SAE's means, in the order of the configurations, on the first rank."""
-    made = {number: metrics for number, state in states.items() if (metrics := _measured(state, step, seconds))}
-    every = {number: metrics for one in ranks.objects(made) for number, metrics in one.items()}
-    if on_metrics is not None and ranks.leads:
-        for number in sorted(every):
-            on_metrics(every[number])
+    # Whether there are any, and the means; zeros for SAEs that other ranks report.
+    lines = torch.zeros(len(sharing.configs), 1 + len(MEANS), dtype=torch.float64)
+    for number, state in states.items():
+        means = _means(state, step)
+        if means is not None and sharing.reports:
+            lines[number] = torch.tensor([1.0, *means], dtype=torch.float64)
+    sharing.ranks.sum_(lines)
+    if on_metrics is None or not sharing.ranks.leads:
+        return
+    for config, (there, *means) in zip(sharing.configs, lines.tolist(), strict=True):
+        if there:
+            tokens, named = step * config.batch_size, dict(zip(MEANS, means, strict=True))
+            on_metrics(
+                StepMetrics(config.name, step, tokens, config.n_steps * config.batch_size, **named, seconds=seconds)
+            )
 
 
-def _measured(state: TrainingState, step: int, seconds: float) -> StepMetrics | None:
+def _means(state: TrainingState, step: int) -> list[float] | None:
+    """The numbers of a report; None for an SAE that trains no longer."""
     if state.error is not None:
         return None
     totals = state.read_totals()
     if not math.isfinite(totals.loss):
         state.error = f"the loss stopped being finite by step {step}: try a lower learning rate"
         return None
-    return StepMetrics(
-        name=state.config.name,
-        step=step,
-        tokens=step * state.config.batch_size,
-        total_tokens=state.config.n_steps * state.config.batch_size,
-        loss=totals.loss,
-        fvu=totals.fvu,
-        l0=totals.l0,
-        dead_share=totals.dead_share,
-        aux_loss=totals.aux_loss,
-        lr=state.last_lr,
-        seconds=seconds,
-    )
+    return [totals.loss, totals.fvu, totals.l0, totals.dead_share, totals.aux_loss, state.last_lr]

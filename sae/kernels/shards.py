@@ -13,7 +13,8 @@ are for certain:
 
 The M largest entries of a batch, from each shard's M largest (`sae.kernels.batch_topk`):
 
-1. tau, digit by digit from the top: the ranks' histograms of the next 11 bits are added up.
+1. tau, digit by digit from the top: every rank counts its entries that reach each value of the next 11 bits, and the
+   counts are added up.
 2. Of the entries that equal tau the first are kept, in the order of tokens and then of features: each token's number of
    them is gathered from all ranks.
 """
@@ -100,18 +101,12 @@ def largest_of_shards(code: SparseCode, n_entries: int, ranks: Ranks) -> SparseC
 def _threshold(keys: Int[Tensor, "entries"], wanted: int, ranks: Ranks) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
     """The `wanted`-th largest of all ranks' keys, at least 1, and how many that equal it are among the largest."""
     bits = torch.iinfo(keys.dtype).bits - 1
+    ordered = torch.sort(keys).values
     found = torch.zeros((), dtype=keys.dtype, device=keys.device)
-    missing = torch.full((), wanted, dtype=torch.int64, device=keys.device)
     for shift in reversed(range(0, bits, DIGIT)):
-        # Keys whose higher digits are those found; the others are counted in an extra place.
-        inside = (keys >> shift >> DIGIT) == (found >> shift >> DIGIT)
-        digit = torch.where(inside, (keys >> shift) & (2**DIGIT - 1), 2**DIGIT)
-        histogram = torch.zeros(2**DIGIT + 1, dtype=torch.int64, device=keys.device)
-        histogram = ranks.sum_(histogram.index_add_(0, digit.long(), torch.ones_like(digit, dtype=torch.int64)))[:-1]
-        reached = histogram.flip(0).cumsum(0).flip(0)
-        # The largest digit that enough keys reach; 0 where too few are left.
-        chosen = (reached >= missing).sum().sub(1).clamp_min(0)
-        missing = missing - (reached[chosen] - histogram[chosen])
-        found = found | (chosen.to(keys.dtype) << shift)
-    # Where there are fewer than wanted, all that are not 0.
-    return found.clamp_min(1), torch.where(found == 0, wanted, missing)
+        digits = torch.arange(1 << min(DIGIT, bits - shift), dtype=keys.dtype, device=keys.device)
+        reached = ranks.sum_(len(keys) - torch.searchsorted(ordered, found + (digits << shift)))
+        # The largest digit that enough keys reach; 0 where there are fewer than wanted.
+        found = found + ((reached >= wanted).sum().sub(1).clamp_min(0).to(keys.dtype) << shift)
+    found = found.clamp_min(1)
+    return found, wanted - ranks.sum_((keys > found).sum())

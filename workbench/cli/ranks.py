@@ -5,6 +5,7 @@ others notice: of these, whichever comes first says so, in one line, and torchru
 """
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ def ranks_together() -> Iterator[None]:
     # Where something has failed the others may not be there to agree.
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
+        # Captured steps hold on to the ranks' way of speaking.
+        gc.collect()
         distributed.destroy_process_group()
 
 

@@ -6,12 +6,13 @@
 
 Reading stays sequential within a block, yet a batch mixes rows from all over the harvest. The next chunk is read while
 the current one is used; for a GPU blocks travel as they lie, through pinned memory and on a stream of their own, and
-are permuted there.
+are permuted there. Each of several ranks reads its part of a chunk and is given the rest by the others: disk and host
+carry every row once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.ranks import ALONE, Ranks
 from workbench.harvest.reading import Harvest, Vectors
 from workbench.harvest.record import GRADIENT
 from workbench.harvest.shuffled import Chunk, ShuffledRows, generator
@@ -44,6 +46,8 @@ class _ReadChunk(Chunk):
     """Which of the two host buffers was read into; on the CPU the rows still lie there."""
     arrived: "torch.cuda.Event | None"
     """When the copy to a GPU is done."""
+    rows: int
+    """Of all ranks' parts of it."""
 
 
 class RowLoader(ShuffledRows):
@@ -56,6 +60,7 @@ class RowLoader(ShuffledRows):
         name: of the stream, in the states that it gives.
         seed: of the permutations.
         device: where rows are delivered, in the stored precision.
+        ranks: those that read together, all of them the same.
 
     Raises:
         InputError: no usable rows.
@@ -70,8 +75,10 @@ class RowLoader(ShuffledRows):
         name: str,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(f"{harvest.name}/{name}", harvest.n_rows, seed=seed, device=device)
+        self._ranks = ranks
         self._sources, self._usable, self._rows = list(sources), usable, harvest.n_rows
         if not self._usable.any():
             raise InputError(f"harvest {harvest.name!r} holds only BOS and padding: harvest more text")
@@ -122,28 +129,30 @@ class RowLoader(ShuffledRows):
             for tensor in (*chunk.columns, chunk.order):
                 # Made on the copying stream: its memory must not be reused before this one is done with it.
                 tensor.record_stream(stream)
-        return chunk
+        return replace(chunk, columns=[self._ranks.join(column, chunk.rows) for column in chunk.columns])
 
     def _read(self, epoch: int, number: int, buffer: int) -> _ReadChunk:
         blocks = generator(self._seed, epoch, -1).permutation(self._n_blocks)
         mine = blocks[number * self._chunk_blocks : (number + 1) * self._chunk_blocks]
         spans = [(int(b) * BLOCK_ROWS, min((int(b) + 1) * BLOCK_ROWS, self._rows)) for b in mine]
+        rows = sum(stop - start for start, stop in spans)
+        own = list(_cut(spans, *self._ranks.span(rows)))
         columns = [
-            _copy_spans(source, spans, memory)
+            _copy_spans(source, own, memory)
             for source, memory in zip(self._sources, self._host_memory(buffer), strict=True)
         ]
         usable = np.flatnonzero(np.concatenate([self._usable[start:stop] for start, stop in spans]))
         order = torch.from_numpy(generator(self._seed, epoch, number).permutation(usable))
         if self._stream is None:
-            return _ReadChunk(columns, order, buffer, None)
+            return _ReadChunk(columns, order, buffer, None, rows)
         with torch.cuda.stream(self._stream):
             on_device = [column.to(self._device, non_blocking=True) for column in columns]
             order = order.pin_memory().to(self._device, non_blocking=True)
-            return _ReadChunk(on_device, order, buffer, self._stream.record_event())
+            return _ReadChunk(on_device, order, buffer, self._stream.record_event(), rows)
 
     def _host_memory(self, buffer: int) -> list[Float[Tensor, "rows d_in"]]:
-        """Room for a chunk, by source."""
-        rows = min(self._rows, BLOCK_ROWS * self._chunk_blocks)
+        """Room for this rank's part of a chunk, by source."""
+        rows = -(-min(self._rows, BLOCK_ROWS * self._chunk_blocks) // self._ranks.size)
         shapes = [(rows, source.width, source.dtype) for source in self._sources]
         if self._stream is not None:
             # torch hands pinned memory out again, and only once the copies from it are done.
@@ -163,6 +172,7 @@ class ActivationLoader(RowLoader):
         seed: of the permutations.
         device: where batches are delivered, in the stored precision.
         with_gradients: `next_pair` gives gradients beside activations, and rows without a gradient are left out.
+        ranks: as for `RowLoader`.
 
     Raises:
         InputError: a hook point or gradients that the harvest does not have, or no usable rows.
@@ -176,12 +186,13 @@ class ActivationLoader(RowLoader):
         seed: int = 0,
         device: torch.device | str = "cpu",
         with_gradients: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         sources, usable = [harvest.vectors(hook)], harvest.ordinary
         if with_gradients:
             sources.append(gradients_at(harvest, hook))
             self._gradient_scale, usable = harvest.gradient_scale(hook), harvest.flags == FLAG_OK
-        super().__init__(harvest, sources, usable, name=hook, seed=seed, device=device)
+        super().__init__(harvest, sources, usable, name=hook, seed=seed, device=device, ranks=ranks)
 
     @property
     def d_in(self) -> int:
@@ -209,6 +220,16 @@ def gradients_at(harvest: Harvest, hook: str) -> Vectors:
     if not harvest.has_gradients:
         raise InputError(f"harvest {harvest.name!r} has no gradients: harvest again with --gradients")
     return harvest.vectors(hook + GRADIENT)
+
+
+def _cut(spans: Sequence[tuple[int, int]], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """The parts of the spans that hold the rows first ... last - 1, counted along all of them."""
+    passed = 0
+    for start, stop in spans:
+        low, high = max(first - passed, 0), min(last - passed, stop - start)
+        if low < high:
+            yield start + low, start + high
+        passed += stop - start
 
 
 def _copy_spans(

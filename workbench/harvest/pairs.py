@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.ranks import ALONE, Ranks
 from sae.source import Pair, Rows
 from workbench.harvest.loader import RowLoader, gradients_at
 from workbench.harvest.reading import Harvest
@@ -88,6 +89,7 @@ class PairLoader(PairSource):
         seed: of the permutations.
         device: where rows are delivered, in the stored precision.
         with_gradients: rows can be had with gradients at what is predicted, and those without a gradient are left out.
+        ranks: as for `RowLoader`.
 
     Raises:
         InputError: a hook point or gradients that the harvest does not have, or no usable rows.
@@ -101,11 +103,12 @@ class PairLoader(PairSource):
         seed: int = 0,
         device: torch.device | str = "cpu",
         with_gradients: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         vectors = {hook: harvest.vectors(hook) for hook in hooks_of(pairs)}
         slopes = {target: gradients_at(harvest, target) for target in targets_of(pairs)} if with_gradients else {}
         usable = harvest.flags == FLAG_OK if with_gradients else harvest.ordinary
         sources = [*vectors.values(), *slopes.values()]
-        rows = RowLoader(harvest, sources, usable, name=described(pairs), seed=seed, device=device)
+        rows = RowLoader(harvest, sources, usable, name=described(pairs), seed=seed, device=device, ranks=ranks)
         widths = {hook: found.width for hook, found in vectors.items()}
         super().__init__(rows, pairs, widths, {target: harvest.gradient_scale(target) for target in slopes})

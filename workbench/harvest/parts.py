@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.ranks import ALONE, Ranks
 from sae.source import Part, part_scales
 from workbench.harvest.blocks import TOKEN_COLUMNS, map_tensors
 from workbench.harvest.loader import RowLoader
@@ -89,19 +90,26 @@ class PartLoader(RowLoader):
         names: what the parts are called.
         seed: of the permutations.
         device: where rows are delivered, in float32.
+        ranks: as for `RowLoader`.
 
     Raises:
         InputError: harvests of other tokens than the first, a hook point that one does not have, or no usable rows.
     """
 
     def __init__(
-        self, places: Sequence[Place], names: Sequence[str], *, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        places: Sequence[Place],
+        names: Sequence[str],
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         check_same_tokens([place.harvest for place in places])
         harvest = places[0].harvest
         vectors = [place.harvest.vectors(place.hook) for place in places]
         name = " + ".join(f"{place.harvest.name}/{place.hook}" for place in places)
-        super().__init__(harvest, vectors, harvest.ordinary, name=name, seed=seed, device=device)
+        super().__init__(harvest, vectors, harvest.ordinary, name=name, seed=seed, device=device, ranks=ranks)
         sample = self.sampled(SCALE_ROWS, len(vectors))
         norms = [float(torch.linalg.vector_norm(rows.float(), dim=1).mean()) for rows in sample]
         scales = part_scales(norms, [source.width for source in vectors])

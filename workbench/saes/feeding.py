@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from sae.config import TrainConfig
+from sae.ranks import meet
 from sae.source import BatchSource, TargetSource
 from workbench.catalog.catalog import Catalog
 from workbench.harvest.loader import ActivationLoader
@@ -100,12 +101,16 @@ class FromHarvest:
         pairs, seed, gradients = self.places.pairs, configs[0].seed, needs_gradients(configs)
         if self.places.parts:
             names, places = zip(*self.places.parts, strict=True)
-            yield PartLoader(places, names, seed=seed, device=self._device)
+            yield PartLoader(places, names, seed=seed, device=self._device, ranks=meet())
         elif len(pairs) > 1 or pairs[0][1]:
-            yield PairLoader(self.harvest, pairs, seed=seed, device=self._device, with_gradients=gradients)
+            yield PairLoader(
+                self.harvest, pairs, seed=seed, device=self._device, with_gradients=gradients, ranks=meet()
+            )
         else:
             hook = pairs[0][0]
-            yield ActivationLoader(self.harvest, hook, seed=seed, device=self._device, with_gradients=gradients)
+            yield ActivationLoader(
+                self.harvest, hook, seed=seed, device=self._device, with_gradients=gradients, ranks=meet()
+            )
 
 
 def needs_gradients(configs: Sequence[TrainConfig]) -> bool:

@@ -25,7 +25,7 @@ from sae.kernels.triton.dense import DensePass, dense_pass
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
 from sae.kernels.triton.nested import Nesting, Parts
-from sae.kernels.triton.shards import best_of_shards, summed_residual
+from sae.kernels.triton.shards import best_of_shards
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, centre_pair, decode, residual
 from sae.kernels.triton.step import (
@@ -92,7 +92,6 @@ __all__ = [
     "paired_topk_encode",
     "residual",
     "step_scalars",
-    "summed_residual",
     "topk_encode",
     "topk_rule",
     "training_step",

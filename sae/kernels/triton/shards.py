@@ -2,7 +2,7 @@
 
 `best_of_shards` is `sae.kernels.shards.best_of_shards` by one program a token, which sorts the keys of all ranks.
 
-`summed_residual` adds up what the ranks' features write and gives every rank the whole error:
+`send_written` and `summed_residual` add up what the ranks' features write and give every rank the whole error:
 
 1. every rank decodes its entries in fp32, for all tokens;
 2. the ranks' sums are added up, each rank getting its share of the tokens;
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels.triton.select import keys_of
-from sae.kernels.triton.sparse import Residual, decode_into
-from sae.ranks import Ranks
+from sae.kernels.triton.sparse import decode_into
+from sae.ranks import Ranks, Sent
 
 
 @triton.jit
@@ -64,18 +64,26 @@ def best_of_shards(
     return kept, features
 
 
-def summed_residual(
-    code: SparseCode, W_dec: Float[Tensor, "d_sae d"], target: Float[Tensor, "n d"], dtype: torch.dtype, ranks: Ranks
-) -> Residual:
-    """target - what all ranks' entries write, whole on every rank."""
-    n, d = target.shape
-    share = -(-n // ranks.size)
-    written = torch.empty(share * ranks.size, d, dtype=torch.float32, device=target.device)
+def send_written(code: SparseCode, W_dec: Float[Tensor, "d_sae d"], ranks: Ranks) -> Sent:
+    """Steps 1 and 2, to be waited for later: this rank's share of the tokens, with rows of zeros at the end."""
+    n, d = code.n_tokens, W_dec.shape[1]
+    written = torch.empty(-(-n // ranks.size) * ranks.size, d, dtype=torch.float32, device=W_dec.device)
     written[n:] = 0
     decode_into(code, W_dec, written[:n])
-    first = min(n, share * ranks.rank)
-    own = target[first : first + share]
-    left = torch.zeros(share, d, dtype=torch.float32, device=target.device)
-    torch.sub(own, ranks.sum_rows(written)[: len(own)], out=left[: len(own)])
-    squared_error = ranks.sum_(left.square().sum(dtype=torch.float64))
-    return Residual(ranks.gather(left.to(dtype)).view(-1, d)[:n], squared_error)
+    return ranks.send_rows(written)
+
+
+def summed_residual(
+    written: Sent, target: Float[Tensor, "n d"], dtype: torch.dtype, ranks: Ranks
+) -> tuple[Tensor, Sent]:
+    """Step 3: target - what all ranks' entries write, whole on every rank, and its squared norm in fp64."""
+    n, d = target.shape
+    summed = written.get()
+    first = min(n, len(summed) * ranks.rank)
+    own = target[first : first + len(summed)]
+    # Rows at the end that stand for no token are zero.
+    left = summed.neg_()
+    left[: len(own)] += own
+    squared_error = left.square().sum(dtype=torch.float64)
+    residual = ranks.gather(left.to(dtype)).view(-1, d)[:n]
+    return residual, ranks.send_sum(squared_error)

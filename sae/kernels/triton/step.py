@@ -26,7 +26,7 @@ from sae.kernels.triton.features import (
     feature_gradients,
 )
 from sae.kernels.triton.nested import Parts, nested_residuals
-from sae.kernels.triton.shards import summed_residual
+from sae.kernels.triton.shards import send_written, summed_residual
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
 from sae.kernels.triton.update import (
@@ -39,6 +39,7 @@ from sae.kernels.triton.update import (
     update_from_gradients,
     update_vector,
 )
+from sae.ranks import Sent
 
 Encoder = Callable[[Tensor, Tensor, Tensor], SparseCode]
 """(x, W_enc, b_enc) -> code; W_enc may have columns of zeros beyond b_enc's."""
@@ -58,6 +59,8 @@ class StepResult:
     total_variance: Float[Tensor, ""]
     firings: Int[Tensor, "d_sae"]
     """Tokens on which each feature is active."""
+    sent: Sent | None = None
+    """The squared error, while other ranks' parts of it are on their way."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def learn(
         )  # fmt: skip
         for own in (*_skip(p, errors[:n], centred.x, scale), *_owned(thresholds, windows, order, code)):
             own.move(adam)
-        return result
+        return _arrived(result)
     made = feature_gradients(
         order, errors, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
     )
@@ -158,6 +161,13 @@ def learn(
     grad_b_dec = b_dec_gradient(p, errors[:n], scale, made.b_enc)
     tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
     _update_from_memory(p, made, grad_b_dec, owned, adam, clip * n / centred.total_variance)
+    return _arrived(result)
+
+
+def _arrived(result: StepResult) -> StepResult:
+    """The result of a step, all of it there."""
+    if result.sent is not None:
+        result.sent.get()
     return result
 
 
@@ -228,10 +238,9 @@ def _forward(
     """What a code leaves of a batch, its entries in the order of features, and the residuals that they work for."""
     dtype, variance = p.shadow_dec.dtype, centred.total_variance
     if parts is None:
-        if p.ranks.size == 1:
-            fit = residual(code, p.shadow_dec, centred.target, dtype)
-        else:
-            fit = summed_residual(code, p.shadow_dec, centred.target, dtype, p.ranks)
+        if p.ranks.size > 1:
+            return _forward_of_ranks(centred, code, p)
+        fit = residual(code, p.shadow_dec, centred.target, dtype)
         if thresholds is None:
             order = by_feature(code)
         else:
@@ -242,6 +251,16 @@ def _forward(
     order = by_feature(code, parts.cells, parts.narrow)
     error, loss = nested.squared_error, nested.loss
     return StepResult(centred.x, nested.residual, error, loss, variance, order.firings), order, nested.by_cell
+
+
+def _forward_of_ranks(centred: Centred, code: SparseCode, p: Parameters) -> tuple[StepResult, FeatureOrder, Tensor]:
+    """`_forward` where these are one rank's features and code; its entries are put in order while the sum is made."""
+    written = send_written(code, p.shadow_dec, p.ranks)
+    order = by_feature(code)
+    residual, squared_error = summed_residual(written, centred.target, p.shadow_dec.dtype, p.ranks)
+    error = squared_error.result
+    made = StepResult(centred.x, residual, error, error, centred.total_variance, order.firings, squared_error)
+    return made, order, residual
 
 
 class GraphedStep:

@@ -390,7 +390,8 @@ def update_from_code(
     n_tokens = x_centred.shape[0]
     made = products(order, residual, x_centred, scale, p.shadow_dec, shrink=shrink, sizes=sizes)
     # Before the encoder moves.
-    grad_b_dec = b_dec_gradient(p, residual[:n_tokens], scale, made.b_enc)
+    grad_b_dec = residual[:n_tokens].sum(0, dtype=torch.float32) * scale
+    through = p.ranks.send_sum(through_encoder(made.b_enc, p.shadow_enc)) if p.subtracts_b_dec else None
     extra = (p.W_dec,) * 4 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc)
     _fused_kernel[(d_sae,)](
         order.offsets, order.firings, order.token, order.rows, order.value, made.da, residual, x_centred, scale,
@@ -401,6 +402,8 @@ def update_from_code(
         d // alignment(d), *adam.constants, ALIGN=alignment(d), NESTED=order.row is not None, DECODER=decoder,
         AUX=aux is not None, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
+    if through is not None:
+        grad_b_dec = grad_b_dec - through.get()
     if aux is not None and p.subtracts_b_dec:
         grad_b_dec -= p.ranks.sum_(aux.through_x)
     update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)

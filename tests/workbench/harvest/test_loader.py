@@ -9,6 +9,7 @@ import torch
 
 import workbench.harvest.loader
 from sae.errors import InputError
+from sae.ranks import ALONE, Ranks
 from workbench.harvest.loader import ActivationLoader
 from workbench.harvest.reading import Harvest
 
@@ -224,3 +225,18 @@ def test_the_stream_is_the_same_on_a_gpu(harvest: Harvest) -> None:
         assert batch.is_cuda
         assert torch.equal(batch.cpu(), on_cpu.next_batch(n))
     assert on_gpu.state_dict() == on_cpu.state_dict()
+
+
+def drawn(ranks: Ranks, harvest: Harvest) -> list[torch.Tensor]:
+    loader = ActivationLoader(harvest, HOOK, seed=3, ranks=ranks)
+    return [loader.sample(50), *(loader.next_batch(70) for _ in range(30))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_ranks_read_a_part_each_and_all_get_the_same_rows(
+    dtype: torch.dtype, on_ranks: Callable[..., list[Any]], make_harvest: MakeHarvest
+) -> None:
+    harvest = make_harvest({HOOK: numbered(952).to(dtype)}, block_contexts=5)
+    expected = drawn(ALONE, harvest)
+    for rows in on_ranks(3, drawn, harvest):
+        assert all(torch.equal(one, other) for one, other in zip(rows, expected, strict=True))
