@@ -133,8 +133,8 @@ class FusedStep:
         self.precision = precision or (torch.bfloat16 if on_gpu else torch.float32)
         self.min_bucket, self.capture = min_bucket, capture and on_gpu
         # A shard's scores are narrower: as many more rows of them at once.
-        at_once = state.config.batch_size // 16 * state.shards.size
-        self.sizes = sizes or replace(SIZES, min_rows=SIZES.min_rows if state.shards.size == 1 else at_once)
+        at_once = state.config.batch_size // 16 * (state.shards.size if state.shards.size > 1 else 0)
+        self.sizes = sizes or replace(SIZES, min_rows=max(SIZES.min_rows, at_once))
         # This step's learning rate and correction for Adam, the running densities' rate, and the penalty's weight.
         self.scalars = torch.zeros(4, device=state.device)
         self._aux_loss = torch.zeros((), device=state.device)
