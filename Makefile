@@ -65,8 +65,8 @@ test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow $(if $(ONLY),-k "$(ONLY)")
 
 # TransformerLens 4 stands before 3.9 on the path: what reads models through it, from loading to circuits.
-LENS4 := tests/workbench/models/test_models.py tests/workbench/models/test_capture.py \
-         tests/workbench/models/test_variants.py tests/circuits/test_splice.py tests/circuits/methods/test_heads.py
+LENS4 := tests/workbench/models/test_models.py tests/workbench/models/test_variants.py \
+         tests/workbench/models/test_mixtures.py tests/circuits/test_splice.py
 
 test-lens4: $(VENV)/.dev
 	@$(PIP) --no-deps --upgrade --target $(VENV)/lens4 --requirement constraints-lens4.txt

@@ -98,11 +98,10 @@ def diff_models(
             max_tokens=tokens,
         )  # fmt: skip
         _harvest(new_folder(catalog.harvest_folder(harvest)), asked, model, device, report(f"harvest {label}"))
-    rows = catalog.open_harvest(harvests[0]).n_trainable_rows
+    total = max(1, round(epochs * catalog.open_harvest(harvests[0]).n_trainable_rows))
     # Small batches: a comparison is made of few tokens, and many steps learn more from them.
     config = TrainConfig(
-        name, total_tokens=max(1, round(epochs * rows)), d_sae=d_sae, rule=BatchTopK(k), batch_size=BATCH_SIZE,
-        seed=seed,
+        name, total_tokens=total, d_sae=d_sae, rule=BatchTopK(k), batch_size=BATCH_SIZE, seed=seed
     )  # fmt: skip
     train = report("train")
     (trained,) = train_all(
