@@ -1,14 +1,16 @@
 """One head at a time, layers, heads left whole, and the rank that a head looks with."""
 
 import math
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, losses
-from workbench.models.load import LoadedModel
+from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.attention import restricted
 from workbench.sparsity.attention_heads import HeadCosts, curve_points, measure_heads
 from workbench.sparsity.attention_patterns import PATTERNS, sink_local
@@ -194,3 +196,17 @@ def test_every_head_of_every_architecture_has_a_rank(model: LoadedModel, held_ou
     assert table["dims_95"].between(1, model.info.d_head).all()
     with pytest.raises(InputError, match="more than 16 keys"):
         looking_ranks(model, [ContextBatch(*(value[:, :16] for value in vars(held_out[0]).values()))])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_heads_cost_what_they_cost_on_a_cpu(
+    found: HeadCosts, tiny_gpt2: Path, held: list[ContextBatch]
+) -> None:
+    model = load_model(str(tiny_gpt2), device="cuda")
+    there = [
+        ContextBatch(*(getattr(batch, part).cuda() for part in ("tokens", "ordinary", "doc", "doc_pos")))
+        for batch in held
+    ]
+    again = measure_heads(model, there, sink_local, BUDGET, draws=2)
+    for table in ("heads", "layers"):
+        pd.testing.assert_frame_equal(getattr(again, table), getattr(found, table), rtol=1e-3, atol=1e-5)
