@@ -1,0 +1,74 @@
+"""The fused step over two ranks is the fused step of one; its kernel chooses as the plain one does. In the interpreter:
+ranks here are forked processes, which cannot share a GPU that is in use (benchmarks/ranks.py compares on GPUs)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.config import TrainConfig
+from sae.fused_step import FusedStep
+from sae.kernels import shards
+from sae.kernels import triton as fast
+from sae.kernels.topk import topk_reference
+from sae.ranks import Ranks
+from sae.rules import BatchTopK, TopK
+from sae.state import TrainingState
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks processes")
+OnRanks = Callable[..., list[Any]]
+N, D, F, K, STEPS = 7, 6, 13, 3, 1
+CONFIG = TrainConfig(
+    name="a", total_tokens=STEPS * N, batch_size=N, d_sae=F, rule=TopK(K), lr=3e-4, dead_after_tokens=1, warmup=0.0
+)
+CASES = [CONFIG, replace(CONFIG, rule=BatchTopK(K), aux="none", clip_grad_norm=0.01)]
+
+
+def kept(ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(-2, 4, (N, F), generator=generator).float()
+    z[0], z[1, :7], z[2, 3], z[2, -1] = -1, -1, torch.nan, torch.inf
+    own = topk_reference(z[:, slice(*ranks.span(F))], K)
+    return [made.best_of_shards(*own, ranks) for made in (fast, shards)]
+
+
+def test_the_kernel_keeps_what_the_plain_choice_keeps(on_ranks: OnRanks) -> None:
+    for by_kernel, plain in on_ranks(2, kept):
+        for one, other in zip(by_kernel, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def after_steps(ranks: Ranks) -> list[dict[str, Tensor]]:
+    found = []
+    for config in CASES:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(STEPS + 1, N, D, generator=generator) + 1
+        state = TrainingState(config, D, torch.device("cpu"), ranks)
+        state.initialise(x[-1])
+        # Dead from the first report on, all of them one rank's.
+        state.sae.b_enc.data[torch.arange(F)[state.own_span] < 3] = -20
+        state.read_totals()
+        step = FusedStep(state, precision=torch.float32, min_bucket=4)
+        for number in range(STEPS):
+            step(x[number], number)
+        dims = {name: state.feature_dim(name) for name in state.tensors()}
+        found.append(
+            {
+                name: tensor if dims[name] is None else ranks.join(tensor, F, dims[name])
+                for name, tensor in state.saved_tensors().items()
+            }
+        )
+    return found
+
+
+def test_the_fused_step_over_ranks_is_that_of_one(on_ranks: OnRanks) -> None:
+    (expected,) = on_ranks(1, after_steps)
+    for got in on_ranks(2, after_steps):
+        for ours, theirs in zip(got, expected, strict=True):
+            for name, tensor in theirs.items():
+                torch.testing.assert_close(
+                    ours[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, at=name: at + text
+                )
