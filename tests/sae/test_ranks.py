@@ -17,7 +17,7 @@ from sae.plain_step import PlainStep
 from sae.ranks import ALONE, Ranks
 from sae.rules import AbsTopK, BatchAbsTopK, BatchTopK, FeatureChoice, JumpReLU, MutualChoice, ReLU, TopK
 from sae.sharing import Sharing
-from sae.source import Pair
+from sae.source import Pair, Part
 from sae.state import TrainingState
 from sae.training import StepMetrics, train
 
@@ -73,18 +73,22 @@ def test_the_ranks_choose_what_one_would_whatever_ties(on_ranks: OnRanks, size: 
                 torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+PREDICTS = Pair("in", "out", D, 7)
+PARTS = (Part("A", "h", "m", 4), Part("B", "g", "m", 6))
 STEPS = {
-    "topk, aux-k": (CONFIG, False),
-    "abstopk, clipped": (replace(CONFIG, rule=AbsTopK(K), clip_grad_norm=0.5), False),
-    "batchtopk": (replace(CONFIG, rule=BatchTopK(K)), False),
-    "batch_abstopk, frozen": (replace(CONFIG, rule=BatchAbsTopK(K), frozen_decoder=True), False),
-    "mutual choice, aux-zipf": (replace(CONFIG, rule=MutualChoice(K)), False),
-    "Matryoshka": (replace(CONFIG, matryoshka=(8, 30)), False),
-    "multi-k, annealed": (replace(CONFIG, multi_k=0.125, rule=TopK(3), anneal_from_k=6), False),
-    "relu": (replace(CONFIG, rule=ReLU()), False),
-    "jumprelu": (replace(CONFIG, rule=JumpReLU(0.2, 0.3, target_l0=5.0), aux="aux_k", clip_grad_norm=1.0), False),
-    "transcoder, skip": (replace(CONFIG, skip=True), True),
-    "transcoder, jumprelu": (replace(CONFIG, rule=JumpReLU(0.2, 0.3)), True),
+    "topk, aux-k": (CONFIG, D),
+    "abstopk, clipped": (replace(CONFIG, rule=AbsTopK(K), clip_grad_norm=0.5), D),
+    "batchtopk": (replace(CONFIG, rule=BatchTopK(K)), D),
+    "batch_abstopk, frozen": (replace(CONFIG, rule=BatchAbsTopK(K), frozen_decoder=True), D),
+    "mutual choice, aux-zipf": (replace(CONFIG, rule=MutualChoice(K)), D),
+    "Matryoshka": (replace(CONFIG, matryoshka=(8, 30)), D),
+    "multi-k, annealed": (replace(CONFIG, multi_k=0.125, rule=TopK(3), anneal_from_k=6), D),
+    "relu": (replace(CONFIG, rule=ReLU()), D),
+    "jumprelu": (replace(CONFIG, rule=JumpReLU(0.2, 0.3, target_l0=5.0), aux="aux_k", clip_grad_norm=1.0), D),
+    "transcoder, skip": (replace(CONFIG, skip=True), PREDICTS),
+    "crosscoder, relu": (replace(CONFIG, rule=ReLU(), sparsity_warmup=0.0), PARTS),
+    "crosscoder, batchtopk": (replace(CONFIG, rule=BatchTopK(K)), PARTS),
+    "transcoder, jumprelu": (replace(CONFIG, rule=JumpReLU(0.2, 0.3)), PREDICTS),
 }
 
 
@@ -94,11 +98,10 @@ def states_after(ranks: Ranks, n_steps: int) -> dict[str, dict[str, Tensor]]:
     for kind in (SAE, Transcoder):
         kind.__init__.__kwdefaults__["dtype"] = torch.float64
     found = {}
-    for name, (config, predicts) in STEPS.items():
+    for name, (config, place) in STEPS.items():
         generator = torch.Generator().manual_seed(3)
         x = torch.randn(n_steps + 1, N, D, generator=generator) + 1
-        y = torch.randn(n_steps + 1, N, 7, generator=generator) if predicts else None
-        place = Pair("in", "out", D, 7) if predicts else D
+        y = torch.randn(n_steps + 1, N, 7, generator=generator) if place is PREDICTS else None
         state = TrainingState(config, place, torch.device("cpu"), ranks)
         state.initialise(x[-1], None if y is None else y[-1])
         # Features that never fire, all of them one rank's, for the auxiliary loss.
