@@ -23,6 +23,7 @@ from torch import Tensor
 from circuits.blocks import attention_constant, check_reads, head_outputs, mlp_input, norm_before, normed
 from circuits.nodes import Bridge, Graph, graph_of
 from circuits.passes import Hook, answer_logits, taking
+from circuits.sources import gate_beside_queries
 from circuits.unembedding import difference, random_tokens
 from sae.errors import InputError
 
@@ -110,8 +111,14 @@ def unread(name: str) -> InputError:
 
 
 def reader_names(bridge: Bridge) -> list[str]:
-    """Hook points of queries, keys, values and MLPs, layer by layer. Raises InputError for one that a model does not
-    have, and as `check_reads`."""
+    """Hook points of queries, keys, values and MLPs, layer by layer.
+
+    Raises:
+        InputError: one that a model does not have, each head's gate made beside its queries (Qwen3-Next), or see
+            `check_reads`.
+    """
+    if any(gate_beside_queries(bridge, layer) for layer in range(bridge.cfg.n_layers)):
+        raise InputError(NOT_WHOLE)
     check_reads(bridge)
     places = [(*(f"attn.{part}.hook_out" for part in "qkv"), mlp_input(block)[0]) for block in bridge.blocks]
     names = [f"blocks.{layer}.{name}" for layer, inner in enumerate(places) for name in inner]
@@ -124,16 +131,9 @@ def reader_names(bridge: Bridge) -> list[str]:
 def read_through(
     bridge: Bridge, layer: int, part: str, x: Float[Tensor, "n pos heads d_model"]
 ) -> Float[Tensor, "n pos heads d_head"]:
-    """Queries, keys or values (`part` q, k or v) of each head from a residual stream of its own.
-
-    Raises:
-        InputError: a matrix that makes more than these, such as each head's gate beside its queries (Qwen3-Next).
-    """
+    """Queries, keys or values (`part` q, k or v) of each head from a residual stream of its own."""
     block = bridge.blocks[layer]
-    try:
-        weights = getattr(block.attn, f"W_{part.upper()}")
-    except ValueError:
-        raise InputError(NOT_WHOLE) from None
+    weights = getattr(block.attn, f"W_{part.upper()}")
     bias = getattr(block.attn, f"b_{part.upper()}")
     out = torch.einsum("nphd,hdz->nphz", normed(norm_before(block, "attn"), x), weights)
     return out if bias is None else out + bias

@@ -28,6 +28,7 @@ from torch import Tensor
 from circuits.blocks import check_reads, norm_before
 from circuits.nodes import Bridge
 from circuits.norms import measured_norm
+from circuits.sources import gate_beside_queries
 from sae.errors import InputError
 
 Reader = Literal["q", "k", "v", "mlp_in", "mlp_gate", "unembed"]
@@ -71,8 +72,7 @@ def effective_weights(bridge: Bridge, reader: Reader, layer: int | None = None) 
         d_head = bridge.cfg.d_head
         W = rearrange(found.W, "d (head h) -> d head h", h=d_head)
         b = rearrange(found.b, "(head h) -> head h", h=d_head)
-        if reader == "q" and W.shape[1] == 2 * bridge.cfg.n_heads:
-            # Beside each head's queries the matrix makes its gate (Qwen3-Next).
+        if reader == "q" and gate_beside_queries(bridge, layer):
             W, b = W[:, ::2], b[::2]
         return EffectiveWeights(W, b)
     name = "in" if reader == "mlp_in" else "gate"

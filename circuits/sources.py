@@ -52,6 +52,11 @@ class SplitHeads:
     """How the gate is made; None without."""
 
 
+def gate_beside_queries(bridge: Bridge, layer: int) -> bool:
+    """Whether the matrix of a layer's queries makes each head's gate too, after its queries (Qwen3-Next)."""
+    return f"blocks.{layer}.attn.hook_q_gate" in bridge.hook_dict
+
+
 def split_points(bridge: Bridge, layer: int) -> list[str]:
     """Hook points that `split_heads` reads."""
     gates = [name for point in POINTS if (name := f"blocks.{layer}.attn.{point}") in bridge.hook_dict]

@@ -75,8 +75,9 @@ def main() -> None:
 def choose(workspace: Workspace) -> str | None:
     """The graph, kept in the URL as `graph`; a form makes another."""
     names = [item.name for item in reversed(workspace.results.find(GRAPH))]
-    with st.expander("A new graph", expanded=not names):
-        new_graph(workspace, f"graph-{len(names) + 1}")
+    asked_for = st.query_params.get("prompt")
+    with st.expander("A new graph", expanded=not names or asked_for is not None):
+        new_graph(workspace, f"graph-{len(names) + 1}", asked_for or PROMPT)
     if not names:
         return None
     asked = st.query_params.get("graph")
@@ -92,8 +93,8 @@ def choose(workspace: Workspace) -> str | None:
     return str(st.selectbox("Graph", names, key="graph", on_change=follow))
 
 
-def new_graph(workspace: Workspace, name: str) -> None:
-    """A form that makes one, of any model that there are transcoders of."""
+def new_graph(workspace: Workspace, name: str, text: str) -> None:
+    """A form that makes one, of any model that there are transcoders of; `text` is its prompt to begin with."""
     sets = sets_for_graphs(workspace)
     if not sets:
         st.info(
@@ -102,7 +103,7 @@ def new_graph(workspace: Workspace, name: str) -> None:
         )
         return
     with st.form("new graph", border=False):
-        prompt = st.text_area("Prompt", PROMPT, height=130, help="The graph is of the token after it.")
+        prompt = st.text_area("Prompt", text, height=130, help="The graph is of the token after it.")
         left, right = st.columns(2)
         coders, model = left.selectbox("Transcoders", sets, format_func=lambda one: f"{one[0]} of {one[1]}")
         title = right.text_input("Name", name)

@@ -2,20 +2,23 @@
 
 import streamlit as st
 
-from app.shared import loaded_model, open_workspace, page_link, plain
+from app.shared import loaded_model, open_workspace, page_link, plain, sae_names
 from workbench import InputError, Result, Workspace
 from workbench.circuits import attention_view as attention
 from workbench.circuits import heads as views
 from workbench.circuits.attention_view import AttentionView
+from workbench.circuits.graphs import sets_for_graphs
 from workbench.circuits.head_examples import HeadExamples, head_examples
 from workbench.circuits.head_features import FAMILIES, HEAD_FEATURES
 from workbench.circuits.heads import DIVERGING, HEADS, SCORES, HeadOnText, report_heads
 from workbench.circuits.methods import DISCRETE, NODES
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
-from workbench.sparsity.report import colourings
+from workbench.show.html import one_line
+from workbench.sparsity.colourings import colourings
 from workbench.text.corpora import open_corpus
 
+MOST_LINKS = 8
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
 
 
@@ -138,7 +141,12 @@ def scores(result: Result, head: str) -> None:
 
 def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:
     """Attention on a text of one's own, kept in the URL as `text`, and the OV circuit on its tokens."""
-    text = st.text_area("Text", TEXT, key="text", bind="query-params", height=100)
+
+    def forget() -> None:
+        # Its number means another token of another text.
+        st.session_state.pop("token asked for", None)
+
+    text = st.text_area("Text", TEXT, key="text", bind="query-params", height=100, on_change=forget)
     try:
         found = head_on_text(model.name, head, text)
     except InputError as error:
@@ -148,7 +156,9 @@ def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:
         st.info(f"Only the first {len(found.tokens)} tokens are shown.")
     seen, corpus, pattern, copies = st.tabs(["Attention on the text", "In a corpus", "Pattern", "OV circuit"])
     with seen:
-        all_heads(view_on_text(model.name, text), head)
+        view = view_on_text(model.name, text)
+        all_heads(view, head)
+        token_links(workspace, model, view, text)
     with corpus:
         in_corpus(workspace, model, head)
     pattern.plotly_chart(found.figure(), key="pattern", config={"displayModeBar": False})
@@ -187,7 +197,8 @@ _patterns = st.components.v2.component(
     js=attention.SCRIPT
     + """
 export default function ({ data, parentElement, setTriggerValue }) {
-  drawAttention(parentElement.querySelector(".att"), data, (...heads) => setTriggerValue("clicked", heads));
+  drawAttention(parentElement.querySelector(".att"), data, (...heads) => setTriggerValue("clicked", heads),
+    (token) => setTriggerValue("asked", token ?? -1));
 }
 """,
 )
@@ -197,7 +208,7 @@ def all_heads(view: AttentionView, head: str) -> None:
     """All heads small and `head` large, the text beside it; a click on a small one opens it on the page."""
     if view.truncated:
         st.info(f"Only the first {len(view.tokens)} tokens are shown.")
-    st.caption("Click a head to open it, with Shift to compare it with this one.")
+    st.caption("Click a head to open it, with Shift to compare it with this one; click a token to go on from it.")
 
     def clicked() -> None:
         asked = st.session_state["attention"]["clicked"]
@@ -205,8 +216,31 @@ def all_heads(view: AttentionView, head: str) -> None:
             # The view is drawn anew for the next head: the one to compare with stays.
             st.query_params["head"], st.session_state["compared"] = asked
 
-    shown = {"head": head, "other": st.session_state.get("compared")}
-    _patterns(data=view.data() | shown, key="attention", on_clicked_change=clicked)
+    def asked() -> None:
+        token = st.session_state["attention"]["asked"]
+        if token is not None:
+            st.session_state["token asked for"] = None if token < 0 else token
+
+    shown = {
+        "head": head, "other": st.session_state.get("compared"), "held": st.session_state.get("token asked for")
+    }  # fmt: skip
+    _patterns(data=view.data() | shown, key="attention", on_clicked_change=clicked, on_asked_change=asked)
+
+
+def token_links(workspace: Workspace, model: ModelInfo, view: AttentionView, text: str) -> None:
+    """From a token that was clicked to its features, by every SAE of the model, and to a graph of what follows it."""
+    token = st.session_state.get("token asked for")
+    if token is None or token >= len(view.tokens):
+        return
+    said = plain(one_line(view.tokens[token]))
+    st.markdown(f"**Token {token}, {said}**")
+    names = [name for name in sae_names(workspace) if workspace.origin(name).model == model.name]
+    for name in names[:MOST_LINKS]:
+        page_link("Prompt", f"its features by {plain(name)}", sae=name, prompt=text, token=token)
+    if token > 0 and any(of == model.name for _, of in sets_for_graphs(workspace)):
+        page_link("Graph", "a graph of what follows it", prompt=view.text_to(token))
+    if not names:
+        st.caption("No SAE of this model yet: train one with `workbench train` to see what fires here.")
 
 
 @st.cache_data(max_entries=16, show_spinner="Running the model ...")

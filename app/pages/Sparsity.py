@@ -18,10 +18,12 @@ from workbench.sparsity.compare import compare, report_names, report_parts
 from workbench.sparsity.enforce import generate
 from workbench.sparsity.methods import method_named
 from workbench.sparsity.neurons import NeuronView, view_neuron
-from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP, SAES
+from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP, PREDICT, SAES
 
-PARTS = ("MLPs", "Cost", "Attention", "Heads", "SAEs")
-COMMANDS = {MLP: "measure", CURVES: "enforce", ATTENTION: "attention", HEADS: "heads", SAES: "sae"}
+PARTS = ("MLPs", "Cost", "Beforehand", "Attention", "Heads", "SAEs")
+COMMANDS = {
+    MLP: "measure", CURVES: "enforce", PREDICT: "predict", ATTENTION: "attention", HEADS: "heads", SAES: "sae"
+}  # fmt: skip
 NEURON_COLUMNS = {"neuron": "neuron", "density": "share of tokens", "mean_abs": "mean |h|", "max_abs": "largest |h|"}
 SAE_COLUMNS = {
     "sae": "SAE", "l0": "L0", "l0_p10": "L0, 10%", "l0_p50": "median", "l0_p90": "90%", "dead_share": "dead share",
@@ -67,7 +69,7 @@ def main() -> None:
         "Part", PARTS, default=PARTS[0], key="part", bind="query-params", label_visibility="collapsed", required=True
     )
     # `required` keeps a second click on the part from taking it away, but types do not know that.
-    draws = dict(zip(PARTS, (mlps, cost, attention, heads, saes), strict=True))
+    draws = dict(zip(PARTS, (mlps, cost, beforehand, attention, heads, saes), strict=True))
     draws[part or PARTS[0]](workspace, reports)
 
 
@@ -175,6 +177,9 @@ def cost(workspace: Workspace, reports: dict[str, Parts]) -> None:
             ppl = result.table("ppl")
             said = ", ".join(f"**{row.sparsity:.1%}** at p = {100 * row.p:g}%" for row in ppl.itertuples())
             st.markdown(f"{plain(name)}: PPL-p% sparsity {said}")
+    trusted = {name: result for name, result in found.items() if "corrupted" in result.parameters}
+    if trusted:
+        draw(trusted, "reliability", figures.reliability_curves, "Calibration and robustness under top-k", "trusted")
     with st.expander("All numbers"):
         for name, result in found.items():
             st.markdown(f"**{plain(name)}**")
@@ -226,6 +231,22 @@ def continuation(made_of: Source, prompt: str, method: str, level: float, contex
 def calibrated(made_of: Source, context_len: int) -> Calibration:
     """The thresholds' sample, as the report's own."""
     return calibrate(loaded_model(made_of.model), opened(made_of), context_len=context_len)
+
+
+def beforehand(workspace: Workspace, reports: dict[str, Parts]) -> None:
+    """Whether active neurons can be known before a token comes: cores, a low-rank predictor, shared dimensions."""
+    found = having(workspace, reports, PREDICT)
+    if not found:
+        return
+    draw(found, "cores", figures.core_costs, "Second halves of contexts on a core of neurons", "cores")
+    ranked = {name: result for name, result in found.items() if "predictor" in result.tables()}
+    if ranked:
+        draw(ranked, "predictor", figures.predicted_neurons, "Neurons told by a low-rank predictor", "predictor")
+        st.caption("Dotted: the neurons most often needed, whatever the token.")
+    for name, result in found.items():
+        with st.expander(f"Overlap of cores, and dimensions of the residual stream: {plain(name)}"):
+            st.dataframe(result.table("overlap"), hide_index=True, width="stretch")
+            st.dataframe(result.table("dimensions"), hide_index=True, width="stretch")
 
 
 def attention(workspace: Workspace, reports: dict[str, Parts]) -> None:

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
+import app.shared
 from sae import SAE, TopK
 from workbench import Workspace
 from workbench.circuits.agreement import report_agreement
@@ -80,6 +82,26 @@ def test_heads_can_be_coloured_by_stored_results(space: Workspace, open_page: Op
     assert page.caption[-1].value == "No head there."
     page.text_area(key="text").set_value("").run()
     assert "type something" in page.error[0].value
+
+
+def test_a_token_of_a_pattern_goes_on_to_its_features_and_to_a_graph(
+    space: Workspace, open_page: OpenPage, demo_sae: Callable[..., SAE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(app.shared, "page_link", lambda page, label, **query: followed.update({page: query}))
+    space.add_sae("plain", demo_sae(TopK(6)), {})
+    page = open_page("Heads", space, text="a = b\na =")
+    assert "Prompt" not in followed
+    page.session_state["token asked for"] = 3
+    page.run()
+    assert not page.exception
+    assert followed["Prompt"] == {"sae": "plain", "prompt": "a = b\na =", "token": 3}
+    # BOS stands at 0: the graph is of what follows the third token.
+    assert followed["Graph"] == {"prompt": "a = b"}
+    graph = open_page("Graph", space, **followed["Graph"])
+    assert graph.text_area[0].value == "a = b"
+    page.text_area(key="text").set_value("c").run()
+    assert "token asked for" not in page.session_state
 
 
 def test_a_link_to_a_head_that_is_not_there_says_so(space: Workspace, open_page: OpenPage) -> None:

@@ -1,4 +1,4 @@
-"""A twin of the demo model with another activation function: trained by the script, reported by the command."""
+"""Twins of the demo model: another activation function, a gate behind attention."""
 
 import json
 import lzma
@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from demo_architectures import activation_modules, build_model
 from demo_metrics import bits_per_byte, nats_per_document
 from demo_tokenizer import BOS_ID
 from evaluate_demo_model import MODEL, encode, load
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workbench.cli.main import run
 from workbench.text.python_source import stdlib_files
 from workbench.workspace import Workspace
 
 TWIN = MODEL.with_name("demo_model_gelu")
+GATED = MODEL.with_name("demo_model_gated")
 TRAIN = Path(__file__).resolve().parents[2] / "data" / "train_demo_model.py"
 TEXT = "def reversed_lines(path):\n    with open(path) as file:\n        return [line[::-1] for line in file]\n\n\n"
 
@@ -87,3 +90,38 @@ def test_the_shipped_twin_has_the_loss_of_its_card() -> None:
     same = sha256(text.encode()).hexdigest() == recorded["netrc.py"]["sha256"]
     # Another Python version ships another text.
     assert measured == pytest.approx(recorded["netrc.py"]["bits_per_byte"], abs=2e-3 if same else 0.25)
+
+
+def test_held_gates_stay_at_one_half_and_the_rest_learns() -> None:
+    shape = {"activation": "relu", "layers": 2, "d_model": 16, "heads": 2, "seed": 0}
+    gated, held = (build_model(name, **shape) for name in ("gated", "held"))
+    tokens = torch.randint(1, 4000, (2, 12), generator=torch.Generator().manual_seed(0))
+    assert len(activation_modules(held)) == 2
+    for model, moves in ((gated, True), (held, False)):
+        weight = model.model.layers[1].self_attn.q_proj.weight
+        before = weight.detach().clone().view(2, 2, 8, 16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(2):
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = weight.detach().view(2, 2, 8, 16)
+        assert not torch.equal(after[:, 0], before[:, 0])
+        assert torch.equal(after[:, 1], before[:, 1]) != moves
+    assert not held.model.layers[1].self_attn.q_proj.weight.view(2, 2, 8, 16)[:, 1].any()
+
+
+def test_the_shipped_gated_twin_reads_the_same_tokens_and_has_no_sink() -> None:
+    """A sink: much attention on BOS, which stands at every context's beginning."""
+    assert (GATED / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+    assert json.loads((GATED / "training.json").read_text(encoding="utf-8"))["config"]["architecture"] == "gated"
+    text = next(file.read() for file in stdlib_files() if file.module_path == "netrc.py")
+    sinks = []
+    for folder in (MODEL, GATED):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        row = [BOS_ID, *encode(AutoTokenizer.from_pretrained(folder), text)[:255].tolist()]
+        with torch.no_grad():
+            patterns = torch.stack(model(torch.tensor([row]), output_attentions=True).attentions)
+        sinks.append(patterns[:, 0, :, 1:, 0].mean(dim=-1).max().item())
+    assert sinks[0] > 0.5
+    assert sinks[1] < 0.2

@@ -1,8 +1,9 @@
 """Attention patterns beside their text: all heads small, one or two large, as HTML with a script of its own.
 
 Hovering a token of a large head colours what it looks at, before it, and who looks at it, after it; a cell of the
-pattern names its two tokens. A click on a small head makes it the large one, with Shift the one to compare with. (The
-view is that of CircuitsVis' attention patterns.)
+pattern names its two tokens. A click on a token holds it, so that the mouse can go elsewhere; on the app's page it is
+then asked for, features and graphs one link away. A click on a small head makes it the large one, with Shift the one to
+compare with. (The view is that of CircuitsVis' attention patterns.)
 
 Attention is sent as whole numbers: 255 sqrt(A), the lower triangle row by row, so that small values keep their digits.
 """
@@ -57,6 +58,10 @@ class AttentionView:
             "other": self.other,
             "colours": list(PALETTE[:2]),
         }
+
+    def text_to(self, token: int) -> str:
+        """The text up to a token and with it, BOS left out."""
+        return "".join(self.tokens[1 : token + 1])
 
     def _repr_html_(self) -> str:
         # Scripts of a cell's own HTML do not run everywhere; those of a frame do.
@@ -114,17 +119,18 @@ CSS = """
 .att .text { font: 13px/1.7 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere;
   margin-bottom: 8px }
 .att .text span { border-radius: 2px; box-shadow: inset 0 0 0 .5px GREY_LINE; cursor: default }
-.att .text span.here { outline: 2px solid currentColor }
+.att .text span.here { outline: 2px solid currentColor } .att .text span.held { outline: 3px double currentColor }
 .att .said { min-height: 3.6em; opacity: .85 }
 """.replace("GREY_LINE", GREY_LINE)
 SCRIPT = """
-function drawAttention(root, data, pick) {
+function drawAttention(root, data, pick, ask = () => {}) {
   const n = data.tokens.length, [blue, red] = data.colours;
   const bytes = data.patterns.map((text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
   const at = (head, q, k) => k > q ? 0 : bytes[head][q * (q + 1) / 2 + k] / 255;
   const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
   const tint = (hex, share) => `rgba(${rgb(hex)}, ${share.toFixed(3)})`;
   const chosen = { left: data.heads.indexOf(data.head), right: data.heads.indexOf(data.other) };
+  let held = data.held ?? null;
   root.style.setProperty("--left", blue); root.style.setProperty("--right", red);
 
   function paint(canvas, head) {
@@ -149,12 +155,17 @@ function drawAttention(root, data, pick) {
     const spans = data.tokens.map((token, i) => {
       const span = document.createElement("span");
       span.textContent = token.replace("\\u23ce", "\\u23ce\\n"); span.tabIndex = 0; span.dataset.at = i;
-      span.onmouseenter = span.onfocus = () => look(i);
+      span.onmouseenter = span.onfocus = () => { if (held === null) look(i); };
+      span.onclick = () => {
+        held = held === i ? null : i;
+        root.querySelectorAll("section").forEach((section) => section.look(i));
+        ask(held);
+      };
       return span;
     });
     function look(i) {
       spans.forEach((span, j) => {
-        span.className = i === j ? "here" : "";
+        span.className = i === j ? (held === i ? "held" : "here") : "";
         span.style.background = j <= i ? tint(blue, at(head, i, j)) : tint(red, at(head, j, i));
       });
       const keys = [], queries = [];
@@ -164,6 +175,7 @@ function drawAttention(root, data, pick) {
         (queries.length ? `; is looked at by ${strongest(queries)}` : "");
     }
     canvas.onmousemove = (event) => {
+      if (held !== null) return;
       const box = canvas.getBoundingClientRect();
       const k = Math.min(n - 1, Math.floor((event.clientX - box.left) / box.width * n));
       const q = Math.min(n - 1, Math.floor((event.clientY - box.top) / box.height * n));
@@ -172,10 +184,12 @@ function drawAttention(root, data, pick) {
       spans[k].className = "here";
       said.textContent = `from ${quoted(q)} (${q}) to ${named(k, at(head, q, k))} (${k})`;
     };
-    said.textContent = "Hover a token: before it what it looks at, after it who looks at it.";
+    said.textContent = "Hover a token: before it what it looks at, after it who looks at it. A click holds it.";
     const beside = document.createElement("div");
     beside.className = "beside";
     text.append(...spans); beside.append(text, said); section.append(title, canvas, beside);
+    section.look = look;
+    if (held !== null && held < n) look(held);
     return section;
   }
 

@@ -1,4 +1,4 @@
-"""Commands on activation sparsity: sparsity measure, enforce, attention, heads, sae, experts, report, compare."""
+"""Commands on activation sparsity: measure, enforce, attention, heads, predict, sae, experts, report, compare."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ def enforce(
     from workbench.sparsity.methods import method_named
 
     methods = [method_named(item).name for item in method or ()]
-    run.show(run.run("enforce", methods=methods or None, ps=p), ["points", "costs", "ppl"])
+    run.show(run.run("enforce", methods=methods or None, ps=p), ["points", "costs", "ppl", "reliability"])
 
 
 @commands.command()
@@ -171,6 +171,18 @@ def heads(
 
 
 @commands.command()
+@sharing(Measurement)
+def predict(
+    run: Measurement,
+    seed: Annotated[int, typer.Option(help="Seed of the random neurons and of the rotation.")] = 0,
+) -> None:
+    """Measure whether active neurons can be known beforehand: cores of contexts, a low-rank predictor, dimensions."""
+    result = run.run("predict", seed=seed)
+    tables = ["overlap", "cores", "dimensions"] + (["predictor"] if "predictor" in result.tables() else [])
+    run.show(result, tables)
+
+
+@commands.command()
 @sharing(Measurement, tokens=32_768)
 def sae(
     run: Measurement,
@@ -209,7 +221,7 @@ def report(
     ] = True,
     heldout: Annotated[int, typer.Option(help="Held-out tokens of the curves, attention and SAEs.", min=2)] = 8192,
 ) -> None:
-    """Run measure, enforce, attention, heads and, with --sae, sae under one name; parts stored already are kept."""
+    """Run measure, enforce, attention, heads, predict and, with --sae, sae under one name; stored parts are kept."""
     name, spec = measured(run.name, run.model)
     workspace = run.workspace()
     loaded = {item: workspace.sae(item) for item in sae or []}

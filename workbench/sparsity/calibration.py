@@ -26,6 +26,8 @@ from workbench.sparsity.layers import MLP, Projection, flat_like, mlps, projecti
 from workbench.text.corpora import Corpus
 
 QUANTILES = 10_000
+SAMPLE_TOKENS = 1024
+"""Rows that thresholds are found on."""
 SAMPLE_PER_BATCH = 1 << 16
 """Magnitudes kept per matrix and batch for the quantiles."""
 
@@ -69,7 +71,9 @@ class Calibration:
         return len(self.h[0])
 
 
-def calibrate(model: LoadedModel, corpus: Corpus, *, tokens: int = 1024, context_len: int = 256) -> Calibration:
+def calibrate(
+    model: LoadedModel, corpus: Corpus, *, tokens: int = SAMPLE_TOKENS, context_len: int = 256
+) -> Calibration:
     """Samples `tokens` rows (rounded down to whole contexts) of the training documents.
 
     Raises:

@@ -19,9 +19,9 @@ import pandas as pd
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
-from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP, SAES
+from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP, PREDICT, SAES
 
-KINDS = (MLP, CURVES, ATTENTION, HEADS, SAES)
+KINDS = (MLP, CURVES, ATTENTION, HEADS, PREDICT, SAES)
 COST = 0.1
 """Added nats at which methods are compared."""
 

@@ -28,6 +28,9 @@ HEAD_COSTS = {
     "uncovered": "share of its attention that the pattern leaves out",
     "dims_95": "directions of the query-key form for 95% of the attention on 16 keys",
 }
+CORE_NAMES = {
+    "own": "core of the first half", "other": "another context's", "corpus": "the training text's", "random": "random"
+}  # fmt: skip
 AXIS_KEYS = ("type", "range", "tickformat", "dtick", "rangemode", "autorange")
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 COSTLY_NATS = 2.0
@@ -220,6 +223,43 @@ def heads_left_whole(curve: pd.DataFrame) -> go.Figure:
                      "thickness": 1} if order == "random" else None,
         )  # fmt: skip
     return _laid_out(figure, "heads left whole", "added nats per token").update_yaxes(rangemode="tozero")
+
+
+def core_costs(cores: pd.DataFrame) -> go.Figure:
+    """Added nats on second halves by the share of neurons they may use, one line per core. Args: the table `cores`."""
+    figure = go.Figure()
+    for number, (core, rows) in enumerate(cores.groupby("core", sort=False)):
+        figure.add_scatter(
+            x=rows["share"], y=rows["added_nats"], name=CORE_NAMES[str(core)], mode="lines+markers",
+            line={"color": series_colour(number), "width": 1.5},
+        )  # fmt: skip
+    return _laid_out(figure, "share of neurons", "added nats").update_xaxes(tickformat=".0%")
+
+
+def predicted_neurons(predictor: pd.DataFrame) -> go.Figure:
+    """Recall of a token's neurons by rank, one line per layer. Args: the table `predictor`."""
+    figure = go.Figure()
+    for number, (layer, rows) in enumerate(predictor.groupby("layer", sort=True)):
+        figure.add_scatter(
+            x=rows["rank"], y=rows["recall"], name=f"layer {layer}", mode="lines+markers",
+            line={"color": series_colour(number), "width": 1.5},
+        )  # fmt: skip
+        figure.add_hline(y=rows["frequent"].iloc[0], line={"color": series_colour(number), "width": 1, "dash": "dot"})
+    figure = _laid_out(figure, "rank of the predictor", "recall of a token's neurons")
+    return figure.update_xaxes(type="log").update_yaxes(range=[0, 1.02], tickformat=".0%")
+
+
+def reliability_curves(table: pd.DataFrame) -> go.Figure:
+    """Calibration error and what corrupted input costs, by level of topk. Args: the table `reliability`."""
+    figure = go.Figure()
+    names = {"ece": "expected calibration error", "corrupted_nats": "nats added by corrupted input"}
+    for number, (column, name) in enumerate(names.items()):
+        figure.add_scatter(
+            x=table["level"], y=table[column], name=name, mode="lines+markers",
+            line={"color": series_colour(number), "width": 1.5},
+        )  # fmt: skip
+    figure = _laid_out(figure, "neurons dropped per token", "").update_xaxes(tickformat=".0%")
+    return figure.update_yaxes(rangemode="tozero")
 
 
 def density_spectrum(spectrum: pd.DataFrame) -> go.Figure:

@@ -1,7 +1,9 @@
 """The sparsity measurements as results of a workspace, one kind each.
 
     sparsity-mlp         tables layers, neurons, positions, residual
-    sparsity-curves      tables points, shares (by matrix), costs (at given costs), cett (thresholds by layer), ppl
+    sparsity-curves      tables points, shares (by matrix), costs (at given costs), cett (thresholds by layer), ppl,
+                         reliability
+    sparsity-predict     tables overlap, cores, dimensions, predictor
     sparsity-attention   tables curves, coverage, heads, with tasks also tasks
     sparsity-heads       tables heads, layers, curve
     sparsity-sae         tables summary, positions, spectrum, terms
@@ -16,9 +18,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sae.errors import InputError
 from sae.model import SAE
@@ -27,7 +26,7 @@ from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.task import Task
 from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches
-from workbench.models.load import LoadedModel, ModelInfo
+from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.sparsity import figures
 from workbench.sparsity.at_cost import COSTS, at_costs
@@ -36,18 +35,23 @@ from workbench.sparsity.attention_heads import DRAWS, measure_heads
 from workbench.sparsity.attention_patterns import pattern_named
 from workbench.sparsity.attention_rank import KEYS, looking_ranks
 from workbench.sparsity.attention_tasks import task_costs
-from workbench.sparsity.calibration import calibrate
+from workbench.sparsity.calibration import SAMPLE_TOKENS, calibrate, calibrate_on
+from workbench.sparsity.core import measure_cores
+from workbench.sparsity.dimensions import shared_dimensions
 from workbench.sparsity.enforce import enforce
 from workbench.sparsity.experts import measure_experts
 from workbench.sparsity.layers import mlps
 from workbench.sparsity.measure import measure
-from workbench.sparsity.methods import cett, check_methods, method_named, usable_methods
+from workbench.sparsity.methods import METHODS, cett, check_methods, method_named, usable_methods
 from workbench.sparsity.ppl import ppl_sparsity, search_passes
+from workbench.sparsity.predictor import predictor_recall
+from workbench.sparsity.reliability import CORRUPTED, reliability
 from workbench.sparsity.sae_codes import measure_saes
 from workbench.text.corpora import Corpus
 
 MLP, CURVES, ATTENTION = "sparsity-mlp", "sparsity-curves", "sparsity-attention"
 HEADS, SAES, EXPERTS = "sparsity-heads", "sparsity-sae", "sparsity-experts"
+PREDICT = "sparsity-predict"
 CETT_TARGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
 """Of the table of thresholds."""
 SEARCH_PASSES = 3
@@ -105,7 +109,7 @@ def report_curves(
     check_methods(chosen, mlps(model))
     parameters = {
         "methods": [method.name for method in chosen], "ps": list(ps), "max_tokens": max_tokens,
-        "context_len": context_len, "costs": list(COSTS),
+        "context_len": context_len, "costs": list(COSTS), "corrupted": CORRUPTED,
     }  # fmt: skip
 
     def make() -> Made:
@@ -115,7 +119,8 @@ def report_curves(
         searched = rows * search_passes(len(ps))
         curves = rows * (1 + sum(len(method.levels) for method in chosen))
         graded = [method for method in chosen if len(method.levels) > 1]
-        total = searched + curves + rows * SEARCH_PASSES * len(graded) * len(COSTS)
+        priced = rows * SEARCH_PASSES * len(graded) * len(COSTS)
+        total = searched + curves + priced + 2 * rows * len(METHODS["topk"].levels)
 
         def report(done: int) -> None:
             if on_progress is not None:
@@ -129,9 +134,13 @@ def report_curves(
             on_progress=lambda done, _: report(searched + curves + done * rows * SEARCH_PASSES),
         )  # fmt: skip
         thresholds = cett.cett_thresholds(calibration, CETT_TARGETS)
+        trusted = reliability(
+            model, calibration, held,
+            on_progress=lambda done, _: report(searched + curves + priced + 2 * done * rows),
+        )  # fmt: skip
         tables = {
             "points": found.table(), "shares": found.shares, "costs": costs,
-            "cett": pd.DataFrame([vars(item) for item in thresholds]),
+            "cett": pd.DataFrame([vars(item) for item in thresholds]), "reliability": trusted,
         }  # fmt: skip
         if ppl:
             tables["ppl"] = pd.DataFrame([vars(item) for item in ppl])
@@ -139,6 +148,45 @@ def report_curves(
 
     return catalog.results.get_or_make(
         CURVES, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
+    )
+
+
+def report_prediction(
+    catalog: Catalog,
+    name: str,
+    model: LoadedModel,
+    corpus: Corpus,
+    *,
+    seed: int = 0,
+    max_tokens: int = 8192,
+    context_len: int = 256,
+    on_progress: OnProgress | None = None,
+) -> Result:
+    """Measures and stores whether what a token needs can be known beforehand; see `core`, `dimensions`, `predictor`.
+
+    Args:
+        seed: of random neurons and of the rotation.
+    """
+    parameters = {"seed": seed, "max_tokens": max_tokens, "context_len": context_len}
+
+    def make() -> Made:
+        held = _heldout("measuring core neurons", model, corpus, max_tokens, context_len)
+        sample = list(
+            context_batches(model, corpus, "train", max_tokens=max(SAMPLE_TOKENS, context_len), context_len=context_len)
+        )
+        calibration = calibrate_on(model, sample)
+        cores = measure_cores(model, calibration, held, seed=seed, on_progress=on_progress)
+        tables = {
+            "overlap": cores.overlap, "cores": cores.cost, "dimensions": shared_dimensions(model, held, seed=seed)
+        }  # fmt: skip
+        drawn = {"cores": figures.core_costs(cores.cost)}
+        if all(mlp.drive is not None for mlp in calibration.mlps):
+            tables["predictor"] = predictor_recall(model, calibration, sample, held)
+            drawn["predictor"] = figures.predicted_neurons(tables["predictor"])
+        return tables, drawn
+
+    return catalog.results.get_or_make(
+        PREDICT, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
     )
 
 
@@ -306,7 +354,7 @@ def _heldout(
 
 PARTS: Mapping[str, Callable[..., Result]] = {
     "measure": report_mlps, "enforce": report_curves, "attention": report_attention, "heads": report_heads,
-    "sae": report_saes, "experts": report_experts,
+    "predict": report_prediction, "sae": report_saes, "experts": report_experts,
 }  # fmt: skip
 """The measurements by the names of their commands."""
 
@@ -370,32 +418,12 @@ def report_all(
             on_progress=of("heads"),
         ),
     ]
+    if heldout_tokens // context_len > 1:
+        # Of a single context nothing is said that another could be held against.
+        results.append(report_prediction(catalog, name, model, corpus, **held, on_progress=of("predict")))
     if any(mlp.drive is None for mlp in mlps(model)):
         settings: dict[str, Any] = {"max_tokens": max_tokens, "context_len": context_len}
         results.append(report_experts(catalog, name, model, corpus, **settings, on_progress=of("experts")))
     if saes:
         results.append(report_saes(catalog, name, model, corpus, saes=saes, **held, on_progress=of("sae")))
     return results
-
-
-def colourings(catalog: Catalog, model: ModelInfo) -> dict[str, Float[Tensor, "layers heads"]]:
-    """Every number by head that is stored of a model's weights, by what it is and the result's name.
-
-    Sinks on text (`sinks`), gates (`gates`) and what restricting or removing a head costs (`attention_heads`).
-    """
-    found = {}
-    columns = {
-        ATTENTION: {"sink": "sink on text", "gate_mean": "gate", "gate_closed": "closed gate"},
-        HEADS: figures.HEAD_COSTS,
-    }
-    for kind, titles in columns.items():
-        for result in catalog.results.find(kind):
-            if result.origin.weights_sha256 != model.weights_sha256:
-                continue
-            table = result.table("heads").sort_values(["layer", "head"])
-            for column, title in titles.items():
-                if column not in table:
-                    continue
-                values = torch.tensor(table[column].astype(float).to_numpy())
-                found[f"{title} ({result.name})"] = values.view(model.n_layers, model.n_heads)
-    return found

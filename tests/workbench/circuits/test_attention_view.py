@@ -39,7 +39,10 @@ def test_tokens_cannot_become_markup(gpt2_model: LoadedModel) -> None:
 
 def test_characters_of_several_tokens_read_as_they_were_written(gpt2_model: LoadedModel) -> None:
     text = "x = '日本'"
-    assert "".join(attention_view(gpt2_model, text).tokens[1:]) == text
+    view = attention_view(gpt2_model, text)
+    assert "".join(view.tokens[1:]) == text
+    assert view.text_to(len(view.tokens) - 1) == text
+    assert view.text_to(0) == ""
     found = head_on_text(gpt2_model, "a0.h0", text)
     assert "".join(found.tokens[1:]) == text
     # By itself, in a table, a part of a character is its bytes.

@@ -42,9 +42,14 @@ def arguments(command: str, workspace: Path, model: Path, corpus: Path, *extra: 
 
 COMMANDS = {
     "measure": ("sparsity-mlp", [], ["layers", "residual"]),
-    "enforce": ("sparsity-curves", ["--method", "zero", "--method", "wina", "--p", "0.01"], ["points", "costs", "ppl"]),
+    "enforce": (
+        "sparsity-curves",
+        ["--method", "zero", "--method", "wina", "--p", "0.01"],
+        ["points", "costs", "ppl", "reliability"],
+    ),
     "attention": ("sparsity-attention", ["--budget", "8", "--task", "induction"], ["curves", "tasks"]),
     "heads": ("sparsity-heads", ["--budget", "8", "--draws", "1"], ["heads", "layers", "curve"]),
+    "predict": ("sparsity-predict", [], ["overlap", "cores", "dimensions", "predictor"]),
     "sae": ("sparsity-sae", ["s"], ["summary", "terms"]),
 }
 DRAWN = {
@@ -52,6 +57,7 @@ DRAWN = {
     "enforce": {"cost": ("points", "sparsity", "added_nats")},
     "attention": {"cost": ("curves", "keys", "added_nats")},
     "heads": {"whole": ("curve", "whole", "added_nats")},
+    "predict": {"cores": ("cores", "share", "added_nats"), "predictor": ("predictor", "rank", "recall")},
     "sae": {"terms": ("terms", "error", "terms_mean")},
 }
 """Figures, each with the table it shows and the columns of its first trace."""
@@ -116,7 +122,7 @@ def test_a_report_makes_every_part_once_and_stands_beside_another(
         ]  # fmt: skip
 
     assert run(call("relu", tiny_gpt2)) == 0
-    assert capsys.readouterr().err.count("done in") == 4
+    assert capsys.readouterr().err.count("done in") == 5
     space = Workspace(tmp_path / "w")
     # As after an interruption: one part is missing, the others stay as they are.
     space.results.open("sparsity-curves", "relu").path.unlink()
