@@ -18,6 +18,7 @@ from workbench.cli.options import (
     open_workspace,
 )
 from workbench.cli.output import print_frame, print_json, records, shorten
+from workbench.show.html import marked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +124,9 @@ def steer(
         print(f"under the unedited model {found.clean_nats:.2f} and {found.steered_nats:.2f} nats a token")
     print(f"on the prompt KL {found.mean_kl:.4f} nats, loss {found.mean_losses[0]:.3f} to {found.mean_losses[1]:.3f}")
     columns = ["text", "clean", "steered", "difference"]
-    print_frame("Next token after the prompt", found.next_tokens[columns], as_json=False)
+    # Tokens that differ in their spaces alone would look the same.
+    table = found.next_tokens[columns].assign(text=found.next_tokens["text"].map(marked))
+    print_frame("Next token after the prompt", table, as_json=False)
 
 
 def parse_strengths(features: list[str], strength: float) -> dict[int, float]:

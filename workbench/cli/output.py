@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -141,9 +142,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         cells = [row[number] for row in rows if row[number] is not None]
         numeric = bool(cells) and all(isinstance(cell, int | float) for cell in cells)
         # The first column names the row and numbers lose their meaning when broken: the others give way.
-        table.add_column(
-            column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric or number == 0
-        )
+        whole = numeric or number == 0
+        lines = [column, *(line for row in rows for line in format_cell(row[number]).split("\n"))]
+        width = max(map(cell_len, lines)) if whole else None
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=whole, min_width=width)
     for row in rows:
         table.add_row(*(Text(format_cell(cell)) for cell in row))
     # Rich cuts columns to make a table fit: one that is too wide breaks its lines instead.

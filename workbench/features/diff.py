@@ -10,14 +10,16 @@ Each step is stored in the workspace, is found again when it is there, and goes 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from sae.config import TrainConfig
 from sae.errors import InputError
 from sae.rules import BatchTopK
+from sae.training import check_configs
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
+from workbench.catalog.runs import Run
 from workbench.disk.names import check_name, new_folder
 from workbench.features.index.build import IndexSummary, build_index
 from workbench.harvest.plan import HarvestConfig
@@ -87,23 +89,22 @@ def diff_models(
     _check(models, hook)
     labels = part_labels(models[0].info.name, models[1].info.name)
     name = check_name(name or "-".join(labels), "name of a comparison")
+    # Small batches: a comparison is made of few tokens, and many steps learn more from them.
+    config = TrainConfig(name, round(epochs * tokens) or 1, d_sae, BatchTopK(k), batch_size=BATCH_SIZE, seed=seed)
+    harvests = [f"{name}.{label}" for label in labels]
+    _check_settings(catalog, config, harvests)
 
     def report(step: str) -> Callable[[int, int], None]:
         return lambda done, total: on_progress(step, done, total) if on_progress is not None else None
 
-    harvests = [f"{name}.{label}" for label in labels]
     for model, label, harvest in zip(models, labels, harvests, strict=True):
         asked = HarvestConfig(
             model=model.info.name, corpus=corpus, text_field=text_field, hooks=(hook,), context_len=context_len,
             max_tokens=tokens,
         )  # fmt: skip
         _harvest(new_folder(catalog.harvest_folder(harvest)), asked, model, device, report(f"harvest {label}"))
-    total = max(1, round(epochs * catalog.open_harvest(harvests[0]).n_trainable_rows))
-    # Small batches: a comparison is made of few tokens, and many steps learn more from them.
-    config = TrainConfig(
-        name, total_tokens=total, d_sae=d_sae, rule=BatchTopK(k), batch_size=BATCH_SIZE, seed=seed
-    )  # fmt: skip
-    train = report("train")
+    rows = catalog.open_harvest(harvests[0]).n_trainable_rows
+    config, train = replace(config, total_tokens=max(1, round(epochs * rows))), report("train")
     (trained,) = train_all(
         catalog, name, harvests, [config], hook=hook, device=device,
         on_metrics=lambda metrics: train(metrics.tokens, metrics.total_tokens),
@@ -127,6 +128,16 @@ def _check(models: Sequence[LoadedModel], hook: str) -> None:
         )
     for model in models:
         resolve_hook(model, hook)
+
+
+def _check_settings(catalog: Catalog, config: TrainConfig, harvests: Sequence[str]) -> None:
+    """Raises InputError, before anything is harvested, for settings that cannot be trained or a name that is taken."""
+    check_configs([config])
+    run = Run(new_folder(catalog.run_folder(config.name)))
+    if not run.folder.is_dir():
+        catalog.check_new_sae(config.name)
+    elif run.description.get("harvest") != " + ".join(harvests):
+        raise InputError(f"a training run {config.name!r} exists that is no such comparison: choose another --name")
 
 
 def _harvest(

@@ -41,7 +41,7 @@ def check_same_tokens(harvests: Sequence[Harvest]) -> None:
                 f"harvests {first.name!r} and {other.name!r} are of models with different tokenizers, so their rows "
                 "are not the same tokens: take models that share one"
             )
-        again = "harvest both from one corpus with the same rows, --context-len and packing"
+        again = "harvest both from one corpus with the same --tokens, --context, --split and --separate"
         if other.n_rows != first.n_rows:
             raise InputError(
                 f"harvest {first.name!r} has {first.n_rows:,} rows and {other.name!r} {other.n_rows:,}: {again}"

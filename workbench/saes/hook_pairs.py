@@ -129,6 +129,8 @@ def _transcoders(known: Sequence[str], where: str, hook: str, target: str) -> Ho
             f"{hook} and {target}: for a set of transcoders both hook points need a * for the layer, for one "
             "transcoder none"
         )
+    if hook == target:
+        raise InputError(f"a transcoder predicts another activation than it reads: leave --target-hook {target} out")
     if EVERY_LAYER not in hook:
         return HookPairs(hook, target, ((choose_hook(known, where, hook), choose_hook(known, where, target)),))
     layers = sorted(set(_layers(known, hook)) | set(_layers(known, target)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae import Crosscoder, InputError
+from workbench.catalog.runs import Run
 from workbench.cli.main import run
 from workbench.features.diff import part_labels
 from workbench.models.load import LoadedModel, load_model
@@ -122,6 +123,8 @@ def test_an_sae_is_asked_for_where_one_is_needed(compared: Workspace, gpt2_model
         compared.prompt("d", "def f", model=gpt2_model)
     with pytest.raises(InputError, match="is a crosscoder, measured part by part"):
         compared.evaluate(["d"], model=gpt2_model)
+    with pytest.raises(InputError, match="concepts need an SAE or transcoder"):
+        compared.concepts("d", model=gpt2_model)
     with pytest.raises(InputError, match="leave --harvest out"):
         compared.build_index("d", harvest="d.changed")
 
@@ -134,4 +137,9 @@ def test_models_that_cannot_be_compared_give_one_line(
         workspace.diff(gpt2_model, llama_model, device="cpu")
     with pytest.raises(InputError, match="unknown hook point"):
         workspace.diff(gpt2_model, gpt2_model, hook="blocks.1.hook_resid", device="cpu")
+    with pytest.raises(InputError, match="k = 32 must lie between 1 and the number of features, 16"):
+        workspace.diff(gpt2_model, gpt2_model, d_sae=16, device="cpu")
+    Run(workspace.run_folder("taken")).start({"harvest": "h", "configs": []})
+    with pytest.raises(InputError, match="'taken' exists that is no such comparison"):
+        workspace.diff(gpt2_model, gpt2_model, name="taken", device="cpu")
     assert workspace.harvests() == []

@@ -164,6 +164,7 @@ def test_an_interrupted_sweep_of_sets_goes_on_to_the_same_bits(
     ("hooks", "message"),
     [
         ({"hook": "blocks.*.mlp.hook_in"}, "say what they predict with --target-hook"),
+        ({"hook": "blocks.0.mlp.hook_in", "target_hook": "blocks.0.mlp.hook_in"}, "another activation than it reads"),
         ({"target_hook": "blocks.1.hook_mlp_out"}, "reads another hook point: give it with --hook"),
         ({**SET, "target_hook": "blocks.1.hook_mlp_out"}, "both hook points need a \\*"),
         ({**SET, "hook": "blocks.*.hook_resid_mid"}, "has no blocks.0.hook_resid_mid.*every layer from 0 to 2"),

@@ -119,7 +119,7 @@ def align_sae(
         InputError: no such SAE, harvest or hook point, concepts that do not belong to the harvest, or more of them than
             memory holds the counts of.
     """
-    sae, origin = catalog.coder(name, device), catalog.origin(name)
+    sae, origin = _of_one_place(catalog, name, device), catalog.origin(name)
     wanted = harvest or origin.harvest
     if wanted is None:
         raise InputError(f"SAE {name!r} was not trained here: name a harvest of its model")
@@ -158,6 +158,14 @@ def align_sae(
         | _neuron_tables(report),
     )
     return report
+
+
+def _of_one_place(catalog: Catalog, name: str, device: str) -> SAE:
+    """The SAE or transcoder of a name. Raises InputError for a crosscoder."""
+    sae = catalog.coder(name, device)
+    if sae.parts:
+        raise InputError(f"{name!r} is a crosscoder, of several activations: concepts need an SAE or transcoder")
+    return sae
 
 
 def _neurons_hook(source: Harvest, sae: SAE) -> str | None:

@@ -149,8 +149,8 @@ class FeatureIndex:
         path = catalog.index_path(sae)
         if not path.is_file():
             catalog.refuse_set(sae)
-            known = ", ".join(catalog.indexes()) or "none"
-            raise InputError(f"SAE {sae!r} has no index: make one with `workbench index {sae}` (there is {known})")
+            known = f"; indexed are {', '.join(indexed)}" if (indexed := catalog.indexes()) else ""
+            raise InputError(f"SAE {sae!r} has no index: make one with `workbench index {sae}`{known}")
         return cls(
             path,
             Notes(catalog.path),
