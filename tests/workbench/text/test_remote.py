@@ -4,10 +4,13 @@ import gzip
 import io
 import json
 import logging
+import os
 import socket
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -192,6 +195,63 @@ def test_an_object_servers_folder_pattern_and_file_are_the_same_documents_as_on_
     stores.put_object(Bucket="texts", Key="all/a.jsonl", Body=FILES["a.jsonl"] + lines(["more"]))
     assert open_corpus("s3://texts/all").fingerprint != same
     stores.put_object(Bucket="texts", Key="all/a.jsonl", Body=FILES["a.jsonl"])
+
+
+@pytest.mark.parametrize("fault", ["error", "cut"])
+def test_an_object_server_that_fails_is_asked_again(
+    stores: Any, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    behind, asked = os.environ["AWS_ENDPOINT_URL"], 0
+
+    class Proxy(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            nonlocal asked
+            passed = {key: self.headers[key] for key in ("Range", "Authorization") if self.headers[key]}
+            wanted = "Range" in passed
+            request = urllib.request.Request(behind + self.path, headers=passed, method=self.command)
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    status, headers, content = answer.status, dict(answer.headers), answer.read()
+            except urllib.error.HTTPError as error:
+                status, headers, content = error.code, dict(error.headers), error.read()
+            asked += wanted
+            failing = wanted and asked in (2, 3, 4)
+            if failing and fault == "error":
+                status, content = 503, b""
+            self.send_response(status)
+            for key in ("ETag", "Last-Modified", "Content-Range", "Content-Type"):
+                if key in headers:
+                    self.send_header(key, headers[key])
+            self.send_header(
+                "Content-Length", headers["Content-Length"] if self.command == "HEAD" else str(len(content))
+            )
+            self.end_headers()
+            if failing and fault == "cut":
+                content = content[: len(content) // 2]
+                self.close_connection = True
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    proxy.daemon_threads = True
+    threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+    monkeypatch.setattr(remote, "READ_AT_ONCE", 512)
+    with caplog.at_level(logging.WARNING, "workbench"):
+        found = list(open_corpus("s3://texts/all/a.jsonl").documents("train"))
+    proxy.shutdown()
+    assert {one.text for one in found} == {
+        text for row, text in enumerate(TEXTS[:20], start=1) if hash_split(f"a.jsonl#{row}") == "train"
+    }
+    assert any("trying again" in record.getMessage() for record in caplog.records)
 
 
 def test_googles_buckets_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
