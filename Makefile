@@ -70,7 +70,7 @@ LENS4 := tests/workbench/models/test_models.py tests/workbench/models/test_varia
 
 test-lens4: $(VENV)/.dev
 	@$(PIP) --no-deps --upgrade --target $(VENV)/lens4 --requirement constraints-lens4.txt
-	PYTHONPATH=$(VENV)/lens4 $(PYTEST) -m "not slow" $(LENS4)
+	PYTHONPATH=$(abspath $(VENV)/lens4) $(PYTEST) -m "not slow" $(LENS4)
 
 notebooks: $(VENV)/.dev
 	rm -rf notebooks/workspace notebooks/own

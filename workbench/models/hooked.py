@@ -85,7 +85,7 @@ def read_checkpoint(path: Path) -> Any:
         config = HookedTransformerConfig(**(settings | {"device": "cpu", "init_weights": False}))
         hooked = HookedTransformer(config, move_to_device=False)
         dtype = next(iter(weights.values())).dtype
-        missing, unexpected = hooked.to(dtype).load_state_dict(dict(weights), strict=False)
+        missing, unexpected = hooked.to(dtype, print_details=False).load_state_dict(dict(weights), strict=False)
     except Exception as error:  # configurations that do not fit fail in many ways
         # torch names the tensor that does not fit in a second line.
         reason = (str(error).splitlines() or [type(error).__name__])[:2][-1].strip()

@@ -192,7 +192,8 @@ def load_own(given: Given, place: torch.device | None, dtype: torch.dtype | None
     module: Any = own.module.eval()
     # One at a time: a HookedTransformer takes no more.
     for wanted in (place, dtype):
-        module = module if wanted is None else module.to(wanted)
+        if wanted is not None:
+            module = module.to(wanted, print_details=False) if is_hooked(module) else module.to(wanted)
     recorded = {
         "name": given.name, "source": given.source, "revision": None, "weights_sha256": given.sha256,
         "checkpoint_dtype": str(stored).removeprefix("torch."), "device": str(next(module.parameters()).device),

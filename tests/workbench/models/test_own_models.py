@@ -127,7 +127,9 @@ def test_patterns_of_a_hooked_transformer_can_be_edited() -> None:
 
 
 @pytest.mark.parametrize("form", ["joined", "beside", "safetensors", "folder"])
-def test_a_checkpoint_of_state_dict_and_configuration_loads(form: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_state_dict_and_configuration_loads(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from safetensors.torch import save_file
 
     model = hooked_transformer(normalization_type=None)
@@ -142,7 +144,10 @@ def test_a_checkpoint_of_state_dict_and_configuration_loads(form: str, tmp_path:
         name = "cfg.json" if form == "folder" else "weights.json"
         plain = {key: value for key, value in config.items() if isinstance(value, str | int | float | None)}
         (tmp_path / name).write_text(json.dumps(plain))
-    loaded = load_model(str(tmp_path if form == "folder" else path))
+    capsys.readouterr()
+    loaded = load_model(str(tmp_path if form == "folder" else path), device="cpu")
+    # What a command prints as JSON is JSON alone.
+    assert not capsys.readouterr().out
     tokens = rows()
     assert (loaded.hf(tokens).logits - model(tokens)).abs().max() <= 1e-5 * model(tokens).abs().max()
     assert loaded.info.source == "file"
