@@ -255,7 +255,7 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
     if options.sweep:
-        note(time_sweep(ranks, options.sweep, batches(SIZES[options.sweep], device), 1600))
+        note(time_sweep(ranks, options.sweep, batches(SIZES[options.sweep], device), 800))
     if options.harvest:
         with tempfile.TemporaryDirectory(dir=options.folder) as own:
             # The first rank's, which all write to.
