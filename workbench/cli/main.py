@@ -35,7 +35,7 @@ from workbench.cli import (
     training,
     web_app,
 )
-from workbench.cli.ranks import ended, ranks_together, refuse_ranks, started_by_torchrun, tell
+from workbench.cli.ranks import ended, part, ranks_together, refuse_ranks, started_by_torchrun, tell
 
 # Typer carries click inside since 0.26 and used the real one before: its public BadParameter leads to either.
 ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -85,7 +85,8 @@ def _root(
 def run(arguments: list[str]) -> int:
     """Runs one command; returns its exit code."""
     with ranks_together():
-        return _run(arguments)
+        code = _run(arguments)
+    return part(code)
 
 
 def _run(arguments: list[str]) -> int:

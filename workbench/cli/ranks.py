@@ -7,13 +7,16 @@ others notice: of these, whichever comes first says so, in one line, and torchru
 import contextlib
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 
 from sae.errors import InputError
 
 COMMANDS = ("harvest", "train")
 """Those that several ranks do together."""
+GO_ON = "repeat the same command to go on from the last checkpoint"
 
 
 def started_by_torchrun() -> bool:
@@ -36,21 +39,38 @@ def refuse_ranks(command: str | None) -> None:
 
 @contextlib.contextmanager
 def ranks_together() -> Iterator[None]:
-    """Within it only the first of several ranks writes to standard output."""
+    """Within it only the first of several ranks writes to standard output, and being ended by torchrun is said."""
     if not started_by_torchrun():
         yield
         return
+    signal.signal(signal.SIGTERM, _end)
     with contextlib.ExitStack() as stack:
         if not is_first():
             silent = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silent))
         yield
-    # Where something has failed the others may not be there to agree.
+
+
+def _end(number: int, frame: object) -> None:
+    """What torchrun does to the ranks that are left when one has ended, often before they notice."""
+    tell(f"workbench: error: another rank has ended, or all were told to: {GO_ON}")
+    os._exit(1)
+
+
+def part(code: int) -> int:
+    """Ends what the ranks have together, and gives back the exit code; of several ranks one that fails ends here."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        # Captured steps hold on to the ranks' way of speaking.
-        gc.collect()
-        distributed.destroy_process_group()
+    if not started_by_torchrun() or distributed is None or not distributed.is_initialized():
+        return code
+    if code:
+        # The others may wait for this one on the GPU, and it for them: no word of goodbye would come through.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    # Captured steps hold on to the ranks' way of speaking.
+    gc.collect()
+    distributed.destroy_process_group()
+    return code
 
 
 def tell(line: str) -> None:
@@ -64,7 +84,8 @@ def _comes_first() -> bool:
 
     try:
         # torchrun's own process keeps it, whichever rank is gone.
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
         return store.add(f"workbench ended {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
     except (KeyError, RuntimeError):
         return is_first()
@@ -77,4 +98,4 @@ def ended(error: RuntimeError) -> str:
     rank, reason = os.environ.get("RANK"), (str(error).splitlines() or [type(error).__name__])[0]
     gone = isinstance(error, DistError) or "gloo" in reason
     what = f"a rank has ended, without which rank {rank} cannot go on" if gone else f"rank {rank}: {reason}"
-    return f"{what}: repeat the same command to go on from the last checkpoint"
+    return f"{what}: {GO_ON}"
