@@ -3,7 +3,8 @@
 Everything is in the parts' scales: w_i^m is feature i's decoder row in part m times s_m, x^m and x_hat^m likewise.
 
 1. Reconstruction, part by part (`sae.metrics`).
-2. Relative norm: rho_i^m = ||w_i^m|| / max over parts of ||w_i||. A feature is *shared* where the least is 0.8 or more,
+2. Relative norm: rho_i^m = ||w_i^m|| / max over parts of ||w_i||; where parts have several widths, each norm by the
+   square root of its part's width, which is the part's own size. A feature is *shared* where the least is 0.8 or more,
    *only* a part's where all others have 0.2 or less, else in *between*; *silent* where it never fired. Of two parts A
    and B, Delta_i = (1 + (||w_i^B|| - ||w_i^A||) / max) / 2 says the same: 0.4 to 0.6 is shared, 0.1 and below only A,
    0.9 and above only B.
@@ -25,6 +26,7 @@ Everything is in the parts' scales: w_i^m is feature i's decoder row in part m t
    and its fine-tuned copy do, and `cosine` (of w_i^m and w_i^r) says whether they do. NaN where it is not defined.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +89,10 @@ class PartMetrics:
         device, d_sae = crosscoder.W_dec.device, crosscoder.d_sae
         self._scale = crosscoder.scales().to(crosscoder.W_dec)
         self._blocks = crosscoder.split(crosscoder.W_dec * self._scale)
-        self._norms = torch.stack([torch.linalg.vector_norm(block, dim=1) for block in self._blocks])
+        widest = max(part.width for part in crosscoder.parts)
+        sizes = [math.sqrt(part.width / widest) for part in crosscoder.parts]
+        norms = [torch.linalg.vector_norm(block, dim=1) for block in self._blocks]
+        self._norms = torch.stack([norm / size for norm, size in zip(norms, sizes, strict=True)])
         self._reference = self._norms.argmax(dim=0)
         self._reconstruction = [ReconstructionMetrics(part.width, d_sae, device) for part in crosscoder.parts]
         self._firings = torch.zeros(d_sae, dtype=torch.int64, device=device)

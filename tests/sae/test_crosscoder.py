@@ -292,6 +292,23 @@ def test_parts_of_different_widths_have_norms_and_no_latent_scaling() -> None:
     assert not found.relative_norm.isnan().any()
 
 
+def test_parts_of_several_widths_are_measured_by_their_own_sizes() -> None:
+    """A feature that writes the same share of a narrow part and of a wide one is shared."""
+    parts = [Part("A", "hook", "m", 4, 2.0), Part("B", "hook", "m", 16, 0.5)]
+    made = Crosscoder(parts, 3, ReLU(), dtype=torch.float64)
+    shares = torch.tensor([[1.0, 1.0], [1.0, 0.1], [0.5, 1.0]], dtype=torch.float64)
+    with torch.no_grad():
+        for part, block, share in zip(parts, made.split(made.W_dec), shares.T, strict=True):
+            # Along one coordinate, as large as the part's rows are: sqrt(width) in its scale.
+            block[:, 0] = share * part.width**0.5 / part.scale
+        made.b_enc.fill_(1.0)
+    metrics = PartMetrics(made)
+    metrics.update(torch.randn(8, 20, dtype=torch.float64))
+    found = metrics.result().features
+    torch.testing.assert_close(found.relative_norm.T, shares / shares.amax(dim=1, keepdim=True))
+    assert found.group.tolist() == [SHARED, 0, BETWEEN]
+
+
 # Planted truth
 
 
