@@ -1,11 +1,12 @@
 """The SAEs of a workspace side by side: what each is, and what its stored evaluation found.
 
-One row per SAE: rule, k, width, hook point and model from its configuration; seed and tokens from its training; L0,
-FVU, added nats, loss recovered (against zeros), KL and dead share from its latest evaluation, with the text they were
-measured on. Numbers are comparable between SAEs of one model and hook point on the same text (`evaluated_on`).
+One row per SAE, of a crosscoder one per part: rule, k, width, hook point and model from its configuration; seed and
+tokens from its training; L0, FVU, added nats, loss recovered (against zeros), KL and dead share from its latest
+evaluation, with the text they were measured on. Numbers are comparable between SAEs of one model and hook point on the
+same text (`evaluated_on`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -51,16 +52,23 @@ def compare(catalog: Catalog, names: Sequence[str] = ()) -> pd.DataFrame:
         )
     evaluations = {result.name: result for result in catalog.results.find(KIND)}
     chosen = list(dict.fromkeys(names)) or list(summaries)
-    rows = [_row(summaries[name], catalog.origin(name), evaluations.get(name)) for name in chosen]
+    by_part = {result.name: result for result in catalog.results.find("crosscoder")}
+    rows: list[dict[str, Any]] = []
+    for name in chosen:
+        summary, origin = summaries[name], catalog.origin(name)
+        if summary.by_part is None:
+            rows.append(_row(summary, origin, summary.evaluation or {}, evaluations.get(name)))
+        for part, measured in (summary.by_part or {}).items():
+            of_part = {**measured, "fvu": 1 - measured["explained_variance"]}
+            rows.append({**_row(summary, origin, of_part, by_part.get(name)), "sae": f"{name}: {part}"})
     order = ["model", "hook", "rule", "d_sae", "l0", "sae"]
     return pd.DataFrame(rows).sort_values(order, na_position="last", ignore_index=True)
 
 
-def _row(summary: SAESummary, origin: Origin, evaluation: Result | None) -> dict[str, Any]:
+def _row(summary: SAESummary, origin: Origin, measured: Mapping[str, Any], evaluation: Result | None) -> dict[str, Any]:
     # The rule it was trained with: a batch rule is stored as the thresholds that it comes to.
     made_by = origin.rule
     stored = ARCHITECTURES.get(summary.architecture)
-    measured = summary.evaluation or {}
     return {
         "sae": summary.name,
         "rule": made_by.get("name", stored.name if stored else summary.architecture)

@@ -118,6 +118,16 @@ def test_the_commands_show_it(compared: Workspace, tiny_gpt2: Path, changed: Pat
     assert "page Crosscoders" in said
 
 
+def test_a_comparison_of_saes_has_a_line_for_each_part(compared: Workspace) -> None:
+    table = compared.compare().set_index("sae")
+    parts = compared.results.open("crosscoder", "d").table("parts").set_index("part")
+    assert sorted(table.index) == ["d: changed", "d: tiny-gpt2"]
+    for part, row in parts.iterrows():
+        line = table.loc[f"d: {part}"]
+        assert (line["fvu"], line["added_nats"]) == (1 - row["explained_variance"], row["added_nats"])
+        assert line["evaluated_on"] is not None
+
+
 def test_an_sae_is_asked_for_where_one_is_needed(compared: Workspace, gpt2_model: LoadedModel) -> None:
     with pytest.raises(InputError, match="crosscoder reads several activations"):
         compared.prompt("d", "def f", model=gpt2_model)
