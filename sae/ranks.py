@@ -19,7 +19,6 @@ from torch import Tensor
 from sae.errors import InputError
 
 T = TypeVar("T")
-OVERLAP = True
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: the first may be writing a large file. When one has ended, torchrun ends the
 others much sooner."""
@@ -69,13 +68,12 @@ class Ranks:
     def send_rows(self, rows: Float[Tensor, "n d"]) -> "Sent":
         """This rank's part of the rows' sum over the ranks, to be waited for later; n is a multiple of their number."""
         out = rows.new_empty(rows.shape[0] // self.size, rows.shape[1])
-        work = _reduce_scatter(out, rows, group=self.group, async_op=OVERLAP)
-        return Sent(out, work if OVERLAP else None)
+        return Sent(out, _reduce_scatter(out, rows, group=self.group, async_op=True))
 
     def send_sum(self, tensor: Shaped[Tensor, "*any"]) -> "Sent":
         """As `sum_`, to be waited for later."""
-        if self.size == 1 or not OVERLAP:
-            return Sent(self.sum_(tensor))
+        if self.size == 1:
+            return Sent(tensor)
         return Sent(tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
 
     def join(self, part: Shaped[Tensor, "*part"], total: int, dim: int = 0) -> Shaped[Tensor, "*whole"]:
