@@ -4,7 +4,7 @@ What a reader chose lies in the URL; supernodes and notes lie in the workspace t
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,8 @@ from workbench.circuits.graphs import (
     open_graph,
     supernode_edges,
 )
+from workbench.circuits.named import feature_names
+from workbench.disk.names import layer_name
 
 GO_ON = 8
 """Tokens that the model goes on for, without and under a change."""
@@ -77,15 +79,15 @@ def supernodes(
     """Groups of pinned nodes, and the edges between them."""
     st.subheader("Supernodes")
     title = st.text_input("Name for what is pinned", placeholder="self's attributes", key="group")
-    grouped, cleared = st.columns(2)
-    if grouped.button("Group what is pinned", disabled=not pins or not title):
+    buttons = st.container(horizontal=True)
+    if buttons.button("Group what is pinned", disabled=not pins or not title):
         taken = {
             other: [one for one in members if one not in pins] for other, members in groups.items() if other != title
         }
         _keep_groups(workspace, name, {key: members for key, members in (taken | {title: pins}).items() if members})
         set_query("pins", "")
         st.rerun()
-    if cleared.button("Take the groups apart", disabled=not groups):
+    if buttons.button("Take the groups apart", disabled=not groups):
         _keep_groups(workspace, name, {})
         st.rerun()
     if not groups:
@@ -155,7 +157,10 @@ def _intervened(workspace: str, name: str, version: int, asked: str) -> tuple[In
 
 
 def change(
-    pins: list[str], groups: Mapping[str, Sequence[str]], done: tuple[Intervention, tuple[str, str]] | None
+    pins: list[str],
+    groups: Mapping[str, Sequence[str]],
+    done: tuple[Intervention, tuple[str, str]] | None,
+    labels: Mapping[str, str],
 ) -> None:
     """A change of the pinned features and errors or of a supernode, and what it did, observed beside predicted."""
     choices = {title: list(members) for title, members in groups.items()}
@@ -190,7 +195,10 @@ def change(
     if without or under:
         st.text(f"Goes on with {without!r}\nUnder the change with {under!r}")
     st.markdown(f"**What moves**; predicted and observed agree with Spearman's {found.agreement():.2f}")
-    st.dataframe(found.table().head(200).round(4), hide_index=True, width="stretch", height=260)
+    moved = found.table().head(200).round(4)
+    if labels:
+        moved.insert(1, "name", [labels.get(node, "") for node in moved["node"]])
+    st.dataframe(moved, hide_index=True, width="stretch", height=260)
 
 
 def heads(workspace: Workspace, name: str, version: int, graph: PromptGraph, labels: Mapping[str, str]) -> None:
@@ -250,12 +258,8 @@ def _frozen(workspace: str, name: str, version: int) -> tuple[LoadedModel, Sourc
     return frozen_again(space, name, loaded_model(space.results.open(GRAPH, name).origin.model))
 
 
-def of_tasks(workspace: Workspace, labels_of: Callable[[str, int, Sequence[int]], Mapping[int, str]]) -> None:
-    """Graphs of tasks laid over each other, where there are any.
-
-    Args:
-        labels_of: what features of a layer of a set of transcoders are called.
-    """
+def of_tasks(workspace: Workspace) -> None:
+    """Graphs of tasks laid over each other, where there are any."""
     names = [item.name for item in reversed(workspace.results.find(TASK_GRAPHS))]
     if not names:
         return
@@ -264,7 +268,8 @@ def of_tasks(workspace: Workspace, labels_of: Callable[[str, int, Sequence[int]]
         summary, features = result.table("summary").iloc[0], result.table("features").head(200)
         called: dict[tuple[int, int], str] = {}
         for layer, rows in features.groupby("layer"):
-            found = labels_of(str(result.origin.transcoders), int(layer), rows["feature"].tolist())
+            sae = layer_name(str(result.origin.transcoders), int(layer))
+            found = feature_names(workspace, sae, rows["feature"].tolist())
             called |= {(int(layer), number): label for number, label in found.items()}
         if called:
             keys = zip(features["layer"], features["feature"], strict=True)

@@ -1,7 +1,6 @@
 """Graph page: why the model said its next token. An attribution graph to look into, group, change and take along."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import streamlit as st
 
@@ -10,7 +9,8 @@ from app.shared import loaded_model, open_index, open_workspace, page_link, plai
 from workbench import InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits import graph_view as view
-from workbench.circuits.graphs import GRAPH, PromptGraph, make_graph, open_graph, sets_for_graphs
+from workbench.circuits.graphs import BUNDLED, GRAPH, PromptGraph, make_graph, open_graph, sets_for_graphs
+from workbench.circuits.named import graph_names
 from workbench.disk.names import layer_name
 from workbench.features.index.snippets import snippets
 
@@ -35,7 +35,7 @@ def main() -> None:
     name = choose(workspace)
     if name is None:
         panels.open_file(workspace)
-        panels.of_tasks(workspace, partial(called, workspace))
+        panels.of_tasks(workspace)
         return
     version = workspace.results.path(GRAPH, name).stat().st_mtime_ns
     whole = opened_graph(str(workspace.path), name, version)
@@ -46,7 +46,8 @@ def main() -> None:
     graph = pruned(str(workspace.path), name, version, share)
     pins = [pin for pin in st.query_params.get("pins", "").split(",") if pin in whole.number]
     groups = panels.read_groups(workspace, name, whole)
-    labels, examples = named(workspace, name, graph)
+    labels = graph_names(workspace, workspace.results.open(GRAPH, name).origin.transcoders, graph)
+    examples = examples_of(workspace, name, graph)
     done = panels.changed(workspace, name, version)
     moved = {} if done is None else {
         str(row["node"]): (float(row["predicted"]), float(row["observed"])) for _, row in done[0].nodes.iterrows()
@@ -56,7 +57,10 @@ def main() -> None:
         notes=Notes(workspace.path).graph_notes(name), moved=moved,
     )  # fmt: skip
     drawn(data, [pin for pin in pins if pin not in graph.number])
-    st.caption(f"{len(graph.nodes):,} of {len(whole.nodes):,} stored nodes. Blue edges serve, red ones oppose.")
+    st.caption(
+        f"{len(graph.nodes):,} of {len(whole.nodes):,} stored nodes: circles are features, brown squares what the "
+        "transcoders miss. Blue edges serve, red ones oppose."
+    )
     left, right = st.columns(2)
     with left:
         st.subheader("Scores")
@@ -65,10 +69,10 @@ def main() -> None:
         panels.notes(workspace, name, whole)
     with right:
         st.subheader("Change the model")
-        panels.change(pins, groups, done)
+        panels.change(pins, groups, done, labels)
     links(workspace, name, whole)
     panels.heads(workspace, name, version, whole, labels)
-    panels.of_tasks(workspace, partial(called, workspace))
+    panels.of_tasks(workspace)
     panels.take_along(workspace, name, graph, labels, pins, groups)
 
 
@@ -130,32 +134,19 @@ def pruned(workspace: str, name: str, version: int, share: float) -> PromptGraph
     return opened_graph(workspace, name, version).prune(share, 0.98)
 
 
-def named(
-    workspace: Workspace, name: str, graph: PromptGraph
-) -> tuple[dict[str, str], dict[str, Sequence[tuple[str, str, str]]]]:
-    """What the features of a graph are called and fire on, where their layer's transcoder is indexed."""
+def examples_of(workspace: Workspace, name: str, graph: PromptGraph) -> dict[str, Sequence[tuple[str, str, str]]]:
+    """What the features of a graph fire on, where their layer's transcoder is indexed."""
     transcoders = workspace.results.open(GRAPH, name).origin.transcoders
-    labels: dict[str, str] = {}
     examples: dict[str, Sequence[tuple[str, str, str]]] = {}
-    if transcoders is None:
-        return labels, examples
-    indexed = workspace.indexes()
+    indexed = workspace.indexes() if transcoders is not None else []
     for layer in range(int(graph.nodes.layer.max())):
-        sae = layer_name(transcoders, layer)
+        sae = layer_name(str(transcoders), layer)
         if sae not in indexed:
             continue
         at = {row: int(graph.nodes.feature[node]) for row, node in graph.number.items() if row.startswith(f"f{layer}/")}
-        index, numbers = open_index(workspace, sae), sorted(set(at.values()))
-        called, fires = index.names(numbers), snippets(index, numbers)
-        labels |= {row: called[number] for row, number in at.items()}
+        fires = snippets(open_index(workspace, sae), sorted(set(at.values())))
         examples |= {row: fires[number] for row, number in at.items() if number in fires}
-    return labels, examples
-
-
-def called(workspace: Workspace, transcoders: str, layer: int, numbers: Sequence[int]) -> dict[int, str]:
-    """What features of a layer are called; nothing where it is not indexed."""
-    sae = layer_name(transcoders, layer)
-    return open_index(workspace, sae).names(numbers) if sae in workspace.indexes() else {}
+    return examples
 
 
 def drawn(data: Mapping[str, object], hidden: Sequence[str]) -> None:
@@ -179,6 +170,11 @@ def links(workspace: Workspace, name: str, whole: PromptGraph) -> None:
         sae = layer_name(transcoders, int(layer))
         if sae in workspace.indexes():
             page_link("Feature", f"Feature {feature} of layer {layer}: examples and effects", sae=sae, feature=feature)
+        elif transcoders == BUNDLED:
+            st.caption(
+                "After `workbench import bundled --name mlps` and `workbench index mlps`, graphs of the set `mlps` say "
+                "what features are called and fire on."
+            )
         else:
             st.caption(f"`workbench index {sae}` gives its features names and examples.")
 

@@ -41,7 +41,8 @@ class Intervention:
     """What a change did; differences are to the pass without it."""
 
     nodes: pd.DataFrame
-    """node, kind, before, predicted, observed: pre-activations or logits before, and what they move by."""
+    """node, kind, text (of its token), before, predicted, observed: pre-activations or logits before, and what they
+    move by."""
     next_tokens: pd.DataFrame
     """token, text, before, after: the probabilities of the likeliest next tokens of either pass."""
     changes: Mapping[str, float]
@@ -98,6 +99,7 @@ def intervene(
         {
             "node": [names[node] for node in graph.targets.tolist()],
             "kind": [KINDS[kind] for kind in kinds],
+            "text": [graph.text_of(names[node]) for node in graph.targets.tolist()],
             "before": before.tolist(), "predicted": predicted.tolist(), "observed": (after - before).tolist(),
         }
     )  # fmt: skip

@@ -101,7 +101,7 @@ def hovering(browser: Any, n_tokens: int, layers: int, each: int) -> tuple[int, 
     for number in range(20, len(nodes)):
         nodes[number]["in"] = [[number - 20 + step, 0.1 * step - 0.5] for step in range(12)]
     data = {"nodes": nodes, "tokens": ["token"] * n_tokens, "layers": layers, "colours": ["#4269d0"] * 8,
-            "opened": None, "pinned": []}  # fmt: skip
+            "veins": [], "opened": None, "pinned": []}  # fmt: skip
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.set_content(f"<style>{CSS}</style>{ROOT}<script>{SCRIPT}</script>")
     page.evaluate("data => { window.stop = drawGraph(document.querySelector('.graph'), data, () => {}); }", data)

@@ -3,8 +3,9 @@
 Hovering a node says what it is, with texts on which its feature fires hardest, and draws its strongest edges; a click
 opens it, with Shift it is pinned or let go. The opened node's strongest inputs and outputs stand beside the graph, and
 a click on one of them opens that. Nodes lie on a canvas, drawn once and laid under what moves with the mouse, so that
-ten thousand stay fluid. Edges are drawn for the node under the mouse or the opened one, and between pinned nodes; blue
-ones serve, red ones oppose. After an intervention, a ring is as wide as what was observed to move.
+ten thousand stay fluid. Under all of them lie the `VEINS` strongest edges, faintly; plainly those of the node under the
+mouse or the opened one, and between pinned nodes. Blue edges serve, red ones oppose. After an intervention, a ring is
+as wide as what was observed to move.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.graph import ERROR, LOGIT, TOKEN
+from circuits.graph.influence import divisors
 from workbench.circuits.graphs import PromptGraph
 from workbench.show.colours import GREY_GROUND, PALETTE
 from workbench.show.html import one_line
 
 STRONGEST = 12
 """Inputs and outputs of a node that are drawn and listed."""
+VEINS = 600
+"""Edges that are drawn faintly whatever is chosen."""
 
 
 def view_data(
@@ -67,7 +71,7 @@ def view_data(
     number = graph.number
     return {
         "nodes": items, "tokens": [one_line(text) or "·" for text in graph.texts],
-        "layers": int(nodes.layer.max()), "colours": list(PALETTE),
+        "layers": int(nodes.layer.max()), "veins": _veins(graph), "colours": list(PALETTE),
         "opened": number.get(opened) if opened else None,
         "pinned": [number[name] for name in pinned if name in number],
     }  # fmt: skip
@@ -95,6 +99,21 @@ def _strongest(edges: Float[Tensor, "rows columns"]) -> list[list[list[Any]]]:
         [[column, weight] for column, weight in zip(row, values, strict=True) if weight]
         for row, values in zip(best.tolist(), weights.tolist(), strict=True)
     ]
+
+
+def _veins(graph: PromptGraph) -> list[list[Any]]:
+    """The edges with the most influence through them: source, target, weight, influence beside the first's."""
+    wiring = graph.wiring
+    factor = wiring.with_own(wiring.influence) / divisors(wiring.total)
+    through = (wiring.edges.abs() * factor.to(wiring.edges)[:, None]).flatten()
+    best = through.topk(min(VEINS, len(through)))
+    most = float(best.values.max().clamp(min=1e-30))
+    rows, columns = best.indices // graph.n_sources, best.indices % graph.n_sources
+    found = zip(
+        columns.tolist(), graph.targets[rows].tolist(), graph.edges[rows, columns].tolist(),
+        (best.values / most).tolist(), strict=True,
+    )  # fmt: skip
+    return [[source, target, weight, share] for source, target, weight, share in found if weight]
 
 
 NEAR = '<div class="near"></div>'
@@ -148,11 +167,10 @@ function drawGraph(root, data, tell) {
     settle();
   }
 
-  function edge(context, from, to, weight, strongest) {
+  function edge(context, from, to, weight, alpha, width) {
     const [x, y] = places[from], [u, v] = places[to];
     context.strokeStyle = weight > 0 ? serves : opposes;
-    context.globalAlpha = 0.25 + 0.7 * Math.abs(weight) / strongest;
-    context.lineWidth = 0.8 + 2 * Math.abs(weight) / strongest;
+    context.globalAlpha = alpha; context.lineWidth = width;
     context.beginPath(); context.moveTo(x, y);
     context.bezierCurveTo(x, (y + v) / 2, u, (y + v) / 2, u, v); context.stroke();
   }
@@ -178,6 +196,8 @@ function drawGraph(root, data, tell) {
       context.fillText(token.slice(0, 9), 0, 0); context.restore();
     });
     const most = Math.max(1e-12, ...nodes.filter((node) => node.kind !== 3).map((node) => node.influence));
+    for (const [from, to, weight, share] of data.veins)
+      edge(context, from, to, weight, 0.05 + 0.3 * Math.sqrt(share), 0.6 + 1.2 * share);
     const far = Math.max(1e-12, ...nodes.map((node) => Math.abs(node.moved[1] ?? 0)));
     nodes.forEach((node, i) => {
       const [x, y] = places[i];
@@ -222,7 +242,10 @@ function drawGraph(root, data, tell) {
       if (pinned.has(from)) shown.push([from, to, weight]);
     });
     const strongest = Math.max(1e-12, ...shown.map(([, , weight]) => Math.abs(weight)));
-    shown.forEach(([from, to, weight]) => edge(context, from, to, weight, strongest));
+    shown.forEach(([from, to, weight]) => {
+      const share = Math.abs(weight) / strongest;
+      edge(context, from, to, weight, 0.25 + 0.7 * share, 0.8 + 2 * share);
+    });
     if (centre !== null && places[centre]) {
       const [x, y] = places[centre];
       context.globalAlpha = 1; context.fillStyle = data.colours[[7, 0, 5, 6][nodes[centre].kind]];

@@ -50,6 +50,8 @@ __all__ = [
 
 GRAPH = "graph"
 """The kind of result."""
+BUNDLED = "bundled"
+"""Stands for the set of transcoders that comes with the demo model."""
 STORED = 0.95, 0.99
 """Shares of the nodes' and the edges' influence that are stored."""
 KEPT = 0.8, 0.98
@@ -100,7 +102,7 @@ def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = Non
         InputError: no such set, or a set of another model.
     """
     device = str(model.device)
-    if name is not None and name != "bundled":
+    if name is not None and name != BUNDLED:
         found = catalog.transcoders(name, device)
         if len(found) > model.info.n_layers or found[0].W_enc.shape[0] != model.info.d_model:
             raise InputError(
@@ -118,7 +120,7 @@ def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = Non
                 f"there is no set of transcoders of {model.info.name} in {catalog.path}: train one with `workbench "
                 "train ... --hook 'blocks.*.mlp.hook_in' --target-hook 'blocks.*.hook_mlp_out'`"
             )
-    return "bundled", load_transcoders(demo_transcoders_dir(), device)
+    return BUNDLED, load_transcoders(demo_transcoders_dir(), device)
 
 
 def sets_for_graphs(catalog: Catalog) -> list[tuple[str, str]]:
@@ -131,12 +133,12 @@ def sets_for_graphs(catalog: Catalog) -> list[tuple[str, str]]:
             written = (catalog.transcoder_folder(summary.name) / FILE).stat().st_mtime_ns
             found.append((baseline, -written, summary.name, summary.model))
     ours = [(name, model) for _, _, name, model in sorted(found)]
-    return [*ours, ("bundled", "demo")] if _are_bundled() else ours
+    return [*ours, (BUNDLED, "demo")] if _are_bundled() else ours
 
 
 def _latest(catalog: Catalog, model: LoadedModel) -> str | None:
     """The set of a model that was written last and is no baseline with a random decoder."""
-    ours = [name for name, of in sets_for_graphs(catalog) if of == model.info.name and name != "bundled"]
+    ours = [name for name, of in sets_for_graphs(catalog) if of == model.info.name and name != BUNDLED]
     return next((name for name in ours if not catalog.origin(layer_name(name, 0)).frozen_decoder), None)
 
 

@@ -1,18 +1,22 @@
-"""Features in circuit results by name: which SAE of the workspace a node belongs to, and what its index calls it."""
+"""Features in circuits and graphs by name: which SAE of the workspace a node is of, and what its index calls it."""
+
+from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly import io
 
 from circuits.feature_circuits import ERROR
+from circuits.graph.graph import FEATURE, Graph
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
 from workbench.circuits.methods import FEATURES
 from workbench.circuits.stored import table_of
+from workbench.disk.names import layer_name
 from workbench.features.index.query import FeatureIndex
 
 
-def feature_names(catalog: Catalog, sae: str, numbers: list[int]) -> dict[int, str]:
+def feature_names(catalog: Catalog, sae: str, numbers: Sequence[int]) -> dict[int, str]:
     """What features are called; nothing for an SAE without an index."""
     if not catalog.index_path(sae).is_file():
         return {}
@@ -21,6 +25,21 @@ def feature_names(catalog: Catalog, sae: str, numbers: list[int]) -> dict[int, s
         return index.names(sorted({number for number in numbers if 0 <= number < index.d_sae}))
     finally:
         index.close()
+
+
+def graph_names(catalog: Catalog, transcoders: str | None, graph: Graph) -> dict[str, str]:
+    """What the features of a graph are called, by names of nodes; nothing where their layer has no index.
+
+    Args:
+        transcoders: the name of the graph's set; None for a graph that was imported.
+    """
+    nodes, found = graph.nodes, {}
+    features = (nodes.kind == FEATURE).nonzero().squeeze(1).tolist()
+    for layer in sorted({int(nodes.layer[node]) for node in features}) if transcoders is not None else []:
+        at = {nodes.names[node]: int(nodes.feature[node]) for node in features if int(nodes.layer[node]) == layer}
+        called = feature_names(catalog, layer_name(transcoders, layer), list(at.values()))
+        found |= {node: called[number] for node, number in at.items() if number in called}
+    return found
 
 
 def named_nodes(catalog: Catalog, result: Result) -> pd.DataFrame:

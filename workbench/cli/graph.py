@@ -121,9 +121,9 @@ def show(
     at = graph.node(node)
     tables = {}
     if at in graph.row:
-        tables["inputs"] = graph.inputs(node, top)
+        tables["inputs"] = _named(workspace, name, graph, graph.inputs(node, top), "source")
     if at < graph.n_sources:
-        tables["outputs"] = graph.outputs(node, top)
+        tables["outputs"] = _named(workspace, name, graph, graph.outputs(node, top), "target")
     if as_json:
         print_json({title: records(table) for title, table in tables.items()})
         return
@@ -144,12 +144,14 @@ def prune(
     from workbench.circuits.graphs import open_graph
     from workbench.workspace import Workspace
 
-    pruned = open_graph(Workspace(folder, create=False), name).prune(nodes, edges)
+    workspace = Workspace(folder, create=False)
+    pruned = open_graph(workspace, name).prune(nodes, edges)
     found, links, scores = pruned.table(), pruned.edge_table(), asdict(pruned.scores())
+    found = _named(workspace, name, pruned, found, "node")
     if as_json:
         print_json({"nodes": records(found), "edges": records(links), "scores": scores})
         return
-    columns = ["node", "text", "activation", "influence"]
+    columns = [column for column in ("node", "name", "text", "activation", "influence") if column in found]
     print_frame("nodes", found, as_json=False, titles={column: column for column in columns}, top=top)
     print_frame("edges", links, as_json=False, top=top)
     print(", ".join(f"{title} {value:.3f}" for title, value in scores.items()))
@@ -179,11 +181,12 @@ def intervene(
     from workbench.circuits.graphs import intervene_on
     from workbench.workspace import Workspace
 
+    workspace = Workspace(folder, create=False)
     found, model, graph, coders = intervene_on(
-        Workspace(folder, create=False), name, _changes(change), held=_changes(hold),
+        workspace, name, _changes(change), held=_changes(hold),
         effects="direct" if direct else "through", freeze_attention=not free_attention, device=device,
     )  # fmt: skip
-    nodes, nexts = found.table(), found.next_tokens
+    nodes, nexts = _named(workspace, name, graph, found.table(), "node"), found.next_tokens
     texts = generate(model.bridge, graph, coders, found.changes, tokens) if tokens else None
     if as_json:
         print_json(
@@ -312,14 +315,18 @@ def export_graph(
     from workbench.catalog.notes import Notes
     from workbench.circuits.graph_json import shown_groups, to_document
     from workbench.circuits.graphs import GRAPH, open_graph
+    from workbench.circuits.named import graph_names
     from workbench.workspace import Workspace
 
     workspace = Workspace(folder, create=False)
     graph = open_graph(workspace, name).prune(nodes, edges)
-    scan = workspace.results.open(GRAPH, name).origin.model or str(graph.settings.get("scan", ""))
+    origin = workspace.results.open(GRAPH, name).origin
+    scan = origin.model or str(graph.settings.get("scan", ""))
+    labels = graph_names(workspace, origin.transcoders, graph)
     groups = shown_groups(graph, Notes(workspace.path).supernodes(name))
     with writing(file):
-        file.write_text(json.dumps(to_document(graph, name, scan, supernodes=groups)), encoding="utf-8")
+        document = to_document(graph, name, scan, labels=labels, supernodes=groups)
+        file.write_text(json.dumps(document), encoding="utf-8")
     print(f"{len(graph.nodes):,} nodes in {file}")
 
 
@@ -341,6 +348,17 @@ def _shown(result: Any) -> dict[str, Any]:
     nodes = result.table("nodes").sort_values("influence", ascending=False)
     columns = ["node", "kind", "layer", "position", "text", "activation", "z", "influence", "kept"]
     return {"scores": result.table("scores"), "next tokens": result.table("targets"), "nodes": nodes[columns]}
+
+
+def _named(workspace: Any, name: str, graph: Any, table: Any, column: str) -> Any:
+    """A table of nodes with what its features are called after their column, where an index says so."""
+    from workbench.circuits.graphs import GRAPH
+    from workbench.circuits.named import graph_names
+
+    called = graph_names(workspace, workspace.results.open(GRAPH, name).origin.transcoders, graph)
+    if called:
+        table.insert(table.columns.get_loc(column) + 1, "name", [called.get(node, "") for node in table[column]])
+    return table
 
 
 def _changes(texts: list[str] | None) -> dict[str, float]:
