@@ -20,7 +20,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -122,15 +123,15 @@ def browser_times(browser: Any, address: str, sae: str, numbers: list[int]) -> d
     return found
 
 
-def visible_times(workspace: Path, sae: str, numbers: list[int]) -> dict[str, Timings]:
-    """Starts the server, and what a browser sees of it."""
+@contextmanager
+def served(workspace: Path) -> Iterator[tuple[Any, str]]:
+    """The app as a server of its own: a Chromium, and the address once it answers."""
     from playwright.sync_api import sync_playwright
 
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     address = f"http://localhost:{port}"
-    start = time.perf_counter()
     server = subprocess.Popen(
         [sys.executable, "-P", str(FRAME.with_name("serve.py")), "run", str(FRAME), "--server.port", str(port),
          "--server.headless", "true", "--server.address", "localhost", "--", str(workspace)],
@@ -139,24 +140,31 @@ def visible_times(workspace: Path, sae: str, numbers: list[int]) -> dict[str, Ti
     try:
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 1000})
-            page.set_default_timeout(120_000)
             while server.poll() is None:
                 try:
                     urllib.request.urlopen(f"{address}/_stcore/health", timeout=2).close()
                     break
                 except (urllib.error.URLError, OSError):
                     time.sleep(0.05)
-            page.goto(address)
-            page.get_by_test_id("stDataFrame").first.wait_for()
-            started = time.perf_counter() - start
-            found = browser_times(browser, address, sae, numbers)
-            found["visible"]["start to first page"] = [started]
+            yield browser, address
             browser.close()
-        return found
     finally:
         server.terminate()
         server.wait(timeout=20)
+
+
+def visible_times(workspace: Path, sae: str, numbers: list[int]) -> dict[str, Timings]:
+    """Starts the server, and what a browser sees of it."""
+    start = time.perf_counter()
+    with served(workspace) as (browser, address):
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(120_000)
+        page.goto(address)
+        page.get_by_test_id("stDataFrame").first.wait_for()
+        started = time.perf_counter() - start
+        found = browser_times(browser, address, sae, numbers)
+    found["visible"]["start to first page"] = [started]
+    return found
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The page Graph in a real browser: a graph is made, nodes pinned and grouped, changed, and the link holds it all."""
 
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.graph_page import hovering, made_up
 from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 from workbench import Workspace
-from workbench.circuits.graph_view import CSS, ROOT, SCRIPT
 
 SLOW = 90_000
 WIDTH, LAYERS = 256, 4
@@ -91,46 +92,10 @@ def test_a_graph_is_made_pinned_grouped_changed_and_the_link_holds_it(
     context.close()
 
 
-def hovering(browser: Any, n_tokens: int, layers: int, each: int) -> tuple[int, float]:
-    """Nodes of a made-up graph, and the median milliseconds of a hover in it."""
-    nodes = [
-        {"name": f"f{layer}/{n}/{at}", "kind": 1, "layer": layer, "at": at, "title": f"feature {n}", "group": "",
-         "influence": 0.1, "note": "", "texts": [], "moved": [], "in": [], "out": []}
-        for layer in range(layers) for at in range(n_tokens) for n in range(each)
-    ]  # fmt: skip
-    for number in range(20, len(nodes)):
-        nodes[number]["in"] = [[number - 20 + step, 0.1 * step - 0.5] for step in range(12)]
-    data = {"nodes": nodes, "tokens": ["token"] * n_tokens, "layers": layers, "colours": ["#4269d0"] * 8,
-            "veins": [], "opened": None, "pinned": []}  # fmt: skip
-    page = browser.new_page(viewport={"width": 1280, "height": 800})
-    page.set_content(f"<style>{CSS}</style>{ROOT}<script>{SCRIPT}</script>")
-    page.evaluate("data => { window.stop = drawGraph(document.querySelector('.graph'), data, () => {}); }", data)
-    page.wait_for_timeout(300)
-    milliseconds = page.evaluate(
-        """() => {
-          const canvas = document.querySelector(".graph canvas"), box = canvas.getBoundingClientRect(), took = [];
-          const said = document.querySelector(".graph .said");
-          for (let i = 0; i < 600; i++) {
-            const before = said.textContent, began = performance.now();
-            canvas.dispatchEvent(new MouseEvent("mousemove",
-              { clientX: box.left + 60 + (i * 37) % (box.width - 80), clientY: box.top + 20 + (i * 53) % 430 }));
-            if (said.textContent === before) continue;
-            canvas.getContext("2d").getImageData(0, 0, 1, 1);
-            took.push(performance.now() - began);
-            if (took.length === 60) break;
-          }
-          if (took.length < 20) throw new Error("nothing was hovered");
-          return took.sort((a, b) => a - b)[Math.floor(took.length / 2)];
-        }"""
-    )
-    page.close()
-    return len(nodes), float(milliseconds)
-
-
 def test_hovering_over_ten_thousand_nodes_takes_no_longer_than_over_a_few(browser: Any) -> None:
     """What stands still is drawn once; a quiet processor without a GPU takes some 10 ms for either."""
-    few, short = hovering(browser, 20, 5, 3)
-    many, long = hovering(browser, 60, 10, 17)
-    assert few < 500
-    assert many > 10_000
+    few, many = made_up(20, 5, 3), made_up(60, 10, 17)
+    assert len(few["nodes"]) < 500
+    assert len(many["nodes"]) > 10_000
+    short, long = (statistics.median(hovering(browser, data)[2]) for data in (few, many))
     assert long < 3 * short + 5, (short, long)
