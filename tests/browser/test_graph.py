@@ -9,29 +9,39 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.families import save_tiny
 from benchmarks.graph_page import hovering, made_up
+from benchmarks.web_app import IDLE
 from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
-from workbench import Workspace
+from workbench import Workspace, load_model
 
 SLOW = 90_000
-WIDTH, LAYERS = 256, 4
 
 
-@pytest.fixture
-def address(serve: Callable[[Path], str], tmp_path: Path) -> str:
-    space = Workspace(tmp_path / "w")
+def random_set(model: str, width: int, layers: int) -> TranscoderSet:
+    """Random TopK transcoders of a model's layers."""
     coders = {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         coder = Transcoder(
-            WIDTH, WIDTH, 40, TopK(3), hook_name=f"blocks.{layer}.mlp.hook_in",
-            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name="demo",
+            width, width, 40, TopK(3), hook_name=f"blocks.{layer}.mlp.hook_in",
+            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name=model,
         )  # fmt: skip
         for parameter in coder.parameters():
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer))
         coders[layer] = coder.requires_grad_(False)
-    space.add_transcoders("mine", TranscoderSet(coders), [{}] * LAYERS)
+    return TranscoderSet(coders)
+
+
+@pytest.fixture
+def address(serve: Callable[[Path], str], tmp_path: Path) -> str:
+    """The app on a workspace with sets of transcoders of two models, the demo model's written last."""
+    space = Workspace(tmp_path / "w")
+    llama = str(save_tiny("LlamaForCausalLM", tmp_path / "llama"))
+    info = load_model(llama, device="cpu").info
+    space.add_transcoders("other", random_set(llama, info.d_model, info.n_layers), [{}] * info.n_layers)
+    space.add_transcoders("mine", random_set("demo", 256, 4), [{}] * 4)
     return serve(space.path)
 
 
@@ -60,6 +70,12 @@ def test_a_graph_is_made_pinned_grouped_changed_and_the_link_holds_it(
     page.get_by_text("What moves").wait_for(timeout=SLOW)
     page.get_by_text("Through which heads").click()
     page.get_by_text("They sum to the edge").wait_for(timeout=SLOW)
+    # Another edge into it is chosen, and why one of its heads looks where it does.
+    page.locator(IDLE).wait_for(timeout=SLOW)
+    page.get_by_role("combobox", name="Edge from").click()
+    page.get_by_role("option").nth(1).click()
+    page.wait_for_function("location.href.includes('edge=')", timeout=SLOW)
+    page.get_by_text("the pairs that make the score").wait_for(timeout=SLOW)
     page.get_by_label("Name for what is pinned").fill("mine")
     page.get_by_label("Name for what is pinned").press("Enter")
     page.get_by_role("button", name="Group what is pinned").click(timeout=SLOW)
@@ -86,6 +102,15 @@ def test_a_graph_is_made_pinned_grouped_changed_and_the_link_holds_it(
     again.wait_for_function("location.href.includes('graph=imported')", timeout=SLOW)
     again.get_by_role("button", name="Take the groups apart").and_(again.locator(":enabled")).click(timeout=SLOW)
     again.get_by_text("Pin nodes in the graph (Shift and click)").wait_for(timeout=SLOW)
+    # A graph of another model, chosen by its transcoders.
+    again.locator(IDLE).wait_for(timeout=SLOW)
+    again.get_by_text("A new graph").click()
+    again.get_by_role("combobox", name="Transcoders").click()
+    again.get_by_role("option", name="other of").click()
+    again.get_by_role("textbox", name="Name", exact=True).fill("llama")
+    again.get_by_role("button", name="Make the graph").click(timeout=SLOW)
+    again.wait_for_function("location.href.includes('graph=llama')", timeout=SLOW)
+    again.get_by_text("stored nodes: circles are features").wait_for(timeout=SLOW)
     for one in (page, again):
         assert not one.locator("[data-testid=stException]").count()
         assert one.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
