@@ -26,9 +26,9 @@ def reading(case: Case, layer: int) -> str:
 
 def mlp_hooks(case: Case, changes: dict[int, torch.Tensor]) -> list[Any]:
     """Hooks that hold what every MLP adds at its value on the prompt, plus a change, its skip computed anew."""
-    names = [f"blocks.{layer}.hook_mlp_out" for layer in range(LAYERS)]
+    names = [f"blocks.{layer}.hook_mlp_out" for layer in range(len(case.sources.layers))]
     clean = activations(case.bridge, case.tokens[None], [*names, *(reading(case, layer) for layer in case.coders)])
-    coded = (case.tokens != 0).double()[:, None]
+    coded = (case.tokens != case.graph.settings["bos"]).double()[:, None]
     now: dict[int, torch.Tensor] = {}
     hooks: list[Any] = []
     for layer, name in enumerate(names):
@@ -79,7 +79,7 @@ def test_edges_and_bias_add_up_to_every_pre_activation(case: Case) -> None:
 
 def test_edges_are_those_of_autograd_with_patterns_and_denominators_detached(case: Case) -> None:
     graph, nodes = case.graph, case.graph.nodes
-    sources = [f"blocks.{layer}.hook_mlp_out" for layer in range(LAYERS)]
+    sources = [f"blocks.{layer}.hook_mlp_out" for layer in range(len(case.sources.layers))]
     probes: dict[str, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
     start = "blocks.0.hook_resid_pre"
@@ -103,7 +103,7 @@ def test_edges_are_those_of_autograd_with_patterns_and_denominators_detached(cas
             for source in range(graph.n_sources):
                 at, kind, where = int(nodes.layer[source]), int(nodes.kind[source]), int(nodes.position[source])
                 gradient = gradients[at + 1]
-                g = torch.zeros(WIDTH, dtype=torch.float64) if gradient is None else gradient[0, where]
+                g = torch.zeros_like(case.sources.frozen.embedded[0]) if gradient is None else gradient[0, where]
                 wanted = float(written(case, kind, at, where, int(nodes.feature[source])) @ g)
                 assert float(graph.edges[row, source]) == pytest.approx(wanted, abs=EXACT)
 
@@ -114,7 +114,7 @@ def written(case: Case, kind: int, layer: int, position: int, feature: int) -> t
     if kind == TOKEN:
         return frozen.embedded[position]
     coder, out = case.coders.get(layer), frozen.layers[layer].mlp_out[position]
-    if coder is None or case.tokens[position] == 0:
+    if coder is None or case.tokens[position] == case.graph.settings["bos"]:
         return out
     x = (frozen.mlp_in(layer) if coder.hook_name.endswith("hook_in") else frozen.resid_mlp[layer])[position]
     if kind == ERROR:
@@ -133,7 +133,7 @@ def test_a_changed_feature_moves_every_later_node_by_its_column(case: Case, fact
     for node in chosen:
         layer, position = int(nodes.layer[node]), int(nodes.position[node])
         write = case.coders[layer].W_dec[nodes.feature[node]] * nodes.activation[node]
-        change = torch.zeros(1, len(case.tokens), WIDTH, dtype=torch.float64)
+        change = torch.zeros_like(case.sources.frozen.embedded)[None]
         change[0, position] = (factor - 1) * write
         changes[layer] = changes.get(layer, 0.0) + change
     moved = values(case, frozen_hooks(case.bridge, case.tokens) + mlp_hooks(case, changes)) - clean

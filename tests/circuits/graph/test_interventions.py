@@ -13,7 +13,7 @@ from circuits.graph.interventions import generate, intervene, predicted_through,
 from circuits.passes import activations
 from sae.errors import InputError
 
-from .conftest import EXACT, GROUPED, LAYERS, Case, frozen_hooks, mlp_as_coder, random_bridge, random_coder
+from .conftest import EXACT, GROUPED, Case, frozen_hooks, mlp_as_coder, random_bridge, random_coder
 
 
 def a_feature(case: Case, layer: int) -> str:
@@ -101,14 +101,14 @@ def test_effects_through_perfect_coders_are_what_the_graph_says(relu_bridge: Any
 
 def coded_hooks(case: Case) -> list[Any]:
     """Hooks that put each coder in its MLP's place, with what it leaves of the MLP on the prompt added to it."""
-    outputs = {layer: f"blocks.{layer}.hook_mlp_out" for layer in range(LAYERS)}
+    outputs = {layer: f"blocks.{layer}.hook_mlp_out" for layer in range(len(case.sources.layers))}
     reads = {layer: coder.hook_name for layer, coder in case.coders.items()}
     clean = activations(case.bridge, case.tokens[None], [*outputs.values(), *reads.values()])
     now: dict[int, torch.Tensor] = {}
     hooks: list[Any] = [
         (name, lambda value, hook, layer=layer: now.__setitem__(layer, value)) for layer, name in reads.items()
     ]
-    coded = (case.tokens != 0).double()[:, None]
+    coded = (case.tokens != case.graph.settings["bos"]).double()[:, None]
 
     def written(layer: int) -> Any:
         def replace(value: Any, hook: Any) -> Any:
