@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import streamlit as st
@@ -149,6 +150,16 @@ def page_link(page: str, label: str, **query: Any) -> None:
     except StreamlitPageNotFoundError:
         # A page that a test runs by itself knows no others.
         st.markdown(label)
+
+
+def canvas(name: str, view: ModuleType, call: str) -> Any:
+    """A component that a module of `workbench` draws: its ROOT, CSS and SCRIPT.
+
+    Args:
+        call: JavaScript that draws `data` into `parentElement` and tells of clicks by `setTriggerValue`.
+    """
+    script = f"{view.SCRIPT}\nexport default function ({{ data, parentElement, setTriggerValue }}) {{ return {call}; }}"
+    return st.components.v2.component(name, html=view.ROOT, css=view.CSS, js=script)
 
 
 def plain(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from app import graph_panels as panels
-from app.shared import loaded_model, open_index, open_workspace, page_link, plain
+from app.shared import canvas, loaded_model, open_index, open_workspace, page_link, plain
 from workbench import InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits import graph_view as view
@@ -15,16 +15,10 @@ from workbench.disk.names import layer_name
 from workbench.features.index.snippets import snippets
 
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self."
-_graph = st.components.v2.component(
+_graph = canvas(
     "workbench_graph",
-    html=view.ROOT,
-    css=view.CSS,
-    js=view.SCRIPT
-    + """
-export default function ({ data, parentElement, setTriggerValue }) {
-  return drawGraph(parentElement.querySelector(".graph"), data, (state) => setTriggerValue("changed", state));
-}
-""",
+    view,
+    'drawGraph(parentElement.querySelector(".graph"), data, (state) => setTriggerValue("changed", state))',
 )
 
 

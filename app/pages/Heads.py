@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from app.shared import loaded_model, open_workspace, page_link, plain, sae_names
+from app.shared import canvas, loaded_model, open_workspace, page_link, plain, sae_names
 from workbench import InputError, Result, Workspace
 from workbench.circuits import attention_view as attention
 from workbench.circuits import heads as views
@@ -190,17 +190,11 @@ def examples_in(model: str, corpus: str) -> HeadExamples:
     return head_examples(loaded_model(model), open_corpus(corpus))
 
 
-_patterns = st.components.v2.component(
+_patterns = canvas(
     "workbench_attention",
-    html=attention.ROOT,
-    css=attention.CSS,
-    js=attention.SCRIPT
-    + """
-export default function ({ data, parentElement, setTriggerValue }) {
-  drawAttention(parentElement.querySelector(".att"), data, (...heads) => setTriggerValue("clicked", heads),
-    (token) => setTriggerValue("asked", token ?? -1));
-}
-""",
+    attention,
+    """drawAttention(parentElement.querySelector(".att"), data, (...heads) => setTriggerValue("clicked", heads),
+    (token) => setTriggerValue("asked", token ?? -1))""",
 )
 
 
