@@ -18,6 +18,9 @@ from torch import Tensor
 from circuits.effective_weights import effective_unembedding
 from circuits.splice import splice_between
 from sae import InputError, TopK, TrainConfig, Transcoder
+from workbench.circuits.graph_json import to_document
+from workbench.circuits.graphs import attribute
+from workbench.circuits.named import graph_names
 from workbench.cli.main import run
 from workbench.features.concepts.alignment import held_out_half
 from workbench.features.concepts.report import align_sae, truth_of
@@ -288,3 +291,17 @@ def test_what_is_written_before_it_is_read_is_refused(gpt2_model: LoadedModel) -
         pytest.raises(InputError, match=r"computes blocks.1.hook_attn_out before blocks.1.hook_mlp_out"),
     ):
         gpt2_model.bridge(prompt_tokens(gpt2_model))
+
+
+def test_a_graph_calls_features_what_their_index_calls_them(space: Workspace, gpt2_model: LoadedModel) -> None:
+    graph = attribute(gpt2_model, TEXT, space.transcoders("mlps"))
+    found = graph_names(space, "mlps", graph)
+    assert set(found) == {name for name in graph.nodes.names if name.startswith("f")}
+    for node in (min(found), max(found)):
+        layer, number, _ = node[1:].split("/")
+        with closing(space.index(f"mlps.layer_{layer}")) as index:
+            assert found[node] == index.names([int(number)])[int(number)]
+    assert graph_names(space, None, graph) == {}
+    clerps = {node["node_id"]: node["clerp"] for node in to_document(graph, "why", "tiny", labels=found)["nodes"]}
+    layer, number, at = max(found)[1:].split("/")
+    assert clerps[f"{layer}_{number}_{at}"] == found[max(found)]
