@@ -33,9 +33,12 @@ def graph_names(catalog: Catalog, transcoders: str | None, graph: Graph) -> dict
     Args:
         transcoders: the name of the graph's set; None for a graph that was imported.
     """
-    nodes, found = graph.nodes, {}
+    nodes = graph.nodes
+    found: dict[str, str] = {}
+    if transcoders is None:
+        return found
     features = (nodes.kind == FEATURE).nonzero().squeeze(1).tolist()
-    for layer in sorted({int(nodes.layer[node]) for node in features}) if transcoders is not None else []:
+    for layer in sorted({int(nodes.layer[node]) for node in features}):
         at = {nodes.names[node]: int(nodes.feature[node]) for node in features if int(nodes.layer[node]) == layer}
         called = feature_names(catalog, layer_name(transcoders, layer), list(at.values()))
         found |= {node: called[number] for node, number in at.items() if number in called}
