@@ -166,8 +166,8 @@ def links(workspace: Workspace, name: str, whole: PromptGraph) -> None:
             page_link("Feature", f"Feature {feature} of layer {layer}: examples and effects", sae=sae, feature=feature)
         elif transcoders == BUNDLED:
             st.caption(
-                "After `workbench import bundled --name mlps`, a harvest of `blocks.*.mlp.hook_in` and `workbench index "
-                "mlps --harvest HARVEST`, graphs of the set `mlps` say what features are called and fire on."
+                "After `workbench import bundled --name mlps`, a harvest of `blocks.*.mlp.hook_in` and `workbench "
+                "index mlps --harvest HARVEST`, graphs of the set `mlps` say what features are called and fire on."
             )
         else:
             st.caption(f"`workbench index {sae}` gives its features names and examples.")
