@@ -75,7 +75,7 @@ def send_written(code: SparseCode, W_dec: Float[Tensor, "d_sae d"], ranks: Ranks
 
 def summed_residual(
     written: Sent, target: Float[Tensor, "n d"], dtype: torch.dtype, ranks: Ranks
-) -> tuple[Tensor, Sent]:
+) -> tuple[Float[Tensor, "n d"], Sent]:
     """Step 3: target - what all ranks' entries write, whole on every rank, and its squared norm in fp64."""
     n, d = target.shape
     summed = written.get()
