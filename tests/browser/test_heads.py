@@ -1,4 +1,4 @@
-"""A click on the grid of heads, in a real browser: Streamlit hands the point over only there."""
+"""Clicks on the grid of heads and on a circuit, in a real browser: Streamlit hands the point over only there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +8,18 @@ import pytest
 
 from workbench import Workspace
 from workbench.circuits.heads import report_heads
+from workbench.circuits.report import run_method
+from workbench.circuits.task import Task
 from workbench.models.load import load_model
 
 SLOW = 90_000
 
 
-@pytest.fixture
-def address(serve: Callable[[Path], str], tmp_path: Path) -> str:
-    space = Workspace(tmp_path / "w")
-    report_heads(space, "scored", load_model("demo", device="cpu"), n=2, needles=0)
+@pytest.fixture(scope="module")
+def address(serve: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    space, model = Workspace(tmp_path_factory.mktemp("heads") / "w"), load_model("demo", device="cpu")
+    report_heads(space, "scored", model, n=2, needles=0)
+    run_method(space, model, Task("induction", n=2), "eap", name="found", options={"fractions": (0.1,)})
     return serve(space.path)
 
 
@@ -57,4 +60,42 @@ def test_hovering_a_token_says_what_it_looks_at_and_a_click_on_a_small_head_open
     page.locator(".att section .title").first.get_by_text("a1.h5").wait_for(timeout=SLOW)
     assert page.locator(".att section .title").all_inner_texts() == ["a1.h5", "a3.h5"]
     assert not page.locator("[data-testid=stException]").count()
+    page.close()
+
+
+def test_examples_of_a_head_are_read_from_a_corpus_when_asked(address: str, browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 1600})
+    page.goto(f"{address}/Heads?head=a3.h5")
+    page.get_by_role("tab", name="In a corpus").click(timeout=SLOW)
+    page.get_by_text("Read it").click(timeout=SLOW)
+    page.get_by_text("The strongest attention in").wait_for(timeout=SLOW)
+    page.locator(".peak:visible").first.wait_for(timeout=SLOW)
+    page.wait_for_function("location.href.includes('read=true')", timeout=SLOW)
+    assert not page.locator("[data-testid=stException]").count()
+    page.close()
+
+
+def test_a_click_on_a_head_of_a_circuit_opens_it(address: str, browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.goto(f"{address}/Circuits?result=circuit-edges/found&edges=25")
+    plot = page.locator(".js-plotly-plot").first
+    plot.locator(".nsewdrag").first.wait_for(timeout=SLOW)
+    page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for(timeout=SLOW)
+    # Where the first head of the circuit lies on the screen, as Plotly drew it.
+    x, y, head = plot.evaluate(
+        """async plot => {
+            while (!plot._fullLayout.xaxis?._length) await new Promise(done => setTimeout(done, 50));
+            const {xaxis, yaxis, _size} = plot._fullLayout, {left, top} = plot.getBoundingClientRect();
+            const nodes = plot._fullData.find(trace => trace.customdata && trace.mode.includes('markers'));
+            const name = number => [nodes.customdata[number]].flat()[0];
+            const at = nodes.x.findIndex((_, number) => name(number).includes('.h'));
+            return [left + _size.l + xaxis.l2p(nodes.x[at]), top + _size.t + yaxis.l2p(nodes.y[at]), name(at)];
+        }"""
+    )
+    page.mouse.move(x - 3, y)
+    page.mouse.move(x, y)
+    page.wait_for_timeout(500)
+    page.mouse.click(x, y)
+    page.get_by_role("heading", name=head, exact=True).wait_for(timeout=SLOW)
+    assert f"/Heads?head={head}" in page.url
     page.close()

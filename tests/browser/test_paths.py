@@ -324,6 +324,19 @@ def test_the_model_is_steered(address: str, page: Any, folder: Path, busiest: in
     for text, nats in ((expected.clean, expected.clean_nats), (expected.steered, expected.steered_nats)):
         page.locator("strong").filter(has_text=text.strip().splitlines()[0]).first.wait_for()
         page.get_by_text(f"{nats:.2f} nats a token under the unedited model").first.wait_for()
+    page.get_by_text("Sweep over strengths").click()
+    # The curves' axis; the slider is written with a capital letter.
+    page.locator(".js-plotly-plot").get_by_text("strength (maxima)", exact=True).wait_for()
+    page.wait_for_url(re.compile("sweep=true"))
+
+
+def test_all_saes_of_the_model_read_the_prompt_and_a_cell_opens_one(address: str, page: Any) -> None:
+    page.goto(link(address, "Prompt", sae="s", prompt="def f(x): return x"))
+    page.get_by_text("All 2 SAEs of the model").click()
+    page.wait_for_url(re.compile("all_saes=true"))
+    page.locator(".grid tr[data-row=t] td[style]").nth(2).click()
+    page.wait_for_url(re.compile("sae=t"))
+    page.get_by_text("48 features at").wait_for()
 
 
 def test_the_app_stays_usable_while_another_process_writes(address: str, page: Any, folder: Path, busiest: int) -> None:

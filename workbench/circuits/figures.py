@@ -194,7 +194,7 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
     shared = graph.n_heads // graph.n_kv_heads
     edges = kept & graph.exists
     largest = float(scores.scores[edges].abs().max()) if edges.any() else 1.0
-    figure, used = go.Figure(), set()
+    lines, used = [], set()
     for row, column in torch.nonzero(edges).tolist():
         writer, reader = graph.writers[row], graph.readers[column]
         name, _, part = reader.partition("<")
@@ -202,12 +202,8 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
             _, block, number = parse(name)
             name = head_name(block, (number or 0) * shared)
         used |= {writer, name}
-        (x1, y1), (x2, y2), score = places[writer], places[name], float(scores.scores[row, column])
-        figure.add_scatter(
-            x=[x1, (x1 + x2) / 2, x2], y=[y1, (y1 + y2) / 2, y2], mode="lines", showlegend=False, hoverinfo="text",
-            text=f"{writer}->{reader}: {score:.4g}",
-            line={"color": _sign_colour(score), "width": 0.5 + 5 * abs(score) / largest},
-        )  # fmt: skip
+        lines.append((places[writer], places[name], float(scores.scores[row, column]), f"{writer}->{reader}"))
+    figure = _edges(lines, largest)
     names = sorted(used)
     figure.add_scatter(
         x=[places[name][0] for name in names], y=[places[name][1] for name in names], text=names, customdata=names,
@@ -219,9 +215,28 @@ def circuit_graph(scores: EdgeScores, kept: Bool[Tensor, "writers readers"]) -> 
     return figure.update_layout(title=title, height=120 + 110 * (graph.n_layers + 1), margin=MARGIN)
 
 
+Place = tuple[float, float]
+
+
+def _edges(lines: Sequence[tuple[Place, Place, float, str]], largest: float) -> go.Figure:
+    """Edges from place to place by score and name, told at their middles: at its ends a line would take the clicks
+    that are meant for the nodes."""
+    figure = go.Figure()
+    for (x1, y1), (x2, y2), score, _ in lines:
+        figure.add_scatter(
+            x=[x1, x2], y=[y1, y2], mode="lines", showlegend=False, hoverinfo="skip",
+            line={"color": _sign_colour(score), "width": 0.5 + 5 * abs(score) / largest},
+        )  # fmt: skip
+    return figure.add_scatter(
+        x=[(x1 + x2) / 2 for (x1, _), (x2, _), *_ in lines], y=[(y1 + y2) / 2 for (_, y1), (_, y2), *_ in lines],
+        text=[f"{name}: {score:.4g}" for *_, score, name in lines], mode="markers", marker={"opacity": 0},
+        showlegend=False, hoverinfo="text",
+    )  # fmt: skip
+
+
 _LABELLED = {
     "marker": {"size": 38, "color": NODE, "opacity": 1}, "textfont": {"size": 10, "color": ON_NODE},
-    "unselected": {"marker": {"opacity": 1}},
+    "unselected": {"marker": {"opacity": 1}, "textfont": {"color": ON_NODE}},
 }  # fmt: skip
 """Nodes that hold their labels, so that no edge crosses one."""
 FEATURES_A_ROW, FEATURE_EDGES = 16, 80
@@ -243,14 +258,13 @@ def feature_graph(circuit: FeatureCircuit) -> go.Figure:
         shown += nodes.to_dict("records")
     edges = circuit.edges[circuit.edges.writer.isin(places) & circuit.edges.reader.isin(places)][:FEATURE_EDGES]
     largest = float(edges.score.abs().max()) if len(edges) else 1.0
-    figure = go.Figure()
-    for edge in edges.to_dict("records"):
-        (x1, y1), (x2, y2), score = places[edge["writer"]], places[edge["reader"]], edge["score"]
-        figure.add_scatter(
-            x=[x1, (x1 + x2) / 2, x2], y=[y1, (y1 + y2) / 2, y2], mode="lines", showlegend=False, hoverinfo="text",
-            text=f"{edge['writer']} -> {edge['reader']}: {score:.4g}",
-            line={"color": _sign_colour(score), "width": 0.5 + 5 * abs(score) / largest},
-        )  # fmt: skip
+    figure = _edges(
+        [
+            (places[edge["writer"]], places[edge["reader"]], edge["score"], f"{edge['writer']} -> {edge['reader']}")
+            for edge in edges.to_dict("records")
+        ],
+        largest,
+    )
     strongest = max((abs(node["score"]) for node in shown), default=1.0)
     figure.add_scatter(
         x=[places[node["node"]][0] for node in shown], y=[places[node["node"]][1] for node in shown],

@@ -16,7 +16,7 @@ def steering_html(steering: Steering) -> str:
     )
     kept = "the SAE's error kept" if edit.keep_error else "without the SAE's error"
     cells = "".join(
-        f'<div class="left"><h3>{title}, {nats:.2f} nats a token</h3><div class="text"><span class="dim">'
+        f'<div class="narrow"><h3>{title}, {nats:.2f} nats a token</h3><div class="text"><span class="dim">'
         f"{escape(steering.prompt)}</span>{escape(text)}</div></div>"
         for title, text, nats in (
             ("Clean", steering.clean, steering.clean_nats), ("Steered", steering.steered, steering.steered_nats),

@@ -14,7 +14,7 @@ STYLE = """<style>
 .wbf{font:14px/1.45 system-ui,sans-serif;color-scheme:light dark;max-width:1200px}
 .wbf h2{margin:.2em 0}.wbf h3{margin:.9em 0 .3em;padding:0;font-size:1em!important;line-height:1.3}
 .wbf h3 .dim{font-weight:400}
-.wbf .cols{display:flex;flex-wrap:wrap;gap:4px 20px}.wbf .left{flex:1 1 260px}.wbf .right{flex:2 1 480px;min-width:0}
+.wbf .cols{display:flex;flex-wrap:wrap;gap:4px 20px}.wbf .narrow{flex:1 1 260px}.wbf .wide{flex:2 1 480px;min-width:0}
 .wbf table{border-collapse:collapse}.wbf td{padding:1px 10px 1px 0;text-align:left}.wbf td.n{text-align:right;
 font-variant-numeric:tabular-nums}
 .wbf .tok,.wbf .text{font-family:ui-monospace,monospace;font-size:12.5px;white-space:break-spaces;

@@ -32,11 +32,12 @@ def test_scores_are_drawn_where_they_belong(planted: Any) -> None:
     assert list(bars.y)[::-1] == nodes.ranked()[:3]
     kept = circuit_edges(edges, 3)
     figure = circuit_graph(edges, kept)
-    lines = {line.text.split(":")[0]: line for line in figure.data[:-1]}
-    assert set(lines) == {"input->a0.h3<v>", "a0.h3->a2.h5<k>", "a2.h5->logits"}
-    assert set(figure.data[-1].text) == {"input", "a0.h3", "a2.h5", "logits"}
-    assert max(line.line.width for line in lines.values()) == 5.5
-    assert len(circuit_graph(edges, torch.zeros_like(kept)).data) == 1
+    *lines, middles, shown = figure.data
+    assert {text.split(":")[0] for text in middles.text} == {"input->a0.h3<v>", "a0.h3->a2.h5<k>", "a2.h5->logits"}
+    assert set(shown.text) == {"input", "a0.h3", "a2.h5", "logits"}
+    assert max(line.line.width for line in lines) == 5.5
+    assert all(line.hoverinfo == "skip" for line in lines), "an edge's end takes the clicks on its node"
+    assert len(circuit_graph(edges, torch.zeros_like(kept)).data) == 2
 
 
 def test_patterns_and_attributions_name_their_tokens() -> None:

@@ -41,19 +41,19 @@ def _body(feature: Feature) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in feature.notes)
     if feature.dead:
         head += '<p class="dead">Dead: this feature fires on none of the indexed tokens.</p>'
-    left = _concepts(feature) + _explanation(feature) + _numbers(feature) + _related(feature)
-    right = _logits(feature)
+    examples = "".join(group_html(group, feature) for group in feature.groups)
+    beside = ""
     if not feature.dead:
         low, high = min(0.0, stats.minimum or 0), max(0.0, stats.maximum or 0)
-        right += "<h3>Activations</h3>" + bars(stats.histogram, low, high)
+        beside += "<h3>Activations</h3>" + bars(stats.histogram, low, high)
     if feature.logits is not None:
-        right += "<h3>Logit effects</h3>" + bars(
+        beside += "<h3>Logit effects</h3>" + bars(
             feature.logits.histogram, feature.logits.low, feature.logits.high, zero=True
         )
-    right += "".join(group_html(group, feature) for group in feature.groups)
+    beside += _logits(feature) + _concepts(feature) + _explanation(feature) + _numbers(feature)
     return (
-        f'<div class="wbf">{head}{notes}<div class="cols"><div class="left">{left}</div>'
-        f'<div class="right">{right}</div></div></div>'
+        f'<div class="wbf">{head}{notes}<div class="cols"><div class="wide">{examples}{_related(feature)}</div>'
+        f'<div class="narrow">{beside}</div></div></div>'
     )
 
 
