@@ -2,7 +2,7 @@
 
 Batch (BatchTopK, mutual choice): the M best of the batch, in the order of `sae.kernels.batch_topk`.
 
-1. The best candidates of the first chunk of rows give a threshold that about MARGIN times M entries of the batch
+1. The best candidates of the first rows give a threshold that about MARGIN times M entries of the batch
    should reach.
 2. Every chunk: all entries that reach it are appended to a list of CAPACITY times M slots. Their places come from an
    integer counter, in no fixed order; sorting them by (token, feature) makes the result the same every time.
@@ -32,7 +32,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.kernels import batch_topk as plain_batch
 from sae.kernels import feature_topk as plain_feature
-from sae.kernels.triton.encode import chunk_rows, padded_product, product, score_buffer
+from sae.kernels.triton.encode import chunk_rows, padded_product, product, sample_rows, score_buffer
 from sae.kernels.triton.features import narrowest
 from sae.kernels.triton.select import bound, keys_of, select_rows
 from sae.kernels.triton.sizes import SIZES, KernelSizes
@@ -140,7 +140,7 @@ def list_batch_topk(
     n, d_sae = x.shape[0], b_enc.shape[0]
     mean = max(1, n_entries // n)
     weights = W_enc.to(x.dtype)
-    step = chunk_rows(n, sizes)
+    step = chunk_rows(n, d_sae, sizes)
     buffer, bias = score_buffer(step, b_enc.float())
     slots = CAPACITY * n_entries
     counter = torch.zeros((), dtype=torch.int32, device=x.device)
@@ -151,8 +151,9 @@ def list_batch_topk(
         scores = buffer[: last - first]
         padded_product(x[first:last], weights, scores, d_sae)
         if first == 0:
-            aim = math.ceil(MARGIN * n_entries * last / n)
-            threshold = _threshold(scores, bias, min(d_sae, sizes.candidates * mean), aim, absolute)
+            sampled = min(last, sample_rows(n, sizes))
+            aim = math.ceil(MARGIN * n_entries * sampled / n)
+            threshold = _threshold(scores[:sampled], bias, min(d_sae, sizes.candidates * mean), aim, absolute)
         block = min(COLLECTED, triton.next_power_of_2(scores.shape[1]))
         _collect_kernel[(last - first, triton.cdiv(scores.shape[1], block))](
             scores, bias, threshold, counter, values, places, first, scores.shape[1], d_sae, slots,
@@ -304,7 +305,7 @@ def feature_topk_encode(
     width = -(-n // 64) * 64
     values = torch.zeros(n_entries, dtype=torch.float32, device=x.device)
     places = _no_places(n_entries, n, d_sae, x.device)
-    step = chunk_rows(d_sae, sizes)
+    step = chunk_rows(d_sae, n, sizes)
     # Whole vectors to the end of every row.
     buffer = torch.empty(step, width, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(n)

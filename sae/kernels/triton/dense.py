@@ -152,7 +152,7 @@ def dense_pass(
     n, d_sae, d = x.shape[0], p.W_dec.shape[0], x.shape[1]
     encoder, decoder = p.shadows
     width = decoder.shape[0]
-    at_once = chunk_rows(n, sizes)
+    at_once = chunk_rows(n, d_sae, sizes)
     rows = min(n, max(1, DENSE_ENTRIES // width // at_once) * at_once)
     z, bias = score_buffer(rows, p.b_enc)
     lower = threshold - bandwidth / 2

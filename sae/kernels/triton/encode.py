@@ -1,7 +1,8 @@
 """Exact sparse encoders of k entries a row on the GPU: cuBLAS into a bounded buffer, then `select`.
 
 Scores are fp32 sums of the products of the given inputs (bf16 or fp16 factors, or fp32 without TF32), row chunk by
-row chunk; the buffer holds at most an eighth of the bytes of [n, d_sae] in bf16. Each chunk is read once.
+row chunk; the buffer holds at most an eighth of the bytes of [n, d_sae] in bf16, or 128 MiB where that is more. Each
+chunk is read once.
 """
 
 import torch
@@ -12,9 +13,16 @@ from sae.kernels.triton.select import merge_rows, select_rows
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 
 
-def chunk_rows(n: int, sizes: KernelSizes = SIZES) -> int:
+def sample_rows(n: int, sizes: KernelSizes = SIZES) -> int:
     """Rows of fp32 scores that take an eighth of the bytes of n rows in bf16."""
     return min(n, max(sizes.min_rows, n // 16))
+
+
+def chunk_rows(n: int, columns: int, sizes: KernelSizes = SIZES) -> int:
+    """Rows of a chunk: those, or as many as `sizes.scores` hold, in chunks of equal size."""
+    most = max(sample_rows(n, sizes), sizes.scores // columns)
+    chunks = -(-n // most)
+    return min(n, most, -(-n // (chunks * sizes.min_rows)) * sizes.min_rows)
 
 
 def score_buffer(
@@ -96,7 +104,7 @@ def topk_encode(
     n, d_sae = x.shape[0], b_enc.shape[0]
     weights = W_enc.to(x.dtype)
     values, indices = _empty_code(n, k, x.device)
-    rows = chunk_rows(n, sizes)
+    rows = chunk_rows(n, d_sae, sizes)
     buffer, bias = score_buffer(rows, b_enc.float())
     for first in range(0, n, rows):
         chunk = slice(first, first + rows)
@@ -147,7 +155,8 @@ def paired_topk_encode(
     n, d_sae, device = x_and_g.shape[1], b_enc.shape[0], x_and_g.device
     weights, bias = shadows.transpose(1, 2), _padded(b_enc.float())
     values, indices = _empty_code(n, k, device)
-    rows, columns = chunk_rows(n, sizes), bias.shape[0]
+    columns = bias.shape[0]
+    rows = chunk_rows(n, columns, sizes)
     width = -(-columns // 128) * 64
     buffer = torch.empty(2, rows, width, dtype=torch.float32, device=device)
     starts = range(0, columns, width)

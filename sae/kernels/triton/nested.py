@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels.triton.sparse import SLICE, alignment
+from sae.kernels.triton.sparse import SLICE, alignment, token_span, written_rows
 
 # Entries whose rows are loaded at once.
 ENTRIES = 8
@@ -102,20 +102,12 @@ def _nested_kernel(
     columns = piece * SLICE + tl.arange(0, SLICE)
     inside = columns < d
     part = tl.arange(0, ROOM)
-    if RAGGED:
-        start = tl.load(offsets + token)
-        stop = tl.load(offsets + token + 1)
-    else:
-        start = token * k
-        stop = start + k
+    start, stop = token_span(offsets, token, k, RAGGED)
     sums = tl.zeros([ROOM, SLICE], tl.float32)
     for first in range(start, stop, ENTRIES):
         slot = first + tl.arange(0, ENTRIES)
-        value = tl.load(values + slot, mask=slot < stop, other=0.0)
-        feature = tl.load(indices + slot, mask=slot < stop, other=0).to(tl.int64)
+        value, rows = written_rows(values, indices, W_dec, slot, stop, d, columns)
         cell = tl.load(cells + slot, mask=slot < stop, other=0)
-        mask = (value != 0)[:, None] & inside[None, :]
-        rows = tl.load(W_dec + feature[:, None] * d + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         for c in tl.static_range(CELLS):
             of_cell = tl.sum(rows * tl.where(cell == c, value, 0.0)[:, None], 0)
             sums += tl.where((part == c)[:, None], of_cell[None, :], 0.0)

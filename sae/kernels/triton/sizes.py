@@ -11,8 +11,12 @@ class KernelSizes:
     """Entries of a feature that are summed by a program of their own; a power of two."""
     min_rows: int = 128
     """Rows below which the encoder's product no longer fills the device."""
+    scores: int = 2**25
+    """Scores that an encoder's buffer may hold in any case: of small batches, launches cost more than memory."""
+    cached: int = 2**25
+    """Bytes of the rows that gradients are summed from up to which the L2 cache keeps them whole."""
     candidates: int = 4
-    """Candidates of a row of the first chunk, as a multiple of the mean number of entries (BatchTopK)."""
+    """Candidates of each of the first rows, as a multiple of the mean number of entries (BatchTopK)."""
     dense_share: int = 128
     """A threshold rule's batch of which more than one entry in so many counts is learnt by dense products."""
 

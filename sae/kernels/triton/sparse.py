@@ -75,6 +75,28 @@ def _centre_kernel(
 
 
 @triton.jit
+def token_span(offsets, token, k, RAGGED: tl.constexpr):
+    """Where a token's entries begin and end."""
+    if RAGGED:
+        start = tl.load(offsets + token)
+        stop = tl.load(offsets + token + 1)
+    else:
+        start = token * k
+        stop = start + k
+    return start, stop
+
+
+@triton.jit
+def written_rows(values, indices, W_dec, slot, stop, d, columns):
+    """Of some slots their values, and some columns of their features' rows of W_dec; 0 where a slot is empty."""
+    value = tl.load(values + slot, mask=slot < stop, other=0.0)
+    feature = tl.load(indices + slot, mask=slot < stop, other=0).to(tl.int64)
+    mask = (value != 0)[:, None] & (columns < d)[None, :]
+    rows = tl.load(W_dec + feature[:, None] * d + columns[None, :], mask=mask, other=0.0)
+    return value, rows.to(tl.float32)
+
+
+@triton.jit
 def _decode_kernel(
     values, indices, offsets, W_dec, b_dec, x, out, errors, n, units, k,
     ALIGN: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -86,20 +108,12 @@ def _decode_kernel(
     piece = tl.program_id(1)
     columns = piece * SLICE + tl.arange(0, SLICE)
     inside = columns < d
-    if RAGGED:
-        start = tl.load(offsets + token)
-        stop = tl.load(offsets + token + 1)
-    else:
-        start = token * k
-        stop = start + k
+    start, stop = token_span(offsets, token, k, RAGGED)
     total = tl.zeros([ENTRIES, SLICE], tl.float32)
     for first in range(start, stop, ENTRIES):
         slot = first + tl.arange(0, ENTRIES)
-        value = tl.load(values + slot, mask=slot < stop, other=0.0)
-        feature = tl.load(indices + slot, mask=slot < stop, other=0).to(tl.int64)
-        mask = (value != 0)[:, None] & inside[None, :]
-        rows = tl.load(W_dec + feature[:, None] * d + columns[None, :], mask=mask, other=0.0)
-        total += rows.to(tl.float32) * value[:, None]
+        value, rows = written_rows(values, indices, W_dec, slot, stop, d, columns)
+        total += rows * value[:, None]
     result = tl.sum(total, 0)
     at = token * d + columns
     if BIAS:

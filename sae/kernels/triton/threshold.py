@@ -106,7 +106,7 @@ def list_above(
         slots: entries that are kept at most.
     """
     n, d_sae = x.shape[0], b_enc.shape[0]
-    step = chunk_rows(n, sizes)
+    step = chunk_rows(n, d_sae, sizes)
     buffer, bias = score_buffer(step, b_enc.float())
     width = buffer.shape[1]
     block = min(RUN, triton.next_power_of_2(d_sae))

@@ -10,7 +10,9 @@ projection: Bricken et al. 2023, appendix):
 
 and the same without the first and last line for its row of W_enc and its b_enc. Weights and moments are fp32; the
 bf16 shadows that encoder and decoder read are written in the same pass. Gradients either lie in memory, or are
-summed here from the sparse code (`features`) and never written.
+summed here from the sparse code (`features`) and never written: by one program a feature where the L2 cache keeps the
+rows of the batch that they are sums of, and else slice of columns by slice of columns of all features, of which it
+does; then decoder rows are scaled in a pass of their own.
 
 lr / (1 - beta1^t) and sqrt(1 - beta2^t) come from device memory, so that a captured graph can be replayed.
 """
@@ -170,15 +172,38 @@ def _finish_rows(row, shadow, squares, d, SLICE: tl.constexpr):
 
 
 @triton.jit
+def _normalise_kernel(
+    W_dec, shadow_dec, norms, units, ALIGN: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, SLICE: tl.constexpr
+):  # fmt: skip
+    """Some columns of `_finish_rows`, from the squares of all slices that `_fused_kernel` has left."""
+    d = units * ALIGN
+    f = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, ROOM)
+    squares = tl.load(norms + f * SLICES + part, mask=part < SLICES, other=0.0)
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(squares)), 1.1754943508222875e-38)
+    columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    at = f * d + columns
+    w = tl.load(W_dec + at, mask=columns < d, other=0.0, eviction_policy="evict_first") / norm
+    tl.store(W_dec + at, w, mask=columns < d, eviction_policy="evict_first")
+    tl.store(shadow_dec + at, w.to(shadow_dec.dtype.element_ty), mask=columns < d, eviction_policy="evict_first")
+
+
+@triton.jit
 def _fused_kernel(
     offsets, firings, token, row, value, da, R, X, scale, grad_bias, along, window_dec, window_enc,
-    aux_slot, aux_dec, aux_enc, aux_bias, W_dec, W_enc, b_enc, m_dec, v_dec, m_enc, v_enc, m_bias, v_bias,
-    shadow_dec, shadow_enc, since_fired, scalars, n_tokens, units, beta1, beta2, rest1, rest2, eps,
-    ALIGN: tl.constexpr, NESTED: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr, WINDOW: tl.constexpr,
-    ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    aux_slot, aux_dec, aux_enc, aux_bias, aux_along, W_dec, W_enc, b_enc, m_dec, v_dec, m_enc, v_enc, m_bias, v_bias,
+    shadow_dec, shadow_enc, norms, since_fired, scalars, n_tokens, units, beta1, beta2, rest1, rest2, eps,
+    ALIGN: tl.constexpr, NESTED: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr, SLICED: tl.constexpr,
+    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
+    """A feature, or one slice of its columns; the first has its bias and its counter too."""
     d = units * ALIGN
     f = tl.program_id(0)
+    begin = 0
+    end = d
+    if SLICED:
+        begin = tl.program_id(1) * SLICE
+        end = begin + SLICE
     rate = tl.load(scalars)
     root = tl.load(scalars + 1)
     factor = tl.load(scale)
@@ -190,14 +215,9 @@ def _fused_kernel(
         extra = slot.to(tl.int64) * d
         if slot >= 0:
             bias += tl.load(aux_bias + slot)
-            total = tl.zeros([SLICE], tl.float32)
-            for left in range(0, d, SLICE):
-                columns = left + tl.arange(0, SLICE)
-                w = tl.load(W_dec + base + columns, mask=columns < d, other=0.0)
-                total += w * tl.load(aux_dec + extra + columns, mask=columns < d, other=0.0)
-            parallel += tl.sum(total)
+            parallel += tl.load(aux_along + slot)
     squares = tl.zeros([SLICE], tl.float32)
-    for left in range(0, d, SLICE):
+    for left in range(begin, end, SLICE):
         columns = left + tl.arange(0, SLICE)
         inside = columns < d
         at = base + columns
@@ -218,12 +238,15 @@ def _fused_kernel(
             w = _adam(w, dec - parallel * w, m_dec, v_dec, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
             tl.store(W_dec + at, w, mask=inside)
             squares += tl.where(inside, w * w, 0.0)
-    if DECODER:
+    if DECODER and SLICED:
+        tl.store(norms + f * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
+    elif DECODER:
         _finish_rows(W_dec + base, shadow_dec + base, squares, d, SLICE)
-    b = tl.load(b_enc + f)
-    tl.store(b_enc + f, _adam(b, bias, m_bias, v_bias, f, f >= 0, rate, root, beta1, beta2, rest1, rest2, eps))
-    fired = tl.load(firings + f) > 0
-    tl.store(since_fired + f, tl.where(fired, 0, tl.load(since_fired + f) + n_tokens))
+    if begin == 0:
+        b = tl.load(b_enc + f)
+        tl.store(b_enc + f, _adam(b, bias, m_bias, v_bias, f, f >= 0, rate, root, beta1, beta2, rest1, rest2, eps))
+        fired = tl.load(firings + f) > 0
+        tl.store(since_fired + f, tl.where(fired, 0, tl.load(since_fired + f) + n_tokens))
 
 
 @triton.jit
@@ -392,16 +415,25 @@ def update_from_code(
     # Before the encoder moves.
     grad_b_dec = residual[:n_tokens].sum(0, dtype=torch.float32) * scale
     through = p.ranks.send_sum(through_encoder(made.b_enc, p.shadow_enc)) if p.subtracts_b_dec else None
-    extra = (p.W_dec,) * 4 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc)
-    _fused_kernel[(d_sae,)](
+    extra = (p.W_dec,) * 5 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc, aux.along)
+    sliced = residual.nbytes + x_centred.nbytes > sizes.cached
+    slices = triton.cdiv(d, row_slice(d)) if sliced else 1
+    norms = torch.empty(d_sae, slices, dtype=torch.float32, device=residual.device)
+    _fused_kernel[(d_sae, slices)](
         order.offsets, order.firings, order.token, order.rows, order.value, made.da, residual, x_centred, scale,
         made.b_enc, made.along,
         made.window_dec, made.window_enc, *extra, p.W_dec, p.W_enc, p.b_enc,
         p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.m_b_enc.mean, p.m_b_enc.square,
-        p.shadow_dec, p.shadow_enc, tokens_since_fired, adam.scalars, n_tokens,
+        p.shadow_dec, p.shadow_enc, norms, tokens_since_fired, adam.scalars, n_tokens,
         d // alignment(d), *adam.constants, ALIGN=alignment(d), NESTED=order.row is not None, DECODER=decoder,
-        AUX=aux is not None, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        AUX=aux is not None, SLICED=sliced, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
     )  # fmt: skip
+    if decoder and sliced:
+        columns = min(1024, triton.next_power_of_2(d))
+        _normalise_kernel[(d_sae, triton.cdiv(d, columns))](
+            p.W_dec, p.shadow_dec, norms, d // alignment(d), ALIGN=alignment(d), SLICES=slices,
+            ROOM=triton.next_power_of_2(slices), SLICE=columns, num_warps=max(1, columns // 256),
+        )  # fmt: skip
     if through is not None:
         grad_b_dec = grad_b_dec - through.get()
     if aux is not None and p.subtracts_b_dec:

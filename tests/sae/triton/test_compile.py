@@ -184,19 +184,20 @@ def test_gradients_stay_in_registers(d: int, aux: bool, folder: Path) -> None:
     check(_gradient_kernel, {"DECODER": True, "AUX": aux, **by_feature(d)}, 1, folder, {"W_dec": "*bf16"})
 
 
-@pytest.mark.parametrize(("aux", "nested"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("aux", "nested", "sliced"), [(False, False, False), (True, False, True), (True, True, False)])
 @pytest.mark.parametrize("d", WIDTHS)
-def test_fused_update_stays_in_registers(d: int, aux: bool, nested: bool, folder: Path) -> None:
+def test_fused_update_stays_in_registers(d: int, aux: bool, nested: bool, sliced: bool, folder: Path) -> None:
     from sae.kernels.triton.update import _fused_kernel
 
-    constants = {"DECODER": True, "AUX": aux, **by_feature(d, nested)}
+    constants = {"DECODER": True, "AUX": aux, "SLICED": sliced, **by_feature(d, nested)}
     ptx = check(_fused_kernel, constants, 1, folder, aligned=d % 256 == 0)
     assert not re.search(r"ld\.global\S*\.b16", ptx)
 
 
 def test_updates_from_memory_stay_in_registers(folder: Path) -> None:
-    from sae.kernels.triton.update import _rows_kernel, _through_kernel, _vector_kernel
+    from sae.kernels.triton.update import _normalise_kernel, _rows_kernel, _through_kernel, _vector_kernel
 
     check(_rows_kernel, {"DECODER": True, "SLICE": 1024, **columns(2304)}, 8, folder)
     check(_through_kernel, {"ROWS": 128, "SLICE": 128, **columns(2304)}, 2, folder, {"W_enc": "*bf16"})
     check(_vector_kernel, {"BLOCK": 1024}, 4, folder)
+    check(_normalise_kernel, {"SLICES": 9, "ROOM": 16, "SLICE": 1024, **columns(2304)}, 4, folder)

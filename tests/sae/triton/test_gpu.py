@@ -40,7 +40,7 @@ def test_selection_is_that_of_a_full_sort(
     b = torch.randn(d_sae, device="cuda") * 0.1
     x[1], x[2, 0] = 0, torch.nan
     values, indices = fast.topk_encode(x, W, b, k, absolute=absolute)
-    step = encode.chunk_rows(n)
+    step = encode.chunk_rows(n, d_sae)
     for first in range(0, n, step):
         z = torch.empty(min(step, n - first), d_sae, device="cuda")
         encode.product(x[first : first + step], W, z)
@@ -244,7 +244,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("rule", ["topk", "gradient_topk"])
 def test_the_encoder_takes_an_eighth_of_the_dense_scores(rule: str) -> None:
-    n, d, d_sae, k = 4096, 256, 24576, 32
+    n, d, d_sae, k = 8192, 256, 65536, 32
     x, W = torch.randn(n, d, device="cuda").bfloat16(), torch.randn(d_sae, d, device="cuda").bfloat16()
     b = torch.zeros(d_sae, device="cuda")
     pairs = torch.stack((x, x)), torch.stack((W, W))

@@ -14,6 +14,8 @@ LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8
 
 SMALL = fast.KernelSizes(window=8)
 """Windows that a tiny batch fills."""
+SLICED = fast.KernelSizes(window=8, cached=0)
+"""As for batches that no cache keeps."""
 
 
 def relative(ours: Tensor, reference: Tensor) -> float:
@@ -23,13 +25,14 @@ def relative(ours: Tensor, reference: Tensor) -> float:
 class Problem:
     """A small SAE on data with a large common offset; feature 3 is always on, feature 5 never."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.batch = (torch.randn(N, D) + 3).to(device)
-        W_dec = torch.randn(F, D)
+    def __init__(self, device: torch.device, d: int = D, sizes: fast.KernelSizes = SMALL) -> None:
+        self.sizes = sizes
+        self.batch = (torch.randn(N, d) + 3).to(device)
+        W_dec = torch.randn(F, d)
         optim.normalise_rows_(W_dec)
         b_enc = torch.randn(F) * 0.1
         b_enc[3], b_enc[5] = 50, -50
-        start = [W_dec + 0.1 * torch.randn(F, D), W_dec, b_enc, 3 + torch.randn(D) * 0.1]
+        start = [W_dec + 0.1 * torch.randn(F, d), W_dec, b_enc, 3 + torch.randn(d) * 0.1]
         self.start = [t.to(device) for t in start]
         W_enc, W_dec, b_enc, b_dec = (t.clone() for t in self.start)
         self.parameters = fast.Parameters.starting(W_enc, W_dec, b_enc, b_dec, torch.float32)
@@ -40,7 +43,7 @@ class Problem:
 
     def step(self, **options: object) -> fast.StepResult:
         return fast.training_step(
-            self.batch, self.one, fast.topk_rule(K), self.parameters, self.since, self.adam, sizes=SMALL, **options
+            self.batch, self.one, fast.topk_rule(K), self.parameters, self.since, self.adam, sizes=self.sizes, **options
         )
 
     def reference(self) -> tuple[Tensor, list[Tensor]]:
@@ -56,9 +59,13 @@ class Problem:
         return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("clip", [None, 1e9, 0.5])
-def test_a_step_is_adam_on_the_gradients_of_float64(clip: float | None, device: torch.device) -> None:
-    problem = Problem(device)
+@pytest.mark.parametrize(
+    ("clip", "d", "sizes"), [(None, D, SMALL), (None, 300, SLICED), (1e9, D, SMALL), (0.5, D, SMALL)]
+)
+def test_a_step_is_adam_on_the_gradients_of_float64(
+    clip: float | None, d: int, sizes: fast.KernelSizes, device: torch.device
+) -> None:
+    problem = Problem(device, d, sizes)
     result = problem.step(clip=clip)
     loss, gradients = problem.reference()
     if clip is not None:

@@ -15,7 +15,7 @@ from sae.rules import JumpReLU
 from sae.state import TrainingState
 
 N, D, F = 19, 10, 70
-SMALL = fast.KernelSizes(window=8, min_rows=7, dense_share=4)
+SMALL = fast.KernelSizes(window=8, min_rows=7, scores=1, dense_share=4)
 
 
 class Problem:

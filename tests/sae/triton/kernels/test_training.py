@@ -47,7 +47,7 @@ RULES = [
 ]  # fmt: skip
 
 
-SMALL = fast.KernelSizes(window=8, min_rows=7, candidates=8)
+SMALL = fast.KernelSizes(window=8, min_rows=7, scores=1, cached=0, candidates=8)
 """Windows and chunks that a tiny batch fills."""
 
 

@@ -75,7 +75,7 @@ def test_gradients_are_those_of_float64(rule: Rule, settings: dict[str, Any], sh
         # Always on, and never.
         state.sae.b_enc[3], state.sae.b_enc[5] = 3, -50
     loss, expected = autograd(state, batch, target)
-    sizes = fast.KernelSizes(window=4, min_rows=7, candidates=8, dense_share=share)
+    sizes = fast.KernelSizes(window=4, min_rows=7, scores=1, candidates=8, dense_share=share)
     FusedStep(state, precision=torch.float32, sizes=sizes)(batch, 0, None, target)
     assert state.read_totals().loss == pytest.approx(float(loss), rel=1e-5)
     for name, gradient in expected.items():
