@@ -143,7 +143,7 @@ def trained(
 
 
 RUN = TrainConfig(
-    name="a", total_tokens=36 * 64, batch_size=64, d_sae=96, rule=TopK(4), lr=1e-2, dead_after_tokens=5 * 64
+    name="a", total_tokens=24 * 64, batch_size=64, d_sae=96, rule=TopK(4), lr=1e-2, dead_after_tokens=5 * 64
 )
 
 
@@ -151,7 +151,7 @@ def stopped(ranks: Ranks, source: Any, configs: list[TrainConfig], folder: Path)
     """A run that ends in its midst, after a checkpoint; which step that was of."""
 
     def after(metrics: StepMetrics) -> None:
-        if metrics.step == 20:
+        if metrics.step == 18:
             raise RuntimeError("stopped")
 
     try:
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_three_or_four(on_ranks: OnRa
         weights, later = on_ranks(size, trained, planted(), configs, options)[0]
         for name, tensor in whole[0].items():
             torch.testing.assert_close(weights[0][name], tensor, rtol=1e-4, atol=1e-5)
-        assert [one.step for one in later] == list(range(17, 37))
+        assert [one.step for one in later] == list(range(17, 25))
         for one, other in zip(later, reports[16:], strict=True):
             assert (one.l0, one.dead_share) == (other.l0, other.dead_share)
 
