@@ -30,7 +30,7 @@ class Gate:
 
     hook: str
     """Hook point of what it is made of: one entry for a head's every dimension, or one a head."""
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Float[Tensor, "*n"]], Float[Tensor, "*n"]]
 
     def of(self, value: Float[Tensor, "*pos width"], heads: int, d_head: int) -> Float[Tensor, "*pos heads d_head"]:
         """The gate from what the hook point holds."""

@@ -163,6 +163,9 @@ def second_half_loss(
 
     Args:
         cores: by layer; None for the model as it is.
+
+    Raises:
+        InputError: no position that counts.
     """
     total = count = 0.0
     start = 0
