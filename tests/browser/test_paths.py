@@ -330,15 +330,6 @@ def test_the_model_is_steered(address: str, page: Any, folder: Path, busiest: in
     page.wait_for_url(re.compile("sweep=true"))
 
 
-def test_all_saes_of_the_model_read_the_prompt_and_a_cell_opens_one(address: str, page: Any) -> None:
-    page.goto(link(address, "Prompt", sae="s", prompt="def f(x): return x"))
-    page.get_by_text("All 2 SAEs of the model").click()
-    page.wait_for_url(re.compile("all_saes=true"))
-    page.locator(".grid tr[data-row=t] td[style]").nth(2).click()
-    page.wait_for_url(re.compile("sae=t"))
-    page.get_by_text("48 features at").wait_for()
-
-
 def test_the_app_stays_usable_while_another_process_writes(address: str, page: Any, folder: Path, busiest: int) -> None:
     harvest = (
         "from workbench import Workspace; from workbench.harvest.plan import HarvestConfig\n"
@@ -387,3 +378,13 @@ def test_pages_are_readable_at_800_pixels(address: str, page: Any, busiest: int)
     page.locator("details.ex").first.wait_for()
     # Nothing but what scrolls by itself may stick out to the right.
     assert page.evaluate("document.documentElement.scrollWidth") <= 800
+
+
+def test_all_saes_of_the_model_read_the_prompt_and_a_cell_opens_one(address: str, page: Any, folder: Path) -> None:
+    build_index(Workspace(folder), "t", harvest="h", model=load_model("demo", device="cpu"), device="cpu")
+    page.goto(link(address, "Prompt", sae="s", prompt="def f(x): return x"))
+    page.get_by_text("All 2 SAEs of the model").click()
+    page.wait_for_url(re.compile("all_saes=true"))
+    page.locator(".grid tr[data-row=t] td[style]").nth(2).click()
+    page.wait_for_url(re.compile("sae=t"))
+    page.get_by_text("48 features at").wait_for()
