@@ -165,6 +165,11 @@ class Training:
     as_json: JsonOption = False
 
     @property
+    def harvests(self) -> list[str]:
+        """Names of the harvests, with what counts of them."""
+        return [name if self.only is None else f"{name}:{self.only}" for name in self.harvest or ()]
+
+    @property
     def placed(self) -> dict[str, Any]:
         """What is read and written, and where it is computed."""
         placed = {"hook": self.hook, "target_hook": self.target_hook, "each": self.each, "device": self.device}
@@ -177,8 +182,7 @@ class Training:
             wrong = next((option for name, option in STREAMING.items() if given(context, name)), None)
             if wrong is not None:
                 raise InputError(f"{wrong} does not go with the harvest {self.harvest[0]!r}: leave one of them out")
-            names = [name if self.only is None else f"{name}:{self.only}" for name in self.harvest]
-            return names[0] if len(names) == 1 else names
+            return self.harvests[0] if len(self.harvests) == 1 else self.harvests
         if self.model is None:
             raise InputError("nothing to train on: name a harvest, or a model with --model, --corpus and --hook")
         from workbench.harvest.plan import HarvestConfig
@@ -252,7 +256,7 @@ def train(run: Training, context: typer.Context) -> None:
     source = run.source(context)
     workspace = open_workspace(run.folder) if run.harvest else Workspace(run.folder)
     asked = run.asked(context)
-    epoch = workspace.open_harvest(run.harvest[0]).n_trainable_rows if run.harvest else STREAMED_TOKENS
+    epoch = workspace.open_harvest(run.harvests[0]).n_trainable_rows if run.harvest else STREAMED_TOKENS
     total = run.tokens or asked.tokens or epoch
     configs = run.configs(asked, total)
     if run.estimate_only:

@@ -35,7 +35,7 @@ from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.features.index.query import FeatureIndex
-from workbench.text.packing import is_ordinary
+from workbench.text.packing import NO_TEXT
 from workbench.text.token_bytes import alone, joined
 
 FEATURES_AT_ONCE = 1024
@@ -159,7 +159,8 @@ class _Writer:
         self.context_len: int = index.meta["context_len"]
         tokens = index.frame("SELECT token, doc, flags FROM tokens ORDER BY row")
         self.token, self.doc = tokens["token"].to_numpy(), tokens["doc"].to_numpy()
-        self.ordinary = is_ordinary(tokens["flags"].to_numpy())
+        # Tokens that were left out are text all the same.
+        self.of_text = (tokens["flags"].to_numpy() & NO_TEXT) == 0
         self.n_rows = len(tokens)
         words = index.frame(f"SELECT token, text, bytes FROM {index.words}")
         self.words = {
@@ -254,7 +255,7 @@ class _Writer:
         context = row // self.context_len * self.context_len
         last = min(context + self.context_len, row + AFTER + 1, self.n_rows)
         at = np.arange(max(context, row - BEFORE), last)
-        return at[(self.doc[at] == self.doc[row]) & self.ordinary[at]]
+        return at[(self.doc[at] == self.doc[row]) & self.of_text[at]]
 
     def _explanations(self, named: Mapping[int, str]) -> Iterable[dict[str, Any]]:
         # The tables that these two would name have rows for Neuronpedia's own kinds and models only.

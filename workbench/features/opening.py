@@ -10,14 +10,14 @@ was interrupted.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sae.errors import InputError
 from sae.formats.foreign import load_foreign
 from sae.transcoder_set import load_transcoders
 from workbench.catalog.catalog import Catalog
-from workbench.disk.names import check_name, new_folder
+from workbench.disk.names import check_name, layer_name, new_folder
 from workbench.features.index.build import build_index
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestEstimate, HarvestProgress, harvest_into
@@ -87,16 +87,16 @@ def plan_opening(
     Raises:
         InputError: as `describe_published`, no such folder, or a dictionary that does not say what it was trained on.
     """
-    published = None
+    published, folder = None, Path(source).expanduser()
     if sae_id is not None:
         published = describe_published(source, sae_id, hook=hook, model=model)
         trained, called = published.trained, f"{source}-{sae_id}"
-    elif is_set(Path(source)):
-        folder = demo_transcoders_dir() if Path(source) == BUNDLED else Path(source)
-        trained, called = Trained.of(load_transcoders(folder).coders), Path(source).name
-    elif Path(source).expanduser().is_dir():
-        coder = load_foreign(Path(source).expanduser(), hook_name=hook, model_name=model)
-        trained, called = Trained.of({0: coder}), Path(source).name
+    elif is_set(folder):
+        coders = load_transcoders(demo_transcoders_dir() if folder == BUNDLED else folder).coders
+        trained, called = Trained.of(coders), folder.name
+    elif folder.is_dir():
+        coder = load_foreign(folder, hook_name=hook, model_name=model)
+        trained, called = Trained.of({0: coder}), folder.name
     elif "/" in source and not source.startswith(("/", ".", "~")):
         published = describe_hub_set(source, model=model)
         trained, called = published.trained, source
@@ -146,15 +146,13 @@ def open_dictionary(
 
     hooks = _imported(catalog, plan)
     if layers:
-        wrong = next((layer for layer in layers if f"{plan.name}.layer_{layer}" not in hooks), None)
+        wrong = next((layer for layer in layers if layer_name(plan.name, layer) not in hooks), None)
         if wrong is not None:
             raise InputError(f"{plan.name} has no layer {wrong}: it has {', '.join(hooks)}")
-        hooks = {name: hooks[name] for name in (f"{plan.name}.layer_{layer}" for layer in layers)}
+        hooks = {name: hooks[name] for name in (layer_name(plan.name, layer) for layer in layers)}
     model = load_model(plan.config.model, device=device)
     context = min(plan.config.context_len, model.info.n_ctx)
-    asked = HarvestConfig(
-        **{**vars(plan.config), "hooks": tuple(dict.fromkeys(hooks.values())), "context_len": context}
-    )
+    asked = replace(plan.config, hooks=tuple(dict.fromkeys(hooks.values())), context_len=context)
 
     def harvesting(progress: HarvestProgress) -> None:
         report("harvest")(progress.tokens, progress.total_tokens)
@@ -188,8 +186,10 @@ def _imported(catalog: Catalog, plan: Opening) -> dict[str, str]:
     imported = catalog.origin(coders[0]).imported or {}
     lies = demo_transcoders_dir() if folder == BUNDLED else folder
     where = {"path": str(lies.resolve())}
-    if published is not None:
-        where = {"repo" if published.is_folder else "release": published.release}
+    if published is not None and published.is_folder:
+        where = {"repo": published.release}
+    elif published is not None:
+        where = {"release": published.release, "id": published.ids[min(published.ids)]}
     if any(imported.get(key) != value for key, value in where.items()):
         raise InputError(f"{name!r} exists and is something else: choose another --name")
     return {one: catalog.origin(one).hook for one in coders}

@@ -69,7 +69,7 @@ def bridge_hooks(bridge: "Bridge", n_layers: int) -> tuple[dict[str, HookSpec], 
         for kind, inner in KINDS.items():
             name = f"blocks.{layer}.{inner}"
             place = _place(bridge, points[name].name) if name in points else None
-            if place is None or (kind == "mlp_post" and not place[0].endswith(("out", "dense_out"))):
+            if place is None or (kind == "mlp_post" and not place[0].endswith((".out", ".dense_out"))):
                 lacking[name] = _lacking(bridge, layer, kind)
             else:
                 component, side, scale = place

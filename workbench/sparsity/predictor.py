@@ -13,6 +13,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -115,7 +116,6 @@ def mlp_inputs(
         with ExitStack() as stack:
             for layer, mlp in enumerate(mlps):
                 assert mlp.drive is not None
-                hook = lambda module, args, layer=layer: see(module, args, layer)  # noqa: E731
-                stack.callback(mlp.drive.module.register_forward_pre_hook(hook).remove)
+                stack.callback(mlp.drive.module.register_forward_pre_hook(partial(see, layer=layer)).remove)
             logits_of(model, batch)
     return [torch.cat(rows) for rows in found]

@@ -50,9 +50,10 @@ def messages_of(value: Sequence[Any], where: str) -> Messages:
     """
     found = []
     for number, message in enumerate(value):
-        role, content = (message.get(new, message.get(old)) for new, old in (("role", "from"), ("content", "value")))
+        told = message if isinstance(message, dict) else {}
+        role, content = (told.get(new, told.get(old)) for new, old in (("role", "from"), ("content", "value")))
         if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
         if not isinstance(role, str) or not isinstance(content, str | None):
             raise InputError(f"{where}: message {number} has no role or no text: expected role and content")
         found.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content or ""})

@@ -221,15 +221,16 @@ def _content(value: Any, text_field: str, where: str) -> Content:
     """The text, token ids or messages of a field; a missing value is an empty document, which is left out."""
     if value is None:
         return ""
-    if isinstance(value, list):
-        return messages_of(value, where) if value and isinstance(value[0], dict) else token_ids(value, where)
-    if not isinstance(value, str):
+    if isinstance(value, list) and not (value and isinstance(value[0], dict)):
+        return token_ids(value, where)
+    content = messages_of(value, where) if isinstance(value, list) else value
+    if not isinstance(content, str | tuple):
         raise InputError(
             f"{where}: field {text_field!r} holds {type(value).__name__}, expected text, token ids or messages"
         )
-    if not is_unicode(value):
+    if not all(map(is_unicode, (content,) if isinstance(content, str) else (one["content"] for one in content))):
         raise InputError(f"{where}: field {text_field!r} holds half of a surrogate pair, no character; mend the text")
-    return value
+    return content
 
 
 def token_ids(value: Sequence[int] | NDArray[Any], where: str) -> NDArray[np.int32]:

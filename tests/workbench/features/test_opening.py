@@ -46,13 +46,14 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def repo(tmp_path: Path, tiny_gpt2: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the hub that holds `someone/saes` with one SAE, trained without BOS on a centred model."""
+    """A cache of the hub that holds `someone/saes` with two SAEs, trained without BOS on a centred model."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = tmp_path / "hub" / "models--someone--saes"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0")
     told = {"prepend_bos": False, "model_from_pretrained_kwargs": {"center_writing_weights": True}}
-    sae_of(tiny_gpt2, corpus, **told).save(folder / "snapshots" / "0" / "layer-1")
+    for name in ("layer-1", "layer-2"):
+        sae_of(tiny_gpt2, corpus, **told).save(folder / "snapshots" / "0" / name)
     return folder
 
 
@@ -84,6 +85,19 @@ def test_a_published_sae_is_harvested_as_it_was_trained_and_indexed(
     assert run([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["indexes"] == ["someone-saes-layer-1"]
     assert {file: file.stat().st_mtime_ns for file in space.path.rglob("*") if file.is_file()} == files
+    another = [
+        "open",
+        "someone/saes",
+        "layer-2",
+        "--name",
+        "someone-saes-layer-1",
+        "--tokens",
+        "512",
+        "--no-app",
+        *where,
+    ]
+    assert run(another) == 2
+    assert "'someone-saes-layer-1' exists and is something else" in capsys.readouterr().err
 
 
 def test_a_folder_and_a_layer_of_a_set_are_opened_too(

@@ -1,5 +1,6 @@
 """Conversations from end to end: roles in the tokens table, training and statistics on chosen ones."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,13 @@ def test_training_reads_what_counts_whether_chosen_before_or_after(space: Worksp
 
 
 def test_what_is_made_of_chosen_tokens_is_measured_on_them(
-    space: Workspace, chats: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    space: Workspace, chats: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["--rule", "topk", "--k", "4", "--d-sae", "64", "--batch-size", "128", "--tokens", "1024", "--device",
-              "cpu", "-w", str(space.path)]  # fmt: skip
+    epoch = ["--rule", "topk", "--k", "4", "--d-sae", "64", "--batch-size", "128", "--device", "cpu", "-w",
+             str(space.path)]  # fmt: skip
+    common = [*epoch, "--tokens", "1024"]
+    assert run(["train", "c", "--name", "once", "--only", "assistant", *epoch]) == 0
+    assert space.run("once").description["configs"][0]["total_tokens"] == (space.open_harvest("c").roles == 4).sum()
     assert run(["train", "c", "--name", "narrow", "--only", "assistant", *common]) == 0
     streamed = ["--model", str(model), "--corpus", str(chats), "--text-field", "messages", "--context", "64", "--hook",
                 HOOK]  # fmt: skip
@@ -126,6 +130,9 @@ def test_what_is_made_of_chosen_tokens_is_measured_on_them(
     space.build_index("narrow")
     fired = space.index("narrow").frame("SELECT DISTINCT row FROM feature_activations")["row"].to_numpy()
     assert (space.open_harvest("c").roles[fired] == 4).all()
+    exported = space.export_neuronpedia("narrow", tmp_path / "out").path / "activations" / "batch-0.jsonl.gz"
+    shown = ["".join(json.loads(line)["tokens"]) for line in gzip.decompress(exported.read_bytes()).splitlines()]
+    assert any("<user>" in text for text in shown), "what does not count is text all the same"
     report = space.concepts("narrow", language="text", device="cpu")
     assert report.alignment.n_tokens <= (space.open_harvest("c").roles == 4).sum()
     capsys.readouterr()

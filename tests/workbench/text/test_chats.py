@@ -108,6 +108,8 @@ def test_what_counts_stands_behind_the_field() -> None:
 def test_what_is_no_conversation_is_refused_in_one_line(gpt2_model: LoadedModel, tokenizer: Any) -> None:
     with pytest.raises(InputError, match="line 3: message 0 has no role or no text"):
         messages_of([{"text": "a"}], "line 3")
+    with pytest.raises(InputError, match="line 3: message 1 has no role or no text"):
+        messages_of([{"role": "user", "content": "a"}, "b"], "line 3")
     with pytest.raises(InputError, match="has no chat template: use an instruct model"):
         write(CHAT, gpt2_model.tokenizer, "d")
     raising = copy.deepcopy(tokenizer)

@@ -155,6 +155,10 @@ def make(name: str, content: bytes) -> Callable[[Path], Path]:
         (make("a.jsonl", b'{"body": "x", "id": 1}\n'), "line 1: no field 'text', only body, id; name one"),
         (make("a.jsonl", b'{"text": 3}\n'), "line 1: field 'text' holds int, expected text"),
         (make("a.jsonl", b'{"text": "x \\ud800 y"}\n'), "line 1: field 'text' holds half of a surrogate pair"),
+        (
+            make("a.jsonl", b'{"text": [{"role": "user", "content": "x \\ud800 y"}]}\n'),
+            "line 1: field 'text' holds half of a surrogate pair",
+        ),
         pytest.param(
             make(os.fsdecode(b"\xff.txt"), b"fine"),
             r"udcff\.txt' is not UTF-8: rename it",
