@@ -1,9 +1,9 @@
 """An SAE, or a set of transcoders, to a repository of the Hugging Face hub: its files and a model card.
 
 An SAE goes in SAELens' format, a set in circuit-tracer's, both into a folder of the repository. What was known of
-training here is written into the configuration, so that whoever opens it harvests as it was trained
-(`workbench.features.opening`); paths of this machine are left out. The card says what it is, what it was trained on,
-how it was evaluated and how it is loaded.
+training here is written into an SAE's configuration, so that whoever opens it harvests as it was trained
+(`workbench.features.opening`); a set's has no place for it. Paths of this machine are left out. The card says what it
+is, what it was trained on, how it was evaluated and how it is loaded.
 
 Nothing is sent unless it is asked for: without, the files are made, listed and thrown away.
 """
@@ -26,7 +26,6 @@ from sae.model import SAE
 from sae.transcoder import Transcoder
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin, versions
-from workbench.disk.descriptions import read_description
 from workbench.disk.hub import require_hub
 from workbench.models.checkpoints import hub_name
 from workbench.models.places import between
@@ -87,7 +86,7 @@ def publish(
         raise InputError(f"{repo!r} is no repository: give owner/name")
     with _staged(catalog, name, repo, folder, license) as (place, card):
         files = {f"{folder}/{file.name}": file.stat().st_size for file in sorted(place.iterdir())}
-        url = _send(place, card, repo, folder, name, private) if send else None
+        url = _send(place, repo, folder, name, private) if send else None
     return Publication(repo, folder, {CARD: len(card.encode()), **files}, card, url)
 
 
@@ -109,18 +108,25 @@ def _staged(catalog: Catalog, name: str, repo: str, folder: str, license: str | 
             circuit_tracer.save(
                 {layer: coder for layer, coder in coders.items() if isinstance(coder, Transcoder)}, place
             )
-            use = f"A set of circuit-tracer's: download `{folder}/` and `workbench open {folder}`."
+            use = f"A set of circuit-tracer's:\n\n```bash\nworkbench open {repo}/{folder} --corpus CORPUS\n```"
         else:
             coders[0].save(place)
-            use = _use(str(read_description(place / saelens.CONFIG)["architecture"]), repo, folder)
-        about = ModelCardData(library_name="saelens", license=license, tags=list(TAGS), **_linked(origin, coders[0]))
-        yield place, _card(catalog, name, coders, origin, about, use)
+            use = _use(coders[0], repo, folder)
+        library = "saelens" if not is_set and _in_saelens(coders[0]) else None
+        about = ModelCardData(library_name=library, license=license, tags=list(TAGS), **_linked(origin, coders[0]))
+        card = _card(catalog, name, coders, origin, about, use)
+        (place / CARD).write_text(card, encoding="utf-8")
+        yield place, card
 
 
 def public_name(spec: str) -> str:
     """A model's or a corpus' name without what only this machine knows: of a path, its last part."""
-    path = Path(spec).expanduser()
-    return path.name if path.is_absolute() or path.exists() else spec
+    try:
+        path = Path(spec).expanduser()
+        return path.name if path.is_absolute() or path.exists() else spec
+    except (OSError, RuntimeError):
+        # Longer than a file's name may be, or in the home of a user that this machine does not have.
+        return spec
 
 
 def _told(origin: Origin) -> dict[str, Any]:
@@ -154,8 +160,8 @@ def _card(
         "rule": " ".join([str(rule.pop("name")), *(f"{key}={value}" for key, value in rule.items())]),
         **_training(origin), "made with": ", ".join(f"{package} {version}" for package, version in versions().items()),
     }  # fmt: skip
-    kind = "SAE" if first.written_hook == first.hook_name else "transcoder"
-    what = f"A {kind}" if len(coders) == 1 else f"{len(coders)} transcoders, one a layer,"
+    kind = "An SAE" if first.written_hook == first.hook_name else "A transcoder"
+    what = kind if len(coders) == 1 else f"{len(coders)} transcoders, one a layer,"
     said = f"{what} of {first.d_sae:,} features at `{rows['reads']}` of {first.model_name}."
     parts = [f"---\n{about.to_yaml()}\n---", f"# {name}", said, _table(rows), *_evaluation(catalog, name)]
     return "\n\n".join([*parts, "## Use", use]) + "\n"
@@ -187,9 +193,14 @@ def _evaluation(catalog: Catalog, name: str) -> list[str]:
     return ["## Evaluation", f"On held-out documents of {public_name(str(corpus))}:", _table(rows)]
 
 
-def _use(architecture: str, repo: str, folder: str) -> str:
+def _in_saelens(sae: SAE) -> bool:
+    """Whether SAELens has a class for it."""
+    return saelens.architecture_of(sae) in saelens_import.TENSORS
+
+
+def _use(sae: SAE, repo: str, folder: str) -> str:
     opened = f"```bash\nworkbench open {repo} {folder}\n```"
-    if architecture not in saelens_import.TENSORS:
+    if not _in_saelens(sae):
         return f"SAELens has no class for it; interp-workbench reads its files: `workbench import {folder}`."
     code = f'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo}", "{folder}")'
     return f"```python\n{code}\n```\n\nThe pages of its features, harvested as it was trained:\n\n{opened}"
@@ -203,14 +214,13 @@ def _is_local(spec: str) -> bool:
     return spec == "demo" or public_name(spec) != spec or ":" in spec
 
 
-def _send(place: Path, card: str, repo: str, folder: str, name: str, private: bool) -> str:
+def _send(place: Path, repo: str, folder: str, name: str, private: bool) -> str:
     """Uploads; the address of what was sent."""
     require_hub(repo, "model", f"cannot send to {repo}: no network ({{reason}})")
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         # A repository of several SAEs keeps the card it has; each folder has its own.
-        (place / CARD).write_text(card, encoding="utf-8")
         if not api.file_exists(repo, CARD):
             api.upload_file(path_or_fileobj=place / CARD, path_in_repo=CARD, repo_id=repo)
         sent = api.upload_folder(folder_path=place, repo_id=repo, path_in_repo=folder, commit_message=f"Add {name}")

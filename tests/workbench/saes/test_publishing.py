@@ -60,7 +60,7 @@ def test_a_dry_run_shows_files_and_card_and_sends_nothing(
     evaluation = space.saes()[0].evaluation
     assert evaluation is not None
     assert f"| added nats | {evaluation['added_nats']:.4g} |" in made.card
-    assert list(made.files) == ["README.md", "s/cfg.json", "s/sae_weights.safetensors"]
+    assert list(made.files) == ["README.md", "s/README.md", "s/cfg.json", "s/sae_weights.safetensors"]
     assert made.url is None
 
 
@@ -111,6 +111,20 @@ def test_what_is_sent_is_what_saelens_loads_and_says_how_it_was_trained(
     (hub.folder / "README.md").write_text("theirs")
     space.publish("s", "me/saes", folder="again", send=True)
     assert (hub.folder / "README.md").read_text() == "theirs"
+
+
+def test_a_set_is_said_to_be_circuit_tracers_and_not_saelens(space: Workspace) -> None:
+    space.import_transcoders("mlps", "bundled")
+    made = space.publish("mlps", "me/sets")
+    assert ModelCard(made.card).data.to_dict() == {"tags": list(publishing.TAGS)}
+    assert "workbench open me/sets/mlps --corpus CORPUS" in made.card
+    assert {"mlps/README.md", "mlps/config.yaml", "mlps/layer_0.safetensors"} <= set(made.files)
+
+
+def test_text_of_any_length_is_no_path_of_this_machine(tmp_path: Path) -> None:
+    assert publishing.public_name("a note " * 100) == "a note " * 100
+    assert publishing.public_name("~nobody-of-that-name/x") == "~nobody-of-that-name/x"
+    assert publishing.public_name(str(tmp_path / "texts")) == "texts"
 
 
 def test_what_cannot_be_sent_is_one_line(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
