@@ -17,8 +17,7 @@ from sae.errors import InputError
 from sae.formats import circuit_tracer
 from workbench.disk.extras import require
 from workbench.disk.hub import require_hub
-from workbench.models.checkpoints import hub_name
-from workbench.saes.published import Published, Trained, describe_published, missing_bytes
+from workbench.saes.published import Published, Trained, bytes_of_model, describe_published, missing_bytes
 
 _LAYER = re.compile(r"layer_(\d+)\.safetensors")
 
@@ -51,9 +50,7 @@ def describe_hub_set(reference: str, *, model: str | None = None) -> Published:
         raise InputError(f"{reference} does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
     d_sae, d_in = _shape(repo, files[0])
     hooks = tuple(f"blocks.{layer}.{config.get('feature_input_hook')}" for layer in files)
-    fetched = {reference: missing_bytes(repo, list(files.values()))}
-    if not Path(named).exists():
-        fetched[f"the model {named}"] = missing_bytes(hub_name(named), None)
+    fetched = {reference: missing_bytes(repo, list(files.values())), **bytes_of_model(named)}
     return Published(reference, files, Trained(named, hooks, d_in, d_sae), fetched, is_folder=True)
 
 

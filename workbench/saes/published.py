@@ -4,7 +4,6 @@ Its configuration alone is read, through SAELens as the weights would be, or fro
 the hub tells of what is not in its cache yet.
 """
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +58,7 @@ class Published:
     """Its ids in the release by layer; one under 0 for a single one."""
     trained: Trained
     fetched: Mapping[str, int | None] = field(default_factory=dict)
-    """Bytes to download, by what it is; None where the hub was not asked."""
+    """Bytes to download, by what it is; None where the hub did not say."""
     is_folder: bool = False
     """Whether it is a set of circuit-tracer's, whose files are fetched as a folder (`workbench.saes.hub_sets`)."""
 
@@ -94,15 +93,12 @@ def describe_published(
         ids = {0: sae_id}
     trained = _trained(release, ids, hook, model)
     paths = [known.saes_map[one] if known else one for one in ids.values()]
-    fetched = {called: missing_bytes(repo, paths)}
-    if not Path(trained.model).exists() and trained.model != "demo":
-        fetched[f"the model {trained.model}"] = missing_bytes(hub_name(trained.model), None)
-    return Published(release, ids, trained, fetched)
+    return Published(release, ids, trained, {called: missing_bytes(repo, paths), **bytes_of_model(trained.model)})
 
 
 def _trained(release: str, ids: Mapping[int, str], hook: str | None, model: str | None) -> Trained:
     configs = [saelens_old.modern(_config(release, one), f"{release}/{one}") for one in ids.values()]
-    abouts = [{**saelens_old.nested(config)} for config in configs]
+    abouts = [saelens_old.nested(config) for config in configs]
     hooks = tuple(hook or place_read(about) for about in abouts)
     named = model or str(abouts[0].get("model_name") or "")
     if not named or not all(hooks):
@@ -137,19 +133,28 @@ def _config(release: str, sae_id: str) -> dict[str, Any]:
         raise InputError(f"cannot fetch {release}/{sae_id} ({reason}): check the names and the network") from None
 
 
+def bytes_of_model(model: str) -> dict[str, int | None]:
+    """Bytes of a model to download, by what it is; empty for one that is here."""
+    is_here = model == "demo" or Path(model).exists()
+    return {} if is_here else {f"the model {model}": missing_bytes(hub_name(model), None)}
+
+
 def missing_bytes(repo: str, paths: list[str] | None) -> int | None:
-    """Bytes of what a repository holds at some paths, or of a model's weights and tokenizer, and the cache does not."""
+    """Bytes of what a repository holds at some paths, or of a model's weights and tokenizer, and the cache does not;
+    None where the hub does not say."""
     if constants.HF_HUB_OFFLINE:
         return None
     found: dict[str, int] = {}
-    # What cannot be asked here is said again, and better, where it is fetched.
-    with contextlib.suppress(Exception):
+    try:
         api = HfApi()
         if paths is None:
             siblings = api.model_info(repo, files_metadata=True, timeout=SECONDS_TO_ANSWER).siblings or []
             wanted = (one for one in siblings if one.rfilename.endswith((".safetensors", ".json")))
             found = {one.rfilename: one.size or 0 for one in wanted}
-        for one in api.get_paths_info(repo, paths or []):
+        for one in api.get_paths_info(repo, paths) if paths else ():
             files = [one] if isinstance(one, RepoFile) else api.list_repo_tree(repo, one.path, recursive=True)
             found |= {file.path: file.size for file in files if isinstance(file, RepoFile)}
+    except Exception:
+        # What cannot be asked here is said again, and better, where it is fetched.
+        return None
     return sum(size for name, size in found.items() if not isinstance(try_to_load_from_cache(repo, name), str))

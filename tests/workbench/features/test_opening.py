@@ -161,6 +161,8 @@ def test_only_what_is_not_in_the_cache_counts_as_a_download(repo: Path, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     described = describe_published("someone/saes", "layer-1")
     assert dict(described.fetched) == {"someone/saes/layer-1": 70}
+    monkeypatch.setattr(Api, "list_repo_tree", None)
+    assert dict(describe_published("someone/saes", "layer-1").fetched) == {"someone/saes/layer-1": None}
 
 
 def test_transformer_lens_names_are_the_hubs() -> None:
