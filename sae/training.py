@@ -46,6 +46,7 @@ SAMPLE_ROWS = 16_384
 """Rows from which the input scale and b_dec's starting value are taken."""
 REPORTS_PER_RUN = 200
 MEANS = ("loss", "fvu", "l0", "dead_share", "aux_loss", "lr")
+"""What a report says of training."""
 CALIBRATION_ROWS = 32_768
 """Rows on which thresholds are measured. With k = 32 the relative error of L0 is below 1%."""
 

@@ -6,7 +6,7 @@
 | cfg.json, sae.safetensors            | sparsify            |
 | config.json, ae.pt                   | dictionary_learning |
 | cfg.json, cc_weights.pt              | crosscoder          |
-| one file, .pt                        | `single_file`       |
+| one file, .pt, .pth or .bin          | `single_file`       |
 """
 
 from pathlib import Path

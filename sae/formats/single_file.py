@@ -1,4 +1,4 @@
-"""An SAE in one .pt file: a state dict, alone or as `state_dict` beside what else was saved.
+"""An SAE in one file (.pt, .pth, .bin): a state dict, alone or as `state_dict` beside what else was saved.
 
     {"state_dict": {...}, "cfg": {"dict_class": ..., "k": ...}, "act_mean": [d]}
 

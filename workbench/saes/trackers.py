@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from sae.errors import InputError
-from sae.training import StepMetrics
+from sae.training import MEANS, StepMetrics
 from workbench.disk.extras import require
 
 Tracker = Literal["tensorboard", "wandb"]
-MEASURES = ("loss", "fvu", "l0", "dead_share", "aux_loss", "lr")
-"""What is tracked of a report, over tokens."""
 PROJECT = "interp-workbench"
 
 
@@ -63,7 +61,7 @@ class _TensorBoard:
             # What an attempt that was stopped had written beyond the checkpoint is taken back.
             writer = SummaryWriter(str(self._folder / metrics.name), purge_step=metrics.tokens)
             self._writers[metrics.name] = writer
-        for measure in MEASURES:
+        for measure in MEANS:
             writer.add_scalar(measure, getattr(metrics, measure), metrics.tokens)
 
     def close(self) -> None:
@@ -86,7 +84,7 @@ class _Wandb:
                 mode=mode, settings=wandb.Settings(silent=True, console="off"),
             )  # fmt: skip
             self._run.define_metric("*", step_metric="tokens")
-        values = {f"{metrics.name}/{measure}": getattr(metrics, measure) for measure in MEASURES}
+        values = {f"{metrics.name}/{measure}": getattr(metrics, measure) for measure in MEANS}
         self._run.log({"tokens": metrics.tokens, **values})
 
     def close(self) -> None:

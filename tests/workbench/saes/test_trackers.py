@@ -12,8 +12,9 @@ import torch
 
 from sae import TopK, TrainConfig
 from sae.errors import InputError
+from sae.training import MEANS
 from workbench.cli.main import run
-from workbench.saes.trackers import MEASURES, tracking
+from workbench.saes.trackers import tracking
 from workbench.workspace import Workspace
 
 HOOK = "blocks.0.hook_resid_post"
@@ -69,8 +70,8 @@ def test_tensorboard_holds_the_curves_of_every_sae(space: Workspace) -> None:
     for name, rows in recorded.groupby("name"):
         events = EventAccumulator(str(space.run_folder("r") / "tensorboard" / str(name)))
         events.Reload()
-        assert sorted(events.Tags()["scalars"]) == sorted(MEASURES)
-        for measure in MEASURES:
+        assert sorted(events.Tags()["scalars"]) == sorted(MEANS)
+        for measure in MEANS:
             found = events.Scalars(measure)
             assert [event.step for event in found] == rows["tokens"].tolist()
             assert [event.value for event in found] == pytest.approx(rows[measure].tolist(), rel=1e-6)
