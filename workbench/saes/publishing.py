@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from sae import rules
 from sae.errors import InputError
 from sae.formats import circuit_tracer, saelens, saelens_import
+from sae.formats.conversion import topk_of
 from sae.model import SAE
 from sae.transcoder import Transcoder
 from workbench.catalog.catalog import Catalog
@@ -109,6 +110,8 @@ def _staged(catalog: Catalog, name: str, repo: str, folder: str, license: str | 
                 {layer: coder for layer, coder in coders.items() if isinstance(coder, Transcoder)}, place
             )
             use = f"A set of circuit-tracer's:\n\n```bash\nworkbench open {repo}/{folder} --corpus CORPUS\n```"
+            if topk_of(coders[0].rule) is not None:
+                use += f"\n\nBeware: {circuit_tracer.CAUTION}."
         else:
             coders[0].save(place)
             use = _use(coders[0], repo, folder)

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, constants
 
 from sae import SAE, TopK, TrainConfig
 from sae.errors import InputError
+from sae.formats.circuit_tracer import CAUTION
 from workbench.cli.main import run
 from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel
@@ -118,6 +119,7 @@ def test_a_set_is_said_to_be_circuit_tracers_and_not_saelens(space: Workspace) -
     made = space.publish("mlps", "me/sets")
     assert ModelCard(made.card).data.to_dict() == {"tags": list(publishing.TAGS)}
     assert "workbench open me/sets/mlps --corpus CORPUS" in made.card
+    assert f"Beware: {CAUTION}." in made.card
     assert {"mlps/README.md", "mlps/config.yaml", "mlps/layer_0.safetensors"} <= set(made.files)
 
 
