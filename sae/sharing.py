@@ -1,8 +1,8 @@
 """How the ranks of a run share out its SAEs.
 
 As many SAEs as ranks, or more: each rank trains whole ones, every so many-th, on the one stream that all read alike.
-Nothing is exchanged but reports. Fewer SAEs than ranks: each has its features shared out over all ranks, in spans;
-every rank reads all tokens, and what is exchanged in a step does not grow with the number of features:
+Nothing of a step is exchanged, only reports. Fewer SAEs than ranks: each has its features shared out over all ranks, in
+spans; every rank reads all tokens, and what is exchanged in a step does not grow with the number of features:
 
 1. Every rank chooses among its features, and from what all have chosen its own among the best (`sae.kernels.shards`).
 2. What the ranks' features write is added up; all have the error.
