@@ -64,7 +64,8 @@ def place_of(node: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """(kind, layer, feature, token) of a node by its id. Raises InputError for an id that is none."""
     kind = next(kind for kind, title in TYPES.items() if title == node["feature_type"])
     first = "E" if kind == TOKEN else r"\d{1,9}"
-    found = re.fullmatch(rf"({first})_(-?\d{{1,9}})_(\d{{1,9}})", node["node_id"])
+    sign = "-?" if kind == ERROR else ""
+    found = re.fullmatch(rf"({first})_({sign}\d{{1,9}})_(\d{{1,9}})", node["node_id"])
     if found is None:
         expected = "E_TOKEN_POSITION" if kind == TOKEN else "LAYER_FEATURE_POSITION"
         raise InputError(f"the node id {node['node_id']!r} of a {node['feature_type']} is none: expected {expected}")

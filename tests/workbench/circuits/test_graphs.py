@@ -150,6 +150,7 @@ def test_foreign_and_damaged_documents_are_refused_with_the_place(graphs: Worksp
         ("d['nodes'][-1]['token_prob'] = -1", "a probability"),
         ("d['nodes'][-1]['token_prob'] = float('nan')", "finite"),
         ("d['nodes'][-1]['node_id'] = '9' * 30 + '_5_1'", "expected LAYER_FEATURE_POSITION"),
+        ("d['nodes'][-1]['node_id'] = f\"0_-5_{d['nodes'][-1]['ctx_idx']}\"", "expected LAYER_FEATURE_POSITION"),
         ("d['nodes'][-1]['node_id'] = f\"99999_5_{d['nodes'][-1]['ctx_idx']}\"", "which no model has"),
         ("d['nodes'][0]['node_id'] = 'E_7_1'; d['nodes'][0]['ctx_idx'] = 1", "where a node before it does"),
         ("d['qParams']['supernodes'] = 'abc'", "supernodes is 'abc'"),
