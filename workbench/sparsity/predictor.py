@@ -13,6 +13,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -57,8 +58,9 @@ def predictor_recall(
         usual = token_neurons(activations_of(mlp, known)).mean(dim=0)
         needed = token_neurons(activations_of(mlp, x))
         frequent = recall(needed, usual.expand_as(needed))
+        fits = fits_of(mlp, known)
         for rank in sorted({max(1, round(part * x.shape[1])) for part in PARTS}):
-            predicted = activations_of(mlp, x, known, rank)
+            predicted = activations_of(mlp, x, fits, rank)
             found = recall(needed, predicted.abs())
             rows.append({"layer": layer, "rank": rank, "recall": found, "frequent": frequent})
         if on_progress is not None:
@@ -74,32 +76,49 @@ def recall(needed: Float[Tensor, "n d_mlp"], scores: Float[Tensor, "n d_mlp"]) -
     return (found[some] / needed[some].sum(dim=1)).mean().item()
 
 
-def activations_of(
-    mlp: MLP,
-    x: Float[Tensor, "n d_model"],
-    known: Float[Tensor, "m d_model"] | None = None,
-    rank: int | None = None,
-) -> Float[Tensor, "n d_mlp"]:
-    """h of an MLP's inputs, in float64, or with a rank as predicted by matrices of that rank fitted on `known`."""
-    assert mlp.drive is not None
-    h = mlp.act(_projected(mlp.drive, x, known, rank))
-    return h if mlp.up is None else h * _projected(mlp.up, x, known, rank)
+@dataclass(frozen=True)
+class Fit:
+    """What the predictors of a matrix are made from, those of every rank."""
+
+    mean: Float[Tensor, "d_in"]
+    """Of the inputs."""
+    U: Float[Tensor, "d_out r"]
+    """Directions of the output; the first ones tell most of it."""
 
 
-def _projected(
-    matrix: Projection, x: Float[Tensor, "n d_in"], known: Float[Tensor, "m d_in"] | None, rank: int | None
-) -> Float[Tensor, "n d_out"]:
-    W = matrix.weight.to(x)
-    bias = getattr(matrix.module, "bias", None)
-    offset = W.new_zeros(W.shape[0]) if bias is None else bias.to(x)
-    if known is None or rank is None:
-        return x @ W.T + offset
+def fits_of(mlp: MLP, known: Float[Tensor, "m d_model"]) -> list[Fit]:
+    """The fits of the matrices into an MLP's neurons on some of its inputs."""
     mean = known.mean(dim=0)
     centred = known - mean
     values, directions = torch.linalg.eigh(centred.T @ centred)
     root = (directions * values.clamp(min=0).sqrt()) @ directions.T
-    U = torch.linalg.svd(W @ root, full_matrices=False).U[:, :rank]
-    return (x - mean) @ W.T @ U @ U.T + W @ mean + offset
+    return [Fit(mean, torch.linalg.svd(matrix.weight.to(known) @ root, full_matrices=False).U) for matrix in _into(mlp)]
+
+
+def activations_of(
+    mlp: MLP, x: Float[Tensor, "n d_model"], fits: Sequence[Fit] = (), rank: int | None = None
+) -> Float[Tensor, "n d_mlp"]:
+    """h of an MLP's inputs, in float64, or as matrices of a rank predict it."""
+    fitted: Sequence[Fit | None] = fits or [None] * len(_into(mlp))
+    z, *up = (_projected(matrix, x, fit, rank) for matrix, fit in zip(_into(mlp), fitted, strict=True))
+    h = mlp.act(z)
+    return h * up[0] if up else h
+
+
+def _into(mlp: MLP) -> list[Projection]:
+    return [matrix for matrix in (mlp.drive, mlp.up) if matrix is not None]
+
+
+def _projected(
+    matrix: Projection, x: Float[Tensor, "n d_in"], fit: Fit | None, rank: int | None
+) -> Float[Tensor, "n d_out"]:
+    W = matrix.weight.to(x)
+    bias = getattr(matrix.module, "bias", None)
+    offset = W.new_zeros(W.shape[0]) if bias is None else bias.to(x)
+    if fit is None:
+        return x @ W.T + offset
+    U = fit.U[:, :rank]
+    return (x - fit.mean) @ W.T @ U @ U.T + W @ fit.mean + offset
 
 
 @torch.no_grad()

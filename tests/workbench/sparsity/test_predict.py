@@ -16,7 +16,7 @@ from workbench.sparsity.core import TOKEN_SHARE, core, measure_cores, second_hal
 from workbench.sparsity.dimensions import DimensionSums, shared_dimensions
 from workbench.sparsity.enforce import mean_loss
 from workbench.sparsity.methods import topk
-from workbench.sparsity.predictor import activations_of, mlp_inputs, predictor_recall
+from workbench.sparsity.predictor import activations_of, fits_of, mlp_inputs, predictor_recall
 from workbench.sparsity.reliability import BINS, CalibrationBins, corrupt, reliability
 from workbench.text.corpora import Corpus
 
@@ -141,7 +141,7 @@ def test_a_low_rank_predictor_is_least_squares_at_that_rank(
     mean = z.mean(dim=0)
     left, sizes, right = torch.linalg.svd(z - mean, full_matrices=False)
     wanted = (left[:, :5] * sizes[:5]) @ right[:5] + mean
-    torch.testing.assert_close(activations_of(mlp, x, x, 5), wanted.relu(), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(activations_of(mlp, x, fits_of(mlp, x), 5), wanted.relu(), atol=1e-8, rtol=1e-6)
 
 
 def test_dimensions_are_counted_as_a_loop_counts_them(relu: LoadedModel, batches: list[ContextBatch]) -> None:
