@@ -5,10 +5,12 @@
                    WANDB_MODE says online: `wandb sync` sends it later
 
 Nothing is written before the first report, and nothing is sent anywhere without being asked for. A run that goes on
-after it was stopped goes on in the tracker from the checkpoint's step. Both are extras.
+after it was stopped goes on in the tracker from the checkpoint's step (offline, W&B keeps a folder an attempt). Both are
+extras.
 """
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,9 +81,11 @@ class _Wandb:
             import wandb
 
             mode: Any = os.environ.get("WANDB_MODE", "offline")
+            # Runs of two workspaces may have one name, and are two runs of the tracker.
+            workspace = f"{zlib.crc32(str(self._folder.resolve()).encode()):08x}"
             self._run = wandb.init(
-                project=PROJECT, name=self._folder.name, id=self._folder.name, resume="allow", dir=str(self._folder),
-                mode=mode, settings=wandb.Settings(silent=True, console="off"),
+                project=PROJECT, name=self._folder.name, id=f"{self._folder.name}-{workspace}",
+                resume="allow", dir=str(self._folder), mode=mode, settings=wandb.Settings(silent=True, console="off"),
             )  # fmt: skip
             self._run.define_metric("*", step_metric="tokens")
         values = {f"{metrics.name}/{measure}": getattr(metrics, measure) for measure in MEANS}
