@@ -18,7 +18,10 @@ from sae.ranks import Ranks
 from sae.rules import BatchTopK, TopK
 from sae.state import TrainingState
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks processes")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="forks processes"),
+    pytest.mark.usefixtures("device"),
+]
 OnRanks = Callable[..., list[Any]]
 N, D, F, K, STEPS = 7, 6, 13, 3, 1
 CONFIG = TrainConfig(
