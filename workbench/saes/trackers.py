@@ -5,8 +5,8 @@
                    WANDB_MODE says online: `wandb sync` sends it later
 
 Nothing is written before the first report, and nothing is sent anywhere without being asked for. A run that goes on
-after it was stopped goes on in the tracker from the checkpoint's step (offline, W&B keeps a folder an attempt). Both are
-extras.
+after it was stopped goes on in the tracker from the checkpoint's step (offline, W&B keeps a folder an attempt). Both
+are extras.
 """
 
 import os
