@@ -77,7 +77,7 @@ def test_a_neurons_values_and_examples_come_on_demand(measured: Path, open_page:
 
 def test_the_slider_shows_text_at_a_sparsity(measured: Path, open_page: OpenPage) -> None:
     page = open_page("Sparsity", measured, reports="a", part="Cost", method="CETT")
-    assert len(page.get("plotly_chart")) == 1
+    assert len(page.get("plotly_chart")) == 2
     assert "PPL-p% sparsity" in page.markdown[0].value
     page.select_slider[0].set_value(0.0).run()
     clean, thinned = page.code

@@ -75,7 +75,8 @@ def test_a_chosen_circuit_is_drawn_listed_and_run(edges: Result, demo: LoadedMod
     figure, table = circuit_of(scores, 30)
     assert len(table) == int(kept.sum())
     # One line an edge and the nodes.
-    assert len(figure.data) == len(table) + 1
+    # Beside the edges, their middles and the nodes.
+    assert len(figure.data) == len(table) + 2
     prompts = INDUCTION.prompts(demo)
     value = circuit_metric(demo.bridge, prompts, kept)
     expected = (value - scores.corrupted) / (scores.clean - scores.corrupted)

@@ -67,7 +67,7 @@ def test_a_set_that_reads_before_the_gain_predicts_the_same_behind_it(
     circuit_tracer.save(published, tmp_path / "set")
     space = Workspace(tmp_path / "w")
     assert run(["import", str(tmp_path / "set"), "--name", "t", "--workspace", str(space.path)]) == 0
-    assert "from blocks.0.mlp.hook_in to blocks.0.hook_mlp_out" in capsys.readouterr().out.replace("\n", " ")
+    assert "from blocks.*.mlp.hook_in to blocks.*.hook_mlp_out" in capsys.readouterr().out.replace("\n", " ")
     tokens = torch.tensor([[gained.bos_id, 5, 9, 200, 17, 33]])
     _, cache = gained.bridge.run_with_cache(tokens)
     for layer, coder in space.transcoders("t").coders.items():

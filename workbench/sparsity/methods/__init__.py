@@ -22,19 +22,21 @@ def method_named(name: str) -> Method:
 
 def usable_methods(mlps: Sequence[MLP]) -> list[Method]:
     """The methods that these MLPs can be thinned with."""
-    mixture = any(mlp.drive is None for mlp in mlps)
-    return [method for method in METHODS.values() if not (mixture and method.needs_matrices_in)]
+    return [method for method in METHODS.values() if _can_thin(method, mlps)]
 
 
 def check_methods(methods: Sequence[Method], mlps: Sequence[MLP]) -> None:
     """Raises InputError for a method that these MLPs cannot be thinned with."""
-    usable = usable_methods(mlps)
     for method in methods:
-        if method not in usable:
+        if not _can_thin(method, mlps):
             raise InputError(
                 f"{method.name} looks at single matrices into the MLP's activations, and a mixture of experts has none "
-                f"that is one: choose {', '.join(known.name for known in usable)}"
+                f"that is one: choose {', '.join(known.name for known in usable_methods(mlps))}"
             )
 
 
 __all__ = ["METHODS", "Keep", "Method", "check_methods", "method_named", "usable_methods"]
+
+
+def _can_thin(method: Method, mlps: Sequence[MLP]) -> bool:
+    return not (method.needs_matrices_in and any(mlp.drive is None for mlp in mlps))
