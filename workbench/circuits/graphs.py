@@ -318,6 +318,8 @@ def _expanded(graph: Graph, groups: Mapping[str, Sequence[str]], changes: Mappin
     for name, value in changes.items():
         members = [one for one in groups.get(name, []) if one in graph.number and one[0] in "fe"]
         if name in graph.number or not members:
+            if name not in graph.number and name in groups:
+                raise InputError(f"supernode {name!r} has none of the graph's features or errors to change")
             graph.node(name)
             members = [name]
         found = _merged(found, dict.fromkeys(members, value))

@@ -372,7 +372,7 @@ def _changes(texts: list[str] | None) -> dict[str, float]:
 
 
 def _change(text: str) -> tuple[str, float]:
-    node, found, factor = text.partition("=")
+    node, found, factor = text.rpartition("=")  # the last one: a supernode's name may have others
     try:
         value = float(factor)
     except ValueError:

@@ -267,6 +267,15 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
     run(["graph", "intervene", "list", "--hold", f"{feature}=0", "--change", f"{other}=0", "--device", "cpu", "--json",
          *place])  # fmt: skip
     assert json.loads(capsys.readouterr().out)["nodes"] == together
+    assert run(["graph", "group", "list", "a=b", feature, other, *place]) == 0
+    capsys.readouterr()
+    assert run(["graph", "intervene", "list", "--change", "a=b=0", "--device", "cpu", "--json", *place]) == 0
+    assert json.loads(capsys.readouterr().out)["nodes"] == together
+    assert run(["graph", "group", "list", "both", feature, other, *place]) == 0
+    assert run(["graph", "group", "list", "input", "token/1", *place]) == 0
+    assert run(["graph", "intervene", "list", "--change", "input=0", *place]) == 2
+    assert "supernode 'input' has none of the graph's features" in capsys.readouterr().err
+    assert run(["graph", "group", "list", "input", *place]) == 0
     for wrong, said in ((["--hold", "token/1=2"], "cannot be held"), (["--change", "both=0", "--hold", f"{other}=1"],
                         "changed twice"), ([], "at least one")):  # fmt: skip
         assert run(["graph", "intervene", "list", *wrong, *place]) == 2
