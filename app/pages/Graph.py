@@ -108,11 +108,11 @@ def new_graph(workspace: Workspace, name: str, text: str) -> None:
         if st.form_submit_button("Make the graph"):
             try:
                 with st.spinner("Making the graph ..."):
-                    make_graph(workspace, title, loaded_model(model), prompt, transcoders=coders)
+                    made = make_graph(workspace, title, loaded_model(model), prompt, transcoders=coders)
             except InputError as error:
                 st.error(plain(str(error)))
             else:
-                st.query_params.from_dict({"graph": title})
+                st.query_params.from_dict({"graph": made.name})
                 st.rerun()
 
 

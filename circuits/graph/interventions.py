@@ -82,7 +82,8 @@ def intervene(
         top: next tokens to tell of.
 
     Raises:
-        InputError: no changes, a node that cannot be changed, or transcoders that lack a layer that is changed.
+        InputError: no changes, a node that cannot be changed, transcoders that lack a layer that is changed, or a
+            change under which numbers overflow.
     """
     coders = {layer: transcoders[layer] for layer in transcoders}
     factors = _factors(graph, changes)
@@ -93,6 +94,8 @@ def intervene(
         hooks = [*_held_patterns(bridge, tokens), *hooks]
     before, clean = plan.measured([])
     after, changed = plan.measured(hooks)
+    if changed.isnan().any():
+        raise InputError("under this change the model's numbers overflow: choose a smaller one")
     predicted = predicted_direct(graph, factors) if effects == "direct" else predicted_through(graph, factors)
     kinds, names = graph.nodes.kind[graph.targets].tolist(), graph.nodes.names
     nodes = pd.DataFrame(

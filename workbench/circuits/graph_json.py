@@ -205,9 +205,15 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def store_document(catalog: Catalog, name: str, path: Path) -> Result:
-    """Stores the graph of a file under a name, and its supernodes. Raises InputError as `read_document` and
-    `from_document`."""
+    """Stores the graph of a file under a name, and its supernodes.
+
+    Raises:
+        InputError: as `read_document` and `from_document`; a name that a graph has, whose supernodes and notes would
+            be taken for those of this one.
+    """
     document = read_document(path)
+    if catalog.results.path(GRAPH, name).is_file():
+        raise InputError(f"there is a graph {name!r} already: give the imported one another name")
     graph = from_document(document)
     origin = Origin.of_result({"imported": {"format": "circuit-tracer", "file": path.name}}, {})
     tables = graph_tables(graph, graph.prune(*KEPT), all_of_it=True)

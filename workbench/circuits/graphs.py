@@ -42,6 +42,7 @@ from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.memory import check_prompt_fits
 from workbench.models.prompt_text import row_texts, whole_prompt
+from workbench.saes.replacement import check_covers
 
 __all__ = [
     "GRAPH", "Intervention", "PromptGraph", "Sources", "attribute", "frozen_again", "generate", "head_shares",
@@ -104,11 +105,7 @@ def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = Non
     device = str(model.device)
     if name is not None and name != BUNDLED:
         found = catalog.transcoders(name, device)
-        if len(found) > model.info.n_layers or found[0].W_enc.shape[0] != model.info.d_model:
-            raise InputError(
-                f"the set of transcoders {name!r} has {len(found)} layers of width {found[0].W_enc.shape[0]}, "
-                f"{model.info.name} has {model.info.n_layers} of width {model.info.d_model}: it is of another model"
-            )
+        check_covers(name, found, model)
         catalog.origin(layer_name(name, 0)).check_model(model, f"the set of transcoders {name!r}")
         return name, found
     if name is None:
@@ -162,6 +159,9 @@ def make_graph(
 ) -> Result:
     """Makes the graph of a prompt and stores it, or opens the one that is stored.
 
+    Another graph of that name stays, with the supernodes and notes that people made of it: this one gets a number
+    behind its name.
+
     Args:
         transcoders: name of a set; see `transcoders_for`.
 
@@ -181,7 +181,7 @@ def make_graph(
         return graph_tables(whole, pruned), {"graph": pruned.figure()}
 
     parameters = {"prompt": prompt, "transcoders": label, "max_features": max_features}
-    return catalog.results.get_or_make(GRAPH, name, parameters=parameters, origin=origin, make=make)
+    return catalog.results.get_or_make(GRAPH, name, parameters=parameters, origin=origin, make=make, keep=True)
 
 
 def graph_tables(

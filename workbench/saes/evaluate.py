@@ -21,7 +21,7 @@ from workbench.catalog.results import ResultStore
 from workbench.disk.names import layer_name
 from workbench.models.load import LoadedModel, reload_model
 from workbench.saes.evaluation import Evaluation, evaluate_sae
-from workbench.saes.replacement import Replacement, evaluate_replacement
+from workbench.saes.replacement import Replacement, check_covers, evaluate_replacement
 from workbench.text.corpora import Corpus, open_corpus
 
 KIND, REPLACEMENT = "evaluation", "replacement"
@@ -116,6 +116,7 @@ def evaluate_set(
         raise InputError(f"the set {name!r} has no harvest here: name a corpus to evaluate it on with --corpus")
     opened = open_corpus(wanted, text_field=text_field or origin.text_field)
     loaded = model or reload_model(origin.model, device=device)
+    check_covers(name, coders, loaded)
     origin.check_model(loaded, "these transcoders")
     found = evaluate_replacement(
         loaded, list(coders.coders.values()), opened, max_tokens=max_tokens,

@@ -18,7 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.splice import splice_between
+from sae.errors import InputError
 from sae.transcoder import Transcoder
+from sae.transcoder_set import TranscoderSet
 from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
 from workbench.models.hooks import written_hook
 from workbench.models.load import LoadedModel
@@ -54,6 +56,22 @@ class Replacement:
             "added_nats_zero": self.ce_zero - self.ce_clean,
             "added_nats_mean": self.ce_mean - self.ce_clean,
         }
+
+
+def check_covers(name: str, coders: TranscoderSet, model: LoadedModel) -> None:
+    """Raises InputError for a set of another model, or one that leaves out layers of this one: what stands for all its
+    MLPs at once would be read for more than it is."""
+    width, layers = coders[0].W_enc.shape[0], model.info.n_layers
+    if width != model.info.d_model or len(coders) > layers:
+        raise InputError(
+            f"the set of transcoders {name!r} has {len(coders)} layers of width {width}, {model.info.name} has "
+            f"{layers} of width {model.info.d_model}: it is of another model"
+        )
+    if len(coders) < layers:
+        raise InputError(
+            f"the set of transcoders {name!r} has {len(coders)} of the {layers} layers of {model.info.name}: it needs "
+            "every one, import or train it whole"
+        )
 
 
 def evaluate_replacement(

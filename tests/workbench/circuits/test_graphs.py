@@ -73,6 +73,36 @@ def test_asked_for_again_it_is_opened_and_not_made(graphs: Workspace, small: Loa
     assert make_graph(graphs, "add", small, PROMPT).path.stat().st_mtime_ns == first
 
 
+def test_another_graph_of_a_name_leaves_the_first_with_what_was_written_of_it(
+    small: LoadedModel, tmp_path: Path
+) -> None:
+    space = Workspace(tmp_path / "w")
+    space.add_transcoders("mine", coders_of(small, small.info.name), [{}, {}])
+    space.graph("add", small, PROMPT)
+    Notes(space.path).set_supernodes("add", {"tokens": ["token/1"]})
+    made = make_graph(space, "add", small, "x = y")
+    assert made.name == "add-2"
+    assert Notes(space.path).supernodes("add-2") == {}
+    assert open_graph(space, "add").texts != open_graph(space, "add-2").texts
+    file = tmp_path / "add.json"
+    file.write_text(json.dumps(to_document(open_graph(space, "add"), "add", "demo")), encoding="utf-8")
+    with pytest.raises(InputError, match="there is a graph 'add' already"):
+        store_document(space, "add", file)
+
+
+def test_a_set_that_leaves_out_the_last_layer_stands_for_no_model(small: LoadedModel, tmp_path: Path) -> None:
+    space = Workspace(tmp_path / "w")
+    whole = coders_of(small, small.info.name)
+    part = TranscoderSet({layer: whole[layer] for layer in range(small.info.n_layers - 1)})
+    space.add_transcoders("part", part, [{"model": small.info.name}] * len(part))
+    with pytest.raises(InputError, match=f"has {len(part)} of the {small.info.n_layers} layers"):
+        make_graph(space, "add", small, PROMPT, transcoders="part")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("def f(x):\n    return x\n" * 40, encoding="utf-8")
+    with pytest.raises(InputError, match=f"has {len(part)} of the {small.info.n_layers} layers"):
+        space.evaluate_transcoders("part", model=small, corpus=str(tmp_path / "texts"))
+
+
 def test_the_document_is_valid_and_comes_back(graphs: Workspace) -> None:
     graph = open_graph(graphs, "add").prune()
     features = [name for name in graph.nodes.names if name.startswith("f")][:2]
