@@ -56,7 +56,8 @@ def choose(page: Any, name: str, option: Any) -> None:
     raise AssertionError(f"{name} does not open")
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), pytest.param("dark", 800, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 800)])
 def test_a_graph_is_made_pinned_grouped_changed_and_the_link_holds_it(
     address: str, browser: Any, scheme: str, width: int, tmp_path: Path
 ) -> None:
