@@ -102,10 +102,10 @@ def split(space: Workspace, model: LoadedModel) -> Result:
 def graph(space: Workspace, model: LoadedModel) -> Result:
     if not space.transcoder_sets():
         width, coders = model.info.d_model, {}
-        for layer in range(2):
+        for layer in range(model.info.n_layers):
             hooks = {"hook_name": f"blocks.{layer}.mlp.hook_in", "target_hook_name": f"blocks.{layer}.hook_mlp_out"}
             coders[layer] = Transcoder(width, width, 64, TopK(4), model_name="demo", **hooks)
-        space.add_transcoders("t", TranscoderSet(coders), [{}, {}])
+        space.add_transcoders("t", TranscoderSet(coders), [{}] * model.info.n_layers)
     return space.graph("graph", model, "x = 1", transcoders="t")
 
 
