@@ -42,7 +42,7 @@ CAUTION = (
 )
 """Of a set of TopK transcoders: where its readers differ from what it does here."""
 THRESHOLD, SKIP = "activation_function.threshold", "W_skip"
-_FILE = re.compile(r"layer_(\d+)\.safetensors")
+LAYER_FILE = re.compile(r"layer_(\d+)\.safetensors")
 _LINE = re.compile(r"([A-Za-z_]\w*)\s*:\s*(.*?)\s*")
 _BLOCK = re.compile(r"blocks\.\d+\.(.+)")
 
@@ -61,7 +61,7 @@ def load(path: Path) -> dict[int, Transcoder]:
         )
     if config.get("model_kind") != "transcoder_set":
         raise InputError(f"{path / CONFIG} has model_kind = {config.get('model_kind')!r}: expected 'transcoder_set'")
-    files = {int(found[1]): file for file in path.iterdir() if (found := _FILE.fullmatch(file.name))}
+    files = {int(found[1]): file for file in path.iterdir() if (found := LAYER_FILE.fullmatch(file.name))}
     if not files:
         raise InputError(f"{path} has no layer_0.safetensors: copy the set again, with its weights")
     coders = {layer: _read_layer(file, layer, config) for layer, file in files.items()}

@@ -127,13 +127,9 @@ def concepts(
 
 
 def neurons_of(report: "ConceptReport") -> "pd.DataFrame":
-    """One line a neuron that has a value on some token: its best concept; none without neurons."""
-    import pandas as pd
-
-    if report.neurons is None:
-        return pd.DataFrame()
-    found = report.neurons.best_concepts().rename(columns={"feature": "neuron"})
-    return found.sort_values(["f1", "neuron"], ascending=[False, True])
+    """The report's table of neurons, the best first."""
+    found = report.neuron_table()
+    return found if found.empty else found.sort_values(["f1", "neuron"], ascending=[False, True])
 
 
 def show(title: str, found: "pd.DataFrame", titles: dict[str, str]) -> None:

@@ -57,7 +57,7 @@ class Opened:
     """What is in the workspace now."""
 
     name: str
-    harvest: str
+    """Of the dictionary, and of the harvest it is indexed on."""
     indexes: tuple[str, ...]
     """The names under which features are looked at: the dictionary's, or those of its layers."""
 
@@ -161,7 +161,7 @@ def open_dictionary(
     harvest_into(folder, asked, model=model, device=device, on_estimate=on_estimate, on_progress=harvesting)
     for name in hooks:
         build_index(catalog, name, harvest=plan.name, model=model, device=device, on_progress=report(f"index {name}"))
-    return Opened(plan.name, plan.name, tuple(hooks))
+    return Opened(plan.name, tuple(hooks))
 
 
 def _imported(catalog: Catalog, plan: Opening) -> dict[str, str]:

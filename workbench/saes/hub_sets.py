@@ -5,7 +5,6 @@ other repositories (`transcoders: [hf://...]`, Gemma Scope's). The first is fetc
 SAELens' registry, which knows how these files are read.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,8 +17,6 @@ from sae.formats import circuit_tracer
 from workbench.disk.extras import require
 from workbench.disk.hub import require_hub
 from workbench.saes.published import Published, Trained, bytes_of_model, describe_published, missing_bytes
-
-_LAYER = re.compile(r"layer_(\d+)\.safetensors")
 
 
 def describe_hub_set(reference: str, *, model: str | None = None) -> Published:
@@ -121,7 +118,7 @@ def _layer_files(repo: str, folder: str) -> dict[int, str]:
         names = [str(PurePosixPath(folder, file.name)) for file in place.glob("layer_*.safetensors")]
     at = [(PurePosixPath(name), name) for name in names]
     found = {int(match[1]): name for path, name in at if str(path.parent) in (folder, folder or ".")
-             and (match := _LAYER.fullmatch(path.name))}  # fmt: skip
+             and (match := circuit_tracer.LAYER_FILE.fullmatch(path.name))}  # fmt: skip
     return dict(sorted(found.items()))
 
 

@@ -229,10 +229,7 @@ def core_costs(cores: pd.DataFrame) -> go.Figure:
     """Added nats on second halves by the share of neurons they may use, one line per core. Args: the table `cores`."""
     figure = go.Figure()
     for number, (core, rows) in enumerate(cores.groupby("core", sort=False)):
-        figure.add_scatter(
-            x=rows["share"], y=rows["added_nats"], name=CORE_NAMES[str(core)], mode="lines+markers",
-            line={"color": series_colour(number), "width": 1.5},
-        )  # fmt: skip
+        _add_curve(figure, number, CORE_NAMES[str(core)], rows["share"], rows["added_nats"])
     return _laid_out(figure, "share of neurons", "added nats").update_xaxes(tickformat=".0%")
 
 
@@ -240,10 +237,7 @@ def predicted_neurons(predictor: pd.DataFrame) -> go.Figure:
     """Recall of a token's neurons by rank, one line per layer. Args: the table `predictor`."""
     figure = go.Figure()
     for number, (layer, rows) in enumerate(predictor.groupby("layer", sort=True)):
-        figure.add_scatter(
-            x=rows["rank"], y=rows["recall"], name=f"layer {layer}", mode="lines+markers",
-            line={"color": series_colour(number), "width": 1.5},
-        )  # fmt: skip
+        _add_curve(figure, number, f"layer {layer}", rows["rank"], rows["recall"])
         figure.add_hline(y=rows["frequent"].iloc[0], line={"color": series_colour(number), "width": 1, "dash": "dot"})
     figure = _laid_out(figure, "rank of the predictor", "recall of a token's neurons")
     return figure.update_xaxes(type="log").update_yaxes(range=[0, 1.02], tickformat=".0%")
@@ -254,10 +248,7 @@ def reliability_curves(table: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     names = {"ece": "expected calibration error", "corrupted_nats": "nats added by corrupted input"}
     for number, (column, name) in enumerate(names.items()):
-        figure.add_scatter(
-            x=table["level"], y=table[column], name=name, mode="lines+markers",
-            line={"color": series_colour(number), "width": 1.5},
-        )  # fmt: skip
+        _add_curve(figure, number, name, table["level"], table[column])
     figure = _laid_out(figure, "neurons dropped per token", "").update_xaxes(tickformat=".0%")
     return figure.update_yaxes(rangemode="tozero")
 
@@ -292,10 +283,7 @@ def terms_needed(terms: pd.DataFrame) -> go.Figure:
     """
     figure = go.Figure()
     for number, (dictionary, rows) in enumerate(terms[terms["reached"] >= 0.5].groupby("dictionary", sort=False)):
-        figure.add_scatter(
-            x=rows["error"], y=rows["terms_mean"], name=str(dictionary), mode="lines+markers",
-            line={"color": series_colour(number), "width": 1.5},
-        )  # fmt: skip
+        _add_curve(figure, number, str(dictionary), rows["error"], rows["terms_mean"])
     # The names below the axis' title, also in a third of a page.
     return _laid_out(figure, "relative error²", "terms per token").update_layout(
         yaxis_type="log", legend={"orientation": "h", "y": -0.35, "yanchor": "top"}
@@ -363,10 +351,7 @@ def cost_panel(points: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     for number, (method, rows) in enumerate(points.groupby("method", sort=False)):
         drawn = rows.sort_values("level")
-        figure.add_scatter(
-            x=drawn["sparsity"], y=drawn["added_nats"], name=str(method), mode="lines+markers",
-            line={"color": series_colour(number), "width": 1.5},
-        )  # fmt: skip
+        _add_curve(figure, number, str(method), drawn["sparsity"], drawn["added_nats"])
     _laid_out(figure, "share of zeros where the method acts", "added nats per token")
     return figure.update_xaxes(tickformat=".0%").update_yaxes(range=[-0.05, COSTLY_NATS])
 
@@ -406,6 +391,13 @@ def beside(drawn: Mapping[str, go.Figure]) -> go.Figure:
     )
     # The common title stands below all panels, where a single panel's axis leaves no room.
     return figure.update_layout(margin_b=max(60, first.layout.margin.b or 0))
+
+
+def _add_curve(figure: go.Figure, number: int, name: str, x: pd.Series, y: pd.Series) -> None:
+    """One line of a figure, in the colour of its number."""
+    figure.add_scatter(
+        x=x, y=y, name=name, mode="lines+markers", line={"color": series_colour(number), "width": 1.5}
+    )  # fmt: skip
 
 
 def _laid_out(figure: go.Figure, x: str, y: str) -> Any:

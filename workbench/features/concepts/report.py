@@ -63,6 +63,12 @@ class ConceptReport:
         kept = kept.join(probes, on="concept")
         return kept.sort_values("best_feature", ascending=False, ignore_index=True)
 
+    def neuron_table(self) -> pd.DataFrame:
+        """One line a neuron that has a value on some token: its best concept; none without neurons."""
+        if self.neurons is None:
+            return pd.DataFrame()
+        return self.neurons.best_concepts().rename(columns={"feature": "neuron"})
+
 
 def truth_of(
     catalog: Catalog,
@@ -178,8 +184,8 @@ def _neurons_hook(source: Harvest, sae: SAE) -> str | None:
 def _neuron_tables(report: ConceptReport) -> dict[str, pd.DataFrame]:
     if report.neurons is None:
         return {}
-    tables = {"neurons": report.neurons.best_concepts(), "neuron_concepts": report.neurons.best_features()}
-    return {name: table.rename(columns={"feature": "neuron"}) for name, table in tables.items()}
+    concepts = report.neurons.best_features().rename(columns={"feature": "neuron"})
+    return {"neurons": report.neuron_table(), "neuron_concepts": concepts}
 
 
 def _check_memory(arms: Sequence[Units], d_in: int, truth: ConceptTruth) -> None:
