@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-workbench test-others test-slow test-lens4 lint notebooks docs dist app clean help
+.PHONY: demo test test-workbench test-pages test-others test-slow test-lens4 lint notebooks docs dist app clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -47,18 +47,21 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two halves of about the same length beside each other; most tests keep one core busy.
+# Three parts beside each other: most tests keep one core busy, those of the pages often wait.
 test: lint
-	@$(MAKE) --no-print-directory --jobs=2 test-workbench test-others
+	@$(MAKE) --no-print-directory --jobs=3 test-workbench test-pages test-others
 
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
-WORKBENCH := tests/workbench tests/app
+PAGES := tests/app tests/browser tests/notebooks
 
 test-workbench: $(VENV)/.dev
-	$(PYTEST) -m "not slow" $(WORKBENCH)
+	$(PYTEST) -m "not slow" tests/workbench
+
+test-pages: $(VENV)/.dev
+	$(PYTEST) -m "not slow" $(PAGES)
 
 test-others: $(VENV)/.dev
-	$(PYTEST) -m "not slow" $(addprefix --ignore=,$(WORKBENCH))
+	$(PYTEST) -m "not slow" $(addprefix --ignore=,tests/workbench $(PAGES))
 
 # ONLY="1_quickstart or small_benchmark" runs those whose names hold the words.
 test-slow: $(VENV)/.dev
