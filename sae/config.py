@@ -180,7 +180,8 @@ class TrainConfig:
             raise InputError(f"{self.name}: sparsity_warmup is a share of the steps, got {self.sparsity_warmup}")
         if self.clip_grad_norm is not None and not 0 < self.clip_grad_norm < math.inf:
             raise InputError(f"{self.name}: clip_grad_norm must be positive, or none, got {self.clip_grad_norm}")
-        for name, value in (("sparsity_coefficient", self.sparsity_coefficient), ("multi_k", self.multi_k)):
+        for name in ("sparsity_coefficient", "multi_k", "aux_coefficient"):
+            value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"{self.name}: {name} must be 0 or larger, got {value}")
         edges = (0, *self.widths)

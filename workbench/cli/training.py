@@ -30,6 +30,7 @@ from workbench.cli.output import print_json, print_table
 from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations, print_sets
 from workbench.cli.ranks import is_first, refuse_ranks, started_by_torchrun
 from workbench.cli.shared import sharing
+from workbench.cli.training_settings import TrainingSettings
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def register(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(TrainingSettings):
     """What `workbench train` is asked for."""
 
     harvest: Annotated[
@@ -226,7 +227,7 @@ class Training:
                 raise InputError(f"{self.sweep} says how many tokens: leave --tokens out")
             return asked
         shared: dict[str, Any] = {"d_sae": self.d_sae, "batch_size": self.batch_size, "skip": self.skip}
-        shared |= {} if self.lr is None else {"lr": self.lr}
+        shared |= ({} if self.lr is None else {"lr": self.lr}) | self.settings
         tables = rule_tables(context, self.rule, self.k, self.sparsity)
         return parse_sweep({**shared, "seed": self.seed, "rule": tables}, where="the command")
 
@@ -379,10 +380,8 @@ def rule_tables(
     return tables
 
 
-SINGLE_OPTIONS = {
-    "rule": "--rule", "k": "--k", "sparsity": "--sparsity", "d_sae": "--d-sae", "seed": "--seed", "lr": "--lr",
-    "batch_size": "--batch-size", "skip": "--skip",
-}  # fmt: skip
+IN_FILES = (*TrainingSettings.__annotations__, "rule", "k", "sparsity", "d_sae", "seed", "lr", "batch_size", "skip")
+"""Parameters for which a sweep file has a key."""
 FILE_KEYS = {"rule": '[[rule]] with name = "..."', "sparsity": "sparsity_coefficient = ..."}
 
 
@@ -394,8 +393,9 @@ def given(context: typer.Context, parameter: str) -> bool:
 
 def refuse_with_sweep(context: typer.Context) -> None:
     """Raises InputError for an option that a sweep file has a key for."""
-    for parameter, option in SINGLE_OPTIONS.items():
+    for parameter in IN_FILES:
         if given(context, parameter):
+            option = next(one.opts[0] for one in context.command.params if one.name == parameter)
             key = FILE_KEYS.get(parameter, f"{parameter} = ...")
             raise InputError(f"{option} does not go with --sweep: write {key} into the file")
 

@@ -57,6 +57,29 @@ def test_every_rule_trains_without_a_sweep_file(path: Path) -> None:
             assert sorted(training["rule"]["k"] for training in mine) == [4, 8]
 
 
+def test_every_training_setting_is_an_option_and_arrives(path: Path) -> None:
+    given = {
+        "anneal_from_k": ("--anneal-from", "16"), "multi_k": ("--multi-k", "0.125"),
+        "matryoshka": ("--matryoshka", "16,32"), "aux": ("--aux", "aux_zipf"),
+        "aux_coefficient": ("--aux-coefficient", "0.25"), "dead_after_tokens": ("--dead-after-tokens", "1024"),
+        "warmup": ("--warmup", "0.125"), "decay": ("--decay", "0.5"), "sparsity_warmup": ("--sparsity-warmup", "0.25"),
+        "betas": ("--betas", "0.5,0.75"), "clip_grad_norm": ("--clip-grad-norm", "1"), "b_dec_init": ("--b-dec-init", "mean"),
+        "normalize_input": ("--no-normalize",), "lr": ("--lr", "0.001"),
+    }  # fmt: skip
+    assert run(training(path, "set", *(part for option in given.values() for part in option), "--k", "4")) == 0
+    made = Workspace(path).sae_provenance("set")["training"]
+    expected = {
+        "anneal_from_k": 16, "multi_k": 0.125, "matryoshka": [16, 32], "aux": "aux_zipf", "aux_coefficient": 0.25,
+        "dead_after_tokens": 1024, "warmup": 0.125, "decay": 0.5, "sparsity_warmup": 0.25, "betas": [0.5, 0.75],
+        "clip_grad_norm": 1.0, "b_dec_init": "mean", "normalize_input": False, "lr": 0.001,
+    }  # fmt: skip
+    assert {name: made[name] for name in given} == expected
+    # What names an SAE, is its size or has a word of its own (--baseline for a frozen decoder) is there besides.
+    others = {"name", "total_tokens", "d_sae", "rule", "batch_size", "sparsity_coefficient", "skip", "frozen_decoder",
+              "seed"}  # fmt: skip
+    assert {*made} == {*given, *others}
+
+
 def test_a_rule_of_an_installed_package_trains_by_its_name_and_in_a_sweep_file(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +114,12 @@ def test_the_help_names_every_rule() -> None:
         (["--rule", "topk", "--sparsity", "0.1"], "--sparsity is for relu and jumprelu"),
         (["--rule", "topkk"], "did you mean 'topk'?"),
         (["--rule", "relu", "--sweep", "s.toml"], "--rule does not go with --sweep"),
+        (["--anneal-from", "8", "--sweep", "s.toml"], "--anneal-from does not go with --sweep: write anneal_from_k ="),
+        (["--anneal-from", "65"], "anneal_from_k must lie between 1 and 64, got 65"),
+        (["--rule", "relu", "--anneal-from", "8"], "anneal_from_k needs a rule with a k, and relu has none"),
+        (["--matryoshka", "16,wide"], "--matryoshka is '16,wide': expected whole numbers with commas between"),
+        (["--betas", "0.9"], "betas is 0.9: expected a list of 2 values, each a number"),
+        (["--aux-coefficient", "nan"], "aux_coefficient must be 0 or larger, got nan"),
     ],
 )
 def test_settings_that_no_rule_takes_are_refused(
