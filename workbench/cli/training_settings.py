@@ -59,7 +59,7 @@ class TrainingSettings:
         int | None,
         typer.Option(
             min=1, max=MOST_TOKENS, metavar="TOKENS", rich_help_panel=PANEL,
-            help="A feature is dead when it has not fired for so long; a tenth of the tokens when left out, at most 10M.",
+            help="A feature that has not fired for so long is dead; a tenth of the tokens, at most 10M, when left out.",
         ),
     ] = None  # fmt: skip
     warmup: Annotated[

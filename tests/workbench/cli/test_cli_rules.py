@@ -63,7 +63,8 @@ def test_every_training_setting_is_an_option_and_arrives(path: Path) -> None:
         "matryoshka": ("--matryoshka", "16,32"), "aux": ("--aux", "aux_zipf"),
         "aux_coefficient": ("--aux-coefficient", "0.25"), "dead_after_tokens": ("--dead-after-tokens", "1024"),
         "warmup": ("--warmup", "0.125"), "decay": ("--decay", "0.5"), "sparsity_warmup": ("--sparsity-warmup", "0.25"),
-        "betas": ("--betas", "0.5,0.75"), "clip_grad_norm": ("--clip-grad-norm", "1"), "b_dec_init": ("--b-dec-init", "mean"),
+        "betas": ("--betas", "0.5,0.75"), "clip_grad_norm": ("--clip-grad-norm", "1"),
+        "b_dec_init": ("--b-dec-init", "mean"),
         "normalize_input": ("--no-normalize",), "lr": ("--lr", "0.001"),
     }  # fmt: skip
     assert run(training(path, "set", *(part for option in given.values() for part in option), "--k", "4")) == 0
