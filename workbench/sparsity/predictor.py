@@ -49,7 +49,7 @@ def predictor_recall(
     Raises:
         InputError: a mixture of experts, which has no single matrix into its neurons.
     """
-    if any(mlp.drive is None for mlp in calibration.mlps):
+    if not predictable(calibration.mlps):
         raise InputError(f"{model.info.architecture} has no single matrix into its neurons, so none is predicted")
     fitted, inputs = (mlp_inputs(model, calibration.mlps, batches) for batches in (sample, held))
     rows = []
@@ -66,6 +66,24 @@ def predictor_recall(
         if on_progress is not None:
             on_progress(layer + 1, len(calibration.mlps))
     return pd.DataFrame(rows)
+
+
+def predictable(mlps: Sequence[MLP]) -> bool:
+    """Whether every MLP has a single matrix into its neurons, which a mixture of experts has not."""
+    return all(mlp.drive is not None for mlp in mlps)
+
+
+def prediction_bytes(model: LoadedModel, mlps: Sequence[MLP]) -> tuple[int, int]:
+    """Bytes that a token of the calibration text and a held-out one take while neurons are predicted.
+
+    Of the first its neurons in every layer; of either what every MLP reads; of the second in one layer, in float64,
+    the neurons that it needs, the predicted ones and their magnitudes.
+    """
+    neurons, size = [mlp.d_mlp for mlp in mlps], model.dtype.itemsize
+    if not predictable(mlps):
+        return sum(neurons) * size, 0
+    read = len(mlps) * model.info.d_model * size
+    return sum(neurons) * size + read, read + 3 * 8 * max(neurons)
 
 
 def recall(needed: Float[Tensor, "n d_mlp"], scores: Float[Tensor, "n d_mlp"]) -> float:

@@ -36,7 +36,7 @@ from workbench.sparsity.attention_patterns import pattern_named
 from workbench.sparsity.attention_rank import KEYS, looking_ranks
 from workbench.sparsity.attention_tasks import task_costs
 from workbench.sparsity.calibration import SAMPLE_TOKENS, calibrate, calibrate_on
-from workbench.sparsity.core import measure_cores
+from workbench.sparsity.core import MIN_CONTEXT, measure_cores
 from workbench.sparsity.dimensions import shared_dimensions
 from workbench.sparsity.enforce import enforce
 from workbench.sparsity.experts import measure_experts
@@ -44,7 +44,7 @@ from workbench.sparsity.layers import mlps
 from workbench.sparsity.measure import measure
 from workbench.sparsity.methods import METHODS, cett, check_methods, method_named, usable_methods
 from workbench.sparsity.ppl import ppl_sparsity, search_passes
-from workbench.sparsity.predictor import predictor_recall
+from workbench.sparsity.predictor import predictable, prediction_bytes, predictor_recall
 from workbench.sparsity.reliability import CORRUPTED, reliability
 from workbench.sparsity.sae_codes import measure_saes
 from workbench.text.corpora import Corpus
@@ -52,6 +52,8 @@ from workbench.text.corpora import Corpus
 MLP, CURVES, ATTENTION = "sparsity-mlp", "sparsity-curves", "sparsity-attention"
 HEADS, SAES, EXPERTS = "sparsity-heads", "sparsity-sae", "sparsity-experts"
 PREDICT = "sparsity-predict"
+HEADS_TOKENS = 2048
+"""Held-out tokens that heads are restricted on, one at a time."""
 CETT_TARGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
 """Of the table of thresholds."""
 SEARCH_PASSES = 3
@@ -70,7 +72,6 @@ def report_mlps(
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores how sparsely the MLPs are used; see `measure`."""
-    parameters = {"max_tokens": max_tokens, "context_len": context_len}
 
     def make() -> Made:
         found = measure(model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress)
@@ -82,9 +83,7 @@ def report_mlps(
             "neurons": figures.neuron_densities(found.neurons),
         }
 
-    return catalog.results.get_or_make(
-        MLP, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
-    )
+    return _stored(catalog, MLP, name, model, corpus, make, max_tokens=max_tokens, context_len=context_len)
 
 
 def report_curves(
@@ -107,10 +106,6 @@ def report_curves(
     """
     chosen = [method_named(method) for method in methods or ()] or usable_methods(mlps(model))
     check_methods(chosen, mlps(model))
-    parameters = {
-        "methods": [method.name for method in chosen], "ps": list(ps), "max_tokens": max_tokens,
-        "context_len": context_len, "costs": list(COSTS), "corrupted": CORRUPTED,
-    }  # fmt: skip
 
     def make() -> Made:
         held = _heldout("enforcing sparsity", model, corpus, max_tokens, context_len)
@@ -146,9 +141,10 @@ def report_curves(
             tables["ppl"] = pd.DataFrame([vars(item) for item in ppl])
         return tables, {"cost": figures.cost_curves(found.table())}
 
-    return catalog.results.get_or_make(
-        CURVES, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
-    )
+    return _stored(
+        catalog, CURVES, name, model, corpus, make, max_tokens=max_tokens, context_len=context_len,
+        methods=[method.name for method in chosen], ps=list(ps), costs=list(COSTS), corrupted=CORRUPTED,
+    )  # fmt: skip
 
 
 def report_prediction(
@@ -167,26 +163,28 @@ def report_prediction(
     Args:
         seed: of random neurons and of the rotation.
     """
-    parameters = {"seed": seed, "max_tokens": max_tokens, "context_len": context_len}
 
     def make() -> Made:
-        held = _heldout("measuring core neurons", model, corpus, max_tokens, context_len)
-        sample = list(
-            context_batches(model, corpus, "train", max_tokens=max(SAMPLE_TOKENS, context_len), context_len=context_len)
-        )
+        sampled = max(SAMPLE_TOKENS, context_len)
+        of_sample, of_held = prediction_bytes(model, mlps(model))
+        held = _heldout(
+            "measuring core neurons", model, corpus, max_tokens, context_len, per_token=of_held,
+            more=sampled * of_sample,
+        )  # fmt: skip
+        sample = list(context_batches(model, corpus, "train", max_tokens=sampled, context_len=context_len))
         calibration = calibrate_on(model, sample)
         cores = measure_cores(model, calibration, held, seed=seed, on_progress=on_progress)
         tables = {
             "overlap": cores.overlap, "cores": cores.cost, "dimensions": shared_dimensions(model, held, seed=seed)
         }  # fmt: skip
         drawn = {"cores": figures.core_costs(cores.cost)}
-        if all(mlp.drive is not None for mlp in calibration.mlps):
+        if predictable(calibration.mlps):
             tables["predictor"] = predictor_recall(model, calibration, sample, held)
             drawn["predictor"] = figures.predicted_neurons(tables["predictor"])
         return tables, drawn
 
-    return catalog.results.get_or_make(
-        PREDICT, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
+    return _stored(
+        catalog, PREDICT, name, model, corpus, make, seed=seed, max_tokens=max_tokens, context_len=context_len
     )
 
 
@@ -209,10 +207,6 @@ def report_attention(
     """
     for task in tasks:
         task.check()
-    parameters = {
-        "budgets": list(budgets), "tasks": [asdict(task) for task in tasks], "max_tokens": max_tokens,
-        "context_len": context_len,
-    }  # fmt: skip
 
     def make() -> Made:
         held = _heldout("measuring attention", model, corpus, max_tokens, context_len, attention=True)
@@ -229,9 +223,10 @@ def report_attention(
             "sinks": figures.sinks(found.heads),
         }
 
-    return catalog.results.get_or_make(
-        ATTENTION, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
-    )
+    return _stored(
+        catalog, ATTENTION, name, model, corpus, make, max_tokens=max_tokens, context_len=context_len,
+        budgets=list(budgets), tasks=[asdict(task) for task in tasks],
+    )  # fmt: skip
 
 
 def report_heads(
@@ -245,7 +240,7 @@ def report_heads(
     rest: Rest = "dropped",
     draws: int = DRAWS,
     seed: int = 0,
-    max_tokens: int = 2048,
+    max_tokens: int = HEADS_TOKENS,
     context_len: int = 256,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -255,10 +250,6 @@ def report_heads(
         InputError: an unknown pattern, or as `measure_heads`.
     """
     keep = pattern_named(pattern)
-    parameters = {
-        "pattern": pattern, "budget": budget, "rest": rest, "draws": draws, "seed": seed, "max_tokens": max_tokens,
-        "context_len": context_len,
-    }  # fmt: skip
 
     def make() -> Made:
         held = _heldout("restricting heads", model, corpus, max_tokens, context_len, attention=True)
@@ -276,9 +267,10 @@ def report_heads(
             "whole": figures.heads_left_whole(found.curve),
         }
 
-    return catalog.results.get_or_make(
-        HEADS, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
-    )
+    return _stored(
+        catalog, HEADS, name, model, corpus, make, max_tokens=max_tokens, context_len=context_len, pattern=pattern,
+        budget=budget, rest=rest, draws=draws, seed=seed,
+    )  # fmt: skip
 
 
 def report_saes(
@@ -299,7 +291,6 @@ def report_saes(
     """
     if not saes:
         raise InputError("name at least one SAE to measure")
-    parameters = {"max_tokens": max_tokens, "context_len": context_len}
 
     def make() -> Made:
         found = measure_saes(
@@ -313,9 +304,7 @@ def report_saes(
             "terms": figures.terms_needed(found.terms),
         }
 
-    return catalog.results.get_or_make(
-        SAES, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus, saes=saes), make=make
-    )
+    return _stored(catalog, SAES, name, model, corpus, make, saes=saes, max_tokens=max_tokens, context_len=context_len)
 
 
 def report_experts(
@@ -329,25 +318,38 @@ def report_experts(
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores what the experts of mixtures are used for; see `experts`."""
-    parameters = {"max_tokens": max_tokens, "context_len": context_len}
 
     def make() -> Made:
         found = measure_experts(model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress)
         tables = {"layers": found.layers, "experts": found.experts, "pairs": found.pairs}
         return tables, {"loads": figures.expert_loads(found.experts)}
 
-    return catalog.results.get_or_make(
-        EXPERTS, name, parameters=parameters, origin=Origin.of_measurement(model, corpus=corpus), make=make
-    )
+    return _stored(catalog, EXPERTS, name, model, corpus, make, max_tokens=max_tokens, context_len=context_len)
+
+
+def _stored(
+    catalog: Catalog, kind: str, name: str, model: LoadedModel, corpus: Corpus, make: Callable[[], Made], *,
+    saes: Mapping[str, SAE] | None = None, **parameters: Any,
+) -> Result:  # fmt: skip
+    """A measurement as it is stored, or made and stored; `parameters` are what it was asked with."""
+    origin = Origin.of_measurement(model, corpus=corpus, saes=saes)
+    return catalog.results.get_or_make(kind, name, parameters=parameters, origin=origin, make=make)
 
 
 def _heldout(
-    what: str, model: LoadedModel, corpus: Corpus, max_tokens: int, context_len: int, *, attention: bool = False
-) -> list[ContextBatch]:
-    """Held-out contexts for many passes, each beside the clean logits, where memory holds them."""
+    what: str, model: LoadedModel, corpus: Corpus, max_tokens: int, context_len: int, *, attention: bool = False,
+    per_token: int = 0, more: int = 0,
+) -> list[ContextBatch]:  # fmt: skip
+    """Held-out contexts for many passes, each beside the clean logits, where memory holds them and what goes on.
+
+    Args:
+        attention: whether attention is explicit.
+        per_token: bytes held of every token beside itself.
+        more: bytes held beside.
+    """
     check_passes_fit(
         what, model, max_tokens=max_tokens, context_len=context_len, n_logits=2, attention=attention,
-        per_token=BYTES_PER_ROW,
+        per_token=BYTES_PER_ROW + per_token, more=more,
     )  # fmt: skip
     return list(context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len))
 
@@ -385,6 +387,9 @@ def report_all(
 ) -> list[Result]:
     """The whole report under one name; parts that are stored already are opened.
 
+    Left out is what the text does not carry: attention without a budget below `context_len`, heads and prediction
+    without two contexts of MIN_CONTEXT tokens.
+
     Args:
         saes: by name; the part on SAEs is left out without any.
         ps: for PPL-p%; none for a model that its MLPs do not help yet, such as an early checkpoint.
@@ -401,26 +406,29 @@ def report_all(
 
     held: dict[str, Any] = {"max_tokens": heldout_tokens, "context_len": context_len}
     budgets = [budget for budget in BUDGETS if budget < context_len]
+    # Of a single context nothing is said that another could be held against; the corpus may have no more.
+    few = context_batches(
+        model, corpus, "heldout", max_tokens=min(heldout_tokens, 2 * context_len), context_len=context_len
+    )
+    several = sum(len(batch.tokens) for batch in few) > 1
     results = [
         report_mlps(
             catalog, name, model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=of("measure")
         ),
         report_curves(catalog, name, model, corpus, ps=ps, **held, on_progress=of("enforce")),
-        report_attention(catalog, name, model, corpus, budgets=budgets, **held, on_progress=of("attention")),
-        report_heads(
-            catalog,
-            name,
-            model,
-            corpus,
-            budget=min(16, context_len // 2),
-            context_len=context_len,
-            max_tokens=min(2048, heldout_tokens),
-            on_progress=of("heads"),
-        ),
     ]
-    if heldout_tokens // context_len > 1:
-        # Of a single context nothing is said that another could be held against.
-        results.append(report_prediction(catalog, name, model, corpus, **held, on_progress=of("predict")))
+    if budgets:
+        results.append(
+            report_attention(catalog, name, model, corpus, budgets=budgets, **held, on_progress=of("attention"))
+        )
+    if several and context_len >= MIN_CONTEXT:
+        # Heads are the long part: fewer tokens do.
+        shorter = held | {"max_tokens": min(heldout_tokens, max(HEADS_TOKENS, 2 * context_len))}
+        budget = min(16, context_len // 2)
+        results += [
+            report_heads(catalog, name, model, corpus, budget=budget, **shorter, on_progress=of("heads")),
+            report_prediction(catalog, name, model, corpus, **held, on_progress=of("predict")),
+        ]
     if any(mlp.drive is None for mlp in mlps(model)):
         settings: dict[str, Any] = {"max_tokens": max_tokens, "context_len": context_len}
         results.append(report_experts(catalog, name, model, corpus, **settings, on_progress=of("experts")))

@@ -57,6 +57,7 @@ WORK: list[tuple[str, Callable[[Workspace, LoadedModel], Any]]] = [
     ("enforcing sparsity", lambda space, model: sparsity("enforce", space, model)),
     ("measuring attention", lambda space, model: sparsity("attention", space, model)),
     ("restricting heads", lambda space, model: sparsity("heads", space, model)),
+    ("measuring core neurons", lambda space, model: sparsity("predict", space, model)),
     ("measuring SAE codes", lambda space, model: sparsity("sae", space, model)),
     ("scoring heads on rows of 65 tokens", lambda space, model: space.heads("heads", model)),
     ("scoring heads on 8 needle tests", lambda space, model: space.retrieval("needles", model, needles=8)),

@@ -15,7 +15,9 @@ from benchmarks.families import save_tiny
 from sae.model import SAE
 from sae.rules import TopK
 from workbench.cli.main import run
+from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity import figures
+from workbench.text.corpora import Corpus, open_corpus
 from workbench.workspace import Workspace
 
 HOOK = "blocks.1.hook_resid_post"
@@ -129,7 +131,9 @@ def test_a_report_makes_every_part_once_and_stands_beside_another(
     kept = space.results.open("sparsity-mlp", "relu").path.stat().st_mtime_ns
     assert run(call("relu", tiny_gpt2)) == 0
     assert space.results.open("sparsity-mlp", "relu").path.stat().st_mtime_ns == kept
-    assert run(call("silu", tiny_llama)) == 0
+    other, text = load_model(str(tiny_llama), device="cpu"), open_corpus(str(text_folder))
+    space.sparsity_part("measure", "silu", other, text, max_tokens=256, context_len=32)
+    space.sparsity_part("enforce", "silu", other, text, ps=(), max_tokens=128, context_len=32)
     capsys.readouterr()
     assert run(["sparsity", "compare", "--workspace", str(tmp_path / "w"), "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
@@ -143,6 +147,16 @@ def test_a_report_makes_every_part_once_and_stands_beside_another(
         assert row["clean_loss"] == pytest.approx(points.loc[points["level"] == 0, "loss"].iloc[0])
     assert run(["sparsity", "compare", "silu", "nothing", "--workspace", str(tmp_path / "w")]) == 2
     assert "no sparsity report 'nothing' in this workspace: it has relu, silu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("context", "parts"), [(4, ()), (32, ("attention",))])
+def test_a_report_leaves_out_what_its_contexts_do_not_carry(
+    context: int, parts: tuple[str, ...], tmp_path: Path, gpt2_model: LoadedModel, corpus: Corpus
+) -> None:
+    """Contexts too short for a budget, and one context alone."""
+    settings: dict[str, Any] = {"max_tokens": 64, "heldout_tokens": 32, "context_len": context, "ps": ()}
+    results = Workspace(tmp_path).sparsity("r", gpt2_model, corpus, **settings)
+    assert [result.kind for result in results] == [f"sparsity-{part}" for part in ("mlp", "curves", *parts)]
 
 
 @pytest.mark.parametrize(
