@@ -33,7 +33,7 @@ $(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
-	@$(PIP) --constraint constraints.txt --no-deps dictionary-learning  # asks for an nnsight that nothing here uses
+	@$(PIP) --constraint constraints.txt --no-deps dictionary-learning circuit-tracer  # ask for what nothing here uses
 	@touch $@
 
 demo: $(VENV)/.runtime

@@ -21,7 +21,7 @@ from sae.formats.reading import read_json
 from sae.transcoder import Transcoder
 
 FILE, SCHEMA = "transcoders.json", 1
-BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 class TranscoderSet:
@@ -52,7 +52,7 @@ class TranscoderSet:
             )
         for layer, coder in coders.items():
             for hook in (coder.hook_name, coder.target_hook_name):
-                if (found := BLOCK.match(hook)) and int(found[1]) != layer:
+                if (found := _BLOCK.match(hook)) and int(found[1]) != layer:
                     raise InputError(f"the transcoder of layer {layer} of the set is one of {hook}: copy the set again")
         models = sorted({coder.model_name for coder in coders.values()})
         if len(models) > 1:

@@ -43,24 +43,30 @@ CAUTION = (
 """Of a set of TopK transcoders: where its readers differ from what it does here."""
 THRESHOLD, SKIP = "activation_function.threshold", "W_skip"
 LAYER_FILE = re.compile(r"layer_(\d+)\.safetensors")
-_LINE = re.compile(r"([A-Za-z_]\w*)\s*:\s*(.*?)\s*")
+_LINE = re.compile(r"""(["']?)([A-Za-z_][\w.-]*)\1\s*:\s*(.*)""")
+_QUOTED = re.compile(r"""(["'])(.*)\1""")
+_LEFT_OUT = ("#", "%", "-", "...", " ", "\t", "]", "}")
+"""How lines begin that are no `key: value` of the top level."""
 _BLOCK = re.compile(r"blocks\.\d+\.(.+)")
 
 
-def load(path: Path) -> dict[int, Transcoder]:
+def load(path: Path | str) -> dict[int, Transcoder]:
     """Reads the coders of a set, by layer, from its folder; `sae.load_transcoders` makes the set of them.
 
     Raises:
         InputError: no such set, another kind of model, or a file that is damaged or of another format.
     """
+    path = Path(path)
     config = _read_config(path / CONFIG)
     if config.get("model_kind") == "cross_layer_transcoder":
         raise InputError(
             f"{path} holds cross-layer transcoders, whose features write to all later layers: sets of transcoders of "
             "one layer each are read"
         )
-    if config.get("model_kind") != "transcoder_set":
-        raise InputError(f"{path / CONFIG} has model_kind = {config.get('model_kind')!r}: expected 'transcoder_set'")
+    if "model_kind" not in config:
+        raise InputError(f"{path / CONFIG} says no model_kind: a set of circuit-tracer has model_kind: transcoder_set")
+    if config["model_kind"] != "transcoder_set":
+        raise InputError(f"{path / CONFIG} has model_kind = {config['model_kind']!r}: expected 'transcoder_set'")
     files = {int(found[1]): file for file in path.iterdir() if (found := LAYER_FILE.fullmatch(file.name))}
     if not files:
         raise InputError(f"{path} has no layer_0.safetensors: copy the set again, with its weights")
@@ -122,7 +128,7 @@ def _rule_of(file: Path, tensors: Mapping[str, Tensor], config: Mapping[str, str
     return rules.TopK(int(k))
 
 
-def save(coders: Mapping[int, Transcoder], path: Path) -> None:
+def save(coders: Mapping[int, Transcoder], path: Path | str) -> None:
     """Writes a set to the folder `path`, made if needed.
 
     Args:
@@ -132,6 +138,7 @@ def save(coders: Mapping[int, Transcoder], path: Path) -> None:
         InputError: coders of several rules, a rule that the format cannot express, widths or numbers of features that
             differ, a skip in some layers and not in others, or hook points that are not the same place of every block.
     """
+    path = Path(path)
     described: dict[str, Any] = {"model_kind": "transcoder_set", "model_name": coders[0].model_name}
     described["feature_input_hook"] = _common([coder.hook_name for coder in coders.values()])
     described["feature_output_hook"] = _common([coder.target_hook_name for coder in coders.values()])
@@ -212,10 +219,27 @@ def _common(hooks: list[str]) -> str:
 
 
 def _read_config(file: Path) -> dict[str, str]:
-    """The top-level `key: value` lines of a YAML file; what is nested or a list is left out."""
+    """The top-level `key: value` lines of a YAML file; what is nested or a list is left out.
+
+    Raises:
+        InputError: no such file, or a line that is none of these.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {file} ({type(error).__name__}): a set of circuit-tracer has one") from None
-    found = (_LINE.fullmatch(line.partition(" #")[0]) for line in lines)
-    return {match[1]: match[2].strip("\"'") for match in found if match and match[2]}
+    found = {}
+    for number, line in enumerate(lines, 1):
+        text = line.partition(" #")[0].rstrip()
+        if not text or text.startswith(_LEFT_OUT):
+            continue
+        match = _LINE.fullmatch(text)
+        value = match[3] if match else ""
+        quoted = _QUOTED.fullmatch(value)
+        if match is None or (value.startswith(("'", '"')) and quoted is None):
+            raise InputError(
+                f"{file} is damaged: line {number} is {text[:60]!r}, where key: value is expected; copy the set again"
+            )
+        if value:
+            found[match[2]] = quoted[2] if quoted else value
+    return found

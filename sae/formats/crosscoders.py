@@ -39,7 +39,7 @@ SHAPES = {"encoder.weight": "[M, d, F]", "encoder.bias": "[F]", "decoder.weight"
 State = dict[str, Tensor]
 
 
-def load(path: Path, *, hook_name: str | None = None, model_name: str | None = None) -> Crosscoder:
+def load(path: Path | str, *, hook_name: str | None = None, model_name: str | None = None) -> Crosscoder:
     """Reads a crosscoder of either kind of folder.
 
     Args:
@@ -50,6 +50,7 @@ def load(path: Path, *, hook_name: str | None = None, model_name: str | None = N
         InputError: missing or damaged files, tensors that do not fit together, a threshold that was never set, or a
             normalisation of codes that is not supported.
     """
+    path = Path(path)
     if (path / CC_WEIGHTS).is_file():
         config, state = read_json(path / CC_CONFIG), _of_replication(read_pickle(path / CC_WEIGHTS), path)
         hook_name = hook_name if hook_name is not None else str(config.get("hook_point") or "")
@@ -76,12 +77,13 @@ def load(path: Path, *, hook_name: str | None = None, model_name: str | None = N
     return made
 
 
-def save(sae: Crosscoder, path: Path) -> None:
+def save(sae: Crosscoder, path: Path | str) -> None:
     """Writes a crosscoder of parts of one width: ReLU as CrossCoder, BatchTopK as BatchTopKCrossCoder.
 
     Raises:
         InputError: another rule, thresholds that differ, or parts of different widths.
     """
+    path = Path(path)
     widths = {part.width for part in sae.parts}
     batchtopk = isinstance(sae.rule, rules.BatchTopK) and not sae.rule.signed
     if len(widths) > 1:

@@ -40,7 +40,7 @@ _SUBMODULE = re.compile(r"resid_post_layer_(\d+)")
 State = dict[str, Tensor]
 
 
-def load(path: Path, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
+def load(path: Path | str, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
     """Reads an SAE from a trainer's folder.
 
     Args:
@@ -49,6 +49,7 @@ def load(path: Path, *, hook_name: str | None = None, model_name: str | None = N
     Raises:
         InputError: missing or damaged files, a class that is not supported, or tensors that do not fit the class.
     """
+    path = Path(path)
     trainer = read_json(path / CONFIG).get("trainer")
     if not isinstance(trainer, dict) or not isinstance(trainer.get("dict_class"), str):
         raise InputError(f"{path / CONFIG} lacks trainer.dict_class: it is not a dictionary_learning configuration")
@@ -149,13 +150,14 @@ def _hook_of(submodule: Any) -> str:
     return f"blocks.{block[1]}.hook_resid_post" if block else ""
 
 
-def save(sae: SAE, path: Path) -> None:
+def save(sae: SAE, path: Path | str) -> None:
     """Writes an SAE to the folder `path`: TopK as AutoEncoderTopK, a ReLU as AutoEncoder, BatchTopK with one threshold
     as BatchTopKSAE, thresholds as JumpReluAutoEncoder.
 
     Raises:
         InputError: a rule that is none of these, or a transcoder.
     """
+    path = Path(path)
     if isinstance(sae, Transcoder):
         raise InputError(
             "dictionary_learning cannot express a transcoder: export it to sparsify (TopK) or saelens (other rules)"

@@ -60,8 +60,9 @@ TRANSCODER, CROSSCODER = "transcoder", "crosscoder"
 """How the architectures of transcoders and crosscoders end; without a word before it the rule is ReLU."""
 
 
-def save(sae: SAE, path: Path) -> None:
+def save(sae: SAE, path: Path | str) -> None:
     """Writes an SAE, a transcoder or a crosscoder to the directory `path`, made if needed."""
+    path = Path(path)
     transcoder = sae if isinstance(sae, Transcoder) else None
     config = {
         "architecture": architecture_of(sae),
@@ -126,13 +127,14 @@ def _rule_fields(sae: SAE) -> dict[str, Any]:
     return {**written, "rule_state": numbers} if numbers else written
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> SAE:
+def load(path: Path | str, device: torch.device | str = "cpu") -> SAE:
     """Reads an SAE, a transcoder or a crosscoder from the directory `path`.
 
     Raises:
         InputError: missing or damaged files, an architecture this project does not have, options it does not
             implement, or weights whose names or shapes do not fit the configuration.
     """
+    path = Path(path)
     config = _read_config(path)
     _refuse_unsupported(path, config)
     sae = _empty(path, config, device)

@@ -33,7 +33,7 @@ _MLP = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.mlp")
 _BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)")
 
 
-def load(path: Path, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
+def load(path: Path | str, *, hook_name: str | None = None, model_name: str | None = None) -> SAE:
     """Reads an SAE from a hook point's folder.
 
     Args:
@@ -42,6 +42,7 @@ def load(path: Path, *, hook_name: str | None = None, model_name: str | None = N
     Raises:
         InputError: missing or damaged files; a skip connection in an SAE, or groupmax, which is no TopK.
     """
+    path = Path(path)
     config = read_json(path / CONFIG)
     _refuse(path, config)
     tensors = read_safetensors(path / WEIGHTS)
@@ -70,12 +71,13 @@ def load(path: Path, *, hook_name: str | None = None, model_name: str | None = N
     )
 
 
-def save(sae: SAE, path: Path) -> None:
+def save(sae: SAE, path: Path | str) -> None:
     """Writes an SAE, or a transcoder between activations of one width, to the folder `path`.
 
     Raises:
         InputError: a rule other than TopK, a transcoder whose widths differ, or a crosscoder.
     """
+    path = Path(path)
     if sae.parts:
         raise InputError("sparsify cannot express a crosscoder: export it to dictionary_learning")
     k = topk_of(sae.rule)

@@ -175,11 +175,15 @@ class Catalog:
         loaded = self.coder(name, device)
         if loaded.parts:
             names = ", ".join(part.name for part in loaded.parts)
-            raise InputError(f"{name!r} is a crosscoder, which reads several activations ({names}): this needs an SAE")
+            raise InputError(
+                f"{name!r} is a crosscoder, which reads several activations ({names}): this needs an SAE; "
+                "`Workspace.coder` loads it"
+            )
         if not loaded.subtracts_b_dec:
             raise InputError(
                 f"{name!r} is a transcoder, which predicts another activation than it reads: this puts a "
-                "reconstruction back where it was read and needs an SAE; `workbench graph` traces transcoders"
+                "reconstruction back where it was read and needs an SAE; `workbench graph` traces transcoders, "
+                "`Workspace.coder` loads one"
             )
         return loaded
 

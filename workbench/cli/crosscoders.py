@@ -54,6 +54,7 @@ def diff(
     k: Annotated[int, typer.Option(help="Active features per token, on average.", min=1)] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the crosscoder: repeat with others before you believe it.")] = 0,
     context: ContextOption = 256,
+    heldout: Annotated[int, typer.Option(help="Held-out tokens to measure both models on.", min=2)] = 32_768,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -78,7 +79,7 @@ def diff(
 
         made = workspace.diff(
             a, b, name=name, hook=hook, corpus=corpus, text_field=text_field, tokens=tokens, epochs=epochs, d_sae=d_sae,
-            k=k, seed=seed, context_len=context, device=device, on_progress=on_progress,
+            k=k, seed=seed, context_len=context, heldout_tokens=heldout, device=device, on_progress=on_progress,
         )  # fmt: skip
     if as_json:
         print_json({"name": made.name, **as_document(made.evaluation)})

@@ -8,6 +8,9 @@ from typing import Any
 from sae.errors import InputError
 from sae.files import write_atomically
 
+SHOWN = 3
+"""Names of a list that a message has before it counts the rest."""
+
 
 def read_description(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError when it is missing, damaged or no object."""
@@ -31,21 +34,53 @@ def write_description(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """`model.dtype was float32, now bfloat16`, ...; lists of named objects are compared name by name."""
+    """`model.dtype was float32, now bfloat16`, ...; lists of named objects are compared name by name, and what differs
+    alike in several of them is said once."""
     found = []
     for key in sorted(wanted.keys() | recorded.keys()):
-        old, new = _by_name(recorded.get(key)), _by_name(wanted.get(key))
-        if isinstance(old, dict) and isinstance(new, dict):
+        old, new = recorded.get(key), wanted.get(key)
+        named = _by_name(old), _by_name(new)
+        if named[0] and named[1]:
+            found += [f"{key}{difference}" for difference in _named_differences(named[0], named[1])]
+        elif isinstance(old, dict) and isinstance(new, dict):
             found += [f"{key}.{difference}" for difference in differences(old, new)]
         elif old != new:
             found.append(f"{key} was {_brief(old)}, now {_brief(new)}")
     return found
 
 
-def _by_name(value: Any) -> Any:
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+def _by_name(value: Any) -> dict[str, Any] | None:
+    """The objects of a list by their names; None for anything else."""
+    if isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value):
         return {item["name"]: item for item in value}
-    return value
+    return None
+
+
+def _named_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs in objects by name, each with the names that it is about; `.*` are all that were and are there."""
+    both = [name for name in new if name in old]
+    about: dict[str, list[str]] = {}
+    for name in both:
+        for difference in differences(old[name], new[name]):
+            about.setdefault(difference, []).append(name)
+    found = [
+        f" {said} {_listed(names)}"
+        for said, names in (
+            ("no longer have", [name for name in old if name not in new]),
+            ("now have", [name for name in new if name not in old]),
+        )
+        if names
+    ]
+    for difference, names in about.items():
+        each = "*" if 1 < len(names) == len(both) else names[0] if len(names) == 1 else f"({_listed(names)})"
+        found.append(f".{each}.{difference}")
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - SHOWN
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:SHOWN])} and {more} more"
 
 
 def _brief(value: Any) -> str:

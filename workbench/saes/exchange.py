@@ -37,11 +37,12 @@ def import_folder(
     *,
     hook: str | None = None,
     model: str | None = None,
-    **single: str | None,
+    class_name: str | None = None,
+    input_mean: str | None = None,
 ) -> SAE:
     """Imports the SAE in `folder`; see `Workspace.import_sae`."""
     catalog.check_new_sae(name)
-    sae = load_foreign(folder, hook_name=hook, model_name=model, **single)
+    sae = load_foreign(folder, hook_name=hook, model_name=model, class_name=class_name, input_mean=input_mean)
     origin = {"format": recognise(folder), "path": str(folder.resolve())}
     return _store(catalog, name, sae, origin)
 
@@ -180,6 +181,8 @@ def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> str | No
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists: name a new or an empty folder")
     sets = [summary.name for summary in catalog.transcoder_sets()]
+    if form == "circuit_tracer" and name not in sets and catalog.sae_folder(name).is_dir():
+        _refuse_as_set(catalog, name, sets)
     try:
         if form == "circuit_tracer":
             transcoders = catalog.transcoders(name)
@@ -193,3 +196,19 @@ def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> str | No
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     return None
+
+
+def _refuse_as_set(catalog: Catalog, name: str, sets: Sequence[str]) -> None:
+    """Raises InputError for the name of one coder where that of a set is wanted."""
+    coder = catalog.coder(name)
+    of_set = name.rpartition(".")[0]
+    if of_set in sets:
+        raise InputError(
+            f"{name} is one layer of the set {of_set}, and circuit-tracer reads whole sets: export {of_set}, or the "
+            "layer in another --format"
+        )
+    kind = "transcoder" if isinstance(coder, Transcoder) else "crosscoder" if coder.parts else "SAE"
+    raise InputError(
+        f"{name} is a single {kind}, and circuit-tracer reads sets of transcoders: choose another --format, or a set, "
+        f"{', '.join(sets) or 'of which there is none'}"
+    )

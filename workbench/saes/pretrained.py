@@ -53,9 +53,8 @@ def load_pretrained_set(release: str, ids: str | Mapping[int, str]) -> dict[int,
         InputError: as `load_pretrained`, a pattern that no id or two of one layer have, a missing layer, SAEs that are
             no transcoders, or layers of a cross-layer transcoder.
     """
+    known = _listed(release)
     found = ids_of_set(release, ids) if isinstance(ids, str) else ids
-    known = registered(release)
-    assert known is not None
     made = {}
     for layer, sae_id in found.items():
         coder = _fetch(release, known.repo_id, sae_id, None, None)
@@ -71,9 +70,7 @@ def ids_of_set(release: str, ids: str) -> dict[int, str]:
     Raises:
         InputError: as `load_pretrained_set`.
     """
-    known = registered(release)
-    if known is None:
-        raise InputError(f"{release} is not in SAELens' registry, so its ids are not known: name one with --id")
+    known = _listed(release)
     if "clt" in (known.conversion_func or ""):
         raise InputError(
             f"release {release!r} holds a cross-layer transcoder: its layers predict nothing by themselves"
@@ -113,6 +110,14 @@ def registered(release: str) -> "PretrainedSAELookup | None":
     if release not in directory and "/" not in release:
         raise InputError(f"SAELens knows no release {release!r}: {_near(release, list(directory))}")
     return directory.get(release)
+
+
+def _listed(release: str) -> "PretrainedSAELookup":
+    """A release in SAELens' registry, which says what there is of every layer. Raises InputError for another."""
+    known = registered(release)
+    if known is None:
+        raise InputError(f"{release} is not in SAELens' registry, so its ids are not known: name one with --id")
+    return known
 
 
 def _fetch(release: str, repo: str, sae_id: str, hook_name: str | None, model_name: str | None) -> SAE:

@@ -45,6 +45,14 @@ def dictionary_learning() -> types.SimpleNamespace:
     return types.SimpleNamespace(**classes)
 
 
+@pytest.fixture(scope="session")
+def tracer() -> Any:
+    """circuit-tracer's module of transcoders one a layer. PyPI's package is a fork of its repository, with the same
+    loader, which knows no TopK yet."""
+    name = "circuit_tracer.transcoder.single_layer_transcoder"
+    return pytest.importorskip(name, reason="needs circuit-tracer")
+
+
 @pytest.fixture
 def x() -> torch.Tensor:
     """Activations with a mean of their own."""

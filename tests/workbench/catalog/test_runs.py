@@ -32,6 +32,22 @@ def test_another_description_is_refused_and_named(run: Run) -> None:
         run.start({**DESCRIPTION, "hook": "y"})
 
 
+def test_what_several_configurations_differ_in_is_said_once(run: Run) -> None:
+    def described(names: str, **settings: int) -> dict:
+        return {**DESCRIPTION, "configs": [{"name": name, "total_tokens": 100, **settings} for name in names]}
+
+    run.start(described("abcdef", k=4))
+    wanted = described("abc", k=4)
+    with pytest.raises(InputError, match=r"\(configs no longer have d, e, f\)"):
+        run.start(wanted)
+    with pytest.raises(InputError, match=r"\(configs now have g; configs\.\*\.k was 4, now 8\)"):
+        run.start(described("abcdefg", k=8))
+    wanted["configs"][1]["k"] = wanted["configs"][2]["k"] = 8
+    wanted["configs"] += described("def", k=4)["configs"]
+    with pytest.raises(InputError, match=r"\(configs\.\(b, c\)\.k was 4, now 8\)"):
+        run.start(wanted)
+
+
 def test_a_torn_last_line_is_ignored(run: Run) -> None:
     run.start(DESCRIPTION)
     run.append_metrics(record(10))

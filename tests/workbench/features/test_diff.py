@@ -111,8 +111,7 @@ def test_the_commands_show_it(compared: Workspace, tiny_gpt2: Path, changed: Pat
     assert "Crosscoders" in capsys.readouterr().out
     sizes = ["--tokens", "4096", "--epochs", "4", "--d-sae", "64", "--k", "4", "--context", "32", "--device", "cpu"]
     arguments = ["diff", str(tiny_gpt2), str(changed), "--name", "d", "--hook", HOOK, "--corpus", corpus, *sizes]
-    # Its held-out tokens are the command's own.
-    assert run([*arguments, *folder]) == 0
+    assert run([*arguments, "--heldout", "640", *folder]) == 0
     said = capsys.readouterr().out
     assert "explained variance" in said
     assert "page Crosscoders" in said

@@ -82,6 +82,10 @@ def test_a_set_goes_out_as_circuit_tracers_comes_back_and_is_removed(
     out = str(tmp_path / "out")
     assert run(["export", "t", out, *where]) == 2
     assert "--format circuit_tracer" in capsys.readouterr().err
+    assert run(["export", "t.layer_1", out, "--format", "circuit_tracer", *where]) == 2
+    assert "t.layer_1 is one layer of the set t" in capsys.readouterr().err
+    assert run(["export", "x", out, "--format", "circuit_tracer", *where]) == 2
+    assert "no set of transcoders 'x'" in capsys.readouterr().err
     assert run(["export", "t", out, "--format", "circuit_tracer", *where]) == 0
     assert run(["import", out, "--name", "t", *where]) == 2
     assert "gc --transcoders t" in capsys.readouterr().err
