@@ -8,12 +8,16 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
 
     mlps         docs/methods/sparsity.md, 1: how sparse MLPs are by themselves
     costs        2: zeros at a given cost, PPL-p%
+    trust        2: calibration error and corrupted input under topk
+    predict      2: cores, low-rank predictors, dimensions of the residual stream
     attention    3: patterns of keys at every budget, sinks, on tasks with --task
     heads        3: heads one at a time and left whole; layers, with each query's best keys
+    gates        3: sinks, gates and the stream's largest entry
     saes         4: terms a token, with --workspace and --sae
     lenses       docs/methods/lenses.md
     transcoders  docs/methods/transcoders.md, the bundled set
     tasks        docs/methods/circuits.md: the code tasks
+    dictionary   the same page: SAEs beside supervised dictionaries on `brackets`, with --workspace and --sae
     retrieval    the same page: heads masked on needle tests
     graphs       docs/methods/graphs.md: graphs of many prompts
     diffs        docs/methods/crosscoders.md: a crosscoder of the model and --beside; a draw is a seed of the crosscoder
@@ -34,8 +38,9 @@ import torch
 
 from circuits.passes import answer_logits
 from circuits.patching import patch_activations
-from sae import load_transcoders
+from sae import SAE, load_transcoders
 from workbench import Workspace
+from workbench.circuits.dictionary import dictionary_tables
 from workbench.circuits.task import Task
 from workbench.features.diff import diff_models
 from workbench.models.bundled import demo_transcoders_dir
@@ -49,17 +54,24 @@ from workbench.sparsity.attention_heads import measure_heads
 from workbench.sparsity.attention_patterns import pattern_named
 from workbench.sparsity.attention_rank import looking_ranks
 from workbench.sparsity.attention_tasks import task_costs
-from workbench.sparsity.calibration import calibrate
+from workbench.sparsity.calibration import SAMPLE_TOKENS, calibrate, calibrate_on
+from workbench.sparsity.core import measure_cores
+from workbench.sparsity.dimensions import shared_dimensions
 from workbench.sparsity.enforce import enforce
+from workbench.sparsity.gates import COLUMNS as GATE_COLUMNS
 from workbench.sparsity.measure import measure
 from workbench.sparsity.methods import METHODS
 from workbench.sparsity.ppl import ppl_sparsity
+from workbench.sparsity.predictor import predictor_recall
+from workbench.sparsity.reliability import reliability
 from workbench.sparsity.sae_codes import measure_saes
 from workbench.text.corpora import Corpus, Document, open_corpus
 from workbench.text.python_source import Split
 
 MEASURED_TOKENS, HELD_OUT, CONTEXT = 24_576, 2048, 256
+CORE_SHARE = 0.4
 CODE_TASKS = ("argument", "self-attribute", "docstring", "brackets", "induction")
+DICTIONARY_TASK, DICTIONARY_PROMPTS, CHANGES = "brackets", 256, (1, 2, 4)
 GRAPH_TASKS = ("self-attribute", "induction")
 LEADS = {
     "zeros": (("CETT", "threshold"), ("CETT", "topk"), ("topk", "threshold"), ("WINA", "TEAL"), ("topk", "CATS")),
@@ -69,6 +81,7 @@ LEADS = {
     ),
     "at its mean": (("vertical-slash", "sink + local"), ("top-p", "top-k keys")),
     "left whole": (("sensitivity", "uncovered"), ("sensitivity", "random")),
+    "cores, added nats": (("other", "own"), ("corpus", "own"), ("random", "own")),
     "terms": (("neurons", "random rotation"), ("PCA", "demo-topk")),
 }  # fmt: skip
 """By table: the first less the second."""
@@ -95,6 +108,11 @@ class Ask(NamedTuple):
     def held(self, tokens: int = HELD_OUT) -> list[Any]:
         """Held-out contexts of the draw."""
         return list(context_batches(self.model, self.corpus, "heldout", max_tokens=tokens, context_len=CONTEXT))
+
+    def saes(self) -> dict[str, SAE]:
+        """Those of --workspace that --sae names."""
+        space = Workspace(self.options.workspace, create=False)
+        return {name: space.sae(name, str(self.model.device)) for name in self.options.sae}
 
 
 class Part(Corpus):
@@ -138,6 +156,27 @@ def costs(ask: Ask) -> Iterator[Value]:
         yield Value("PPL-p%", f"{item.p:.0%}", "CETT", item.cett)
 
 
+def trust(ask: Ask) -> Iterator[Value]:
+    found = reliability(ask.model, calibrate(ask.model, ask.corpus, context_len=CONTEXT), ask.held(), seed=ask.draw)
+    yield from _cells("topk", found.set_index("level")[["loss", "ece", "corrupted_nats"]].rename_axis("kind", axis=1))
+
+
+def predict(ask: Ask) -> Iterator[Value]:
+    tokens = max(SAMPLE_TOKENS, CONTEXT)
+    sample = list(context_batches(ask.model, ask.corpus, "train", max_tokens=tokens, context_len=CONTEXT))
+    calibration, held = calibrate_on(ask.model, sample), ask.held()
+    cores = measure_cores(ask.model, calibration, held, seed=ask.draw)
+    yield from _cells("cores, added nats", cores.cost.pivot(index="share", columns="core", values="added_nats"))
+    middle = cores.overlap[cores.overlap["share"] == CORE_SHARE].set_index("layer")
+    yield from _cells(f"overlap of cores, {CORE_SHARE:.0%}", middle[["own", "other", "corpus", "chance"]])
+    recalls = predictor_recall(ask.model, calibration, sample, held)
+    yield from _cells("recall", recalls.pivot(index="rank", columns="layer", values="recall"))
+    yield from _cells("recall, most often needed", recalls.groupby("layer")[["frequent"]].first())
+    dimensions = shared_dimensions(ask.model, held, seed=ask.draw)
+    for basis, rows in dimensions.groupby("basis"):
+        yield from _cells(f"dimensions, {basis}", rows.set_index("layer").select_dtypes("number"))
+
+
 def attention(ask: Ask) -> Iterator[Value]:
     found = measure_attention(ask.model, ask.held())
     for rest, rows in found.curves.groupby("rest"):
@@ -174,9 +213,20 @@ def heads(ask: Ask) -> Iterator[Value]:
         yield from _cells(f"layers, {title}", layers.set_index("layer")[["alone_nats", "others_nats"]])
 
 
+def gates(ask: Ask) -> Iterator[Value]:
+    held = ask.held()
+    looks = measure_attention(ask.model, held, budgets=(CONTEXT // 2,)).heads
+    for place, sink in enumerate(looks["sink"].nlargest(3)):
+        yield Value("heads", "attention on BOS", f"largest {place + 1}", float(sink))
+    for column in set(GATE_COLUMNS) & set(looks):
+        for end in ("min", "max"):
+            yield Value("heads", column, end, float(looks[column].agg(end)))
+    ratio = measure(ask.model, ask.corpus, max_tokens=MEASURED_TOKENS).residual["ratio"].max()
+    yield Value("stream", "largest entry over the median", "of any layer", float(ratio))
+
+
 def saes(ask: Ask) -> Iterator[Value]:
-    space = Workspace(ask.options.workspace, create=False)
-    loaded = {name: space.sae(name) for name in ask.options.sae}
+    loaded = ask.saes()
     found = measure_saes(ask.model, loaded, ask.corpus, max_tokens=8192)
     for title, column in (("terms", "terms_mean"), ("reached", "reached")):
         yield from _cells(title, found.terms.pivot(index="error", columns="dictionary", values=column))
@@ -219,6 +269,23 @@ def tasks(ask: Ask) -> Iterator[Value]:
         shares = scores.table().set_index("node")["score"] / (scores.clean - scores.corrupted)
         for node, share in shares[shares.abs() > 0.1].items():
             yield Value("patching", f"{name}: {node}", "share", float(share))
+
+
+def dictionary(ask: Ask) -> Iterator[Value]:
+    task = Task(DICTIONARY_TASK, DICTIONARY_PROMPTS, seed=ask.draw)
+    prompts = task.prompts(ask.model)
+    metric = task.measure(prompts, "logit_difference")
+    tables = dictionary_tables(
+        ask.model.bridge, prompts, ask.saes(), metric=metric, changes=CHANGES, seed=ask.draw, batch_size=32
+    )
+    yield from _cells("approximation", tables["approximation"].set_index("dictionary")[["sufficiency", "necessity"]])
+    control = tables["control"]
+    yield from _cells("control", control.pivot(index="k", columns="dictionary", values="edited"))
+    yield Value("control", "no edit", str(CHANGES[0]), float(control["unedited"].iloc[0]))
+    for row in tables["attributes"].itertuples():
+        for key in ("f1", "joined_f1", "joined"):
+            yield Value(f"shows {row.attribute}", str(row.dictionary), key, float(getattr(row, key)))
+        yield Value(f"shows {row.attribute}", str(row.dictionary), "occluded", float(bool(row.occluded_by)))
 
 
 def retrieval(ask: Ask) -> Iterator[Value]:
@@ -268,7 +335,23 @@ def diffs(ask: Ask) -> Iterator[Value]:
 
 MEASUREMENTS: dict[str, Callable[[Ask], Iterator[Value]]] = {
     function.__name__: function
-    for function in (mlps, costs, attention, heads, saes, lenses, transcoders, tasks, retrieval, graphs, diffs)
+    for function in (
+        mlps,
+        costs,
+        trust,
+        predict,
+        attention,
+        heads,
+        gates,
+        saes,
+        lenses,
+        transcoders,
+        tasks,
+        dictionary,
+        retrieval,
+        graphs,
+        diffs,
+    )
 }
 
 
@@ -290,8 +373,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--task", action="append", default=[], help="of `attention`")
-    parser.add_argument("--workspace", type=Path, help="of `saes`")
-    parser.add_argument("--sae", action="append", default=[], help="of `saes`")
+    parser.add_argument("--workspace", type=Path, help="of `saes` and `dictionary`")
+    parser.add_argument("--sae", action="append", default=[], help="of `saes` and `dictionary`")
     parser.add_argument("--beside", help="of `diffs`: the other model")
     parser.add_argument("--tokens", type=int, default=60_000, help="of `diffs`")
     parser.add_argument("--epochs", type=float, default=6.0, help="of `diffs`")

@@ -1,4 +1,4 @@
-"""Steering with single SAE features against difference in means at equal side effect (AbsTopK's claim).
+"""Steering with single SAE features against difference in means at equal side effect: AbsTopK's claim and g-SAE's.
 
 arXiv 2510.00404 reports that a single AbsTopK feature steers as well as the supervised difference in means or better.
 Here, for each concept of the demo model's held-out files (`reconstructed`: the paper's judge is a large model):
@@ -11,6 +11,12 @@ Here, for each concept of the demo model's held-out files (`reconstructed`: the 
         effect       mean change of the log odds of T as next token, in the direction wanted
         side effect  mean KL(clean || steered) of the next token given that it is not in T
 3. The effect where the side effect is SIDE_EFFECT nats, interpolated over strengths.
+
+arXiv 2411.10397 reports that latents of a gradient SAE steer more than others in arbitrary contexts. Its features are
+among the arms; and for N_LATENTS features that fire, drawn at random, of every SAE
+
+    reach        root mean square change of the logits, their mean removed, mean over all tokens, with the feature's
+                 decoder row added there at REACH mean norms of an activation (reconstructed)
 
 It reads the SAEs and concept scores that benchmarks/rules.py left in its workspace.
 
@@ -48,7 +54,8 @@ SIDE_EFFECT = 0.1
 STRENGTHS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 """In mean norms of an activation."""
 N_CONTEXTS = 4
-ARMS = ("topk", "abstopk", "random_decoder")
+N_LATENTS, REACH = 32, 0.1
+ARMS = ("topk", "abstopk", "gradient_topk", "random_decoder")
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,15 @@ def effect_at(stage: Stage, direction: Float[Tensor, "d"], concept: int, target:
     return float(np.interp(np.log(SIDE_EFFECT), np.log(sides), effects))
 
 
+def reach(stage: Stage, rows: Float[Tensor, "n d"]) -> float:
+    """Mean over directions; see the module's description."""
+    clean, found = stage.logits[stage.counted], []
+    for row in rows:
+        change = stage.steered(REACH * stage.norm * row / row.norm(), stage.counted) - clean
+        found.append(change.std(dim=1, correction=0).mean().item())
+    return float(np.mean(found))
+
+
 def difference_in_means(harvest: Harvest, truth: ConceptTruth) -> Float[Tensor, "concepts d"]:
     """On the half that chooses."""
     choosing = np.flatnonzero(~held_out_half(truth))
@@ -181,6 +197,13 @@ def feature_directions(space: Workspace, sae: str, names: tuple[str, ...]) -> Fl
     best = space.results.open("concepts", sae).table("concepts").set_index("concept").loc[list(names)]
     rows = space.sae(sae).W_dec.detach()[torch.tensor(best["feature"].to_numpy())]
     return rows * torch.tensor(best["sign"].to_numpy(), dtype=rows.dtype)[:, None]
+
+
+def latents(space: Workspace, sae: str, seed: int) -> Float[Tensor, "n d"]:
+    """Decoder rows of features that fire, drawn at random."""
+    firing = space.results.open("concepts", sae).table("features")["feature"].unique()
+    chosen = np.random.default_rng(seed).choice(np.sort(firing), N_LATENTS, replace=False)
+    return space.sae(sae).W_dec.detach()[torch.from_numpy(chosen)]
 
 
 @torch.no_grad()
@@ -202,6 +225,13 @@ def main() -> None:
         directions["random_direction", seed] = torch.randn(len(truth.names), model.info.d_model, generator=generator)
         for arm in options.arms:
             directions[arm, seed] = feature_directions(space, f"seed{seed}-{arm}", truth.names)
+    reached = pd.DataFrame(
+        [{"arm": arm, "seed": seed, "reach": reach(stage, latents(space, f"seed{seed}-{arm}", seed))}
+         for arm in options.arms for seed in range(options.seeds)]
+        + [{"arm": "random_direction", "seed": seed, "reach": reach(stage, directions["random_direction", seed])}
+           for seed in range(options.seeds)]
+    )  # fmt: skip
+    print(reached.groupby("arm")["reach"].agg(["mean", "std"]).round(4).to_string())
     lines = []
     for number, name in enumerate(truth.names):
         target, mass = target_tokens(tokens, number, model.info.d_vocab)

@@ -97,6 +97,7 @@ def concepts(
             on_progress=bar.report,
         )  # fmt: skip
     by_concept = report.table()
+    poles = report.poles()
     by_feature = report.alignment.best_concepts().sort_values(["f1", "feature"], ascending=[False, True])
     if as_json:
         print_json(
@@ -107,6 +108,7 @@ def concepts(
                 "concepts": records(by_concept),
                 "features": records(by_feature),
                 "neurons": records(neurons_of(report)),
+                "poles": None if poles is None else {name: getattr(poles, name) for name in ("both", "two", "chance")},
             }
         )
         return
@@ -116,6 +118,13 @@ def concepts(
         "half of them held out\n"
     )
     show(f"Features of {sae} and the concept of each, by held-out F1", by_feature.head(top), FEATURE_TITLES)
+    if poles is not None:
+        from workbench.features.concepts.poles import HOLDS
+
+        print(
+            f"Of {len(poles.table):,} features that fire, {poles.both:.1%} hold a concept by either sign (F1 {HOLDS} "
+            f"or more), {poles.two:.1%} two different ones; {poles.chance:.1%} would with the signs paired at random\n"
+        )
     show(
         "Held-out F1 by concept: the best feature, "
         + ("" if report.neurons is None else f"the best neuron of {report.neurons_hook}, ")

@@ -151,12 +151,14 @@ def test_concepts_are_named_stored_and_compared_with_probes(path: Path, capsys: 
             # JSON has no NaN: concepts that no held-out token has are null.
             assert (mine is None and math.isnan(theirs)) or mine == pytest.approx(theirs)
     assert len(found["features"]) == len(stored.table("features"))
+    assert found["poles"]["two"] == stored.table("poles")["two"].mean()
     assert run([*arguments, "--top", "3"]) == 0
     said = capsys.readouterr().out
     assert "linear probe" in said
     assert "line_end" in said
     # AbsTopK's features have two signs, and the table says which is meant.
     assert "sign" in said
+    assert "with the signs paired at random" in said
 
 
 def test_a_users_table_of_concepts_is_read(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

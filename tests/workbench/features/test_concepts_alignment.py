@@ -9,7 +9,8 @@ from sae.errors import InputError
 from sae.model import SAE
 from sae.rules import AbsTopK, TopK
 from workbench.features.concepts import alignment, logistic
-from workbench.features.concepts.alignment import LEVELS, Units, align, held_out_half
+from workbench.features.concepts.alignment import LEVELS, Alignment, Units, align, held_out_half
+from workbench.features.concepts.poles import poles
 from workbench.features.concepts.probes import probe
 from workbench.features.concepts.truth import ConceptTruth, from_table
 from workbench.harvest.reading import Harvest
@@ -125,6 +126,49 @@ def test_signs_tell_what_a_signed_feature_means(harvest, truth) -> None:
     assert (table.f1 >= 0.5).all()
     assert table.f1.is_monotonic_decreasing
     assert len(table) == (found.f1 >= 0.5).sum()
+
+
+@pytest.mark.parametrize("rule", [AbsTopK(3), TopK(3)], ids=["AbsTopK", "TopK"])
+def test_planted_signed_features_have_two_poles(make_harvest, rule) -> None:
+    generator, n = torch.Generator().manual_seed(2), CONTEXT * N_CONTEXTS
+    chosen = torch.rand(n, D, generator=generator).topk(3, dim=1).indices
+    strength = (1 + torch.rand(n, 3, generator=generator)) * (torch.randint(2, (n, 3), generator=generator) * 2 - 1)
+    code = torch.zeros(n, D).scatter_(1, chosen, strength)
+    directions = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    harvest = make_harvest({"hook": code @ directions}, context_len=CONTEXT)
+    sae = SAE(D, D, rule, hook_name="hook")
+    with torch.no_grad():
+        sae.W_dec.copy_(directions)
+        sae.W_enc.copy_(directions.T)
+    for names, two in (("{f}+", "{f}-"), 1.0), (("{f}", "{f}"), 0.0):
+        parts = [(code[:, f] > 0, names[0].format(f=f)) for f in range(D)] + [
+            (code[:, f] < 0, names[1].format(f=f)) for f in range(D)
+        ]
+        frames = [pd.DataFrame({"row": has.nonzero().squeeze(1), "concept": name}) for has, name in parts]
+        table = pd.concat(frames).merge(pd.DataFrame({"row": np.flatnonzero(harvest.flags == 0)}))
+        found = poles(align(sae, harvest.vectors("hook"), from_table(harvest, table)))
+        assert len(found.table) == D
+        assert found.two == (two if rule.signed else 0.0)
+        assert found.both == (1.0 if rule.signed else 0.0)
+        assert (found.table["negative"].notna() == rule.signed).all()
+
+
+def test_poles_are_counted_pair_by_pair() -> None:
+    drawn, n, names = np.random.default_rng(0), 200, ("a", "b", "c")
+    firings = drawn.integers(0, 3, 2 * n)
+    f1, calibration = drawn.random((2, 2 * n, len(names)))
+    f1[:, 2] = np.nan
+    found = poles(Alignment(names, np.array([9, 9, 0]), 100, n, firings, f1, calibration, f1, f1, f1, f1[:n]))
+    best = [calibration[unit].argmax() if firings[unit] else None for unit in range(2 * n)]
+    held = [None if c is None or not f1[unit, c] >= 0.5 else c for unit, c in enumerate(best)]
+    alive = [f for f in range(n) if firings[f] or firings[n + f]]
+    pairs = [held[f] is not None and held[n + g] is not None and held[f] != held[n + g] for f in alive for g in alive]
+    assert found.chance == pytest.approx(np.mean(pairs))
+    assert found.both == np.mean([held[f] is not None and held[n + f] is not None for f in alive])
+    assert found.holds("negative") == np.mean([held[n + f] is not None for f in alive])
+    own = pairs[:: len(alive) + 1]
+    assert 0 < found.two == np.mean(own) < found.both
+    assert found.table["feature"].tolist() == alive
 
 
 def test_dead_units_have_no_concept(harvest, truth) -> None:

@@ -6,6 +6,7 @@ One result of kind `concepts` per SAE, with the tables
     concepts   one line a concept: its best unit
     pairs      (unit, concept) with a held-out F1 of 0.1 or more
     probes     one line for each baseline and concept
+    poles      of a rule with signs: one line a feature, what either sign of it tells (`poles`)
 
 and, where the harvest holds the MLP activations of the SAE's layer, with the tables `neurons` (one line a neuron: its
 best concept) and `neuron_concepts` (one line a concept: its best neuron),
@@ -24,6 +25,7 @@ from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import versions
 from workbench.features.concepts.alignment import LEVELS, Alignment, Units, align
+from workbench.features.concepts.poles import Poles, poles
 from workbench.features.concepts.probes import PROBE_ROWS, ProbeScores, probe
 from workbench.features.concepts.truth import ConceptTruth, Language, from_corpus, from_table
 from workbench.harvest.reading import Harvest
@@ -62,6 +64,10 @@ class ConceptReport:
             kept = kept.assign(neuron=found["feature"], best_neuron=found["f1"])
         kept = kept.join(probes, on="concept")
         return kept.sort_values("best_feature", ascending=False, ignore_index=True)
+
+    def poles(self) -> Poles | None:
+        """Whether the signs of features tell two concepts; None under a rule without signs."""
+        return poles(self.alignment) if len(self.alignment.firings) > self.alignment.d_sae else None
 
     def neuron_table(self) -> pd.DataFrame:
         """One line a neuron that has a value on some token: its best concept; none without neurons."""
@@ -161,7 +167,8 @@ def align_sae(
             "pairs": report.alignment.table(),
             "probes": report.probes.table(),
         }
-        | _neuron_tables(report),
+        | _neuron_tables(report)
+        | ({} if (found := report.poles()) is None else {"poles": found.table}),
     )
     return report
 

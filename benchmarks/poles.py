@@ -1,0 +1,95 @@
+"""Whether the signs of AbsTopK's features tell two concepts (`workbench.features.concepts.poles`): a table of
+docs/methods/concepts.md.
+
+    python -m benchmarks.poles [WORKSPACE] [--seeds 3] [--arms abstopk batch_abstopk]
+
+First on planted features, whose concepts are "feature i, positive" and "feature i, negative": AbsTopK with as many
+latents as features, where activations have signs and where they have none, and TopK with twice the latents. Then, of a
+workspace in which benchmarks/rules.py has aligned SAEs with concepts, the SAEs `seed0-ARM`, `seed1-ARM`, ... Shares of
+the features that fire, means and standard deviations over seeds.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.planted import BASE, CASES, HELD_OUT_ROWS, K, config
+from sae.planted import PlantedDictionary, PlantedSource, Planting
+from sae.rules import AbsTopK, Rule, TopK
+from sae.training import train
+from workbench import Workspace
+from workbench.features.concepts.alignment import align
+from workbench.features.concepts.poles import SIGNS, Poles, poles
+from workbench.features.concepts.truth import ConceptTruth
+from workbench.harvest.reading import Vectors
+
+STEPS = 600
+N_DOCUMENTS = 64
+
+
+class Planted(Vectors):
+    """Rows that lie in memory."""
+
+    def __init__(self, x: Float[Tensor, "n d"]) -> None:
+        self.x = x
+
+    def rows(self, rows: np.ndarray) -> Tensor:
+        return self.x[torch.from_numpy(rows)]
+
+
+def planted_poles(planting: Planting, rule: Rule, width: int, seed: int) -> Poles:
+    """Of an SAE trained on planted features."""
+    truth = PlantedDictionary(replace(planting, seed=seed))
+    outcome = train([config("a", rule, width, STEPS, seed)], PlantedSource(truth, seed))[0]
+    if outcome.sae is None:
+        raise RuntimeError(outcome.error)
+    rows = truth.rows(HELD_OUT_ROWS)
+    token, concept = torch.cat([rows.activations > 0, rows.activations < 0], dim=1).numpy().nonzero()
+    place = np.arange(HELD_OUT_ROWS)
+    known = ConceptTruth(
+        tuple(f"feature {i}, {sign}" for sign in SIGNS for i in range(planting.n_features)), place,
+        place * N_DOCUMENTS // len(place), token, concept, N_DOCUMENTS, 0,
+    )  # fmt: skip
+    return poles(align(outcome.sae, Planted(rows.x), known))
+
+
+def line(name: str, found: Sequence[Poles]) -> str:
+    """A row of the printed table."""
+    shares = [
+        [one.holds("positive") for one in found], [one.holds("negative") for one in found],
+        [one.both for one in found], [one.two for one in found], [one.chance for one in found],
+    ]  # fmt: skip
+    cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" for values in shares]
+    return f"| {name} | {np.mean([len(one.table) for one in found]):.0f} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workspace", nargs="?", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", default=["abstopk", "batch_abstopk"])
+    options = parser.parse_args()
+    n, seeds = BASE.n_features, range(options.seeds)
+    print("| | features that fire | positive sign holds | negative | both | two concepts | by chance |")
+    print("|---" * 7 + "|")
+    for name, planting, rule, width in (
+        ("planted with signs, AbsTopK", CASES["signed"], AbsTopK(K), n),
+        ("planted with signs, TopK", CASES["signed"], TopK(K), 2 * n),
+        ("planted without signs, AbsTopK", BASE, AbsTopK(K), n),
+    ):
+        print(line(name, [planted_poles(planting, rule, width, seed) for seed in seeds]), flush=True)
+    if options.workspace is not None:
+        space = Workspace(options.workspace, create=False)
+        for arm in options.arms:
+            stored = [space.results.open("concepts", f"seed{seed}-{arm}").table("poles") for seed in seeds]
+            print(line(arm, [Poles(table) for table in stored]))
+
+
+if __name__ == "__main__":
+    main()
