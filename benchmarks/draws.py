@@ -8,8 +8,6 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
 
     mlps         docs/methods/sparsity.md, 1: how sparse MLPs are by themselves
     costs        2: zeros at a given cost, PPL-p%
-    trust        2: calibration error and corrupted input under topk
-    predict      2: cores, low-rank predictors, dimensions of the residual stream
     attention    3: patterns of keys at every budget, sinks, on tasks with --task
     heads        3: heads one at a time and left whole; layers, with each query's best keys
     gates        3: sinks, gates and the stream's largest entry
@@ -38,7 +36,7 @@ import torch
 
 from circuits.passes import answer_logits
 from circuits.patching import patch_activations
-from sae import SAE, load_transcoders
+from sae import load_transcoders
 from workbench import Workspace
 from workbench.circuits.dictionary import dictionary_tables
 from workbench.circuits.task import Task
@@ -54,22 +52,17 @@ from workbench.sparsity.attention_heads import measure_heads
 from workbench.sparsity.attention_patterns import pattern_named
 from workbench.sparsity.attention_rank import looking_ranks
 from workbench.sparsity.attention_tasks import task_costs
-from workbench.sparsity.calibration import SAMPLE_TOKENS, calibrate, calibrate_on
-from workbench.sparsity.core import measure_cores
-from workbench.sparsity.dimensions import shared_dimensions
+from workbench.sparsity.calibration import calibrate
 from workbench.sparsity.enforce import enforce
 from workbench.sparsity.gates import COLUMNS as GATE_COLUMNS
 from workbench.sparsity.measure import measure
 from workbench.sparsity.methods import METHODS
 from workbench.sparsity.ppl import ppl_sparsity
-from workbench.sparsity.predictor import predictor_recall
-from workbench.sparsity.reliability import reliability
 from workbench.sparsity.sae_codes import measure_saes
 from workbench.text.corpora import Corpus, Document, open_corpus
 from workbench.text.python_source import Split
 
 MEASURED_TOKENS, HELD_OUT, CONTEXT = 24_576, 2048, 256
-CORE_SHARE = 0.4
 CODE_TASKS = ("argument", "self-attribute", "docstring", "brackets", "induction")
 DICTIONARY_TASK, DICTIONARY_PROMPTS, CHANGES = "brackets", 256, (1, 2, 4)
 GRAPH_TASKS = ("self-attribute", "induction")
@@ -81,7 +74,6 @@ LEADS = {
     ),
     "at its mean": (("vertical-slash", "sink + local"), ("top-p", "top-k keys")),
     "left whole": (("sensitivity", "uncovered"), ("sensitivity", "random")),
-    "cores, added nats": (("other", "own"), ("corpus", "own"), ("random", "own")),
     "terms": (("neurons", "random rotation"), ("PCA", "demo-topk")),
 }  # fmt: skip
 """By table: the first less the second."""
@@ -108,11 +100,6 @@ class Ask(NamedTuple):
     def held(self, tokens: int = HELD_OUT) -> list[Any]:
         """Held-out contexts of the draw."""
         return list(context_batches(self.model, self.corpus, "heldout", max_tokens=tokens, context_len=CONTEXT))
-
-    def saes(self) -> dict[str, SAE]:
-        """Those of --workspace that --sae names."""
-        space = Workspace(self.options.workspace, create=False)
-        return {name: space.sae(name, str(self.model.device)) for name in self.options.sae}
 
 
 class Part(Corpus):
@@ -154,27 +141,6 @@ def costs(ask: Ask) -> Iterator[Value]:
     for item in ppl_sparsity(ask.model, calibration, held):
         yield Value("PPL-p%", f"{item.p:.0%}", "zeros", item.sparsity)
         yield Value("PPL-p%", f"{item.p:.0%}", "CETT", item.cett)
-
-
-def trust(ask: Ask) -> Iterator[Value]:
-    found = reliability(ask.model, calibrate(ask.model, ask.corpus, context_len=CONTEXT), ask.held(), seed=ask.draw)
-    yield from _cells("topk", found.set_index("level")[["loss", "ece", "corrupted_nats"]].rename_axis("kind", axis=1))
-
-
-def predict(ask: Ask) -> Iterator[Value]:
-    tokens = max(SAMPLE_TOKENS, CONTEXT)
-    sample = list(context_batches(ask.model, ask.corpus, "train", max_tokens=tokens, context_len=CONTEXT))
-    calibration, held = calibrate_on(ask.model, sample), ask.held()
-    cores = measure_cores(ask.model, calibration, held, seed=ask.draw)
-    yield from _cells("cores, added nats", cores.cost.pivot(index="share", columns="core", values="added_nats"))
-    middle = cores.overlap[cores.overlap["share"] == CORE_SHARE].set_index("layer")
-    yield from _cells(f"overlap of cores, {CORE_SHARE:.0%}", middle[["own", "other", "corpus", "chance"]])
-    recalls = predictor_recall(ask.model, calibration, sample, held)
-    yield from _cells("recall", recalls.pivot(index="rank", columns="layer", values="recall"))
-    yield from _cells("recall, most often needed", recalls.groupby("layer")[["frequent"]].first())
-    dimensions = shared_dimensions(ask.model, held, seed=ask.draw)
-    for basis, rows in dimensions.groupby("basis"):
-        yield from _cells(f"dimensions, {basis}", rows.set_index("layer").select_dtypes("number"))
 
 
 def attention(ask: Ask) -> Iterator[Value]:
@@ -226,7 +192,8 @@ def gates(ask: Ask) -> Iterator[Value]:
 
 
 def saes(ask: Ask) -> Iterator[Value]:
-    loaded = ask.saes()
+    space = Workspace(ask.options.workspace, create=False)
+    loaded = {name: space.sae(name) for name in ask.options.sae}
     found = measure_saes(ask.model, loaded, ask.corpus, max_tokens=8192)
     for title, column in (("terms", "terms_mean"), ("reached", "reached")):
         yield from _cells(title, found.terms.pivot(index="error", columns="dictionary", values=column))
@@ -272,11 +239,13 @@ def tasks(ask: Ask) -> Iterator[Value]:
 
 
 def dictionary(ask: Ask) -> Iterator[Value]:
+    space = Workspace(ask.options.workspace, create=False)
+    loaded = {name: space.sae(name) for name in ask.options.sae}
     task = Task(DICTIONARY_TASK, DICTIONARY_PROMPTS, seed=ask.draw)
     prompts = task.prompts(ask.model)
     metric = task.measure(prompts, "logit_difference")
     tables = dictionary_tables(
-        ask.model.bridge, prompts, ask.saes(), metric=metric, changes=CHANGES, seed=ask.draw, batch_size=32
+        ask.model.bridge, prompts, loaded, metric=metric, changes=CHANGES, seed=ask.draw, batch_size=32
     )
     yield from _cells("approximation", tables["approximation"].set_index("dictionary")[["sufficiency", "necessity"]])
     control = tables["control"]
@@ -338,8 +307,6 @@ MEASUREMENTS: dict[str, Callable[[Ask], Iterator[Value]]] = {
     for function in (
         mlps,
         costs,
-        trust,
-        predict,
         attention,
         heads,
         gates,
