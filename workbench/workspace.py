@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from workbench.catalog.results import Result
     from workbench.catalog.sql import Answer
     from workbench.features.concepts.report import ConceptReport
-    from workbench.features.concepts.truth import Language
     from workbench.features.diff import ModelDiff
+    from workbench.features.documents.similar import SimilarDocuments
     from workbench.features.explanations.language_models import LanguageModel
     from workbench.features.index.build import IndexSummary
     from workbench.features.index.feature import Feature
@@ -310,30 +310,28 @@ class Workspace(Studies):
         self,
         sae: str,
         *,
-        harvest: str | None = None,
         table: "pd.DataFrame | None" = None,
-        language: "Language" = "auto",
-        max_tokens: int | None = None,
-        neurons: str | None = None,
-        model: "LoadedModel | None" = None,
         device: str = "auto",
-        on_progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
     ) -> "ConceptReport":
         """Which of an SAE's features fire on which concepts, and what neurons and probes reach; stored as `concepts`.
 
         Args:
             table: concepts of your own, columns row (of the harvest) and concept; from the corpus when left out.
-            language: how documents are read.
 
         The others, and the InputErrors, are those of `workbench.features.concepts.report.align_sae`.
         """
         from workbench.features.concepts.report import align_sae
         from workbench.models.devices import choose_device
 
-        return align_sae(
-            self, sae, harvest=harvest, concepts=table, language=language, max_tokens=max_tokens,
-            neurons=neurons, model=model, device=str(choose_device(device)), on_progress=on_progress,
-        )  # fmt: skip
+        return align_sae(self, sae, concepts=table, device=str(choose_device(device)), **settings)
+
+    def similar_documents(self, sae: str, document: str | None = None, **settings: Any) -> "SimilarDocuments":
+        """The documents of an SAE's index most like one of them, or like a `text`, and the features they share;
+        settings and InputErrors as `workbench.features.documents.similar.similar_documents`."""
+        from workbench.features.documents.similar import similar_documents
+
+        return similar_documents(self, sae, document, **settings)
 
     def match(self, a: str, b: str) -> "Overlap":
         """As `overlap`, say of two seeds, and stores the result as `A+B` (kind `stability`)."""

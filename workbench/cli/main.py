@@ -22,6 +22,7 @@ from workbench.cli import (
     comparison,
     concepts,
     crosscoders,
+    documents,
     exchange,
     explain,
     graph,
@@ -56,6 +57,7 @@ exchange.register(app)
 opening.register(app)
 inspection.register(app)
 index.register(app)
+documents.register(app)
 sparsity.register(app)
 bench.register(app)
 circuits.register(app)

@@ -4,6 +4,9 @@
 sees them; `space` is a workspace with an indexed SAE of random weights on a tiny model.
 """
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -58,8 +61,9 @@ def dense() -> NDArray:
     return values.astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def space(tmp_path_factory: pytest.TempPathFactory, gpt2_model: LoadedModel) -> Workspace:
+@pytest.fixture(scope="session")
+def indexed(tmp_path_factory: pytest.TempPathFactory, gpt2_model: LoadedModel) -> Path:
+    """What `space` is a copy of."""
     root = tmp_path_factory.mktemp("query")
     (root / "texts").mkdir()
     for number in range(30):
@@ -77,4 +81,10 @@ def space(tmp_path_factory: pytest.TempPathFactory, gpt2_model: LoadedModel) -> 
         sae.b_enc[DEAD] = -1e6
     sae.save(space.path / "saes" / "s")
     build_index(space, "s", harvest="h", model=gpt2_model, device="cpu")
-    return space
+    return space.path
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory, indexed: Path) -> Workspace:
+    shutil.copytree(indexed, path := tmp_path_factory.mktemp("query") / "w")
+    return Workspace(path)

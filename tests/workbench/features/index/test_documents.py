@@ -1,0 +1,161 @@
+"""Documents by pooled codes: against a dense float64 computation, by the cosine's own sum, and what is refused."""
+
+from collections import Counter
+
+import duckdb
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from sae.errors import InputError
+from workbench import Workspace
+from workbench.cli.main import run
+from workbench.features.documents.bags import Bags
+from workbench.features.documents.pooling import POOLINGS, Pooling, pooled_reading, token_counts
+from workbench.features.documents.similar import DocumentCodes
+from workbench.features.index.query import FeatureIndex
+from workbench.models.load import LoadedModel
+
+from .conftest import HOOK
+
+
+@pytest.fixture(scope="module")
+def dense(space: Workspace) -> dict[str, NDArray]:
+    """Of every document its [tokens, features] activations, from the SAE and the harvest, without the index."""
+    harvest, sae = space.open_harvest("h"), space.sae("s")
+    with duckdb.connect(str(harvest.database), read_only=True) as connection:
+        rows = connection.execute(
+            "SELECT name, list(row ORDER BY row) FROM tokens JOIN documents USING (doc) WHERE flags = 0 GROUP BY name"
+        ).fetchall()
+    return {
+        name: sae.encode(harvest.vectors(HOOK).rows(np.array(own)).float()).to_dense().double().numpy()
+        for name, own in rows
+    }
+
+
+def weights(dense: dict[str, NDArray], pooling: Pooling) -> tuple[list[str], NDArray]:
+    """Names and weighted codes, text by text and feature by feature."""
+    names = sorted(dense)
+    amount = {
+        "count": lambda a: (a != 0).sum(axis=0), "sum": lambda a: np.abs(a).sum(axis=0),
+        "max": lambda a: np.abs(a).max(axis=0),
+    }[pooling]  # fmt: skip
+    table = np.array([amount(dense[name]) for name in names], dtype=float)
+    found = np.zeros_like(table)
+    for feature in range(table.shape[1]):
+        having = sum(value > 0 for value in table[:, feature])
+        for text in range(len(names)):
+            if table[text, feature] > 0:
+                found[text, feature] = np.log(1 + table[text, feature]) * np.log(len(names) / having)
+    return names, found
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_documents_are_ranked_as_by_a_dense_computation(
+    space: Workspace, dense: dict[str, NDArray], pooling: Pooling
+) -> None:
+    names, w = weights(dense, pooling)
+    found = space.similar_documents("s", "7.txt", pooling=pooling, limit=100, shared=100)
+    query = w[names.index("7.txt")]
+    cosine = {
+        name: float(query @ row / (np.linalg.norm(query) * np.linalg.norm(row)))
+        for name, row in zip(names, w, strict=True)
+        if name != "7.txt"
+    }
+    assert found.n_documents == len(names) == 27
+    assert set(found.documents["document"]) == set(cosine)
+    assert found.documents["cosine"].is_monotonic_decreasing
+    for row in found.documents.itertuples():
+        assert row.cosine == pytest.approx(cosine[row.document], abs=1e-9)
+        assert row.tokens == len(dense[row.document])
+    # What documents share adds up to their cosine.
+    parts = found.shared.groupby("document")["part"].sum()
+    assert len(parts) > 20
+    for name, part in parts.items():
+        assert part == pytest.approx(cosine[str(name)], abs=1e-9)
+    one = found.shared.iloc[0]
+    there = dense[one["document"]][:, one["feature"]]
+    expected = {"count": (there != 0).sum(), "sum": np.abs(there).sum(), "max": np.abs(there).max()}
+    assert one["there"] == pytest.approx(expected[pooling], rel=1e-6)
+
+
+def test_a_text_is_compared_as_the_model_reads_it(
+    space: Workspace, dense: dict[str, NDArray], gpt2_model: LoadedModel
+) -> None:
+    text = "def f7(x):\n    return x & '<script>'\n"
+    found = space.similar_documents("s", text=text, model=gpt2_model, limit=30)
+    ids = torch.tensor([gpt2_model.begun(gpt2_model.encode(text))])
+    with torch.no_grad():
+        x = gpt2_model.hf(ids, output_hidden_states=True).hidden_states[2][0, gpt2_model.n_bos :]
+    count = (space.sae("s").encode(x).to_dense() != 0).sum(dim=0).numpy()
+    names, w = weights(dense, "count")
+    having = sum((dense[name] != 0).any(axis=0) for name in names)
+    query = np.log1p(count) * np.log(len(names) / np.maximum(having, 1)) * (having > 0)
+    cosine = w @ query / np.linalg.norm(w, axis=1) / np.linalg.norm(query)
+    assert found.query == text
+    assert len(found.documents) == 27
+    for row in found.documents.itertuples():
+        assert row.cosine == pytest.approx(cosine[names.index(row.document)], abs=1e-9)
+    assert str(found.documents["document"].iloc[0]) in found._repr_html_()
+
+
+def test_signed_activations_keep_the_sign_of_their_sum() -> None:
+    feature, activation = np.array([4, 1, 4, 1, 4]), np.array([-2.0, 1.0, 0.5, 3.0, -1.0])
+    for pooling, amounts in (("count", [2, -3]), ("sum", [4, -3.5]), ("max", [3, -2])):
+        found = pooled_reading(feature, activation, pooling)  # type: ignore[arg-type]
+        assert found.item.tolist() == [1, 4]
+        assert found.amount.tolist() == amounts
+
+
+def test_bags_in_blocks_and_their_strongest_are_those_of_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.features.documents.bags.ITEMS_AT_ONCE", 3)
+    random = np.random.default_rng(0)
+    table = np.where(random.random((6, 11)) < 0.5, random.normal(size=(6, 11)), 0)
+    table[2] = 0
+    text, item = np.nonzero(table)
+    bags = Bags(text, item, table[text, item], 6)
+    norms = np.linalg.norm(table, axis=1)
+    scale = np.where(np.outer(norms, norms) > 0, np.outer(norms, norms), np.inf)
+    assert bags.cosines(bags) == pytest.approx(table @ table.T / scale)
+    kept = bags.strongest(2)
+    for row in range(6):
+        mine = kept.text == row
+        largest = np.argsort(-np.abs(table[row]), kind="stable")[: min(2, np.count_nonzero(table[row]))]
+        assert kept.item[mine].tolist() == sorted(largest.tolist())
+    assert bags.of(4).item.tolist() == np.flatnonzero(table[4]).tolist()
+
+
+def test_tokens_are_counted_as_the_harvest_has_them(space: Workspace) -> None:
+    index = FeatureIndex.open(space, "s")
+    documents = DocumentCodes.of(index).documents
+    found = token_counts(index, documents["first"].to_numpy(), documents["last"].to_numpy())
+    harvest = space.open_harvest("h")
+    with duckdb.connect(str(harvest.database), read_only=True) as connection:
+        rows = connection.execute("SELECT doc, token FROM tokens WHERE flags = 0").fetchall()
+    counted = {
+        (int(documents["doc"].iloc[text]), int(token)): int(n)
+        for text, token, n in zip(found.text, found.item, found.amount, strict=True)
+    }
+    assert counted == Counter(rows)
+
+
+def test_the_command_says_what_is_shared_and_refuses_in_one_line(
+    space: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["documents", "like", "s", "-w", str(space.path)]
+    assert run([*command, "3.txt", "--top", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "Of 27 documents those most like '3.txt', by s" in said
+    assert "part of the cosine" in said
+    for more, message in (
+        (["3.text"], "no document '3.text' in the index of s: near are 3.txt"),
+        ([], "name a document of the index, or give a --text in its place"),
+        (["3.txt", "--text", "x"], "name a document of the index, or give a --text in its place"),
+    ):
+        assert run([*command, *more]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    with pytest.raises(InputError, match="no pooling 'mean': choose count, sum, max"):
+        space.similar_documents("s", "3.txt", pooling="mean")

@@ -1,0 +1,76 @@
+"""`workbench documents`: documents by the features that fire in them."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from sae.errors import InputError
+from workbench.cli.options import (
+    DEFAULT_WORKSPACE,
+    DeviceOption,
+    GivenModelOption,
+    JsonOption,
+    WorkspaceOption,
+    give_model,
+    open_workspace,
+)
+from workbench.cli.output import print_frame, print_json, records
+
+# As in workbench.features.documents.pooling, which loads pandas.
+PoolingOption = Annotated[
+    Literal["count", "sum", "max"],
+    typer.Option(help="What a document has of a feature: tokens it fires on, sum or maximum of its activations."),
+]
+IndexedArgument = Annotated[str, typer.Argument(help="Name of an indexed SAE.")]
+commands = typer.Typer(
+    name="documents",
+    help="Documents by the features that fire in them: `workbench documents like SAE DOCUMENT`.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.add_typer(commands)
+
+
+@commands.command()
+def like(
+    sae: IndexedArgument,
+    document: Annotated[
+        str | None, typer.Argument(help="Name of a document of the index, or its number where names repeat.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="A text in place of a document; the model reads it.")] = None,
+    pooling: PoolingOption = "count",
+    top: Annotated[int, typer.Option(help="Documents to list, most alike first.", min=1)] = 10,
+    shared: Annotated[int, typer.Option(help="Features to name of each, those that it shares most.", min=1)] = 5,
+    model: GivenModelOption = None,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Find the documents most like one, or like a text, and the features that they share.
+
+    Documents are compared by the cosine of their pooled codes, weighted as words are in a search: log(1 + amount) of a
+    feature times log of the documents over those that have it.
+    """
+    if (document is None) == (text is None):
+        raise InputError("name a document of the index, or give a --text in its place")
+    workspace = open_workspace(folder)
+    if text is not None:
+        give_model(workspace, [sae], model, device)
+    found = workspace.similar_documents(
+        sae, document, text=text, pooling=pooling, limit=top, shared=shared, device=device
+    )
+    if as_json:
+        rest = {key: value for key, value in vars(found).items() if key not in ("documents", "shared")}
+        print_json({**rest, "documents": records(found.documents), "shared": records(found.shared)})
+        return
+    titles = {"document": "document", "tokens": "tokens", "cosine": "cosine", "shared": "features that they share"}
+    said = f"Of {found.n_documents:,} documents those most like {found.query[:60]!r}, by {sae}"
+    print_frame(said, found.table(), as_json=False, titles=titles)
+    first = found.shared[found.shared["doc"] == found.documents["doc"].iloc[0]]
+    shares = {"feature": "feature", "name": "name", "part": "part of the cosine", "here": f"{pooling} here",
+              "there": f"{pooling} there"}  # fmt: skip
+    print_frame(f"What it shares with {found.documents['document'].iloc[0]}", first, as_json=False, titles=shares)

@@ -1,0 +1,99 @@
+"""Codes pooled over texts, from an index: one number a text and feature that fires there.
+
+    count   on how many tokens it fires          the sign is that of the sum of its activations there, which is 1 for
+    sum     the sum of |activation|              every rule but the signed ones
+    max     the largest |activation|
+
+A text is a span of the index's rows: a whole document, or a window of one. DuckDB adds up over the index's activations;
+no [tokens, features] matrix is formed.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from sae.errors import InputError
+from workbench.features.documents.bags import Bags
+from workbench.features.index.query import FeatureIndex
+from workbench.text.packing import NOT_COUNTED
+
+Pooling = Literal["count", "sum", "max"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+SPANNED = """
+    (SELECT text, unnest(range(first, last + 1))::INTEGER AS row
+     FROM (SELECT unnest($text) AS text, unnest($first) AS first, unnest($last) AS last)) AS spanned
+"""
+
+
+def documents_of(index: FeatureIndex) -> pd.DataFrame:
+    """The documents of an index, as they lie in it: doc, document (name), tokens (that count), first and last row."""
+    return index.frame(
+        f"""
+        SELECT doc, any_value(name) AS document, count(*) AS tokens, min(row) AS first, max(row) AS last
+        FROM tokens LEFT JOIN documents USING (doc) WHERE flags & {NOT_COUNTED} = 0 GROUP BY doc ORDER BY first
+        """
+    )
+
+
+def pooled(
+    index: FeatureIndex, first: Int[NDArray, "texts"], last: Int[NDArray, "texts"], pooling: Pooling = "count"
+) -> Bags:
+    """The codes of spans of rows, first to last, pooled; items are features. Raises InputError for another pooling."""
+    check_pooling(pooling)
+    amount = {"count": "count(*)", "sum": "sum(abs(activation))", "max": "max(abs(activation))"}[pooling]
+    found = index.frame(
+        f"""
+        SELECT text, feature AS item, {amount} * (CASE WHEN sum(activation) < 0 THEN -1 ELSE 1 END) AS amount
+        FROM feature_activations JOIN {SPANNED} USING (row) GROUP BY text, feature ORDER BY text, feature
+        """,
+        _spans(first, last),
+    )
+    return _bags(found, len(first))
+
+
+def token_counts(index: FeatureIndex, first: Int[NDArray, "texts"], last: Int[NDArray, "texts"]) -> Bags:
+    """How often which token stands in spans of rows; items are token ids."""
+    found = index.frame(
+        f"""
+        SELECT text, token AS item, count(*) AS amount FROM tokens JOIN {SPANNED} USING (row)
+        WHERE flags & {NOT_COUNTED} = 0 GROUP BY text, token ORDER BY text, token
+        """,
+        _spans(first, last),
+    )
+    return _bags(found, len(first))
+
+
+def pooled_reading(
+    feature: Int[NDArray, "entries"], activation: Float[NDArray, "entries"], pooling: Pooling = "count"
+) -> Bags:
+    """The codes of one text, of which each activation is given with its feature, pooled."""
+    check_pooling(pooling)
+    item, at = np.unique(feature, return_inverse=True)
+    size = np.abs(activation)
+    amount = np.zeros(len(item))
+    if pooling == "max":
+        np.maximum.at(amount, at, size)
+    else:
+        amount = np.bincount(at, size if pooling == "sum" else None, len(item)).astype(float)
+    sign = np.where(np.bincount(at, activation, len(item)) < 0, -1, 1)
+    return Bags(np.zeros(len(item), np.int64), item.astype(np.int64), amount * sign, 1)
+
+
+def check_pooling(pooling: str) -> None:
+    """Raises InputError for a pooling there is not."""
+    if pooling not in POOLINGS:
+        raise InputError(f"no pooling {pooling!r}: choose {', '.join(POOLINGS)}")
+
+
+def _spans(first: Int[NDArray, "texts"], last: Int[NDArray, "texts"]) -> dict[str, list[int]]:
+    return {"text": list(range(len(first))), "first": first.tolist(), "last": last.tolist()}
+
+
+def _bags(found: pd.DataFrame, n_texts: int) -> Bags:
+    """Of a query's rows text, item, amount, in order."""
+    return Bags(
+        found["text"].to_numpy(np.int64), found["item"].to_numpy(np.int64), found["amount"].to_numpy(float), n_texts
+    )
