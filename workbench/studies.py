@@ -97,6 +97,7 @@ class Studies(Catalog):
 
         loaded = {item: self.sae(item, device=str(model.device)) for item in (sae, *residuals)}
         below = {item: loaded[item] for item in residuals}
+        model = model.beginning(self.origin(sae).bos)
         return report_dfa(self, name or f"dfa-{sae}", model, (sae, loaded[sae]), text, residuals=below, **settings)
 
     def head_features(self, sae: str, model: "LoadedModel", *, name: str | None = None, **settings: Any) -> "Result":
@@ -104,7 +105,7 @@ class Studies(Catalog):
         `workbench.circuits.head_features.report_head_features`."""
         from workbench.circuits.head_features import report_head_features
 
-        loaded = self.sae(sae, device=str(model.device))
+        loaded, model = self.sae(sae, device=str(model.device)), model.beginning(self.origin(sae).bos)
         return report_head_features(self, name or f"head-features-{sae}", model, (sae, loaded), **settings)
 
     def published_table(

@@ -180,8 +180,9 @@ def _lens(_workspace: Workspace, _live: LiveSAE, version: int, text: str, name: 
 
 
 def siblings(workspace: Workspace, live: LiveSAE) -> list[str]:
-    """Other SAEs of the same model that are indexed: those whose features have names."""
-    model = {item.name: item.model for item in workspace.coders()}
+    """Other SAEs of the same model that are indexed: those whose features have names. All read one row of tokens, so
+    they begin with BOS as this one does."""
+    model = {item.name: (item.model, workspace.origin(item.name).bos) for item in workspace.coders()}
     return [name for name in workspace.indexes() if name != live.name and model.get(name) == model[live.name]]
 
 

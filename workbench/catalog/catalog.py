@@ -201,10 +201,8 @@ class Catalog:
 
     def origin(self, name: str) -> Origin:
         """What an SAE was made from. Raises InputError naming the SAEs there are."""
-        metadata = read_description(self._require_sae(name) / "cfg.json").get("metadata") or {}
-        return Origin.of_sae(
-            self.sae_provenance(name), model=metadata.get("model_name") or "", hook=metadata.get("hook_name") or ""
-        )
+        metadata = read_description(self._require_sae(name) / "cfg.json").get("metadata")
+        return Origin.of_sae(self.sae_provenance(name), metadata)
 
     def check_new_sae(self, name: str) -> None:
         """Raises InputError when the name is taken or no file name."""

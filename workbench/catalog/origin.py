@@ -39,6 +39,13 @@ def _names(found: Any) -> list[str]:
     return [name for name in found if isinstance(name, str)] if isinstance(found, Mapping | list | tuple) else []
 
 
+def contexts_told(metadata: Record) -> tuple[int | None, bool]:
+    """(tokens a context, whether it begins with BOS) as SAELens' metadata of an SAE says: None where it does not."""
+    length = metadata.get("context_size")
+    context_len = int(length) if isinstance(length, int | float) and length > 1 else None
+    return context_len, metadata.get("prepend_bos") is not False
+
+
 def versions() -> dict[str, str]:
     """Versions that an artefact's numbers may depend on."""
     return {name: version(name) for name in ("interp-workbench", "torch", "transformers", "transformer-lens")}
@@ -64,6 +71,8 @@ class Origin:
     context_len: int | None = None
     separate: bool = False
     """Whether its contexts hold parts of one document each."""
+    bos: bool = True
+    """Whether contexts begin with BOS, where the model has one."""
     run: str | None = None
     """The training run that made it."""
     training: Record = field(default_factory=dict)
@@ -77,25 +86,29 @@ class Origin:
     transcoders_fingerprint: str | None = None
 
     @classmethod
-    def of_sae(cls, record: Record, *, model: str = "", hook: str = "") -> "Origin":
+    def of_sae(cls, record: Record, metadata: Record | None = None) -> "Origin":
         """Reads the record of an SAE.
 
         Args:
-            model, hook: what its own configuration says, for SAEs that were not trained here.
+            metadata: what its own configuration says of the model, the hook point and the contexts, for SAEs that were
+                not trained here.
         """
+        told = metadata or {}
+        context_len, bos = contexts_told(told)
         harvest = _mapping(record, "harvest") or _mapping(record, "stream")
         config, corpus = _mapping(harvest, "config"), _mapping(harvest, "corpus")
         return cls(
             record,
-            model=config.get("model", model),
+            model=config.get("model", told.get("model_name") or ""),
             weights_sha256=_mapping(harvest, "model").get("weights_sha256"),
             corpus=config.get("corpus"),
             text_field=config.get("text_field", "text"),
             fingerprint=corpus.get("fingerprint"),
             harvest=harvest.get("name"),
-            hook=record.get("hook", hook),
-            context_len=config.get("context_len"),
+            hook=record.get("hook", told.get("hook_name") or ""),
+            context_len=config.get("context_len", context_len),
             separate=config.get("separate", False),
+            bos=config.get("bos", bos),
             run=record.get("run"),
             training=_mapping(record, "training"),
             imported=_mapping(record, "imported") or None,

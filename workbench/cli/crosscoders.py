@@ -13,6 +13,7 @@ from workbench.cli.options import (
     CorpusOption,
     DeviceOption,
     JsonOption,
+    OnlyOption,
     TextFieldOption,
     WorkspaceOption,
 )
@@ -48,6 +49,7 @@ def diff(
     ] = None,
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
+    only: OnlyOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens to harvest of each model.", min=2)] = 400_000,
     epochs: Annotated[float, typer.Option(help="How often the crosscoder sees them.", min=0.01)] = 2.0,
     d_sae: Annotated[int, typer.Option(help="Number of features.", min=1)] = 2048,
@@ -64,8 +66,10 @@ def diff(
     Harvests both on the same text, trains a BatchTopK crosscoder, measures it on held-out documents and indexes its
     features. Interrupted, it goes on where it stopped when the same command is repeated.
     """
+    from workbench.text.chats import counting
     from workbench.workspace import Workspace
 
+    field = counting(text_field, only)
     workspace = Workspace(folder)
     with ExitStack() as shown:
         bar: ProgressBar | None = None
@@ -78,8 +82,8 @@ def diff(
             bar.update(done)
 
         made = workspace.diff(
-            a, b, name=name, hook=hook, corpus=corpus, text_field=text_field, tokens=tokens, epochs=epochs, d_sae=d_sae,
-            k=k, seed=seed, context_len=context, heldout_tokens=heldout, device=device, on_progress=on_progress,
+            a, b, name=name, hook=hook, corpus=corpus, text_field=field, tokens=tokens, epochs=epochs, d_sae=d_sae, k=k,
+            seed=seed, context_len=context, heldout_tokens=heldout, device=device, on_progress=on_progress,
         )  # fmt: skip
     if as_json:
         print_json({"name": made.name, **as_document(made.evaluation)})

@@ -12,6 +12,7 @@ from workbench.cli.options import (
     DeviceOption,
     JsonOption,
     ModelOption,
+    OnlyOption,
     TextFieldOption,
     TokensOption,
     WorkspaceOption,
@@ -82,6 +83,7 @@ def fit(
     model: ModelOption = "demo",
     corpus: CorpusOption = "python-stdlib",
     text_field: TextFieldOption = "text",
+    only: OnlyOption = None,
     tokens: TokensOption = 4096,
     heldout: Annotated[int, typer.Option(help="Held-out tokens to measure the lenses on.", min=2)] = 8192,
     context: ContextOption = 128,
@@ -95,10 +97,11 @@ def fit(
 ) -> None:
     """Average a model's Jacobians over a corpus, and measure the logit and the Jacobian lens by layer."""
     from workbench.models.load import load_model
+    from workbench.text.chats import counting
     from workbench.text.corpora import open_corpus
     from workbench.workspace import Workspace
 
-    workspace, opened = Workspace(folder), open_corpus(corpus, text_field=text_field)
+    workspace, opened = Workspace(folder), open_corpus(corpus, text_field=counting(text_field, only))
     loaded = load_model(model, device=device)
     with ProgressBar("jacobians", 1, enabled=not as_json, unit="steps") as bar:
         result = workspace.lens(

@@ -16,6 +16,7 @@ from workbench.cli.options import (
     DeviceOption,
     GivenModelOption,
     JsonOption,
+    NoBosOption,
     OnlyOption,
     Precision,
     SeparateOption,
@@ -91,6 +92,7 @@ def harvest(
         Precision, typer.Option(help="Precision the model runs in; auto is float32 on a CPU, else its own.")
     ] = "auto",
     separate: SeparateOption = False,
+    no_bos: NoBosOption = False,
     gradients: Annotated[bool, typer.Option(help="Also store gradients of the summed next-token loss.")] = False,
     estimate_only: Annotated[bool, typer.Option(help="Print rows, bytes and time, and stop.")] = False,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
@@ -108,9 +110,8 @@ def harvest(
 
     config = HarvestConfig(
         model=harvested(name, model), corpus=corpus, text_field=counting(text_field, only), hooks=tuple(hook),
-        context_len=context,
-        max_tokens=tokens, split=split, dtype=dtype, model_dtype=model_dtype, gradients=gradients,
-        separate=separate,
+        context_len=context, max_tokens=tokens, split=split, dtype=dtype, model_dtype=model_dtype,
+        gradients=gradients, separate=separate, bos=not no_bos,
     )  # fmt: skip
     workspace = Workspace(folder)
     if estimate_only:
@@ -195,6 +196,7 @@ def evaluate(
     ],
     corpus: Annotated[str | None, typer.Option(help="Corpus; the harvest's own when left out.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Field holding the text; the harvest's when left out.")] = None,
+    only: OnlyOption = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=2)] = EVALUATION_TOKENS,
     count_bos: Annotated[bool, typer.Option("--count-bos", help="Count BOS as SAEBench does; left out else.")] = False,
     model: GivenModelOption = None,
@@ -211,7 +213,7 @@ def evaluate(
     kinds = {item.name: bool(item.parts) for item in workspace.saes()}
     crosscoders = [name for name in dict.fromkeys(saes) if kinds.get(name)]
     saes = [name for name in saes if name not in crosscoders]
-    text: dict[str, Any] = {"corpus": corpus, "text_field": text_field, "device": device}
+    text: dict[str, Any] = {"corpus": corpus, "text_field": text_field, "only": only, "device": device}
     by_part = evaluate_crosscoders(workspace, crosscoders, quiet=as_json, max_tokens=tokens, **text)
     named = workspace.with_layers(saes)
     give_model(workspace, named, model, device)

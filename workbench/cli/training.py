@@ -19,6 +19,7 @@ from workbench.cli.options import (
     CorpusOption,
     DeviceOption,
     JsonOption,
+    NoBosOption,
     OnlyOption,
     Precision,
     SeparateOption,
@@ -54,8 +55,8 @@ STREAMED_TOKENS = 2_000_000
 """Trained on where a model is the source and no number is given."""
 STREAMING = {
     "model": "--model", "corpus": "--corpus", "text_field": "--text-field", "context_len": "--context",
-    "dtype": "--dtype", "model_dtype": "--model-dtype", "separate": "--separate", "buffer": "--buffer",
-    "keep": "--keep",
+    "dtype": "--dtype", "model_dtype": "--model-dtype", "separate": "--separate", "no_bos": "--no-bos",
+    "buffer": "--buffer", "keep": "--keep",
 }  # fmt: skip
 """Options that say what the model's rows are made from and what becomes of them."""
 
@@ -141,6 +142,7 @@ class Training(TrainingSettings):
         Precision, typer.Option(help="Precision the model runs in; auto is float32 on a CPU, else its own.")
     ] = "auto"
     separate: SeparateOption = False
+    no_bos: NoBosOption = False
     buffer: Annotated[
         int | None, typer.Option(help="Rows that are shuffled together; by default 262,144, on a GPU 1M.", min=1)
     ] = None
@@ -193,6 +195,7 @@ class Training(TrainingSettings):
         return HarvestConfig(
             model=self.model, corpus=self.corpus, hooks=(), text_field=field, context_len=self.context_len,
             max_tokens=MOST_TOKENS, dtype=self.dtype, model_dtype=self.model_dtype, separate=self.separate,
+            bos=not self.no_bos,
         )  # fmt: skip
 
     @property

@@ -85,14 +85,15 @@ def model_name(catalog: Catalog, sae: str) -> str:
 
 
 def model_of(catalog: Catalog, sae: str, model: LoadedModel | None = None, device: str = "auto") -> LoadedModel:
-    """The model an SAE reads, or `model` once it is known to have the weights the SAE was trained on.
+    """The model an SAE reads, or `model` once it is known to have the weights the SAE was trained on; texts begin with
+    BOS if its contexts did.
 
     Raises:
         InputError: a model that cannot be loaded, or one with other weights.
     """
-    loaded = model or reload_model(model_name(catalog, sae), device=device)
-    catalog.origin(sae).check_model(loaded, f"SAE {sae!r}")
-    return loaded
+    loaded, origin = model or reload_model(model_name(catalog, sae), device=device), catalog.origin(sae)
+    origin.check_model(loaded, f"SAE {sae!r}")
+    return loaded.beginning(origin.bos)
 
 
 def known_features(index: FeatureIndex) -> KnownFeatures:

@@ -56,7 +56,7 @@ def contexts(
     def batches() -> Iterator[PackedBatch]:
         left = plan.n_contexts - first
         packed = pack(
-            documents(), model.tokenizer, bos_of(model, config), plan.context_len, plan.batch_contexts,
+            documents(), model.tokenizer, model.beginning(config.bos).bos_id, plan.context_len, plan.batch_contexts,
             separate=config.separate, split_special_tokens=split_special_tokens, after=after,
         )  # fmt: skip
         while left > 0 and (batch := next(packed, None)) is not None:
@@ -70,11 +70,6 @@ def contexts(
         return
     with prefetch(batches(), PACKED_AHEAD) as ahead:
         yield ahead
-
-
-def bos_of(model: LoadedModel, config: HarvestConfig) -> int | None:
-    """The token that contexts begin with; None for none."""
-    return model.bos_id if config.bos else None
 
 
 def place_of(folder: Path, blocks: Sequence[Block]) -> Place | None:

@@ -35,7 +35,7 @@ from workbench.disk.descriptions import differences, read_description, write_des
 from workbench.disk.locks import RunLock
 from workbench.harvest.finishing import write_database
 from workbench.harvest.journal import Block, leading, read_journal, recover_journal
-from workbench.harvest.passes import bos_of, contexts, place_of, run_batch
+from workbench.harvest.passes import contexts, place_of, run_batch
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.reading import Harvest
 from workbench.harvest.record import DATABASE, DESCRIPTION, SCHEMA, SPECIAL_TOKENS
@@ -92,7 +92,7 @@ def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, 
     batches = pack(
         documents,
         model.tokenizer,
-        bos_of(model, config),
+        model.beginning(config.bos).bos_id,
         plan.context_len,
         plan.batch_contexts,
         separate=config.separate,

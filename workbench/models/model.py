@@ -1,7 +1,7 @@
 """A loaded model: what is recorded of it, what was measured of it, its two forms, and text to tokens and back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -176,6 +176,10 @@ class LoadedModel:
     def begun(self, tokens: Sequence[int]) -> list[int]:
         """A row of tokens as the model reads it: after BOS, where it has one."""
         return [*([] if self.bos_id is None else [self.bos_id]), *tokens]
+
+    def beginning(self, bos: bool) -> "LoadedModel":
+        """The same model, with texts and contexts that begin with BOS, where it has one, or without."""
+        return self if bos or self.bos_id is None else replace(self, bos_id=None)
 
     def label_of(self, output: int, n_out: int) -> str:
         """What one of its `n_out` logits stands for: a token's text, or a number where they are no vocabulary."""

@@ -88,5 +88,7 @@ def _row(summary: SAESummary, origin: Origin, measured: Mapping[str, Any], evalu
 def _text(evaluation: Result | None) -> str | None:
     if evaluation is None:
         return None
-    bos = ", BOS counted" if evaluation.parameters.get("count_bos") else ""
-    return f"{evaluation.parameters['corpus']}, {evaluation.parameters['max_tokens']:,} tokens{bos}"
+    asked = evaluation.parameters
+    field = f" ({asked['text_field']})" if "text_field" in asked else ""
+    bos = ", BOS counted" if asked.get("count_bos") else ""
+    return f"{asked['corpus']}{field}, {asked['max_tokens']:,} tokens{bos}"

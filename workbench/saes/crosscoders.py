@@ -22,10 +22,9 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.models.load import LoadedModel, reload_model
-from workbench.saes.evaluate import CONTEXT_LEN
+from workbench.saes.evaluate import CONTEXT_LEN, heldout_text, parameters_of
 from workbench.saes.part_evaluation import CrosscoderEvaluation, evaluate_parts
 from workbench.saes.part_figures import latent_scaling, norm_histogram
-from workbench.text.corpora import open_corpus
 
 KIND = "crosscoder"
 
@@ -37,6 +36,7 @@ def evaluate_crosscoder(
     models: Sequence[LoadedModel] = (),
     corpus: str | None = None,
     text_field: str | None = None,
+    only: str | None = None,
     max_tokens: int = 65_536,
     device: str = "auto",
     on_progress: Callable[[int, int], None] | None = None,
@@ -47,6 +47,7 @@ def evaluate_crosscoder(
         models: of its parts in their order; loaded by the names that the parts have when left out.
         corpus: whose held-out documents are used; that of its first harvest when left out.
         text_field: field that holds its text; the harvest's when left out.
+        only: which of its tokens count; likewise.
         max_tokens: number of held-out tokens.
         on_progress: called with (tokens done, tokens in all).
 
@@ -58,16 +59,16 @@ def evaluate_crosscoder(
     if not isinstance(crosscoder, Crosscoder):
         raise InputError(f"{name!r} is no crosscoder: measure it with `workbench evaluate {name}`")
     origin = catalog.origin(name)
-    wanted = corpus or origin.corpus
-    if wanted is None:
-        raise InputError(f"crosscoder {name!r} has no harvest here: name a corpus to evaluate it on with --corpus")
-    opened = open_corpus(wanted, text_field=text_field or origin.text_field)
+    opened = heldout_text(f"crosscoder {name!r}", origin, corpus, text_field, only)
 
     def make() -> Made:
         loaded = _models(crosscoder, origin, models, device)
+        # Parts of one model keep one object.
+        begun = {id(model): model.beginning(origin.bos) for model in loaded}
+        loaded = [begun[id(model)] for model in loaded]
         found = evaluate_parts(
             loaded, crosscoder, opened, max_tokens=max_tokens, separate=origin.separate,
-            context_len=origin.context_len or min(CONTEXT_LEN, *(model.info.n_ctx for model in loaded)),
+            context_len=min(origin.context_len or CONTEXT_LEN, *(model.info.n_ctx for model in loaded)),
             on_progress=on_progress,
         )  # fmt: skip
         return _tables(crosscoder, found)
@@ -75,7 +76,7 @@ def evaluate_crosscoder(
     return catalog.results.get_or_make(
         KIND,
         name,
-        parameters={"sae": name, "corpus": wanted, "split": "heldout", "max_tokens": max_tokens},
+        parameters={"sae": name, **parameters_of(origin, corpus, opened), "max_tokens": max_tokens},
         origin=origin.measured_with(
             evaluated_on={"name": opened.name, "fingerprint": opened.fingerprint}, weights=crosscoder.fingerprint()
         ),

@@ -22,6 +22,7 @@ from workbench.disk.names import layer_name
 from workbench.models.load import LoadedModel, reload_model
 from workbench.saes.evaluation import Evaluation, evaluate_sae
 from workbench.saes.replacement import Replacement, check_covers, evaluate_replacement
+from workbench.text.chats import counting, field_and_only
 from workbench.text.corpora import Corpus, open_corpus
 
 KIND, REPLACEMENT = "evaluation", "replacement"
@@ -36,6 +37,7 @@ def evaluate(
     model: LoadedModel | None = None,
     corpus: Corpus | str | None = None,
     text_field: str | None = None,
+    only: str | None = None,
     max_tokens: int = 65_536,
     device: str = "auto",
     reuse: bool = False,
@@ -49,27 +51,22 @@ def evaluate(
         model: the model, already loaded; otherwise the one they were made from is loaded.
         corpus: corpus whose held-out documents are used; the harvest's own when left out.
         text_field: field that holds its text; the harvest's when left out.
+        only: which of its tokens count, as `workbench.text.chats.Only.parse` takes it; the harvest's when left out.
         max_tokens: number of held-out tokens.
         reuse: take what is stored where the SAE, the held-out text and the versions are the same.
         count_bos: read BOS through the SAEs too, and count it, as SAEBench does.
         on_progress: called with (tokens done, tokens in all).
 
     Raises:
-        InputError: no or unknown SAEs, SAEs of several models, or one without a harvest and no corpus named.
+        InputError: no or unknown SAEs, SAEs of several models or of contexts with BOS and without, or one without a
+            harvest and no corpus named.
     """
     if not names:
         raise InputError("no SAEs to evaluate: name at least one")
     origins = {name: catalog.origin(name) for name in names}
     origin = _common_origin(origins)
-    wanted = corpus or origin.corpus
-    if wanted is None:
-        raise InputError(f"SAE {names[0]!r} has no harvest here: name a corpus to evaluate it on with --corpus")
-    opened = open_corpus(wanted, text_field=text_field or origin.text_field)
-    asked: dict[str, Any] = {
-        "corpus": wanted if isinstance(wanted, str) else opened.name,
-        "split": "heldout",
-        "max_tokens": max_tokens,
-    }
+    opened = heldout_text(f"SAE {names[0]!r}", origin, corpus, text_field, only)
+    asked: dict[str, Any] = {**parameters_of(origin, corpus, opened), "max_tokens": max_tokens}
     if count_bos:
         asked["count_bos"] = True
     text = {"name": opened.name, "fingerprint": opened.fingerprint}
@@ -78,8 +75,9 @@ def evaluate(
         name: _stored(catalog.results, name, asked, measured[name]) if reuse else None for name in names
     }
     if missing := [name for name, found in done.items() if found is None]:
-        loaded = model or reload_model(origin.model, device=device)
-        origin.check_model(loaded, "these SAEs")
+        loaded = (model or reload_model(origin.model, device=device)).beginning(origin.bos)
+        for item in origins.values():
+            item.check_model(loaded, "these SAEs")
         fresh = _measure(catalog, missing, loaded, opened, origin, asked, on_progress)
         for name, evaluation in zip(missing, fresh, strict=True):
             _store(catalog.results, name, evaluation, asked, measured[name])
@@ -94,6 +92,7 @@ def evaluate_set(
     model: LoadedModel | None = None,
     corpus: str | None = None,
     text_field: str | None = None,
+    only: str | None = None,
     max_tokens: int = 65_536,
     device: str = "auto",
     on_progress: Callable[[int, int], None] | None = None,
@@ -102,7 +101,7 @@ def evaluate_set(
 
     Args:
         name: of the set.
-        model, corpus, text_field, max_tokens, device, on_progress: as for `evaluate`.
+        model, corpus, text_field, only, max_tokens, device, on_progress: as for `evaluate`.
 
     Raises:
         InputError: an unknown set, one that says no model, no harvest and no corpus named, or as
@@ -111,33 +110,70 @@ def evaluate_set(
     coders = catalog.transcoders(name)
     layers = [layer_name(name, layer) for layer in coders]
     origin = _common_origin({layer: catalog.origin(layer) for layer in layers})
-    wanted = corpus or origin.corpus
-    if wanted is None:
-        raise InputError(f"the set {name!r} has no harvest here: name a corpus to evaluate it on with --corpus")
-    opened = open_corpus(wanted, text_field=text_field or origin.text_field)
-    loaded = model or reload_model(origin.model, device=device)
+    opened = heldout_text(f"the set {name!r}", origin, corpus, text_field, only)
+    loaded = (model or reload_model(origin.model, device=device)).beginning(origin.bos)
     check_covers(name, coders, loaded)
     origin.check_model(loaded, "these transcoders")
     found = evaluate_replacement(
         loaded, list(coders.coders.values()), opened, max_tokens=max_tokens,
-        context_len=origin.context_len or min(CONTEXT_LEN, loaded.info.n_ctx), separate=origin.separate,
+        context_len=min(origin.context_len or CONTEXT_LEN, loaded.info.n_ctx), separate=origin.separate,
         on_progress=on_progress,
     )  # fmt: skip
     catalog.results.save(
         REPLACEMENT,
         name,
-        parameters={"transcoders": name, "corpus": wanted, "split": "heldout", "max_tokens": max_tokens},
+        parameters={"transcoders": name, **parameters_of(origin, corpus, opened), "max_tokens": max_tokens},
         provenance=Origin.of_measurement(loaded, corpus=opened, transcoders=(name, coders)).record,
         tables={"metrics": pd.DataFrame([{"transcoders": name, **found.to_dict()}])},
     )
     return found
 
 
+def heldout_text(
+    what: str, origin: Origin, corpus: Corpus | str | None, text_field: str | None, only: str | None
+) -> Corpus:
+    """The corpus that is evaluated on: what is asked for, else what the SAEs were trained on.
+
+    Args:
+        what: is evaluated, for messages.
+        corpus, text_field, only: as for `evaluate`.
+
+    Raises:
+        InputError: no harvest and no corpus named, or as `open_corpus` and `Only.parse`.
+    """
+    wanted = corpus or origin.corpus
+    if wanted is None:
+        raise InputError(f"{what} has no harvest here: name a corpus to evaluate it on with --corpus")
+    field = text_field or origin.text_field
+    if only is not None:
+        field = counting(text_field or field_and_only(field)[0], only)
+    opened = open_corpus(wanted, text_field=field)
+    if only is not None and opened.text_field != field:
+        raise InputError(f"the corpus {opened.name} is open already: say which of its tokens count when it is opened")
+    return opened
+
+
+def parameters_of(origin: Origin, corpus: Corpus | str | None, opened: Corpus) -> dict[str, Any]:
+    """What a stored evaluation says of its text."""
+    wanted = corpus or origin.corpus
+    field = {} if opened.text_field == "text" else {"text_field": opened.text_field}
+    return {"corpus": wanted if isinstance(wanted, str) else opened.name, **field, "split": "heldout"}
+
+
 def _common_origin(origins: Mapping[str, Origin]) -> Origin:
-    """That of the first SAE. Raises InputError when the SAEs belong to different models, or to none that is known."""
+    """That of the first SAE.
+
+    Raises:
+        InputError: SAEs of different models or of none that is known, or some trained with BOS and some without.
+    """
     first = next(iter(origins.values()))
-    if len({(origin.model, origin.weights_sha256) for origin in origins.values()}) > 1:
+    # Imported ones do not say their model's weights.
+    weights = {origin.weights_sha256 for origin in origins.values()} - {None}
+    if len({origin.model for origin in origins.values()}) > 1 or len(weights) > 1:
         raise InputError("these SAEs were trained on different models: evaluate those of one model at a time")
+    if len({origin.bos for origin in origins.values()}) > 1:
+        without = ", ".join(name for name, origin in origins.items() if not origin.bos)
+        raise InputError(f"{without} was trained without BOS and others here with it: evaluate them apart")
     if not first.model:
         raise InputError(f"SAE {next(iter(origins))!r} does not say which model it reads: import it with --model")
     return first
@@ -159,7 +195,7 @@ def _measure(
         max_tokens=asked["max_tokens"],
         count_bos=asked.get("count_bos", False),
         separate=origin.separate,
-        context_len=origin.context_len or min(CONTEXT_LEN, model.info.n_ctx),
+        context_len=min(origin.context_len or CONTEXT_LEN, model.info.n_ctx),
         on_progress=on_progress,
     )
 

@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.resume import recorded_block, resumed_after
@@ -132,7 +132,7 @@ def evaluate_sae(
     _check_memory(model, saes, [*reads, *hooks], **sizes)
     batches = list(context_batches(model, corpus, "heldout", separate=separate, **sizes))
     if count_bos:
-        batches = [replace(batch, ordinary=batch.doc >= 0) for batch in batches]
+        batches = [replace(batch, ordinary=batch.ordinary | _is_bos(model, batch)) for batch in batches]
     total = sum(batch.tokens.numel() for batch in batches)
     saes = [_on_device(sae, batches[0].tokens.device) for sae in saes]
     means = means_at(model, batches, hooks)
@@ -158,6 +158,13 @@ def evaluate_sae(
         replace(_summary(sae, hook, number, loss, metric, note), skip_share=skip_shares[number])
         for number, (sae, hook, metric) in enumerate(zip(saes, hooks, metrics, strict=True))
     ]
+
+
+def _is_bos(model: LoadedModel, batch: ContextBatch) -> Bool[Tensor, "batch pos"]:
+    """Where BOS stands, padding apart, which some models write with the same token."""
+    if model.bos_id is None:
+        return torch.zeros_like(batch.ordinary)
+    return (batch.tokens == model.bos_id) & (batch.doc >= 0)
 
 
 def _check_memory(model: LoadedModel, saes: Sequence[SAE], hooks: Sequence[HookSpec], **sizes: int) -> None:

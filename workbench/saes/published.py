@@ -16,6 +16,7 @@ from sae.errors import InputError
 from sae.formats import saelens_old
 from sae.formats.saelens_import import place_read
 from sae.model import SAE
+from workbench.catalog.origin import contexts_told
 from workbench.disk.extras import require
 from workbench.disk.hub import SECONDS_TO_ANSWER, require_hub
 from workbench.models.checkpoints import hub_name
@@ -114,10 +115,9 @@ def _from_metadata(about: Mapping[str, Any]) -> dict[str, Any]:
     """What SAELens' metadata says of how an SAE was trained."""
     loaded = about.get("model_from_pretrained_kwargs")
     done = tuple(name for name in PROCESSED if isinstance(loaded, Mapping) and loaded.get(name))
-    context = about.get("context_size")
+    context_len, bos = contexts_told(about)
     return {
-        "context_len": int(context) if isinstance(context, int | float) and context > 1 else None,
-        "bos": about.get("prepend_bos") is not False, "corpus": about.get("dataset_path") or None, "processed": done,
+        "context_len": context_len, "bos": bos, "corpus": about.get("dataset_path") or None, "processed": done
     }  # fmt: skip
 
 

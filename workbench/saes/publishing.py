@@ -136,9 +136,8 @@ def _told(origin: Origin) -> dict[str, Any]:
     """What SAELens' metadata says of training, where it was here."""
     if origin.context_len is None or origin.corpus is None:
         return {}
-    config = (origin.record.get("harvest") or origin.record.get("stream") or {}).get("config", {})
     return {
-        "context_size": origin.context_len, "prepend_bos": config.get("bos", True),
+        "context_size": origin.context_len, "prepend_bos": origin.bos,
         "dataset_path": public_name(origin.corpus),
     }  # fmt: skip
 
@@ -176,8 +175,7 @@ def _training(origin: Origin) -> dict[str, str]:
         return {"imported from": f"{source} {origin.imported.get('id', '')}".strip()}
     if not origin.training:
         return {}
-    config = (origin.record.get("harvest") or origin.record.get("stream") or {}).get("config", {})
-    begins = "beginning with BOS" if config.get("bos", True) else "without BOS"
+    begins = "beginning with BOS" if origin.bos else "without BOS"
     return {
         "trained on": f"{origin.training['total_tokens']:,} tokens of {public_name(origin.corpus or '?')}, contexts of "
         f"{origin.context_len} {begins}",

@@ -75,21 +75,32 @@ class Only:
 
     @classmethod
     def parse(cls, text: str) -> "Only":
-        """From roles, one START:STOP and `no-special` between commas. Raises InputError for anything else."""
+        """From roles, one START:STOP and `no-special` between commas.
+
+        Raises:
+            InputError: anything else, nothing, a second span, or one that holds no position.
+        """
         roles: list[str] = []
+        spans: list[str] = []
         first, end, special = 0, None, True
-        for item in filter(None, (item.strip() for item in text.split(","))):
-            if item in ROLES:
+        items = [item for item in (item.strip() for item in text.split(",")) if item]
+        for item in items or [text]:
+            if item in ROLES[1:]:
                 roles.append(item)
             elif item == NO_SPECIAL:
                 special = False
             elif span := re.fullmatch(r"(\d*):(\d*)", item):
+                spans.append(item)
                 first, end = int(span[1] or 0), int(span[2]) if span[2] else None
             else:
                 raise InputError(
                     f"{item!r} does not say which tokens count: give roles ({', '.join(ROLES[1:])}), positions such as "
                     f"8: or :64, or {NO_SPECIAL}"
                 )
+        if len(spans) > 1:
+            raise InputError(f"{' and '.join(spans)} are {len(spans)} spans of positions: give one, such as {spans[0]}")
+        if end is not None and end <= first:
+            raise InputError(f"no position lies in {spans[0]}: a span ends after it begins, as in 4:8")
         return cls(tuple(roles), first, end, special)
 
     def leaves_out(

@@ -12,7 +12,8 @@
 A text file is split at lines that hold only `<|endoftext|>`, where it has them, and is one document otherwise. A row
 of JSON lines, Parquet or a hub dataset is a document, and may be a list of token ids or of messages in place of text;
 `Corpus.of_tokens` takes token ids from Python. A tenth of the documents is held out, chosen by a hash of the document's
-name, so the choice does not depend on the others. A corpus of one document holds out its last tenth.
+name, so the choice does not depend on the others. A corpus of one document holds out its last tenth, or nothing where
+it is a conversation.
 
 Files come in the order of a hash of their names, so that the first N tokens are a fair sample; documents in a file
 and rows of a hub dataset keep their own order. Nothing is held in memory but the document being read.
@@ -122,6 +123,12 @@ class Corpus:
         if self._single is not None:
             content = self._single.read()
             cut = len(content) - len(content) // HELD_OUT_ONE_IN
+            if isinstance(content, tuple):
+                # A template need not take messages that begin in the middle.
+                cut = len(content)
+            if split == "heldout" and cut == len(content):
+                what = "conversation" if isinstance(content, tuple) else "document, and a short one"
+                raise InputError(f"corpus {self.name} is a single {what}, so nothing is held out: give it more of them")
             yield _document(0, self._single.name, content[:cut] if split == "train" else content[cut:], self._only)
             return
         found = 0

@@ -127,6 +127,20 @@ def test_what_is_made_of_chosen_tokens_is_measured_on_them(
             loss -= log_p[row, pos, batch.tokens[row, pos + 1]].item()
     for name in ("narrow", "streamed"):
         assert found[name]["ce_clean"] == pytest.approx(loss / counted, rel=1e-5)
+    # The same tokens, asked for: of an SAE of other tokens, of two models compared, of Jacobians.
+    assert run(["train", "c", "--name", "other", "--only", "user", *common]) == 0
+    asked = ["--device", "cpu", "-w", str(space.path)]
+    capsys.readouterr()
+    assert run(["evaluate", "other", "--only", "assistant", "--tokens", "256", *asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["other"]["ce_clean"] == pytest.approx(loss / counted, rel=1e-5)
+    assert set(space.compare(["other", "narrow"])["evaluated_on"]) == {f"{chats} (messages:assistant), 256 tokens"}
+    both = ["--corpus", str(chats), "--text-field", "messages", "--only", "assistant", "--context", "64", *asked]
+    assert run(["diff", str(model), str(model), "--name", "twice", "--tokens", "512", "--d-sae", "32", "--k", "4",
+                *both]) == 0  # fmt: skip
+    assert space.open_harvest(f"twice.{model.name}").n_trainable_rows == (space.open_harvest("c").roles[:512] == 4).sum()
+    assert space.origin("twice").text_field == "messages:assistant"
+    assert run(["lens", "fit", "j", "--model", str(model), "--tokens", "128", "--heldout", "256", *both]) == 0
+    assert space.results.open("lens", "j").table("summary")["measured"].item() == counted
     space.build_index("narrow")
     fired = space.index("narrow").frame("SELECT DISTINCT row FROM feature_activations")["row"].to_numpy()
     assert (space.open_harvest("c").roles[fired] == 4).all()

@@ -96,6 +96,12 @@ def test_a_text_may_count_in_part_too(gpt2_model: LoadedModel) -> None:
 
 def test_what_counts_stands_behind_the_field() -> None:
     assert field_and_only("text") == ("text", None)
+    for wrong, message in (
+        ("4:,:8", "4: and :8 are 2 spans"), ("8:4", "no position lies in 8:4"), (":0", "no position lies"),
+        ("", "'' does not say which"), (" , ", "does not say which"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            Only.parse(wrong)
     assert field_and_only("messages:assistant,8:") == ("messages", Only(("assistant",), first=8))
     assert counting("messages", "user") == "messages:user"
     for wrong in ("messages:asistant", "messages:8", "messages:a:b"):

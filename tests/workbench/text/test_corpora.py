@@ -89,6 +89,18 @@ def test_a_single_document_holds_out_its_last_tenth(tmp_path: Path) -> None:
     assert [document.text for document in splits["heldout"]] == ["abcdefghij" * 2]
 
 
+def test_a_single_document_that_cannot_be_cut_holds_out_nothing_in_one_line(tmp_path: Path) -> None:
+    said = [{"role": role, "content": "yes"} for role in ["user", "assistant"] * 10]
+    (tmp_path / "one.jsonl").write_text(json.dumps({"said": said}))
+    talk = open_corpus(str(tmp_path / "one.jsonl"), text_field="said")
+    (whole,) = talk.documents("train")
+    assert whole.messages is not None
+    assert len(whole.messages) == 20
+    for corpus, what in ((talk, "conversation"), (Corpus.of_tokens("t", lambda: [[1, 2, 3]]), "document")):
+        with pytest.raises(InputError, match=f"is a single {what}.* nothing is held out"):
+            next(corpus.documents("heldout"))
+
+
 def test_the_separator_counts_only_on_a_line_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one <|endoftext|> one\r\n<|endoftext|>\r\ntwo\n<|endoftext|>\n")
