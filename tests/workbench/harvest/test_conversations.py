@@ -53,6 +53,17 @@ def space(tmp_path_factory: pytest.TempPathFactory, chats: Path, model: Path) ->
     return Workspace(path)
 
 
+def loss_on(model: Path, chats: Path, field: str) -> tuple[int, float]:
+    """(held-out positions that count, the model's mean loss on them in nats)."""
+    loaded, corpus = load_model(str(model), device="cpu"), open_corpus(str(chats), text_field=field)
+    losses = []
+    for batch in context_batches(loaded, corpus, "heldout", max_tokens=256, context_len=64):
+        log_p = loaded.hf(batch.tokens).logits.double().log_softmax(-1)
+        for row, pos in batch.counted.nonzero().tolist():
+            losses.append(-log_p[row, pos, batch.tokens[row, pos + 1]].item())
+    return len(losses), float(np.mean(losses))
+
+
 def said_by(space: Workspace, harvest: str, where: str) -> str:
     rows = space.sql(
         f"SELECT text FROM tokens JOIN vocabulary USING (token) WHERE {where} ORDER BY row", harvest=harvest
@@ -108,39 +119,11 @@ def test_what_is_made_of_chosen_tokens_is_measured_on_them(
     assert run(["evaluate", "narrow", "streamed", "--tokens", "256", "--device", "cpu", "-w", str(space.path),
                 "--json"]) == 0  # fmt: skip
     found = json.loads(capsys.readouterr().out)
-    loaded, corpus = load_model(str(model), device="cpu"), open_corpus(str(chats), text_field="messages:assistant")
-    batches = list(context_batches(loaded, corpus, "heldout", max_tokens=256, context_len=64))
-    counted = sum(int(batch.counted.sum()) for batch in batches)
-    every = open_corpus(str(chats), text_field="messages")
-    assert (
-        0
-        < counted
-        < sum(
-            int(batch.counted.sum())
-            for batch in context_batches(loaded, every, "heldout", max_tokens=256, context_len=64)
-        )
-    )
-    loss = 0.0
-    for batch in batches:
-        log_p = loaded.hf(batch.tokens).logits.double().log_softmax(-1)
-        for row, pos in batch.counted.nonzero().tolist():
-            loss -= log_p[row, pos, batch.tokens[row, pos + 1]].item()
+    counted, loss = loss_on(model, chats, "messages:assistant")
+    assert 0 < counted < loss_on(model, chats, "messages")[0]
     for name in ("narrow", "streamed"):
-        assert found[name]["ce_clean"] == pytest.approx(loss / counted, rel=1e-5)
-    # The same tokens, asked for: of an SAE of other tokens, of two models compared, of Jacobians.
-    assert run(["train", "c", "--name", "other", "--only", "user", *common]) == 0
-    asked = ["--device", "cpu", "-w", str(space.path)]
-    capsys.readouterr()
-    assert run(["evaluate", "other", "--only", "assistant", "--tokens", "256", *asked, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["other"]["ce_clean"] == pytest.approx(loss / counted, rel=1e-5)
-    assert set(space.compare(["other", "narrow"])["evaluated_on"]) == {f"{chats} (messages:assistant), 256 tokens"}
-    both = ["--corpus", str(chats), "--text-field", "messages", "--only", "assistant", "--context", "64", *asked]
-    assert run(["diff", str(model), str(model), "--name", "twice", "--tokens", "512", "--d-sae", "32", "--k", "4",
-                *both]) == 0  # fmt: skip
-    assert space.open_harvest(f"twice.{model.name}").n_trainable_rows == (space.open_harvest("c").roles[:512] == 4).sum()
-    assert space.origin("twice").text_field == "messages:assistant"
-    assert run(["lens", "fit", "j", "--model", str(model), "--tokens", "128", "--heldout", "256", *both]) == 0
-    assert space.results.open("lens", "j").table("summary")["measured"].item() == counted
+        assert found[name]["ce_clean"] == pytest.approx(loss, rel=1e-5)
+
     space.build_index("narrow")
     fired = space.index("narrow").frame("SELECT DISTINCT row FROM feature_activations")["row"].to_numpy()
     assert (space.open_harvest("c").roles[fired] == 4).all()
@@ -152,6 +135,22 @@ def test_what_is_made_of_chosen_tokens_is_measured_on_them(
     capsys.readouterr()
     assert run(["info", "-w", str(space.path)]) == 0
     assert "narrow" in capsys.readouterr().out
+
+
+def test_evaluation_and_lenses_are_asked_for_the_same_tokens(
+    space: Workspace, chats: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--device", "cpu", "-w", str(space.path)]
+    assert run(["train", "c", "--name", "theirs", "--only", "user", "--k", "4", "--d-sae", "64", "--batch-size", "128",
+                "--tokens", "256", *asked]) == 0  # fmt: skip
+    counted, loss = loss_on(model, chats, "messages:assistant")
+    capsys.readouterr()
+    assert run(["evaluate", "theirs", "--only", "assistant", "--tokens", "256", *asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["theirs"]["ce_clean"] == pytest.approx(loss, rel=1e-5)
+    assert set(space.compare(["theirs"])["evaluated_on"]) == {f"{chats} (messages:assistant), 256 tokens"}
+    both = ["--corpus", str(chats), "--text-field", "messages", "--only", "assistant", "--context", "64", *asked]
+    assert run(["lens", "fit", "j", "--model", str(model), "--tokens", "128", "--heldout", "256", *both]) == 0
+    assert space.results.open("lens", "j").table("summary")["measured"].item() == counted
 
 
 def test_mistakes_are_one_line(space: Workspace, tiny_llama: Path, chats: Path) -> None:
