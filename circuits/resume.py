@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from circuits.nodes import Bridge
+from circuits.turns import turn_of
 
 
 @contextmanager
@@ -25,11 +26,12 @@ def recorded_block(bridge: Bridge, layer: int) -> Iterator[list[Any]]:
     """
     outputs: list[Any] = []
     module = bridge.blocks[layer].original_component
-    handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
+    with turn_of(bridge):
+        handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            yield outputs
+        finally:
+            handle.remove()
 
 
 @contextmanager
@@ -46,14 +48,16 @@ def resumed_after(bridge: Bridge, layer: int, output: Any) -> Iterator[None]:
         return output
 
     modules = [block.original_component for block in bridge.blocks[: layer + 1]]
-    # An attribute of the instance hides the class's method, or what an enclosing context put there, until it is undone.
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = skipped
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+    with turn_of(bridge):
+        # An attribute of the instance hides the class's method, or what an enclosing context put there, until it is
+        # undone.
+        before = [module.__dict__.get("forward") for module in modules]
+        for module in modules:
+            module.forward = skipped
+        try:
+            yield
+        finally:
+            for module, forward in zip(modules, before, strict=True):
+                del module.forward
+                if forward is not None:
+                    module.forward = forward

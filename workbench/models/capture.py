@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.models.model import LoadedModel
 from workbench.models.places import HookSpec, first_input
@@ -147,16 +148,12 @@ Keep = Callable[[HookSpec, Tensor], None]
 @contextmanager
 def hooked(model: LoadedModel, hooks: Sequence[HookSpec], keep: Keep) -> Iterator[None]:
     """Hands the value at each hook point to `keep` while the bare model runs."""
-    handles = []
-    try:
+    with turn_of(model.hf), contextlib.ExitStack() as stack:
         for hook in hooks:
             module = model.component(hook.component)
             if module is not None:
-                handles.append(_register(module, hook, keep))
+                stack.callback(_register(module, hook, keep).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _register(module: nn.Module, hook: HookSpec, keep: Keep) -> RemovableHandle:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from circuits.nodes import Bridge
 from circuits.prompts import ids
+from circuits.turns import take_turns
 from sae.errors import InputError
 from workbench.models.places import HookSpec
 from workbench.text.token_bytes import alone, part_bytes
@@ -103,7 +104,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run."""
+    """A model ready to run; threads that use it take turns (`circuits.turns`)."""
 
     info: ModelInfo
     hf: nn.Module
@@ -118,6 +119,9 @@ class LoadedModel:
     """What a few random tokens showed of it."""
     causal: bool = True
     """Whether no token sees later ones."""
+
+    def __post_init__(self) -> None:
+        take_turns(self.hf, self.structure)
 
     @property
     def bridge(self) -> Bridge:

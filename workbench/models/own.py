@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.models.places import KINDS, HookSpec, first_input
 
@@ -116,17 +117,18 @@ class ModuleBridge:
         )
 
     def __call__(self, tokens: Int[Tensor, "batch pos"], return_type: str = "logits") -> Float[Tensor, "b p outputs"]:
-        for name, function in self._added:
-            if name == TOKENS_POINT:
-                function(tokens, hook=None)
-        logits: Tensor = self.original_model(tokens).logits
+        with turn_of(self):
+            for name, function in self._added:
+                if name == TOKENS_POINT:
+                    function(tokens, hook=None)
+            logits: Tensor = self.original_model(tokens).logits
         return logits
 
     @contextmanager
     def hooks(self, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
         """Passes inside the context hand the values at hook points to functions, which may give others."""
-        before = self._added
-        with ExitStack() as stack:
+        with turn_of(self), ExitStack() as stack:
+            before = self._added
             for name, function in fwd_hooks:
                 if name != TOKENS_POINT:
                     stack.callback(self._register(name, function).remove)

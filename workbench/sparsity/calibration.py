@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
@@ -106,7 +107,7 @@ def calibrate_on(model: LoadedModel, sample: Sequence[ContextBatch]) -> Calibrat
         def see_drive(mlp: MLP, value: Tensor, ordinary: Tensor = batch.ordinary) -> None:
             gates[mlp.layer].append(spread_sample(mlp.act(value[flat_like(ordinary, value)]).abs(), SAMPLE_PER_BATCH))
 
-        with ExitStack() as stack, torch.no_grad():
+        with turn_of(model.hf), ExitStack() as stack, torch.no_grad():
             for matrix in matrices:
                 stack.callback(_on_input(matrix, see_input))
             for mlp in blocks:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, logits_of, losses
 from workbench.models.load import LoadedModel
@@ -144,7 +145,7 @@ def half_counts(
         for counts, rows in zip(halves, (batch.ordinary & ~late, late), strict=True):
             counts.append((chosen * rows[..., None]).sum(dim=1))
 
-    with ExitStack() as stack:
+    with turn_of(model.hf), ExitStack() as stack:
         for mlp in calibration.mlps:
             stack.callback(mlp.out.module.register_forward_pre_hook(see).remove)
         logits_of(model, batch)

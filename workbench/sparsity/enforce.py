@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, logits_of, losses
 from workbench.models.load import LoadedModel
@@ -101,7 +102,7 @@ def enforced(
 
         return hook
 
-    with ExitStack() as stack:
+    with turn_of(model.hf), ExitStack() as stack:
         embeddings: Any = model.hf
         stack.callback(embeddings.get_input_embeddings().register_forward_pre_hook(see_tokens).remove)
         for mlp in calibration.mlps:

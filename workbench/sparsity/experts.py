@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.features.concepts.alignment import held_out_half
 from workbench.features.concepts.truth import ConceptTruth, from_contexts
@@ -138,7 +139,7 @@ class _Routing:
 @torch.no_grad()
 def _run(model: LoadedModel, batch: ContextBatch, routing: list[_Routing]) -> None:
     ordinary = batch.ordinary.flatten()
-    with ExitStack() as stack:
+    with turn_of(model.hf), ExitStack() as stack:
         for found in routing:
 
             def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: _Routing = found) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
@@ -122,7 +123,7 @@ class _Seen(Exception):
 @torch.no_grad()
 def _run(model: LoadedModel, batch: ContextBatch, stats: Iterable[MLPStats], residual: Iterable[_Residual]) -> None:
     last = model.info.n_layers - 1
-    with ExitStack() as stack:
+    with turn_of(model.hf), ExitStack() as stack:
         for stat in stats:
 
             def see_h(_: nn.Module, args: tuple[Any, ...], stat: MLPStats = stat) -> None:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, logits_of
 from workbench.models.load import LoadedModel
@@ -150,7 +151,7 @@ def mlp_inputs(
         def see(_: nn.Module, args: tuple[Any, ...], layer: int, ordinary: Tensor = batch.ordinary) -> None:
             found[layer].append(args[0][flat_like(ordinary, args[0])])
 
-        with ExitStack() as stack:
+        with turn_of(model.hf), ExitStack() as stack:
             for layer, mlp in enumerate(mlps):
                 assert mlp.drive is not None
                 stack.callback(mlp.drive.module.register_forward_pre_hook(partial(see, layer=layer)).remove)
