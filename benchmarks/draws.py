@@ -7,6 +7,7 @@ A draw of text is every n-th document of a corpus, for calibration and for what 
 a seed. With `--out` every draw is written as it ends, a line of JSON, and one that is there is not measured again.
 
     mlps         docs/methods/sparsity.md, 1: how sparse MLPs are by themselves
+    coding       1: coding rates of the residual stream by layer
     costs        2: zeros at a given cost, PPL-p%
     attention    3: patterns of keys at every budget, sinks, on tasks with --task
     heads        3: heads one at a time and left whole; layers, with each query's best keys
@@ -53,6 +54,7 @@ from workbench.sparsity.attention_patterns import pattern_named
 from workbench.sparsity.attention_rank import looking_ranks
 from workbench.sparsity.attention_tasks import task_costs
 from workbench.sparsity.calibration import calibrate
+from workbench.sparsity.coding_rate import CodingRates
 from workbench.sparsity.enforce import enforce
 from workbench.sparsity.gates import COLUMNS as GATE_COLUMNS
 from workbench.sparsity.measure import measure
@@ -126,6 +128,18 @@ def mlps(ask: Ask) -> Iterator[Value]:
     found = measure(ask.model, ask.corpus, max_tokens=MEASURED_TOKENS)
     for table in (found.layers, found.residual[["layer", "max_abs", "ratio"]]):
         yield from _cells("mlps", table.set_index("layer"))
+
+
+def coding(ask: Ask) -> Iterator[Value]:
+    rates = CodingRates(ask.model)
+    batches = context_batches(ask.model, ask.corpus, "train", max_tokens=MEASURED_TOKENS, context_len=CONTEXT)
+    for batch in batches:
+        with torch.no_grad(), rates.seeing(batch):
+            ask.model.hf(batch.tokens, use_cache=False)
+    found = rates.table().set_index("layer")
+    found["heads_change"] = found["heads_attention"] - found["heads_before"]
+    found["random_change"] = found["random_attention"] - found["random_before"]
+    yield from _cells("coding", found)
 
 
 def costs(ask: Ask) -> Iterator[Value]:
@@ -306,6 +320,7 @@ MEASUREMENTS: dict[str, Callable[[Ask], Iterator[Value]]] = {
     function.__name__: function
     for function in (
         mlps,
+        coding,
         costs,
         attention,
         heads,

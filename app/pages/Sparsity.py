@@ -98,11 +98,13 @@ def mlps(workspace: Workspace, reports: dict[str, Parts]) -> None:
         draw(found, "neurons", figures.neuron_densities, "How often neurons fire", "by-rank")
     with right:
         draw(found, "positions", figures.positions, "By position in the context", "positions")
-    with st.expander("All numbers, and the largest entries of the residual stream"):
+    with st.expander("All numbers; the residual stream's largest entries and coding rate"):
         for name, result in found.items():
             st.markdown(f"**{plain(name)}**")
             st.dataframe(result.table("layers").set_index("layer").T, width="stretch")
-            st.dataframe(result.table("residual"), hide_index=True, width="stretch")
+            for table in ("residual", "coding"):
+                if table in result.tables():
+                    st.dataframe(result.table(table), hide_index=True, width="stretch")
     name = one_of(list(found), "Neurons of")
     neurons_of(found[name])
 

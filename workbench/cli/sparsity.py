@@ -94,16 +94,17 @@ class Measurement:
             )  # fmt: skip
 
     def show(self, result: "Result", tables: list[str]) -> None:
-        """Prints the small tables of a result, of the points the columns that fit."""
-        found = {table: result.table(table) for table in tables if table != "ppl" or result.parameters["ps"]}
+        """Prints the small tables of a result, those there are, of the points the columns that fit."""
+        found = {table: result.table(table) for table in tables if table in result.tables()}
         print_result(result, found, self.as_json, columns={"points": POINT_COLUMNS, "costs": COST_COLUMNS}, turn=True)
 
 
 @commands.command()
 @sharing(Measurement, tokens=100_000)
 def measure(run: Measurement) -> None:
-    """Measure how sparsely each MLP is used: zeros, mass, firing densities, dead neurons, massive activations."""
-    run.show(run.run("measure"), ["layers", "residual"])
+    """Measure how sparsely each MLP is used: zeros, mass, firing densities, dead neurons, massive activations, coding
+    rates of the stream."""
+    run.show(run.run("measure"), ["layers", "residual", "coding"])
 
 
 @commands.command()

@@ -4,11 +4,12 @@
 2. Hooks hand each MLP's activations to `mlp_stats`, and each block's output to the search for massive activations
    (2402.17762): max |x| of the residual stream, against the median |x|, and the token it sits on. BOS counts here,
    since massive activations tend to sit there; everywhere else BOS and padding are left out.
-3. Memory: one batch of activations of one layer at a time, and the sums.
+3. The first `CODING_TOKENS` rows also say how many nats a token's stream takes: see `coding_rate`.
+4. Memory: one batch of activations of one layer at a time, and the sums.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from sae.errors import InputError
 from workbench.models.contexts import ContextBatch, context_batches
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
+from workbench.sparsity.coding_rate import CodingRates
 from workbench.sparsity.layers import mlps
 from workbench.sparsity.mlp_stats import MLPStats
 from workbench.text.corpora import Corpus
@@ -28,6 +30,8 @@ from workbench.text.python_source import Split
 
 MASSIVE = 100.0
 MASSIVE_RATIO = 1000.0
+CODING_TOKENS = 32_768
+"""A second moment of the stream needs a few times as many tokens as the stream has dimensions."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Measurement:
     residual: pd.DataFrame
     """layer, max_abs, median_abs, ratio, massive (max_abs > 100 and ratio > 1000, the paper's mark), dimension, pos,
     token, at_bos: the largest entry of each block's output."""
+    coding: pd.DataFrame
+    """See `coding_rate.CodingRates.table`; no rows where attention adds to no residual stream."""
 
 
 def measure(
@@ -70,9 +76,11 @@ def measure(
         width=max(stat.mlp.d_mlp for stat in stats),
     )  # fmt: skip
     residual = [_Residual(layer) for layer in range(model.info.n_layers)]
+    coding = _coding_rates(model)
     done = 0
     for batch in context_batches(model, corpus, split, max_tokens=max_tokens, context_len=context_len):
-        _run(model, batch, stats, residual)
+        with coding.seeing(batch) if coding is not None and done < CODING_TOKENS else nullcontext():
+            _run(model, batch, stats, residual)
         done += batch.tokens.numel()
         if on_progress is not None:
             on_progress(done, max_tokens)
@@ -84,7 +92,15 @@ def measure(
         neurons=pd.concat([_neuron_table(stat) for stat in stats], ignore_index=True),
         positions=pd.concat([_position_table(stat) for stat in stats], ignore_index=True),
         residual=pd.DataFrame([found.row(model) for found in residual]),
+        coding=pd.DataFrame() if coding is None else coding.table(),
     )
+
+
+def _coding_rates(model: LoadedModel) -> CodingRates | None:
+    try:
+        return CodingRates(model)
+    except InputError:
+        return None
 
 
 class _Residual:

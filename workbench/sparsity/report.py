@@ -1,6 +1,6 @@
 """The sparsity measurements as results of a workspace, one kind each.
 
-    sparsity-mlp         tables layers, neurons, positions, residual
+    sparsity-mlp         tables layers, neurons, positions, residual, coding
     sparsity-curves      tables points, shares (by matrix), costs (at given costs), cett (thresholds by layer), ppl,
                          reliability
     sparsity-predict     tables overlap, cores, dimensions, predictor
@@ -76,8 +76,10 @@ def report_mlps(
     def make() -> Made:
         found = measure(model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress)
         tables = {
-            "layers": found.layers, "neurons": found.neurons, "positions": found.positions, "residual": found.residual
+            "layers": found.layers, "neurons": found.neurons, "positions": found.positions, "residual": found.residual,
         }  # fmt: skip
+        if len(found.coding):
+            tables["coding"] = found.coding
         return tables, {
             "layers": figures.layer_overview(found.layers),
             "neurons": figures.neuron_densities(found.neurons),

@@ -43,7 +43,7 @@ def arguments(command: str, workspace: Path, model: Path, corpus: Path, *extra: 
 
 
 COMMANDS = {
-    "measure": ("sparsity-mlp", [], ["layers", "residual"]),
+    "measure": ("sparsity-mlp", [], ["layers", "residual", "coding"]),
     "enforce": (
         "sparsity-curves",
         ["--method", "zero", "--method", "wina", "--p", "0.01"],
