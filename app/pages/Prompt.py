@@ -159,7 +159,7 @@ def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position:
     lenses = [LOGIT, *(f"{name}{form}" for name in fitted for form in ("", CENTRED))]
     name = choice.selectbox(
         "Lens", lenses, key="lens", bind="query-params", label_visibility="collapsed",
-        help="`workbench lens fit NAME` averages Jacobians, which read early layers better",
+        help="`workbench lens fit NAME` averages Jacobians, which say what a layer leads to",
     )  # fmt: skip
     try:
         found = _lens(workspace, live, version, text, name)
