@@ -9,6 +9,7 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
     mlps         docs/methods/sparsity.md, 1: how sparse MLPs are by themselves
     coding       1: coding rates of the residual stream by layer
     costs        2: zeros at a given cost, PPL-p%
+    prediction   2: calibration and corrupted input under top-k; cores, a low-rank predictor, dimensions of the stream
     attention    3: patterns of keys at every budget, sinks, on tasks with --task
     heads        3: heads one at a time and left whole; layers, with each query's best keys
     gates        3: sinks, gates and the stream's largest entry
@@ -53,13 +54,17 @@ from workbench.sparsity.attention_heads import measure_heads
 from workbench.sparsity.attention_patterns import pattern_named
 from workbench.sparsity.attention_rank import looking_ranks
 from workbench.sparsity.attention_tasks import task_costs
-from workbench.sparsity.calibration import calibrate
+from workbench.sparsity.calibration import SAMPLE_TOKENS, calibrate, calibrate_on
 from workbench.sparsity.coding_rate import CodingRates
+from workbench.sparsity.core import measure_cores
+from workbench.sparsity.dimensions import shared_dimensions
 from workbench.sparsity.enforce import enforce
 from workbench.sparsity.gates import COLUMNS as GATE_COLUMNS
 from workbench.sparsity.measure import measure
 from workbench.sparsity.methods import METHODS
 from workbench.sparsity.ppl import ppl_sparsity
+from workbench.sparsity.predictor import predictor_recall
+from workbench.sparsity.reliability import reliability
 from workbench.sparsity.sae_codes import measure_saes
 from workbench.text.corpora import Corpus, Document, open_corpus
 from workbench.text.python_source import Split
@@ -155,6 +160,27 @@ def costs(ask: Ask) -> Iterator[Value]:
     for item in ppl_sparsity(ask.model, calibration, held):
         yield Value("PPL-p%", f"{item.p:.0%}", "zeros", item.sparsity)
         yield Value("PPL-p%", f"{item.p:.0%}", "CETT", item.cett)
+
+
+def prediction(ask: Ask) -> Iterator[Value]:
+    sample = list(context_batches(ask.model, ask.corpus, "train", max_tokens=SAMPLE_TOKENS, context_len=CONTEXT))
+    calibration, held = calibrate_on(ask.model, sample), ask.held()
+    yield from _cells(
+        "reliability",
+        reliability(ask.model, calibration, held, seed=ask.draw).set_index("level").T.rename_axis(columns=None),
+    )
+    cores = measure_cores(ask.model, calibration, held, seed=ask.draw)
+    yield from _cells("cores", cores.cost.pivot(index="core", columns="share", values="added_nats"))
+    overlap = cores.overlap.set_index("layer")
+    for share, rows in overlap.groupby("share"):
+        yield from _cells(f"overlap at {share}", rows[["own", "other", "corpus"]])
+    found = predictor_recall(ask.model, calibration, sample, held)
+    table = found.pivot(index="layer", columns="rank", values="recall").rename_axis(columns=None)
+    frequent = found.groupby("layer")["frequent"].first()
+    yield from _cells("recall", table.assign(frequent=frequent))
+    yield from _cells("recall over the most often needed", table.sub(frequent, axis=0))
+    for basis, rows in shared_dimensions(ask.model, held, seed=ask.draw).groupby("basis"):
+        yield from _cells(f"dimensions, {basis}", rows.drop(columns="basis").set_index("layer"))
 
 
 def attention(ask: Ask) -> Iterator[Value]:
@@ -322,6 +348,7 @@ MEASUREMENTS: dict[str, Callable[[Ask], Iterator[Value]]] = {
         mlps,
         coding,
         costs,
+        prediction,
         attention,
         heads,
         gates,

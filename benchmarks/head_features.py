@@ -1,55 +1,95 @@
-"""What the demo model's heads are for by their features: SAEs on the heads of one layer, and a frozen random decoder.
+"""What heads are for by their features: SAEs on the heads of each layer of the demo model and on the two planted heads
+(`benchmarks.planted_heads`), which have one job each, beside frozen random decoders.
 
-SAEs train on the heads' outputs over Python's standard library and are indexed and aligned with concepts there;
-`workbench.circuits.head_features` surveys the heads. Means over seeds and heads, and the random decoder's.
+SAEs train on the heads' outputs, the demo's over Python's standard library, the planted ones' over rows of tokens, and
+are indexed and aligned with concepts there; `workbench.circuits.head_features` surveys the heads. Means over heads that
+have features, and the share of heads with more than one meaning; mean, least and greatest of the seeds.
 
-    python benchmarks/head_features.py [--layer 3] [--tokens 300000] [--seeds 3]
+    python -m benchmarks.head_features [--layer 3] [--tokens 120000] [--seeds 3]
 """
 
 import argparse
+import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from benchmarks.planted_heads import LENGTH, jobs, save_planted, texts
 from sae.config import TrainConfig
 from sae.rules import TopK
 from workbench import Workspace
 from workbench.circuits.head_features import FAMILIES, polysemantic_share
 from workbench.harvest.plan import HarvestConfig
-from workbench.models.load import load_model
+from workbench.models.load import LoadedModel, load_model
 
 K, WIDTH = 16, 1024
+PLANTED_K, PLANTED_WIDTH, PLANTED_TEXTS = 4, 128, 4000
+PLANTED = {0: "a0.h3", 2: "a2.h5"}
+
+
+def surveys(
+    space: Workspace, model: LoadedModel, harvest: str, seeds: int, known: pd.DataFrame | None = None, **sizes: Any
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Trains both arms on every seed; gives the arm and the table `heads`.
+
+    Args:
+        known: concepts of the harvest's rows; those of its text when left out.
+    """
+    for seed in range(seeds):
+        for arm, frozen in (("topk", False), ("random", True)):
+            name = f"{harvest}-{arm}-{seed}"
+            space.train(name, harvest, [TrainConfig(name, seed=seed, frozen_decoder=frozen, **sizes)], device="cpu")
+            space.build_index(name, device="cpu")
+            space.concepts(name, table=known)
+            heads = space.head_features(name, model).table("heads")
+            print(f"{name}\n{heads[heads['features'] > 0].to_string(index=False)}", flush=True)
+            yield arm, heads
+
+
+def concepts_of(space: Workspace, harvest: str) -> pd.DataFrame:
+    """What is known of every token of the planted transformer's text."""
+    found = space.sql("SELECT row, context, token FROM tokens WHERE flags = 0 ORDER BY row", harvest)
+    return jobs(pd.DataFrame(found.rows, columns=found.columns))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--layer", type=int, action="append", help="of the demo model; repeat, all when left out")
+    parser.add_argument("--tokens", type=int, default=120_000)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    hook = f"blocks.{options.layer}.attn.hook_z"
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        space, model = Workspace(Path(folder) / "w"), load_model("demo", device="cpu")
-        space.harvest("z", HarvestConfig("demo", "python-stdlib", (hook,), max_tokens=options.tokens), model=model)
-        configs = [
-            TrainConfig(f"{name}-{seed}", 2 * options.tokens, WIDTH, TopK(K), seed=seed, frozen_decoder=frozen)
-            for seed in range(options.seeds)
-            for name, frozen in (("topk", False), ("random", True))
-        ]
-        space.train("run", "z", configs, device="cpu")
-        found = {}
-        for config in configs:
-            space.build_index(config.name, device="cpu")
-            space.concepts(config.name)
-            found[config.name] = space.head_features(config.name, model).table("heads")
-            print(f"{config.name}\n{found[config.name].to_string(index=False)}", flush=True)
-    rows = [
-        {"arm": name.rsplit("-", 1)[0], "polysemantic": polysemantic_share(heads),
-         **heads[["with_concept", "meanings", *FAMILIES]].mean().to_dict()}
-        for name, heads in found.items()
-    ]  # fmt: skip
-    print(pd.DataFrame(rows).groupby("arm").agg(["mean", "min", "max"]).T.round(2).to_string())
+        space = Workspace(Path(folder) / "w")
+        planted, text = save_planted(Path(folder) / "model"), Path(folder) / "text.jsonl"
+        text.write_text("".join(json.dumps(document) + "\n" for document in texts(PLANTED_TEXTS)))
+        model = load_model(str(planted), device="cpu")
+        sizes: dict[str, Any] = {"total_tokens": 400_000, "d_sae": PLANTED_WIDTH, "rule": TopK(PLANTED_K)}
+        for layer, node in PLANTED.items():
+            name, hook = f"planted-{layer}", f"blocks.{layer}.attn.hook_z"
+            space.harvest(
+                name, HarvestConfig(str(planted), str(text), (hook,), context_len=2 * LENGTH + 1), model=model
+            )
+            for arm, heads in surveys(space, model, name, options.seeds, known=concepts_of(space, name), **sizes):
+                rows.append(row(f"planted, {node}, {arm}", heads[heads["node"] == node]))
+        model = load_model("demo", device="cpu")
+        sizes = {"total_tokens": 2 * options.tokens, "d_sae": WIDTH, "rule": TopK(K)}
+        for layer in options.layer or range(model.info.n_layers):
+            name, hook = f"demo-{layer}", f"blocks.{layer}.attn.hook_z"
+            space.harvest(name, HarvestConfig("demo", "python-stdlib", (hook,), max_tokens=options.tokens), model=model)
+            for arm, heads in surveys(space, model, name, options.seeds, **sizes):
+                rows.append(row(f"demo, layer {layer}, {arm}", heads))
+    print(pd.DataFrame(rows).groupby("arm", sort=False).agg(["mean", "min", "max"]).round(2).T.to_string())
+
+
+def row(arm: str, heads: pd.DataFrame) -> dict[str, Any]:
+    """Means over heads that have features."""
+    found = heads[heads["features"] > 0]
+    means = found[["features", "with_concept", "meanings", *FAMILIES]].mean().to_dict()
+    return {"arm": arm, "heads": len(found), "polysemantic": polysemantic_share(found), **means}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 `circuit-head-features`.
 
 1. Of every head its features: those that fire with the largest share of the head in their decoder row's squared norm,
-   with what they are called and their best concept (`workbench concepts`).
+   above the share that each head of the layer would have of an even row, with what they are called and their best
+   concept (`workbench concepts`).
 2. Of every such feature how far back it looks, from direct feature attribution (`circuits.dfa`) at the strongest tokens
    of its strongest contexts. Each source s but BOS weighs w_s, its positive part over all heads; then
 
@@ -10,7 +11,8 @@
        induction   share of the weight on sources whose token before is the token at t: what followed it earlier
        family      induction where that share is above one half, else short up to 8 tokens of distance, else long
 
-3. Of every head its number of meanings: different best concepts among the features that have one.
+3. Of every head its number of meanings: different best concepts among the features that have one, a number at their
+   end left out, since depth 1 and depth 2 are one job.
 
 (Kissane et al. 2024, arXiv 2406.17759, read these families off by eye and call a head polysemantic where its features
 mean several things; the measure and both bounds are reconstructed.)
@@ -42,6 +44,8 @@ from workbench.models.memory import check_prompt_fits
 HEAD_FEATURES = "circuit-head-features"
 SHORT = 8
 """Tokens of mean distance up to which a feature looks back a short way."""
+NUMBERED = r"_\d+$"
+"""The end of a concept that is one of a series."""
 FAMILIES = ("induction", "short", "long")
 
 
@@ -76,8 +80,8 @@ def report_head_features(
     def make() -> Made:
         longest = int(index.meta["context_len"])
         check_prompt_fits("following a feature through contexts", model, longest, attention=True)
-        found = {head: of_head(index, head, n) for head in range(model.info.n_heads)}
-        features = pd.concat([table.assign(node=head_name(layer, head)) for head, table in found.items()])
+        nodes = [head_name(layer, head) for head in range(model.info.n_heads)]
+        features = pd.concat([of_head(index, head, n).assign(node=node) for head, node in enumerate(nodes)])
         reach: dict[int, tuple[float, float]] = {}
         wanted = list(dict.fromkeys(features["feature"].tolist()))
         for done, feature in enumerate(wanted, 1):
@@ -88,7 +92,7 @@ def report_head_features(
             features[column] = [reach[feature][part] for feature in features["feature"]]
         features["family"] = [family(*reach[feature]) for feature in features["feature"]]
         features.insert(0, "node", features.pop("node"))
-        return {"features": features.reset_index(drop=True), "heads": _heads(features, layer)}, {}
+        return {"features": features.reset_index(drop=True), "heads": _heads(features, layer, nodes)}, {}
 
     parameters = {"sae": label, "n": n, "texts": texts, "built": index.settings}
     origin = Origin.of_measurement(model, saes={label: attention})
@@ -99,13 +103,13 @@ def report_head_features(
 
 
 def of_head(index: FeatureIndex, head: int, n: int) -> pd.DataFrame:
-    """The n features that fire with the largest share of a head: feature, share, name, concept, f1.
+    """The n features that fire with the largest share of a head, above an even one: feature, share, name, concept, f1.
 
     A concept is given where its F1 is good enough to call the feature after it.
     """
     rows = index.frame(
         "SELECT feature, share FROM feature_heads JOIN feature_stats USING (feature) WHERE head = ? AND firings > 0 "
-        "ORDER BY share DESC, feature LIMIT ?",
+        "AND share > 1 / (1 + (SELECT max(head) FROM feature_heads)) ORDER BY share DESC, feature LIMIT ?",
         [head, n],
     )
     known = index.table().reindex(columns=["feature", "name", "concept", "concept_f1"])
@@ -148,14 +152,16 @@ def family(distance: float, induction: float) -> str:
     return "induction" if induction > 0.5 else "short" if distance <= SHORT else "long"
 
 
-def _heads(features: pd.DataFrame, layer: int) -> pd.DataFrame:
+def _heads(features: pd.DataFrame, layer: int, nodes: list[str]) -> pd.DataFrame:
     """One row a head."""
     rows = []
-    for head, (node, own) in enumerate(features.groupby("node", sort=False)):
-        concepts = own["concept"].dropna()
+    for head, node in enumerate(nodes):
+        own = features[features["node"] == node]
+        concepts = own["concept"].dropna().astype(str)
+        meanings = concepts.str.replace(NUMBERED, "", regex=True).nunique()
         rows.append(
             {"node": node, "layer": layer, "head": head, "features": len(own), "with_concept": len(concepts),
-             "meanings": concepts.nunique(), **{kind: int((own["family"] == kind).sum()) for kind in FAMILIES}}
+             "meanings": meanings, **{kind: int((own["family"] == kind).sum()) for kind in FAMILIES}}
         )  # fmt: skip
     return pd.DataFrame(rows)
 

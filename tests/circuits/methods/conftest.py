@@ -1,61 +1,13 @@
-"""A transformer whose circuit is known: two hand-set heads among 64 do induction, the others are noise.
-
-The residual stream has 16 coordinates each for: token, position, previous position (both from the position
-embedding), previous token (written by a0.h3), output (written by a2.h5, read by the unembedding). Codes are rows of
-a Hadamard matrix without the constant one, and their negatives: orthogonal or opposite, mean zero.
-"""
+"""The planted transformer (`benchmarks.planted_heads`) at several sharpnesses, and random models."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-N_CODES = 30
-TOKEN, POSITION, BEFORE, PREVIOUS_TOKEN, OUTPUT = (slice(16 * i, 16 * i + 16) for i in range(5))
-
-
-def codes() -> torch.Tensor:
-    """[30, 16], entries 1 and -1."""
-    matrix = torch.ones(1, 1)
-    for _ in range(4):
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return torch.cat([matrix[1:], -matrix[1:]])
-
-
-def planted_model(sharpness: float, noise: float = 0.02, seed: int = 0) -> GPT2LMHeadModel:
-    """`sharpness` is what a matching key scores, before LayerNorm's scale, above an orthogonal one."""
-    config = GPT2Config(
-        vocab_size=N_CODES, n_positions=N_CODES, n_embd=256, n_layer=4, n_head=16, n_inner=8, tie_word_embeddings=False,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    code = codes()
-    for name, parameter in model.named_parameters():
-        is_norm = ".ln_" in name and name.endswith("weight")
-        parameter.fill_(1.0 if is_norm else 0.0)
-        if "attn" in name and name.endswith("weight"):
-            parameter.normal_(0, noise, generator=generator)
-    model.transformer.wte.weight[:, TOKEN] = code
-    model.transformer.wpe.weight[:, POSITION] = code
-    model.transformer.wpe.weight[1:, BEFORE] = code[:-1]
-    for (layer, head), (query, key, write, gain) in {
-        (0, 3): (BEFORE, POSITION, PREVIOUS_TOKEN, 0.5),
-        (2, 5): (TOKEN, PREVIOUS_TOKEN, OUTPUT, 0.5),
-    }.items():
-        attn = model.transformer.h[layer].attn
-        columns = slice(16 * head, 16 * head + 16)
-        for part, (read, scale) in enumerate([(query, sharpness), (key, 1.0), (TOKEN, 1.0)]):
-            weight = attn.c_attn.weight[:, 256 * part : 256 * (part + 1)]
-            weight[:, columns] = 0
-            weight[read, columns] = scale * torch.eye(16)
-        attn.c_proj.weight[columns] = 0
-        attn.c_proj.weight[columns, write] = gain * torch.eye(16)
-    model.lm_head.weight[:, OUTPUT] = code / 2
-    return model
+from benchmarks.planted_heads import number_tokenizer, planted_model
 
 
 def boot(model: Any, folder: Path, name: str = "gpt2") -> Any:
@@ -72,9 +24,7 @@ def boot(model: Any, folder: Path, name: str = "gpt2") -> Any:
 def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tokenizer whose tokens are the numbers 0 ... 99; 0 is BOS."""
     folder = tmp_path_factory.mktemp("words")
-    words = Tokenizer(models.WordLevel({str(token): token for token in range(100)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="0", eos_token="0").save_pretrained(folder)
+    number_tokenizer(100).save_pretrained(folder)
     return folder
 
 

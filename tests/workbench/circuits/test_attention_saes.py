@@ -1,13 +1,18 @@
 """An attention-output SAE trained on a real harvest, and its features taken apart, end to end."""
 
+import json
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
 
+from benchmarks.planted_heads import LENGTH, N_CODES, codes, jobs, save_planted, texts
 from circuits.dfa import head_shares
 from circuits.passes import activations
 from sae.config import TrainConfig
 from sae.errors import InputError
+from sae.model import SAE
 from sae.rules import TopK
 from workbench.catalog.notes import Notes
 from workbench.circuits.attention_saes import report_dfa
@@ -16,7 +21,7 @@ from workbench.cli.main import run
 from workbench.features.index.feature import Concept
 from workbench.features.index.query import FeatureIndex
 from workbench.harvest.plan import HarvestConfig
-from workbench.models.load import LoadedModel
+from workbench.models.load import LoadedModel, load_model
 from workbench.workspace import Workspace
 
 ATTENTION, RESIDUAL, LOWER = "blocks.2.attn.hook_z", "blocks.2.hook_resid_pre", "blocks.1.hook_resid_pre"
@@ -99,6 +104,40 @@ def test_how_far_a_feature_looks_back_is_weighted_by_what_sources_bring() -> Non
     assert family(*reach_of(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), tokens)) == ""
     # Without BOS the first token is a source as any other, and what follows it follows it.
     assert reach_of(torch.tensor([1.0, 3.0, 0.0, 0.0]), torch.tensor([5, 7, 9, 5]), n_bos=0) == (2.25, 0.75)
+
+
+def test_a_planted_head_has_one_meaning_and_one_family(tmp_path: Path) -> None:
+    """Features set by hand to the codes that the two planted heads hand on; no other head has any."""
+    folder, text = save_planted(tmp_path / "model", sharpness=3.0), tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps(document) + "\n" for document in texts(120)))
+    model, space = load_model(str(folder), device="cpu"), Workspace(tmp_path / "w")
+    heads = {0: (3, "after", "short"), 2: (5, "led_to", "induction")}
+    hooks = tuple(f"blocks.{layer}.attn.hook_z" for layer in heads)
+    config = HarvestConfig(str(folder), str(text), hooks, context_len=2 * LENGTH + 1, max_tokens=3000)
+    space.harvest("h", config, model=model)
+    tokens = space.sql("SELECT row, context, token FROM tokens WHERE flags = 0 ORDER BY row")
+    known = jobs(pd.DataFrame(tokens.rows, columns=tokens.columns))
+    known = known[known["concept"].str.contains("_[3-6]$")]
+    for (layer, (head, job, kind)), hook in zip(heads.items(), hooks, strict=True):
+        sae, name = SAE(256, N_CODES, TopK(1), hook_name=hook), f"layer-{layer}"
+        with torch.no_grad():
+            sae.W_dec.zero_()[:, 16 * head : 16 * head + 16] = codes() / 4
+            sae.W_enc.copy_(sae.W_dec.T)
+        space.add_sae(name, sae, {})
+        space.build_index(name, harvest="h", model=model, device="cpu")
+        space.concepts(name, harvest="h", table=known)
+        result = space.head_features(name, model, n=7, texts=1)
+        table, features = result.table("heads").set_index("node"), result.table("features")
+        node = f"a{layer}.h{head}"
+        assert set(features["node"]) == {node}
+        # Before anything is repeated the induction head looks anywhere, so not every feature of it is told so well.
+        concepts = features["concept"].dropna()
+        assert len(concepts) >= 3
+        assert (concepts == [f"{job}_{feature}" for feature in features.loc[concepts.index, "feature"]]).all()
+        assert table.loc[node, ["features", "with_concept", "meanings"]].tolist() == [7, len(concepts), 1]
+        assert set(features["family"]) - {""} == {kind}
+        assert (table.drop(node)["features"] == 0).all()
+        assert polysemantic_share(table) == 0.0
 
 
 def test_polysemantic_heads_have_more_than_one_meaning() -> None:
