@@ -333,6 +333,13 @@ class Workspace(Studies):
 
         return similar_documents(self, sae, document, **settings)
 
+    def document_halves(self, sae: str, **settings: Any) -> "Result":
+        """How well pooled codes find a document's other half, beside words and dense vectors, stored as kind `halves`;
+        settings and InputErrors as `workbench.features.documents.report.document_halves`."""
+        from workbench.features.documents.report import document_halves
+
+        return document_halves(self, sae, **settings)
+
     def match(self, a: str, b: str) -> "Overlap":
         """As `overlap`, say of two seeds, and stores the result as `A+B` (kind `stability`)."""
         from workbench.features.concepts.report import match
@@ -349,20 +356,12 @@ class Workspace(Studies):
 
         return explain_features(self, sae, features, model, **settings)
 
-    def prompt(
-        self, sae: str, text: str, *, model: "LoadedModel | None" = None, device: str = "auto"
-    ) -> "PromptReading":
+    def prompt(self, sae: str, text: str, **settings: Any) -> "PromptReading":
         """Reads a prompt through an SAE: the features that fire on it, token by token; see `features.prompts`.
-
-        Args:
-            model: the SAE's model, already loaded; otherwise the one it was trained on is loaded.
-
-        Raises:
-            InputError: an unknown SAE, a model that cannot be loaded or is another one, or a text without tokens.
-        """
+        Settings, such as a loaded `model`, and InputErrors as `workbench.features.live.open_live`."""
         from workbench.features.live import open_live
 
-        return open_live(self, sae, model=model, device=device).read(text)
+        return open_live(self, sae, **settings).read(text)
 
     def steer(
         self,

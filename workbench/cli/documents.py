@@ -14,7 +14,7 @@ from workbench.cli.options import (
     give_model,
     open_workspace,
 )
-from workbench.cli.output import print_frame, print_json, records
+from workbench.cli.output import print_frame, print_json, print_result, records
 
 # As in workbench.features.documents.pooling, which loads pandas.
 PoolingOption = Annotated[
@@ -74,3 +74,33 @@ def like(
     shares = {"feature": "feature", "name": "name", "part": "part of the cosine", "here": f"{pooling} here",
               "there": f"{pooling} there"}  # fmt: skip
     print_frame(f"What it shares with {found.documents['document'].iloc[0]}", first, as_json=False, titles=shares)
+
+
+@commands.command()
+def halves(
+    sae: IndexedArgument,
+    tokens: Annotated[int, typer.Option(help="Tokens of each half.", min=1)] = 600,
+    draws: Annotated[int, typer.Option(help="Times the halves are drawn.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first draw.", min=0)] = 0,
+    documents: Annotated[int, typer.Option(help="Documents at most.", min=1)] = 500,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how well codes find a document's other half: beside tf-idf of tokens, the mean activation and its PCA.
+
+    Of every document that is long enough two windows are drawn that share no context; each looks for the other among
+    those of all documents. Of codes and tokens also the 2, 4, 8 and 32 numbers that weigh most.
+    """
+    workspace = open_workspace(folder)
+    result = workspace.document_halves(sae, tokens=tokens, draws=draws, seed=seed, documents=documents)
+    summary = result.table("summary")
+    if as_json:
+        print_result(result, {"summary": summary, "draws": result.table("draws")}, as_json)
+        return
+    titles = {"method": "method", "kept": "kept", "top1": "found first", "least": "least", "greatest": "greatest",
+              "reciprocal_rank": "1 / place", "lead": "over tokens", "least_lead": "least lead",
+              "greatest_lead": "greatest lead", "numbers": "numbers"}  # fmt: skip
+    said = f"Other halves found, {summary['documents'].iloc[0]:,} documents, {tokens:,} tokens each, {draws} draws"
+    shown = summary.assign(kept=[str(kept) if kept else "all" for kept in summary["kept"]])
+    print_frame(said, shown, as_json=False, titles=titles)
+    print(f"Stored as {result.kind} result {result.name!r} in {result.path}")

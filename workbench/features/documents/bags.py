@@ -52,6 +52,11 @@ class Bags:
         mine = slice(*np.searchsorted(self.text, [text, text + 1]))
         return Bags(np.zeros_like(self.text[mine]), self.item[mine], self.amount[mine], 1)
 
+    def every_second(self, first: int) -> "Bags":
+        """The texts first, first + 2, ..."""
+        mine = self.text % 2 == first
+        return Bags(self.text[mine] // 2, self.item[mine], self.amount[mine], (self.n_texts + 1 - first) // 2)
+
     @property
     def norms(self) -> Float[NDArray, "n_texts"]:
         """|w_u| of every text."""

@@ -38,20 +38,17 @@ def documents_of(index: FeatureIndex) -> pd.DataFrame:
     )
 
 
-def pooled(
-    index: FeatureIndex, first: Int[NDArray, "texts"], last: Int[NDArray, "texts"], pooling: Pooling = "count"
-) -> Bags:
-    """The codes of spans of rows, first to last, pooled; items are features. Raises InputError for another pooling."""
-    check_pooling(pooling)
-    amount = {"count": "count(*)", "sum": "sum(abs(activation))", "max": "max(abs(activation))"}[pooling]
+def pooled(index: FeatureIndex, first: Int[NDArray, "texts"], last: Int[NDArray, "texts"]) -> dict[Pooling, Bags]:
+    """The codes of spans of rows, first to last, in every pooling; items are features."""
     found = index.frame(
         f"""
-        SELECT text, feature AS item, {amount} * (CASE WHEN sum(activation) < 0 THEN -1 ELSE 1 END) AS amount
+        SELECT text, feature AS item, count(*) AS count, sum(abs(activation)) AS sum, max(abs(activation)) AS max,
+               CASE WHEN sum(activation) < 0 THEN -1 ELSE 1 END AS sign
         FROM feature_activations JOIN {SPANNED} USING (row) GROUP BY text, feature ORDER BY text, feature
         """,
         _spans(first, last),
     )
-    return _bags(found, len(first))
+    return {pooling: _bags(found.assign(amount=found[pooling] * found["sign"]), len(first)) for pooling in POOLINGS}
 
 
 def token_counts(index: FeatureIndex, first: Int[NDArray, "texts"], last: Int[NDArray, "texts"]) -> Bags:
@@ -70,7 +67,6 @@ def pooled_reading(
     feature: Int[NDArray, "entries"], activation: Float[NDArray, "entries"], pooling: Pooling = "count"
 ) -> Bags:
     """The codes of one text, of which each activation is given with its feature, pooled."""
-    check_pooling(pooling)
     item, at = np.unique(feature, return_inverse=True)
     size = np.abs(activation)
     amount = np.zeros(len(item))

@@ -45,8 +45,9 @@ class DocumentCodes:
     @classmethod
     def of(cls, index: FeatureIndex, pooling: Pooling = "count") -> "DocumentCodes":
         """Pools the codes of an index. Raises InputError for a pooling there is not."""
+        check_pooling(pooling)
         documents = documents_of(index)
-        bags = pooled(index, documents["first"].to_numpy(), documents["last"].to_numpy(), pooling)
+        bags = pooled(index, documents["first"].to_numpy(), documents["last"].to_numpy())[pooling]
         return cls(index.sae, pooling, documents, bags, index.d_sae)
 
     def place(self, document: str) -> int:

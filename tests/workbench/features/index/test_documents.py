@@ -12,6 +12,7 @@ from sae.errors import InputError
 from workbench import Workspace
 from workbench.cli.main import run
 from workbench.features.documents.bags import Bags
+from workbench.features.documents.halves import KEPT, draw_windows, score
 from workbench.features.documents.pooling import POOLINGS, Pooling, pooled_reading, token_counts
 from workbench.features.documents.similar import DocumentCodes
 from workbench.features.index.query import FeatureIndex
@@ -140,6 +141,86 @@ def test_tokens_are_counted_as_the_harvest_has_them(space: Workspace) -> None:
     assert counted == Counter(rows)
 
 
+def test_halves_share_no_context_and_lie_on_either_side_of_the_same_boundary() -> None:
+    # A document of 90 rows, one of 20, which is too short, and many of 70; every context begins with a row left out.
+    lengths = [90, 20, *[70] * 12]
+    every = np.arange(sum(lengths))
+    doc, counts = np.repeat(np.arange(len(lengths)), lengths), every % 16 != 0
+    seen = set()
+    for seed in range(40):
+        windows = draw_windows(every[counts], doc[counts], 16, tokens=20, seed=seed, documents=12)
+        assert windows.rows.shape == (24, 20)
+        for early, late in windows.rows.reshape(12, 2, 20):
+            assert len({*doc[early], *doc[late]}) == 1
+            assert early.max() // 16 < late.min() // 16
+            assert counts[early].all()
+            assert counts[late].all()
+            # As many rows that count lie from the first to the last as there are tokens.
+            assert all(counts[part.min() : part.max() + 1].sum() == 20 for part in (early, late))
+            seen.add((early[0], late[0]))
+        assert windows.first.tolist() == windows.rows[:, 0].tolist()
+    assert len(seen) > 200
+    with pytest.raises(InputError, match="0 documents of the index have 40 tokens on both sides"):
+        draw_windows(every[counts], doc[counts], 16, tokens=40, seed=0, documents=12)
+
+
+def test_a_partner_that_is_only_as_near_as_another_is_not_first() -> None:
+    cosines = np.array([[0.9, 0.9, 0.1], [0.2, 0.8, 0.3], [0.0, 0.9, 0.5]])
+    # Rows find theirs at 2, 1, 2; columns at 1, 3, 1.
+    top1, reciprocal = score(cosines)
+    assert top1 == pytest.approx(3 / 6)
+    assert reciprocal == pytest.approx((1 / 2 + 1 + 1 / 2 + 1 + 1 / 3 + 1) / 6)
+
+
+def test_halves_are_scored_as_by_dense_computations(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tiny workspace's documents are of one context or two: every row a context, so that there are boundaries.
+    index = FeatureIndex.open(space, "s")
+    monkeypatch.setitem(index.meta, "context_len", 2)
+    monkeypatch.setattr(FeatureIndex, "open", lambda catalog, sae: index)
+    found = space.document_halves("s", tokens=4, draws=1, seed=3)
+    summary = found.table("summary").set_index(["method", "kept"])
+    harvest, sae = space.open_harvest("h"), space.sae("s")
+    with duckdb.connect(str(harvest.database), read_only=True) as connection:
+        row, doc, token = zip(
+            *connection.execute("SELECT row, doc, token FROM tokens WHERE flags = 0 ORDER BY row").fetchall(),
+            strict=True,
+        )
+    windows = draw_windows(np.array(row), np.array(doc), 2, tokens=4, seed=3, documents=500).rows
+    x = [harvest.vectors(HOOK).rows(own).double() for own in windows]
+    codes = np.array([(sae.encode(own.float()).to_dense() != 0).sum(dim=0).numpy() for own in x], dtype=float)
+    words = np.zeros((len(windows), max(token) + 1))
+    for text, own in enumerate(windows):
+        for one in own:
+            words[text, token[row.index(one)]] += 1
+    tokens = torch.cat(x)
+    means = torch.stack([own.mean(dim=0) for own in x]) - tokens.mean(dim=0)
+    _, spread, directions = torch.linalg.svd(tokens - tokens.mean(dim=0), full_matrices=False)
+    turned = means @ directions.T
+
+    def weighed(table: NDArray) -> NDArray:
+        having = (table > 0).sum(axis=0)
+        return np.log(1 + table) * np.log(len(table) / np.maximum(having, 1)) * (having > 0)
+
+    def reached(table: NDArray) -> tuple[float, float]:
+        ranks = []
+        for one, other in ((table[::2], table[1::2]), (table[1::2], table[::2])):
+            for place, mine in enumerate(one):
+                near = [mine @ his / max(np.linalg.norm(mine) * np.linalg.norm(his), 1e-300) for his in other]
+                ranks.append(sum(value >= near[place] - 1e-9 for value in near))
+        return np.mean([rank == 1 for rank in ranks]), np.mean([1 / rank for rank in ranks])
+
+    expected = {
+        ("codes, count", 0): weighed(codes), ("tokens", 0): weighed(words), ("mean vector", 0): means.numpy(),
+        ("PCA", 4): turned[:, :4].numpy(), ("whitened", 0): (turned / spread).numpy(),
+    }  # fmt: skip
+    for key, table in expected.items():
+        got = summary.loc[key]
+        assert (got["top1"], got["reciprocal_rank"]) == pytest.approx(reached(table), abs=1e-9), key
+    assert {kept for method, kept in summary.index if method == "codes, count"} == {0, *KEPT}
+    assert (summary["documents"] == len(windows) // 2).all()
+    assert space.document_halves("s", tokens=4, draws=1, seed=3).created == found.created
+
+
 def test_the_command_says_what_is_shared_and_refuses_in_one_line(
     space: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,5 +238,7 @@ def test_the_command_says_what_is_shared_and_refuses_in_one_line(
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1
+    assert run(["documents", "halves", "s", "-w", str(space.path)]) == 2
+    assert "0 documents of the index have 600 tokens on both sides" in capsys.readouterr().err
     with pytest.raises(InputError, match="no pooling 'mean': choose count, sum, max"):
         space.similar_documents("s", "3.txt", pooling="mean")
