@@ -18,16 +18,26 @@ from workbench.sparsity.compare import compare, report_names, report_parts
 from workbench.sparsity.enforce import generate
 from workbench.sparsity.methods import method_named
 from workbench.sparsity.neurons import NeuronView, view_neuron
-from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP, PREDICT, SAES
+from workbench.sparsity.report import ATTENTION, CURVES, EXPERTS, HEADS, MLP, PREDICT, SAES
 
-PARTS = ("MLPs", "Cost", "Beforehand", "Attention", "Heads", "SAEs")
+PARTS = ("MLPs", "Cost", "Beforehand", "Attention", "Heads", "SAEs", "Experts")
 COMMANDS = {
-    MLP: "measure", CURVES: "enforce", PREDICT: "predict", ATTENTION: "attention", HEADS: "heads", SAES: "sae"
+    MLP: "measure", CURVES: "enforce", PREDICT: "predict", ATTENTION: "attention", HEADS: "heads", SAES: "sae",
+    EXPERTS: "experts",
 }  # fmt: skip
 NEURON_COLUMNS = {"neuron": "neuron", "density": "share of tokens", "mean_abs": "mean |h|", "max_abs": "largest |h|"}
 SAE_COLUMNS = {
     "sae": "SAE", "l0": "L0", "l0_p10": "L0, 10%", "l0_p50": "median", "l0_p90": "90%", "dead_share": "dead share",
     "dense_share": "dense share", "zipf_exponent": "Zipf exponent", "zipf_r2": "R² of the fit",
+}  # fmt: skip
+LAYER_COLUMNS = {
+    "layer": "layer", "experts": "experts", "chosen": "chosen a token", "load_entropy": "entropy of loads, bits",
+    "in_use": "in use", "gate_entropy": "entropy of a token's gates, bits", "max_load": "largest load",
+    "unused": "never chosen", "d_expert": "neurons of each", "d_shared": "of the shared one",
+}  # fmt: skip
+EXPERT_COLUMNS = {
+    "expert": "expert", "load": "share of tokens", "gate": "mean gate", "concept": "best concept", "f1": "F1",
+    "chance": "F1 by chance", "precision": "precision", "recall": "recall",
 }  # fmt: skip
 PROMPT = "def read_lines(path):\n    with open("
 NEURON_TOKENS = 8192
@@ -69,7 +79,7 @@ def main() -> None:
         "Part", PARTS, default=PARTS[0], key="part", bind="query-params", label_visibility="collapsed", required=True
     )
     # `required` keeps a second click on the part from taking it away, but types do not know that.
-    draws = dict(zip(PARTS, (mlps, cost, beforehand, attention, heads, saes), strict=True))
+    draws = dict(zip(PARTS, (mlps, cost, beforehand, attention, heads, saes, experts), strict=True))
     draws[part or PARTS[0]](workspace, reports)
 
 
@@ -323,15 +333,45 @@ def saes(workspace: Workspace, reports: dict[str, Parts]) -> None:
         right.plotly_chart(figures.terms_needed(result.table("terms")), key=f"terms {name}")
 
 
+def experts(workspace: Workspace, reports: dict[str, Parts]) -> None:
+    """What the experts of mixtures are used for: loads by layer, then a layer's experts and which go together."""
+    found = having(workspace, reports, EXPERTS)
+    if not found:
+        return
+    draw(found, "experts", figures.expert_loads, "How often experts are chosen", "loads")
+    for name, result in found.items():
+        if len(found) > 1:
+            st.markdown(f"**{plain(name)}**")
+        layers = result.table("layers")
+        st.dataframe(layers[list(LAYER_COLUMNS)], hide_index=True, width="stretch", column_config=LAYER_COLUMNS)
+    result = found[one_of(list(found), "Experts of")]
+    st.subheader("Experts of a layer")
+    table, pairs = result.table("experts"), result.table("pairs")
+    layer = int(st.selectbox("Layer", sorted(table["layer"].unique()), key="mixture", bind="query-params"))
+    rows = table[table["layer"] == layer].sort_values("load", ascending=False)
+    left, right = st.columns([3, 2])
+    with left:
+        st.dataframe(rows[list(EXPERT_COLUMNS)], hide_index=True, height=420, column_config=EXPERT_COLUMNS)
+        if rows["concept"].isna().all():
+            st.caption("Nothing is known about the tokens of this text that experts could tell.")
+        else:
+            st.caption("The concept that an expert tells best on half of the documents, scored on the other half.")
+    right.plotly_chart(figures.expert_pairs(pairs, layer), key=f"pairs {result.name}")
+    with st.expander("Pairs of experts"):
+        shown = pairs[pairs["layer"] == layer].sort_values("together", ascending=False)
+        st.dataframe(shown, hide_index=True, width="stretch")
+
+
 def having(workspace: Workspace, reports: dict[str, Parts], kind: str) -> Parts:
     """The results of a kind; says which command makes the missing ones."""
     for name, parts in reports.items():
         if kind not in parts:
             made_of = next(iter(parts.values())).origin
             extra = " SAE" if kind == SAES else ""
+            what = "Not measured yet for" if kind != EXPERTS else "No mixture of experts was measured for"
             field = f" --text-field {made_of.text_field}" if made_of.text_field != "text" else ""
             st.info(
-                f"Not measured yet for {plain(name)}. Next: `workbench sparsity {COMMANDS[kind]} {name}{extra} "
+                f"{what} {plain(name)}. Next: `workbench sparsity {COMMANDS[kind]} {name}{extra} "
                 f"--model {made_of.model} --corpus {made_of.corpus}{field} "
                 f"--workspace {workspace.path}`"
             )

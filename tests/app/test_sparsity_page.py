@@ -5,15 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
+from benchmarks.families import save_tiny
 from sae import SAE, TopK
 from workbench import Workspace
 from workbench.circuits.task import Task
 from workbench.models.load import load_model
-from workbench.sparsity.report import report_attention, report_curves, report_heads, report_mlps, report_saes
+from workbench.sparsity import figures
+from workbench.sparsity.report import (
+    report_attention,
+    report_curves,
+    report_experts,
+    report_heads,
+    report_mlps,
+    report_saes,
+)
 from workbench.text.corpora import open_corpus
 
 OpenPage = Callable[..., AppTest]
@@ -134,6 +144,27 @@ def test_sae_codes_are_shown(measured: Path, open_page: OpenPage) -> None:
     page = open_page("Sparsity", measured, reports="a", part="SAEs")
     assert page.dataframe[0].value["SAE"].tolist() == ["s"]
     assert len(page.get("plotly_chart")) == 3
+
+
+def test_experts_are_shown_with_their_concepts_and_what_goes_together(
+    measured: Path, tmp_path: Path, open_page: OpenPage
+) -> None:
+    space, texts = Workspace(tmp_path / "w"), open_corpus(str(measured.parent / "texts"))
+    mixture = load_model(str(save_tiny("Qwen2MoeForCausalLM", tmp_path / "mixture")), device="cpu")
+    made = report_experts(space, "m", mixture, texts, max_tokens=256, context_len=32)
+    page = open_page("Sparsity", space, reports="m", part="Experts", mixture="1")
+    assert headings(page) == ["How often experts are chosen", "Experts of a layer"]
+    layers, shown, pairs = (frame.value for frame in page.dataframe)
+    assert layers["in_use"].tolist() == made.table("layers")["in_use"].tolist()
+    wanted = made.table("experts").query("layer == 1").sort_values("load", ascending=False)
+    assert shown["concept"].tolist() == wanted["concept"].tolist()
+    assert shown["concept"].notna().any()
+    drawn = figures.expert_pairs(made.table("pairs"), 1).data[0]
+    for pair in pairs.itertuples():
+        cell = np.asarray(drawn.z)[pair.expert, pair.other]
+        assert cell == np.asarray(drawn.z)[pair.other, pair.expert] == np.log2(pair.lift)
+    page = open_page("Sparsity", measured, reports="a", part="Experts")
+    assert "No mixture of experts was measured for a. Next: `workbench sparsity experts a" in page.info[0].value
 
 
 def test_reports_stand_side_by_side_and_what_is_missing_names_its_command(measured: Path, open_page: OpenPage) -> None:

@@ -33,6 +33,7 @@ CONCEPT_TITLES = {
     "sign": "sign",
     "best_feature": "best feature",
     "neuron": "neuron",
+    "neuron_sign": "its sign",
     "best_neuron": "best neuron",
     "sae_k1": "k = 1",
     "sae_k4": "k = 4",
@@ -142,9 +143,9 @@ def neurons_of(report: "ConceptReport") -> "pd.DataFrame":
 
 
 def show(title: str, found: "pd.DataFrame", titles: dict[str, str]) -> None:
-    """Prints the columns in `titles`; the sign only where activations have two."""
+    """Prints the columns in `titles`; a sign only where values have two."""
     there = {key: heading for key, heading in titles.items() if key in found}
-    shown = {key: heading for key, heading in there.items() if key != "sign" or (found["sign"] < 0).any()}
+    shown = {key: heading for key, heading in there.items() if not key.endswith("sign") or (found[key] < 0).any()}
     print_frame(title, found, as_json=False, titles=shown)
 
 

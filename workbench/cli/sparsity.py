@@ -222,7 +222,9 @@ def report(
     ] = True,
     heldout: Annotated[int, typer.Option(help="Held-out tokens of the curves, attention and SAEs.", min=2)] = 8192,
 ) -> None:
-    """Run measure, enforce, attention, heads, predict and, with --sae, sae under one name; stored parts are kept."""
+    """Run measure, enforce, attention, heads, predict, of a mixture experts and, with --sae, sae under one name; stored
+    parts are kept.
+    """
     name, spec = measured(run.name, run.model)
     workspace = run.workspace()
     loaded = {item: workspace.sae(item) for item in sae or []}

@@ -9,6 +9,12 @@ A report is everything stored under one name; parts that were not measured are l
                                           levels cost less, that of the last; reports from before the search lack it
     flops_saved_at_0.1                    the largest share of weight products saved at COST, over methods
     sink                                  mean attention on BOS over heads
+    own_core, corpus_core                 added nats on second halves of contexts that may use no neurons but a core of
+                                          CORE_SHARE of them (`core`): that of the first half, the training text's
+    predicted                             recall of a token's neurons by a predictor of an eighth of the width, mean
+                                          over layers (`predictor`)
+    experts_in_use, busiest_expert        of mixtures (`experts`), means over layers: 2^H of the loads, the largest load
+    unused_experts                        that no token chose, in all layers
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +25,13 @@ import pandas as pd
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
-from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP, PREDICT, SAES
+from workbench.sparsity.report import ATTENTION, CURVES, EXPERTS, HEADS, MLP, PREDICT, SAES
 
-KINDS = (MLP, CURVES, ATTENTION, HEADS, PREDICT, SAES)
+KINDS = (MLP, CURVES, ATTENTION, HEADS, PREDICT, SAES, EXPERTS)
 COST = 0.1
 """Added nats at which methods are compared."""
+CORE_SHARE = 0.4
+"""Of a layer's neurons, the size of core at which cores are compared."""
 
 
 def report_names(catalog: Catalog) -> list[str]:
@@ -81,4 +89,22 @@ def _row(name: str, parts: Mapping[str, Result]) -> dict[str, Any]:
             row[f"flops_saved_at_{COST:g}"] = float(costs["flops_saved"].max())
     if ATTENTION in parts:
         row["sink"] = float(parts[ATTENTION].table("heads")["sink"].mean())
+    if PREDICT in parts:
+        row |= _prediction(parts[PREDICT])
+    if EXPERTS in parts:
+        layers = parts[EXPERTS].table("layers")
+        row |= {
+            "experts_in_use": float(layers["in_use"].mean()), "busiest_expert": float(layers["max_load"].mean()),
+            "unused_experts": int(layers["unused"].sum()),
+        }  # fmt: skip
+    return row
+
+
+def _prediction(result: Result) -> dict[str, float]:
+    cores = result.table("cores").query("share == @CORE_SHARE").set_index("core")["added_nats"]
+    row = {f"{core}_core": float(cores[core]) for core in ("own", "corpus")}
+    if "predictor" in result.tables():
+        found = result.table("predictor")
+        # The largest rank is the width, by which all neurons are told.
+        row["predicted"] = float(found.loc[found["rank"] == found["rank"].max() // 8, "recall"].mean())
     return row

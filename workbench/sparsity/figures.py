@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from workbench.show.colours import UPWARDS, series_colour
+from workbench.show.colours import BOTH_WAYS, UPWARDS, series_colour
 from workbench.sparsity.attention import STRUCTURED, best_of_heads
 from workbench.sparsity.neurons import NeuronView
 
@@ -74,6 +75,29 @@ def expert_loads(experts: pd.DataFrame) -> go.Figure:
             text=[f"expert {expert}" for expert in ordered["expert"]], line={"color": series_colour(number)},
         )  # fmt: skip
     return _laid_out(figure, "experts, the busiest first", "share of tokens")
+
+
+def expert_pairs(pairs: pd.DataFrame, layer: int) -> go.Figure:
+    """How much oftener than by chance two experts of a layer are chosen together, as log2 of their lift.
+
+    Args:
+        pairs: the table `pairs` of experts; pairs that no token chose stay empty.
+        layer: one of its layers.
+    """
+    rows = pairs[(pairs["layer"] == layer) & (pairs["together"] > 0)]
+    size = int(pairs.loc[pairs["layer"] == layer, "other"].max()) + 1
+    cells, shares = np.full((size, size), np.nan), np.zeros((size, size))
+    for a, b in (("expert", "other"), ("other", "expert")):
+        cells[rows[a], rows[b]], shares[rows[a], rows[b]] = np.log2(rows["lift"]), rows["together"]
+    bound = max(1.0, float(np.nanmax(np.abs(cells)))) if len(rows) else 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=cells, customdata=shares, zmin=-bound, zmax=bound, colorscale=BOTH_WAYS,
+            colorbar={"title": "log2 lift"},
+            hovertemplate="experts %{y} and %{x}: log2 lift %{z:.2f}, on %{customdata:.2%} of tokens<extra></extra>",
+        )
+    )  # fmt: skip
+    return _laid_out(figure, "expert", "expert").update_layout(title=f"chosen together, layer {layer}", height=420)
 
 
 def cost_curves(points: pd.DataFrame) -> go.Figure:

@@ -136,6 +136,7 @@ def test_the_report_is_stored_and_names_features(space: Workspace, demo: LoadedM
     assert result.parameters["neurons"] == report.neurons_hook == NEURONS
     neurons = result.table("neuron_concepts").set_index("concept")
     side = report.table().set_index("concept")
+    assert side["neuron_sign"].to_dict() == neurons["sign"].to_dict()
     assert side["best_neuron"].to_dict() == pytest.approx(neurons["f1"].to_dict(), nan_ok=True)
     assert (side["neuron"] == neurons["neuron"].loc[side.index]).all()
     assert neurons.loc["line_end", "f1"] > 0.3

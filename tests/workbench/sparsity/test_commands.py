@@ -137,6 +137,12 @@ def test_a_report_makes_every_part_once_and_stands_beside_another(
     capsys.readouterr()
     assert run(["sparsity", "compare", "--workspace", str(tmp_path / "w"), "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    cores, told = (space.results.open("sparsity-predict", "relu").table(name) for name in ("cores", "predictor"))
+    cores = cores.set_index(["share", "core"])["added_nats"]
+    assert (rows["relu"]["own_core"], rows["relu"]["corpus_core"]) == (cores[0.4, "own"], cores[0.4, "corpus"])
+    # A width of 32.
+    assert rows["relu"]["predicted"] == pytest.approx(told.query("rank == 4")["recall"].mean())
+    assert rows["silu"]["predicted"] is None
     assert rows["relu"]["exact_zero"] > 0.3 > 0.01 > rows["silu"]["exact_zero"]
     for name, row in rows.items():
         layers = space.results.open("sparsity-mlp", name).table("layers")

@@ -139,5 +139,10 @@ def test_the_command_stores_and_prints_what_experts_do(
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["experts"]) == 3 * EXPERTS
     assert printed["layers"][0]["chosen"] == CHOSEN
+    assert run(["sparsity", "compare", "--workspace", str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    for column, wanted in (("experts_in_use", "in_use"), ("busiest_expert", "max_load")):
+        assert row[column] == pytest.approx(np.mean([layer[wanted] for layer in printed["layers"]]))
+    assert row["unused_experts"] == sum(layer["unused"] for layer in printed["layers"])
     assert run(arguments(str(tiny_gpt2))) == 2
     assert "GPT2LMHeadModel has no mixture of experts" in capsys.readouterr().err.strip().splitlines()[-1]

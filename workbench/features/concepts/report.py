@@ -53,15 +53,15 @@ class ConceptReport:
     def table(self) -> pd.DataFrame:
         """One line a concept, best first: its best feature, and held-out F1 of feature, neuron and probes side by side.
 
-        Columns concept, positives (held-out tokens), feature, sign, best_feature, with neurons also neuron and
-        best_neuron, then one column a probe.
+        Columns concept, positives (held-out tokens), feature, sign, best_feature, with neurons also neuron,
+        neuron_sign and best_neuron, then one column a probe.
         """
         best = self.alignment.best_features().rename(columns={"f1": "best_feature"})
         probes = self.probes.table().pivot(index="concept", columns="method", values="f1")
         kept = best[["concept", "positives", "feature", "sign", "best_feature"]]
         if self.neurons is not None:
             found = self.neurons.best_features()
-            kept = kept.assign(neuron=found["feature"], best_neuron=found["f1"])
+            kept = kept.assign(neuron=found["feature"], neuron_sign=found["sign"], best_neuron=found["f1"])
         kept = kept.join(probes, on="concept")
         return kept.sort_values("best_feature", ascending=False, ignore_index=True)
 
