@@ -14,6 +14,7 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
     heads        3: heads one at a time and left whole; layers, with each query's best keys
     gates        3: sinks, gates and the stream's largest entry
     saes         4: terms a token, with --workspace and --sae
+    codes        docs/methods/inference.md: an SAE's codes by encoder and searches, with --workspace and --sae
     lenses       docs/methods/lenses.md
     transcoders  docs/methods/transcoders.md, the bundled set
     tasks        docs/methods/circuits.md: the code tasks
@@ -47,6 +48,7 @@ from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel, load_model
 from workbench.saes.evaluation import evaluate_sae
+from workbench.saes.inference import measure_inference
 from workbench.saes.replacement import evaluate_replacement
 from workbench.sparsity.at_cost import at_costs
 from workbench.sparsity.attention import STRUCTURED, best_of_heads, measure_attention
@@ -242,6 +244,14 @@ def saes(ask: Ask) -> Iterator[Value]:
     )
 
 
+def codes(ask: Ask) -> Iterator[Value]:
+    space = Workspace(ask.options.workspace, create=False)
+    for name in ask.options.sae:
+        found = measure_inference(ask.model, space.sae(name), ask.corpus, ks=(8, 16, 32), max_tokens=HELD_OUT)
+        for key in ("l0", "fvu", "added_nats", "dead_share"):
+            yield from _cells(f"{name}: {key}", found.table().pivot(index="k", columns="method", values=key))
+
+
 def lenses(ask: Ask) -> Iterator[Value]:
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace(Path(folder) / "w")
@@ -353,6 +363,7 @@ MEASUREMENTS: dict[str, Callable[[Ask], Iterator[Value]]] = {
         heads,
         gates,
         saes,
+        codes,
         lenses,
         transcoders,
         tasks,
@@ -382,8 +393,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--task", action="append", default=[], help="of `attention`")
-    parser.add_argument("--workspace", type=Path, help="of `saes` and `dictionary`")
-    parser.add_argument("--sae", action="append", default=[], help="of `saes` and `dictionary`")
+    parser.add_argument("--workspace", type=Path, help="of `saes`, `codes` and `dictionary`")
+    parser.add_argument("--sae", action="append", default=[], help="of `saes`, `codes` and `dictionary`")
     parser.add_argument("--beside", help="of `diffs`: the other model")
     parser.add_argument("--tokens", type=int, default=60_000, help="of `diffs`")
     parser.add_argument("--epochs", type=float, default=6.0, help="of `diffs`")

@@ -93,6 +93,21 @@ class SparseCode:
         counted = torch.cat([self.offsets.new_zeros(1), (self.values != 0).cumsum(0)])
         return counted[self.offsets[1:]] - counted[self.offsets[:-1]]
 
+    def largest(self, k: int) -> "SparseCode":
+        """The `k` entries of each token that are largest in size, in the layout of fixed k, the largest first; all of
+        them where a token has no more."""
+        values, indices = self.values, self.indices
+        if self.offsets is not None:
+            counts = self.offsets.diff()
+            shape = self.n_tokens, int(counts.max()) if len(counts) else 0
+            token = self.token_ids()
+            place = torch.arange(len(token), device=token.device) - self.offsets[token]
+            values, indices = values.new_zeros(shape), indices.new_zeros(shape)
+            values[token, place], indices[token, place] = self.values, self.indices
+        order = values.abs().topk(min(k, values.shape[1]), dim=1).indices
+        values = values.gather(1, order)
+        return replace(self, values=values, indices=indices.gather(1, order) * (values != 0), offsets=None)
+
     def to_dense(self) -> Float[Tensor, "*batch d_sae"]:
         """The full matrix; for small batches and tests."""
         dense = self.values.new_zeros(self.n_tokens, self.d_sae)

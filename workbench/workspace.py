@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from workbench.harvest.run import HarvestEstimate, HarvestProgress
     from workbench.models.load import LoadedModel
     from workbench.saes.evaluation import Evaluation
+    from workbench.saes.inference import Inference
     from workbench.saes.overlap import Overlap
     from workbench.saes.publishing import Publication
     from workbench.saes.replacement import Replacement
@@ -97,11 +98,8 @@ class Workspace(Studies):
         return estimate_into(self.harvest_folder(name), config, device=device)
 
     def add_harvest(self, name: str, activations: "Mapping[str, Values]", **described: Any) -> "Harvest":
-        """Stores activations from elsewhere, [contexts, pos, width] or [rows, width] by hook point, as a harvest.
-
-        Args:
-            described: as `workbench.harvest.outside.write_activations`, also for the InputErrors.
-        """
+        """Stores activations from elsewhere, [contexts, pos, width] or [rows, width] by hook point, as a harvest;
+        described, and InputErrors, as `workbench.harvest.outside.write_activations`."""
         from workbench.harvest.outside import write_activations
 
         return write_activations(new_folder(self.harvest_folder(name)), activations, **described)
@@ -139,14 +137,8 @@ class Workspace(Studies):
         return tracking(tracker, self.run_folder(run))
 
     def estimate_training(self, source: "Source", configs: "Sequence[TrainConfig]", **settings: Any) -> "SweepEstimate":
-        """Memory and time of training `configs` side by side, from a few steps of each kind; see `saes.sweeps`.
-
-        Args:
-            settings: those of `train_all` that say what is trained on.
-
-        Raises:
-            InputError: unknown harvest or hook, or too little memory.
-        """
+        """Memory and time of training `configs` side by side, from a few steps of each kind (`saes.sweeps`); settings
+        as `train_all`. Raises InputError for an unknown harvest or hook, or too little memory."""
         from workbench.saes.train import estimate_training
 
         return estimate_training(self, source, configs, **settings)
@@ -261,6 +253,13 @@ class Workspace(Studies):
 
         return evaluate_crosscoder(self, name, **settings)
 
+    def inference(self, sae: str, **settings: Any) -> "Inference":
+        """What an SAE's encoder loses: codes of its dictionary by l1, IHT and OMP beside it, at equal L0 (kind
+        `inference`); settings and InputErrors as `workbench.saes.inference.infer_codes`."""
+        from workbench.saes.inference import infer_codes
+
+        return infer_codes(self, sae, **settings)
+
     def diff(self, a: "str | LoadedModel", b: "str | LoadedModel", **settings: Any) -> "ModelDiff":
         """Compares two models of one tokenizer by a crosscoder; settings and InputErrors as
         `workbench.features.diff.diff_models`."""
@@ -347,11 +346,8 @@ class Workspace(Studies):
         return match(self, a, b)
 
     def explain(self, sae: str, features: Sequence[int], model: "LanguageModel", **settings: Any) -> "Result":
-        """Features in a language model's words, with a score; stored as kind `explanations`.
-
-        Args:
-            settings: as `workbench.features.explanations.report.explain_features`, also for the InputErrors.
-        """
+        """Features in a language model's words, with a score (kind `explanations`); settings and InputErrors as
+        `workbench.features.explanations.report.explain_features`."""
         from workbench.features.explanations.report import explain_features
 
         return explain_features(self, sae, features, model, **settings)

@@ -40,6 +40,7 @@ def main() -> None:
         icon=":material/download:",
     )
     densities(workspace, colours)
+    searches(workspace, colours)
     curves(workspace, colours)
     shared_features(workspace, names, colours)
 
@@ -75,6 +76,17 @@ def densities(workspace: Workspace, colours: dict[str, str]) -> None:
     if found:
         st.subheader("How often features fire")
         st.plotly_chart(figures.density_histogram(pd.concat(found), colours), key="density")
+
+
+def searches(workspace: Workspace, colours: dict[str, str]) -> None:
+    """What the encoders lose against searches under the same dictionary."""
+    found = [result for result in workspace.results.find("inference") if result.name in colours]
+    if found:
+        st.subheader("What encoders lose")
+        st.caption("Codes of one dictionary by its encoder and by searches, at equal numbers of features.")
+    for result in found:
+        st.markdown(f"**{plain(result.name)}**")
+        st.plotly_chart(figures.inference_curves(result.table("codes")), key=f"inference {result.name}")
 
 
 def curves(workspace: Workspace, colours: dict[str, str]) -> None:

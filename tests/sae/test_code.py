@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae import SparseCode
+from sae.kernels.sparse import ragged_code
 
 # Three tokens, four features: token 0 fires 2 and 1, token 1 nothing, token 2 fires 3 (negative) and 0.
 DENSE = torch.tensor([[0.0, 5.0, 7.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, -2.0]])
@@ -40,6 +41,21 @@ def test_rows_lists_the_entries_that_are_not_zero_token_by_token() -> None:
 
 def test_l0_counts_active_features() -> None:
     assert FIXED.l0().tolist() == RAGGED.l0().tolist() == [2, 0, 2]
+
+
+def test_the_largest_entries_of_either_layout_are_those_of_the_dense_matrix() -> None:
+    dense = torch.tensor([[0.0, -3.0, 0.0, 1.0, 2.0], [0.0] * 5, [0.5, 0.0, 0.0, 0.0, -0.25]])
+    token, feature = dense.nonzero(as_tuple=True)
+    ragged = ragged_code(token, feature, dense[token, feature], 3, 5)
+    for code in (ragged, ragged.largest(3)):
+        for k in (1, 2, 9):
+            kept = torch.zeros_like(dense)
+            order = dense.abs().topk(min(k, 5), dim=1).indices
+            kept.scatter_(1, order, dense.gather(1, order))
+            found = code.largest(k)
+            assert found.offsets is None
+            assert torch.equal(found.to_dense(), kept)
+            assert (found.values.abs().diff(dim=1) <= 0).all()
 
 
 def test_tokens_cuts_out_a_range() -> None:

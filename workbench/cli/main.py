@@ -27,6 +27,7 @@ from workbench.cli import (
     explain,
     graph,
     index,
+    inference,
     inspection,
     lens,
     live,
@@ -52,6 +53,7 @@ app = typer.Typer(
 pipeline.register(app)
 training.register(app)
 comparison.register(app)
+inference.register(app)
 crosscoders.register(app)
 exchange.register(app)
 opening.register(app)

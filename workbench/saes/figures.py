@@ -105,3 +105,24 @@ def sae_comparison(table: pd.DataFrame) -> go.Figure:
     return figure.update_layout(
         height=420, margin={"l": 50, "r": 10, "t": 40, "b": 50}, legend={"orientation": "h", "y": -0.2}
     )
+
+
+def inference_curves(rows: pd.DataFrame) -> go.Figure:
+    """FVU and added nats against L0 under one dictionary, one line a way to its codes; lower left is better.
+
+    Args:
+        rows: `workbench.saes.inference.Inference.table()`: columns method, l0, fvu, added_nats.
+    """
+    panels = [("fvu", "FVU"), ("added_nats", "added nats")]
+    figure = make_subplots(rows=1, cols=2, subplot_titles=[title for _, title in panels], horizontal_spacing=0.1)
+    for number, (method, points) in enumerate(rows.sort_values("l0").groupby("method", sort=False)):
+        for column, (key, _) in enumerate(panels, start=1):
+            figure.add_scatter(
+                x=points["l0"], y=points[key], name=str(method), legendgroup=str(method), showlegend=column == 1,
+                mode="lines+markers", line={"color": series_colour(number), "width": 1.5}, row=1, col=column,
+            )  # fmt: skip
+    figure.update_xaxes(title_text="L0", type="log")
+    figure.update_yaxes(type="log", row=1, col=1)
+    return figure.update_layout(
+        height=360, margin={"l": 50, "r": 10, "t": 40, "b": 50}, legend={"orientation": "h", "y": -0.25}
+    )

@@ -97,6 +97,7 @@ sparsity enforce new --model {{model}} --corpus {{texts}} --tokens 256 --context
 {TRAIN} --tokens 0
 {TRAIN} --tokens -1
 evaluate s --tokens 0 -w {{w}}
+inference s --k 0 -w {{w}}
 evaluate s --tokens -9 -w {{w}}
 index s --rows 0 -w {{w}}
 index s --rows -5 -w {{w}}
@@ -165,6 +166,7 @@ train none --name new -w {{w}}
 {TRAIN} --rule ""
 evaluate none -w {{w}}
 evaluate s none -w {{w}}
+inference none -w {{w}}
 compare none -w {{w}}
 index none -w {{w}}
 index s --harvest none -w {{w}}
@@ -183,6 +185,7 @@ steer s 1 --prompt text --where here -w {{w}}
 concepts none -w {{w}}
 concepts s --harvest none -w {{w}}
 concepts s --language french -w {{w}}
+inference s --method lars -w {{w}}
 explain none --model {{model}} --feature 1 -w {{w}}
 explain s --model {{model}} -w {{w}}
 explain s --model {{model}} --feature 1 --all -w {{w}}

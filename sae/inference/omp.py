@@ -1,0 +1,134 @@
+"""Orthogonal matching pursuit: k features of a dictionary, one after the other (Pati et al. 1993).
+
+For each row x, less the decoder's bias, with residual r = x and no feature chosen:
+
+1. choose the feature whose unit direction has the largest product with r, in size where values are signed;
+2. give all chosen features their best values (`least_squares`), and r what they leave of x;
+3. until k features are active, or no product is above rounding.
+
+Where values may not be negative this is Lawson and Hanson's algorithm for non-negative least squares, stopped at k
+features (non-negative OMP: Bruckstein, Elad and Zibulevsky 2008): step 2 can let features go, so a row can take more
+than k rounds. A greedy choice, not the best subset; with one feature, or orthogonal ones, it is the best.
+
+A round's floor is the product of all residuals with all directions, the encoder's own: k times an encoder's time. The
+rest of a round reads the k chosen directions of a row, not the dictionary. One run to the largest k has the codes of
+all smaller ones on its way. Memory: `VALUES_AT_ONCE` products at a time.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.code import SparseCode
+from sae.inference.least_squares import rows_at_once, settle
+
+ROUNDING = 1e-6
+"""Of a row's length, in float32: products below it are noise."""
+
+
+@torch.no_grad()
+def matching_pursuit(
+    x: Float[Tensor, "n d"], W_dec: Float[Tensor, "d_sae d"], ks: Sequence[int], *, signed: bool = False
+) -> list[SparseCode]:
+    """Codes with at most k features a row, for every k in `ks`.
+
+    Args:
+        x: rows, less the decoder's bias, in W_dec's precision.
+        W_dec: the dictionary; rows of any length.
+        ks: largest numbers of active features.
+        signed: whether values may be negative.
+    """
+    lengths = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
+    unit = W_dec / lengths[:, None]
+    most = min(max(ks), len(W_dec))
+    chunk = min(rows_at_once(len(W_dec)), rows_at_once(most * x.shape[1]))
+    parts = [_Pursuit(part, unit, most, signed).codes(ks) for part in x.split(chunk)]
+    found = []
+    for each in zip(*parts, strict=True):
+        values, indices = (torch.cat(column) for column in zip(*each, strict=True))
+        found.append(SparseCode(values / lengths[indices], indices, len(W_dec)))
+    return found
+
+
+class _Pursuit:
+    """A chunk of rows on its way; each has `most` slots for features."""
+
+    def __init__(self, x: Float[Tensor, "n d"], unit: Float[Tensor, "d_sae d"], most: int, signed: bool) -> None:
+        self.x, self.unit, self.signed = x, unit, signed
+        n, wide = len(x), partial(torch.zeros, dtype=torch.float64, device=x.device)
+        self.residual = x.clone()
+        self.error = x.double().square().sum(dim=1)
+        self.least = max(ROUNDING, 10 * torch.finfo(x.dtype).eps) * self.error.sqrt()
+        self.indices = torch.zeros(n, most, dtype=torch.int64, device=x.device)
+        self.active = torch.zeros(n, most, dtype=torch.bool, device=x.device)
+        self.values = wide(n, most)
+        self.products = wide(n, most)
+        self.gram = wide(n, most, most)
+
+    def codes(self, ks: Sequence[int]) -> list[tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]]:
+        """Values and features when each k is first reached; where it never is, at the end."""
+        found = {k: (torch.zeros_like(self.values, dtype=self.x.dtype), self.indices.clone()) for k in ks}
+        reached = {k: torch.zeros_like(self.active[:, 0]) for k in ks}
+        rows = torch.arange(len(self.x), device=self.x.device)
+        used, most = 0, self.values.shape[1]
+        while len(rows):
+            used = min(used + 1, most)
+            rows = self._round(rows, used)
+            count = self.active[rows].sum(dim=1)
+            for k in ks:
+                now = rows[~reached[k][rows]]
+                found[k][0][now], found[k][1][now] = self.values[now].to(self.x.dtype), self.indices[now]
+                reached[k][rows] |= count == k
+            rows = rows[count < most]
+        return [_narrowed(*found[k], k) for k in ks]
+
+    def _round(self, rows: Int[Tensor, "open"], used: int) -> Int[Tensor, "open"]:
+        """One more feature for each of the rows, in one of the first `used` slots; those that gained by it."""
+        scores = self.residual[rows] @ self.unit.T
+        sizes = scores.abs() if self.signed else scores
+        row, slot = self.active[rows].nonzero(as_tuple=True)
+        sizes[row, self.indices[rows][row, slot]] = -torch.inf
+        size, feature = sizes.max(dim=1)
+        kept = size > self.least[rows]
+        rows, feature = rows[kept], feature[kept]
+        values, active = self.values[rows, :used], self.active[rows, :used]
+        slot = (~active).int().argmax(dim=1)
+        self._enter(rows, slot, feature, used)
+        values, active = settle(
+            self.gram[rows, :used, :used], self.products[rows, :used], values, self.active[rows, :used],
+            signed=self.signed,
+        )  # fmt: skip
+        atoms = self.unit[self.indices[rows, :used]]
+        residual = self.x[rows] - (values.to(atoms.dtype)[:, None, :] @ atoms)[:, 0]
+        error = residual.double().square().sum(dim=1)
+        # False where atoms are dependent, too: the error is no number then.
+        gained = error < self.error[rows]
+        self.active[rows, slot] = gained
+        rows = rows[gained]
+        self.values[rows, :used], self.active[rows, :used] = values[gained], active[gained]
+        self.residual[rows], self.error[rows] = residual[gained], error[gained]
+        return rows
+
+    def _enter(
+        self, rows: Int[Tensor, "open"], slot: Int[Tensor, "open"], feature: Int[Tensor, "open"], used: int
+    ) -> None:
+        """Puts a feature of value 0 into a free slot of each row."""
+        new = self.unit[feature].double()
+        self.indices[rows, slot] = feature
+        self.active[rows, slot] = True
+        self.products[rows, slot] = (new * self.x[rows].double()).sum(dim=1)
+        products = (self.unit[self.indices[rows, :used]].double() @ new[:, :, None])[:, :, 0]
+        self.gram[rows, slot, :used] = products
+        self.gram[rows, :used, slot] = products
+
+
+def _narrowed(
+    values: Float[Tensor, "n most"], indices: Int[Tensor, "n most"], k: int
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The entries that are not 0, of which there are at most k, in k columns."""
+    order = (values == 0).int().argsort(dim=1, stable=True)[:, :k]
+    values = values.gather(1, order)
+    return values, torch.where(values != 0, indices.gather(1, order), 0)
