@@ -103,7 +103,7 @@ def chosen_features(workspace: Workspace, index: FeatureIndex, chosen_list: str 
     with st.container(horizontal=True, vertical_alignment="center"):
         by: By = st.segmented_control(
             "Search for", get_args(By), key="by", on_change=follow, required=True, label_visibility="collapsed",
-            help="text: as it is typed; words: features about any of them, best first (tf-idf)",
+            help="text: as it is typed; words: features about any of them, best first (BM25F)",
         ) or "text"  # fmt: skip
         everywhere = st.checkbox("all SAEs", key="all", on_change=follow, disabled=len(workspace.indexes()) < 2)
         hide_dense = st.checkbox(
