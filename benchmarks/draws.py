@@ -355,24 +355,10 @@ def diffs(ask: Ask) -> Iterator[Value]:
 MEASUREMENTS: dict[str, Callable[[Ask], Iterator[Value]]] = {
     function.__name__: function
     for function in (
-        mlps,
-        coding,
-        costs,
-        prediction,
-        attention,
-        heads,
-        gates,
-        saes,
-        codes,
-        lenses,
-        transcoders,
-        tasks,
-        dictionary,
-        retrieval,
-        graphs,
-        diffs,
+        mlps, coding, costs, prediction, attention, heads, gates, saes, codes, lenses, transcoders, tasks,
+        dictionary, retrieval, graphs, diffs,
     )
-}
+}  # fmt: skip
 
 
 def _cells(table: str, frame: pd.DataFrame) -> Iterator[Value]:
