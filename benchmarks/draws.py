@@ -83,6 +83,7 @@ LEADS = {
     ),
     "at its mean": (("vertical-slash", "sink + local"), ("top-p", "top-k keys")),
     "left whole": (("sensitivity", "uncovered"), ("sensitivity", "random")),
+    "cores": (("own", "other"), ("own", "corpus"), ("own", "random")),
     "terms": (("neurons", "random rotation"), ("PCA", "demo-topk")),
 }  # fmt: skip
 """By table: the first less the second."""
@@ -172,7 +173,7 @@ def prediction(ask: Ask) -> Iterator[Value]:
         reliability(ask.model, calibration, held, seed=ask.draw).set_index("level").T.rename_axis(columns=None),
     )
     cores = measure_cores(ask.model, calibration, held, seed=ask.draw)
-    yield from _cells("cores", cores.cost.pivot(index="core", columns="share", values="added_nats"))
+    yield from _cells("cores", cores.cost.pivot(index="share", columns="core", values="added_nats"))
     overlap = cores.overlap.set_index("layer")
     for share, rows in overlap.groupby("share"):
         yield from _cells(f"overlap at {share}", rows[["own", "other", "corpus"]])

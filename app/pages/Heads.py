@@ -7,6 +7,7 @@ from workbench import InputError, Result, Workspace
 from workbench.circuits import attention_view as attention
 from workbench.circuits import heads as views
 from workbench.circuits.attention_view import AttentionView
+from workbench.circuits.figures import selectable_heads
 from workbench.circuits.graphs import sets_for_graphs
 from workbench.circuits.head_examples import HeadExamples, head_examples
 from workbench.circuits.head_features import FAMILIES, HEAD_FEATURES
@@ -81,7 +82,7 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
     needs = colourings(workspace, model)
     by = url_choice("by", "Colour by", [*columns, *others, *needs], "induction")
     if by in needs:
-        values = needs[by]
+        values = needs[by].values
     else:
         values = head_values(result, model, by) if by in columns else head_values(others[by], model)
     names = list(result.table("scores")["node"])
@@ -95,8 +96,11 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
     event = st.session_state.get(f"grid {result.name} {by} {asked}", {"selection": {"points": []}})
     clicked = [str(point["customdata"]) for point in event["selection"]["points"] if "customdata" in point]
     asked = clicked[0] if clicked else asked
+    own = needs[by].figure if by in needs else None
     st.plotly_chart(
-        head_grid(values, by, asked, diverging=by in others or by in DIVERGING),
+        head_grid(values, by, asked, diverging=by in others or by in DIVERGING)
+        if own is None
+        else selectable_heads(own, model.n_layers, model.n_heads, asked),
         key=f"grid {result.name} {by} {asked}", on_select="rerun", selection_mode="points",
         config={"displayModeBar": False},
     )  # fmt: skip

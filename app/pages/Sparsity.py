@@ -254,7 +254,10 @@ def beforehand(workspace: Workspace, reports: dict[str, Parts]) -> None:
     ranked = {name: result for name, result in found.items() if "predictor" in result.tables()}
     if ranked:
         draw(ranked, "predictor", figures.predicted_neurons, "Neurons told by a low-rank predictor", "predictor")
-        st.caption("Dotted: the neurons most often needed, whatever the token.")
+        st.caption(
+            "Dotted: guessing the neurons most often needed, whatever the token. A rank below its layer's dots finds "
+            "fewer than that guess."
+        )
     for name, result in found.items():
         with st.expander(f"Overlap of cores, and dimensions of the residual stream: {plain(name)}"):
             st.dataframe(result.table("overlap"), hide_index=True, width="stretch")

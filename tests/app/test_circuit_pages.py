@@ -17,6 +17,9 @@ from workbench.circuits.heads import report_heads
 from workbench.circuits.report import run_method
 from workbench.circuits.task import Task
 from workbench.models.load import load_model
+from workbench.sparsity.attention import STRUCTURED
+from workbench.sparsity.report import report_attention
+from workbench.text.corpora import open_corpus
 
 OpenPage = Callable[..., AppTest]
 
@@ -82,6 +85,13 @@ def test_heads_can_be_coloured_by_stored_results(space: Workspace, open_page: Op
     assert page.caption[-1].value == "No head there."
     page.text_area(key="text").set_value("").run()
     assert "type something" in page.error[0].value
+    text = open_corpus("python-stdlib")
+    report_attention(space, "kept", load_model("demo", device="cpu"), text, budgets=[8], max_tokens=64, context_len=32)
+    page = open_page("Heads", space, by="best pattern with 8 keys (kept)", head="a0.h1")
+    assert not page.exception
+    grid = json.loads(page.get("plotly_chart")[0].proto.spec)
+    assert grid["data"][0]["colorbar"]["ticktext"] == list(STRUCTURED)
+    assert " keeps " in grid["data"][1]["text"][0]
 
 
 def test_a_token_of_a_pattern_goes_on_to_its_features_and_to_a_graph(

@@ -48,14 +48,15 @@ def head_scores_heatmap(scores: NodeScores) -> go.Figure:
 
 def selectable_heads(figure: go.Figure, n_layers: int, n_heads: int, chosen: str | None = None) -> go.Figure:
     """A head heat map with an invisible point over every cell, whose customdata is the head's name, since cells cannot
-    be clicked; a frame around `chosen`."""
+    be clicked; a frame around `chosen`. Hovering says a cell's customdata where it has any, else its value."""
     places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     names = head_names(n_layers, n_heads)
-    values = figure.data[0].z
-    figure.data[0].update(hoverinfo="skip", hovertemplate=None, colorbar={"thickness": 8})
+    cells = figure.data[0]
+    said = [[f"{value:.4g}" for value in row] for row in cells.z] if cells.customdata is None else cells.customdata
+    cells.update(hoverinfo="skip", hovertemplate=None, colorbar={"thickness": 8})
     figure.add_scatter(
         x=[head for _, head in places], y=[layer for layer, _ in places], mode="markers", showlegend=False,
-        customdata=names, text=[f"{values[layer][head]:.4g}" for layer, head in places],
+        customdata=names, text=[said[layer][head] for layer, head in places],
         hovertemplate="%{customdata}: %{text}<extra></extra>",
         marker={"size": 12, "symbol": "square", "opacity": 0, "color": GREY},
     )  # fmt: skip

@@ -144,7 +144,8 @@ def attention(
 
     result = run.run("attention", budgets=budget, tasks=[Task(item) for item in task or []])
     if run.as_json:
-        print_result(result, {table: result.table(table) for table in ("curves", *(("tasks",) if task else ()))}, True)
+        tables = {table: result.table(table) for table in ("curves", *(("tasks",) if task else ()))}
+        print_result(result, tables | {"best": _best_patterns(result)}, True)
         return
     print_result(result, _attention_tables(result), False)
 
@@ -258,21 +259,32 @@ def compare(
 
 
 def _attention_tables(result: "Result") -> "dict[str, pd.DataFrame]":
-    """Added nats, and what is kept of a task, by pattern and budget; how many heads each pattern suits best."""
+    """Added nats and what is kept of a task, by pattern and budget; the best pattern of every head, and of how many."""
+    import pandas as pd
+
+    curves, best = result.table("curves"), _best_patterns(result)
+    found = {"added nats by keys per query": _by_budget(curves, ["pattern", "rest"], "added_nats")}
+    if result.parameters["tasks"]:
+        found["kept of a task's metric"] = _by_budget(result.table("tasks"), ["task", "pattern", "rest"], "kept")
+    cells = [f"{row.best} {row.kept:.0%}" for row in best.itertuples()]
+    nodes = [f"a{row.layer}.h{row.head}" for row in best.itertuples()]
+    found["the pattern that keeps most of a head's attention"] = _by_budget(
+        best.assign(node=nodes, cell=cells), ["node"], "cell"
+    )
+    counts = pd.crosstab(best["best"], best["budget"]).rename_axis("pattern").rename(columns=str)
+    found["heads of which a pattern keeps most"] = counts.reset_index()
+    return found
+
+
+def _best_patterns(result: "Result") -> "pd.DataFrame":
+    """The best pattern of every head at every budget: budget, layer, head, best, kept, next, next_kept."""
     import pandas as pd
 
     from workbench.sparsity.attention import best_of_heads
 
-    curves = result.table("curves")
-    budgets = sorted(curves["budget"].unique())
-    found = {"added nats by keys per query": _by_budget(curves, ["pattern", "rest"], "added_nats")}
-    if result.parameters["tasks"]:
-        found["kept of a task's metric"] = _by_budget(result.table("tasks"), ["task", "pattern", "rest"], "kept")
-    best = {budget: best_of_heads(result.table("coverage"), budget)["best"].value_counts() for budget in budgets}
-    found["heads of which a pattern keeps most"] = (
-        pd.DataFrame(best).fillna(0).astype(int).rename_axis("pattern").rename(columns=str).reset_index()
-    )
-    return found
+    coverage = result.table("coverage")
+    tables = {budget: best_of_heads(coverage, budget) for budget in sorted(coverage["budget"].unique())}
+    return pd.concat(tables, names=["budget"]).reset_index(level="budget").reset_index(drop=True)
 
 
 def _by_budget(table: "pd.DataFrame", index: list[str], values: str) -> "pd.DataFrame":

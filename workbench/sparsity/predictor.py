@@ -6,7 +6,8 @@
 2. From the predicted z (and second projection) follow predicted activations h.
 3. recall at r: of a token's neurons, the NEEDED share with the largest |h| that are not zero, the share among as many
    neurons of largest predicted |h|; mean over held-out tokens. At r = d_model it is 1. The baseline `frequent` guesses
-   the neurons most often needed on the calibration text, whatever the token.
+   the neurons most often needed on the calibration text, whatever the token. A small rank can lie below it: what least
+   squares keeps of z first is not what decides which of a token's |h| are largest.
 
 (Spark Transformer, 2506.06644, spends part of the MLP on such a predictor; this one is not trained.)
 """

@@ -29,6 +29,7 @@ from workbench.circuits.report import run_method
 from workbench.circuits.stored import circuit_of, curves, edge_scores, faithfulness_of, head_values, node_scores
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
+from workbench.sparsity.colourings import colourings
 from workbench.workspace import Workspace
 
 INDUCTION = Task("induction", n=4)
@@ -306,6 +307,8 @@ def test_masking_retrieval_heads_is_stored_with_its_controls(space: Workspace, d
     best = heads.sort_values("evidence", ascending=False).iloc[0]
     assert masks.query("order == 'evidence' and masked == 1").recall.iloc[0] == best.masked_recall
     assert report_retrieval(space, "masked", demo, needles=12, draws=2).created == result.created
+    coloured = colourings(space, demo.info)["recall of needles with this head masked (masked)"]
+    assert coloured.values.flatten().tolist() == result.table("heads")["masked_recall"].tolist()
 
 
 def test_masking_without_needles_is_refused(space: Workspace, demo: LoadedModel) -> None:

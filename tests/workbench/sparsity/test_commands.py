@@ -101,6 +101,8 @@ def test_a_command_stores_its_result_with_figures_and_opens_it_when_repeated(
     assert result.path.stat().st_mtime_ns == written
     for table in tables:
         assert len(document[table]) == len(result.table(table))
+    if command == "attention":
+        assert len(document["best"]) == len(result.table("heads"))
 
 
 def test_other_settings_measure_again(
