@@ -188,7 +188,9 @@ class _Stream:
         predicts = isinstance(source, TargetSource) and all(pair.target_hook_name for pair in source.pairs)
         skipping = next((config.name for config in configs if config.skip), None)
         if skipping is not None and not predicts:
-            raise InputError(f"{skipping}: a skip goes past the features to another activation: give a target")
+            raise InputError(
+                f"{skipping}: a skip goes past the features to another activation: give a target (--target-hook)"
+            )
         if not isinstance(source, TargetSource):
             if self.needing is not None and isinstance(source, PartSource):
                 raise InputError(

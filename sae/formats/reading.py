@@ -21,7 +21,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged ({error}): copy it again") from None
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from None
+        raise InputError(f"cannot read {file}: {error.strerror}; copy it again") from None
     if not isinstance(document, dict):
         raise InputError(f"{file} is not a configuration: expected a JSON object")
     return document

@@ -51,6 +51,11 @@ def load(path: Path | str, *, hook_name: str | None = None, model_name: str | No
         raise InputError(
             f"{path / WEIGHTS} holds {', '.join(sorted(tensors))}: expected {', '.join(names)}, as sparsify writes them"
         )
+    shape = tensors["encoder.weight"].shape
+    for key, size in zip(("num_latents", "d_in"), shape, strict=False):
+        # num_latents of 0, the default, is d_in times the expansion factor.
+        if config.get(key) not in (None, 0, size):
+            raise InputError(f"{path} has {key} = {config[key]!r} and an encoder of {list(shape)}: copy it again")
     k = config.get("k")
     if not isinstance(k, int):
         raise InputError(f"{path / CONFIG} has k = {k!r}: expected a whole number")

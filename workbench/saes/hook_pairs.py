@@ -75,7 +75,10 @@ def as_hooks(hook: str | Sequence[str] | None) -> list[str]:
 
 def _side_by_side(harvests: Sequence[Harvest], hooks: Sequence[str], target_hook: str | None) -> HookPairs:
     if target_hook is not None:
-        raise InputError(f"a crosscoder reconstructs what it reads: leave --target-hook {target_hook} out")
+        raise InputError(
+            f"a crosscoder of several activations reconstructs what it reads: leave --target-hook {target_hook} out; a "
+            "transcoder reads and predicts hook points of one harvest, which holds their rows together"
+        )
     wanted: Sequence[str | None] = hooks or [None]
     places = [
         Place(one, choose_hook(one.hooks, f"harvest {one.name!r}", hook)) for one in harvests for hook in wanted
@@ -132,7 +135,9 @@ def _transcoders(known: Sequence[str], where: str, hook: str, target: str) -> Ho
     if hook == target:
         raise InputError(f"a transcoder predicts another activation than it reads: leave --target-hook {target} out")
     if EVERY_LAYER not in hook:
-        return HookPairs(hook, target, ((choose_hook(known, where, hook), choose_hook(known, where, target)),))
+        return HookPairs(
+            hook, target, ((choose_hook(known, where, hook), choose_hook(known, where, target, "--target-hook")),)
+        )
     layers = sorted(set(_layers(known, hook)) | set(_layers(known, target)))
     if not layers:
         raise InputError(f"{where} has no {hook}: it has {', '.join(known)}")
@@ -146,13 +151,13 @@ def _transcoders(known: Sequence[str], where: str, hook: str, target: str) -> Ho
     return HookPairs(hook, target, tuple(pairs))
 
 
-def choose_hook(known: Sequence[str], where: str, hook: str | None) -> str:
-    """The hook point asked for, or the only one. Raises InputError naming those there are."""
+def choose_hook(known: Sequence[str], where: str, hook: str | None, option: str = "--hook") -> str:
+    """The hook point asked for by an option, or the only one. Raises InputError naming those there are."""
     if hook is None and len(known) == 1:
         return known[0]
     if hook is None or hook not in known:
         problem = "has several hook points" if hook is None else f"has no hook point {hook!r}"
-        raise InputError(f"{where} {problem}: choose one of {', '.join(known)} with --hook")
+        raise InputError(f"{where} {problem}: choose one of {', '.join(known)} with {option}")
     return hook
 
 

@@ -117,6 +117,7 @@ def change(folder: Path, **changes: object) -> None:
         ({"activation": "groupmax"}, "uses the activation 'groupmax', which is not supported"),
         ({"signed": True}, "option signed"),
         ({"k": "six"}, "k = 'six': expected a whole number"),
+        ({"d_in": 4}, r"d_in = 4 and an encoder of \[64, 16\]"),
         ({"k": 65}, "k = 65 must lie between 1 and"),
     ],
 )

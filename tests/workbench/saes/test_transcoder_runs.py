@@ -169,7 +169,10 @@ def test_an_interrupted_sweep_of_sets_goes_on_to_the_same_bits(
         ({**SET, "target_hook": "blocks.1.hook_mlp_out"}, "both hook points need a \\*"),
         ({**SET, "hook": "blocks.*.hook_resid_mid"}, "has no blocks.0.hook_resid_mid.*every layer from 0 to 2"),
         ({"hook": "blocks.*.a", "target_hook": "blocks.*.b"}, "has no blocks.\\*.a: it has blocks.0"),
-        ({"hook": "blocks.0.mlp.hook_in", "target_hook": "blocks.9.hook_mlp_out"}, "has no hook point 'blocks.9"),
+        (
+            {"hook": "blocks.0.mlp.hook_in", "target_hook": "blocks.9.hook_mlp_out"},
+            "has no hook point 'blocks.9.*with --target-hook",
+        ),
     ],
 )
 def test_hook_points_that_make_no_transcoder_give_one_line(
