@@ -129,6 +129,13 @@ class Workspace(Studies):
 
         return train_all(self, run, source, configs, **settings)
 
+    def fit_codebook(self, name: str, harvest: str, **settings: Any) -> "SAE":
+        """Fits a codebook to a harvest and adds it as an SAE (`sae.codebook`); settings and InputErrors as
+        `workbench.saes.codebooks.fit_codebook_to`."""
+        from workbench.saes.codebooks import fit_codebook_to
+
+        return fit_codebook_to(self, name, harvest, **settings)
+
     def tracker(self, run: str, tracker: "Tracker") -> "AbstractContextManager[Callable[[StepMetrics], None]]":
         """Context manager giving the `on_metrics` of `train` that keeps a run's curves in TensorBoard or Weights &
         Biases, offline; see `workbench.saes.trackers`, also for the InputErrors."""

@@ -16,6 +16,7 @@ from sae.rules.base import (
     ThresholdRule,
 )
 from sae.rules.batchtopk import BatchAbsTopK, BatchTopK, MutualChoice
+from sae.rules.codebook import Codebook
 from sae.rules.feature_choice import FeatureChoice
 from sae.rules.gradient_topk import GradientTopK
 from sae.rules.jumprelu import JumpReLU
@@ -32,6 +33,7 @@ __all__ = [
     "BatchAbsTopK",
     "BatchTopK",
     "CodeRule",
+    "Codebook",
     "FeatureChoice",
     "FusedEncoder",
     "FusedInputs",

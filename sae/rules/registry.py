@@ -24,6 +24,7 @@ from sae.errors import InputError
 from sae.rules.abstopk import AbsTopK
 from sae.rules.base import SAELENS_ARCHITECTURES, CodeRule, Rule, ThresholdRule
 from sae.rules.batchtopk import BatchAbsTopK, BatchTopK, MutualChoice
+from sae.rules.codebook import Codebook
 from sae.rules.feature_choice import FeatureChoice
 from sae.rules.gradient_topk import GradientTopK
 from sae.rules.jumprelu import JumpReLU
@@ -41,7 +42,9 @@ RULES: dict[str, type[Rule]] = {
     "jumprelu": JumpReLU,
     "relu": ReLU,
 }
-"""The rules of this package."""
+"""The rules of this package that an SAE can be trained with."""
+FITTED: dict[str, type[Rule]] = {"codebook": Codebook}
+"""Those that are fitted otherwise, and read back as the others are."""
 GROUP = "interp_workbench.rules"
 """Entry points of other packages' rules."""
 _registered: dict[str, type[Rule]] = {}
@@ -60,7 +63,7 @@ def register_rule(rule: AnyRule) -> AnyRule:
     _check(rule, f"{rule.__name__!r}" if isinstance(rule, type) else f"a {type(rule).__name__}")
     known = _registered.get(rule.name)
     again = known is not None and (known.__module__, known.__qualname__) == (rule.__module__, rule.__qualname__)
-    if not again and (known is not None or rule.name in RULES or plugins.is_elsewhere(GROUP, rule.name, rule)):
+    if not again and (known is not None or rule.name in RULES | FITTED or plugins.is_elsewhere(GROUP, rule.name, rule)):
         raise InputError(f"there is a rule {rule.name!r} already: give {rule.__name__} another name")
     _registered[rule.name] = rule
     return rule
@@ -79,7 +82,7 @@ def rule_class(name: str) -> type[Rule]:
     """
     loaded = None
     if name not in _registered or plugins.is_elsewhere(GROUP, name, _registered[name]):
-        loaded = plugins.load(GROUP, name, "rule", taken={*RULES, *_registered})
+        loaded = plugins.load(GROUP, name, "rule", taken={*RULES, *FITTED, *_registered})
     if loaded is not None:
         rule, package = loaded
         _check(rule, f"{name!r} of {package}")
@@ -89,7 +92,7 @@ def rule_class(name: str) -> type[Rule]:
             )
         checked: type[Rule] = rule
         return checked
-    known = RULES.get(name) or _registered.get(name)
+    known = (RULES | FITTED).get(name) or _registered.get(name)
     if known is None:
         raise InputError(
             f"unknown selection rule {name!r}: choose one of {', '.join(sorted(rule_names()))}, or import what "

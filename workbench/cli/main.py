@@ -19,6 +19,7 @@ from sae.errors import InputError
 from workbench.cli import (
     bench,
     circuits,
+    codebook,
     comparison,
     concepts,
     crosscoders,
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 pipeline.register(app)
 training.register(app)
+codebook.register(app)
 comparison.register(app)
 inference.register(app)
 crosscoders.register(app)
