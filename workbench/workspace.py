@@ -313,12 +313,7 @@ class Workspace(Studies):
         return self.index(sae).feature(number)
 
     def concepts(
-        self,
-        sae: str,
-        *,
-        table: "pd.DataFrame | None" = None,
-        device: str = "auto",
-        **settings: Any,
+        self, sae: str, *, table: "pd.DataFrame | None" = None, device: str = "auto", **settings: Any
     ) -> "ConceptReport":
         """Which of an SAE's features fire on which concepts, and what neurons and probes reach; stored as `concepts`.
 
@@ -345,6 +340,13 @@ class Workspace(Studies):
         from workbench.features.documents.report import document_halves
 
         return document_halves(self, sae, **settings)
+
+    def sparse_documents(self, harvest: str, **settings: Any) -> "Result":
+        """Embeddings of documents by a few active features, trained and measured, stored as kind `sparse-documents`;
+        settings and InputErrors as `workbench.features.documents.report.sparse_documents`."""
+        from workbench.features.documents.report import sparse_documents
+
+        return sparse_documents(self, harvest, **settings)
 
     def match(self, a: str, b: str) -> "Overlap":
         """As `overlap`, say of two seeds, and stores the result as `A+B` (kind `stability`)."""

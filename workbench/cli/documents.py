@@ -15,11 +15,15 @@ from workbench.cli.options import (
     open_workspace,
 )
 from workbench.cli.output import print_frame, print_json, print_result, records
+from workbench.show.progress import ProgressBar
 
 # As in workbench.features.documents.pooling, which loads pandas.
 PoolingOption = Annotated[
     Literal["count", "sum", "max"],
     typer.Option(help="What a document has of a feature: tokens it fires on, sum or maximum of its activations."),
+]
+KOption = Annotated[
+    list[int], typer.Option("--k", metavar="K", help="Active features of a document; repeat for several.")
 ]
 IndexedArgument = Annotated[str, typer.Argument(help="Name of an indexed SAE.")]
 commands = typer.Typer(
@@ -102,5 +106,45 @@ def halves(
               "greatest_lead": "greatest lead", "numbers": "numbers"}  # fmt: skip
     said = f"Other halves found, {summary['documents'].iloc[0]:,} documents, {tokens:,} tokens each, {draws} draws"
     shown = summary.assign(kept=[str(kept) if kept else "all" for kept in summary["kept"]])
+    print_frame(said, shown, as_json=False, titles=titles)
+    print(f"Stored as {result.kind} result {result.name!r} in {result.path}")
+
+
+@commands.command()
+def sparse(
+    harvest: Annotated[str, typer.Argument(help="Name of a finished harvest.")],
+    hook: Annotated[str | None, typer.Option(help="Hook point; needed when the harvest has several.")] = None,
+    k: KOption = [2, 4, 8],  # noqa: B006
+    anneal_from: Annotated[int, typer.Option(help="Where k starts that is annealed.", min=1)] = 64,
+    gamma: Annotated[float, typer.Option(help="Weight of the labels, where they are used.")] = 1.0,
+    width: Annotated[int, typer.Option(help="Features in all.", min=1)] = 1024,
+    steps: Annotated[int, typer.Option(help="Steps of training, of 256 passages each.", min=1)] = 2000,
+    tokens: Annotated[int, typer.Option(help="Tokens of each half that is to be found.", min=1)] = 600,
+    draws: Annotated[int, typer.Option(help="Draws of documents, halves and training.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first draw.", min=0)] = 0,
+    folder: WorkspaceOption = DEFAULT_WORKSPACE,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Embed documents by 2, 4 or 8 active features, and measure it by finding the other halves of unseen documents.
+
+    k-sparse codes of mean activations are trained with and without annealing of k, with and without the documents as
+    labels; beside them stand the mean activation whole, its principal components and tf-idf of tokens.
+    """
+    workspace = open_workspace(folder)
+    with ProgressBar("codes", 1, enabled=not as_json) as bar:
+        result = workspace.sparse_documents(
+            harvest, hook=hook, k=k, anneal_from=anneal_from, gamma=gamma, width=width, steps=steps, tokens=tokens,
+            draws=draws, seed=seed, device=device, on_progress=bar.report,
+        )  # fmt: skip
+    summary = result.table("summary")
+    if as_json:
+        print_result(result, {"summary": summary, "draws": result.table("draws")}, as_json)
+        return
+    titles = {"code": "code", "k": "k", "annealed": "annealed", "labels": "labels", "top1": "found first",
+              "least": "least", "greatest": "greatest", "reciprocal_rank": "1 / place", "dead": "dead",
+              "least_dead": "least dead", "greatest_dead": "greatest dead", "fvu": "FVU"}  # fmt: skip
+    shown = summary.assign(k=[str(one) if one else "all" for one in summary["k"]])
+    said = f"Other halves found, {summary['documents'].iloc[0]:.0f} documents, {tokens:,} tokens each, {draws} draws"
     print_frame(said, shown, as_json=False, titles=titles)
     print(f"Stored as {result.kind} result {result.name!r} in {result.path}")

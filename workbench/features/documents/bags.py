@@ -30,6 +30,13 @@ class Bags:
     amount: Float[NDArray, "entries"]
     n_texts: int
 
+    @classmethod
+    def counted(cls, items: Int[NDArray, "texts tokens"]) -> "Bags":
+        """How often which item stands in each row."""
+        texts = np.repeat(np.arange(len(items)), items.shape[1])
+        pairs, amount = np.unique(np.stack([texts, items.reshape(-1)]), axis=1, return_counts=True)
+        return cls(pairs[0], pairs[1], amount.astype(float), len(items))
+
     def idf(self, n_items: int) -> Float[NDArray, "n_items"]:
         """log(N / n_i) of every item; 0 of those that no text has."""
         having = np.bincount(self.item[self.amount != 0], minlength=n_items)

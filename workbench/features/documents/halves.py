@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
-from workbench.features.documents.pooling import POOLINGS, pooled, token_counts
+from workbench.features.documents.bags import Bags
+from workbench.features.documents.pooling import POOLINGS, pooled
 from workbench.features.index.query import FeatureIndex
 from workbench.harvest.reading import Vectors
 from workbench.text.packing import NOT_COUNTED
@@ -80,7 +81,7 @@ def draw_windows(
             found.append(np.stack([own[start : start + tokens] for start in starts]))
     if len(found) < FEWEST:
         raise InputError(
-            f"{len(found)} documents of the index have {tokens:,} tokens on both sides of a boundary between contexts, "
+            f"{len(found)} documents have {tokens:,} tokens on both sides of a boundary between contexts, "
             f"at least {FEWEST} are needed: ask for shorter windows"
         )
     kept = np.sort(random.permutation(len(found))[:documents])
@@ -95,16 +96,19 @@ def score(cosines: Float[NDArray, "n n"]) -> tuple[float, float]:
     return float((ranks == 1).mean()), float((1 / ranks).mean())
 
 
-def score_draw(index: FeatureIndex, windows: Windows, vectors: Vectors | None) -> Iterator[dict[str, object]]:
+def score_draw(
+    index: FeatureIndex, windows: Windows, words: Int[NDArray, "two_documents tokens"], vectors: Vectors | None
+) -> Iterator[dict[str, object]]:
     """One row a method: method, kept (numbers of a text's code; 0 for all), top1, reciprocal_rank, numbers (of a code
     that are not zero, on average).
 
     Args:
+        words: token ids of the windows' rows.
         vectors: what the SAE reads of the index's rows; None leaves the dense codes out.
     """
     codes = pooled(index, windows.first, windows.last)
     amounts = {f"codes, {one}": codes[one] for one in POOLINGS}
-    amounts["tokens"] = token_counts(index, windows.first, windows.last)
+    amounts["tokens"] = Bags.counted(words)
     for method, bags in amounts.items():
         weighted = bags.weighted(bags.idf(int(bags.item.max()) + 1))
         for kept in (0, *KEPT) if method in ("codes, count", "tokens") else (0,):
@@ -134,16 +138,17 @@ def find_halves(
     Raises:
         InputError: as `draw_windows`.
     """
-    counted = index.frame(f"SELECT row, doc FROM tokens WHERE flags & {NOT_COUNTED} = 0 ORDER BY row")
-    row, doc = (counted[name].to_numpy(np.int64) for name in ("row", "doc"))
+    counted = index.frame(f"SELECT row, doc, token FROM tokens WHERE flags & {NOT_COUNTED} = 0 ORDER BY row")
+    row, doc, token = (counted[name].to_numpy(np.int64) for name in ("row", "doc", "token"))
     vectors, tables, n = _vectors(catalog, index), [], 0
     for draw in range(draws):
         windows = draw_windows(row, doc, index.meta["context_len"], tokens, seed + draw, documents)
-        tables.append(pd.DataFrame(score_draw(index, windows, vectors)).assign(draw=draw))
+        words = token[np.searchsorted(row, windows.rows)]
+        tables.append(pd.DataFrame(score_draw(index, windows, words, vectors)).assign(draw=draw))
         n = len(windows.first) // 2
     table = pd.concat(tables, ignore_index=True)
-    words = table[(table["method"] == "tokens") & (table["kept"] == 0)].set_index("draw")["top1"]
-    table["lead"] = table["top1"] - table["draw"].map(words)
+    all_tokens = table[(table["method"] == "tokens") & (table["kept"] == 0)].set_index("draw")["top1"]
+    table["lead"] = table["top1"] - table["draw"].map(all_tokens)
     grouped = table.groupby(["method", "kept"], sort=False)
     summary = grouped.agg(
         top1=("top1", "mean"), least=("top1", "min"), greatest=("top1", "max"),

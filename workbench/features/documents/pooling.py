@@ -46,21 +46,11 @@ def pooled(index: FeatureIndex, first: Int[NDArray, "texts"], last: Int[NDArray,
                CASE WHEN sum(activation) < 0 THEN -1 ELSE 1 END AS sign
         FROM feature_activations JOIN {SPANNED} USING (row) GROUP BY text, feature ORDER BY text, feature
         """,
-        _spans(first, last),
+        {"text": list(range(len(first))), "first": first.tolist(), "last": last.tolist()},
     )
-    return {pooling: _bags(found.assign(amount=found[pooling] * found["sign"]), len(first)) for pooling in POOLINGS}
-
-
-def token_counts(index: FeatureIndex, first: Int[NDArray, "texts"], last: Int[NDArray, "texts"]) -> Bags:
-    """How often which token stands in spans of rows; items are token ids."""
-    found = index.frame(
-        f"""
-        SELECT text, token AS item, count(*) AS amount FROM tokens JOIN {SPANNED} USING (row)
-        WHERE flags & {NOT_COUNTED} = 0 GROUP BY text, token ORDER BY text, token
-        """,
-        _spans(first, last),
-    )
-    return _bags(found, len(first))
+    text, item = found["text"].to_numpy(np.int64), found["item"].to_numpy(np.int64)
+    sign = found["sign"].to_numpy(float)
+    return {pooling: Bags(text, item, found[pooling].to_numpy(float) * sign, len(first)) for pooling in POOLINGS}
 
 
 def pooled_reading(
@@ -82,14 +72,3 @@ def check_pooling(pooling: str) -> None:
     """Raises InputError for a pooling there is not."""
     if pooling not in POOLINGS:
         raise InputError(f"no pooling {pooling!r}: choose {', '.join(POOLINGS)}")
-
-
-def _spans(first: Int[NDArray, "texts"], last: Int[NDArray, "texts"]) -> dict[str, list[int]]:
-    return {"text": list(range(len(first))), "first": first.tolist(), "last": last.tolist()}
-
-
-def _bags(found: pd.DataFrame, n_texts: int) -> Bags:
-    """Of a query's rows text, item, amount, in order."""
-    return Bags(
-        found["text"].to_numpy(np.int64), found["item"].to_numpy(np.int64), found["amount"].to_numpy(float), n_texts
-    )

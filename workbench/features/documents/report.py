@@ -1,19 +1,27 @@
-"""Runs and stores how well the pooled codes of an SAE find a document's other half (`halves`), as kind `halves`."""
+"""Runs and stores how well codes find a document's other half: the pooled codes of an SAE (`halves`, kind `halves`,
+under its name), and codes of whole passages of a few active features (`sparse`, kind `sparse-documents`, under the
+harvest's name).
+"""
 
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
+from workbench.catalog.origin import Origin, versions
 from workbench.catalog.results import Result
+from workbench.features.documents.contrastive import Recipe
 from workbench.features.documents.halves import find_halves
+from workbench.features.documents.sparse import sparse_codes
 from workbench.features.index.query import FeatureIndex
+from workbench.models.devices import choose_device
 
 if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
+    from workbench.catalog.results import Made
 
-KIND = "halves"
+KIND, SPARSE_KIND = "halves", "sparse-documents"
 
 
 def document_halves(
@@ -41,8 +49,76 @@ def document_halves(
     parameters = {"sae": sae, "tokens": tokens, "draws": draws, "seed": seed, "documents": documents}
     with closing(FeatureIndex.open(catalog, sae)) as index:
 
-        def make() -> "tuple[dict[str, pd.DataFrame], dict[str, go.Figure]]":
+        def make() -> "Made":
             return find_halves(catalog, index, tokens=tokens, draws=draws, seed=seed, documents=documents), {}
 
         origin = catalog.origin(sae).measured_with(index=index.settings)
         return catalog.results.get_or_make(KIND, sae, parameters=parameters, origin=origin, make=make)
+
+
+def sparse_documents(
+    catalog: Catalog,
+    harvest: str,
+    *,
+    hook: str | None = None,
+    k: Sequence[int] = (2, 4, 8),
+    anneal_from: int = 64,
+    gamma: float = 1.0,
+    width: int = 1024,
+    steps: int = 2000,
+    tokens: int = 600,
+    draws: int = 4,
+    seed: int = 0,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Trains k-sparse codes of passages with and without annealing and labels and measures them, or finds the stored
+    result of the same (kind `sparse-documents`, under the harvest's name).
+
+    Args:
+        hook: needed where the harvest has several.
+        k: numbers of active features.
+        anneal_from: where k starts that is annealed.
+        gamma: weight of the labels, where they are used.
+        width: features in all.
+        steps: of training, of 256 passages each.
+        tokens: of each half that is to be found.
+        draws: of documents, windows and training.
+        seed: of the first draw.
+        on_progress: called with (codes trained, codes in all).
+
+    Returns:
+        With the tables `summary` and `draws` of `workbench.features.documents.sparse.sparse_codes`.
+
+    Raises:
+        InputError: no such harvest or hook point, settings out of range, or too little text.
+    """
+    source = catalog.open_harvest(harvest)
+    if hook is None and len(source.hooks) > 1:
+        raise InputError(f"harvest {harvest!r} has several hook points: name one of {', '.join(source.hooks)}")
+    chosen = hook or source.hooks[0]
+    source.vectors(chosen)
+    if not k or min(k) < 1 or max(*k, anneal_from) > width or min(anneal_from, steps, tokens, draws) < 1 or seed < 0:
+        raise InputError(
+            f"k, {list(k)}, and where it starts, {anneal_from}, lie between 1 and the width, {width}; steps, tokens "
+            "and draws are at least 1 and the seed at least 0"
+        )
+    if not 0 < gamma < float("inf"):
+        raise InputError(f"the weight of the labels must be positive, got {gamma}")
+    recipes = [
+        Recipe(one, start, weight, width, steps)
+        for one in k
+        for start in (None, anneal_from)
+        for weight in (0.0, gamma)
+    ]
+
+    def make() -> "Made":
+        return sparse_codes(
+            source, chosen, recipes, tokens=tokens, draws=draws, seed=seed, device=choose_device(device),
+            on_progress=on_progress,
+        ), {}  # fmt: skip
+
+    parameters = {"hook": chosen, "recipes": [asdict(one) for one in recipes], "tokens": tokens, "draws": draws,
+                  "seed": seed}  # fmt: skip
+    origin = Origin.of_sae({"harvest": source.provenance(), "hook": chosen, "versions": versions()})
+    return catalog.results.get_or_make(SPARSE_KIND, harvest, parameters=parameters, origin=origin, make=make)

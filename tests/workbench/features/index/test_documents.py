@@ -1,6 +1,6 @@
 """Documents by pooled codes: against a dense float64 computation, by the cosine's own sum, and what is refused."""
 
-from collections import Counter
+import json
 
 import duckdb
 import numpy as np
@@ -13,9 +13,9 @@ from workbench import Workspace
 from workbench.cli.main import run
 from workbench.features.documents.bags import Bags
 from workbench.features.documents.halves import KEPT, draw_windows, score
-from workbench.features.documents.pooling import POOLINGS, Pooling, pooled_reading, token_counts
-from workbench.features.documents.similar import DocumentCodes
+from workbench.features.documents.pooling import POOLINGS, Pooling, pooled_reading
 from workbench.features.index.query import FeatureIndex
+from workbench.harvest.reading import Harvest
 from workbench.models.load import LoadedModel
 
 from .conftest import HOOK
@@ -124,21 +124,11 @@ def test_bags_in_blocks_and_their_strongest_are_those_of_the_dense_matrix(monkey
         mine = kept.text == row
         largest = np.argsort(-np.abs(table[row]), kind="stable")[: min(2, np.count_nonzero(table[row]))]
         assert kept.item[mine].tolist() == sorted(largest.tolist())
+    counted = Bags.counted(np.array([[3, 1, 3, 3], [0, 0, 1, 7]]))
+    assert list(zip(counted.text, counted.item, counted.amount, strict=True)) == [
+        (0, 1, 1), (0, 3, 3), (1, 0, 2), (1, 1, 1), (1, 7, 1),
+    ]  # fmt: skip
     assert bags.of(4).item.tolist() == np.flatnonzero(table[4]).tolist()
-
-
-def test_tokens_are_counted_as_the_harvest_has_them(space: Workspace) -> None:
-    index = FeatureIndex.open(space, "s")
-    documents = DocumentCodes.of(index).documents
-    found = token_counts(index, documents["first"].to_numpy(), documents["last"].to_numpy())
-    harvest = space.open_harvest("h")
-    with duckdb.connect(str(harvest.database), read_only=True) as connection:
-        rows = connection.execute("SELECT doc, token FROM tokens WHERE flags = 0").fetchall()
-    counted = {
-        (int(documents["doc"].iloc[text]), int(token)): int(n)
-        for text, token, n in zip(found.text, found.item, found.amount, strict=True)
-    }
-    assert counted == Counter(rows)
 
 
 def test_halves_share_no_context_and_lie_on_either_side_of_the_same_boundary() -> None:
@@ -160,7 +150,7 @@ def test_halves_share_no_context_and_lie_on_either_side_of_the_same_boundary() -
             seen.add((early[0], late[0]))
         assert windows.first.tolist() == windows.rows[:, 0].tolist()
     assert len(seen) > 200
-    with pytest.raises(InputError, match="0 documents of the index have 40 tokens on both sides"):
+    with pytest.raises(InputError, match="0 documents have 40 tokens on both sides"):
         draw_windows(every[counts], doc[counts], 16, tokens=40, seed=0, documents=12)
 
 
@@ -221,6 +211,37 @@ def test_halves_are_scored_as_by_dense_computations(space: Workspace, monkeypatc
     assert space.document_halves("s", tokens=4, draws=1, seed=3).created == found.created
 
 
+def test_sparse_codes_are_trained_on_one_half_and_judged_on_the_other(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["documents", "sparse", "h", "-w", str(space.path), "--device", "cpu", "--json"]
+    assert run([*command, "--tokens", "1"]) == 2
+    assert "half of the documents have 0 passages of at least 32 tokens" in capsys.readouterr().err
+    assert run([*command, "--k", "2000"]) == 2
+    assert "lie between 1 and the width, 1024" in capsys.readouterr().err
+    # As above: so many boundaries that the short documents have passages.
+    monkeypatch.setattr(Harvest, "context_len", 2)
+    monkeypatch.setattr("workbench.features.documents.sparse.LEAST", 1)
+    small = ["--tokens", "4", "--k", "2", "--width", "32", "--anneal-from", "8", "--steps", "4"]
+    assert run([*command, *small, "--draws", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    codes = [row for row in found["summary"] if row["code"] == "k-sparse"]
+    assert [(row["k"], row["annealed"], row["labels"]) for row in codes] == [
+        (2, annealed, labels) for annealed in (False, True) for labels in (False, True)
+    ]
+    assert [row["code"] for row in found["summary"]][:4] == ["tokens", "mean vector", "PCA", "k-sparse"]
+    assert len(found["draws"]) == 2 * len(found["summary"])
+    for row in codes:
+        own = [one for one in found["draws"] if [one[key] for key in ("code", "k", "annealed", "labels")]
+               == ["k-sparse", row["k"], row["annealed"], row["labels"]]]  # fmt: skip
+        assert row["top1"] == pytest.approx(np.mean([one["top1"] for one in own]))
+        assert row["least"] == min(one["top1"] for one in own)
+        assert 0 <= row["dead"] < 1
+        assert row["fvu"] > 0
+    # Half of 27 documents is judged.
+    assert all(row["documents"] <= 14 for row in found["summary"])
+
+
 def test_the_command_says_what_is_shared_and_refuses_in_one_line(
     space: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +260,6 @@ def test_the_command_says_what_is_shared_and_refuses_in_one_line(
         assert message in said
         assert said.count("\n") == 1
     assert run(["documents", "halves", "s", "-w", str(space.path)]) == 2
-    assert "0 documents of the index have 600 tokens on both sides" in capsys.readouterr().err
+    assert "0 documents have 600 tokens on both sides" in capsys.readouterr().err
     with pytest.raises(InputError, match="no pooling 'mean': choose count, sum, max"):
         space.similar_documents("s", "3.txt", pooling="mean")
