@@ -13,7 +13,7 @@ The native format (`sae.formats.saelens`) is the part of SAELens' that needs no 
   no SAE here has these, and they are refused by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -62,7 +62,7 @@ def from_parts(
     """
     config = saelens_old.modern(config, where)
     metadata = {key: value for key, value in saelens_old.nested(config).items() if value is not None}
-    _refuse(config, metadata, where)
+    check_supported(config, metadata, where)
     weights = _weights(config, _tensors(config, state, where), where)
     hook = place_read(metadata)
     _, model = metadata.pop("hook_name", ""), metadata.pop("model_name", "")
@@ -87,19 +87,27 @@ def place_read(metadata: Mapping[str, Any]) -> str:
     return hook
 
 
-def _refuse(config: Mapping[str, Any], metadata: Mapping[str, Any], where: str) -> None:
-    """Raises InputError for what no SAE here can be."""
+def check_supported(
+    config: Mapping[str, Any], metadata: Mapping[str, Any], where: str, *, normalisations: Sequence[str] = ("none",)
+) -> None:
+    """Raises InputError for what no SAE here can be, before any weights are there.
+
+    Args:
+        config, metadata: as SAELens 6 writes them (`saelens_old.modern`), and what `metadata` in it says.
+        where: begins messages.
+        normalisations: of the input that are known how to be taken into the weights.
+    """
     architecture = str(config.get("architecture"))
     if architecture not in TENSORS:
         raise InputError(
             f"{where} holds a {architecture!r} SAE, which is not supported: supported are {', '.join(TENSORS)}"
         )
-    allowed = {"normalize_activations": ("none",), "reshape_activations": ("none", "hook_z")}
+    allowed = {"normalize_activations": normalisations, "reshape_activations": ("none", "hook_z")}
     for key, values in allowed.items():
         if config.get(key, "none") not in values:
             expected = " or ".join(repr(value) for value in values)
             raise InputError(f"{where} has {key} = {config[key]!r}, which is not supported: expected {expected}")
-    if "hook_head_index" in metadata:
+    if metadata.get("hook_head_index") is not None:
         raise InputError(
             f"{where} reads head {metadata['hook_head_index']} of {metadata.get('hook_name', 'its hook point')} alone "
             "(hook_head_index), which is not supported: SAEs here read all heads"

@@ -71,10 +71,7 @@ def ids_of_set(release: str, ids: str) -> dict[int, str]:
         InputError: as `load_pretrained_set`.
     """
     known = _listed(release)
-    if "clt" in (known.conversion_func or ""):
-        raise InputError(
-            f"release {release!r} holds a cross-layer transcoder: its layers predict nothing by themselves"
-        )
+    _refuse_cross_layer(release, known)
     head, _, rest = ids.partition("*")
     matcher = re.compile(re.escape(head) + r"(\d+)" + re.escape(rest).replace(re.escape("*"), ".*"))
     found: dict[int, str] = {}
@@ -95,9 +92,13 @@ def ids_of_set(release: str, ids: str) -> dict[int, str]:
 
 
 def check_id(release: str, sae_id: str) -> None:
-    """Raises InputError, naming the nearest, for an id that a release of the registry does not have."""
+    """Raises InputError, naming the nearest, for an id that a release of the registry does not have, and for a layer of
+    a cross-layer transcoder."""
     known = registered(release)
-    if known is not None and sae_id not in known.saes_map:
+    if known is None:
+        return
+    _refuse_cross_layer(release, known)
+    if sae_id not in known.saes_map:
         raise InputError(f"release {release!r} has no SAE {sae_id!r}: {_near(sae_id, list(known.saes_map))}")
 
 
@@ -130,8 +131,8 @@ def _fetch(release: str, repo: str, sae_id: str, hook_name: str | None, model_na
     )  # fmt: skip
     try:
         found = SAELensSAE.from_pretrained(release, sae_id)
-    except OSError as error:
-        # Of Hugging Face's errors too: no connection, no such file or repository, no access.
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        # Of Hugging Face's errors too: no connection, no such file or repository, no access; or files of another kind.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot fetch {release}/{sae_id} ({reason}): check the names and the network") from None
     return from_parts(
@@ -141,6 +142,13 @@ def _fetch(release: str, repo: str, sae_id: str, hook_name: str | None, model_na
         hook_name=hook_name,
         model_name=model_name,
     )
+
+
+def _refuse_cross_layer(release: str, known: "PretrainedSAELookup") -> None:
+    if "clt" in (known.conversion_func or ""):
+        raise InputError(
+            f"release {release!r} holds a cross-layer transcoder: its layers predict nothing by themselves"
+        )
 
 
 def _near(wanted: str, known: list[str]) -> str:

@@ -14,7 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from sae.errors import InputError
 from sae.formats import saelens_old
-from sae.formats.saelens_import import place_read
+from sae.formats.saelens_import import check_supported, place_read
 from sae.model import SAE
 from workbench.catalog.origin import contexts_told
 from workbench.disk.extras import require
@@ -24,6 +24,10 @@ from workbench.saes.pretrained import check_id, ids_of_set, registered
 
 PROCESSED = ("center_writing_weights", "fold_ln", "center_unembed", "fold_value_biases")
 """What TransformerLens may have done to a model's weights; here they are raw."""
+
+
+FOLDED = ("none", "expected_average_only_in")
+"""Normalisations of the input that SAELens takes into the weights of what it fetches."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def describe_published(
 def _trained(release: str, ids: Mapping[int, str], hook: str | None, model: str | None) -> Trained:
     configs = [saelens_old.modern(_config(release, one), f"{release}/{one}") for one in ids.values()]
     abouts = [saelens_old.nested(config) for config in configs]
+    for one, config, about in zip(ids.values(), configs, abouts, strict=True):
+        check_supported(config, about, f"{release}/{one}", normalisations=FOLDED)
     hooks = tuple(hook or place_read(about) for about in abouts)
     named = model or str(abouts[0].get("model_name") or "")
     if not named or not all(hooks):

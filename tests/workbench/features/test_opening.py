@@ -216,7 +216,8 @@ def test_a_set_that_lists_files_of_others_goes_by_saelens_registry(
     ids = [first[f"layer_{layer}"] for layer in range(26)]
     listed = "".join(f'  - "hf://{known.repo_id}/{sae_id}/params.npz"\n' for sae_id in ids)
     hub_set(tmp_path, f"model_kind: transcoder_set\nmodel_name: google/gemma-2-2b\ntranscoders:\n{listed}")
-    told = {"d_in": 2304, "d_sae": 16384, "metadata": {"hook_name": "blocks.0.ln2.hook_normalized"}}
+    told: dict[str, Any] = {"architecture": "jumprelu_transcoder", "d_in": 2304, "d_sae": 16384}
+    told |= {"metadata": {"hook_name": "blocks.0.ln2.hook_normalized"}}
     monkeypatch.setattr(published, "_config", lambda release, sae_id: {**told, "sae_lens_version": "6.54.12"})
     plan = opening.plan_opening("someone/set", corpus="python-stdlib")
     assert plan.published is not None
