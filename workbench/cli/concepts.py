@@ -22,6 +22,7 @@ from workbench.show.progress import ProgressBar
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.features.concepts.poles import Poles
     from workbench.features.concepts.report import ConceptReport
 
 # As in workbench.features.concepts.truth, which loads torch.
@@ -119,13 +120,7 @@ def concepts(
         "half of them held out\n"
     )
     show(f"Features of {sae} and the concept of each, by held-out F1", by_feature.head(top), FEATURE_TITLES)
-    if poles is not None:
-        from workbench.features.concepts.poles import HOLDS
-
-        print(
-            f"Of {len(poles.table):,} features that fire, {poles.both:.1%} hold a concept by either sign (F1 {HOLDS} "
-            f"or more), {poles.two:.1%} two different ones; {poles.chance:.1%} would with the signs paired at random\n"
-        )
+    say_poles(poles)
     show(
         "Held-out F1 by concept: the best feature, "
         + ("" if report.neurons is None else f"the best neuron of {report.neurons_hook}, ")
@@ -134,6 +129,18 @@ def concepts(
         CONCEPT_TITLES,
     )
     print(f"Next: workbench sql 'SELECT * FROM \"concepts.{sae}\".pairs LIMIT 10' --workspace {folder}")
+
+
+def say_poles(poles: "Poles | None") -> None:
+    """One line about what the two signs of features tell, under a rule with signs."""
+    if poles is None:
+        return
+    from workbench.features.concepts.poles import HOLDS
+
+    print(
+        f"Of {len(poles.table):,} features that fire, {poles.both:.1%} hold a concept by either sign (F1 {HOLDS} "
+        f"or more), {poles.two:.1%} two different ones; {poles.chance:.1%} would with the signs paired at random\n"
+    )
 
 
 def neurons_of(report: "ConceptReport") -> "pd.DataFrame":
