@@ -8,7 +8,7 @@ as many features a row as fire on average:
 
 FVU, L0 and the mean F1 of firing over the true features, each against its matched direction (`sae.recovery`).
 
-    python benchmarks/inference.py [--seeds 3] [--steps 600] [--cases zipf correlated ...] [--json]
+    python benchmarks/inference.py [--seeds 0 1 2] [--steps 600] [--cases zipf correlated ...] [--json]
 """
 
 import argparse
@@ -61,13 +61,13 @@ def table(rows: Mapping[int, list[dict[str, Any]]]) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=["zipf", "correlated"])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     for case in options.cases:
-        rows = {seed: list(found(CASES[case], seed, options.steps)) for seed in range(options.seeds)}
+        rows = {seed: list(found(CASES[case], seed, options.steps)) for seed in options.seeds}
         if options.json:
             print(json.dumps({"case": case, "rows": rows}))
         else:

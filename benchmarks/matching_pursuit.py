@@ -1,6 +1,6 @@
 """Pursuits as training rules on SynthSAEBench's kind of data (docs/methods/inference.md): do they pay?
 
-    python benchmarks/matching_pursuit.py [--seeds 3] [--samples 400000] [--lr 0.003] [--device cpu]
+    python benchmarks/matching_pursuit.py [--seeds 0 1 2] [--samples 400000] [--lr 0.003] [--json]
 
 1. mp: MP-SAE (Costa et al. 2025, arXiv 2506.03093). k times the direction with the largest product with the residual is
    taken off it by that product; gradients go through all k steps.
@@ -98,17 +98,20 @@ def arms(size: ModelSize, planted: Planted, samples: int, lr: float, seed: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=400_000)
     parser.add_argument("--lr", type=float, default=TINY.lr, help="of the pursuits")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="a line a seed and arm")
     options = parser.parse_args()
-    planted = Planted.of(benchmark_model(TINY, options.device))
+    planted = Planted.of(benchmark_model(TINY, "cpu"))
     rows = [
-        {"arm": name, **measures(sae, Stream(planted, seed), 1)}
-        for seed in range(options.seeds)
+        {"seed": seed, "arm": name, **measures(sae, Stream(planted, seed), 1)}
+        for seed in options.seeds
         for name, sae in arms(TINY, planted, options.samples, options.lr, seed)
     ]
+    if options.json:
+        print(pd.DataFrame(rows).to_json(orient="records", lines=True))
+        return
     found = pd.DataFrame(rows).groupby("arm", sort=False)[SHOWN]
     print(found.mean().round(3).to_string(), "\n\n", found.std().round(3).to_string())
 

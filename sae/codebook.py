@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.errors import InputError
 from sae.model import SAE
@@ -85,6 +85,32 @@ def fit_codebook(
             variance = (x - x.mean(dim=0)).square().sum(dim=1).mean()
             on_step((step + 1) * BATCH, n_steps * BATCH, float(error.detach() / variance))
     return _as_sae(codes.detach() / scale, bias, k)
+
+
+class CodebookLayer(nn.Module):
+    """A codebook in a model that is trained with it: gives the mean of the k nearest codes, and passes the gradient of
+    its output to the codes and, as if it gave its input, to what lies before it (straight through).
+
+    Args:
+        n_codes, width, k: sizes.
+
+    Attributes:
+        codes: [n_codes, width].
+        chosen: [*batch, k], the codes of the last pass.
+        error: mean squared error of the last pass, with gradients for the codes alone: what is added to the loss.
+    """
+
+    def __init__(self, n_codes: int, width: int, k: int) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(n_codes, width))
+        self.k = k
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """What stands in x's place."""
+        self.chosen = nearest(x.detach().flatten(0, -2), self.codes.detach(), self.k).view(*x.shape[:-1], self.k)
+        found = self.codes[self.chosen].mean(dim=-2)
+        self.error = (found - x.detach()).square().sum(dim=-1).mean()
+        return found + (x - x.detach())
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae import SAE, Codebook, InputError, TrainConfig
-from sae.codebook import DEAD_AFTER, fit_codebook, replace_dead
+from sae.codebook import DEAD_AFTER, CodebookLayer, fit_codebook, replace_dead
 
 WIDTH, CENTRES = 12, 20
 
@@ -78,6 +78,26 @@ def test_a_fitted_code_is_the_mean_of_its_rows_and_no_cluster_is_without_one() -
             torch.testing.assert_close(codes[code], x[chosen == code].mean(dim=0), rtol=0, atol=0.03)
     nearest = torch.cdist(source.centres + 3.0, codes).amin(dim=1)
     assert nearest.max() < 0.1
+
+
+def test_a_layer_passes_gradients_to_its_codes_and_past_them() -> None:
+    torch.manual_seed(0)
+    layer, x = CodebookLayer(9, WIDTH, 2), torch.randn(3, 5, WIDTH, requires_grad=True)
+    weight = torch.randn(3, 5, WIDTH)
+    found = layer(x)
+    assert torch.allclose(found, layer.codes[layer.chosen].mean(dim=2), atol=1e-6)
+    (found * weight).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight)
+    expected = torch.zeros(9, WIDTH).index_add(
+        0, layer.chosen.flatten(), weight.flatten(0, 1).repeat_interleave(2, 0) / 2
+    )
+    assert layer.codes.grad is not None
+    torch.testing.assert_close(layer.codes.grad, expected)
+    x.grad = None
+    layer(x)
+    layer.error.backward()
+    assert x.grad is None
 
 
 def test_only_codes_that_were_idle_too_long_are_replaced_by_rows() -> None:
