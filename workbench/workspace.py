@@ -1,8 +1,7 @@
-"""The Workspace: a Catalog (what lies where, what made it) with a verb for everything one does with it; the verbs that
-ask about a model rather than an SAE stand in `workbench.studies`.
+"""The Workspace: a Catalog with a verb for all that one does with it; verbs about a model are in `workbench.studies`.
 
-Each method is one call of the analysis that does it, in the room it belongs to: the front door of notebooks and of
-one's own programs. The command line and the app call the same methods, or the same analyses where they show a part.
+Each method is one call of the analysis that does it: the front door of notebooks and of one's own programs. The
+command line and the app call the same, or the same analyses where they show a part.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -210,8 +209,7 @@ class Workspace(Studies):
         return import_published_set(self, name, release, ids, model=model)
 
     def open_dictionary(self, plan: "Opening", **settings: Any) -> "Opened":
-        """Imports a dictionary of somebody else's, harvests as it was trained and indexes it, as
-        `workbench.features.opening.plan_opening` said; settings and InputErrors as `open_dictionary` there."""
+        """Imports somebody else's dictionary, harvests and indexes; as `workbench.features.opening.open_dictionary`."""
         from workbench.features.opening import open_dictionary
 
         return open_dictionary(self, plan, **settings)
