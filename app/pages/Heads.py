@@ -11,7 +11,7 @@ from workbench.circuits.figures import selectable_heads
 from workbench.circuits.graphs import sets_for_graphs
 from workbench.circuits.head_examples import HeadExamples, head_examples
 from workbench.circuits.head_features import FAMILIES, HEAD_FEATURES
-from workbench.circuits.heads import DIVERGING, HEADS, SCORES, HeadOnText, report_heads
+from workbench.circuits.heads import DIVERGING, HEADS, ON_RANDOM_TOKENS, SCORES, HeadOnText, report_heads
 from workbench.circuits.methods import DISCRETE, NODES
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
@@ -123,7 +123,7 @@ def rests_on(result: Result, by: str) -> list[str]:
     if by in counted and "needles_found" in table:
         found = int(table["needles_found"].iloc[0])
         return [counted[by], f"The score rests on {found} needles found of {result.parameters['needles']}."]
-    if by in ("sink", "sink_excess", "entropy", "keys_95"):
+    if by in ON_RANDOM_TOKENS:
         return ["Measured on random tokens; `workbench sparsity attention` measures it on text."]
     return []
 
@@ -230,8 +230,8 @@ def token_links(workspace: Workspace, model: ModelInfo, view: AttentionView, tex
     token = st.session_state.get("token asked for")
     if token is None or token >= len(view.tokens):
         return
-    said = plain(one_line(view.tokens[token]))
-    st.markdown(f"**Token {token}, {said}**")
+    # Between quotation marks, where a token of white space is seen and ends no emphasis.
+    st.markdown(f'**Token {token}, "{plain(one_line(view.tokens[token]))}"**')
     names = [name for name in sae_names(workspace) if workspace.origin(name).model == model.name]
     for name in names[:MOST_LINKS]:
         page_link("Prompt", f"its features by {plain(name)}", sae=name, prompt=text, token=token)

@@ -1,6 +1,6 @@
 """Attention patterns beside their text: all heads small, one or two large, as HTML with a script of its own.
 
-Hovering a token of a large head colours what it looks at, before it, and who looks at it, after it; a cell of the
+Hovering a token colours what it looks at, before it, and who looks at it, after it, in every large head; a cell of a
 pattern names its two tokens. A click on a token holds it, so that the mouse can go elsewhere; on the app's page it is
 then asked for, features and graphs one link away. A click on a small head makes it the large one, with Shift the one to
 compare with. (The view is that of CircuitsVis' attention patterns.)
@@ -155,10 +155,11 @@ function drawAttention(root, data, pick, ask = () => {}) {
     const spans = data.tokens.map((token, i) => {
       const span = document.createElement("span");
       span.textContent = token.replace("\\u23ce", "\\u23ce\\n"); span.tabIndex = 0; span.dataset.at = i;
-      span.onmouseenter = span.onfocus = () => { if (held === null) look(i); };
+      const everywhere = () => root.querySelectorAll("section").forEach((section) => section.look(i));
+      span.onmouseenter = span.onfocus = () => { if (held === null) everywhere(); };
       span.onclick = () => {
         held = held === i ? null : i;
-        root.querySelectorAll("section").forEach((section) => section.look(i));
+        everywhere();
         ask(held);
       };
       return span;

@@ -39,6 +39,7 @@ from workbench.models.readout import check_unembedding
 
 HEADS = "circuit-heads"
 SCORES = (*COLUMNS, "retrieval", "retrieval_steps", "evidence")
+ON_RANDOM_TOKENS = ("sink", "sink_excess", "entropy", "keys_95")
 DIVERGING = ("copying", "sink_excess", "evidence")
 BATCH = 8
 """Rows whose attention is held at once."""
@@ -167,6 +168,20 @@ def needle_rows(model: LoadedModel, vocabulary: list[int], first: int, n: int, s
         row = [first, *hay[:place], *key, *needle, *hay[place:], *key]
         tests.append(Needle(torch.tensor(row), 1 + place + NEEDLE_KEY, NEEDLE_LENGTH, NEEDLE_KEY, NEEDLE_KEY))
     return tests
+
+
+def score_titles(scores: pd.DataFrame) -> dict[str, str]:
+    """What scores are called where it is not plain on what they rest: of random tokens, or of few needles.
+
+    Args:
+        scores: the table of that name.
+    """
+    titles = {score: f"{score} (random tokens)" for score in ON_RANDOM_TOKENS}
+    if "needles_found" in scores:
+        found = scores["needles_found"].iloc[0]
+        titles["retrieval"] = f"retrieval ({found} needles)"
+        titles["retrieval_steps"] = f"retrieval, counted at every step ({found} needles)"
+    return titles
 
 
 @dataclass(frozen=True)

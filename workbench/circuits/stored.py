@@ -12,7 +12,7 @@ from circuits.scores import EdgeScores, NodeScores, no_behaviour
 from sae.errors import InputError
 from workbench.catalog.results import Result
 from workbench.circuits import figures
-from workbench.circuits.heads import HEADS, SCORES
+from workbench.circuits.heads import HEADS, SCORES, score_titles
 from workbench.circuits.methods import DICTIONARY, EDGES, FEATURES, NODES
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel, ModelInfo
@@ -114,14 +114,15 @@ def head_values(result: Result, model: ModelInfo, score: str = "score") -> torch
 
 
 def scores_of_head(result: Result, head: str) -> pd.DataFrame:
-    """One head's scores in a `circuit-heads` result: columns score, value, rank (1 is the largest of all heads) and
-    mean of all heads; scores that were not taken are left out."""
+    """One head's scores in a `circuit-heads` result: columns score (`score_titles`), value, rank (1 is the largest of
+    all heads) and mean of all heads; scores that were not taken are left out."""
     table = result.table("scores").set_index("node")
     columns = [score for score in table.columns if score in SCORES and table[score].notna().any()]
-    ranks = table[columns].rank(ascending=False, method="min")
+    ranks, titles = table[columns].rank(ascending=False, method="min"), score_titles(table)
     return pd.DataFrame(
         {
-            "score": columns, "value": table.loc[head, columns].to_numpy(dtype=float),
+            "score": [titles.get(score, score) for score in columns],
+            "value": table.loc[head, columns].to_numpy(dtype=float),
             "rank": ranks.loc[head].astype("Int64").to_numpy(), "mean of all heads": table[columns].mean().to_numpy(),
         }
     )  # fmt: skip

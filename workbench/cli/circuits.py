@@ -183,12 +183,10 @@ def best_heads(scores: "pd.DataFrame", n: int = 4) -> "pd.DataFrame":
     """The `n` heads with the largest value of every score but the number of needles."""
     import pandas as pd
 
+    from workbench.circuits.heads import score_titles
+
     columns = [column for column in scores.columns if column not in ("node", "needles_found")]
-    titles = {column: f"{column} (random tokens)" for column in ("sink", "sink_excess", "entropy", "keys_95")}
-    if "needles_found" in scores:
-        found = scores["needles_found"].iloc[0]
-        titles["retrieval"] = f"retrieval ({found} needles)"
-        titles["retrieval_steps"] = f"retrieval, counted at every step ({found} needles)"
+    titles = score_titles(scores)
     best = {column: scores.dropna(subset=[column]).nlargest(n, column) for column in columns}
     cells = {
         column: [f"{node} {value:.3g}" for node, value in zip(rows["node"], rows[column], strict=True)]

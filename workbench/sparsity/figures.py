@@ -29,6 +29,10 @@ HEAD_COSTS = {
     "uncovered": "share of its attention that the pattern leaves out",
     "dims_95": "directions of the query-key form for 95% of the attention on 16 keys",
 }
+ORDER_NAMES = {
+    "sensitivity": "the most sensitive", "uncovered": "those with most attention left out",
+    "random": "as many at random",
+}  # fmt: skip
 CORE_NAMES = {
     "own": "core of the first half", "other": "another context's", "corpus": "the training text's", "random": "random"
 }  # fmt: skip
@@ -142,7 +146,7 @@ def attention_curves(curves: pd.DataFrame) -> go.Figure:
             "%{customdata[2]:.4f} nats",
         )  # fmt: skip
     _laid_out(figure, "keys per query", "added nats per token").update_xaxes(type="log", dtick=0.30103)
-    return figure.update_yaxes(type="log").update_layout(height=460)
+    return figure.update_yaxes(type="log", dtick=1).update_layout(height=460)
 
 
 def attention_coverage(coverage: pd.DataFrame, budget: int) -> go.Figure:
@@ -221,7 +225,8 @@ def head_costs(heads: pd.DataFrame, column: str = "restricted_kl") -> go.Figure:
     cells = heads.pivot(index="layer", columns="head", values=column).astype(float)
     figure = go.Figure(
         go.Heatmap(
-            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, colorscale=UPWARDS, texttemplate="%{z:.2g}",
+            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, colorscale=UPWARDS,
+            texttemplate="%{z:.0f}" if column == "dims_95" else "%{z:.3f}",
             hovertemplate="layer %{y}, head %{x}: %{z:.4f}<extra></extra>", colorbar={"thickness": 8},
         )
     )  # fmt: skip
@@ -241,7 +246,7 @@ def heads_left_whole(curve: pd.DataFrame) -> go.Figure:
         rows = pd.concat([none, curve[(curve["order"] == order) & (curve["whole"] > 0)]])
         spread = rows.groupby("whole")["added_nats"].agg(["mean", "min", "max"])
         figure.add_scatter(
-            x=spread.index, y=spread["mean"], name=str(order),
+            x=spread.index, y=spread["mean"], name=ORDER_NAMES[str(order)],
             mode="lines+markers", line={"color": series_colour(number), "width": 1.5},
             error_y={"array": spread["max"] - spread["mean"], "arrayminus": spread["mean"] - spread["min"],
                      "thickness": 1} if order == "random" else None,
@@ -264,7 +269,7 @@ def predicted_neurons(predictor: pd.DataFrame) -> go.Figure:
         _add_curve(figure, number, f"layer {layer}", rows["rank"], rows["recall"])
         figure.add_hline(y=rows["frequent"].iloc[0], line={"color": series_colour(number), "width": 1, "dash": "dot"})
     figure = _laid_out(figure, "rank of the predictor", "recall of a token's neurons")
-    return figure.update_xaxes(type="log").update_yaxes(range=[0, 1.02], tickformat=".0%")
+    return figure.update_xaxes(type="log", dtick=0.30103).update_yaxes(range=[0, 1.02], tickformat=".0%")
 
 
 def reliability_curves(table: pd.DataFrame) -> go.Figure:
