@@ -84,7 +84,7 @@ def fit_codebook(
         if on_step is not None:
             variance = (x - x.mean(dim=0)).square().sum(dim=1).mean()
             on_step((step + 1) * BATCH, n_steps * BATCH, float(error.detach() / variance))
-    return _as_sae(codes.detach() / scale, bias, k)
+    return as_sae(codes.detach() / scale, bias, k)
 
 
 class CodebookLayer(nn.Module):
@@ -147,7 +147,8 @@ def replace_dead(
 
 
 @torch.no_grad()
-def _as_sae(codes: Float[Tensor, "n_codes d"], bias: Float[Tensor, "d"], k: int) -> SAE:
+def as_sae(codes: Float[Tensor, "n_codes d"], bias: Float[Tensor, "d"], k: int) -> SAE:
+    """Codes as an SAE of the rule `Codebook`, of rows less a bias."""
     sae = SAE(codes.shape[1], len(codes), Codebook(k), device=codes.device)
     lengths = torch.linalg.vector_norm(codes, dim=1)
     sae.W_dec.copy_(codes / lengths.clamp_min(torch.finfo(codes.dtype).tiny)[:, None])
