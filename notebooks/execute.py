@@ -62,10 +62,15 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None, *, renderer
     return notebook
 
 
+def number(path: Path) -> int:
+    """Of a notebook, by which they are read in order."""
+    return int(path.stem.split("_")[0])
+
+
 def main() -> None:
     """Executes the notebooks named on the command line and stores their outputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
+    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb"), key=number))
     for path in parser.parse_args().notebooks:
         start = time.monotonic()
         text = nbformat.writes(execute(path.resolve()))
