@@ -6,8 +6,6 @@ What a reader chose lies in the URL; supernodes and notes lie in the workspace t
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -16,7 +14,8 @@ import streamlit as st
 from app.shared import loaded_model, plain
 from workbench import InputError, LoadedModel, Workspace
 from workbench.catalog.notes import Notes
-from workbench.circuits.graph_json import shown_groups, store_document, to_document
+from workbench.circuits.graph_json import parsed, shown_groups, store_document, to_document
+from workbench.circuits.graph_schema import unknown_members
 from workbench.circuits.graph_tasks import TASK_GRAPHS
 from workbench.circuits.graphs import (
     GRAPH,
@@ -28,7 +27,6 @@ from workbench.circuits.graphs import (
     head_shares,
     intervene_on,
     look,
-    open_graph,
     supernode_edges,
 )
 from workbench.circuits.named import feature_names
@@ -44,6 +42,21 @@ def set_query(key: str, value: str) -> None:
         st.query_params[key] = value
     elif key in st.query_params:
         del st.query_params[key]
+
+
+def check_link(whole: PromptGraph) -> None:
+    """Says what the URL names that the graph does not have."""
+    groups = _from_url("groups")
+    members = list(groups.values()) if isinstance(groups, dict) else [None]
+    grouped = [one for group in members if isinstance(group, list) for one in group]
+    named = [st.query_params.get(key, "") for key in ("node", "edge")]
+    named += [*st.query_params.get("pins", "").split(","), *map(str, grouped)]
+    lost = [one for one in dict.fromkeys(named) if one and one not in whole.number]
+    if lost:
+        more = f" and {len(lost) - 5} more" * (len(lost) > 5)
+        st.warning(f"This link names {plain(', '.join(lost[:5]))}{more}, which this graph does not have.")
+    if "groups" in st.query_params and not all(isinstance(group, list) for group in members):
+        st.warning("This link's supernodes are damaged: what cannot be read of them is left out.")
 
 
 def read_groups(workspace: Workspace, name: str, whole: PromptGraph) -> dict[str, list[str]]:
@@ -302,14 +315,13 @@ def open_file(workspace: Workspace) -> None:
     file = st.file_uploader("Open a file", type="json")
     title = st.text_input("Name of the graph in it", "imported")
     if file is not None and st.button("Store it"):
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / Path(file.name).name
-            path.write_bytes(file.getvalue())
-            try:
-                store_document(workspace, title, path)
-                open_graph(workspace, title)
-            except InputError as error:
-                st.error(plain(str(error)))
-                return
+        try:
+            document = parsed(file.getvalue(), file.name)
+            store_document(workspace, title, document, file.name)
+        except InputError as error:
+            st.error(plain(str(error)))
+            return
+        for supernode, ids in unknown_members(document).items():
+            st.toast(f"{plain(supernode)} lacks {len(ids)} nodes that the file does not have.")
         st.query_params.from_dict({"graph": title})
         st.rerun()

@@ -91,7 +91,11 @@ def reading_matrix(block: Any, part: str, name: str) -> Any:
     found = getattr(getattr(block, part, None), name, None)
     if not hasattr(getattr(found, "original_component", None), "weight"):
         what = "MLP" if part == "mlp" else "attention"
-        raise InputError(f"the {what} of {block.name} has no {name} matrix of its own to read the residual stream with")
+        raise InputError(
+            f"the {what} of {block.name} has no {name} matrix of its own to read the residual stream with"
+            + ": it is latent attention (MLA), which reads a compressed copy of the stream through a norm of its own"
+            * hasattr(getattr(block, part, None), "kv_b_proj")
+        )
     return found
 
 

@@ -33,6 +33,7 @@ def main() -> None:
         return
     version = workspace.results.path(GRAPH, name).stat().st_mtime_ns
     whole = opened_graph(str(workspace.path), name, version)
+    panels.check_link(whole)
     share = st.slider(
         "Share of the influence that is shown", 0.3, 0.95, 0.6, 0.05, key="share", bind="query-params",
         help="The fewest nodes that hold it; what is stored holds 95 %.",

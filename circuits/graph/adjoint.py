@@ -37,8 +37,10 @@ from circuits.graph.graph import ERROR, FEATURE, TOKEN, node_name
 from sae.errors import InputError
 from sae.transcoder import Transcoder
 
-CPU_ELEMENTS, GPU_ELEMENTS = 1 << 21, 1 << 27
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 19, 1 << 27
 """Of a batch of cotangents [targets, pos, d_model]: what a cache bears, and what a GPU does."""
+FEWEST = 8
+"""Targets of a batch at least: what a layer writes is read once for all of them."""
 
 
 @dataclass(frozen=True)
@@ -233,12 +235,15 @@ def stream_rows(
 def _batches(chosen: Int[Tensor, "targets"], position: Tensor, like: Tensor) -> Iterator[Int[Tensor, "batch"]]:
     """Targets in batches whose cotangents fill the budget."""
     budget = GPU_ELEMENTS if like.is_cuda else CPU_ELEMENTS
+
+    def fits(target: int) -> int:
+        """How many, were all at the position of this one."""
+        return max(FEWEST, budget // ((int(position[chosen[target]]) + 1) * like.shape[1]))
+
     first = 0
     while first < len(chosen):
-        size = max(1, budget // ((int(position[chosen[first]]) + 1) * like.shape[1]))
-        size = min(
-            size, max(1, budget // ((int(position[chosen[min(first + size, len(chosen)) - 1]]) + 1) * like.shape[1]))
-        )
+        size = fits(first)
+        size = min(size, fits(min(first + size, len(chosen)) - 1))
         yield chosen[first : first + size]
         first += size
 

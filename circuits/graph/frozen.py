@@ -165,6 +165,10 @@ def freeze(bridge: Bridge, tokens: Int[Tensor, "pos"], dtype: torch.dtype | None
             raise InputError(
                 f"this model cannot be frozen: its layer {number} has no attention heads to hold patterns of"
             )
+        try:
+            reading_matrix(block, "attn", "v")
+        except InputError as error:
+            raise InputError(f"this model cannot be frozen: {error}") from None
     names = ["embed.hook_out", f"blocks.{n_layers - 1}.hook_resid_post"]
     names += [
         f"blocks.{layer}.{inner}"

@@ -5,32 +5,50 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.families import save_tiny
 from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
-from workbench import Workspace, load_model
-from workbench.circuits.graphs import open_graph
+from workbench import LoadedModel, Workspace, load_model
+from workbench.circuits.graphs import GRAPH, open_graph
 from workbench.circuits.task import Task
 
 from .conftest import OpenPage
+
+
+def random_set(model: LoadedModel) -> TranscoderSet:
+    """Random TopK transcoders of a model's layers."""
+    coders = {}
+    for layer in range(model.info.n_layers):
+        coder = Transcoder(
+            model.info.d_model, model.info.d_model, 40, TopK(3), hook_name=f"blocks.{layer}.mlp.hook_in",
+            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name=model.info.name,
+        )  # fmt: skip
+        for parameter in coder.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer))
+        coders[layer] = coder.requires_grad_(False)
+    return TranscoderSet(coders)
 
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     model = load_model("demo", device="cpu")
     workspace = Workspace(tmp_path_factory.mktemp("graph") / "w")
-    coders = {}
-    for layer in range(model.info.n_layers):
-        coder = Transcoder(
-            model.info.d_model, model.info.d_model, 40, TopK(3), hook_name=f"blocks.{layer}.mlp.hook_in",
-            target_hook_name=f"blocks.{layer}.hook_mlp_out", model_name="demo",
-        )  # fmt: skip
-        for parameter in coder.parameters():
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer))
-        coders[layer] = coder.requires_grad_(False)
-    workspace.add_transcoders("mine", TranscoderSet(coders), [{}] * len(coders))
+    workspace.add_transcoders("mine", random_set(model), [{}] * model.info.n_layers)
     workspace.graph_task("induced", model, Task("induction", 2))
     return workspace
+
+
+def test_a_graph_is_of_the_model_that_the_chosen_transcoders_are_of(tmp_path: Path, open_page: OpenPage) -> None:
+    model = load_model(str(save_tiny("LlamaForCausalLM", tmp_path / "llama")), device="cpu")
+    workspace = Workspace(tmp_path / "w")
+    workspace.add_transcoders("other", random_set(model), [{}] * model.info.n_layers)
+    page = open_page("Graph", workspace)
+    next(box for box in page.text_input if box.label == "Name").set_value("llama")
+    next(box for box in page.button if box.label == "Make the graph").click().run()
+    assert not page.error
+    assert page.query_params["graph"] == "llama"
+    assert workspace.results.open(GRAPH, "llama").origin.model == model.info.name
 
 
 def test_graphs_of_a_task_and_the_sets_there_are(space: Workspace, open_page: OpenPage) -> None:
@@ -49,6 +67,20 @@ def test_a_damaged_change_is_said_and_the_graph_is_there(space: Workspace, open_
         page = open_page("Graph", space, graph="list", change=change)
         assert any("damaged" in one.value or "no node" in one.value for one in page.error)
         assert any(box.label == "Graph" for box in page.selectbox)
+
+
+def test_what_a_link_names_and_the_graph_does_not_have_is_said(space: Workspace, open_page: OpenPage) -> None:
+    space.graph("list", load_model("demo", device="cpu"), "x = [1, 2")
+    page = open_page("Graph", space, graph="list", node="f9/9/9", pins="token/1,f8/8/8", groups='{"a": ["token/99"]}')
+    said = [one.value for one in page.warning]
+    assert len(said) == 1
+    for lost in ("f9/9/9", "f8/8/8", "token/99"):
+        assert lost in said[0]
+    assert "token/1," not in said[0]
+    for damaged in ("{", "[1]", '{"a": 5}'):
+        page = open_page("Graph", space, graph="list", groups=damaged)
+        assert any("supernodes are damaged" in one.value for one in page.warning)
+    assert not page.exception
 
 
 def test_a_link_opens_an_edge_and_a_look(space: Workspace, open_page: OpenPage) -> None:

@@ -8,7 +8,8 @@ and shape, and the DuckDB file in step with them.
 - temporary files and folders (`*.tmp`, and DuckDB's `*.tmp.wal`) whose writer no longer runs;
 - locks whose owner no longer runs;
 - what an earlier removal did not finish (`trash/`);
-- artefacts named by the caller, unless a process is writing to them.
+- artefacts named by the caller, unless a process is writing to them;
+- supernodes and notes of graphs that are gone.
 
 A folder to be removed is first renamed into `trash/`, so a removal that is interrupted never leaves half an artefact.
 """
@@ -25,6 +26,7 @@ import psutil
 
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
+from workbench.catalog.notes import GRAPH, Notes
 from workbench.disk.locks import FILE as LOCK
 from workbench.disk.locks import live_owner, remove_stale
 from workbench.disk.names import check_name
@@ -44,6 +46,8 @@ class Removed:
 
     path: Path
     bytes: int
+    what: str = ""
+    """Which part of a file, where it is not all of it."""
 
 
 def verify(folder: Path) -> list[str]:
@@ -140,7 +144,18 @@ def remove(
             folders += catalog.made_from_sae(name)
         if kind == "transcoders":
             folders += catalog.made_from_transcoders(name)
-    return collect(catalog.path, folders, dry_run=dry_run)
+    removed = collect(catalog.path, folders, dry_run=dry_run)
+    return removed + _notes_of_lost_graphs(catalog, {item.path for item in removed}, dry_run)
+
+
+def _notes_of_lost_graphs(catalog: Catalog, removed: set[Path], dry_run: bool) -> list[Removed]:
+    notes = Notes(catalog.path)
+    files = {graph: catalog.results.path(GRAPH, graph) for graph in notes.graphs()}
+    lost = [graph for graph, file in files.items() if file in removed or not file.is_file()]
+    if not dry_run:
+        for graph in lost:
+            notes.forget_graph(graph)
+    return [Removed(notes.path, 0, f"supernodes and notes of the graph {graph}") for graph in lost]
 
 
 def collect(workspace: Path, named: Sequence[Path] = (), *, dry_run: bool = False) -> list[Removed]:

@@ -24,6 +24,8 @@ from sae.errors import InputError
 from workbench.disk.names import check_name
 
 FILE = "notes.duckdb"
+GRAPH = "graph"
+"""The kind of result that supernodes and notes of graphs are of."""
 MAX_LENGTH = 10_000
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS labels (
@@ -143,6 +145,16 @@ class Notes:
             self._write("INSERT OR REPLACE INTO graph_notes VALUES (?, ?, ?)", [graph, node, note])
         else:
             self._write("DELETE FROM graph_notes WHERE graph = ? AND node = ?", [graph, node])
+
+    def graphs(self) -> list[str]:
+        """Names of the graphs that have supernodes or notes."""
+        query = "SELECT graph FROM supernodes UNION SELECT graph FROM graph_notes ORDER BY graph"
+        return [graph for (graph,) in self._read(query, [])]
+
+    def forget_graph(self, graph: str) -> None:
+        """Removes the supernodes of a graph and the notes on it."""
+        for table in ("supernodes", "graph_notes"):
+            self._write(f"DELETE FROM {table} WHERE graph = ?", [graph])
 
     def _read(self, query: str, parameters: list[Any]) -> list[tuple[Any, ...]]:
         if not self.path.exists():

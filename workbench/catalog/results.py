@@ -195,6 +195,13 @@ class ResultStore:
         assert row is not None
         return Result(row[0], row[1], row[2], json.loads(row[3]), json.loads(row[4]), path)
 
+    def names(self) -> dict[str, list[str]]:
+        """Names of all results by their kind, without opening them."""
+        found: dict[str, list[str]] = {}
+        for path in sorted(self.folder.glob("*/*.duckdb")):
+            found.setdefault(path.parent.name, []).append(path.stem)
+        return found
+
     def find(self, kind: str | None = None) -> list[Result]:
         """All results, or those of one kind, oldest first."""
         pattern = f"{kind}/*.duckdb" if kind else "*/*.duckdb"

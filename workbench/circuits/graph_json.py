@@ -194,31 +194,40 @@ def supernodes_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
 def read_document(path: Path) -> dict[str, Any]:
     """A document from a file. Raises InputError where it cannot be read or is no such graph."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+    return parsed(content, str(path))
+
+
+def parsed(content: bytes, file: str) -> dict[str, Any]:
+    """The document that a file of this name holds. Raises InputError where it is no such graph."""
+    try:
+        document = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON: give a graph as circuit-tracer or Neuronpedia writes it") from None
+        raise InputError(f"{file} is not JSON: give a graph as circuit-tracer or Neuronpedia writes it") from None
     check_document(document)
     found: dict[str, Any] = document
     return found
 
 
-def store_document(catalog: Catalog, name: str, path: Path) -> Result:
-    """Stores the graph of a file under a name, and its supernodes.
+def store_document(catalog: Catalog, name: str, document: Mapping[str, Any], file: str) -> Result:
+    """Stores the graph of a document under a name, and its supernodes.
+
+    Args:
+        file: name of the file that it was in.
 
     Raises:
-        InputError: as `read_document` and `from_document`; a name that a graph has, whose supernodes and notes would
-            be taken for those of this one.
+        InputError: as `from_document`; a name that a graph has, whose supernodes and notes would be taken for those of
+            this one.
     """
-    document = read_document(path)
     if catalog.results.path(GRAPH, name).is_file():
         raise InputError(f"there is a graph {name!r} already: give the imported one another name")
     graph = from_document(document)
-    origin = Origin.of_result({"imported": {"format": "circuit-tracer", "file": path.name}}, {})
+    origin = Origin.of_result({"imported": {"format": "circuit-tracer", "file": file}}, {})
     tables = graph_tables(graph, graph.prune(*KEPT), all_of_it=True)
     result = catalog.results.save(
-        GRAPH, name, parameters={"file": path.name}, provenance=origin.record, tables=tables,
+        GRAPH, name, parameters={"file": file}, provenance=origin.record, tables=tables,
         figures={"graph": graph.figure().to_json()},
     )  # fmt: skip
     Notes(catalog.path).set_supernodes(name, supernodes_of(document))

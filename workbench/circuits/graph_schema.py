@@ -60,6 +60,14 @@ def check_document(document: Any) -> None:
     _check_supernodes(document["qParams"].get("supernodes"), known)
 
 
+def unknown_members(document: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Ids that the supernodes of a document that was checked hold and its nodes do not have, by title."""
+    known = {node["node_id"] for node in document["nodes"]}
+    groups = document["qParams"].get("supernodes") or []
+    lacking = {title: [one for one in members if one not in known] for title, *members in groups}
+    return {title: ids for title, ids in lacking.items() if ids}
+
+
 def place_of(node: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """(kind, layer, feature, token) of a node by its id. Raises InputError for an id that is none."""
     kind = next(kind for kind, title in TYPES.items() if title == node["feature_type"])
@@ -131,7 +139,7 @@ def _check_links(links: list[Any], known: set[str]) -> None:
 
 
 def _check_supernodes(groups: Any, known: set[str]) -> None:
-    """Ids that are no nodes may stand there: they were pruned."""
+    """Ids of no nodes of the file may stand there: those were pruned, as `unknown_members` tells."""
     if groups is None:
         return
     if not isinstance(groups, list):
@@ -143,6 +151,9 @@ def _check_supernodes(groups: Any, known: set[str]) -> None:
             raise InputError(f"{place} is {_short(group)}: a list of a title and ids of nodes is expected")
         if not 0 < len(group[0].strip()) <= MAX_LENGTH:
             raise InputError(f"{place} has no title, or a very long one")
+        for one in group[1:]:
+            if re.fullmatch(r"(E|\d{1,9})_-?\d{1,9}_\d{1,9}", one) is None:
+                raise InputError(f"{place} holds {_short(one)}, which is no node's id: the file is damaged")
         members = [one for one in group[1:] if one in known]
         if len(set(members) - taken) < len(members):
             raise InputError(f"{place} holds a node a second time: a node is in one supernode at most")

@@ -33,7 +33,7 @@ from sae.errors import InputError
 from sae.transcoder import Transcoder
 from sae.transcoder_set import FILE, TranscoderSet, load_transcoders
 from workbench.catalog.catalog import Catalog
-from workbench.catalog.notes import Notes
+from workbench.catalog.notes import GRAPH, Notes
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.figures import attribution_figure
@@ -49,8 +49,6 @@ __all__ = [
     "intervene_on", "look", "make_graph", "open_graph", "sets_for_graphs", "supernode_edges", "transcoders_for",
 ]  # fmt: skip
 
-GRAPH = "graph"
-"""The kind of result."""
 BUNDLED = "bundled"
 """Stands for the set of transcoders that comes with the demo model."""
 STORED = 0.95, 0.99

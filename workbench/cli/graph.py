@@ -88,8 +88,7 @@ def task(
         result = workspace.graph_task(
             name, loaded, asked, transcoders=transcoders, max_features=max_features, on_progress=bar.report
         )
-    shown = {title: result.table(title) for title in ("summary", "features", "heads", "prompts")}
-    print_result(result, shown, as_json, top=top)
+    print_result(result, _shown_task(result), as_json, top=top)
 
 
 @commands.command()
@@ -98,16 +97,24 @@ def show(
     node: Annotated[
         str | None, typer.Option(help="A node, such as f2/1041/7: its strongest inputs and outputs.")
     ] = None,
+    of_task: Annotated[bool, typer.Option("--task", help="NAME is a result of `workbench graph task`.")] = False,
     top: TopOption = 20,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Show a stored graph, or the strongest inputs and outputs of one of its nodes."""
     from workbench.catalog.notes import Notes
+    from workbench.circuits.graph_tasks import TASK_GRAPHS
     from workbench.circuits.graphs import GRAPH, open_graph
     from workbench.workspace import Workspace
 
     workspace = Workspace(folder, create=False)
+    if of_task:
+        if node is not None:
+            raise InputError("--node is of one prompt's graph: leave --task out, or --node")
+        result = workspace.results.open(TASK_GRAPHS, name)
+        print_result(result, _shown_task(result), as_json, top=top)
+        return
     if node is None:
         result = workspace.results.open(GRAPH, name)
         print_result(result, _shown(result), as_json, top=top)
@@ -224,6 +231,9 @@ def group(
     }
     Notes(workspace.path).set_supernodes(name, groups | {title: chosen})
     print(f"{title}: {', '.join(chosen)}" if chosen else f"{title} is taken apart")
+    for other, members in before.items():
+        if moved := [one for one in members if one in chosen and other != title]:
+            print(f"no longer in {other}: {', '.join(moved)}")
 
 
 @commands.command()
@@ -337,11 +347,19 @@ def import_graph(
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
 ) -> None:
     """Store a graph that circuit-tracer, Neuronpedia or another workspace wrote as JSON."""
-    from workbench.circuits.graph_json import store_document
+    from workbench.circuits.graph_json import read_document, store_document
+    from workbench.circuits.graph_schema import unknown_members
     from workbench.workspace import Workspace
 
-    result = store_document(Workspace(folder), name, file)
+    document = read_document(file)
+    result = store_document(Workspace(folder), name, document, file.name)
     print(f"Stored as {result.kind} result {result.name!r} in {result.path}")
+    for title, ids in unknown_members(document).items():
+        print(f"{title} lacks {len(ids)} nodes that the file does not have: {', '.join(ids[:5])}")
+
+
+def _shown_task(result: Any) -> dict[str, Any]:
+    return {title: result.table(title) for title in ("summary", "features", "heads", "prompts")}
 
 
 def _shown(result: Any) -> dict[str, Any]:

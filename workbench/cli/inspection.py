@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +15,9 @@ from workbench.show.progress import format_bytes
 if TYPE_CHECKING:
     from workbench.catalog.summaries import SAESummary
 
+NAMES = 40
+"""Names of results of a kind that `info` prints."""
+
 
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
@@ -23,10 +28,11 @@ def register(app: typer.Typer) -> None:
 
 
 def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = False) -> None:
-    """List what the workspace holds: harvests, training runs, SAEs with their evaluations, sets of transcoders."""
+    """List what the workspace holds: harvests, runs, SAEs with their evaluations, sets of transcoders, results."""
     workspace = open_workspace(folder)
     harvests = workspace.harvest_summaries()
     runs, saes, sets = workspace.runs(), workspace.saes(), workspace.transcoder_sets()
+    results = workspace.results.names()
     if as_json:
         print_json(
             {
@@ -35,6 +41,7 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
                 "runs": [dataclasses.asdict(item) for item in runs],
                 "saes": [dataclasses.asdict(item) for item in saes],
                 "transcoder_sets": [dataclasses.asdict(item) for item in sets],
+                "results": results,
             }
         )
         return
@@ -86,6 +93,14 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
                 for item in sets
             ],
         )
+    if results:
+        print_table("Results", ["kind", "names"], [[kind, _in_lines(names)] for kind, names in results.items()])
+
+
+def _in_lines(names: Sequence[str]) -> str:
+    """Names side by side, the first `NAMES` of them."""
+    shown = [*names[:NAMES], *([f"and {len(names) - NAMES} more"] if len(names) > NAMES else [])]
+    return "\n".join(textwrap.wrap(", ".join(shown), 70, break_on_hyphens=False))
 
 
 def by_part(item: "SAESummary") -> list[Any]:
@@ -154,8 +169,9 @@ def gc(
     """Remove leftovers of killed processes, and the artefacts that are named."""
     removed = open_workspace(folder).gc(saes=sae, transcoders=transcoders, harvests=harvest, runs=run, dry_run=dry_run)
     if as_json:
-        print_json([{"path": str(item.path), "bytes": item.bytes} for item in removed])
+        print_json([{"path": str(item.path), "bytes": item.bytes, "what": item.what} for item in removed])
         return
     for item in removed:
-        print(f"{'would remove' if dry_run else 'removed'} {item.path} ({format_bytes(item.bytes)})")
+        what = item.what or format_bytes(item.bytes)
+        print(f"{'would remove' if dry_run else 'removed'} {item.path} ({what})")
     print(f"{format_bytes(sum(item.bytes for item in removed))} in {len(removed)} items")

@@ -210,6 +210,7 @@ def test_rows_are_the_same_whatever_batch_they_are_made_in(case: Case, monkeypat
     chosen = torch.arange(len(case.sources.layers[layer].feature))
     whole = torch.cat([edges for _, edges, _ in feature_rows(case.sources, layer, chosen)])
     monkeypatch.setattr("circuits.graph.adjoint.CPU_ELEMENTS", 1)
+    monkeypatch.setattr("circuits.graph.adjoint.FEWEST", 1)
     single = [edges for _, edges, _ in feature_rows(case.sources, layer, chosen)]
     assert len(single) == len(chosen)
     torch.testing.assert_close(torch.cat(single), whole, atol=1e-12, rtol=0)

@@ -81,7 +81,12 @@ def test_the_command_prints_it_and_refuses_unknown_tasks(
     found = json.loads(capsys.readouterr().out)
     assert len(found["prompts"]) == N
     assert run(asked) == 0
-    assert "features" in capsys.readouterr().out
+    made = capsys.readouterr().out
+    assert "features" in made
+    assert run(["graph", "show", "induced", "--task", "--workspace", str(space.path)]) == 0
+    assert capsys.readouterr().out == made
+    assert run(["graph", "show", "induced", "--task", "--node", "f0/1/1", "--workspace", str(space.path)]) == 2
+    assert "leave --task out" in capsys.readouterr().err
     assert run(["graph", "task", "nothing", "--name", "x", *place]) == 2
     assert "unknown task" in capsys.readouterr().err
     with pytest.raises(InputError, match="train one"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 from workbench.catalog.notes import Notes
-from workbench.circuits.graph_json import from_document, store_document, supernodes_of, to_document
+from workbench.circuits.graph_json import from_document, read_document, store_document, supernodes_of, to_document
 from workbench.circuits.graph_schema import check_document
 from workbench.circuits.graphs import GRAPH, attribute, intervene_on, make_graph, open_graph, transcoders_for
 from workbench.cli.main import run
@@ -87,7 +88,7 @@ def test_another_graph_of_a_name_leaves_the_first_with_what_was_written_of_it(
     file = tmp_path / "add.json"
     file.write_text(json.dumps(to_document(open_graph(space, "add"), "add", "demo")), encoding="utf-8")
     with pytest.raises(InputError, match="there is a graph 'add' already"):
-        store_document(space, "add", file)
+        store_document(space, "add", read_document(file), file.name)
 
 
 def test_a_set_that_leaves_out_the_last_layer_stands_for_no_model(small: LoadedModel, tmp_path: Path) -> None:
@@ -188,6 +189,7 @@ def test_foreign_and_damaged_documents_are_refused_with_the_place(graphs: Worksp
         ("d['qParams']['supernodes'] = [[]]", r"supernodes\[0\] is \[\]"),
         ("d['qParams']['supernodes'] = [['a', {}]]", "a title and ids"),
         ("d['qParams']['supernodes'] = [[' ']]", "has no title"),
+        ("d['qParams']['supernodes'] = [['a', 'self']]", "no node's id"),
         ("i = d['nodes'][0]['node_id']; d['qParams']['supernodes'] = [['a', i], ['b', i]]", "a second time"),
     ):
         with pytest.raises(InputError, match=said):
@@ -197,7 +199,7 @@ def test_foreign_and_damaged_documents_are_refused_with_the_place(graphs: Worksp
         file.write_text(text, encoding="latin-1")
         assert run(["graph", "import", str(file), "--name", "no", "--workspace", str(graphs.path)]) == 2
     file.write_text(json.dumps(good), encoding="utf-8-sig")
-    store_document(graphs, "marked", file)
+    store_document(graphs, "marked", read_document(file), file.name)
 
 
 def test_errors_in_the_older_form_are_read(graphs: Workspace) -> None:
@@ -258,7 +260,7 @@ def test_an_imported_graph_is_stored_whole_and_logits_have_their_own_text(graphs
     file = tmp_path / "add.json"
     file.write_text(json.dumps(to_document(graph, "add", "demo")))
     space = Workspace(tmp_path / "w")
-    store_document(space, "add", file)
+    store_document(space, "add", read_document(file), file.name)
     assert open_graph(space, "add").nodes.names == graph.nodes.names
     torch.testing.assert_close(open_graph(space, "add").edges, graph.edges)
     table = graphs.results.open(GRAPH, "add").table("nodes").query("kind == 'logit'")
@@ -298,7 +300,7 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
          *place])  # fmt: skip
     assert json.loads(capsys.readouterr().out)["nodes"] == together
     assert run(["graph", "group", "list", "a=b", feature, other, *place]) == 0
-    capsys.readouterr()
+    assert f"no longer in both: {feature}, {other}" in capsys.readouterr().out
     assert run(["graph", "intervene", "list", "--change", "a=b=0", "--device", "cpu", "--json", *place]) == 0
     assert json.loads(capsys.readouterr().out)["nodes"] == together
     assert run(["graph", "group", "list", "both", feature, other, *place]) == 0
@@ -330,12 +332,37 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
     assert run(["graph", "export", "list", str(file), *place]) == 0
     assert run(["graph", "import", str(file), "--name", "again", *place]) == 0
     assert set(Notes(graphs.path).supernodes("again")) <= {"both"}
+    document = json.loads(file.read_text())
+    document["qParams"]["supernodes"] = [["lost", "0_999_1"]]
+    file.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert run(["graph", "import", str(file), "--name", "third", *place]) == 0
+    assert "lost lacks 1 nodes that the file does not have: 0_999_1" in capsys.readouterr().out
+    assert run(["info", *place]) == 0
+    assert re.search(r"graph +add, again, list, .*third", capsys.readouterr().out)
     assert run(["graph", "intervene", "again", *change, *place]) == 2
     assert "was imported" in capsys.readouterr().err
     assert run(["graph", "intervene", "list", *change, "--change", f"{feature}=2", *place]) == 2
     assert "is changed twice, by 0 and by 2" in capsys.readouterr().err
     assert run(["graph", "intervene", "list", "--change", feature, *place]) == 2
     assert "NODE=FACTOR" in capsys.readouterr().err
+
+
+def test_what_people_wrote_of_a_graph_goes_when_it_does(small: LoadedModel, tmp_path: Path) -> None:
+    space = Workspace(tmp_path / "w")
+    space.add_transcoders("mine", coders_of(small, small.info.name), [{}, {}])
+    for name in ("add", "other"):
+        space.graph(name, small, PROMPT)
+    notes = Notes(space.path)
+    notes.set_supernodes("add", {"tokens": ["token/1"]})
+    notes.set_graph_note("other", "", "kept as long as it is there")
+    notes.set_graph_note("gone", "", "of a file that somebody deleted")
+    assert [item.what for item in space.gc(dry_run=True)] == ["supernodes and notes of the graph gone"]
+    assert notes.graphs() == ["add", "gone", "other"]
+    space.gc()
+    assert notes.graphs() == ["add", "other"]
+    space.gc(transcoders=["mine"])
+    assert notes.graphs() == []
 
 
 def test_a_model_without_bos_has_graphs_too(small: LoadedModel, tmp_path: Path) -> None:

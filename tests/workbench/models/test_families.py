@@ -20,6 +20,7 @@ from circuits.composition import composition_scores
 from circuits.dfa import direct_feature_attribution
 from circuits.eap import attribute_edges
 from circuits.effective_weights import effective_weights
+from circuits.graph.frozen import freeze
 from circuits.nodes import graph_of
 from circuits.norms import measured_norm
 from circuits.path_patching import patch_edges
@@ -364,6 +365,8 @@ def test_latent_attention_has_sources_and_direct_terms_and_no_edges(family: Call
     for run in (attribute_edges, patch_edges):
         with pytest.raises(InputError, match=r"nothing at blocks\.0\.attn\.q\.hook_out"):
             run(model.bridge, prompts)
+    with pytest.raises(InputError, match=r"cannot be frozen: .* latent attention \(MLA\)"):
+        freeze(model.bridge, tokens)
 
 
 def test_layers_without_heads_are_no_graph(family: Callable[..., LoadedModel]) -> None:
