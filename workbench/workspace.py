@@ -333,15 +333,13 @@ class Workspace(Studies):
         return similar_documents(self, sae, document, **settings)
 
     def document_halves(self, sae: str, **settings: Any) -> "Result":
-        """How well pooled codes find a document's other half, beside words and dense vectors, stored as kind `halves`;
-        settings and InputErrors as `workbench.features.documents.report.document_halves`."""
+        """How well codes find a document's other half (kind `halves`); see `documents.report.document_halves`."""
         from workbench.features.documents.report import document_halves
 
         return document_halves(self, sae, **settings)
 
     def sparse_documents(self, harvest: str, **settings: Any) -> "Result":
-        """Embeddings of documents by a few active features, trained and measured, stored as kind `sparse-documents`;
-        settings and InputErrors as `workbench.features.documents.report.sparse_documents`."""
+        """Documents embedded by a few features (kind `sparse-documents`); see `documents.report.sparse_documents`."""
         from workbench.features.documents.report import sparse_documents
 
         return sparse_documents(self, harvest, **settings)

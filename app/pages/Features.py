@@ -10,12 +10,16 @@ import streamlit as st
 from app.shared import choose_index, open_index, open_workspace, plain, switch_page
 from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
+from workbench.features.documents.pooling import documents_of
+from workbench.features.documents.similar import DocumentCodes, names_of
 from workbench.features.index import figures
 from workbench.features.index.page import document
 from workbench.features.index.query import listed_features, search_features
 from workbench.features.index.search import By, said
 
 DENSE = 0.1
+# Documents to choose from; a search box of a browser has no room for more.
+LISTED = 5000
 SEARCH = ("search", "by", "all")
 # What tells features apart at a glance comes first: a narrow window shows only the first columns.
 COLUMNS = {
@@ -37,7 +41,7 @@ def main() -> None:
     if table.empty:
         st.info("No feature matches. Search for another text, in all SAEs, or show dense and dead features.")
         return
-    in_table, in_map, in_spectrum = st.tabs(["Table", "Map", "Density"])
+    in_table, in_map, in_spectrum, in_documents = st.tabs(["Table", "Map", "Density", "Documents"])
     with in_table:
         st.caption(f"{len(table):,} features. Select a row to open it; click a column's head to sort.")
         # Which SAE a feature is of is said where there are several.
@@ -59,6 +63,8 @@ def main() -> None:
             select(index, table, figures.density_spectrum(table), "spectrum")
         else:
             st.info("None of these features fires.")
+    with in_documents:
+        documents_like(index)
 
 
 def open_feature(sae: str, feature: int) -> None:
@@ -194,6 +200,49 @@ def save(workspace: Workspace, index: FeatureIndex, table: pd.DataFrame, chosen_
             ]
     for column, (label, content, name, kind) in zip(st.columns(4), files, strict=False):
         column.download_button(label, content, name, kind, on_click="ignore", width="stretch")
+
+
+def documents_like(index: FeatureIndex) -> None:
+    """The documents most like one of the index, kept in the URL as `document`, and the features that one shares."""
+    version = str(index.path), index.path.stat().st_mtime_ns
+    names = document_names(*version, index)
+    chosen = st.selectbox(
+        "Documents like", names[:LISTED], key="document", bind="query-params", index=None,
+        placeholder=f"one of {len(names):,} documents",
+        help="compared by the tokens their features fire on, as words are in a search (tf-idf)",
+    )  # fmt: skip
+    if chosen is None:
+        return
+    found = document_codes(*version, index).like_document(index, chosen)
+    st.caption("Select a document to see what it shares; a feature there to open it.")
+    event = st.dataframe(
+        found.table().drop(columns="doc"), hide_index=True, key=f"documents {index.sae} {chosen}", on_select="rerun",
+        selection_mode="single-row", column_config={"cosine": st.column_config.NumberColumn(format="%.3f")},
+    )  # fmt: skip
+    doc = found.documents["doc"].iloc[next(iter(event["selection"]["rows"]), 0)]
+    shared = found.shared[found.shared["doc"] == doc].reset_index(drop=True)
+    if shared.empty:
+        return
+    columns = {"feature": "feature", "name": "name", "part": "part of the cosine", "here": f"fires in {chosen}",
+               "there": f"fires in {shared['document'].iloc[0]}"}  # fmt: skip
+    event = st.dataframe(
+        shared[list(columns)].rename(columns=columns), hide_index=True, key=f"shared {index.sae} {chosen} {doc}",
+        on_select="rerun", selection_mode="single-row",
+    )  # fmt: skip
+    if rows := event["selection"]["rows"]:
+        open_feature(index.sae, int(shared["feature"].iloc[rows[0]]))
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def document_names(path: str, version: int, _index: FeatureIndex) -> list[str]:
+    """What the documents of an index are asked for by."""
+    return names_of(documents_of(_index))
+
+
+@st.cache_resource(max_entries=2, show_spinner="Adding up the documents' codes ...")
+def document_codes(path: str, version: int, _index: FeatureIndex) -> DocumentCodes:
+    """The documents' codes: what takes seconds on millions of tokens."""
+    return DocumentCodes.of(_index)
 
 
 def select(index: FeatureIndex, table: pd.DataFrame, figure: object, name: str) -> None:

@@ -289,3 +289,15 @@ def test_a_feature_is_explained_where_the_app_was_given_a_model(
     assert told["feature"].tolist() == [busiest]
     assert any("in the words of demo" in caption.value for caption in page.caption)
     assert "Explain it" not in [button.label for button in page.button]
+
+
+def test_documents_like_one_are_listed_with_what_they_share(space: Workspace, open_page: OpenPage) -> None:
+    found = space.similar_documents("s", "3.txt")
+    page = open_page("Features", space, document="3.txt")
+    assert len(page.selectbox(key="document").options) == found.n_documents
+    documents, shared = (frame.value for frame in page.dataframe[1:])
+    assert documents["document"].tolist() == found.documents["document"].tolist()
+    assert documents["cosine"].tolist() == pytest.approx(found.documents["cosine"].tolist())
+    first = found.shared[found.shared["doc"] == found.documents["doc"].iloc[0]]
+    assert shared["feature"].tolist() == first["feature"].tolist()
+    assert "fires in 3.txt" in shared.columns

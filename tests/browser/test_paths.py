@@ -132,6 +132,19 @@ def test_search_is_kept_in_the_url(address: str, page: Any) -> None:
     assert page.get_by_role("textbox", name="Search").input_value() == "nothing has this text"
 
 
+def test_documents_like_one_are_found_and_the_link_keeps_it(address: str, page: Any) -> None:
+    page.goto(link(address, "Features", sae="s"))
+    page.get_by_role("tab", name="Documents").click()
+    page.get_by_role("combobox", name="Documents like").click()
+    chosen = page.get_by_role("option").first
+    name = chosen.inner_text()
+    chosen.click()
+    page.wait_for_url(re.compile(f"document={name}"))
+    page.get_by_text("Select a document to see what it shares").wait_for()
+    # What is like it, and what the first of them shares with it.
+    assert page.get_by_role("tabpanel", name="Documents").get_by_test_id("stDataFrame").count() == 2
+
+
 def test_back_from_a_feature_keeps_the_search(address: str, page: Any) -> None:
     page.goto(link(address, "Features", sae="s"))
     page.get_by_role("textbox", name="Search").fill("script")

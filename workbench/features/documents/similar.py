@@ -69,6 +69,14 @@ class DocumentCodes:
             raise InputError(f"{len(found)} documents are called {document!r}: give the number of one ({given}, ...)")
         return int(found[0])
 
+    def like_document(
+        self, index: FeatureIndex, document: str, *, limit: int = LIMIT, shared: int = SHARED
+    ) -> "SimilarDocuments":
+        """The documents most like one of them; arguments and InputErrors as `place` and `like`."""
+        place = self.place(document)
+        name = str(self.documents["document"].iloc[place])
+        return self.like(index, self.bags.of(place), name, leave_out=place, limit=limit, shared=shared)
+
     def like(self, index: FeatureIndex, query: Bags, name: str, *, leave_out: int | None = None,
              limit: int = LIMIT, shared: int = SHARED) -> "SimilarDocuments":  # fmt: skip
         """The documents most like a text, with what they share.
@@ -132,6 +140,12 @@ class SimilarDocuments:
         return f"<p>{said}</p>{self.table().drop(columns='doc').to_html(index=False)}"
 
 
+def names_of(documents: pd.DataFrame) -> list[str]:
+    """What `DocumentCodes.place` takes for each of `documents_of`: its name, or its number where names repeat."""
+    alone = ~documents["document"].duplicated(keep=False) & documents["document"].notna()
+    return documents["document"].where(alone, documents["doc"].astype(str)).tolist()
+
+
 def similar_documents(
     catalog: Catalog,
     sae: str,
@@ -169,10 +183,7 @@ def similar_documents(
             query = pooled_reading(reading.feature, reading.activation, pooling)
             codes = DocumentCodes.of(index, pooling)
             return codes.like(index, query, reading.text, limit=limit, shared=shared)
-        codes = DocumentCodes.of(index, pooling)
-        place = codes.place(str(document))
-        named = str(codes.documents["document"].iloc[place])
-        return codes.like(index, codes.bags.of(place), named, leave_out=place, limit=limit, shared=shared)
+        return DocumentCodes.of(index, pooling).like_document(index, str(document), limit=limit, shared=shared)
 
 
 def _parts(own: Bags, other: Bags, here: Bags, there: Bags, most: int) -> pd.DataFrame:
