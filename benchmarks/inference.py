@@ -1,10 +1,10 @@
 """What searches find that encoders do not, where the true codes are known (docs/methods/inference.md).
 
 Planted rows (`sae.planted`), read under the true directions and under the decoder of a TopK SAE trained on them, with
-as many features a row as fire on average:
+as many features a row as fire on average, or on average:
 
     encoder            the SAE's own; of the true directions the k largest products with them, a tied encoder's
-    encoder, refitted, l1, l1, refitted, iht, omp   as `workbench.saes.inference`
+    the others         as `workbench.saes.inference`
 
 FVU, L0 and the mean F1 of firing over the true features, each against its matched direction (`sae.recovery`).
 
@@ -22,7 +22,7 @@ import torch
 from planted import CASES, HELD_OUT_ROWS, config, measure
 
 from sae import SAE, TopK, train
-from sae.inference import InferredSAE, penalty_for
+from sae.inference import InferredSAE
 from sae.planted import PlantedDictionary, PlantedSource, Planting
 from workbench.saes.inference import METHODS, SAMPLE_ROWS, ways_to_codes
 
@@ -46,8 +46,7 @@ def found(planting: Planting, seed: int, steps: int) -> Iterator[dict[str, Any]]
     assert made is not None
     rows = truth.rows(HELD_OUT_ROWS)
     for name, sae in (("true directions", tied(truth, k)), ("trained SAE", made)):
-        x = rows.x[:SAMPLE_ROWS] - sae.b_dec.detach()
-        ways = ways_to_codes(sae, [k], k, {k: penalty_for(x, sae.W_dec.detach(), k)})
+        ways, _ = ways_to_codes(sae, rows.x[:SAMPLE_ROWS], [k], k, METHODS)
         for method in METHODS:
             found = measure(InferredSAE(sae, ways[method, k]), truth, rows)
             yield {"dictionary": name, "method": method, **{key: found[key] for key in ("l0", "fvu", "f1")}}

@@ -8,6 +8,14 @@ from sae.inference.coder import InferredSAE
 from sae.inference.iht import iterative_hard_thresholding
 from sae.inference.ista import ista, penalty_for
 from sae.inference.least_squares import refit
-from sae.inference.omp import matching_pursuit
+from sae.inference.omp import least_for, matching_pursuit
 
-__all__ = ["InferredSAE", "ista", "iterative_hard_thresholding", "matching_pursuit", "penalty_for", "refit"]
+__all__ = [
+    "InferredSAE",
+    "ista",
+    "iterative_hard_thresholding",
+    "least_for",
+    "matching_pursuit",
+    "penalty_for",
+    "refit",
+]

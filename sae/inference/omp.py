@@ -4,7 +4,8 @@ For each row x, less the decoder's bias, with residual r = x and no feature chos
 
 1. choose the feature whose unit direction has the largest product with r, in size where values are signed;
 2. give all chosen features their best values (`least_squares`), and r what they leave of x;
-3. until k features are active, or no product is above rounding.
+3. until k features are active, or no product is above rounding, or above `least` where rows may have different numbers
+   of features: `least_for` finds the value at which they have so many on average.
 
 Where values may not be negative this is Lawson and Hanson's algorithm for non-negative least squares, stopped at k
 features (non-negative OMP: Bruckstein, Elad and Zibulevsky 2008): step 2 can let features go, so a row can take more
@@ -27,12 +28,14 @@ from sae.inference.least_squares import rows_at_once, settle
 
 ROUNDING = 1e-6
 """Of a row's length, in float32: products below it are noise."""
+SPREAD, HALVINGS = 4, 12
 
 
 @torch.no_grad()
 def matching_pursuit(
-    x: Float[Tensor, "n d"], W_dec: Float[Tensor, "d_sae d"], ks: Sequence[int], *, signed: bool = False
-) -> list[SparseCode]:
+    x: Float[Tensor, "n d"], W_dec: Float[Tensor, "d_sae d"], ks: Sequence[int], *, signed: bool = False,
+    least: float = 0.0,
+) -> list[SparseCode]:  # fmt: skip
     """Codes with at most k features a row, for every k in `ks`.
 
     Args:
@@ -40,12 +43,13 @@ def matching_pursuit(
         W_dec: the dictionary; rows of any length.
         ks: largest numbers of active features.
         signed: whether values may be negative.
+        least: product with what is unexplained that a feature must exceed to be chosen, in the units of x.
     """
     lengths = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
     unit = W_dec / lengths[:, None]
     most = min(max(ks), len(W_dec))
     chunk = min(rows_at_once(len(W_dec)), rows_at_once(most * x.shape[1]))
-    parts = [_Pursuit(part, unit, most, signed).codes(ks) for part in x.split(chunk)]
+    parts = [_Pursuit(part, unit, most, signed, least).codes(ks) for part in x.split(chunk)]
     found = []
     for each in zip(*parts, strict=True):
         values, indices = (torch.cat(column) for column in zip(*each, strict=True))
@@ -53,15 +57,32 @@ def matching_pursuit(
     return found
 
 
+@torch.no_grad()
+def least_for(x: Float[Tensor, "n d"], W_dec: Float[Tensor, "d_sae d"], l0: int, *, signed: bool = False) -> float:
+    """The `least` of `matching_pursuit` at which rows have a mean L0 near `l0`, each at most `SPREAD` times as many.
+
+    By bisection between 0 and the largest product, `HALVINGS` times; see `matching_pursuit` for the arguments.
+    """
+    products = x @ torch.nn.functional.normalize(W_dec, dim=1).T
+    low, high = 0.0, float((products.abs() if signed else products).max())
+    for _ in range(HALVINGS):
+        least = (low + high) / 2
+        found = matching_pursuit(x, W_dec, [SPREAD * l0], signed=signed, least=least)[0].l0().double().mean()
+        low, high = (least, high) if found > l0 else (low, least)
+    return high
+
+
 class _Pursuit:
     """A chunk of rows on its way; each has `most` slots for features."""
 
-    def __init__(self, x: Float[Tensor, "n d"], unit: Float[Tensor, "d_sae d"], most: int, signed: bool) -> None:
+    def __init__(
+        self, x: Float[Tensor, "n d"], unit: Float[Tensor, "d_sae d"], most: int, signed: bool, least: float
+    ) -> None:
         self.x, self.unit, self.signed = x, unit, signed
         n, wide = len(x), partial(torch.zeros, dtype=torch.float64, device=x.device)
         self.residual = x.clone()
         self.error = x.double().square().sum(dim=1)
-        self.least = max(ROUNDING, 10 * torch.finfo(x.dtype).eps) * self.error.sqrt()
+        self.least = (max(ROUNDING, 10 * torch.finfo(x.dtype).eps) * self.error.sqrt()).clamp_min(least)
         self.indices = torch.zeros(n, most, dtype=torch.int64, device=x.device)
         self.active = torch.zeros(n, most, dtype=torch.bool, device=x.device)
         self.values = wide(n, most)

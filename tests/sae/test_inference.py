@@ -9,7 +9,15 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from sae import SAE, InputError, SparseCode, TopK, Transcoder
-from sae.inference import InferredSAE, ista, iterative_hard_thresholding, matching_pursuit, penalty_for, refit
+from sae.inference import (
+    InferredSAE,
+    ista,
+    iterative_hard_thresholding,
+    least_for,
+    matching_pursuit,
+    penalty_for,
+    refit,
+)
 from sae.inference.ista import L0_WITHIN, duality_gap
 from sae.planted import PlantedDictionary, Planting
 
@@ -138,6 +146,16 @@ def test_the_penalty_for_a_number_of_features_gives_it(rows: Tensor, atoms: Tens
     x = rows.repeat(8, 1) + 0.1 * drawn(8 * N, WIDTH, seed=3)
     found = ista(x, atoms, penalty_for(x, atoms, 4.0)).l0().double().mean().item()
     assert found == pytest.approx(4.0, rel=L0_WITHIN + 0.01)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_pursuit_to_a_threshold_leaves_no_product_above_it(rows: Tensor, atoms: Tensor, signed: bool) -> None:
+    least = least_for(rows, atoms, 4, signed=signed)
+    code = matching_pursuit(rows, atoms, [16], signed=signed, least=least)[0]
+    assert code.l0().double().mean().item() == pytest.approx(4, abs=0.3)
+    assert code.l0().max() > code.l0().min()
+    products = (rows - code.to_dense() @ atoms) @ torch.nn.functional.normalize(atoms, dim=1).T
+    assert ((products.abs() if signed else products).amax(dim=1) <= least + 1e-9)[code.l0() < 16].all()
 
 
 @pytest.mark.parametrize("signed", [True, False])

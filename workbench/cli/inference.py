@@ -26,7 +26,7 @@ COLUMNS = {
     "added_nats": "+ nats",
     "kl": "KL",
     "dead_share": "dead",
-    "penalty": "penalty",
+    "threshold": "threshold",
 }
 
 
@@ -44,7 +44,7 @@ def inference(
         list[str],
         typer.Option(
             metavar="METHOD",
-            help="encoder, 'encoder, refitted', l1, 'l1, refitted', iht or omp; all of them when left out.",
+            help="encoder, 'encoder, refitted', l1, 'l1, refitted', iht, omp, 'omp, adaptive'; all when left out.",
         ),
     ] = [],  # noqa: B006
     tokens: Annotated[int, typer.Option(help="Held-out tokens.", min=2)] = 4096,

@@ -9,6 +9,7 @@ For each k, on held-out documents as `workbench.saes.evaluation` measures an SAE
     l1, refitted       its features with their best values
     iht                k features by iterative hard thresholding (`sae.inference.iht`)
     omp                k features by orthogonal matching pursuit (`sae.inference.omp`)
+    omp, adaptive      as many features of each token as have a product above a threshold, k on average
 
 Values may be negative where the SAE's rule allows it. FVU(encoder) - FVU(omp) at the encoder's own L0 is what the
 encoder loses at least, as OMP need not find the best features either (the amortisation gap; O'Neill et al. 2024, arXiv
@@ -16,7 +17,7 @@ encoder loses at least, as OMP need not find the best features either (the amort
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,8 +30,17 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.errors import InputError
-from sae.inference import InferredSAE, ista, iterative_hard_thresholding, matching_pursuit, penalty_for, refit
+from sae.inference import (
+    InferredSAE,
+    ista,
+    iterative_hard_thresholding,
+    least_for,
+    matching_pursuit,
+    penalty_for,
+    refit,
+)
 from sae.inference.coder import Infer
+from sae.inference.omp import SPREAD
 from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.models.capture import capture
@@ -44,7 +54,8 @@ from workbench.text.corpora import Corpus
 
 KIND = "inference"
 ENCODER, OMP = "encoder", "omp"
-METHODS = (ENCODER, "encoder, refitted", "l1", "l1, refitted", "iht", OMP)
+ADAPTIVE = "omp, adaptive"
+METHODS = (ENCODER, "encoder, refitted", "l1", "l1, refitted", "iht", OMP, ADAPTIVE)
 SAMPLE_ROWS = 256
 MEASURED = ("l0", "fvu", "added_nats", "kl", "dead_share")
 
@@ -57,10 +68,10 @@ class Inference:
     l0: float
     """Mean number of features that its encoder gives the tokens of the sample."""
     rows: pd.DataFrame
-    """method, k, penalty (of l1), l0, fvu, added_nats, kl, dead_share."""
+    """k, method, l0, fvu, added_nats, kl, dead_share, threshold (l1's penalty, the least product)."""
 
     def table(self) -> pd.DataFrame:
-        """One line a method and k: k, method, l0, fvu, added_nats, kl, dead_share, penalty."""
+        """One line a method and k, with the columns of `rows`."""
         return self.rows
 
     def figure(self) -> go.Figure:
@@ -155,40 +166,50 @@ def measure_inference(
     l0 = float(sae.encode(sample).l0().double().mean())
     own = max(1, round(l0))
     ks = sorted(set(ks)) or sorted({max(1, own // 4), max(1, own // 2), own})
-    penalties: dict[int, float] = {}
-    if {"l1", "l1, refitted"} & set(methods):
-        x = (sample - sae.b_dec).to(torch.promote_types(sae.W_dec.dtype, torch.float32))
-        penalties = {k: penalty_for(x, sae.W_dec.to(x.dtype), k, signed=sae.rule.signed) for k in ks}
-    ways = ways_to_codes(sae, ks, own, penalties)
-    arms = {(method, k): InferredSAE(sae, infer) for (method, k), infer in ways.items() if method in methods}
+    ways, tuned = ways_to_codes(sae, sample, ks, own, methods)
+    arms = {at: InferredSAE(sae, infer) for at, infer in ways.items()}
     found = evaluate_sae(
         model, list(arms.values()), corpus, max_tokens=max_tokens, context_len=context_len, separate=separate,
         on_progress=on_progress,
     )  # fmt: skip
     rows = [
         {"k": k, "method": method, **{key: getattr(one, key) for key in MEASURED},
-         "penalty": penalties.get(k) if method.startswith("l1") else None}
+         "threshold": tuned.get((method, k))}
         for (method, k), one in zip(arms, found, strict=True)
     ]  # fmt: skip
-    return Inference(name, l0, pd.DataFrame(rows).astype({"penalty": float}))
+    return Inference(name, l0, pd.DataFrame(rows).astype({"threshold": float}))
 
 
 def ways_to_codes(
-    sae: SAE, ks: Sequence[int], own: int, penalties: Mapping[int, float]
-) -> dict[tuple[str, int], Infer]:
-    """How each method finds codes of about k features, for every k."""
-    signed, ways = sae.rule.signed, dict[tuple[str, int], Infer]()
+    sae: SAE, sample: Float[Tensor, "n d_in"], ks: Sequence[int], own: int, methods: Sequence[str]
+) -> tuple[dict[tuple[str, int], Infer], dict[tuple[str, int], float]]:
+    """How each of the methods finds codes of about k features, for every k; and the thresholds that give some their L0.
+
+    Args:
+        sample: activations that these thresholds are found on.
+        own: the encoder's mean L0.
+    """
+    signed = sae.rule.signed
+    x = (sample - sae.b_dec).to(torch.promote_types(sae.W_dec.dtype, torch.float32))
+    W_dec = sae.W_dec.detach().to(x.dtype)
+    ways, tuned = dict[tuple[str, int], Infer](), dict[tuple[str, int], float]()
     # An SAE's batch is asked for all k, and a penalty's codes for their refitting: both are found once a batch.
     pursuits = _Remembered(partial(matching_pursuit, ks=ks, signed=signed))
     for number, k in enumerate(ks):
-        encoder = _Remembered(partial(_encoded, sae, k if k != own else sae.d_sae))
-        l1 = _Remembered(partial(ista, penalty=penalties.get(k, 0.0), signed=signed))
         if k <= own:
+            encoder = _Remembered(partial(_encoded, sae, k if k != own else sae.d_sae))
             ways[ENCODER, k], ways["encoder, refitted", k] = encoder, partial(_refitted, encoder, signed)
-        ways["l1", k], ways["l1, refitted", k] = l1, partial(_refitted, l1, signed)
+        if {"l1", "l1, refitted"} & set(methods):
+            tuned["l1", k] = tuned["l1, refitted", k] = penalty_for(x, W_dec, k, signed=signed)
+            l1 = _Remembered(partial(ista, penalty=tuned["l1", k], signed=signed))
+            ways["l1", k], ways["l1, refitted", k] = l1, partial(_refitted, l1, signed)
         ways["iht", k] = partial(iterative_hard_thresholding, k=k, signed=signed)
         ways[OMP, k] = partial(_one_of, pursuits, number)
-    return ways
+        if ADAPTIVE in methods:
+            tuned[ADAPTIVE, k] = least_for(x, W_dec, k, signed=signed)
+            free = partial(matching_pursuit, ks=[SPREAD * k], signed=signed, least=tuned[ADAPTIVE, k])
+            ways[ADAPTIVE, k] = partial(_one_of, free, 0)
+    return {at: way for at, way in ways.items() if at[0] in methods}, tuned
 
 
 def _encoded(sae: SAE, most: int, x: Float[Tensor, "n d_in"], _: Tensor) -> SparseCode:
@@ -199,9 +220,10 @@ def _refitted(infer: Infer, signed: bool, x: Float[Tensor, "n d_in"], W_dec: Flo
     return refit(x, infer(x, W_dec), W_dec, signed=signed)
 
 
-def _one_of(codes: "_Remembered", number: int, x: Tensor, W_dec: Tensor) -> SparseCode:
-    found: SparseCode = codes(x, W_dec)[number]
-    return found
+def _one_of(
+    codes: Callable[[Tensor, Tensor], Sequence[SparseCode]], number: int, x: Tensor, W_dec: Tensor
+) -> SparseCode:
+    return codes(x, W_dec)[number]
 
 
 class _Remembered:
