@@ -25,12 +25,14 @@ from sae.rules import AbsTopK, Rule, TopK
 from sae.training import train
 from workbench import Workspace
 from workbench.features.concepts.alignment import align
-from workbench.features.concepts.poles import SIGNS, Poles, poles
+from workbench.features.concepts.poles import HOLDS, SIGNS, Poles, poles
 from workbench.features.concepts.truth import ConceptTruth
 from workbench.harvest.reading import Vectors
 
 STEPS = 600
 N_DOCUMENTS = 64
+LOWER = (0.3, 0.2)
+"""F1 from which a sign holds a concept, besides `HOLDS`."""
 
 
 class Planted(Vectors):
@@ -59,14 +61,16 @@ def planted_poles(planting: Planting, rule: Rule, width: int, seed: int) -> Pole
     return poles(align(outcome.sae, Planted(rows.x), known))
 
 
-def line(name: str, found: Sequence[Poles]) -> str:
+def line(name: str, found: Sequence[Poles], at: float) -> str:
     """A row of the printed table."""
     shares = [
-        [one.holds("positive") for one in found], [one.holds("negative") for one in found],
-        [one.both for one in found], [one.two for one in found], [one.chance for one in found],
+        [float(one.holds("positive", at).mean()) for one in found],
+        [float(one.holds("negative", at).mean()) for one in found],
+        [one.both(at) for one in found], [one.two(at) for one in found], [one.chance(at) for one in found],
+        [one.rarer for one in found],
     ]  # fmt: skip
-    cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" for values in shares]
-    return f"| {name} | {np.mean([len(one.table) for one in found]):.0f} | {' | '.join(cells)} |"
+    cells = [f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" for values in shares]
+    return f"| {name} | {at} | {np.mean([len(one.table) for one in found]):.0f} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -76,19 +80,20 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["abstopk", "batch_abstopk"])
     options = parser.parse_args()
     n, seeds = BASE.n_features, range(options.seeds)
-    print("| | features that fire | positive sign holds | negative | both | two concepts | by chance |")
-    print("|---" * 7 + "|")
+    print("| | F1 from | features that fire | positive holds | negative | both | two concepts | chance | rarer sign |")
+    print("|---" * 9 + "|")
     for name, planting, rule, width in (
         ("planted with signs, AbsTopK", CASES["signed"], AbsTopK(K), n),
         ("planted with signs, TopK", CASES["signed"], TopK(K), 2 * n),
         ("planted without signs, AbsTopK", BASE, AbsTopK(K), n),
     ):
-        print(line(name, [planted_poles(planting, rule, width, seed) for seed in seeds]), flush=True)
+        print(line(name, [planted_poles(planting, rule, width, seed) for seed in seeds], HOLDS), flush=True)
     if options.workspace is not None:
         space = Workspace(options.workspace, create=False)
         for arm in options.arms:
             stored = [space.results.open("concepts", f"seed{seed}-{arm}").table("poles") for seed in seeds]
-            print(line(arm, [Poles(table) for table in stored]))
+            for at in (HOLDS, *LOWER):
+                print(line(arm, [Poles(table) for table in stored], at))
 
 
 if __name__ == "__main__":

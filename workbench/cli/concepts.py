@@ -110,7 +110,9 @@ def concepts(
                 "concepts": records(by_concept),
                 "features": records(by_feature),
                 "neurons": records(neurons_of(report)),
-                "poles": None if poles is None else {name: getattr(poles, name) for name in ("both", "two", "chance")},
+                "poles": None
+                if poles is None
+                else {"both": poles.both(), "two": poles.two(), "chance": poles.chance()},
             }
         )
         return
@@ -138,8 +140,8 @@ def say_poles(poles: "Poles | None") -> None:
     from workbench.features.concepts.poles import HOLDS
 
     print(
-        f"Of {len(poles.table):,} features that fire, {poles.both:.1%} hold a concept by either sign (F1 {HOLDS} "
-        f"or more), {poles.two:.1%} two different ones; {poles.chance:.1%} would with the signs paired at random\n"
+        f"Of {len(poles.table):,} features that fire, {poles.both():.1%} hold a concept by either sign (F1 {HOLDS} "
+        f"or more), {poles.two():.1%} two different ones; {poles.chance():.1%} would with the signs paired at random\n"
     )
 
 

@@ -148,8 +148,9 @@ def test_planted_signed_features_have_two_poles(make_harvest, rule) -> None:
         table = pd.concat(frames).merge(pd.DataFrame({"row": np.flatnonzero(harvest.flags == 0)}))
         found = poles(align(sae, harvest.vectors("hook"), from_table(harvest, table)))
         assert len(found.table) == D
-        assert found.two == (two if rule.signed else 0.0)
-        assert found.both == (1.0 if rule.signed else 0.0)
+        assert found.two() == (two if rule.signed else 0.0)
+        assert found.both() == (1.0 if rule.signed else 0.0)
+        assert (found.rarer > 0.4) == rule.signed
         assert (found.table["negative"].notna() == rule.signed).all()
 
 
@@ -160,15 +161,19 @@ def test_poles_are_counted_pair_by_pair() -> None:
     f1[:, 2] = np.nan
     found = poles(Alignment(names, np.array([9, 9, 0]), 100, n, firings, f1, calibration, f1, f1, f1, f1[:n]))
     best = [calibration[unit].argmax() if firings[unit] else None for unit in range(2 * n)]
-    held = [None if c is None or not f1[unit, c] >= 0.5 else c for unit, c in enumerate(best)]
     alive = [f for f in range(n) if firings[f] or firings[n + f]]
-    pairs = [held[f] is not None and held[n + g] is not None and held[f] != held[n + g] for f in alive for g in alive]
-    assert found.chance == pytest.approx(np.mean(pairs))
-    assert found.both == np.mean([held[f] is not None and held[n + f] is not None for f in alive])
-    assert found.holds("negative") == np.mean([held[n + f] is not None for f in alive])
-    own = pairs[:: len(alive) + 1]
-    assert 0 < found.two == np.mean(own) < found.both
+    for at in (0.5, 0.3):
+        held = [None if c is None or not f1[unit, c] >= at else c for unit, c in enumerate(best)]
+        pairs = [
+            held[f] is not None and held[n + g] is not None and held[f] != held[n + g] for f in alive for g in alive
+        ]
+        assert found.chance(at) == pytest.approx(np.mean(pairs))
+        assert found.both(at) == np.mean([held[f] is not None and held[n + f] is not None for f in alive])
+        assert found.holds("negative", at).mean() == np.mean([held[n + f] is not None for f in alive])
+        assert 0 < found.two(at) == np.mean(pairs[:: len(alive) + 1]) < found.both(at)
     assert found.table["feature"].tolist() == alive
+    rarer = [min(firings[f], firings[n + f]) / (firings[f] + firings[n + f]) for f in alive]
+    assert found.rarer == np.median(rarer)
 
 
 def test_dead_units_have_no_concept(harvest, truth) -> None:

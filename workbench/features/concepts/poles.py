@@ -32,32 +32,36 @@ class Poles:
 
     table: pd.DataFrame
     """One row a feature that fires: feature; positive and negative (concepts, None where that sign does not fire), with
-    their held-out positive_f1 and negative_f1 (0 there); both; two."""
+    their held-out positive_f1 and negative_f1 and firings positive_firings and negative_firings (0 there)."""
 
-    def holds(self, sign: str) -> float:
-        """Share of the features of which a sign of `SIGNS` holds a concept; 0 where none fires."""
-        return self._share(self.table[f"{sign}_f1"] >= HOLDS)
+    def holds(self, sign: str, at: float = HOLDS) -> "pd.Series[bool]":
+        """Which features hold a concept by a sign of `SIGNS`, with a held-out F1 of `at` or more."""
+        return self.table[f"{sign}_f1"] >= at
 
-    @property
-    def both(self) -> float:
+    def both(self, at: float = HOLDS) -> float:
         """Share of the features of which both signs hold a concept; 0 where none fires."""
-        return self._share(self.table["both"])
+        return _share(self.holds("positive", at) & self.holds("negative", at))
 
-    @property
-    def two(self) -> float:
+    def two(self, at: float = HOLDS) -> float:
         """Share of the features whose signs hold two concepts; 0 where none fires."""
-        return self._share(self.table["two"])
+        differ = self.table["positive"] != self.table["negative"]
+        return _share(self.holds("positive", at) & self.holds("negative", at) & differ)
 
-    @property
-    def chance(self) -> float:
+    def chance(self, at: float = HOLDS) -> float:
         """`two`, were the signs of different features put together at random; see step 3."""
-        held = [self.table.loc[self.table[f"{sign}_f1"] >= HOLDS, sign].value_counts() for sign in SIGNS]
+        held = [self.table.loc[self.holds(sign, at), sign].value_counts() for sign in SIGNS]
         same = held[0].mul(held[1], fill_value=0).sum()
         return float(held[0].sum() * held[1].sum() - same) / max(1, len(self.table)) ** 2
 
-    @staticmethod
-    def _share(chosen: "pd.Series[bool]") -> float:
-        return float(chosen.mean()) if len(chosen) else 0.0
+    @property
+    def rarer(self) -> float:
+        """Median over the features of the share of a feature's firings that have its rarer sign."""
+        firings = self.table[[f"{sign}_firings" for sign in SIGNS]]
+        return float((firings.min(axis=1) / firings.sum(axis=1)).median())
+
+
+def _share(chosen: "pd.Series[bool]") -> float:
+    return float(chosen.mean()) if len(chosen) else 0.0
 
 
 def poles(alignment: Alignment) -> Poles:
@@ -70,6 +74,5 @@ def poles(alignment: Alignment) -> Poles:
         table[name] = of_sign["concept"].astype(object).where(of_sign["concept"].notna(), None).to_numpy()
         # A concept that no held-out token has is not held either.
         table[f"{name}_f1"] = of_sign["f1"].fillna(0.0).to_numpy()
-    table["both"] = (table["positive_f1"] >= HOLDS) & (table["negative_f1"] >= HOLDS)
-    table["two"] = table["both"] & (table["positive"] != table["negative"])
+        table[f"{name}_firings"] = of_sign["firings"].fillna(0).astype(int).to_numpy()
     return Poles(table)
