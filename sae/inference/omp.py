@@ -12,23 +12,26 @@ features (non-negative OMP: Bruckstein, Elad and Zibulevsky 2008): step 2 can le
 than k rounds. A greedy choice, not the best subset; with one feature, or orthogonal ones, it is the best.
 
 A round's floor is the product of all residuals with all directions, the encoder's own: k times an encoder's time. The
-rest of a round reads the k chosen directions of a row, not the dictionary. One run to the largest k has the codes of
-all smaller ones on its way. Memory: `VALUES_AT_ONCE` products at a time.
+rest of a round reads the k chosen directions of a row, not the dictionary, and keeps the inverse of their Gram matrix
+in float64: a direction that comes or goes changes it by one product of two vectors. One run to the largest k has the
+codes of all smaller ones on its way. Memory: `VALUES_AT_ONCE` products at a time.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.inference.least_squares import rows_at_once, settle
+from sae.inference.least_squares import rows_at_once
 
 ROUNDING = 1e-6
 """Of a row's length, in float32: products below it are noise."""
 SPREAD, HALVINGS = 4, 12
+DEPENDENT = 1e-10
+"""Of a direction's square, what the others must leave of it."""
 
 
 @torch.no_grad()
@@ -85,9 +88,9 @@ class _Pursuit:
         self.least = (max(ROUNDING, 10 * torch.finfo(x.dtype).eps) * self.error.sqrt()).clamp_min(least)
         self.indices = torch.zeros(n, most, dtype=torch.int64, device=x.device)
         self.active = torch.zeros(n, most, dtype=torch.bool, device=x.device)
-        self.values = wide(n, most)
-        self.products = wide(n, most)
-        self.gram = wide(n, most, most)
+        self.values, self.products = wide(n, most), wide(n, most)
+        # Of the active directions' Gram matrix; rows and columns of free slots are 0.
+        self.inverse = wide(n, most, most)
 
     def codes(self, ks: Sequence[int]) -> list[tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]]:
         """Values and features when each k is first reached; where it never is, at the end."""
@@ -115,35 +118,72 @@ class _Pursuit:
         size, feature = sizes.max(dim=1)
         kept = size > self.least[rows]
         rows, feature = rows[kept], feature[kept]
-        values, active = self.values[rows, :used], self.active[rows, :used]
+        active = self.active[rows, :used]
         slot = (~active).int().argmax(dim=1)
-        self._enter(rows, slot, feature, used)
-        values, active = settle(
-            self.gram[rows, :used, :used], self.products[rows, :used], values, self.active[rows, :used],
-            signed=self.signed,
-        )  # fmt: skip
-        atoms = self.unit[self.indices[rows, :used]]
+        self.indices[rows, slot] = feature
+        atoms, new = self.unit[self.indices[rows, :used]], self.unit[feature].double()
+        self.products[rows, slot] = (new * self.x[rows].double()).sum(dim=1)
+        products = self.products[rows, :used]
+        with_others = torch.where(active, (atoms.double() @ new[:, :, None])[:, :, 0], 0.0)
+        inverse = joined(self.inverse[rows, :used, :used], with_others, new.square().sum(dim=1), slot)
+        active[torch.arange(len(rows), device=rows.device), slot] = True
+        if self.signed:
+            values = (inverse @ torch.where(active, products, 0.0)[:, :, None])[:, :, 0]
+        else:
+            values = let_go(inverse, products, self.values[rows, :used], active)
         residual = self.x[rows] - (values.to(atoms.dtype)[:, None, :] @ atoms)[:, 0]
         error = residual.double().square().sum(dim=1)
-        # False where atoms are dependent, too: the error is no number then.
+        # False where directions are dependent, too: the error is no number then.
         gained = error < self.error[rows]
-        self.active[rows, slot] = gained
         rows = rows[gained]
         self.values[rows, :used], self.active[rows, :used] = values[gained], active[gained]
+        self.inverse[rows, :used, :used] = inverse[gained]
         self.residual[rows], self.error[rows] = residual[gained], error[gained]
         return rows
 
-    def _enter(
-        self, rows: Int[Tensor, "open"], slot: Int[Tensor, "open"], feature: Int[Tensor, "open"], used: int
-    ) -> None:
-        """Puts a feature of value 0 into a free slot of each row."""
-        new = self.unit[feature].double()
-        self.indices[rows, slot] = feature
-        self.active[rows, slot] = True
-        self.products[rows, slot] = (new * self.x[rows].double()).sum(dim=1)
-        products = (self.unit[self.indices[rows, :used]].double() @ new[:, :, None])[:, :, 0]
-        self.gram[rows, slot, :used] = products
-        self.gram[rows, :used, slot] = products
+
+def joined(
+    inverse: Float[Tensor, "n k k"], products: Float[Tensor, "n k"], square: Float[Tensor, "n"], slot: Int[Tensor, "n"]
+) -> Float[Tensor, "n k k"]:
+    """The inverse of a Gram matrix, one direction more; not finite where that depends on the others.
+
+    Args:
+        inverse: 0 in the rows and columns of free slots.
+        products: of the new direction with the others, 0 for free slots.
+        square: of its length.
+        slot: the free slot that it takes.
+    """
+    along = (inverse @ products[:, :, None])[:, :, 0]
+    own = square - (along * products).sum(dim=1)
+    own = torch.where(own > DEPENDENT * square, own, torch.nan)
+    along[torch.arange(len(slot), device=slot.device), slot] = -1
+    return inverse + along[:, :, None] * (along / own[:, None])[:, None, :]
+
+
+def let_go(
+    inverse: Float[Tensor, "n k k"],
+    products: Float[Tensor, "n k"],
+    values: Float[Tensor, "n k"],
+    active: Bool[Tensor, "n k"],
+) -> Float[Tensor, "n k"]:
+    """As `least_squares.settle` for values that may not be negative, by the inverse; `inverse` and `active` change in
+    place as directions leave. Values that are no numbers mean dependent directions.
+    """
+    solution = (inverse @ torch.where(active, products, 0.0)[:, :, None])[:, :, 0]
+    while len(rows := ((solution <= 0) & active).any(dim=1).nonzero().squeeze(1)):
+        here, aim = values[rows], solution[rows]
+        share = here / (here - aim).clamp_min(torch.finfo(here.dtype).tiny)
+        step, out = torch.where((aim <= 0) & active[rows], share, torch.inf).min(dim=1)
+        values[rows] = (here + step[:, None] * (aim - here)).scatter(1, out[:, None], 0.0)
+        active[rows, out] = False
+        column = inverse[rows, :, out]
+        without = inverse[rows] - column[:, :, None] * (column / inverse[rows, out, out][:, None])[:, None, :]
+        number = torch.arange(len(rows), device=rows.device)
+        without[number, out] = 0
+        without[number, :, out] = 0
+        inverse[rows] = without
+        solution[rows] = (without @ torch.where(active[rows], products[rows], 0.0)[:, :, None])[:, :, 0]
+    return solution
 
 
 def _narrowed(
