@@ -4,11 +4,10 @@ Batch (BatchTopK, mutual choice): the M best of the batch, in the order of `sae.
 
 1. The best candidates of the first rows give a threshold that about MARGIN times M entries of the batch
    should reach.
-2. Every chunk: all entries that reach it are appended to a list of CAPACITY times M slots. Their places come from an
-   integer counter, in no fixed order; sorting them by (token, feature) makes the result the same every time.
-3. Did at least M entries reach it (or was it the smallest positive number), and no more than there are slots? Then
-   the M best of the list are the M best of the batch. Else the plain exact encoder does the batch again. Asking is
-   the one host synchronisation here: what lies before it can be captured, and what uses the code, as another graph.
+2. Every chunk: what reaches it is appended to a list of CAPACITY times M slots (`candidates.py`).
+3. Did at least M entries reach it (or was it the smallest positive number), and did all find room? Then the M best of
+   the list are the M best of the batch. Else the plain exact encoder does the batch again. Asking is the one host
+   synchronisation here: what lies before it can be captured, and what uses the code, as another graph.
 
 Feature choice: the m_f best tokens of feature f, in the order of `sae.kernels.feature_topk`. The scores of a chunk
 of features on all tokens, a feature a row that fits one program's registers; bisection for its m_f-th key.
@@ -32,6 +31,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.kernels import batch_topk as plain_batch
 from sae.kernels import feature_topk as plain_feature
+from sae.kernels.triton.candidates import Candidates
 from sae.kernels.triton.encode import chunk_rows, padded_product, product, sample_rows, score_buffer
 from sae.kernels.triton.features import narrowest
 from sae.kernels.triton.select import bound, keys_of, select_rows
@@ -41,8 +41,6 @@ from sae.kernels.triton.sizes import SIZES, KernelSizes
 MARGIN, CAPACITY = 1.4, 2
 # Mean entries a row from which on candidates no longer fit a sorting network.
 MAX_MEAN = 256
-# Columns whose candidates one program appends.
-COLLECTED = 1024
 # Tokens of one program's registers, and of a piece that is compacted at once.
 MAX_TOKENS, PIECE = 2**14, 1024
 
@@ -142,10 +140,7 @@ def list_batch_topk(
     weights = W_enc.to(x.dtype)
     step = chunk_rows(n, d_sae, sizes)
     buffer, bias = score_buffer(step, b_enc.float())
-    slots = CAPACITY * n_entries
-    counter = torch.zeros((), dtype=torch.int32, device=x.device)
-    values = torch.zeros(slots, dtype=torch.float32, device=x.device)
-    places = _no_places(slots, n, d_sae, x.device)
+    found = Candidates.none(n, buffer.shape[1], CAPACITY * n_entries, x.device)
     for first in range(0, n, step):
         last = min(n, first + step)
         scores = buffer[: last - first]
@@ -154,21 +149,10 @@ def list_batch_topk(
             sampled = min(last, sample_rows(n, sizes))
             aim = math.ceil(MARGIN * n_entries * sampled / n)
             threshold = _threshold(scores[:sampled], bias, min(d_sae, sizes.candidates * mean), aim, absolute)
-        block = min(COLLECTED, triton.next_power_of_2(scores.shape[1]))
-        _collect_kernel[(last - first, triton.cdiv(scores.shape[1], block))](
-            scores, bias, threshold, counter, values, places, first, scores.shape[1], d_sae, slots,
-            ABSOLUTE=absolute, BLOCK=block, num_warps=max(1, block // 256),
-        )  # fmt: skip
-    holds = (counter <= slots) & ((counter >= n_entries) | (threshold <= 0))
-    places, order = torch.sort(places)
-    values = values[order]
-    kept = largest(values, n_entries)
-    # Exactly n_entries are kept; the others' slots are one past the end.
-    slot = torch.where(kept, kept.cumsum(0) - 1, n_entries)
-    value, place = values.new_zeros(n_entries + 1), places.new_zeros(n_entries + 1)
-    value.scatter_(0, slot, values)
-    place.scatter_(0, slot, places)
-    return Listed(_ragged(place[:-1], value[:-1], n, d_sae), holds)
+        found.add(scores, bias, threshold, first, absolute)
+    slots = len(found.values)
+    holds = (found.counter <= slots) & ((found.counter >= n_entries) | (threshold <= 0))
+    return Listed(found.best(n_entries, d_sae), holds)
 
 
 def largest(values: Float[Tensor, "entries"], n: int) -> Bool[Tensor, "entries"]:
@@ -190,27 +174,6 @@ def _threshold(
     select_rows(scores, bias, k, values, indices, absolute=absolute)
     ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
     return torch.sort(ranked.view(-1), descending=True).values[min(aim, rows * k) - 1]
-
-
-@triton.jit
-def _collect_kernel(
-    Z, bias, threshold, counter, values, places, first, width, d_sae, slots,
-    ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of one row: a program that took the whole row would wait for the counter block after block."""
-    row = tl.program_id(0).to(tl.int64)
-    lowest = tl.maximum(keys_of(tl.load(threshold), False), 1)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    z = tl.load(Z + row * width + columns, mask=inside, other=0.0)
-    z += tl.load(bias + columns, mask=inside, other=0.0)
-    kept = (keys_of(z, ABSOLUTE) >= lowest).to(tl.int32)
-    n_kept = tl.sum(kept)
-    if n_kept > 0:
-        slot = tl.atomic_add(counter, n_kept) + tl.cumsum(kept, 0) - 1
-        mask = (kept > 0) & (slot < slots)
-        tl.store(values + slot, z, mask=mask)
-        tl.store(places + slot, (first + row) * d_sae + columns, mask=mask)
 
 
 def _no_places(slots: int, n: int, d_sae: int, device: torch.device) -> Int[Tensor, "slots"]:

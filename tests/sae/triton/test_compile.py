@@ -117,9 +117,13 @@ def test_feature_choice_stays_in_registers(folder: Path) -> None:
 
 
 def test_batch_collection_stays_in_registers(folder: Path) -> None:
-    from sae.kernels.triton.batch import COLLECTED, _collect_kernel
+    from sae.kernels.triton.candidates import COLLECTED, RUN_PIECE, RUNS, _best_kernel, _collect_kernel, _reach_kernel
 
-    check(_collect_kernel, {"ABSOLUTE": False, "BLOCK": COLLECTED}, COLLECTED // 256, folder)
+    types = dict.fromkeys(("starts", "counts", "features", "reach", "ends"), "*i32")
+    types |= {"out_indices": "*i64", "offsets": "*i64"} | dict.fromkeys(("n_runs", "blocks", "n_entries"), "i32")
+    check(_collect_kernel, {"ABSOLUTE": False, "BLOCK": COLLECTED}, COLLECTED // 256, folder, types)
+    for kernel in (_reach_kernel, _best_kernel):
+        check(kernel, {"RUNS": RUNS, "PIECE": RUN_PIECE}, 4, folder, types)
 
 
 def test_thresholds_stay_in_registers(folder: Path) -> None:

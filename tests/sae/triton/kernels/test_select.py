@@ -7,6 +7,7 @@ from torch import Tensor
 from sae import kernels
 from sae.code import SparseCode
 from sae.kernels import triton as fast
+from sae.kernels.triton import candidates
 from sae.kernels.triton.select import select_rows
 
 
@@ -103,6 +104,20 @@ def test_batch_topk_equals_the_plain_encoder(n_entries: int, absolute: bool, dev
     x[4] *= 30
     ours = fast.batch_topk_encode(x, W, b, n_entries, absolute=absolute, sizes=SMALL)
     check_ragged(ours, kernels.batch_topk_encode(x.cpu(), W.cpu(), b.cpu(), n_entries, absolute=absolute))
+
+
+@pytest.mark.parametrize(("n_entries", "features"), [(100, 90), (300, 90), (300, 4)])
+def test_a_batchs_candidates_are_put_in_order(
+    n_entries: int, features: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ties across runs, and runs longer than a piece; 4 features have fewer positive entries than are wanted."""
+    for name, size in {"COLLECTED": 32, "RUNS": 8, "RUN_PIECE": 4}.items():
+        monkeypatch.setattr(candidates, name, size)
+    x, W, b = integers(60, 6, device=device), integers(90, 6, device=device).T, integers(90, device=device)
+    b[features:] = -1000
+    listed = fast.list_batch_topk(x, W, b, n_entries, sizes=fast.KernelSizes(candidates=90))
+    assert listed.holds
+    check_ragged(listed.code, kernels.batch_topk_encode(x.cpu(), W.cpu(), b.cpu(), n_entries))
 
 
 def test_feature_choice_equals_the_plain_encoder(device: torch.device) -> None:

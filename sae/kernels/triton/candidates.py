@@ -1,0 +1,180 @@
+"""The entries of a batch that reach a threshold, appended chunk by chunk, and the best of them as a code.
+
+1. A block of a row appends what reaches the threshold, by feature, as one run, to a list. Its place comes from an
+   integer counter, in no fixed order.
+2. The lowest of the best is found by a sort of the magnitudes. Running sums of what every run keeps say where it goes:
+   the order of the list leaves no trace.
+"""
+
+# mypy: allow-untyped-defs
+# (kernels' arguments are pointers and numbers of the compiled language)
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.code import SparseCode
+from sae.kernels.triton.select import keys_of
+
+# Columns whose candidates one program appends.
+COLLECTED = 1024
+# Runs that one program compacts, and entries of each at once.
+RUNS, RUN_PIECE = 32, 16
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Entries that reached a threshold, in runs."""
+
+    counter: Int[Tensor, ""]
+    """How many entries there are, with those that found no place; int32, as all numbers here."""
+    starts: Int[Tensor, "runs"]
+    counts: Int[Tensor, "runs"]
+    """Of what is stored."""
+    values: Float[Tensor, "slots"]
+    """0 where there is none."""
+    features: Int[Tensor, "slots"]
+    block: int
+    """Columns of a run."""
+    blocks: int
+    """Runs of a row."""
+
+    @classmethod
+    def none(cls, n: int, columns: int, slots: int, device: torch.device) -> "Candidates":
+        """Room for `slots` entries of n rows, yet empty."""
+        block = min(COLLECTED, triton.next_power_of_2(columns))
+        blocks = triton.cdiv(columns, block)
+        counter = torch.zeros((), dtype=torch.int32, device=device)
+        starts, counts = (torch.empty(n * blocks, dtype=torch.int32, device=device) for _ in range(2))
+        values = torch.zeros(slots, dtype=torch.float32, device=device)
+        features = torch.empty(slots, dtype=torch.int32, device=device)
+        return cls(counter, starts, counts, values, features, block, blocks)
+
+    def add(
+        self,
+        scores: Float[Tensor, "rows columns"],
+        bias: Float[Tensor, "columns"],
+        threshold: Float[Tensor, ""],
+        first: int,
+        absolute: bool,
+    ) -> None:
+        """Appends what of scores + bias, or of their magnitudes, reaches the threshold, and is not zero.
+
+        Args:
+            scores: of the rows from `first` on.
+        """
+        _collect_kernel[(len(scores), self.blocks)](
+            scores, bias, threshold, self.counter, self.starts, self.counts, self.values, self.features, first,
+            scores.shape[1], len(self.values), ABSOLUTE=absolute, BLOCK=self.block,
+            num_warps=max(1, self.block // 256),
+        )  # fmt: skip
+
+    def best(self, n_entries: int, d_sae: int) -> SparseCode:
+        """The code of the entries of largest magnitude; of equal ones the first, and NaN above all."""
+        n_runs, device = len(self.counts), self.values.device
+        ranked = self.values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        lowest = torch.sort(ranked).values[len(ranked) - n_entries]
+        reach = torch.empty(2 * n_runs, dtype=torch.int32, device=device)
+        grid, sizes = (triton.cdiv(n_runs, RUNS),), {"RUNS": RUNS, "PIECE": RUN_PIECE, "num_warps": 4}
+        _reach_kernel[grid](self.values, self.starts, self.counts, lowest, reach, n_runs, **sizes)
+        # One sum over both halves: a sum along the rows of two would be two programs.
+        ends = reach.cumsum(0, dtype=torch.int32)
+        values = torch.zeros(n_entries, dtype=torch.float32, device=device)
+        indices = torch.zeros(n_entries, dtype=torch.int64, device=device)
+        offsets = torch.empty(n_runs // self.blocks + 1, dtype=torch.int64, device=device)
+        _best_kernel[grid](
+            self.values, self.features, self.starts, self.counts, lowest, reach, ends, values, indices, offsets,
+            n_runs, self.blocks, n_entries, **sizes,
+        )  # fmt: skip
+        return SparseCode(values, indices, d_sae, offsets)
+
+
+@triton.jit
+def _collect_kernel(
+    Z, bias, threshold, counter, starts, counts, values, features, first, width, slots,
+    ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one row: a program that took the whole row would wait for the counter block after block."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    lowest = tl.maximum(keys_of(tl.load(threshold), False), 1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    z = tl.load(Z + row * width + columns, mask=inside, other=0.0)
+    z += tl.load(bias + columns, mask=inside, other=0.0)
+    kept = (keys_of(z, ABSOLUTE) >= lowest).to(tl.int32)
+    n_kept = tl.sum(kept)
+    run = (first + row) * tl.num_programs(1) + block
+    stored = 0
+    if n_kept > 0:
+        start = tl.atomic_add(counter, n_kept)
+        tl.store(starts + run, start)
+        stored = tl.maximum(tl.minimum(n_kept, slots - start), 0)
+        rank = tl.cumsum(kept, 0)
+        mask = (kept > 0) & (rank <= stored)
+        tl.store(values + start + rank - 1, z, mask=mask)
+        tl.store(features + start + rank - 1, columns, mask=mask)
+    tl.store(counts + run, stored)
+
+
+@triton.jit
+def _marks(values, start, count, left, lowest, PIECE: tl.constexpr):
+    """Of a piece of every run: the entries, where they lie, and whether they are above the lowest or equal to it."""
+    place = left + tl.arange(0, PIECE)
+    real = place[None, :] < count[:, None]
+    source = start[:, None] + place[None, :]
+    z = tl.load(values + source, mask=real, other=0.0)
+    magnitude = tl.where(z != z, float("inf"), tl.abs(z))
+    return z, source, (real & (magnitude > lowest)).to(tl.int32), (real & (magnitude == lowest)).to(tl.int32)
+
+
+@triton.jit
+def _reach_kernel(values, starts, counts, lowest, reach, n_runs, RUNS: tl.constexpr, PIECE: tl.constexpr):
+    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    inside = run < n_runs
+    count = tl.load(counts + run, mask=inside, other=0)
+    start = tl.load(starts + run, mask=count > 0, other=0)
+    bound = tl.load(lowest)
+    n_above = tl.zeros([RUNS], tl.int32)
+    n_equal = tl.zeros([RUNS], tl.int32)
+    for left in range(0, tl.max(count), PIECE):
+        _, _, above, equal = _marks(values, start, count, left, bound, PIECE)
+        n_above += tl.sum(above, 1)
+        n_equal += tl.sum(equal, 1)
+    tl.store(reach + run, n_above, mask=inside)
+    tl.store(reach + n_runs + run, n_equal, mask=inside)
+
+
+@triton.jit
+def _best_kernel(
+    values, features, starts, counts, lowest, reach, ends, out_values, out_indices, offsets, n_runs, blocks, n_entries,
+    RUNS: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """All above the lowest, and of those equal to it the first, as many as the others leave."""
+    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    inside = run < n_runs
+    count = tl.load(counts + run, mask=inside, other=0)
+    start = tl.load(starts + run, mask=count > 0, other=0)
+    bound = tl.load(lowest)
+    all_above = tl.load(ends + n_runs - 1)
+    wanted = n_entries - all_above
+    n_equal = tl.load(ends + n_runs + run, mask=inside, other=0) - all_above
+    n_equal -= tl.load(reach + n_runs + run, mask=inside, other=0)
+    n_kept = tl.load(ends + run, mask=inside, other=0) - tl.load(reach + run, mask=inside, other=0)
+    n_kept += tl.minimum(n_equal, wanted)
+    tl.store(offsets + run // blocks, n_kept.to(tl.int64), mask=inside & (run % blocks == 0))
+    for left in range(0, tl.max(count), PIECE):
+        z, source, above, equal = _marks(values, start, count, left, bound, PIECE)
+        first_ones = (equal > 0) & (n_equal[:, None] + tl.cumsum(equal, 1) <= wanted)
+        kept = ((above > 0) | first_ones).to(tl.int32)
+        slot = n_kept[:, None] + tl.cumsum(kept, 1) - 1
+        tl.store(out_values + slot, z, mask=kept > 0)
+        feature = tl.load(features + source, mask=kept > 0, other=0)
+        tl.store(out_indices + slot, feature.to(tl.int64), mask=kept > 0)
+        n_equal += tl.sum(equal, 1)
+        n_kept += tl.sum(kept, 1)
+    tl.store(offsets + (run + 1) // blocks, n_kept.to(tl.int64), mask=run == n_runs - 1)
