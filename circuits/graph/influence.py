@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock, local
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,16 +31,28 @@ from torch import Tensor
 CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 25
 """Edges worked on at a time: what a cache holds, and what keeps a GPU busy."""
 
+_lock, _mine = Lock(), local()
+_before: list[int] = []
+"""Threads of torch before any were held to one, once for each of ours that holds them."""
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Holds torch to one thread: many small operations end sooner than their threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if getattr(_mine, "inside", False):
+        yield
+        return
+    with _lock:
+        # Of two that hold them at once, the second finds a 1 that is not to be kept.
+        _before.append(_before[0] if _before else torch.get_num_threads())
+        torch.set_num_threads(1)
+    _mine.inside = True
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _mine.inside = False
+        with _lock:
+            torch.set_num_threads(_before.pop())
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Pruning against the rules written out with a sort, on random graphs."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event, Thread
 
 import pytest
 import torch
 
-from circuits.graph.influence import Wiring
+from circuits.graph.influence import Wiring, one_thread
 from circuits.graph.pruning import at_least, prune, threshold
 from sae.errors import InputError
 
@@ -117,3 +119,28 @@ def test_a_pruned_graph_still_adds_up(case: Case) -> None:
         graph.prune(1.5)
     with pytest.raises(InputError, match="no node 'x'"):
         graph.node("x")
+
+
+def test_two_threads_that_hold_torch_to_one_of_its_threads_give_it_all_back() -> None:
+    def hold(entered: Event, leave: Event) -> None:
+        with one_thread(), one_thread():
+            entered.set()
+            leave.wait()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        holders = []
+        for _ in range(2):
+            entered, leave = Event(), Event()
+            thread = Thread(target=hold, args=(entered, leave))
+            thread.start()
+            entered.wait()
+            holders.append((thread, leave))
+        for thread, leave in holders:
+            leave.set()
+            thread.join()
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == before + 1
+    finally:
+        torch.set_num_threads(before)
