@@ -16,7 +16,7 @@ to which part (`part_norms`), whatever the parts' own sizes are.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import torch
@@ -60,11 +60,36 @@ class Crosscoder(SAE):
             raise InputError(
                 f"a crosscoder needs two parts or more, of different names, got {', '.join(names) or None}"
             )
-        super().__init__(
-            sum(part.width for part in parts), d_sae, rule, hook_name=_joined(part.hook_name for part in parts),
-            model_name=_joined(part.model_name for part in parts), metadata=metadata, device=device, dtype=dtype,
-        )  # fmt: skip
+        width = sum(part.width for part in parts)
+        super().__init__(width, d_sae, rule, metadata=metadata, device=device, dtype=dtype)
+        self._name_parts(parts)
+
+    def _name_parts(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
+        self.hook_name = _joined(part.hook_name for part in parts)
+        self.model_name = _joined(part.model_name for part in parts)
+
+    def read_at(self, hook_name: str | None, model_name: str | None) -> None:
+        """Says anew what its parts read.
+
+        Args:
+            hook_name: the hook point of all; what they have when None.
+            model_name: the model of all, or with commas between of each; what they have when None.
+
+        Raises:
+            InputError: another number of models than there are parts.
+        """
+        models = [part.model_name for part in self.parts]
+        if model_name is not None:
+            given = [model.strip() for model in model_name.split(",")]
+            if len(given) not in (1, len(models)):
+                raise InputError(
+                    f"the crosscoder has {len(models)} parts and {len(given)} models were named: name one, or each"
+                )
+            models = given if len(given) > 1 else given * len(models)
+        hooks = [part.hook_name if hook_name is None else hook_name for part in self.parts]
+        named = zip(self.parts, hooks, models, strict=True)
+        self._name_parts([replace(part, hook_name=hook, model_name=model) for part, hook, model in named])
 
     @classmethod
     @torch.no_grad()

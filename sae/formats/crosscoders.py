@@ -26,7 +26,7 @@ from sae import rules
 from sae.crosscoder import Crosscoder, parts_from_dict, parts_to_dict
 from sae.errors import InputError
 from sae.files import write_atomically
-from sae.formats.reading import read_json, read_pickle
+from sae.formats.reading import check_numbers, read_json, read_pickle
 from sae.rules import Rule
 from sae.source import Part
 
@@ -55,14 +55,16 @@ def load(path: Path | str, *, hook_name: str | None = None, model_name: str | No
         config, state = read_json(path / CC_CONFIG), _of_replication(read_pickle(path / CC_WEIGHTS), path)
         hook_name = hook_name if hook_name is not None else str(config.get("hook_point") or "")
     else:
-        config, state = read_json(path / CONFIG).get("trainer") or {}, read_pickle(path / WEIGHTS)
+        trainer = read_json(path / CONFIG).get("trainer")
+        config, state = trainer if isinstance(trainer, dict) else {}, read_pickle(path / WEIGHTS)
     _check(state, path)
     n_parts, width, d_sae = state["encoder.weight"].shape
     rule, threshold = _rule(state, path)
-    mean, scale = _normaliser(state)
+    mean, scale = _normaliser(state, path)
     relative = (scale / math.exp(float(scale.log().mean()))).tolist()
-    parts = _parts(config.get("parts"), path, [width] * n_parts, relative, hook_name, model_name)
+    parts = _parts(config.get("parts"), path, [width] * n_parts, relative)
     made = Crosscoder(parts, d_sae, rule, metadata={"imported_from": "crosscoder"})
+    made.read_at(hook_name, model_name)
     encoder = state["encoder.weight"].double() * scale[:, None, None]
     decoder = state["decoder.weight"].double() / scale[:, None, None]
     bias = state["decoder.bias"].double() / scale[:, None] + mean
@@ -141,49 +143,54 @@ def _check(state: State, path: Path) -> None:
     for name, asked in expected.items():
         if list(state[name].shape) != asked:
             raise InputError(f"{path}: {name} has shape {list(state[name].shape)}, the encoder asks for {asked}")
+    check_numbers({name: state[name] for name in SHAPES}, str(path))
 
 
 def _rule(state: State, path: Path) -> tuple[Rule, Tensor | None]:
     if "threshold" not in state:
         return rules.ReLU(), None
-    threshold, kind = state["threshold"], int(state.get("code_normalization_id", torch.tensor(BY_SUM)))
+    threshold, kind = state["threshold"], int(_number(state, "code_normalization_id", path, BY_SUM))
     if threshold.ndim or kind not in (BY_SUM, BY_NORM, BY_NOTHING) or "k" not in state:
         raise InputError(
             f"{path} has code_normalization_id {kind}, which is not supported: expected {BY_SUM} (sum of norms), "
             f"{BY_NORM} (norm of all) or {BY_NOTHING} (none), with k and one threshold"
         )
-    if threshold < 0:
+    if _number(state, "threshold", path) < 0:
         raise InputError(f"{path} has no inference threshold yet (it is set while training): train it for longer")
     norms = torch.linalg.vector_norm(state["decoder.weight"].double(), dim=2)
     size = {BY_SUM: norms.sum(0), BY_NORM: torch.linalg.vector_norm(norms, dim=0)}.get(kind, torch.ones(norms.shape[1]))
-    return rules.BatchTopK(int(state["k"])), threshold.double() / size.clamp_min(torch.finfo(torch.float32).tiny)
+    return rules.BatchTopK(int(_number(state, "k", path))), threshold.double() / size.clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
 
 
-def _normaliser(state: State) -> tuple[Tensor, Tensor]:
+def _number(state: State, name: str, path: Path, default: int = 0) -> float:
+    found = state.get(name, torch.tensor(default))
+    if found.numel() != 1 or not bool(found.isfinite().all()):
+        raise InputError(f"{path}: {name} is {found.flatten().tolist()[:8]}: expected one number")
+    return float(found)
+
+
+def _normaliser(state: State, path: Path) -> tuple[Tensor, Tensor]:
     """(mean [M, d], scale [M]) of what the file does to its input; 0 and 1 where it does nothing."""
     mean, scale = state.get("activation_mean"), state.get("activation_global_scale")
     n_parts, width, _ = state["encoder.weight"].shape
     if mean is None or scale is None or bool(mean.isnan().any()):
         return torch.zeros(n_parts, width, dtype=torch.float64), torch.ones(n_parts, dtype=torch.float64)
+    if list(mean.shape) != [n_parts, width] or list(scale.shape) != [n_parts] or not bool((scale > 0).all()):
+        raise InputError(
+            f"{path}: the normaliser has a mean of {list(mean.shape)} and scales {scale.flatten().tolist()[:8]}: "
+            f"expected {[n_parts, width]} and {n_parts} above 0"
+        )
     return mean.double(), scale.double()
 
 
-def _parts(
-    described: Any,
-    path: Path,
-    widths: list[int],
-    scales: list[float],
-    hook_name: str | None,
-    model_name: str | None,
-) -> list[Part]:
+def _parts(described: Any, path: Path, widths: list[int], scales: list[float]) -> list[Part]:
     """The parts as this project wrote them, or numbered ones."""
-    if described is not None:
-        return parts_from_dict(described, str(path / CONFIG))
-    models = [model.strip() for model in (model_name or "").split(",")]
-    if len(models) not in (1, len(widths)):
-        raise InputError(f"{path} has {len(widths)} parts and {len(models)} models were named: name one, or each")
-    models = models if len(models) > 1 else models * len(widths)
-    return [
-        Part(f"part {number}", hook_name or "", model, width, scale)
-        for number, (model, width, scale) in enumerate(zip(models, widths, scales, strict=True))
-    ]
+    if described is None:
+        numbered = enumerate(zip(widths, scales, strict=True))
+        return [Part(f"part {number}", "", "", width, scale) for number, (width, scale) in numbered]
+    parts = parts_from_dict(described, str(path / CONFIG))
+    if [part.width for part in parts] != widths:
+        raise InputError(f"{path / CONFIG} has parts of widths {[part.width for part in parts]}, the weights {widths}")
+    return parts

@@ -57,7 +57,8 @@ def load(path: Path | str, *, hook_name: str | None = None, model_name: str | No
     if class_name in crosscoders.CLASSES:
         return crosscoders.load(path, hook_name=hook_name, model_name=model_name)
     if class_name not in READERS:
-        raise InputError(f"{path} holds a {class_name}, which is not supported: supported are {', '.join(READERS)}")
+        known = ", ".join((*READERS, *crosscoders.CLASSES))
+        raise InputError(f"{path} holds a {class_name}, which is not supported: supported are {known}")
     state = read_pickle(path / WEIGHTS)
     try:
         weights = READERS[class_name](state, str(path))

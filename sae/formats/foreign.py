@@ -89,12 +89,15 @@ def load_foreign(
 
 def _load_saelens(path: Path, hook_name: str | None, model_name: str | None) -> SAE:
     config = read_json(path / saelens.CONFIG)
-    if "rule" not in config:
+    if "rule" not in config and "parts" not in config:
         state = read_safetensors(path / saelens.WEIGHTS)
         return saelens_import.from_parts(config, state, str(path), hook_name=hook_name, model_name=model_name)
     # Written by this project.
     sae = saelens.load(path)
     weights_of(sae).check(str(path))
+    if isinstance(sae, Crosscoder):
+        sae.read_at(hook_name, model_name)
+        return sae
     sae.hook_name = sae.hook_name if hook_name is None else hook_name
     sae.model_name = sae.model_name if model_name is None else model_name
     return sae

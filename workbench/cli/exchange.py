@@ -89,7 +89,8 @@ def import_(
         print_json(made)
         return
     place = between(sae.hook_name, sae.written_hook)
-    print(f"Imported {name}: {sae.rule.name}, {sae.d_sae:,} features, at {place} of {sae.model_name}")
+    kind = f"a crosscoder of {' and '.join(part.name for part in sae.parts)}, " if sae.parts else ""
+    print(f"Imported {name}: {kind}{sae.rule.name}, {sae.d_sae:,} features, at {place} of {sae.model_name}")
     if kept := sae.metadata.get("decoder_norms"):
         print(f"Its decoder rows keep their norms ({kept}): {sae.rule.name} compares features as they are.")
     print(f"Next: workbench evaluate {name} --corpus CORPUS --workspace {folder}")

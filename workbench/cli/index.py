@@ -40,9 +40,11 @@ def register(app: typer.Typer) -> None:
 def make_index(
     sae: Annotated[str, typer.Argument(help="Name of an SAE, or of a set of transcoders: every layer is indexed.")],
     harvest: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Harvest to index; the SAE's own when left out, its model over its corpus where it has none."
+            metavar="HARVEST",
+            help="Harvest to index; the SAE's own when left out, its model over its corpus where it has none. Of a "
+            "crosscoder of two models repeat it, one a part.",
         ),
     ] = None,
     rows: Annotated[

@@ -96,6 +96,11 @@ def plan_opening(
         trained, called = Trained.of(coders), folder.name
     elif folder.is_dir():
         coder = load_foreign(folder, hook_name=hook, model_name=model)
+        if coder.parts:
+            raise InputError(
+                f"{source} is a crosscoder, which reads several activations: bring it in with `workbench import`, "
+                "harvest what it reads and name the harvests to `workbench index`"
+            )
         trained, called = Trained.of({0: coder}), folder.name
     elif "/" in source and not source.startswith(("/", ".", "~")):
         published = describe_hub_set(source, model=model)

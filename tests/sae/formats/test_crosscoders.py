@@ -116,6 +116,12 @@ def test_what_cannot_be_read_or_written_gives_one_line(tmp_path: Path) -> None:
     threshold = {"k": torch.tensor(3), "threshold": torch.tensor(1.0)}
     refused(random_state(**threshold, code_normalization_id=torch.tensor(5)), "code_normalization_id 5, which is not")
     refused(random_state(k=torch.tensor(3), threshold=torch.tensor(-1.0)), "no inference threshold yet")
+    refused(random_state(**threshold, code_normalization_id=torch.tensor([1, 1])), "expected one number")
+    refused(random_state() | {"encoder.weight": torch.full((M, D, F), torch.nan)}, "holds NaN or infinity")
+    refused(random_state() | {"encoder.bias": torch.zeros(F, dtype=torch.int32)}, "holds int32")
+    normaliser = {"activation_mean": torch.zeros(M, D), "activation_global_scale": torch.tensor([1.0, 0.0])}
+    refused(random_state(**threshold, **normaliser), r"scales \[1.0, 0.0\]: expected \[2, 6\] and 2 above 0")
+    refused(random_state(), "supported are .*CrossCoder", "OtherCoder")
     refused({"encoder.weight": torch.zeros(M, D, F)}, "a crosscoder needs encoder.bias")
     refused(random_state() | {"decoder.bias": torch.zeros(M, D + 1)}, "decoder.bias has shape")
     file = tmp_path / "c" / "ae.pt"
@@ -123,7 +129,25 @@ def test_what_cannot_be_read_or_written_gives_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read as tensors"):
         load_foreign(tmp_path / "c")
     parts = [Part("A", "h", "m", D), Part("B", "h", "m", D)]
+    export(Crosscoder(parts, F, ReLU()), tmp_path / "d", "dictionary_learning")
+    config = tmp_path / "d" / "config.json"
+    config.write_text(config.read_text().replace('"width": 6', '"width": 5', 1))
+    with pytest.raises(InputError, match=r"parts of widths \[5, 6\], the weights \[6, 6\]"):
+        load_foreign(tmp_path / "d")
     with pytest.raises(InputError, match="cannot express the rule topk"):
         export(Crosscoder(parts, F, TopK(3)), tmp_path / "no", "dictionary_learning")
     with pytest.raises(InputError, match="sparsify cannot express a crosscoder"):
         export(Crosscoder(parts, F, TopK(3)), tmp_path / "no", "sparsify")
+
+
+def test_what_the_parts_read_is_said_anew(tmp_path: Path) -> None:
+    parts = [Part("A", "h", "base", D), Part("B", "h", "tuned", D)]
+    made = Crosscoder(parts, F, ReLU())
+    made.save(tmp_path / "own")
+    export(made, tmp_path / "out", "dictionary_learning")
+    for folder in (tmp_path / "own", tmp_path / "out"):
+        again = load_foreign(folder, hook_name="g", model_name="base, /moved/tuned")
+        assert [(part.hook_name, part.model_name) for part in again.parts] == [("g", "base"), ("g", "/moved/tuned")]
+        assert (again.hook_name, again.model_name) == ("g", "base + /moved/tuned")
+        with pytest.raises(InputError, match="has 2 parts and 3 models were named"):
+            load_foreign(folder, model_name="a,b,c")

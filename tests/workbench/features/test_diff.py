@@ -149,7 +149,7 @@ def test_an_sae_is_asked_for_where_one_is_needed(compared: Workspace, gpt2_model
         compared.evaluate(["d"], model=gpt2_model)
     with pytest.raises(InputError, match="concepts need an SAE or transcoder"):
         compared.concepts("d", model=gpt2_model)
-    with pytest.raises(InputError, match="leave --harvest out"):
+    with pytest.raises(InputError, match=r"give --harvest for tiny-gpt2 \(.*\), changed \(.*\), in this order"):
         compared.build_index("d", harvest="d.changed")
 
 
@@ -167,3 +167,15 @@ def test_models_that_cannot_be_compared_give_one_line(
     with pytest.raises(InputError, match="'taken' exists that is no such comparison"):
         workspace.diff(gpt2_model, gpt2_model, name="taken", device="cpu")
     assert workspace.harvests() == []
+
+
+def test_a_crosscoder_of_others_is_indexed_on_harvests_of_its_parts(compared: Workspace, tmp_path: Path) -> None:
+    compared.export_sae("d", tmp_path / "out", "dictionary_learning")
+    compared.import_sae("again", tmp_path / "out")
+    with pytest.raises(InputError, match="give --harvest for tiny-gpt2"):
+        compared.build_index("again", device="cpu")
+    with pytest.raises(InputError, match="give the harvests in the order of the parts"):
+        compared.build_index("again", harvest=["d.changed", "d.tiny-gpt2"], device="cpu")
+    made = compared.build_index("again", harvest=["d.tiny-gpt2", "d.changed"], device="cpu")
+    own = compared.build_index("d", device="cpu")
+    assert (made.tokens, made.activations) == (own.tokens, own.activations)

@@ -14,7 +14,7 @@ the SAE, the harvest or the number of rows starts it anew. The tables are listed
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,7 +73,7 @@ def build_index(
     catalog: Catalog,
     sae_name: str,
     *,
-    harvest: str | None = None,
+    harvest: str | Sequence[str] | None = None,
     max_rows: int | None = None,
     model: "LoadedModel | None" = None,
     device: str = "auto",
@@ -82,8 +82,9 @@ def build_index(
     """Builds the index of an SAE, or returns at once when the same one is there; see the module's description.
 
     Args:
-        harvest: a harvest of the SAE's hook point; the one it was trained on when left out. An SAE trained straight
-            from a model has none: then the model runs over the beginning of the corpus first.
+        harvest: a harvest of the SAE's hook point, for a crosscoder one that holds all its parts or one for each, of
+            the same tokens; what it was trained on when left out. An SAE trained straight from a model has none: then
+            the model runs over the beginning of the corpus first.
         max_rows: rows to index at most, from the start, BOS and padding counted; all of a harvest when left out,
             2,000,000 without one.
         model: the SAE's model, already loaded, for logit effects; otherwise the one the harvest names is loaded.
@@ -102,9 +103,11 @@ def build_index(
     if own is not None:
         read = own.settings
     else:
-        source, vectors = _held(catalog, sae, sae_name, harvest)
+        given = [harvest] if isinstance(harvest, str) else list(harvest or ())
+        source, vectors = _held(catalog, sae, sae_name, given)
         n_rows, model_name = min(max_rows or source.n_rows, source.n_rows), source.config["model"]
         read = {"harvest": source.name, "corpus": source.corpus, "model": source.model, "rows": n_rows}
+        read |= {"harvests": given} if len(given) > 1 else {}
         _check_memory(sae, vectors, n_rows)
     if read["rows"] > MAX_ROWS:
         raise InputError(f"an index holds at most {MAX_ROWS:,} rows, these are {read['rows']:,}: give --rows")
@@ -121,7 +124,7 @@ def build_index(
         if own is not None:
             model = model or reload_model(origin.model, device=device)
             source = own.run(partial / "rows", model, on_progress)
-            vectors = _vectors(sae, sae_name, source)
+            vectors = _vectors(sae.hook_name, sae.d_in, f"SAE {sae_name!r}", source)
             _check_memory(sae, vectors, source.n_rows)
         assert source is not None
         n_rows = min(settings["rows"], source.n_rows)
@@ -259,12 +262,15 @@ def _begin(scratch: Path, settings: dict[str, Any]) -> None:
         description.write_text(json.dumps(begun))
 
 
-def _held(catalog: Catalog, sae: SAE, name: str, harvest: str | None) -> tuple[Harvest, Vectors | SideBySide]:
+def _held(catalog: Catalog, sae: SAE, name: str, given: Sequence[str]) -> tuple[Harvest, Vectors | SideBySide]:
     """The harvest that is indexed, and what of it, or of several, the SAE reads."""
-    source = catalog.open_harvest(harvest or _harvest_of(catalog, name))
-    if sae.parts and harvest is not None:
-        raise InputError(f"{name!r} is a crosscoder, indexed on the harvests it was trained on: leave --harvest out")
-    return source, places_of(catalog, name, sae) if sae.parts else _vectors(sae, name, source)
+    if sae.parts:
+        places = _places(catalog, name, sae, given)
+        return places[0].harvest, SideBySide(places)
+    if len(given) > 1:
+        raise InputError(f"SAE {name!r} reads one activation: give one --harvest")
+    source = catalog.open_harvest(given[0] if given else _harvest_of(catalog, name))
+    return source, _vectors(sae.hook_name, sae.d_in, f"SAE {name!r}", source)
 
 
 def _harvest_of(catalog: Catalog, sae_name: str) -> str:
@@ -274,41 +280,54 @@ def _harvest_of(catalog: Catalog, sae_name: str) -> str:
     return name
 
 
-def _vectors(sae: SAE, name: str, harvest: Harvest) -> Vectors:
-    """What an SAE reads of a harvest. Raises InputError where that is not there, or of another width."""
-    if sae.hook_name not in harvest.hooks:
+def _vectors(hook: str, width: int, reader: str, harvest: Harvest) -> Vectors:
+    """What `reader`, as error messages name it, reads of a harvest.
+
+    Raises:
+        InputError: a harvest where that is not there, or of another width.
+    """
+    if hook not in harvest.hooks:
         raise InputError(
-            f"harvest {harvest.name!r} does not hold {sae.hook_name!r}, which SAE {name!r} reads: it has "
+            f"harvest {harvest.name!r} does not hold {hook!r}, which {reader} reads: it has "
             f"{', '.join(harvest.hooks)}; harvest that hook point and name the harvest with --harvest"
         )
-    vectors = harvest.vectors(sae.hook_name)
-    if vectors.width != sae.d_in:
+    vectors = harvest.vectors(hook)
+    if vectors.width != width:
         raise InputError(
-            f"SAE {name!r} reads activations of width {sae.d_in}, harvest {harvest.name!r} has {vectors.width}: "
+            f"{reader} reads activations of width {width}, harvest {harvest.name!r} has {vectors.width}: "
             "it was trained on another model; name another --harvest"
         )
     return vectors
 
 
-def places_of(catalog: Catalog, name: str, sae: SAE) -> SideBySide:
-    """What a crosscoder was trained on, side by side.
+def _places(catalog: Catalog, name: str, sae: SAE, given: Sequence[str]) -> list[Place]:
+    """Where the parts of a crosscoder lie: in the harvests given, one for each or one of all, else in those it was
+    trained on.
 
     Raises:
-        InputError: harvests that are gone or not known, or no longer of its widths or of the same tokens.
+        InputError: harvests that are gone, not known, of other models or widths, or of different tokens.
     """
-    record = catalog.origin(name).record.get("parts")
-    if not record:
+    record, parts = catalog.origin(name).record.get("parts") or [], sae.parts
+    wanted = list(given) or [part["harvest"]["name"] for part in record]
+    if len(wanted) == 1 and len({part.model_name for part in parts}) == 1:
+        wanted *= len(parts)
+    if len(wanted) != len(parts):
+        listed = ", ".join(f"{part.name} ({part.hook_name} of {part.model_name})" for part in parts)
         raise InputError(
-            f"crosscoder {name!r} was not trained on harvests of this workspace, which an index is made of"
+            f"crosscoder {name!r} is indexed on a harvest of each of its parts, or one of all where they have one "
+            f"model: give --harvest for {listed}, in this order"
         )
-    places = [Place(catalog.open_harvest(part["harvest"]["name"]), part["hook"]) for part in record]
+    places = [Place(catalog.open_harvest(one), part.hook_name) for one, part in zip(wanted, parts, strict=True)]
+    for place, part in zip(places, parts, strict=True):
+        reader = f"part {part.name!r} of the crosscoder"
+        if place.harvest.config["model"] != part.model_name:
+            raise InputError(
+                f"{reader} reads {part.model_name}, and harvest {place.harvest.name!r} is of "
+                f"{place.harvest.config['model']}: give the harvests in the order of the parts"
+            )
+        _vectors(part.hook_name, part.width, reader, place.harvest)
     check_same_tokens([place.harvest for place in places])
-    found, widths = SideBySide(places), [part.width for part in sae.parts]
-    if found.widths != widths:
-        raise InputError(
-            f"the harvests of crosscoder {name!r} have widths {found.widths} and its parts {widths}: not those it read"
-        )
-    return found
+    return places
 
 
 def _check_memory(sae: SAE, vectors: Vectors | SideBySide, n_rows: int) -> None:
