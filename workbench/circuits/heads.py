@@ -45,6 +45,8 @@ BATCH = 8
 """Rows whose attention is held at once."""
 MAX_PROMPT = 256
 NEEDLE_KEY, NEEDLE_LENGTH = 8, 4
+LENGTH, NEEDLES = 32, 128
+"""Tokens before a row repeats, and needle tests, where the model takes as many."""
 
 
 def report_heads(
@@ -53,8 +55,8 @@ def report_heads(
     model: LoadedModel,
     *,
     n: int = 16,
-    length: int = 32,
-    needles: int = 128,
+    length: int | None = None,
+    needles: int | None = None,
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -62,12 +64,20 @@ def report_heads(
 
     Args:
         n: rows of repeated random tokens.
-        length: tokens before they repeat.
-        needles: needle tests of 64 tokens at several depths; 0 leaves retrieval out.
+        length: tokens before they repeat; LENGTH when None, or what context and vocabulary hold.
+        needles: needle tests of 64 tokens at several depths; 0 leaves retrieval out. NEEDLES when None, or none where
+            context or vocabulary are too small for them.
 
     Raises:
-        InputError: a vocabulary or context too small for the rows, or rows whose attention memory cannot hold.
+        InputError: a model without attention heads, a vocabulary or context too small for the rows or the needle tests,
+            or rows whose attention memory cannot hold.
     """
+    graph_of(model.bridge, heads_alone=True)
+    first, vocabulary = first_and_others(model)
+    if length is None:
+        length = max(2, min(LENGTH, (model.info.n_ctx - 1) // 2, len(vocabulary)))
+    if needles is None:
+        needles = NEEDLES if needles_fit(model, vocabulary) else 0
     if n < 1 or length < 2 or needles < 0:
         raise InputError(
             f"scores need at least one row of two tokens and no fewer than 0 needles: {n}, {length}, {needles}"
@@ -85,9 +95,8 @@ def report_heads(
             "use shorter or fewer rows",
         )  # fmt: skip
         if needles:
-            check_needles_fit(model, needles)
+            check_needles_fit(model, needles, vocabulary)
         steps = stages(on_progress, 4)
-        first, vocabulary = first_and_others(model)
         rows = repeated_tokens(vocabulary, first, n, length, seed).to(model.device)
         scores = head_scores(model.bridge, rows, batch_size=BATCH)
         steps[0](1, 1)
@@ -139,25 +148,33 @@ def usable_tokens(model: LoadedModel) -> list[int]:
     return [token for token in range(min(len(model.tokenizer), model.info.d_vocab)) if token not in special]
 
 
-def check_needles_fit(model: LoadedModel, n: int) -> None:
-    """Raises InputError where attention of a batch of needle tests does not fit into memory."""
+def needles_fit(model: LoadedModel, vocabulary: list[int]) -> bool:
+    """Whether context and vocabulary are large enough for needle tests."""
+    filler, needed = _needle_sizes(model)
+    return filler >= 1 and len(vocabulary) >= needed
+
+
+def _needle_sizes(model: LoadedModel) -> tuple[int, int]:
+    """(random tokens around key and needle, different tokens in all)."""
+    context = min(64, model.info.n_ctx - NEEDLE_LENGTH)
+    filler = context - 1 - NEEDLE_LENGTH - 2 * NEEDLE_KEY
+    return filler, filler + NEEDLE_LENGTH + NEEDLE_KEY
+
+
+def check_needles_fit(model: LoadedModel, n: int, vocabulary: list[int]) -> None:
+    """Raises InputError for a context or a vocabulary too small for needle tests, or where attention of a batch of them
+    does not fit into memory."""
+    if not needles_fit(model, vocabulary):
+        needed = max(_needle_sizes(model)[1], 22)
+        raise InputError(f"needle tests need a context of 26 tokens and a vocabulary of {needed}: leave them out")
     needed = attention_bytes(model, min(n, NEEDLE_BATCH), min(64, model.info.n_ctx))
     check_fits_memory(f"scoring heads on {n} needle tests", needed, model.device, "use fewer, or free memory")
 
 
 def needle_rows(model: LoadedModel, vocabulary: list[int], first: int, n: int, seed: int) -> list[Needle]:
-    """Needle tests: `first`, random tokens, key and needle at one of `n` depths, random tokens, the key again.
-
-    Raises:
-        InputError: a context or a vocabulary too small for them.
-    """
-    context = min(64, model.info.n_ctx - NEEDLE_LENGTH)
-    filler = context - 1 - NEEDLE_LENGTH - 2 * NEEDLE_KEY
-    needed = filler + NEEDLE_LENGTH + NEEDLE_KEY
-    if filler < 1 or len(vocabulary) < needed:
-        raise InputError(
-            f"needle tests need a context of 26 tokens and a vocabulary of {max(needed, 22)}: leave them out"
-        )
+    """Needle tests: `first`, random tokens, key and needle at one of `n` depths, random tokens, the key again; they
+    fit, as `check_needles_fit` says."""
+    filler, needed = _needle_sizes(model)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor(vocabulary)
     tests = []

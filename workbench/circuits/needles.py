@@ -63,7 +63,7 @@ def report_retrieval(
     parameters = {"needles": needles, "draws": draws, "seed": seed}
 
     def make() -> Made:
-        check_needles_fit(model, needles)
+        check_needles_fit(model, needles, first_and_others(model)[1])
         return _scored_and_masked(model, needles, draws, seed, on_progress)
 
     return catalog.results.get_or_make(

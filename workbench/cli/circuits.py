@@ -163,8 +163,13 @@ class OnTask(Analysis):
 def heads(
     run: Analysis,
     rows: Annotated[int, typer.Option(help="Rows of repeated random tokens.", min=1)] = 16,
-    length: Annotated[int, typer.Option(help="Tokens before a row repeats.", min=2)] = 32,
-    needles: Annotated[int, typer.Option(help="Needle tests for retrieval heads; 0 leaves them out.", min=0)] = 128,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens before a row repeats; 32, or what a shorter context holds.", min=2)
+    ] = None,
+    needles: Annotated[
+        int | None,
+        typer.Option(help="Needle tests for retrieval heads, 0 for none; 128 where the context is long enough.", min=0),
+    ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Score every head: previous token, duplicate, induction, copying, retrieval, sink, entropy; composition."""

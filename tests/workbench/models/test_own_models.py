@@ -207,8 +207,12 @@ def test_a_hooked_transformer_goes_all_the_way_without_a_tokenizer(kind: str, tm
     assert reading.texts == ["3", "7", "3", "9"]
     assert np.isnan(reading.losses[0])
     assert np.isnan(reading.losses[1]) == (kind == "classes")
-    scores = head_scores(model.bridge, tokens)
-    assert scores.values.shape[:2] == (2, 4)
+    # Rows and needle tests are as long as the context allows: twice 10 tokens and the one before them, and none.
+    scored = space.heads("heads", model)
+    assert (scored.parameters["length"], scored.parameters["needles"]) == (10, 0)
+    assert len(scored.table("scores")) == 8
+    with pytest.raises(InputError, match=r"need a context of 26 tokens .* leave them out"):
+        space.heads("more", model, needles=4)
     assert head_on_text(model, "a1.h0", "3 7 3 9").pattern.shape == (4, 4)
 
 
@@ -278,11 +282,12 @@ def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
         space.prompt("s", "xyz")
 
 
-def test_what_a_plain_module_lacks_is_said_in_one_line() -> None:
+def test_what_a_plain_module_lacks_is_said_in_one_line(tmp_path: Path) -> None:
     model = load_model(character_model())
     for act in (
         lambda: head_scores(model.bridge, rows(9, 11)),
         lambda: head_on_text(model, "a0.h0", "abc"),
+        lambda: Workspace(tmp_path).heads("h", model),
         lambda: resolve_hook(model, "blocks.0.hook_resid_post"),
     ):
         with pytest.raises(InputError) as caught:
