@@ -214,10 +214,18 @@ def _piece(
     roles: NDArray[np.uint8] | None,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> _Piece:
-    """Some tokens of a document with their roles, and which of them do not count."""
+    """Some tokens of a document with their roles, and which of them do not count.
+
+    Raises:
+        InputError: roles asked for of what is no conversation.
+    """
     roles = np.zeros(len(ids), dtype=np.uint8) if roles is None else roles
     flags = (roles << ROLE_SHIFT).astype(np.uint8)
     if document.only is not None:
+        if document.only.roles and document.messages is None:
+            raise InputError(
+                f"{document.name} is no conversation, so its tokens have no roles: choose by position instead"
+            )
         special = np.isin(ids, tokenizer.all_special_ids)
         flags[document.only.leaves_out(roles, first + np.arange(len(ids)), special)] |= FLAG_LEFT_OUT
     return _Piece(document, first, ids, flags)

@@ -92,6 +92,9 @@ def test_a_text_may_count_in_part_too(gpt2_model: LoadedModel) -> None:
     document = Document(0, "d", "some words of a text", only=Only.parse("3:"))
     rows = next(pack([document], gpt2_model.tokenizer, gpt2_model.bos_id, 6, 9))
     assert (is_ordinary(rows.flags) == (rows.pos >= 3)).all()
+    document = Document(0, "d", "some words of a text", only=Only.parse("user"))
+    with pytest.raises(InputError, match="d is no conversation, so its tokens have no roles"):
+        next(pack([document], gpt2_model.tokenizer, gpt2_model.bos_id, 6, 9))
 
 
 def test_what_counts_stands_behind_the_field() -> None:
