@@ -10,11 +10,14 @@
    again with the same FOLDER. Then, with --saelens, SAELens' own BatchTopK trainer on the same stream.
 3. By SAELens' own measures, on fresh rows: F1 of every latent for the planted feature nearest to it, the mean
    correlation coefficient (matched cosines), explained variance, L0; dead and split latents, and absorption.
+4. JumpReLU a second time with one threshold for all features, at the same L0: whether it is the dictionary or the
+   thresholds that cost F1.
 
 `--tiny` is a model of 400 features and a minute on a CPU. One JSON line an arm.
 """
 
 import argparse
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +25,24 @@ from pathlib import Path
 import torch
 
 from sae import SAE, train
+from sae.rules import JumpReLU
 from workbench.bench.quality import SAELENS, config, measures, recipes, saelens_batchtopk
 from workbench.bench.synthetic import FULL, TINY, Planted, Stream, benchmark_model
 
 EVALUATED_BLOCKS = 4
+# A block that is neither trained nor evaluated on, whose activations set the one threshold.
+THRESHOLD_BLOCK = -30
+
+
+@torch.no_grad()
+def with_one_threshold(sae: SAE, stream: Stream) -> SAE:
+    """A copy with one threshold for all features, which as many entries of fresh rows exceed."""
+    x = stream.planted.activations(stream.features(THRESHOLD_BLOCK))
+    n_active = int(sae.encode(x).l0().sum())
+    z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    made = copy.deepcopy(sae)
+    made.get_buffer("threshold").fill_(z.flatten().topk(n_active).values[-1])
+    return made
 
 
 def main() -> None:
@@ -64,6 +81,9 @@ def main() -> None:
             if made.sae is None:
                 raise SystemExit(f"{made.config.name}: {made.error}")
             report(made.config.name, made.sae)
+            if isinstance(made.config.rule, JumpReLU):
+                level = with_one_threshold(made.sae, Stream(planted, options.seeds[0]))
+                report(f"{made.config.name}, one threshold", level)
     if options.saelens:
         stream = Stream(planted, options.seeds[0])
         report(SAELENS, saelens_batchtopk(stream, size, samples))
