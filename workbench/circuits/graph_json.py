@@ -206,6 +206,11 @@ def parsed(content: bytes, file: str) -> dict[str, Any]:
         document = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise InputError(f"{file} is not JSON: give a graph as circuit-tracer or Neuronpedia writes it") from None
+    if rb"\ud" in content.lower():
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{file} holds half a character (a \\ud... by itself): the file is damaged") from None
     check_document(document)
     found: dict[str, Any] = document
     return found

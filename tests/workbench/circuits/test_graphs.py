@@ -195,7 +195,7 @@ def test_foreign_and_damaged_documents_are_refused_with_the_place(graphs: Worksp
         with pytest.raises(InputError, match=said):
             from_document(broken(change))
     file = tmp_path / "no.json"
-    for text in ("", "{", "[" * 100_000, "\xff"):
+    for text in ("", "{", "[" * 100_000, "\xff", json.dumps(good).replace('"slug": "', '"slug": "\\ud800')):
         file.write_text(text, encoding="latin-1")
         assert run(["graph", "import", str(file), "--name", "no", "--workspace", str(graphs.path)]) == 2
     file.write_text(json.dumps(good), encoding="utf-8-sig")
