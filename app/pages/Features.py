@@ -209,7 +209,7 @@ def documents_like(index: FeatureIndex) -> None:
     chosen = st.selectbox(
         "Documents like", names[:LISTED], key="document", bind="query-params", index=None,
         placeholder=f"one of {len(names):,} documents",
-        help="compared by the tokens their features fire on, as words are in a search (tf-idf)",
+        help="compared by the sums of their features' activations, weighted as words are in a search (tf-idf)",
     )  # fmt: skip
     if chosen is None:
         return
@@ -223,8 +223,8 @@ def documents_like(index: FeatureIndex) -> None:
     shared = found.shared[found.shared["doc"] == doc].reset_index(drop=True)
     if shared.empty:
         return
-    columns = {"feature": "feature", "name": "name", "part": "part of the cosine", "here": f"fires in {chosen}",
-               "there": f"fires in {shared['document'].iloc[0]}"}  # fmt: skip
+    columns = {"feature": "feature", "name": "name", "part": "part of the cosine", "here": f"sum in {chosen}",
+               "there": f"sum in {shared['document'].iloc[0]}"}  # fmt: skip
     event = st.dataframe(
         shared[list(columns)].rename(columns=columns), hide_index=True, key=f"shared {index.sae} {chosen} {doc}",
         on_select="rerun", selection_mode="single-row",

@@ -300,4 +300,4 @@ def test_documents_like_one_are_listed_with_what_they_share(space: Workspace, op
     assert documents["cosine"].tolist() == pytest.approx(found.documents["cosine"].tolist())
     first = found.shared[found.shared["doc"] == found.documents["doc"].iloc[0]]
     assert shared["feature"].tolist() == first["feature"].tolist()
-    assert "fires in 3.txt" in shared.columns
+    assert "sum in 3.txt" in shared.columns

@@ -276,7 +276,8 @@ def dictionary(run: Run, *, changes: Sequence[int] = (1, 2, 4)) -> Made:
         changes: features that an edit may change, in the test of control.
 
     Raises:
-        InputError: an SAE of a hook point that the model does not have, or as `workbench.circuits.dictionary.tables`.
+        InputError: an SAE of a hook point that the model does not have, or as
+            `workbench.circuits.dictionary.dictionary_tables`.
     """
     _check_hooks(run)
     tables = dictionary_tables(

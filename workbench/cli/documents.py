@@ -19,8 +19,8 @@ from workbench.show.progress import ProgressBar
 
 # As in workbench.features.documents.pooling, which loads pandas.
 PoolingOption = Annotated[
-    Literal["count", "sum", "max"],
-    typer.Option(help="What a document has of a feature: tokens it fires on, sum or maximum of its activations."),
+    Literal["sum", "count", "max"],
+    typer.Option(help="What a document has of a feature: sum of its activations, tokens it fires on, or its maximum."),
 ]
 KOption = Annotated[
     list[int], typer.Option("--k", metavar="K", help="Active features of a document; repeat for several.")
@@ -46,7 +46,7 @@ def like(
         str | None, typer.Argument(help="Name of a document of the index, or its number where names repeat.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="A text in place of a document; the model reads it.")] = None,
-    pooling: PoolingOption = "count",
+    pooling: PoolingOption = "sum",
     top: Annotated[int, typer.Option(help="Documents to list, most alike first.", min=1)] = 10,
     shared: Annotated[int, typer.Option(help="Features to name of each, those that it shares most.", min=1)] = 5,
     model: GivenModelOption = None,

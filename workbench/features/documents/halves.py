@@ -9,8 +9,8 @@ random. Each window looks for its partner among the other side's windows of all 
 
 Compared are
 
-    codes, count|sum|max   pooled and weighted codes (`pooling`, `bags`), idf over the windows; all features of a window
-    codes, count, k        or the k that weigh most: a code of k numbers a text
+    codes, sum|count|max   pooled and weighted codes (`pooling`, `bags`), idf over the windows; all features of a window
+    codes, sum, k          or the k that weigh most: a code of k numbers a text
     tokens                 tf-idf of token ids, alike; also the k that weigh most
     mean vector            mean of the activations that the SAE reads, less that of all windows
     PCA, k                 its k coordinates of greatest variance among the tokens of the windows
@@ -111,7 +111,7 @@ def score_draw(
     amounts["tokens"] = Bags.counted(words)
     for method, bags in amounts.items():
         weighted = bags.weighted(bags.idf(int(bags.item.max()) + 1))
-        for kept in (0, *KEPT) if method in ("codes, count", "tokens") else (0,):
+        for kept in (0, *KEPT) if method in ("codes, sum", "tokens") else (0,):
             cut = weighted.strongest(kept) if kept else weighted
             earlier, later = cut.every_second(0), cut.every_second(1)
             yield _row(method, kept, earlier.cosines(later), np.count_nonzero(cut.amount) / cut.n_texts)

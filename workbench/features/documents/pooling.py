@@ -1,7 +1,7 @@
 """Codes pooled over texts, from an index: one number a text and feature that fires there.
 
-    count   on how many tokens it fires          the sign is that of the sum of its activations there, which is 1 for
-    sum     the sum of |activation|              every rule but the signed ones
+    sum     the sum of |activation|              the sign is that of the sum of its activations there, which is 1 for
+    count   on how many tokens it fires          every rule but the signed ones
     max     the largest |activation|
 
 A text is a span of the index's rows: a whole document, or a window of one. DuckDB adds up over the index's activations;
@@ -20,7 +20,7 @@ from workbench.features.documents.bags import Bags
 from workbench.features.index.query import FeatureIndex
 from workbench.text.packing import NOT_COUNTED
 
-Pooling = Literal["count", "sum", "max"]
+Pooling = Literal["sum", "count", "max"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 SPANNED = """
     (SELECT text, unnest(range(first, last + 1))::INTEGER AS row
@@ -54,7 +54,7 @@ def pooled(index: FeatureIndex, first: Int[NDArray, "texts"], last: Int[NDArray,
 
 
 def pooled_reading(
-    feature: Int[NDArray, "entries"], activation: Float[NDArray, "entries"], pooling: Pooling = "count"
+    feature: Int[NDArray, "entries"], activation: Float[NDArray, "entries"], pooling: Pooling = "sum"
 ) -> Bags:
     """The codes of one text, of which each activation is given with its feature, pooled."""
     item, at = np.unique(feature, return_inverse=True)

@@ -43,7 +43,7 @@ class DocumentCodes:
     d_sae: int
 
     @classmethod
-    def of(cls, index: FeatureIndex, pooling: Pooling = "count") -> "DocumentCodes":
+    def of(cls, index: FeatureIndex, pooling: Pooling = "sum") -> "DocumentCodes":
         """Pools the codes of an index. Raises InputError for a pooling there is not."""
         check_pooling(pooling)
         documents = documents_of(index)
@@ -152,7 +152,7 @@ def similar_documents(
     document: str | None = None,
     *,
     text: str | None = None,
-    pooling: Pooling = "count",
+    pooling: Pooling = "sum",
     limit: int = LIMIT,
     shared: int = SHARED,
     model: "LoadedModel | None" = None,
