@@ -244,7 +244,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("rule", ["topk", "gradient_topk"])
 def test_the_encoder_takes_an_eighth_of_the_dense_scores(rule: str) -> None:
-    n, d, d_sae, k = 8192, 256, 65536, 32
+    n, d, d_sae, k = 16384, 256, 65536, 32
     x, W = torch.randn(n, d, device="cuda").bfloat16(), torch.randn(d_sae, d, device="cuda").bfloat16()
     b = torch.zeros(d_sae, device="cuda")
     pairs = torch.stack((x, x)), torch.stack((W, W))
