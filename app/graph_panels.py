@@ -4,6 +4,7 @@ What a reader chose lies in the URL; supernodes and notes lie in the workspace t
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -55,18 +56,24 @@ def check_link(whole: PromptGraph) -> None:
     if lost:
         more = f" and {len(lost) - 5} more" * (len(lost) > 5)
         st.warning(f"This link names {plain(', '.join(lost[:5]))}{more}, which this graph does not have.")
+    twice = [one for one, times in Counter(map(str, grouped)).items() if times > 1]
+    if twice:
+        st.warning(f"This link puts {plain(', '.join(twice[:5]))} into supernodes twice: the first holds it.")
     if "groups" in st.query_params and not all(isinstance(group, list) for group in members):
         st.warning("This link's supernodes are damaged: what cannot be read of them is left out.")
 
 
 def read_groups(workspace: Workspace, name: str, whole: PromptGraph) -> dict[str, list[str]]:
-    """Supernodes: the URL's, else the workspace's; nodes that the graph does not have are left out."""
+    """Supernodes: the URL's, else the workspace's, without nodes that the graph lacks or one before holds."""
     found = _from_url("groups")
     if not isinstance(found, dict):
         found = Notes(workspace.path).supernodes(name)
-    groups = {
-        str(title): [str(one) for one in members] for title, members in found.items() if isinstance(members, list)
-    }
+    groups: dict[str, list[str]] = {}
+    taken: set[str] = set()
+    for title, members in found.items():
+        if isinstance(members, list):
+            groups[title] = [one for one in dict.fromkeys(map(str, members)) if one not in taken]
+            taken.update(groups[title])
     return shown_groups(whole, groups)
 
 
@@ -106,8 +113,10 @@ def supernodes(
     if not groups:
         st.caption("Pin nodes in the graph (Shift and click), then give them a name.")
         return
-    logits = {f"says {whole.text_of(name)!r}": [name] for name in whole.nodes.names[whole.n_sources :][:3]}
-    st.dataframe(supernode_edges(whole, groups | logits), hide_index=True, width="stretch")
+    grouped = {one for members in groups.values() for one in members}
+    logits = [one for one in whole.nodes.names[whole.n_sources :][:3] if one not in grouped]
+    says = {f"says {whole.text_of(one)!r}": [one] for one in logits}
+    st.dataframe(supernode_edges(whole, says | groups), hide_index=True, width="stretch")
 
 
 def _keep_groups(workspace: Workspace, name: str, groups: dict[str, list[str]]) -> None:

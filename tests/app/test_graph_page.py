@@ -1,5 +1,6 @@
 """The page Graph by itself: which models it offers, a link whose change is damaged, graphs of a task."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,11 @@ def test_what_a_link_names_and_the_graph_does_not_have_is_said(space: Workspace,
     for lost in ("f9/9/9", "f8/8/8", "token/99"):
         assert lost in said[0]
     assert "token/1," not in said[0]
+    logit = open_graph(space, "list").nodes.names[-1]
+    groups = {"first": ["token/1", logit], "second": ["token/1", "token/2"]}
+    page = open_page("Graph", space, graph="list", groups=json.dumps(groups))
+    assert ["token/1" in one.value and "twice" in one.value for one in page.warning] == [True]
+    assert not page.exception
     for damaged in ("{", "[1]", '{"a": 5}'):
         page = open_page("Graph", space, graph="list", groups=damaged)
         assert any("supernodes are damaged" in one.value for one in page.warning)
