@@ -5,7 +5,7 @@ SAEs train on the heads' outputs, the demo's over Python's standard library, the
 are indexed and aligned with concepts there; `workbench.circuits.head_features` surveys the heads. Means over heads that
 have features, and the share of heads with more than one meaning; mean, least and greatest of the seeds.
 
-    python -m benchmarks.head_features [--layer 3] [--tokens 120000] [--seeds 3]
+    python -m benchmarks.head_features [--layer 3] [--tokens 300000] [--seeds 3]
 """
 
 import argparse
@@ -26,7 +26,7 @@ from workbench.harvest.plan import HarvestConfig
 from workbench.models.load import LoadedModel, load_model
 
 K, WIDTH = 16, 1024
-PLANTED_K, PLANTED_WIDTH, PLANTED_TEXTS = 4, 128, 4000
+PLANTED_K, PLANTED_WIDTH, PLANTED_TEXTS, SHARPNESS = 1, 64, 600, 3.0
 PLANTED = {0: "a0.h3", 2: "a2.h5"}
 
 
@@ -58,16 +58,21 @@ def concepts_of(space: Workspace, harvest: str) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", type=int, action="append", help="of the demo model; repeat, all when left out")
-    parser.add_argument("--tokens", type=int, default=120_000)
+    parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace(Path(folder) / "w")
-        planted, text = save_planted(Path(folder) / "model"), Path(folder) / "text.jsonl"
+        planted, text = save_planted(Path(folder) / "model", SHARPNESS), Path(folder) / "text.jsonl"
         text.write_text("".join(json.dumps(document) + "\n" for document in texts(PLANTED_TEXTS)))
         model = load_model(str(planted), device="cpu")
-        sizes: dict[str, Any] = {"total_tokens": 400_000, "d_sae": PLANTED_WIDTH, "rule": TopK(PLANTED_K)}
+        sizes: dict[str, Any] = {
+            "total_tokens": 200_000,
+            "d_sae": PLANTED_WIDTH,
+            "rule": TopK(PLANTED_K),
+            "batch_size": 1024,
+        }
         for layer, node in PLANTED.items():
             name, hook = f"planted-{layer}", f"blocks.{layer}.attn.hook_z"
             space.harvest(

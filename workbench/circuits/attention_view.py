@@ -10,7 +10,7 @@ Attention is sent as whole numbers: 255 sqrt(A), the lower triangle row by row, 
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -38,8 +38,8 @@ class AttentionView:
 
     tokens: list[str]
     """BOS first."""
-    heads: list[str]
-    patterns: Float[Tensor, "heads query key"]
+    heads: list[str] = field(repr=False)
+    patterns: Float[Tensor, "heads query key"] = field(repr=False)
     head: str
     """The one that is large at first."""
     other: str | None

@@ -274,6 +274,7 @@ def test_top_keys_cover_at_least_what_any_other_pattern_does(found: AttentionSpa
     table = found.coverage.pivot(index=["layer", "head", "budget"], columns="pattern", values="kept")
     for name in PATTERNS:
         assert (table[name] <= table["top-k keys"] + 1e-6).all()
+    assert (table["vertical-slash"] >= table["sink + local"] - 1e-6).all()
     assert set(found.curves["pattern"]) == {*PATTERNS, *ADAPTIVE}
     assert (found.curves["kl"] > 0).all()
 
