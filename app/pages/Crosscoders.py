@@ -19,6 +19,8 @@ ORDERS = {
     "least in the other part (nu_error)": ("nu_error", True),
 }
 SHOWN = 200
+EQUAL = 0.995
+"""Relative norm from which a feature is as strong in either part as two digits tell."""
 
 
 def main() -> None:
@@ -118,7 +120,8 @@ def examples(workspace: Workspace, name: str, row: pd.Series, number: int) -> No
     st.subheader(f"Feature {number}")
     other = f"In the other part its decoder has {row['relative_norm']:.2f} of the norm"
     scaled = f", nu_error {row['nu_error']:.2f}, nu_reconstruction {row['nu_reconstruction']:.2f}"
-    st.markdown(f"{plain(row['group'])}, most of it in {plain(row['reference'])}. {other}" + (
+    most = f", most of it in {plain(row['reference'])}" if row["relative_norm"] < EQUAL else ""
+    st.markdown(f"{plain(row['group'])}{most}. {other}" + (
         f"{scaled}." if row["nu_error"] == row["nu_error"] else "."
     ))  # fmt: skip
     example_rows(index.feature(number), key="examples")

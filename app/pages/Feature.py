@@ -11,6 +11,7 @@ from app.examples import example_rows
 from app.shared import choose_index, explainer, loaded_model, open_workspace, page_link, plain, switch_page
 from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
+from workbench.catalog.summaries import SAESummary
 from workbench.circuits.attention_saes import attribute
 from workbench.features.index import figures
 from workbench.features.index.feature import Feature, TokenEffect
@@ -41,13 +42,16 @@ def main() -> None:
         kept = {name: st.query_params[name] for name in ("sae", "search", "by", "all") if name in st.query_params}
         page_link("Features", f"← search for {plain(repr(kept['search']))}", **kept)
     headline(feature)
+    about_it = next((item for item in workspace.coders() if item.name == feature.sae), None)
+    # A crosscoder's text would be that of several activations, maybe of two models.
+    parts = about_it.parts if about_it else []
     with st.container(key="beside"):
         left, right = st.columns([5, 2], gap="medium")
     with left:
-        tested = own_text(workspace, index, feature)
+        tested = None if parts else own_text(workspace, index, feature)
         if tested is not None and feature.heads:
             sources(workspace, feature, tested)
-        examples(workspace, index, feature)
+        examples(workspace, index, feature, runs=not parts)
     with right:
         histograms(feature, tested)
         logits(feature)
@@ -58,7 +62,7 @@ def main() -> None:
     with notes:
         written(workspace, feature)
     with about:
-        card(feature, workspace)
+        card(feature, about_it)
 
 
 def headline(feature: Feature) -> None:
@@ -199,11 +203,14 @@ def links(sae: str, targets: Sequence[tuple[int, str, str]]) -> None:
         page_link("Feature", f"{value} · {number} {plain(name)}", sae=sae, feature=number)
 
 
-def card(feature: Feature, workspace: Workspace) -> None:
+def card(feature: Feature, about_it: SAESummary | None) -> None:
     """What the SAE is and how well it does, and the feature's files."""
-    page_link("Steering", "Steer the model with it", sae=feature.sae, feature=feature.feature)
+    if about_it is not None and about_it.parts:
+        page_link("Crosscoders", f"Whose features they are: {plain(', '.join(about_it.parts))}", sae=feature.sae)
+    else:
+        page_link("Steering", "Steer the model with it", sae=feature.sae, feature=feature.feature)
     st.markdown("**About the SAE**")
-    evaluation = next((item.evaluation for item in workspace.coders() if item.name == feature.sae), None) or {}
+    evaluation = (about_it.evaluation if about_it else None) or {}
     measured = {"l0": "L0", "fvu": "FVU", "loss_recovered_zero": "loss recovered"}
     known = [f"{title} {evaluation[key]:.3g}" for key, title in measured.items() if key in evaluation]
     st.text("\n".join([feature.model, feature.place, feature.rule, f"{feature.n_tokens:,} tokens indexed", *known]))
@@ -281,13 +288,16 @@ def histograms(feature: Feature, tested: LiveText | None) -> None:
         st.plotly_chart(figure.update_layout(height=SMALL), key=key, config=PLAIN)
 
 
-def examples(workspace: Workspace, index: FeatureIndex, feature: Feature) -> None:
-    """Groups of examples, the strongest first; a click on a row shows all of its text and what can be done with it."""
+def examples(workspace: Workspace, index: FeatureIndex, feature: Feature, *, runs: bool) -> None:
+    """Groups of examples, the strongest first; a click on a row shows all of its text and what can be done with it.
+    `runs`: whether the feature can be run on text."""
     if not feature.groups:
         return
-    if st.toggle("Effect on the loss", help="Runs the model on every example with the feature taken out. Lines "
-                 "below tokens: green where the loss rises, so that the feature helps, red where it falls; hover a "
-                 "token for the number.", key="loss"):  # fmt: skip
+    if runs and st.toggle(
+        "Effect on the loss", key="loss",
+        help="Runs the model on every example with the feature taken out. Lines below tokens: green where the loss "
+        "rises, so that the feature helps, red where it falls; hover a token for the number.",
+    ):  # fmt: skip
         try:
             with st.spinner("Running the model ..."):
                 feature = with_loss_effects(index, feature, loaded_model(feature.model), workspace.coder(feature.sae))

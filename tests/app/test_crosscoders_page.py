@@ -37,7 +37,8 @@ def test_parts_groups_figures_and_examples_are_shown(compared: Workspace, open_p
     assert parts["part"].tolist() == ["demo", "demo_model_gelu"]
     assert int(groups["features"].sum()) == 48
     assert (features["name"].str.len() > 0).all()
-    assert len(page.get("plotly_chart")) == 2
+    # Latent scaling is of what is not shared, and here there may be nothing.
+    assert len(page.get("plotly_chart")) == 1 + bool(set(groups["group"]) - {"shared", "silent"})
     assert page.subheader[-1].value.startswith("Feature ")
     group = page.radio(key="group")
     assert set(group.options) == set(groups["group"]) - {"silent"}
@@ -47,3 +48,10 @@ def test_a_link_names_crosscoder_and_group(compared: Workspace, open_page: OpenP
     page = open_page("Crosscoders", compared, sae="gone", group="shared")
     assert "which is no crosscoder that was measured here" in page.warning[0].value
     assert page.radio(key="group").value == "shared"
+
+
+def test_a_features_page_offers_nothing_that_needs_one_activation(compared: Workspace, open_page: OpenPage) -> None:
+    page = open_page("Feature", compared, sae="twins")
+    assert page.subheader[0].value.startswith("twins / ")
+    assert "text" not in {box.key for box in page.text_input}
+    assert not page.toggle

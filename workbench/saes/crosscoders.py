@@ -106,7 +106,8 @@ def _tables(crosscoder: Crosscoder, found: CrosscoderEvaluation) -> Made:
         "parts": parts, "groups": _groups(features), "features": features,
         "feature_parts": _by_part(found.features, names),
     }  # fmt: skip
-    figures = {"latent_scaling": latent_scaling(features)} if features["nu_error"].notna().any() else {}
+    measured = features["nu_error"].notna() & ~features["group"].isin(["shared", "silent"])
+    figures = {"latent_scaling": latent_scaling(features)} if measured.any() else {}
     if len(names) == 2:
         figures["norms"] = norm_histogram(features, (names[0], names[1]))
     return tables, figures

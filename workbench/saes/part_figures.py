@@ -37,9 +37,9 @@ def norm_histogram(features: pd.DataFrame, parts: tuple[str, str]) -> go.Figure:
     for edge in (ends[0], 1 - ends[1], ends[1], 1 - ends[0]):
         figure.add_vline(edge, line={"color": GREY, "width": 1, "dash": "dot"})
     return figure.update_layout(
-        barmode="stack", height=320, margin={"l": 50, "r": 10, "t": 20, "b": 40},
-        xaxis_title=f"relative decoder norm: 0 only {parts[0]}, 0.5 shared, 1 only {parts[1]}",
-        yaxis={"title": "features", "type": "log"}, legend={"orientation": "h", "y": -0.25},
+        barmode="stack", height=320, margin={"l": 50, "r": 10, "t": 20, "b": 50},
+        xaxis_title=f"relative decoder norm<br>0 only {parts[0]}, 1 only {parts[1]}",
+        yaxis={"title": "features", "type": "log"}, legend={"orientation": "h", "y": -0.32},
     )  # fmt: skip
 
 
