@@ -356,7 +356,7 @@ def experts(workspace: Workspace, reports: dict[str, Parts]) -> None:
     with left:
         st.dataframe(rows[list(EXPERT_COLUMNS)], hide_index=True, height=420, column_config=EXPERT_COLUMNS)
         if rows["concept"].isna().all():
-            st.caption("Nothing is known about the tokens of this text that experts could tell.")
+            st.caption("No concepts: they are told on one half of the documents and judged on the other, from text.")
         else:
             st.caption("The concept that an expert tells best on half of the documents, scored on the other half.")
     right.plotly_chart(figures.expert_pairs(pairs, layer), key=f"pairs {result.name}")

@@ -209,6 +209,8 @@ def experts(run: Measurement) -> None:
         # What goes together most, of experts that many tokens choose.
         found["pairs"] = found["pairs"].nlargest(SHOWN_PAIRS, "together")
     print_result(result, found, run.as_json)
+    if not run.as_json and found["experts"]["concept"].isna().all():
+        print("No concepts: they are told on one half of the documents and judged on the other, from text.")
 
 
 @commands.command()
