@@ -53,12 +53,18 @@ def test_one_sae_that_is_not_evaluated(space: Workspace, open_page: OpenPage) ->
 def test_saes_are_compared(space: Workspace, open_page: OpenPage) -> None:
     for seed, name in enumerate(("one", "two", "three")):
         add_sae(space, name, seed)
+    codes = pd.DataFrame({"method": ["encoder", "omp"], "k": [2, 2], "l0": [2.0, 2.0], "fvu": [0.3, 0.2],
+                          "added_nats": [0.1, 0.05]})  # fmt: skip
+    for name in ("one", "two"):
+        space.results.save("inference", name, parameters={}, provenance={}, tables={"codes": codes})
     page = open_page("Compare", space, saes=["one", "three"], a="one", b="two")
     assert not page.exception
     table = page.dataframe[0].value
     assert sorted(table["SAE"]) == ["one", "three"]
     assert table["dead share"].tolist() == [0.5, 0.5]
-    assert len(page.get("plotly_chart")) == 3
+    # Of the SAEs shown one has been searched.
+    assert len(page.get("plotly_chart")) == 4
+    assert [text.value for text in page.subheader][1] == "What encoders lose"
     assert any("Mean max cosine" in text.value and "one to two" in text.value for text in page.markdown)
     shared = page.dataframe[1].value
     assert shared["cosine"].is_monotonic_decreasing
