@@ -19,7 +19,7 @@ import duckdb
 
 from sae.errors import InputError
 from workbench.catalog.origin import Origin
-from workbench.disk.database import create_table, read_duckdb, write_duckdb
+from workbench.disk.database import WRITING, create_table, read_duckdb, write_duckdb
 from workbench.disk.names import check_name
 
 if TYPE_CHECKING:
@@ -172,17 +172,28 @@ class ResultStore:
         Raises:
             InputError: as `save`, before anything is made where the name is at fault.
         """
-        asked, number = name, 1
-        while (found := self.stored(kind, name, parameters=parameters, origin=origin)) is None:
-            if not (keep and self.path(kind, name).is_file()):
-                break
-            number += 1
-            name = f"{asked}-{number}"
-        if found is not None:
+        if isinstance(found := self._stored_or_free(kind, name, parameters, origin, keep), Result):
             return found
         tables, figures = make()
         drawn = {title: figure.to_json() for title, figure in figures.items()}
-        return self.save(kind, name, parameters=parameters, provenance=origin.record, tables=tables, figures=drawn)
+        with WRITING:
+            # Another thread may have stored one of that name while this one made its own.
+            found = self._stored_or_free(kind, name, parameters, origin, keep)
+            if isinstance(found, Result):
+                return found
+            return self.save(kind, found, parameters=parameters, provenance=origin.record, tables=tables, figures=drawn)
+
+    def _stored_or_free(
+        self, kind: str, name: str, parameters: Mapping[str, Any], origin: Origin, keep: bool
+    ) -> Result | str:
+        """The result that was made with these parameters, or the name to store one under."""
+        asked, number = name, 1
+        while (found := self.stored(kind, name, parameters=parameters, origin=origin)) is None:
+            if not (keep and self.path(kind, name).is_file()):
+                return name
+            number += 1
+            name = f"{asked}-{number}"
+        return found
 
     def open(self, kind: str, name: str) -> Result:
         """Reads a result's description. Raises InputError when there is none of that kind and name."""

@@ -5,6 +5,7 @@ renamed into place, and never opened for writing again.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from sae.files import sync_and_rename
 
 if TYPE_CHECKING:
     import pandas as pd
+
+WRITING = threading.RLock()
+"""Held by the thread that writes a file: those of one process share its temporary name."""
 
 
 def write_duckdb(
@@ -39,17 +43,18 @@ def write_duckdb(
     path.parent.mkdir(parents=True, exist_ok=True)
     # The writer's process id tells whether a leftover is still being written.
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    _remove_leftovers(path)
-    try:
-        with duckdb.connect(str(partial)) as connection:
-            fill(connection)
-            # Closing would checkpoint too, but keeps silent when the disk is full and leaves the rows in a log.
-            connection.execute("CHECKPOINT")
-        sync_and_rename(partial, path)
-    except (duckdb.Error, OSError) as error:
-        raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}; {remedy}") from None
-    finally:
+    with WRITING:
         _remove_leftovers(path)
+        try:
+            with duckdb.connect(str(partial)) as connection:
+                fill(connection)
+                # Closing would checkpoint too, but keeps silent when the disk is full and leaves the rows in a log.
+                connection.execute("CHECKPOINT")
+            sync_and_rename(partial, path)
+        except (duckdb.Error, OSError) as error:
+            raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}; {remedy}") from None
+        finally:
+            _remove_leftovers(path)
 
 
 @contextmanager

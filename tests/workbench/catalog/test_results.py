@@ -1,12 +1,15 @@
 """The result store: round trips, atomic replacement, and clear errors."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pandas as pd
 import pytest
 
 from sae.errors import InputError
-from workbench.catalog.results import ResultStore
+from workbench.catalog.origin import Origin
+from workbench.catalog.results import Made, Result, ResultStore
 
 
 @pytest.fixture
@@ -47,6 +50,26 @@ def test_a_failed_save_leaves_the_earlier_result(store: ResultStore) -> None:
         store.save("evaluation", "one", parameters={}, provenance={}, tables={"_result": pd.DataFrame([{"a": 1}])})
     assert store.open("evaluation", "one").table("metrics")["fvu"].item() == 0.25
     assert [file.name for file in (store.folder / "evaluation").iterdir()] == ["one.duckdb"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_threads_that_make_results_of_one_name_at_once_write_whole_files(store: ResultStore, keep: bool) -> None:
+    together = Barrier(4)
+
+    def work(number: int) -> Result:
+        def make() -> Made:
+            together.wait(20)
+            return {"rows": pd.DataFrame({"number": [number] * 1000})}, {}
+
+        parameters, origin = {"number": number}, Origin.of_result({}, {})
+        return store.get_or_make("graph", "one", parameters=parameters, origin=origin, make=make, keep=keep)
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(work, range(4)))
+    assert {result.name for result in made} == ({"one", "one-2", "one-3", "one-4"} if keep else {"one"})
+    for result in store.find("graph"):
+        assert set(result.table("rows")["number"]) == {result.parameters["number"]}
+    assert not keep or [result.parameters["number"] for result in made] == [0, 1, 2, 3]
 
 
 def test_find_lists_by_kind(store: ResultStore) -> None:
