@@ -103,13 +103,8 @@ def report_heads(
         table = scores.table()
         drawn = {score: figures.head_heatmap(scores[score], score, diverging=score in DIVERGING) for score in COLUMNS}
         if needles:
-            tests = needle_rows(model, vocabulary, first, needles, seed)
-            found = retrieval_scores(model.bridge, tests)
-            table["retrieval"] = found.values.flatten().tolist()
-            table["retrieval_steps"] = found.steps.flatten().tolist()
-            table["evidence"] = evidence_scores(model.bridge, tests).flatten().tolist()
-            table["needles_found"] = found.successful
-            drawn["retrieval"] = figures.head_heatmap(found.values, "retrieval", diverging=False)
+            retrieval = _add_retrieval(table, model, needle_rows(model, vocabulary, first, needles, seed))
+            drawn["retrieval"] = figures.head_heatmap(retrieval, "retrieval", diverging=False)
         steps[1](1, 1)
         tables = {"scores": table}
         if len(vocabulary) >= 36 and model.info.n_ctx >= 36:
@@ -122,6 +117,16 @@ def report_heads(
     parameters = {"n": n, "length": length, "needles": needles, "seed": seed}
     origin = Origin.of_measurement(model)
     return catalog.results.get_or_make(HEADS, name, parameters=parameters, origin=origin, make=make, keep=True)
+
+
+def _add_retrieval(table: pd.DataFrame, model: LoadedModel, tests: list[Needle]) -> Tensor:
+    """Adds the columns of needle tests; the retrieval scores of every layer and head."""
+    found = retrieval_scores(model.bridge, tests)
+    table["retrieval"] = found.values.flatten().tolist()
+    table["retrieval_steps"] = found.steps.flatten().tolist()
+    table["evidence"] = evidence_scores(model.bridge, tests).flatten().tolist()
+    table["needles_found"] = found.successful
+    return found.values
 
 
 def _composition(model: LoadedModel) -> pd.DataFrame:

@@ -110,9 +110,7 @@ def concepts(
                 "concepts": records(by_concept),
                 "features": records(by_feature),
                 "neurons": records(neurons_of(report)),
-                "poles": None
-                if poles is None
-                else {"both": poles.both(), "two": poles.two(), "chance": poles.chance()},
+                "poles": poles and poles.summary(),
             }
         )
         return

@@ -53,6 +53,10 @@ class Poles:
         same = held[0].mul(held[1], fill_value=0).sum()
         return float(held[0].sum() * held[1].sum() - same) / max(1, len(self.table)) ** 2
 
+    def summary(self) -> dict[str, float]:
+        """The three shares at `HOLDS`, by name."""
+        return {"both": self.both(), "two": self.two(), "chance": self.chance()}
+
     @property
     def rarer(self) -> float:
         """Median over the features of the share of a feature's firings that have its rarer sign."""
