@@ -1,5 +1,6 @@
 """What a workspace holds, as `workbench info` and the app list it."""
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -57,11 +58,8 @@ class SAESummary:
     """Names of what a crosscoder reads side by side; empty for others."""
     by_part: dict[str, dict[str, Any]] | None = None
     """Headline numbers of a crosscoder's latest evaluation, by part, or None."""
-
-    @property
-    def rule(self) -> str:
-        """`topk k=32`."""
-        return self.architecture if self.k is None else f"{self.architecture} k={self.k}"
+    rule: str = DAMAGED
+    """What chooses its features: `topk k=32`."""
 
     @property
     def place(self) -> str:
@@ -162,9 +160,19 @@ def _sae_summary(folder: Path, results: ResultStore, name: str | None = None) ->
             target_hook=metadata.get("hook_name_out") or "",
             parts=[part["name"] for part in config.get("parts", [])],
             by_part=_by_part(name, results) if "parts" in config else None,
+            rule=_rule_in_words(config),
         )
     except (InputError, KeyError, AttributeError, TypeError):
         return SAESummary(name, DAMAGED, None, 0, 0, "", "", None)
+
+
+def _rule_in_words(config: dict[str, Any]) -> str:
+    """`topk k=32`, `relu with a skip`: the rule that the files name, else what SAELens' architecture means."""
+    encoding = re.sub(r"_?(crosscoder|transcoder)$", "", config["architecture"])
+    plain = encoding.removesuffix("skip").removesuffix("_")
+    rule = config.get("rule") or {"name": "relu" if plain in ("", "standard") else plain}
+    k = rule.get("k", config.get("k"))
+    return rule["name"] + (f" k={k}" if k is not None else "") + (" with a skip" if encoding.endswith("skip") else "")
 
 
 def _by_part(name: str, results: ResultStore) -> dict[str, dict[str, Any]] | None:
@@ -185,18 +193,17 @@ def _transcoder_set_summary(folder: Path, results: ResultStore) -> TranscoderSet
         description = read_description(folder / "transcoders.json")
         layers = description["layers"]
         configs = [read_description(folder / f"layer_{layer}" / "cfg.json") for layer in range(layers)]
-        rules = [each["architecture"] + (f" k={each['k']}" if "k" in each else "") for each in configs]
         return TranscoderSetSummary(
             name=folder.name,
             layers=layers,
-            rule=", ".join(dict.fromkeys(rules)),
+            rule=", ".join(dict.fromkeys(map(_rule_in_words, configs))),
             d_sae=max(each["d_sae"] for each in configs),
             model=description["model_name"],
             hook=in_every_layer([each["metadata"]["hook_name"] for each in configs]),
             target_hook=in_every_layer([each["metadata"]["hook_name_out"] for each in configs]),
             replacement=_metrics("replacement", folder.name, results),
         )
-    except (InputError, KeyError, TypeError, ValueError):
+    except (InputError, KeyError, AttributeError, TypeError, ValueError):
         return TranscoderSetSummary(folder.name, 0, DAMAGED, 0, "", "", "")
 
 

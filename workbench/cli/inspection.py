@@ -64,17 +64,19 @@ def info(folder: WorkspaceOption = DEFAULT_WORKSPACE, as_json: JsonOption = Fals
     for run in runs:
         for sae, error in run.errors.items():
             print(f"  {sae} of {run.name} failed: {error}")
-    print_table(
-        "SAEs",
-        ["name", "hook", "features", "L0", "FVU", "+ nats", "recovered"],
-        [
-            [item.name, item.place.replace(" → ", "\n→ "), item.d_sae]
-            + [(item.evaluation or {}).get(key) for key in ("l0", "fvu", "added_nats", "loss_recovered_zero")]
-            for item in saes
-            if not item.parts
-        ],
-    )
-    if crosscoders := [item for item in saes if item.parts]:
+    crosscoders = [item for item in saes if item.parts]
+    if len(saes) > len(crosscoders) or not saes:
+        print_table(
+            "SAEs",
+            ["name", "hook", "features", "L0", "FVU", "+ nats", "recovered"],
+            [
+                [item.name, item.place.replace(" → ", "\n→ "), item.d_sae]
+                + [(item.evaluation or {}).get(key) for key in ("l0", "fvu", "added_nats", "loss_recovered_zero")]
+                for item in saes
+                if not item.parts
+            ],
+        )
+    if crosscoders:
         print_table(
             "Crosscoders",
             ["name", "rule", "features", "hook", "parts", "L0", "explained variance", "+ nats"],

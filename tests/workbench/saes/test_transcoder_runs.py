@@ -86,7 +86,7 @@ def test_a_set_is_trained_saved_and_listed_as_one_thing(workspace: Workspace, ca
     capsys.readouterr()
     assert run(["info", "--workspace", str(workspace.path), "--json"]) == 0
     (listed,) = json.loads(capsys.readouterr().out)["transcoder_sets"]
-    assert (listed["name"], listed["layers"], listed["rule"]) == ("mlps", 3, "topk_transcoder k=3")
+    assert (listed["name"], listed["layers"], listed["rule"]) == ("mlps", 3, "topk k=3")
     # Finished: the same command answers with what there is.
     again = workspace.train_all("r", "h", [CONFIG], **SET, device="cpu")
     assert [result.sae.fingerprint() for result in again if result.sae] == [
