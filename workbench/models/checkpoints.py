@@ -152,6 +152,12 @@ def load_tokenizer(location: str, spec: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{spec} has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it")
     tokenizer = from_pretrained(AutoTokenizer, location, spec)
     # Without its files some tokenizer classes come up empty instead of failing, and encode everything to nothing.
-    if len(tokenizer) < 3 or not tokenizer.encode("text", add_special_tokens=False):
+    try:
+        empty = len(tokenizer) < 3 or not tokenizer.encode("text", add_special_tokens=False)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(
+            f"the tokenizer of {spec} cannot read every text ({error}): give it a token for words it does not know"
+        ) from None
+    if empty:
         raise InputError(f"the tokenizer of {spec} is empty: its files are missing or damaged")
     return tokenizer

@@ -1,0 +1,135 @@
+"""Trains a transformer on Boolean functions in context and holds it against Bayes: `in_context.py` says of what.
+
+    python data/train_in_context.py FOLDER --family conjunctions+disjunctions --steps 8000
+
+writes a Hugging Face folder with a tokenizer of words ("<s> 01101001 F 11100101 T"), and `measured.csv`: the model on
+every family, before and after training, by number of examples. The loss is of labels alone: inputs are random. An
+input's embedding starts as the sum of one vector a bit. Minutes on a GPU.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from in_context import (
+    BITS,
+    BOS,
+    CONTEXT,
+    EXAMPLES,
+    FALSE,
+    FAMILIES,
+    FIRST,
+    WORDS,
+    Family,
+    bits,
+    measured,
+    mixture,
+    tokens_of,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+
+def build(layers: int, width: int, heads: int) -> GPT2LMHeadModel:
+    """A GPT-2 whose input tokens start as what a linear map of their bits would give."""
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(WORDS), n_positions=CONTEXT, n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=BOS, eos_token_id=BOS,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        signs = 2.0 * bits(torch.arange(2**BITS)) - 1
+        model.transformer.wte.weight[FIRST:] = signs @ (0.1 * torch.randn(BITS, width))
+    return model
+
+
+def train(
+    model: GPT2LMHeadModel, family: Family, *, steps: int, batch: int, lr: float, seed: int, device: str
+) -> list[float]:
+    """Trains the model where it is; the loss of every step in nats a label."""
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = max(1, steps // 20)
+
+    def scale(step: int) -> float:
+        return min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    losses, start = [], time.monotonic()
+    for step in range(steps):
+        inputs, labels = family.drawn(batch, generator)
+        tokens = tokens_of(inputs, labels)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            logits = model(tokens).logits[:, 1::2]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), FALSE + labels.long().flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+        if step % max(1, steps // 20) == 0:
+            print(
+                f"step {step:,} of {steps:,}: {loss.item():.4f} nats a label, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+    return torch.stack(losses).tolist()
+
+
+def on_all_families(model: GPT2LMHeadModel, trained_on: Family, when: str, n: int) -> pd.DataFrame:
+    """The model on every family; columns as `in_context.measured`, with `asked` and `when`."""
+    device = trained_on.table.device
+    tables = [
+        measured(model, trained_on, make().to(device), n=n).assign(asked=name, when=when)
+        for name, make in FAMILIES.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Of words between spaces."""
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=WORDS[BOS]))
+    made.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=WORDS[BOS], eos_token=WORDS[BOS])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", default="conjunctions+disjunctions", help="+ between those of a mixture")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=2048, help="to measure on")
+    asked = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(asked.seed)
+    family = mixture(asked.family).to(device)
+    model = build(asked.layers, asked.width, asked.heads).to(device)
+    before = on_all_families(model.eval(), family, "untrained", asked.prompts)
+    settings = {name: getattr(asked, name) for name in ("steps", "batch", "lr", "seed")}
+    train(model.train(), family, **settings, device=device)
+    after = on_all_families(model.eval(), family, "trained", asked.prompts)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(asked.folder)
+    tokenizer().save_pretrained(asked.folder)
+    table = pd.concat([before, after], ignore_index=True).round(4)
+    table.to_csv(asked.folder / "measured.csv", index=False)
+    print(
+        table[(table["when"] == "trained") & table["examples"].isin([0, 4, 8, 16, EXAMPLES - 1])].to_string(index=False)
+    )
+
+
+if __name__ == "__main__":
+    main()
