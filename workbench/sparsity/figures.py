@@ -78,7 +78,8 @@ def expert_loads(experts: pd.DataFrame) -> go.Figure:
             x=list(range(1, len(ordered) + 1)), y=ordered["load"], name=f"layer {layer}", mode="lines+markers",
             text=[f"expert {expert}" for expert in ordered["expert"]], line={"color": series_colour(number)},
         )  # fmt: skip
-    return _laid_out(figure, "experts, the busiest first", "share of tokens")
+    most = int(experts["expert"].max()) + 1
+    return _laid_out(figure, "experts, the busiest first", "share of tokens").update_xaxes(dtick=max(1, most // 16))
 
 
 def expert_pairs(pairs: pd.DataFrame, layer: int) -> go.Figure:
@@ -101,7 +102,9 @@ def expert_pairs(pairs: pd.DataFrame, layer: int) -> go.Figure:
             hovertemplate="experts %{y} and %{x}: log2 lift %{z:.2f}, on %{customdata:.2%} of tokens<extra></extra>",
         )
     )  # fmt: skip
-    return _laid_out(figure, "expert", "expert").update_layout(title=f"chosen together, layer {layer}", height=420)
+    ticks = {"dtick": max(1, size // 8)}
+    figure = _laid_out(figure, "expert", "expert").update_xaxes(**ticks).update_yaxes(**ticks)
+    return figure.update_layout(title=f"chosen together, layer {layer}", height=420)
 
 
 def cost_curves(points: pd.DataFrame) -> go.Figure:

@@ -289,10 +289,15 @@ def report_saes(
     """Measures and stores the sparsity of SAE codes; see `sae_codes`.
 
     Raises:
-        InputError: no SAE given.
+        InputError: no SAE given, or some that were trained with BOS and some without.
     """
     if not saes:
         raise InputError("name at least one SAE to measure")
+    known = {item.name for item in catalog.saes()}
+    begun = {catalog.origin(sae).bos for sae in saes if sae in known} or {True}
+    if len(begun) > 1:
+        raise InputError("some of these SAEs were trained without BOS and others with it: measure them apart")
+    model = model.beginning(begun.pop())
 
     def make() -> Made:
         found = measure_saes(

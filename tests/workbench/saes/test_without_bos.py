@@ -66,6 +66,15 @@ def test_the_clean_loss_is_that_of_contexts_as_in_training(
     assert found.tokens == int((packed.flags == 0).sum())
 
 
+def test_sparsity_of_codes_is_measured_as_in_training(space: Workspace, model: LoadedModel, texts: Path) -> None:
+    corpus, saes = open_corpus(str(texts)), {"harvested": space.sae("harvested")}
+    found = space.sparsity_part("sae", "r", model, corpus, saes=saes, max_tokens=TOKENS, context_len=CONTEXT)
+    positions = found.table("positions")
+    assert positions["pos"].min() == 0, "where BOS would stand"
+    with pytest.raises(InputError, match="trained without BOS and others with it"):
+        space.sparsity_part("sae", "r", model, corpus, saes={**saes, "begun": space.sae("begun")})
+
+
 def test_prompts_begin_as_contexts_did(space: Workspace, model: LoadedModel) -> None:
     bare, begun = (space.prompt(name, "def f(x):", model=model) for name in ("harvested", "begun"))
     assert (bare.first, begun.first) == (0, 1)
