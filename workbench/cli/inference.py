@@ -38,7 +38,10 @@ def register(app: typer.Typer) -> None:
 def inference(
     sae: SAEArgument,
     k: Annotated[
-        list[int], typer.Option("--k", help="Features a token; 1/4, 1/2 and 1 of the encoder's L0 when left out.")
+        list[int],
+        typer.Option(
+            "--k", metavar="K", help="Features a token; 1/4, 1/2 and 1 of the encoder's L0 when left out; repeat."
+        ),
     ] = [],  # noqa: B006
     method: Annotated[
         list[str],
