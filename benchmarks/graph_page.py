@@ -10,6 +10,7 @@ first drawing lays all nodes out. Without a GPU Chromium draws in software. Need
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -22,12 +23,12 @@ from workbench.circuits.graph_view import CSS, ROOT, SCRIPT, STRONGEST, VEINS
 from workbench.circuits.graphs import GRAPH
 from workbench.show.colours import PALETTE
 
-HOVER = """async () => {
+HOVER = """async (most) => {
   const canvas = document.querySelector(".graph canvas"), box = canvas.getBoundingClientRect();
   const said = document.querySelector(".graph .said"), frames = [], work = [];
   const frame = () => new Promise(requestAnimationFrame);
   let last = await frame();
-  for (let i = 0; i < 600 && work.length < 90; i++) {
+  for (let i = 0; i < 600 && work.length < most; i++) {
     const before = said.textContent, began = performance.now();
     canvas.dispatchEvent(new MouseEvent("mousemove",
       { clientX: box.left + 60 + (i * 37) % (box.width - 80), clientY: box.top + 20 + (i * 53) % 430 }));
@@ -56,19 +57,21 @@ def made_up(n_tokens: int, layers: int, each: int) -> dict[str, Any]:
             "veins": veins, "opened": None, "pinned": []}  # fmt: skip
 
 
-def hovering(browser: Any, data: dict[str, Any]) -> tuple[float, list[float], list[float]]:
-    """Milliseconds until a graph is first drawn, from frame to frame while nodes are hovered, and of work in each."""
+def hovering(browser: Any, data: dict[str, Any], most: int = 90) -> tuple[float, list[float], list[float]]:
+    """Milliseconds until a graph is first drawn, from frame to frame while nodes are hovered (`most` of them), and of
+    work in each."""
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.set_content(f"<style>{CSS}</style>{ROOT}<script>{SCRIPT}</script>")
     first = page.evaluate(
-        """data => new Promise((done) => {
-          const began = performance.now();
+        """text => new Promise((done) => {
+          const data = JSON.parse(text), began = performance.now();
           drawGraph(document.querySelector(".graph"), data, () => {});
           requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - began)));
         })""",
-        data,
+        # As one text: Playwright would wrap every number of it.
+        json.dumps(data),
     )
-    frames, work = page.evaluate(HOVER)
+    frames, work = page.evaluate(HOVER, most)
     page.close()
     return float(first), frames, work
 

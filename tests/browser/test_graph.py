@@ -134,5 +134,5 @@ def test_hovering_over_ten_thousand_nodes_takes_no_longer_than_over_a_few(browse
     few, many = made_up(20, 5, 3), made_up(60, 10, 17)
     assert len(few["nodes"]) < 500
     assert len(many["nodes"]) > 10_000
-    short, long = (statistics.median(hovering(browser, data)[2]) for data in (few, many))
+    short, long = (statistics.median(hovering(browser, data, 30)[2]) for data in (few, many))
     assert long < 3 * short + 5, (short, long)
