@@ -98,6 +98,7 @@ sparsity enforce new --model {{model}} --corpus {{texts}} --tokens 256 --context
 {TRAIN} --tokens -1
 evaluate s --tokens 0 -w {{w}}
 inference s --k 0 -w {{w}}
+codebook h --name new --hook {HOOK} --k 0 -w {{w}}
 evaluate s --tokens -9 -w {{w}}
 index s --rows 0 -w {{w}}
 index s --rows -5 -w {{w}}
@@ -167,6 +168,10 @@ train none --name new -w {{w}}
 evaluate none -w {{w}}
 evaluate s none -w {{w}}
 inference none -w {{w}}
+codebook none --name new -w {{w}}
+codebook h --name new --hook blocks.9.hook_mlp_out -w {{w}}
+codebook h --name s --hook {HOOK} -w {{w}}
+codebook h --name new --hook {HOOK} --codes 99999999 -w {{w}}
 compare none -w {{w}}
 index none -w {{w}}
 index s --harvest none -w {{w}}
