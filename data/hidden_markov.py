@@ -142,7 +142,7 @@ def soft_outputs(
 def sinkhorn_divergence(
     x: Float[Tensor, "n steps outputs"], y: Float[Tensor, "m steps outputs"], *, eps: float = 0.1, iterations: int = 30
 ) -> Float[Tensor, ""]:
-    """S(x, y) of two sets of sequences; its gradient goes through the costs alone."""
+    """S(x, y) of two sets of sequences by <P, C> alone, without the KL; its gradient, of the costs, is that of S."""
 
     def transport(a: Tensor, b: Tensor) -> Tensor:
         costs = torch.cdist(a.flatten(1), b.flatten(1)) ** 2 / a.shape[1]

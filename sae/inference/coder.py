@@ -15,6 +15,12 @@ Infer: TypeAlias = "Callable[[Float[Tensor, 'n d_in'], Float[Tensor, 'd_sae d_in
 """(rows less b_dec, W_dec) -> their codes."""
 
 
+def check_searched(sae: SAE) -> None:
+    """Raises InputError for a transcoder or a crosscoder."""
+    if sae.parts or not sae.subtracts_b_dec:
+        raise InputError("its decoder writes something else than it reads: sparse inference is of SAEs alone")
+
+
 class InferredSAE(SAE):
     """The SAE with another way to its codes; the weights are the same tensors, not copies.
 
@@ -27,8 +33,7 @@ class InferredSAE(SAE):
     """
 
     def __init__(self, sae: SAE, infer: Infer) -> None:
-        if sae.parts or not sae.subtracts_b_dec:
-            raise InputError("its decoder writes something else than it reads: sparse inference is of SAEs alone")
+        check_searched(sae)
         super().__init__(
             sae.d_in, sae.d_sae, sae.rule, hook_name=sae.hook_name, model_name=sae.model_name, device="meta"
         )

@@ -39,7 +39,7 @@ from sae.inference import (
     penalty_for,
     refit,
 )
-from sae.inference.coder import Infer
+from sae.inference.coder import Infer, check_searched
 from sae.inference.omp import SPREAD
 from sae.model import SAE
 from workbench.catalog.catalog import Catalog
@@ -114,8 +114,8 @@ def infer_codes(
         on_progress: called with (tokens done, tokens in all).
 
     Raises:
-        InputError: no such SAE, a transcoder or crosscoder, k out of range, an unknown method, no corpus known, or as
-            `evaluate_sae`.
+        InputError: no such SAE, a transcoder or crosscoder, k out of range, an unknown method, nothing but codes of the
+            encoder asked for at more features than it finds, no corpus known, or as `evaluate_sae`.
     """
     sae, origin = catalog.sae(name), catalog.origin(name)
     if unknown := [method for method in methods if method not in METHODS]:
@@ -161,12 +161,15 @@ def measure_inference(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inference:
     """Measures an SAE's codes on the held-out documents of a corpus; see `infer_codes`, also for the InputErrors."""
+    check_searched(sae)
     sae = sae if sae.W_dec.device == model.device else copy.deepcopy(sae).to(model.device)
     sample = _sample(model, sae, corpus, context_len, separate, max_tokens)
     l0 = float(sae.encode(sample).l0().double().mean())
     own = max(1, round(l0))
     ks = sorted(set(ks)) or sorted({max(1, own // 4), max(1, own // 2), own})
     ways, tuned = ways_to_codes(sae, sample, ks, own, methods)
+    if not ways:
+        raise InputError(f"the encoder finds {own} features a token, not {ks[0]}: ask for fewer, or for a search too")
     arms = {at: InferredSAE(sae, infer) for at, infer in ways.items()}
     found = evaluate_sae(
         model, list(arms.values()), corpus, max_tokens=max_tokens, context_len=context_len, separate=separate,

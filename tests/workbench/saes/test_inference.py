@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import SAE, InputError, TopK
+from sae import SAE, InputError, TopK, Transcoder
 from workbench import Workspace
 from workbench.models.load import LoadedModel
 from workbench.saes.evaluation import evaluate_sae
-from workbench.saes.inference import METHODS
+from workbench.saes.inference import METHODS, measure_inference
 from workbench.text.corpora import open_corpus
 
 CONTEXT, TOKENS, K = 16, 320, 6
@@ -62,7 +62,20 @@ def test_codes_are_measured_as_an_evaluation_measures_and_stored(space: Workspac
 @pytest.mark.parametrize(("settings", "words"), [
     ({"ks": (65,)}, "between 1 and the SAE's 64"),
     ({"methods": ("lars",)}, "no method 'lars'"),
+    ({"ks": (9,), "methods": ("encoder", "encoder, refitted")}, "the encoder finds 6 features a token, not 9"),
 ])  # fmt: skip
-def test_what_cannot_be_searched_is_refused(space: Workspace, settings: dict[str, object], words: str) -> None:
+def test_what_cannot_be_searched_is_refused(
+    space: Workspace, gpt2_model: LoadedModel, settings: dict[str, object], words: str
+) -> None:
     with pytest.raises(InputError, match=words):
-        space.inference("s", **settings)
+        space.inference("s", model=gpt2_model, max_tokens=TOKENS, **settings)
+
+
+def test_a_transcoder_of_two_widths_is_refused_before_its_tokens_are_read(
+    space: Workspace, gpt2_model: LoadedModel
+) -> None:
+    width = gpt2_model.info.d_model
+    coder = Transcoder(width, 2 * width, 64, TopK(K), hook_name="blocks.1.hook_resid_post")
+    corpus = open_corpus(str(space.origin("s").corpus))
+    with pytest.raises(InputError, match="SAEs alone"):
+        measure_inference(gpt2_model, coder, corpus, context_len=CONTEXT)
