@@ -50,17 +50,20 @@ def _wrap(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
     if getattr(method, "func", None) is wrapper:
         return
     # A TransformerBridge's own __setattr__ looks for hook points in what it gets.
-    object.__setattr__(module, name, update_wrapper(partial(wrapper, method), method))
+    # The method alone may not tell whose it is: torch.compile and accelerate put plain functions in its place.
+    object.__setattr__(module, name, update_wrapper(partial(wrapper, module, method), method))
 
 
-def _passing(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with turn_of(method.__self__):  # type: ignore[attr-defined]
+def _passing(module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with turn_of(module):
         return method(*args, **kwargs)
 
 
 @contextmanager
-def _hooked(method: Callable[..., AbstractContextManager[Any]], *args: Any, **kwargs: Any) -> Iterator[Any]:
-    with turn_of(method.__self__), method(*args, **kwargs) as given:  # type: ignore[attr-defined]
+def _hooked(
+    module: nn.Module, method: Callable[..., AbstractContextManager[Any]], *args: Any, **kwargs: Any
+) -> Iterator[Any]:
+    with turn_of(module), method(*args, **kwargs) as given:
         yield given
 
 

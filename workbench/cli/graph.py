@@ -226,6 +226,10 @@ def group(
     graph = open_graph(workspace, name)
     chosen = [graph.nodes.names[graph.node(node)] for node in nodes or []]
     before = Notes(workspace.path).supernodes(name)
+    if chosen and title.strip() in graph.number:
+        raise InputError(f"{title} is a node, and `--change {title}=0` that node's: choose another name")
+    if not chosen and title not in before:
+        raise InputError(f"graph {name!r} has no supernode {title!r}: it has {', '.join(before) or 'none'}")
     groups = {
         other: [one for one in members if one not in chosen] for other, members in before.items() if other != title
     }

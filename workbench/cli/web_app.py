@@ -45,7 +45,8 @@ def open_app(
         sys.executable, "-P", str(app / "serve.py"), "run", str(app / "main.py"),
         "--server.address", "localhost", "--server.port", str(port),
         "--server.headless", "false" if browser else "true", "--browser.gatherUsageStats", "false",
-        "--client.toolbarMode", "viewer",
+        # Where Streamlit has never run it would ask for an email address first, and end where nobody can answer.
+        "--server.showEmailPrompt", "false", "--client.toolbarMode", "viewer",
         "--", str(workspace.path), *([] if model is None else [model]),
     ]  # fmt: skip
     for name, value in (("WORKBENCH_EXPLAINER", explain), ("WORKBENCH_EXPLAINER_ENDPOINT", endpoint)):

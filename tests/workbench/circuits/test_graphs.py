@@ -308,6 +308,10 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
     assert run(["graph", "intervene", "list", "--change", "input=0", *place]) == 2
     assert "supernode 'input' has none of the graph's features" in capsys.readouterr().err
     assert run(["graph", "group", "list", "input", *place]) == 0
+    assert run(["graph", "group", "list", "input", *place]) == 2
+    assert "no supernode 'input': it has both" in capsys.readouterr().err
+    assert run(["graph", "group", "list", feature, other, *place]) == 2
+    assert f"{feature} is a node" in capsys.readouterr().err
     for wrong, said in ((["--hold", "token/1=2"], "cannot be held"), (["--change", "both=0", "--hold", f"{other}=1"],
                         "changed twice"), ([], "at least one")):  # fmt: skip
         assert run(["graph", "intervene", "list", *wrong, *place]) == 2

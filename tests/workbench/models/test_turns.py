@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from circuits.graph import attribute
 from circuits.passes import answer_logits
 from circuits.resume import recorded_block, resumed_after
+from circuits.turns import take_turns, turn_of
 from sae.rules import TopK
 from sae.transcoder import Transcoder
 from workbench import LoadedModel, OwnModel, load_model
@@ -159,3 +160,18 @@ def test_a_copy_of_a_model_runs_itself(model: LoadedModel) -> None:
     assert not copied(tokens).logits.any()
     assert replace(model, hf=copied).hf(tokens).logits.shape == before.shape
     torch.testing.assert_close(model.hf(tokens).logits, before, rtol=0, atol=0)
+
+
+def test_a_module_whose_forward_was_replaced_runs_and_waits() -> None:
+    """As torch.compile and accelerate do; what they put there is no method."""
+    module = nn.Linear(2, 2)
+    module.forward = lambda x: 2 * x
+    take_turns(module)
+    ones = torch.ones(1, 2)
+    torch.testing.assert_close(module(ones), 2 * ones)
+    with ThreadPoolExecutor(1) as pool:
+        with turn_of(module):
+            waiting = pool.submit(module, ones)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+        torch.testing.assert_close(waiting.result(timeout=10), 2 * ones)
