@@ -77,7 +77,13 @@ def read_values(file: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except pickle.UnpicklingError:
+        # torch's own words advise to read the file with weights_only=False, which runs what is in it.
+        raise InputError(
+            f"{file} cannot be read as tensors (damaged, or it holds other objects, which could run code): copy it "
+            "again, or save its tensors alone"
+        ) from None
+    except (RuntimeError, zipfile.BadZipFile, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{file} cannot be read as tensors ({reason}): copy it again") from None
     if not isinstance(state, dict):

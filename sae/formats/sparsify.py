@@ -9,7 +9,8 @@ A transcoder (`transcode`) predicts a module's output from its input: b_dec is n
 `skip_connection` x W_skip^T, W_skip [d, d], is added to what it decodes.
 
 The folder's name is the hook point as the model's own module path, `layers.5` being the residual stream after block 5;
-a run's own folder above holds config.json with the model's name.
+a run's own folder above holds config.json with the model's name. What is written here says both in `metadata` of
+cfg.json, which sparsify drops, since an export may lie in a folder of any name.
 """
 
 import json
@@ -25,6 +26,7 @@ from sae.files import write_atomically
 from sae.formats.conversion import Weights, build, refuse, topk_of, weights_of
 from sae.formats.reading import read_json, read_safetensors
 from sae.model import SAE
+from sae.transcoder import Transcoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
@@ -37,7 +39,7 @@ def load(path: Path | str, *, hook_name: str | None = None, model_name: str | No
     """Reads an SAE from a hook point's folder.
 
     Args:
-        hook_name, model_name: what the SAE reads, where the folder's name and its parent do not say.
+        hook_name, model_name: what the SAE reads, where the metadata, the folder's name and its parent do not say.
 
     Raises:
         InputError: missing or damaged files; a skip connection in an SAE, or groupmax, which is no TopK.
@@ -67,11 +69,12 @@ def load(path: Path | str, *, hook_name: str | None = None, model_name: str | No
     weights.check(str(path))
     of_mlp = _MLP.fullmatch(path.name) if transcode else None
     own = f"blocks.{of_mlp[1]}.mlp.hook_in" if of_mlp else "" if transcode else _hook_of(path.name)
+    target = f"blocks.{of_mlp[1]}.hook_mlp_out" if of_mlp else ""
     return build(
         weights,
-        hook_name=hook_name if hook_name is not None else own,
-        target_hook_name=f"blocks.{of_mlp[1]}.hook_mlp_out" if of_mlp else "",
-        model_name=model_name if model_name is not None else _model_of(path.parent),
+        hook_name=hook_name if hook_name is not None else _said(config, "hook_name") or own,
+        target_hook_name=(_said(config, "hook_name_out") or target) if transcode else "",
+        model_name=model_name if model_name is not None else _said(config, "model_name") or _model_of(path.parent),
         metadata={"imported_from": "sparsify"},
     )
 
@@ -96,6 +99,10 @@ def save(sae: SAE, path: Path | str) -> None:
         "num_latents": sae.d_sae, "k": k, "multi_topk": False,
         "skip_connection": weights.W_skip is not None, "transcode": weights.is_transcoder,
         "d_in": sae.d_in,
+        "metadata": {
+            "hook_name": sae.hook_name, "model_name": sae.model_name,
+            **({"hook_name_out": sae.target_hook_name} if isinstance(sae, Transcoder) else {}),
+        },
     }  # fmt: skip
     tensors = {
         "encoder.weight": weights.W_enc.T.contiguous(),
@@ -116,6 +123,12 @@ def _refuse(path: Path, config: dict[str, Any]) -> None:
     activation = config.get("activation", "topk")
     if activation != "topk":
         raise InputError(f"{path} uses the activation {activation!r}, which is not supported: expected 'topk'")
+
+
+def _said(config: dict[str, Any], key: str) -> str:
+    metadata = config.get("metadata")
+    value = metadata.get(key) if isinstance(metadata, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 def _hook_of(folder: str) -> str:

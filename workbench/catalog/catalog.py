@@ -210,6 +210,9 @@ class Catalog:
             raise InputError(
                 f"SAE {name!r} exists: choose another --name, or remove it with `workbench gc --sae {name}`"
             )
+        # A name that stood for both would mean the SAE alone, and the set could not be reached by it.
+        if self.transcoder_folder(name).exists():
+            raise InputError(f"a set of transcoders is called {name!r}: choose another --name")
 
     def add_sae(self, name: str, sae: "SAE", provenance: Record) -> None:
         """Saves an SAE under a new name, with the record of what it was made from.
@@ -249,6 +252,8 @@ class Catalog:
                 f"the set of transcoders {name!r} exists: choose another --name, or remove it with "
                 f"`workbench gc --transcoders {name}`"
             )
+        if (self.path / "saes" / name).exists():
+            raise InputError(f"an SAE is called {name!r}: choose another --name")
 
     def add_transcoders(self, name: str, coders: "TranscoderSet", provenance: Sequence[Record]) -> None:
         """Saves a set of transcoders under a new name, with the record of what each layer was made from.

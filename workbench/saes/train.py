@@ -100,7 +100,7 @@ def train_all(
     if ranks.lead(lambda: _is_finished(record, description)):
         return _finished(catalog, record, configs)
     check_memory(configs, *feed.widths, chosen, feed.buffer_bytes, ranks)
-    done, resuming = ranks.lead(lambda: _start(catalog, record, configs, description))
+    done, resuming = ranks.lead(lambda: _start(catalog, record, configs, description, feed.places.is_set))
     try:
         errors = _run(catalog, record, feed, configs, chosen, resuming, done, on_metrics, ranks)
     except InputError:
@@ -120,13 +120,15 @@ def _is_finished(record: Run, description: dict[str, Any]) -> bool:
 
 
 def _start(
-    catalog: Catalog, record: Run, configs: Sequence[TrainConfig], description: dict[str, Any]
+    catalog: Catalog, record: Run, configs: Sequence[TrainConfig], description: dict[str, Any], is_set: bool
 ) -> tuple[Set[str], bool]:
     """Records the run; which SAEs it has saved before, and whether it is resumed."""
     done = {config.name for config in configs if _is_of(catalog, record.name, config)}
     for config in configs:
         if config.name not in done:
             catalog.check_new_sae(config.name)
+            if is_set:
+                catalog.check_new_transcoders(config.name.rpartition(".")[0])
     return done, record.start(description)
 
 

@@ -141,6 +141,15 @@ def test_sparsify_both_ways(sparsify, randomise, skip: bool, tmp_path: Path) -> 
     again = sparsify.SparseCoder.load_from_disk(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(again(x).sae_out, coder(x), **EXACT)
+    # The folder's name says nothing here, so the file has to: what is read, what is predicted and of which model.
+    coder.hook_name, coder.model_name = "blocks.2.hook_resid_mid", "demo"
+    export(coder, tmp_path / "other", "sparsify")
+    back = load_foreign(tmp_path / "other")
+    assert isinstance(back, Transcoder)
+    assert (back.hook_name, back.target_hook_name, back.model_name) == (
+        "blocks.2.hook_resid_mid", "blocks.2.hook_mlp_out", "demo",
+    )  # fmt: skip
+    assert torch.equal(back(x), coder(x))
 
 
 def test_formats_that_cannot_express_a_transcoder_say_so(tmp_path: Path) -> None:

@@ -74,6 +74,16 @@ def a_set() -> TranscoderSet:
     return TranscoderSet(coders)
 
 
+def test_an_sae_and_a_set_never_share_a_name(space: Workspace, tmp_path: Path) -> None:
+    space.add_transcoders("t", a_set(), [{}, {}])
+    space.add_sae("s", make_sae(), {})
+    export(make_sae(), tmp_path / "layers.1", "sparsify")
+    with pytest.raises(InputError, match="a set of transcoders is called 't'"):
+        space.import_sae("t", tmp_path / "layers.1", model="m")
+    with pytest.raises(InputError, match="an SAE is called 's'"):
+        space.import_transcoders("s", space.transcoder_folder("t"))
+
+
 def test_a_set_goes_out_as_circuit_tracers_comes_back_and_is_removed(
     space: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,7 +151,7 @@ def test_mistakes_give_one_line_and_exit_code_2(
     mistake: str, space: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run" / "layers.1"
-    export(make_sae(), folder, "sparsify")
+    export(make_sae(model=""), folder, "sparsify")
     (tmp_path / "empty").mkdir()
     space.add_sae("taken", make_sae(), {})
     space.add_sae("signed", make_sae(BatchAbsTopK(4)), {})

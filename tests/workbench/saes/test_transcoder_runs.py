@@ -1,5 +1,6 @@
 """Training transcoders and sets of them on a harvest that holds the pairs."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -97,9 +98,9 @@ def test_a_set_is_trained_saved_and_listed_as_one_thing(workspace: Workspace, ca
 def test_a_layer_of_a_set_is_the_transcoder_trained_alone(workspace: Workspace) -> None:
     workspace.train_all("r", "h", [CONFIG], **SET, device="cpu")
     hooks = {"hook": "blocks.1.mlp.hook_in", "target_hook": "blocks.1.hook_mlp_out"}
-    (alone,) = workspace.train("alone", "h", [CONFIG], **hooks, device="cpu")
+    (alone,) = workspace.train("r1", "h", [dataclasses.replace(CONFIG, name="alone")], **hooks, device="cpu")
     assert alone.fingerprint() == workspace.coder("mlps.layer_1").fingerprint()
-    assert [summary.name for summary in workspace.saes()] == ["mlps"]
+    assert [summary.name for summary in workspace.saes()] == ["alone"]
 
 
 def test_an_index_says_where_a_transcoders_features_fire(workspace: Workspace) -> None:
@@ -195,5 +196,8 @@ def test_a_set_with_a_missing_layer_two_sets_or_missing_gradients_give_one_line(
     workspace.train_all("r", "h", [CONFIG], **SET, device="cpu")
     with pytest.raises(InputError, match=r"'mlps.layer_0' exists: choose another"):
         workspace.train_all("other", "h", [CONFIG], **SET, device="cpu")
+    workspace.add_sae("named", workspace.coder("mlps.layer_0"), {})
+    with pytest.raises(InputError, match="an SAE is called 'named': choose another"):
+        workspace.train_all("third", "h", [dataclasses.replace(CONFIG, name="named")], **SET, device="cpu")
     with pytest.raises(InputError, match=r"no set of transcoders 'x' in .*: it has mlps"):
         workspace.transcoders("x")
