@@ -5,12 +5,14 @@
 Of every head, on prompts of the family it was trained on: the attention that an input with 8 examples before it or more
 pays to examples whose label is true, over their share of the examples; its attention to examples of other labels
 likewise; and the KL from Bayes to the model, in nats a prediction, with the head's output at its mean over prompts at
-the same position. Mean (least to greatest) over draws of prompts.
+the same position. Then the KL with all heads but some at their means: the KEPT whose absence costs most. Mean (least to
+greatest) over draws of prompts.
 """
 
 import argparse
 import statistics
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from circuits.passes import activations
 from workbench.models.load import LoadedModel, load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-from in_context import EXAMPLES, FALSE, TRUE, bayes, divergence, mixture, tokens_of
+from in_context import EXAMPLES, FALSE, TRUE, bayes, divergence, family_name, mixture, tokens_of
 
 PROMPTS, SEEN = 256, 8
+KEPT = (0, 3, 5, 8)
 
 
 def predicted(model: LoadedModel, tokens: Tensor, hooks: list[Any]) -> Tensor:
@@ -52,7 +55,6 @@ def heads(model: LoadedModel, family: str, seed: int) -> dict[tuple[str, str], f
         pattern = seen[f"blocks.{layer}.attn.hook_pattern"][:, :, 1::2]
         # An example is its input and its label, which follows it.
         paid = pattern[..., 1::2] + pattern[..., 2::2]
-        mean = seen[f"blocks.{layer}.attn.hook_z"].mean(dim=0)
         for head in range(n_heads):
             name = f"a{layer}.h{head}"
             to_examples = (paid[:, head] * before)[:, SEEN:]
@@ -61,19 +63,33 @@ def heads(model: LoadedModel, family: str, seed: int) -> dict[tuple[str, str], f
                 found[name, column] = float((to_examples * chosen[:, None]).sum() / to_examples.sum() / share)
             found[name, "on examples"] = float(to_examples.sum(dim=-1).mean())
 
-            def at_mean(z: Tensor, hook: Any, head: int = head, mean: Tensor = mean) -> Tensor:
-                z = z.clone()
-                z[:, :, head] = mean[:, head]
-                return z
-
-            found[name, "kl"] = kl([(f"blocks.{layer}.attn.hook_z", at_mean)])
+            found[name, "kl"] = kl(_at_means(seen, {(layer, head)}))
+    order = sorted(product(range(layers), range(n_heads)), key=lambda at: -found[f"a{at[0]}.h{at[1]}", "kl"])
+    for count in KEPT:
+        found[f"only {count} heads", "kl"] = kl(_at_means(seen, set(order[count:])))
     return found
+
+
+def _at_means(seen: dict[str, Tensor], heads: set[tuple[int, int]]) -> list[Any]:
+    """Hooks that hold heads, (layer, number), at their means."""
+    hooks = []
+    for layer in sorted({layer for layer, _ in heads}):
+        name = f"blocks.{layer}.attn.hook_z"
+        numbers, mean = [head for at, head in heads if at == layer], seen[name].mean(dim=0)
+
+        def at_mean(z: Tensor, hook: Any, numbers: list[int] = numbers, mean: Tensor = mean) -> Tensor:
+            z = z.clone()
+            z[:, :, numbers] = mean[:, numbers]
+            return z
+
+        hooks.append((name, at_mean))
+    return hooks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(Path(__file__).resolve().parents[1] / "data" / "in_context_model"))
-    parser.add_argument("--family", default="conjunctions")
+    parser.add_argument("--family", default="conjunctions", type=family_name)
     parser.add_argument("--draws", type=int, default=4)
     asked = parser.parse_args()
     model = load_model(asked.model, device="cpu")

@@ -17,6 +17,7 @@ and the majority of labels, by number of examples, also on families it has not s
 Learn Discrete Functions". The comparison: Panwar et al. 2023, "In-Context Learning through the Bayesian Prism".)
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -89,8 +90,15 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 }
 
 
+def family_name(names: str) -> str:
+    """The names of a mixture, as they are. Raises ArgumentTypeError for one there is not."""
+    if unknown := set(names.split("+")) - set(FAMILIES):
+        raise ArgumentTypeError(f"no family {', '.join(sorted(unknown))}: there are {', '.join(FAMILIES)}")
+    return names
+
+
 def mixture(names: str) -> Family:
-    """The families named, `conjunctions+disjunctions`, with equal weights. Raises KeyError for another name."""
+    """The families named, `conjunctions+disjunctions`, with equal weights; see `family_name`."""
     parts = [FAMILIES[name]() for name in names.split("+")]
     return Family(
         names, torch.cat([part.table for part in parts]), torch.cat([part.prior for part in parts]) / len(parts)

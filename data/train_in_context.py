@@ -26,6 +26,7 @@ from in_context import (
     WORDS,
     Family,
     bits,
+    family_name,
     measured,
     mixture,
     tokens_of,
@@ -103,7 +104,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--family", default="conjunctions+disjunctions", help="+ between those of a mixture")
+    parser.add_argument(
+        "--family", type=family_name, default="conjunctions+disjunctions", help="+ between those of a mixture"
+    )
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-3)
