@@ -98,11 +98,13 @@ def sparse_documents(
         raise InputError(f"harvest {harvest!r} has several hook points: name one of {', '.join(source.hooks)}")
     chosen = hook or source.hooks[0]
     source.vectors(chosen)
-    if not k or min(k) < 1 or max(*k, anneal_from) > width or min(anneal_from, steps, tokens, draws) < 1 or seed < 0:
+    k = list(dict.fromkeys(k))
+    if not k or min(k) < 1 or max(k) > width or min(steps, tokens, draws) < 1 or seed < 0:
         raise InputError(
-            f"k, {list(k)}, and where it starts, {anneal_from}, lie between 1 and the width, {width}; steps, tokens "
-            "and draws are at least 1 and the seed at least 0"
+            f"k, {k}, lie between 1 and the width, {width}; steps, tokens and draws are at least 1, the seed at least 0"
         )
+    if not max(k) <= anneal_from <= width:
+        raise InputError(f"annealing starts between the largest k, {max(k)}, and the width, {width}; got {anneal_from}")
     if not 0 < gamma < float("inf"):
         raise InputError(f"the weight of the labels must be positive, got {gamma}")
     recipes = [

@@ -219,10 +219,12 @@ def test_sparse_codes_are_trained_on_one_half_and_judged_on_the_other(
     assert "half of the documents have 0 passages of at least 32 tokens" in capsys.readouterr().err
     assert run([*command, "--k", "2000"]) == 2
     assert "lie between 1 and the width, 1024" in capsys.readouterr().err
+    assert run([*command, "--k", "128"]) == 2
+    assert "annealing starts between the largest k, 128, and the width, 1024; got 64" in capsys.readouterr().err
     # As above: so many boundaries that the short documents have passages.
     monkeypatch.setattr(Harvest, "context_len", 2)
     monkeypatch.setattr("workbench.features.documents.sparse.LEAST", 1)
-    small = ["--tokens", "4", "--k", "2", "--width", "32", "--anneal-from", "8", "--steps", "4"]
+    small = ["--tokens", "4", "--k", "2", "--k", "2", "--width", "32", "--anneal-from", "8", "--steps", "4"]
     assert run([*command, *small, "--draws", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     codes = [row for row in found["summary"] if row["code"] == "k-sparse"]
