@@ -152,7 +152,8 @@ def import_pretrained(
 
 def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any]) -> SAE:
     if not sae.hook_name:
-        raise InputError("the SAE does not say which hook point it reads: give one, as --hook blocks.5.hook_mlp_out")
+        what, example = ("transcoder", "mlp.hook_in") if isinstance(sae, Transcoder) else ("SAE", "hook_mlp_out")
+        raise InputError(f"the {what} does not say which hook point it reads: give one, as --hook blocks.5.{example}")
     if not sae.model_name:
         raise InputError("the SAE does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
     if isinstance(sae, Transcoder) and not sae.target_hook_name:
