@@ -4,6 +4,7 @@ What a reader chose lies in the URL; supernodes and notes lie in the workspace t
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ import streamlit as st
 from app.shared import loaded_model, plain
 from workbench import InputError, LoadedModel, Workspace
 from workbench.catalog.notes import Notes
-from workbench.circuits.graph_json import parsed, shown_groups, store_document, to_document
+from workbench.circuits.graph_json import parsed, regrouped, shown_groups, store_document, to_document
 from workbench.circuits.graph_schema import unknown_members
 from workbench.circuits.graph_tasks import TASK_GRAPHS
 from workbench.circuits.graphs import (
@@ -33,6 +34,8 @@ from workbench.circuits.graphs import (
 from workbench.circuits.named import feature_names
 from workbench.disk.names import layer_name
 
+SHARES = (0.3, 0.95)
+"""Least and most of the influence that the page shows."""
 GO_ON = 8
 """Tokens that the model goes on for, without and under a change."""
 
@@ -53,14 +56,28 @@ def check_link(whole: PromptGraph) -> None:
     named = [st.query_params.get(key, "") for key in ("node", "edge")]
     named += [*st.query_params.get("pins", "").split(","), *map(str, grouped)]
     lost = [one for one in dict.fromkeys(named) if one and one not in whole.number]
+    asked = st.query_params.get("look", "")
+    found = re.fullmatch(r"a\d+\.h\d+@([0-9]{1,9})", asked)
+    if asked and not (found and int(found[1]) < len(whole.tokens)):
+        lost.append(asked)
     if lost:
         more = f" and {len(lost) - 5} more" * (len(lost) > 5)
         st.warning(f"This link names {plain(', '.join(lost[:5]))}{more}, which this graph does not have.")
+    share = st.query_params.get("share", str(SHARES[0]))
+    if not _within(share, *SHARES):
+        st.warning(f"This link asks for the share {plain(share)}: it is a number from {SHARES[0]} to {SHARES[1]}.")
     twice = [one for one, times in Counter(map(str, grouped)).items() if times > 1]
     if twice:
         st.warning(f"This link puts {plain(', '.join(twice[:5]))} into supernodes twice: the first holds it.")
     if "groups" in st.query_params and not all(isinstance(group, list) for group in members):
         st.warning("This link's supernodes are damaged: what cannot be read of them is left out.")
+
+
+def _within(text: str, least: float, most: float) -> bool:
+    try:
+        return least <= float(text) <= most
+    except ValueError:
+        return False
 
 
 def read_groups(workspace: Workspace, name: str, whole: PromptGraph) -> dict[str, list[str]]:
@@ -101,14 +118,11 @@ def supernodes(
     title = st.text_input("Name for what is pinned", placeholder="self's attributes", key="group")
     buttons = st.container(horizontal=True)
     if buttons.button("Group what is pinned", disabled=not pins or not title):
-        taken = {
-            other: [one for one in members if one not in pins] for other, members in groups.items() if other != title
-        }
-        _keep_groups(workspace, name, {key: members for key, members in (taken | {title: pins}).items() if members})
+        _group(workspace, name, whole, title, pins, groups)
         set_query("pins", "")
         st.rerun()
     if buttons.button("Take the groups apart", disabled=not groups):
-        _keep_groups(workspace, name, {})
+        _take_apart(workspace, name, groups)
         st.rerun()
     if not groups:
         st.caption("Pin nodes in the graph (Shift and click), then give them a name.")
@@ -119,13 +133,35 @@ def supernodes(
     st.dataframe(supernode_edges(whole, says | groups), hide_index=True, width="stretch")
 
 
-def _keep_groups(workspace: Workspace, name: str, groups: dict[str, list[str]]) -> None:
+def _group(
+    workspace: Workspace, name: str, whole: PromptGraph, title: str, pins: list[str], groups: dict[str, list[str]]
+) -> None:
+    """Stores one supernode beside those of now, which another window may have changed; the link keeps its own too."""
+    stored = Notes(workspace.path)
     try:
-        Notes(workspace.path).set_supernodes(name, groups)
+        kept = regrouped(whole, stored.supernodes(name), title, pins)
+        stored.set_supernodes(name, kept)
     except InputError as error:
         st.error(plain(str(error)))
         st.stop()
-    set_query("groups", json.dumps(groups) if groups else "")
+    held = {one for members in kept.values() for one in members}
+    own = {key: [one for one in members if one not in held] for key, members in groups.items() if key not in kept}
+    set_query("groups", json.dumps(kept | {key: members for key, members in own.items() if members}))
+
+
+def _take_apart(workspace: Workspace, name: str, groups: dict[str, list[str]]) -> None:
+    """Takes the members that are shown out of the stored supernodes: those of another window stay."""
+    stored = Notes(workspace.path)
+    try:
+        kept = {
+            title: [one for one in members if one not in groups.get(title, [])]
+            for title, members in stored.supernodes(name).items()
+        }
+        stored.set_supernodes(name, kept)
+    except InputError as error:
+        st.error(plain(str(error)))
+        st.stop()
+    set_query("groups", "")
 
 
 def notes(workspace: Workspace, name: str, whole: PromptGraph) -> None:

@@ -35,7 +35,7 @@ def main() -> None:
     whole = opened_graph(str(workspace.path), name, version)
     panels.check_link(whole)
     share = st.slider(
-        "Share of the influence that is shown", 0.3, 0.95, 0.6, 0.05, key="share", bind="query-params",
+        "Share of the influence that is shown", *panels.SHARES, 0.6, 0.05, key="share", bind="query-params",
         help="The fewest nodes that hold it; what is stored holds 95 %.",
     )  # fmt: skip
     graph = pruned(str(workspace.path), name, version, share)

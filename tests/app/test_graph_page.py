@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.shared import plain
 from benchmarks.families import save_tiny
 from sae.rules import TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 from workbench import LoadedModel, Workspace, load_model
+from workbench.catalog.notes import Notes
 from workbench.circuits.graphs import GRAPH, open_graph
 from workbench.circuits.task import Task
 
@@ -87,6 +89,44 @@ def test_what_a_link_names_and_the_graph_does_not_have_is_said(space: Workspace,
         page = open_page("Graph", space, graph="list", groups=damaged)
         assert any("supernodes are damaged" in one.value for one in page.warning)
     assert not page.exception
+
+
+def test_a_share_and_a_look_that_there_are_not_are_said(space: Workspace, open_page: OpenPage) -> None:
+    space.graph("list", load_model("demo", device="cpu"), "x = [1, 2")
+    for share in ("abc", "9", "nan"):
+        page = open_page("Graph", space, graph="list", share=share)
+        assert [f"share {share}" in one.value for one in page.warning] == [True]
+    for asked in ("a2.h7@999", "a2.h7", "elsewhere"):
+        page = open_page("Graph", space, graph="list", look=asked)
+        assert [plain(asked) in one.value for one in page.warning] == [True]
+    assert not open_page("Graph", space, graph="list", share="0.5", look="a0.h1@2").warning
+
+
+def test_two_windows_keep_each_others_supernodes(space: Workspace, open_page: OpenPage) -> None:
+    space.graph("list", load_model("demo", device="cpu"), "x = [1, 2")
+    notes, node = Notes(space.path), open_graph(space, "list").nodes.names[0]
+    notes.set_supernodes("list", {"before": ["token/1", "token/2"]})
+    shown = json.dumps({"before": ["token/1", "token/2"]})
+    page = open_page("Graph", space, graph="list", groups=shown, pins="token/2")
+    notes.set_supernodes("list", {"before": ["token/1", "token/2"], "other window": ["token/3"]})
+
+    def named(title: str) -> None:
+        page.text_input(key="group").set_value(title).run()
+        next(box for box in page.button if box.label == "Group what is pinned").click().run()
+        assert not page.exception
+
+    named(node)
+    assert any(f"{plain(node)} is a node" in one.value for one in page.error)
+    named("  ")
+    assert any("has a name" in one.value for one in page.error)
+    named("mine")
+    kept = {"before": ["token/1"], "other window": ["token/3"], "mine": ["token/2"]}
+    assert notes.supernodes("list") == kept
+    assert json.loads(page.query_params["groups"]) == kept
+    notes.set_supernodes("list", kept | {"later": ["token/4"]})
+    next(box for box in page.button if box.label == "Take the groups apart").click().run()
+    assert not page.exception
+    assert notes.supernodes("list") == {"later": ["token/4"]}
 
 
 def test_a_link_opens_an_edge_and_a_look(space: Workspace, open_page: OpenPage) -> None:

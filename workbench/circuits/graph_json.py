@@ -184,6 +184,21 @@ def shown_groups(graph: Graph, groups: Mapping[str, Sequence[str]]) -> dict[str,
     return {title: members for title, members in found.items() if members}
 
 
+def regrouped(
+    graph: Graph, groups: Mapping[str, Sequence[str]], title: str, members: Sequence[str]
+) -> dict[str, list[str]]:
+    """Supernodes where one has these members, which leave the others; without any it is gone.
+
+    Raises:
+        InputError: a title that is a node's name.
+    """
+    title = title.strip()
+    if members and title in graph.number:
+        raise InputError(f"{title} is a node, and a change of {title} that node's: choose another name")
+    found = {other: [one for one in held if one not in members] for other, held in groups.items() if other != title}
+    return {other: held for other, held in (found | {title: list(members)}).items() if held}
+
+
 def supernodes_of(document: Mapping[str, Any]) -> dict[str, list[str]]:
     """Members of the supernodes of a document that was checked, by title: names of nodes as graphs have them."""
     names = {node["node_id"]: name_of(node) for node in document["nodes"]}

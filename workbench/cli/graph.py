@@ -219,6 +219,7 @@ def group(
 ) -> None:
     """Put nodes of a stored graph into a supernode, which `intervene` and the page take by its name."""
     from workbench.catalog.notes import Notes
+    from workbench.circuits.graph_json import regrouped
     from workbench.circuits.graphs import open_graph
     from workbench.workspace import Workspace
 
@@ -226,14 +227,10 @@ def group(
     graph = open_graph(workspace, name)
     chosen = [graph.nodes.names[graph.node(node)] for node in nodes or []]
     before = Notes(workspace.path).supernodes(name)
-    if chosen and title.strip() in graph.number:
-        raise InputError(f"{title} is a node, and `--change {title}=0` that node's: choose another name")
+    title = title.strip()
     if not chosen and title not in before:
         raise InputError(f"graph {name!r} has no supernode {title!r}: it has {', '.join(before) or 'none'}")
-    groups = {
-        other: [one for one in members if one not in chosen] for other, members in before.items() if other != title
-    }
-    Notes(workspace.path).set_supernodes(name, groups | {title: chosen})
+    Notes(workspace.path).set_supernodes(name, regrouped(graph, before, title, chosen))
     print(f"{title}: {', '.join(chosen)}" if chosen else f"{title} is taken apart")
     for other, members in before.items():
         if moved := [one for one in members if one in chosen and other != title]:
