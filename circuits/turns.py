@@ -5,7 +5,7 @@ read each other's values and make each other's changes.
 
 1. The forms of a model that `take_turns` was called with share a lock that its thread may take again.
 2. A thread has it for the length of a pass, and inside `hooks` of a TransformerBridge from before they go in until
-   they are out again. Other threads wait.
+   they are out again. Other threads wait. Do not yield inside `hooks`: a generator left unfinished keeps the model.
 3. What puts hooks, or other modules, into a model by itself enters `turn_of` the model first.
 """
 

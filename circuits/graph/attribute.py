@@ -61,8 +61,8 @@ def attribute(
         dtype: precision of the graph; the model's, float32 at least, when None.
 
     Raises:
-        InputError: an empty prompt or one that is too long, transcoders of another model, a model that cannot be
-            frozen, or edges that do not add up.
+        InputError: what is no prompt, an empty one or one that is too long, transcoders of another model, a model that
+            cannot be frozen, or edges that do not add up.
     """
     bos = _bos(bridge) if bos_id == "tokenizer" else bos_id
     tokens = _tokens(bridge, prompt, bos)
@@ -95,8 +95,12 @@ def _tokens(bridge: Bridge, prompt: str | Int[Tensor, "pos"], bos: int | None) -
     if isinstance(prompt, str):
         found = ids(bridge.tokenizer, prompt)
         tokens = torch.tensor([*([] if bos is None else [bos]), *found], device=device)
-    else:
+    elif isinstance(prompt, Tensor) and prompt.ndim == 1 and prompt.dtype in (torch.int32, torch.int64):
         tokens = prompt.to(device)
+    else:
+        shape = f"{tuple(prompt.shape)} of {prompt.dtype}" if isinstance(prompt, Tensor) else None
+        got = shape or " ".join(repr(prompt).split())[:60]
+        raise InputError(f"a prompt is a text or a tensor [pos] of whole token ids, not {got}")
     if len(tokens) < (1 if bos is None else 2):
         raise InputError("the prompt holds no token: type something")
     if len(tokens) > bridge.cfg.n_ctx:

@@ -47,7 +47,7 @@ class Look:
     pattern: float
     """The attention that came of it."""
     pairs: pd.DataFrame
-    """query, key (names of nodes, `bias`, `rest`), weight: the strongest pairs."""
+    """query, key (names of nodes, `bias`, `rest`), weight: the strongest pairs, none of weight 0."""
     kinds: pd.DataFrame
     """query, key (kinds of nodes, `bias`, `rest`), weight: all pairs by kind, which sum to the score."""
 
@@ -212,7 +212,8 @@ def _strongest(weight: Tensor, asked: _Side, given: _Side, top: int) -> pd.DataF
     rows = []
     for place in best:
         row, column = divmod(place, weight.shape[1])
-        rows.append((asked.names[row], given.names[column], float(weight[row, column])))
+        if weight[row, column] != 0:
+            rows.append((asked.names[row], given.names[column], float(weight[row, column])))
     return pd.DataFrame(rows, columns=["query", "key", "weight"])
 
 

@@ -69,7 +69,12 @@ def unknown_members(document: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def place_of(node: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """(kind, layer, feature, token) of a node by its id. Raises InputError for an id that is none."""
+    """(kind, layer, feature, token) of a node by its id.
+
+    Raises:
+        InputError: an id that is none, or that the position, a feature's layer and number or an error's layer deny.
+            Tokens and logits have other layers and numbers with every writer: theirs are not read.
+    """
     kind = next(kind for kind, title in TYPES.items() if title == node["feature_type"])
     first = "E" if kind == TOKEN else r"\d{1,9}"
     sign = "-?" if kind == ERROR else ""
@@ -88,7 +93,20 @@ def place_of(node: Mapping[str, Any]) -> tuple[int, int, int, int]:
         raise InputError(f"the node {node['node_id']!r} stands at layer {layer}, which no model has")
     if kind == LOGIT:
         return LOGIT, layer - 1, -1, int(found[2])
-    return (ERROR, layer, -1, -1) if kind == ERROR else (FEATURE, layer, int(found[2]), -1)
+    if str(node["layer"]) != str(layer):
+        raise InputError(f"the node {node['node_id']!r} stands at layer {_short(node['layer'])} by its layer: which?")
+    if kind == ERROR:
+        return ERROR, layer, -1, -1
+    index, number = int(found[2]), node["feature"]
+    if not isinstance(number, int) or isinstance(number, bool) or number not in _numbers(layer, index):
+        raise InputError(f"the node {node['node_id']!r} is another feature, {_short(number)}, by its feature: which?")
+    return FEATURE, layer, index, -1
+
+
+def _numbers(layer: int, index: int) -> set[int]:
+    """What writers call a feature: Cantor's pairing, the index alone, or the layer's digits before the index."""
+    before = (layer * 10**digits + index for digits in range(len(str(index)), 10))
+    return {(layer + index) * (layer + index + 1) // 2 + index, index, *before}
 
 
 def name_of(node: Mapping[str, Any]) -> str:

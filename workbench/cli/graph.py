@@ -254,6 +254,8 @@ def note(
     if node:
         graph.node(node)
     Notes(workspace.path).set_graph_note(name, node, text)
+    if not text.strip():
+        print(f"{node or name} has no note now")
 
 
 @commands.command()

@@ -28,8 +28,10 @@ def encode_prompt(model: LoadedModel, text: str, room: int = 1) -> tuple[list[in
         room: positions of the model's context to leave for others, BOS among them.
 
     Raises:
-        InputError: a text without tokens.
+        InputError: what is no text, or a text without tokens.
     """
+    if not isinstance(text, str):
+        raise InputError(f"a prompt is a text, not {' '.join(repr(text).split())[:60]}")
     ids = model.encode(text[:MAX_CHARACTERS])
     kept = ids[: min(MAX_TOKENS, model.info.n_ctx - room)]
     if not kept:

@@ -287,6 +287,9 @@ def test_other_models_and_other_coders_are_refused_by_name(relu_bridge: Any) -> 
         attribute(relu_bridge, torch.zeros(33, dtype=torch.long), {0: random_coder(0)})
     with pytest.raises(InputError, match="holds no token"):
         attribute(relu_bridge, "", {0: random_coder(0)})
+    for wrong in (123, None, ["a"], [0, 5], tokens[None], tokens.double()):
+        with pytest.raises(InputError, match="a prompt is a text or a tensor"):
+            attribute(relu_bridge, wrong, {0: random_coder(0)})  # type: ignore[arg-type]
     hooked = relu_bridge.blocks[1].attn.original_component.c_proj
     handle = hooked.register_forward_hook(lambda module, args, output: output * 1.5)
     try:

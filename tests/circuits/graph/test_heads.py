@@ -140,6 +140,14 @@ def test_sources_beyond_the_strongest_are_the_rest(case: Case, monkeypatch: pyte
     assert float(found.pairs["weight"].sum()) == pytest.approx(whole.score, rel=EXACT, abs=EXACT)
 
 
+def test_pairs_without_weight_are_left_out(case: Case) -> None:
+    sources = sources_again(case.bridge, case.graph, case.coders)
+    found = look(case.bridge, sources, "a0.h0", 0, 0)
+    assert 0 < len(found.pairs) <= 4
+    assert (found.pairs["weight"] != 0).all()
+    assert float(found.pairs["weight"].sum()) == pytest.approx(found.score, rel=EXACT, abs=EXACT)
+
+
 def test_a_look_ahead_or_nowhere_is_refused(case: Case) -> None:
     sources = sources_again(case.bridge, case.graph, case.coders)
     for head, query, key, said in (

@@ -202,6 +202,48 @@ def test_foreign_and_damaged_documents_are_refused_with_the_place(graphs: Worksp
     store_document(graphs, "marked", read_document(file), file.name)
 
 
+def test_what_a_node_says_beside_its_id_does_not_deny_it(graphs: Workspace) -> None:
+    good = to_document(open_graph(graphs, "add"), "add", "demo")
+    names = from_document(good).nodes.names
+
+    def changed(kind: str, key: str, value: object) -> dict:
+        document = json.loads(json.dumps(good))
+        node = [node for node in document["nodes"] if node["feature_type"] == kind][-1]
+        node[key] = value(node) if callable(value) else value
+        return document
+
+    feature, error = "cross layer transcoder", "mlp reconstruction error"
+    for key, value, said in (
+        ("feature", 10**30, "is another feature, 1000"), ("feature", True, "is another feature, True"),
+        ("feature", None, "is another feature, None"), ("feature", "9", "is another feature, '9'"),
+        ("layer", "x", "layer 'x' by its layer"), ("layer", -5, "layer -5 by its layer"),
+        ("layer", "99999999999", "by its layer"), ("layer", {}, "by its layer"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said) as refused:
+            from_document(changed(feature, key, value))
+        assert "\n" not in str(refused.value)
+        if key == "layer":
+            with pytest.raises(InputError, match=said):
+                from_document(changed(error, key, value))
+
+    def index(node: dict) -> int:
+        return int(node["node_id"].split("_")[1])
+
+    # Other writers: the index alone, the layer's digits before it, layers as numbers, tokens as -1.
+    for kind, key, value in (
+        (feature, "feature", index), (feature, "feature", lambda node: int(node["layer"]) * 10**5 + index(node)),
+        (feature, "layer", lambda node: int(node["layer"])), (error, "feature", None), ("embedding", "feature", 100),
+        ("embedding", "layer", -1), ("logit", "layer", "36"), ("logit", "feature", -1),
+    ):  # fmt: skip
+        assert from_document(changed(kind, key, value)).nodes.names == names
+
+
+def test_a_prompt_that_is_no_text_is_refused(graphs: Workspace, small: LoadedModel) -> None:
+    for wrong in (123, None, ["a"]):
+        with pytest.raises(InputError, match="a prompt is a text, not"):
+            attribute(small, wrong, graphs.transcoders("mine"))  # type: ignore[arg-type]
+
+
 def test_errors_in_the_older_form_are_read(graphs: Workspace) -> None:
     document = to_document(open_graph(graphs, "add"), "add", "demo")
     new = {}
@@ -294,6 +336,10 @@ def test_the_command_line_makes_shows_prunes_changes_and_exports(
     shown = capsys.readouterr().out
     assert f"both: {feature}, {other}" in shown
     assert f"Note on {feature}: copies" in shown
+    assert run(["graph", "note", "list", "", "--node", feature, *place]) == 0
+    assert capsys.readouterr().out == f"{feature} has no note now\n"
+    assert run(["graph", "note", "list", " ", *place]) == 0
+    assert capsys.readouterr().out == "list has no note now\n"
     run(["graph", "intervene", "list", "--change", "both=0", "--device", "cpu", "--json", *place])
     together = json.loads(capsys.readouterr().out)["nodes"]
     run(["graph", "intervene", "list", "--hold", f"{feature}=0", "--change", f"{other}=0", "--device", "cpu", "--json",
