@@ -45,6 +45,7 @@ def packed(tmp_path: Path) -> Path:
     return corpus
 
 
+@pytest.mark.slow
 def test_a_gelu_twin_is_trained_and_reported(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twin = tmp_path / "twin"
     shape = ["--layers", "2", "--d-model", "32", "--heads", "2", "--windows", "2"]
