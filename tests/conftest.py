@@ -1,15 +1,18 @@
 """Fixtures shared by all tests."""
 
 import atexit
+import importlib.util
 import multiprocessing
 import os
 import pickle
 import shutil
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,6 +38,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"third-party test data not found at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def script_at() -> Callable[[str], ModuleType]:
+    """Imports a script by its path in the repository, such as benchmarks/parity.py: none of them is in a package."""
+
+    def imported(path: str) -> ModuleType:
+        file = REPOSITORY / path
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # Dataclasses look their module up.
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return imported
 
 
 def _of_rank(work: Callable[..., Any], rank: int, size: int, port: int, arguments: Sequence[Any], told: Any) -> None:

@@ -1,7 +1,7 @@
 """The notebooks run from top to bottom, in a small setting and a workspace of their own."""
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,13 +26,8 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("execute", REPOSITORY / "notebooks" / "execute.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(script_at: Callable[[str], ModuleType]) -> ModuleType:
+    return script_at("notebooks/execute.py")
 
 
 @pytest.fixture(scope="module")

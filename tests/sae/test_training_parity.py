@@ -3,8 +3,8 @@
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,19 +14,12 @@ SEEDS = 3
 
 
 @pytest.fixture(scope="module")
-def parity() -> ModuleType:
+def parity(script_at: Callable[[str], ModuleType]) -> ModuleType:
     """benchmarks/parity.py, which runs the peers' own trainers."""
     pytest.importorskip("sae_lens", reason="needs sae-lens")
     if "dictionary_learning" not in sys.modules and importlib.util.find_spec("dictionary_learning") is None:
         pytest.skip("needs dictionary-learning")
-    file = Path(__file__).parents[2] / "benchmarks" / "parity.py"
-    spec = importlib.util.spec_from_file_location("parity", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["parity"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script_at("benchmarks/parity.py")
 
 
 @pytest.fixture

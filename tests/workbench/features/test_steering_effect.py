@@ -1,8 +1,6 @@
 """The benchmark of steering beside the bare module with a hook written by hand, in probabilities and float64."""
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -13,15 +11,8 @@ from workbench.models.load import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    file = Path(__file__).parents[3] / "benchmarks" / "steering_effect.py"
-    spec = importlib.util.spec_from_file_location("steering_effect", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["steering_effect"] = module
-    spec.loader.exec_module(module)
-    return module
+def benchmark(script_at: Callable[[str], ModuleType]) -> ModuleType:
+    return script_at("benchmarks/steering_effect.py")
 
 
 def probabilities(model: LoadedModel, tokens: torch.Tensor, shift: torch.Tensor, where: torch.Tensor) -> np.ndarray:

@@ -6,20 +6,17 @@ harvest's name).
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin, versions
-from workbench.catalog.results import Result
+from workbench.catalog.results import Made, Result
 from workbench.features.documents.contrastive import Recipe
 from workbench.features.documents.halves import find_halves
 from workbench.features.documents.sparse import sparse_codes
 from workbench.features.index.query import FeatureIndex
 from workbench.models.devices import choose_device
-
-if TYPE_CHECKING:
-    from workbench.catalog.results import Made
+from workbench.saes.hook_pairs import choose_hook
 
 KIND, SPARSE_KIND = "halves", "sparse-documents"
 
@@ -49,7 +46,7 @@ def document_halves(
     parameters = {"sae": sae, "tokens": tokens, "draws": draws, "seed": seed, "documents": documents}
     with closing(FeatureIndex.open(catalog, sae)) as index:
 
-        def make() -> "Made":
+        def make() -> Made:
             return find_halves(catalog, index, tokens=tokens, draws=draws, seed=seed, documents=documents), {}
 
         origin = catalog.origin(sae).measured_with(index=index.settings)
@@ -94,10 +91,7 @@ def sparse_documents(
         InputError: no such harvest or hook point, settings out of range, or too little text.
     """
     source = catalog.open_harvest(harvest)
-    if hook is None and len(source.hooks) > 1:
-        raise InputError(f"harvest {harvest!r} has several hook points: name one of {', '.join(source.hooks)}")
-    chosen = hook or source.hooks[0]
-    source.vectors(chosen)
+    chosen = choose_hook(source.hooks, f"harvest {harvest!r}", hook)
     k = list(dict.fromkeys(k))
     if not k or min(k) < 1 or max(k) > width or min(steps, tokens, draws) < 1 or seed < 0:
         raise InputError(
@@ -114,7 +108,7 @@ def sparse_documents(
         for weight in (0.0, gamma)
     ]
 
-    def make() -> "Made":
+    def make() -> Made:
         return sparse_codes(
             source, chosen, recipes, tokens=tokens, draws=draws, seed=seed, device=choose_device(device),
             on_progress=on_progress,
