@@ -47,6 +47,10 @@ class Bags:
         amount = np.sign(self.amount) * np.log1p(np.abs(self.amount)) * idf[self.item]
         return replace(self, amount=amount)
 
+    def by_own_idf(self) -> "Bags":
+        """The weights w_ui, by the idf of these texts."""
+        return self.weighted(self.idf(int(self.item.max(initial=-1)) + 1))
+
     def strongest(self, k: int) -> "Bags":
         """The k items of every text whose amounts are largest, whatever their sign; of equals the first."""
         order = np.lexsort((self.item, -np.abs(self.amount), self.text))

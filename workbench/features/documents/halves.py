@@ -96,6 +96,19 @@ def score(cosines: Float[NDArray, "n n"]) -> tuple[float, float]:
     return float((ranks == 1).mean()), float((1 / ranks).mean())
 
 
+def find_partners(codes: Bags | Float[NDArray, "two_documents width"]) -> dict[str, float]:
+    """top1 and reciprocal_rank (`score`) by the cosines of the codes of windows, ordered as `Windows`.
+
+    A code without any weight is as near to all others.
+    """
+    if isinstance(codes, Bags):
+        cosines = codes.every_second(0).cosines(codes.every_second(1))
+    else:
+        unit = codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-300)
+        cosines = unit[::2] @ unit[1::2].T
+    return dict(zip(("top1", "reciprocal_rank"), score(cosines), strict=True))
+
+
 def score_draw(
     index: FeatureIndex, windows: Windows, words: Int[NDArray, "two_documents tokens"], vectors: Vectors | None
 ) -> Iterator[dict[str, object]]:
@@ -110,11 +123,11 @@ def score_draw(
     amounts = {f"codes, {one}": codes[one] for one in POOLINGS}
     amounts["tokens"] = Bags.counted(words)
     for method, bags in amounts.items():
-        weighted = bags.weighted(bags.idf(int(bags.item.max()) + 1))
+        weighted = bags.by_own_idf()
         for kept in (0, *KEPT) if method in ("codes, sum", "tokens") else (0,):
             cut = weighted.strongest(kept) if kept else weighted
-            earlier, later = cut.every_second(0), cut.every_second(1)
-            yield _row(method, kept, earlier.cosines(later), np.count_nonzero(cut.amount) / cut.n_texts)
+            numbers = np.count_nonzero(cut.amount) / cut.n_texts
+            yield {"method": method, "kept": kept, **find_partners(cut), "numbers": numbers}
     if vectors is None:
         return
     mean, directions, spread = _moments(vectors, windows.rows)
@@ -123,8 +136,7 @@ def score_draw(
         *(("PCA", kept, mean @ directions[:, :kept]) for kept in KEPT if kept < mean.shape[1]),
         ("whitened", 0, mean @ directions / spread),
     ):
-        unit = codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-300)
-        yield _row(method, kept, unit[::2] @ unit[1::2].T, codes.shape[1])
+        yield {"method": method, "kept": kept, **find_partners(codes), "numbers": codes.shape[1]}
 
 
 def find_halves(
@@ -156,11 +168,6 @@ def find_halves(
         least_lead=("lead", "min"), greatest_lead=("lead", "max"),
     ).reset_index()  # fmt: skip
     return {"summary": summary.assign(documents=n), "draws": table}
-
-
-def _row(method: str, kept: int, cosines: Float[NDArray, "n n"], numbers: float) -> dict[str, object]:
-    top1, reciprocal_rank = score(cosines)
-    return {"method": method, "kept": kept, "top1": top1, "reciprocal_rank": reciprocal_rank, "numbers": numbers}
 
 
 def _vectors(catalog: Catalog, index: FeatureIndex) -> Vectors | None:

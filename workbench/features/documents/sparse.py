@@ -27,7 +27,7 @@ from torch import Tensor
 from sae.errors import InputError
 from workbench.features.documents.bags import Bags
 from workbench.features.documents.contrastive import Recipe, fvu, train_codes
-from workbench.features.documents.halves import FEWEST, draw_windows, score
+from workbench.features.documents.halves import FEWEST, draw_windows, find_partners
 from workbench.harvest.reading import Harvest, Vectors
 
 LEAST = 32
@@ -126,12 +126,11 @@ def _one_draw(
     means = torch.stack([vectors.rows(own).double().mean(dim=0) for own in windows]) - centre
     described = {"documents": len(windows) // 2, "dead": np.nan, "fvu": np.nan, "annealed": False, "labels": False}
     words = Bags.counted(judged.token[np.searchsorted(judged.row, windows)])
-    words = words.weighted(words.idf(int(words.item.max()) + 1))
-    yield {**described, "code": "tokens", "k": 0, **_found(words.every_second(0).cosines(words.every_second(1)))}
-    yield {**described, "code": "mean vector", "k": 0, **_found(_cosines(means))}
+    yield {**described, "code": "tokens", "k": 0, **find_partners(words.by_own_idf())}
+    yield {**described, "code": "mean vector", "k": 0, **find_partners(means.numpy())}
     directions = torch.linalg.svd(x, full_matrices=False).Vh
     for k in dict.fromkeys(recipe.k for recipe in recipes):
-        yield {**described, "code": "PCA", "k": k, **_found(_cosines(means @ directions[:k].T))}
+        yield {**described, "code": "PCA", "k": k, **find_partners((means @ directions[:k].T).numpy())}
     at = [part.to(device, torch.float32) for part in (x, unseen, means)]
     for recipe in recipes:
         coder = train_codes(at[0], labels.to(device), replace(recipe, seed=seed))
@@ -140,15 +139,5 @@ def _one_draw(
         yield {
             **described, "code": "k-sparse", "k": recipe.k, "annealed": recipe.anneal_from is not None,
             "labels": recipe.gamma > 0, "dead": 1 - float(fires.float().mean()),
-            "fvu": float(fvu(at[1], coder.decode(codes[1]))), **_found(_cosines(codes[2])),
+            "fvu": float(fvu(at[1], coder.decode(codes[1]))), **find_partners(codes[2].double().cpu().numpy()),
         }  # fmt: skip
-
-
-def _cosines(codes: Float[Tensor, "two_documents width"]) -> Float[NDArray, "documents documents"]:
-    """Of the earlier windows with the later ones."""
-    unit = (codes.double() / codes.double().norm(dim=1, keepdim=True).clamp(min=1e-300)).cpu()
-    return (unit[::2] @ unit[1::2].T).numpy()
-
-
-def _found(cosines: Float[NDArray, "documents documents"]) -> dict[str, float]:
-    return dict(zip(("top1", "reciprocal_rank"), score(cosines), strict=True))
