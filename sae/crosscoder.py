@@ -73,23 +73,35 @@ class Crosscoder(SAE):
         """Says anew what its parts read.
 
         Args:
-            hook_name: the hook point of all; what they have when None.
-            model_name: the model of all, or with commas between of each; what they have when None.
+            hook_name: the hook point of all, or with commas between of each; what they have when None.
+            model_name: the model of all, or of each, likewise.
 
         Raises:
-            InputError: another number of models than there are parts.
+            InputError: another number of hook points or models than there are parts, or two parts that would read the
+                same.
         """
-        models = [part.model_name for part in self.parts]
-        if model_name is not None:
-            given = [model.strip() for model in model_name.split(",")]
-            if len(given) not in (1, len(models)):
-                raise InputError(
-                    f"the crosscoder has {len(models)} parts and {len(given)} models were named: name one, or each"
-                )
-            models = given if len(given) > 1 else given * len(models)
-        hooks = [part.hook_name if hook_name is None else hook_name for part in self.parts]
+        hooks = self._each("hook points", hook_name, [part.hook_name for part in self.parts])
+        models = self._each("models", model_name, [part.model_name for part in self.parts])
+        read = list(zip(hooks, models, strict=True))
+        twice = next((one for number, one in enumerate(read) if all(one) and one in read[:number]), None)
+        if twice is not None:
+            raise InputError(
+                f"two parts of the crosscoder would both read {twice[0]} of {twice[1]}: name the model of every part, "
+                "as --model BASE,TUNED, or its hook point, as --hook FIRST,SECOND"
+            )
         named = zip(self.parts, hooks, models, strict=True)
         self._name_parts([replace(part, hook_name=hook, model_name=model) for part, hook, model in named])
+
+    def _each(self, what: str, given: str | None, had: list[str]) -> list[str]:
+        """One name for every part: what it had, or what was given for all or each."""
+        if given is None:
+            return had
+        names = [name.strip() for name in given.split(",")]
+        if len(names) not in (1, len(had)):
+            raise InputError(
+                f"the crosscoder has {len(had)} parts and {len(names)} {what} were named: name one, or each"
+            )
+        return names if len(names) > 1 else names * len(had)
 
     @classmethod
     @torch.no_grad()

@@ -157,8 +157,8 @@ class Workspace(Studies):
         Args:
             name: the name it gets.
             folder: where its files lie, which say which format it is; or its file.
-            read: hook, model: what it reads, where its files do not say; class_name, input_mean: of a single file, as
-                `sae.formats.single_file.load`.
+            read: hook, target_hook, model: what it reads and predicts, where its files do not say; class_name,
+                input_mean: of a single file, as `sae.formats.single_file.load`.
 
         Raises:
             InputError: a taken name, no such SAE, or one that cannot be expressed here.
@@ -167,17 +167,16 @@ class Workspace(Studies):
 
         return import_folder(self, name, Path(folder).expanduser(), **read)
 
-    def import_pretrained(
-        self, name: str, release: str, sae_id: str, *, hook: str | None = None, model: str | None = None
-    ) -> "SAE":
-        """Brings a published SAE into the workspace, by release and id in SAELens' registry (network).
+    def import_pretrained(self, name: str, release: str, sae_id: str, **read: str | None) -> "SAE":
+        """Brings a published SAE into the workspace, by release and id in SAELens' registry (network); `read` says
+        hook, target_hook and model, as for `import_sae`.
 
         Raises:
             InputError: as `import_sae`, unknown names, or no network.
         """
         from workbench.saes.exchange import import_pretrained
 
-        return import_pretrained(self, name, release, sae_id, hook=hook, model=model)
+        return import_pretrained(self, name, release, sae_id, **read)
 
     def import_transcoders(
         self,
@@ -433,10 +432,11 @@ class Workspace(Studies):
         transcoders: Sequence[str] = (),
         harvests: Sequence[str] = (),
         runs: Sequence[str] = (),
+        results: Sequence[str] = (),
         dry_run: bool = False,
     ) -> "list[Removed]":
-        """Removes what killed processes left behind, the artefacts named and what was measured on them; returns what
-        went.
+        """Removes what killed processes left behind, the artefacts named (results as KIND/NAME) and what was measured
+        on them; returns what went.
 
         Unfinished harvests and runs stay, since they can be resumed, unless they are named.
 
@@ -445,4 +445,5 @@ class Workspace(Studies):
         """
         from workbench.catalog.gc import remove
 
-        return remove(self, saes=saes, transcoders=transcoders, harvests=harvests, runs=runs, dry_run=dry_run)
+        named = {"saes": saes, "transcoders": transcoders, "harvests": harvests, "runs": runs, "results": results}
+        return remove(self, **named, dry_run=dry_run)

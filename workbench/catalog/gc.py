@@ -121,6 +121,7 @@ def remove(
     transcoders: Sequence[str] = (),
     harvests: Sequence[str] = (),
     runs: Sequence[str] = (),
+    results: Sequence[str] = (),
     dry_run: bool = False,
 ) -> list[Removed]:
     """Removes leftovers, the artefacts named, and what was measured on these SAEs and transcoders; see `Workspace.gc`.
@@ -144,6 +145,7 @@ def remove(
             folders += catalog.made_from_sae(name)
         if kind == "transcoders":
             folders += catalog.made_from_transcoders(name)
+    folders += [catalog.results.named(result) for result in results]
     removed = collect(catalog.path, folders, dry_run=dry_run)
     return removed + _notes_of_lost_graphs(catalog, {item.path for item in removed}, dry_run)
 

@@ -206,6 +206,15 @@ class ResultStore:
         assert row is not None
         return Result(row[0], row[1], row[2], json.loads(row[3]), json.loads(row[4]), path)
 
+    def named(self, said: str) -> Path:
+        """Where the result that is said as KIND/NAME lies. Raises InputError when there is none."""
+        kind, slash, name = said.partition("/")
+        if not slash:
+            raise InputError(f"{said!r} is no result: say its kind and its name, as graph/add")
+        check_name(kind, "result kind")
+        check_name(name, "result name")
+        return self.open(kind, name).path
+
     def names(self) -> dict[str, list[str]]:
         """Names of all results by their kind, without opening them."""
         found: dict[str, list[str]] = {}

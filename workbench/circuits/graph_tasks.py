@@ -33,7 +33,7 @@ from circuits.prompts import PromptSet
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
-from workbench.circuits.graphs import KEPT, Coders, transcoders_for
+from workbench.circuits.graphs import KEPT, Coders, begins_as_trained, transcoders_for
 from workbench.circuits.task import Task, fingerprint
 from workbench.models.load import LoadedModel
 
@@ -64,8 +64,9 @@ def graph_task(
         InputError: as the task, `transcoders_for`, or `circuits.graph.attribute`.
     """
     task = Task(task) if isinstance(task, str) else task
-    prompts = task.prompts(model)
     label, coders = transcoders_for(catalog, model, transcoders)
+    model = begins_as_trained(catalog, model, label)
+    prompts = task.prompts(model)
     parameters = {
         "task": task.name, "n": task.n, "seed": task.seed, "transcoders": label, "max_features": max_features,
         "prompts": fingerprint(prompts),

@@ -118,6 +118,11 @@ def transcoders_for(catalog: Catalog, model: LoadedModel, name: str | None = Non
     return BUNDLED, load_transcoders(demo_transcoders_dir(), device)
 
 
+def begins_as_trained(catalog: Catalog, model: LoadedModel, label: str) -> LoadedModel:
+    """The model with prompts that begin as the contexts did that a set of transcoders was trained on."""
+    return model if label == BUNDLED else model.beginning(catalog.origin(layer_name(label, 0)).bos)
+
+
 def sets_for_graphs(catalog: Catalog) -> list[tuple[str, str]]:
     """(name, model) of the sets of transcoders that can be read, the one written last first, baselines with random
     decoders after the trained ones, and at the end those that come with the demo model."""
@@ -167,6 +172,7 @@ def make_graph(
         InputError: as `attribute` and `transcoders_for`.
     """
     label, coders = transcoders_for(catalog, model, transcoders)
+    model = begins_as_trained(catalog, model, label)
     origin = Origin.of_measurement(model, transcoders=(label, coders))
 
     def make() -> Made:

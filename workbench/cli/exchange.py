@@ -42,7 +42,13 @@ def import_(
         typer.Option("--id", help="The SAE of the release; with a * for the layer, a set of its transcoders."),
     ] = None,
     hook: Annotated[str | None, typer.Option(help="Hook point it reads, where its files do not say.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model it reads, where its files do not say.")] = None,
+    target_hook: Annotated[
+        str | None, typer.Option(help="Hook point that a transcoder predicts, where its files do not say.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model it reads, where its files do not say; of a crosscoder's parts with commas between."),
+    ] = None,
     class_name: Annotated[
         str | None,
         typer.Option("--class", metavar="CLASS", help="Of a .pt file: dictionary_learning's class, or ReLU or TopK."),
@@ -67,19 +73,22 @@ def import_(
         raise InputError("say what to import: a folder, or --release and --id of a published SAE")
     workspace = Workspace(folder)
     if (source is not None and is_set(source)) or "*" in (sae_id or ""):
-        if hook is not None:
-            raise InputError("a set of transcoders has a hook point in every layer, as its files say: leave out --hook")
+        if hook is not None or target_hook is not None:
+            given = "--hook" if hook is not None else "--target-hook"
+            raise InputError(
+                f"a set of transcoders has a hook point in every layer, as its files say: leave out {given}"
+            )
         where: dict[str, Any] = {"folder": source, "release": release, "ids": sae_id, "model": model}
         _say_set(workspace, name, workspace.import_transcoders(name, **where), as_json)
         return
     if source is not None:
         sae = workspace.import_sae(
-            name, source, hook=hook, model=model, class_name=class_name, input_mean=input_mean
-        )  # fmt: skip
+            name, source, hook=hook, target_hook=target_hook, model=model, class_name=class_name, input_mean=input_mean
+        )
     else:
         assert release is not None
         assert sae_id is not None
-        sae = workspace.import_pretrained(name, release, sae_id, hook=hook, model=model)
+        sae = workspace.import_pretrained(name, release, sae_id, hook=hook, target_hook=target_hook, model=model)
     target = {"target_hook": sae.written_hook} if sae.written_hook != sae.hook_name else {}
     made = {
         "name": name, "rule": sae.rule.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": sae.hook_name, **target,

@@ -164,12 +164,17 @@ def gc(
     ] = [],  # noqa: B006
     harvest: Annotated[list[str], typer.Option("--harvest", metavar="NAME", help="Remove this harvest.")] = [],  # noqa: B006
     run: Annotated[list[str], typer.Option("--run", metavar="NAME", help="Remove this training run.")] = [],  # noqa: B006
+    result: Annotated[
+        list[str], typer.Option("--result", metavar="KIND/NAME", help="Remove this result, such as graph/add.")
+    ] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option(help="Only list what would go.")] = False,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     as_json: JsonOption = False,
 ) -> None:
     """Remove leftovers of killed processes, and the artefacts that are named."""
-    removed = open_workspace(folder).gc(saes=sae, transcoders=transcoders, harvests=harvest, runs=run, dry_run=dry_run)
+    removed = open_workspace(folder).gc(
+        saes=sae, transcoders=transcoders, harvests=harvest, runs=run, results=result, dry_run=dry_run
+    )
     if as_json:
         print_json([{"path": str(item.path), "bytes": item.bytes, "what": item.what} for item in removed])
         return

@@ -53,19 +53,22 @@ def compare(catalog: Catalog, names: Sequence[str] = ()) -> pd.DataFrame:
     evaluations = {result.name: result for result in catalog.results.find(KIND)}
     chosen = list(dict.fromkeys(names)) or list(summaries)
     by_part = {result.name: result for result in catalog.results.find("crosscoder")}
+    spelt: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     for name in chosen:
         summary, origin = summaries[name], catalog.origin(name)
         if summary.by_part is None:
-            rows.append(_row(summary, origin, summary.evaluation or {}, evaluations.get(name)))
+            rows.append(_row(summary, origin, summary.evaluation or {}, evaluations.get(name), spelt))
         for part, measured in (summary.by_part or {}).items():
             of_part = {**measured, "fvu": 1 - measured["explained_variance"]}
-            rows.append({**_row(summary, origin, of_part, by_part.get(name)), "sae": f"{name}: {part}"})
+            rows.append({**_row(summary, origin, of_part, by_part.get(name), spelt), "sae": f"{name}: {part}"})
     order = ["model", "hook", "rule", "d_sae", "l0", "sae"]
     return pd.DataFrame(rows).sort_values(order, na_position="last", ignore_index=True)
 
 
-def _row(summary: SAESummary, origin: Origin, measured: Mapping[str, Any], evaluation: Result | None) -> dict[str, Any]:
+def _row(
+    summary: SAESummary, origin: Origin, measured: Mapping[str, Any], evaluation: Result | None, spelt: dict[str, str]
+) -> dict[str, Any]:
     # The rule it was trained with: a batch rule is stored as the thresholds that it comes to.
     made_by = origin.rule
     stored = ARCHITECTURES.get(summary.architecture)
@@ -81,14 +84,18 @@ def _row(summary: SAESummary, origin: Origin, measured: Mapping[str, Any], evalu
         "target_hook": summary.target_hook,
         "model": summary.model,
         **{column: measured.get(key) for column, key in MEASURED.items()},
-        "evaluated_on": _text(evaluation),
+        "evaluated_on": _text(evaluation, spelt),
     }
 
 
-def _text(evaluation: Result | None) -> str | None:
+def _text(evaluation: Result | None, spelt: dict[str, str]) -> str | None:
+    """What an evaluation read; a corpus that was named in several ways, as a path from here and from elsewhere, by the
+    first of them, which `spelt` holds by its contents."""
     if evaluation is None:
         return None
     asked = evaluation.parameters
+    contents = evaluation.provenance.get("evaluated_on", {}).get("fingerprint")
+    corpus = spelt.setdefault(contents or asked["corpus"], asked["corpus"])
     field = f" ({asked['text_field']})" if "text_field" in asked else ""
     bos = ", BOS counted" if asked.get("count_bos") else ""
-    return f"{asked['corpus']}{field}, {asked['max_tokens']:,} tokens{bos}"
+    return f"{corpus}{field}, {asked['max_tokens']:,} tokens{bos}"

@@ -36,6 +36,7 @@ def import_folder(
     folder: Path,
     *,
     hook: str | None = None,
+    target_hook: str | None = None,
     model: str | None = None,
     class_name: str | None = None,
     input_mean: str | None = None,
@@ -44,7 +45,7 @@ def import_folder(
     catalog.check_new_sae(name)
     sae = load_foreign(folder, hook_name=hook, model_name=model, class_name=class_name, input_mean=input_mean)
     origin = {"format": recognise(folder), "path": str(folder.resolve())}
-    return _store(catalog, name, sae, origin)
+    return _store(catalog, name, sae, origin, target_hook)
 
 
 BUNDLED = Path("bundled")
@@ -142,15 +143,26 @@ def _after_norms(coders: Mapping[int, Transcoder]) -> dict[int, Transcoder]:
 
 
 def import_pretrained(
-    catalog: Catalog, name: str, release: str, sae_id: str, *, hook: str | None, model: str | None
+    catalog: Catalog,
+    name: str,
+    release: str,
+    sae_id: str,
+    *,
+    hook: str | None = None,
+    target_hook: str | None = None,
+    model: str | None = None,
 ) -> SAE:
     """Imports a published SAE; see `Workspace.import_pretrained`."""
     catalog.check_new_sae(name)
     sae = load_pretrained(release, sae_id, hook_name=hook, model_name=model)
-    return _store(catalog, name, sae, {"release": release, "id": sae_id})
+    return _store(catalog, name, sae, {"release": release, "id": sae_id}, target_hook)
 
 
-def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any]) -> SAE:
+def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any], target_hook: str | None) -> SAE:
+    if target_hook is not None:
+        if not isinstance(sae, Transcoder):
+            raise InputError(f"an SAE writes what it reads, and this is one: leave --target-hook {target_hook} out")
+        sae.target_hook_name = target_hook
     if not sae.hook_name:
         what, example = ("transcoder", "mlp.hook_in") if isinstance(sae, Transcoder) else ("SAE", "hook_mlp_out")
         raise InputError(f"the {what} does not say which hook point it reads: give one, as --hook blocks.5.{example}")
@@ -158,8 +170,7 @@ def _store(catalog: Catalog, name: str, sae: SAE, origin: Mapping[str, Any]) -> 
         raise InputError("the SAE does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
     if isinstance(sae, Transcoder) and not sae.target_hook_name:
         raise InputError(
-            "the transcoder does not say which hook point it predicts: name it in its cfg.json, as "
-            "metadata.hook_name_out; of sparsify's, folders of MLPs say it, such as layers.5.mlp"
+            "the transcoder does not say which hook point it predicts: give it, as --target-hook blocks.5.hook_mlp_out"
         )
     if isinstance(sae, Transcoder):
         sae = _after_norms({0: sae})[0]

@@ -60,7 +60,7 @@ def choose_pairs(
 
     Raises:
         InputError: hook points that a harvest does not have (names those it has), a set with a missing layer, one
-            pattern without the other, or harvests of different tokens.
+            pattern without the other, one activation twice, or harvests of different tokens.
     """
     hooks = as_hooks(hook)
     if len(harvests) > 1 or (len(hooks) > 1 and not each):
@@ -83,6 +83,12 @@ def _side_by_side(harvests: Sequence[Harvest], hooks: Sequence[str], target_hook
     places = [
         Place(one, choose_hook(one.hooks, f"harvest {one.name!r}", hook)) for one in harvests for hook in wanted
     ]  # fmt: skip
+    read = [(place.harvest.directory, place.hook) for place in places]
+    if twice := next((place for number, place in enumerate(places) if read[number] in read[:number]), None):
+        raise InputError(
+            f"{twice.hook} of harvest {twice.harvest.name!r} is read twice: a crosscoder reads different activations, "
+            "so name another harvest of the same tokens or another --hook"
+        )
     check_same_tokens(harvests)
     if len(harvests) == 1:
         own = [place.hook for place in places]
@@ -90,8 +96,6 @@ def _side_by_side(harvests: Sequence[Harvest], hooks: Sequence[str], target_hook
         own = _without_shared_prefix([place.harvest.name for place in places])
     else:
         own = [f"{place.harvest.name}/{place.hook}" for place in places]
-    # An activation beside itself is a control.
-    own = [name if own.index(name) == i else f"{name}#{own[:i].count(name) + 1}" for i, name in enumerate(own)]
     shown = " + ".join(dict.fromkeys(place.hook for place in places))
     return HookPairs(shown, None, (), tuple(zip(own, places, strict=True)))
 

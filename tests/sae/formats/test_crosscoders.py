@@ -68,7 +68,7 @@ def test_batchtopk_crosscoders_compute_what_theirs_do(tmp_path: Path, kind: int,
 
 def test_l1_crosscoders_of_both_layouts(tmp_path: Path) -> None:
     state = random_state()
-    made = load_foreign(write(tmp_path / "c", state, "CrossCoder"), hook_name="h", model_name="m")
+    made = load_foreign(write(tmp_path / "c", state, "CrossCoder"), hook_name="h", model_name="base,tuned")
     found = torch.stack(made.split(made(rows().flatten(1))), dim=1)  # type: ignore[attr-defined]
     torch.testing.assert_close(found, theirs(state, rows()), rtol=1e-5, atol=1e-5)
     other = tmp_path / "cc"
@@ -149,5 +149,9 @@ def test_what_the_parts_read_is_said_anew(tmp_path: Path) -> None:
         again = load_foreign(folder, hook_name="g", model_name="base, /moved/tuned")
         assert [(part.hook_name, part.model_name) for part in again.parts] == [("g", "base"), ("g", "/moved/tuned")]
         assert (again.hook_name, again.model_name) == ("g", "base + /moved/tuned")
+        layers = load_foreign(folder, hook_name="g,h", model_name="base")
+        assert [(part.hook_name, part.model_name) for part in layers.parts] == [("g", "base"), ("h", "base")]
         with pytest.raises(InputError, match="has 2 parts and 3 models were named"):
             load_foreign(folder, model_name="a,b,c")
+        with pytest.raises(InputError, match="two parts of the crosscoder would both read h of base: name the model"):
+            load_foreign(folder, model_name="base")

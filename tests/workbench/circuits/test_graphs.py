@@ -91,6 +91,24 @@ def test_another_graph_of_a_name_leaves_the_first_with_what_was_written_of_it(
         store_document(space, "add", read_document(file), file.name)
 
 
+def test_it_begins_as_the_contexts_did_that_the_transcoders_were_trained_on(small: LoadedModel, tmp_path: Path) -> None:
+    space = Workspace(tmp_path / "w")
+    record = {"harvest": {"config": {"model": small.info.name, "bos": False}}}
+    space.add_transcoders("bare", coders_of(small, small.info.name), [record, record])
+    made = make_graph(space, "add", small, PROMPT)
+    graph = open_graph(space, "add")
+    assert "".join(graph.texts) == PROMPT
+    assert graph.settings["bos"] is None
+    logits = small.hf(torch.tensor([small.encode(PROMPT)])).logits[0, -1]
+    assert graph.nodes.token[graph.n_sources].item() == logits.argmax().item()
+    assert graph.nodes.activation[graph.n_sources].item() == pytest.approx(logits.softmax(0).max().item(), rel=1e-4)
+    with pytest.raises(InputError, match="'add' is no result: say its kind and its name, as graph/add"):
+        space.gc(results=["add"])
+    assert run(["gc", "--result", "graph/add", "--workspace", str(space.path)]) == 0
+    assert not made.path.exists()
+    assert run(["gc", "--result", "graph/add", "--workspace", str(space.path)]) == 2
+
+
 def test_a_set_that_leaves_out_the_last_layer_stands_for_no_model(small: LoadedModel, tmp_path: Path) -> None:
     space = Workspace(tmp_path / "w")
     whole = coders_of(small, small.info.name)

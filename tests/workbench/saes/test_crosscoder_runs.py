@@ -59,9 +59,8 @@ def test_rows_lie_side_by_side_scaled_to_one_size(workspace: Workspace) -> None:
     [
         (["base", "tuned"], A, ["base", "tuned"]),
         ("base", [A, B], [A, B]),
-        (["base", "base"], A, ["base", "base#2"]),
     ],
-    ids=["two models", "two layers", "itself"],
+    ids=["two models", "two layers"],
 )
 def test_a_crosscoder_is_trained_saved_and_listed(workspace: Workspace, capsys, harvests, hooks, names) -> None:
     made = workspace.train("r", harvests, [CONFIG], hook=hooks, device="cpu")[0]
@@ -76,6 +75,13 @@ def test_a_crosscoder_is_trained_saved_and_listed(workspace: Workspace, capsys, 
     # Finished: the same call answers with what there is.
     again = workspace.train("r", harvests, [CONFIG], hook=hooks, device="cpu")[0]
     assert again.fingerprint() == made.fingerprint()
+
+
+def test_an_activation_is_no_part_twice(workspace: Workspace) -> None:
+    for harvests, hooks in ((["base", "tuned", "base"], A), ("base", [A, B, A])):
+        with pytest.raises(InputError, match=f"^{A} of harvest 'base' is read twice"):
+            workspace.train("r", harvests, [CONFIG], hook=hooks, device="cpu")
+    assert workspace.runs() == []
 
 
 def test_the_command_trains_it(workspace: Workspace, capsys) -> None:

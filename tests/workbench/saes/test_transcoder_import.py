@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae import InputError, JumpReLU, TopK, Transcoder
+from sae import SAE, InputError, JumpReLU, TopK, Transcoder
 from sae.formats import circuit_tracer
 from sae.formats.saelens_import import from_parts
 from workbench.cli.main import run
@@ -85,6 +85,16 @@ def test_one_transcoder_and_gemma_scope_2_go_the_same_way(gained: LoadedModel, t
     published.save(tmp_path / "one")
     found = space.import_sae("one", tmp_path / "one")
     assert found.hook_name == "blocks.1.mlp.hook_in"
+    silent = before_the_gain(gained.info.name, gained.info.d_model, 1, TopK(3))
+    silent.target_hook_name = ""
+    silent.save(tmp_path / "silent")
+    command = ["import", str(tmp_path / "silent"), "--name", "silent", "--workspace", str(space.path)]
+    assert run(command) == 2
+    assert run([*command, "--target-hook", "blocks.1.hook_mlp_out"]) == 0
+    assert space.coder("silent").written_hook == "blocks.1.hook_mlp_out"
+    SAE(4, 8, TopK(2), hook_name="blocks.0.hook_resid_post", model_name="m").save(tmp_path / "sae")
+    with pytest.raises(InputError, match="an SAE writes what it reads, and this is one: leave --target-hook h out"):
+        space.import_sae("sae", tmp_path / "sae", target_hook="h")
     lost = before_the_gain("/no/model", gained.info.d_model, 1, JumpReLU())
     lost.save(tmp_path / "lost")
     with pytest.raises(InputError, match="no model folder at /no/model"):

@@ -1,5 +1,6 @@
 """SAEs of contexts that begin without BOS are measured and read without it, whoever trained them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,12 @@ def test_the_clean_loss_is_that_of_contexts_as_in_training(
     assert bool(counted.all()) is not bos
     assert found.ce_clean == pytest.approx(losses[counted].mean().item(), rel=1e-5)
     assert found.tokens == int((packed.flags == 0).sum())
+
+
+def test_one_text_named_in_two_ways_is_one_text(space: Workspace, model: LoadedModel, texts: Path) -> None:
+    for name, path in (("begun", str(texts)), ("imported", os.path.relpath(texts))):
+        space.evaluate([name], model=model, corpus=path, max_tokens=TOKENS)
+    assert len(set(space.compare(["begun", "imported"])["evaluated_on"])) == 1
 
 
 def test_sparsity_of_codes_is_measured_as_in_training(space: Workspace, model: LoadedModel, texts: Path) -> None:
