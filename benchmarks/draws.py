@@ -14,7 +14,8 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
     heads        3: heads one at a time and left whole; layers, with each query's best keys
     gates        3: sinks, gates and the stream's largest entry
     saes         4: terms a token, with --workspace and --sae
-    codes        docs/methods/inference.md: an SAE's codes by encoder and searches, with --workspace and --sae
+    codes        docs/methods/inference.md: codes by encoder and searches, with --workspace and --sae; a draw has its
+                 own text and the next of the SAEs
     lenses       docs/methods/lenses.md
     transcoders  docs/methods/transcoders.md, the bundled set
     tasks        docs/methods/circuits.md: the code tasks
@@ -246,11 +247,15 @@ def saes(ask: Ask) -> Iterator[Value]:
 
 
 def codes(ask: Ask) -> Iterator[Value]:
-    space = Workspace(ask.options.workspace, create=False)
-    for name in ask.options.sae:
-        found = measure_inference(ask.model, space.sae(name), ask.corpus, ks=(8, 16, 32), max_tokens=HELD_OUT)
-        for key in ("l0", "fvu", "added_nats", "dead_share"):
-            yield from _cells(f"{name}: {key}", found.table().pivot(index="k", columns="method", values=key))
+    name = ask.options.sae[ask.draw % len(ask.options.sae)]
+    sae = Workspace(ask.options.workspace, create=False).sae(name)
+    found = measure_inference(ask.model, sae, ask.corpus, ks=(8, 16, 32), max_tokens=HELD_OUT).table()
+    for key in ("l0", "fvu", "added_nats", "kl", "dead_share"):
+        yield from _cells(key, found.pivot(index="k", columns="method", values=key))
+    for key in ("fvu", "added_nats"):
+        wide = found.pivot(index="k", columns="method", values=key).rename_axis(columns=None)
+        lost = wide.sub(wide["encoder"], axis=0).div(-wide["encoder"], axis=0)
+        yield from _cells(f"less than the encoder's: {key}", lost.drop(columns="encoder").T.rename_axis(columns=None))
 
 
 def lenses(ask: Ask) -> Iterator[Value]:
