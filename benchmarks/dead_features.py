@@ -1,10 +1,11 @@
 """Rules on SynthSAEBench-16k in short runs of several seeds, and what keeps their features alive, one cause at a time:
 a table of docs/methods/rules.md.
 
-    python benchmarks/dead_features.py [--samples 10000000] [--seeds 3] [--arms NAME ...] [--tiny] [--out FILE]
+    python benchmarks/dead_features.py [--samples 10000000] [--seeds 0 1 2] [--arms NAME ...] [--tiny] [--out FILE]
 
-All arms and seeds (of the SAEs) train side by side on one stream; measures as in `workbench.bench.quality`, printed as
-means and standard deviations over the seeds, and as differences of an arm from its rule's first on the same seed.
+The arms of a seed (of the SAEs) train side by side, all seeds on one stream; measures as in `workbench.bench.quality`,
+printed as means and standard deviations over the seeds, and as differences of an arm from its rule's first on the same
+seed. With `--out` every seed is written as it ends, and one that is there is not trained again.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=arms(FULL, BATCH), metavar="NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="400 features, 400,000 samples")
@@ -64,23 +65,31 @@ def main() -> None:
     samples = options.samples or (400_000 if options.tiny else 10_000_000)
     planted = Planted.of(benchmark_model(size, options.device))
     chosen = {name: arm for name, arm in arms(size, samples).items() if options.arms is None or name in options.arms}
-    settings: dict[str, Any] = {"lr": size.lr, "batch_size": BATCH}
-    configs = {
-        (name, seed): TrainConfig(f"{name}-{seed}", samples, size.d_sae, rule, seed=seed, **settings, **own)
-        for seed in range(options.seeds)
-        for name, (rule, own) in chosen.items()
-    }
-    lines = []
-    made = train(list(configs.values()), Stream(planted, 0), device=options.device)
-    for (name, seed), one in zip(configs, made, strict=True):
-        if one.sae is None:
-            raise SystemExit(f"{name}, seed {seed}: {one.error}")
-        found = measures(one.sae, Stream(planted, 0), 1)
-        lines.append({"arm": name, "seed": seed, "l0": found["l0"], **{key: found[key] for key in COLUMNS}})
-        print(lines[-1], flush=True)
+    runs = pd.read_csv(options.out) if options.out and options.out.is_file() else pd.DataFrame()
+    for seed in options.seeds:
+        if len(runs) and seed in set(runs["seed"]):
+            continue
+        configs = [
+            TrainConfig(name, samples, size.d_sae, rule, seed=seed, lr=size.lr, batch_size=BATCH, **own)
+            for name, (rule, own) in chosen.items()
+        ]
+        runs = pd.concat([runs, trained(configs, planted, options.device)], ignore_index=True)
         if options.out:
-            pd.DataFrame(lines).to_csv(options.out, index=False)
-    show(pd.DataFrame(lines))
+            runs.to_csv(options.out, index=False)
+    show(runs)
+
+
+def trained(configs: list[TrainConfig], planted: Planted, device: str) -> pd.DataFrame:
+    """One line an arm: what `measures` says of it."""
+    lines = []
+    for config, made in zip(configs, train(configs, Stream(planted, 0), device=device), strict=True):
+        if made.sae is None:
+            raise SystemExit(f"{config.name}, seed {config.seed}: {made.error}")
+        found = measures(made.sae, Stream(planted, 0), 1)
+        named = {"arm": config.name, "seed": config.seed, "l0": found["l0"]}
+        lines.append(named | {key: found[key] for key in COLUMNS})
+        print(lines[-1], flush=True)
+    return pd.DataFrame(lines)
 
 
 def show(runs: pd.DataFrame) -> None:

@@ -4,9 +4,11 @@ docs/methods/concepts.md.
     python -m benchmarks.poles [WORKSPACE] [--seeds 3] [--arms abstopk batch_abstopk]
 
 First on planted features, whose concepts are "feature i, positive" and "feature i, negative": AbsTopK with as many
-latents as features, where activations have signs and where they have none, and TopK with twice the latents. Then, of a
-workspace in which benchmarks/rules.py has aligned SAEs with concepts, the SAEs `seed0-ARM`, `seed1-ARM`, ... Shares of
-the features that fire, means and standard deviations over seeds.
+latents as features, where activations have signs and where they have none, and TopK with twice the latents. There
+nearly every sign holds a concept, so that any two signs hold two; what tells is how often they are the two poles of one
+planted feature, beside how often the signs of any two latents are (`of_one_feature`). Then, of a workspace in which
+benchmarks/rules.py has aligned SAEs with concepts, the SAEs `seed0-ARM`, `seed1-ARM`, ... Shares of the features that
+fire, means and standard deviations over seeds.
 """
 
 import argparse
@@ -61,6 +63,20 @@ def planted_poles(planting: Planting, rule: Rule, width: int, seed: int) -> Pole
     return poles(align(outcome.sae, Planted(rows.x), known))
 
 
+def of_one_feature(found: Poles, at: float) -> tuple[float, float]:
+    """Share of the latents whose signs hold the two poles of one planted feature; the same by chance, with every sign
+    paired with those of all latents."""
+    held = [
+        found.table[sign].where(found.holds(sign, at)).str.extract(r"feature (?P<feature>\d+), (?P<sign>\w+)")
+        for sign in SIGNS
+    ]
+    pairs = held[0].merge(held[1], how="cross", suffixes=("", "_other"))
+    poles_of_one = (pairs["feature"] == pairs["feature_other"]) & (pairs["sign"] != pairs["sign_other"])
+    n = len(found.table)
+    of_all = poles_of_one.to_numpy().reshape(n, n)
+    return float(of_all.diagonal().mean()), float(of_all.mean())
+
+
 def line(name: str, found: Sequence[Poles], at: float) -> str:
     """A row of the printed table."""
     shares = [
@@ -87,7 +103,13 @@ def main() -> None:
         ("planted with signs, TopK", CASES["signed"], TopK(K), 2 * n),
         ("planted without signs, AbsTopK", BASE, AbsTopK(K), n),
     ):
-        print(line(name, [planted_poles(planting, rule, width, seed) for seed in seeds], HOLDS), flush=True)
+        found = [planted_poles(planting, rule, width, seed) for seed in seeds]
+        print(line(name, found, HOLDS), flush=True)
+        for what, values in zip(
+            ("poles of one feature", "by chance"), zip(*(of_one_feature(one, HOLDS) for one in found), strict=True),
+            strict=True,
+        ):  # fmt: skip
+            print(f"{name}: {what} {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}", flush=True)
     if options.workspace is not None:
         space = Workspace(options.workspace, create=False)
         for arm in options.arms:

@@ -1,6 +1,7 @@
-"""Which tables of the documentation are older than the code they measure.
+"""Which numbers of the documentation are older than the code they measure.
 
-Every table of measured numbers is followed by a record, one for all tables of its section since the last:
+Every table of measured numbers is followed by a record, one for all tables of its section since the last, and prose
+that states a spread (`0.5 ± 0.1`, `0.5 (0.4 to 0.6)`) stands in a section that has one:
 
     <!-- measured
     command: python benchmarks/planted.py --cases dead_features
@@ -13,9 +14,9 @@ with digests of what they said then: of their text without docstrings, comments,
 trailing commas, so that an edit of these makes no table old. Name the formula and the benchmark's settings, not all
 that they call. Timings have no `code`: they belong to the machine and the day that the page names.
 
-A table is older than its code where a digest has changed. Then
+A number is older than its code where a digest has changed. Then
 
-    python docs/measured.py                                  # names such tables, and measured ones without a record
+    python docs/measured.py                                  # names such records, and numbers without a record
     python docs/measured.py --stamp docs/methods/planted.md  # after measuring the page again: digests, date and commit
 
 or, where it cannot be measured again now, a line `older: WORDS` in the record, and the same words on the page for its
@@ -38,6 +39,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 RECORD = re.compile(r"<!-- measured\n(.*?)-->", re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d")
+SPREAD = re.compile(r"\d ± \d|\d\S* \([-+]?[\d.]+%? to [-+]?[\d.]+")
 PLACE = re.compile(r"(?P<path>[\w/.-]+?)(?::(?P<name>[\w.]+))? (?P<digest>[0-9a-f]{8})$")
 
 
@@ -134,8 +136,18 @@ def measured_tables(text: str) -> Iterator[int]:
             yield number + 1
 
 
+def measured_prose(text: str) -> Iterator[int]:
+    """Lines on which paragraphs begin that state a spread."""
+    shown = RECORD.sub(lambda match: "\n" * match[0].count("\n"), text)
+    number = 1
+    for block in re.split(r"(\n\s*\n)", shown):
+        if not block.startswith("|") and SPREAD.search(" ".join(block.split())):
+            yield number
+        number += block.count("\n")
+
+
 def complaints(text: str) -> list[str]:
-    """One line for every measured table without a record, and for every record that is older than its code."""
+    """One line for every measured number without a record, and for every record that is older than its code."""
     found = []
     kept = records(text)
     headings = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("#")]
@@ -143,6 +155,11 @@ def complaints(text: str) -> list[str]:
         section_end = next((number for number in headings if number > table), sys.maxsize)
         if not any(table < record.line < section_end for record in kept):
             found.append(f"line {table}: no record follows this table: see docs/measured.py")
+    for paragraph in measured_prose(text):
+        section = max((number for number in headings if number <= paragraph), default=0)
+        section_end = next((number for number in headings if number > paragraph), sys.maxsize)
+        if not any(section < record.line < section_end for record in kept):
+            found.append(f"line {paragraph}: no record in the section of this paragraph: see docs/measured.py")
     visible = " ".join(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).split())
     for record in kept:
         older = record.fields.get("older")
@@ -201,7 +218,7 @@ def main() -> None:
     found = [
         f"{page.relative_to(REPOSITORY)}, {one}" for page in pages() for one in complaints(page.read_text("utf-8"))
     ]
-    print("\n".join(found) or "Every measured table has a record, and none is older than its code.")
+    print("\n".join(found) or "Every measured number has a record, and none is older than its code.")
     raise SystemExit(bool(found))
 
 

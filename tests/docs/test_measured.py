@@ -1,4 +1,4 @@
-"""Tables of measured numbers name their command, and none is older than the code it measures."""
+"""Measured numbers name their command, and none is older than the code it measures."""
 
 import sys
 from pathlib import Path
@@ -91,3 +91,13 @@ def test_old_tables_are_told_until_they_are_measured_again(
     assert "older" not in again
     (tmp_path / "code.py").unlink()
     assert measured.complaints(again) == ["line 7: code.py:share is no longer there"]
+
+
+@pytest.mark.parametrize("stated", ["0.5 ± 0.1", "-3% (-4 to\n-2)", "0.95 (0.94 to 0.96)"])
+def test_prose_that_states_a_spread_has_a_record_in_its_section(measured: ModuleType, stated: str) -> None:
+    record = "<!-- measured\ncommand: python code.py\non: 2026-01-01, 1234567\n-->\n"
+    page = f"# Title\n\nIn words.\n\nIt is {stated}, says\nsomebody.\n\n# Next\n"
+    assert measured.complaints(page) == ["line 5: no record in the section of this paragraph: see docs/measured.py"]
+    assert measured.complaints(page + record) != []
+    assert measured.complaints(page.replace("# Next", record + "# Next")) == []
+    assert measured.complaints(page.replace(stated, "0.5 on one draw")) == []
