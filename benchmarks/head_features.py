@@ -2,8 +2,9 @@
 (`benchmarks.planted_heads`), which have one job each, beside frozen random decoders.
 
 SAEs train on the heads' outputs, the demo's over Python's standard library, the planted ones' over rows of tokens, and
-are indexed and aligned with concepts there; `workbench.circuits.head_features` surveys the heads. Means over heads that
-have features, and the share of heads with more than one meaning; mean, least and greatest of the seeds.
+are indexed there; `workbench.circuits.head_features` surveys the heads. Means over heads that have features; the share
+of heads with more than one meaning, and of heads to which the same features are dealt by lot; mean, least and greatest
+of the seeds.
 
     python -m benchmarks.head_features [--layer 3] [--tokens 300000] [--seeds 3]
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.planted_heads import LENGTH, jobs, save_planted, texts
+from benchmarks.planted_heads import LENGTH, save_planted, texts
 from sae.config import TrainConfig
 from sae.rules import TopK
 from workbench import Workspace
@@ -31,28 +32,18 @@ PLANTED = {0: "a0.h3", 2: "a2.h5"}
 
 
 def surveys(
-    space: Workspace, model: LoadedModel, harvest: str, seeds: int, known: pd.DataFrame | None = None, **sizes: Any
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Trains both arms on every seed; gives the arm and the table `heads`.
-
-    Args:
-        known: concepts of the harvest's rows; those of its text when left out.
-    """
+    space: Workspace, model: LoadedModel, harvest: str, seeds: int, **sizes: Any
+) -> Iterator[tuple[str, pd.DataFrame, pd.Series]]:
+    """Trains both arms on every seed; gives the arm, the table `heads` and the row of `summary`."""
     for seed in range(seeds):
         for arm, frozen in (("topk", False), ("random", True)):
             name = f"{harvest}-{arm}-{seed}"
             space.train(name, harvest, [TrainConfig(name, seed=seed, frozen_decoder=frozen, **sizes)], device="cpu")
             space.build_index(name, device="cpu")
-            space.concepts(name, table=known)
-            heads = space.head_features(name, model).table("heads")
-            print(f"{name}\n{heads[heads['features'] > 0].to_string(index=False)}", flush=True)
-            yield arm, heads
-
-
-def concepts_of(space: Workspace, harvest: str) -> pd.DataFrame:
-    """What is known of every token of the planted transformer's text."""
-    found = space.sql("SELECT row, context, token FROM tokens WHERE flags = 0 ORDER BY row", harvest)
-    return jobs(pd.DataFrame(found.rows, columns=found.columns))
+            result = space.head_features(name, model)
+            heads, summary = result.table("heads"), result.table("summary").iloc[0]
+            print(f"{name}\n{heads[heads['features'] > 0].to_string(index=False)}\n{summary.to_string()}", flush=True)
+            yield arm, heads, summary
 
 
 def main() -> None:
@@ -78,23 +69,23 @@ def main() -> None:
             space.harvest(
                 name, HarvestConfig(str(planted), str(text), (hook,), context_len=2 * LENGTH + 1), model=model
             )
-            for arm, heads in surveys(space, model, name, options.seeds, known=concepts_of(space, name), **sizes):
+            for arm, heads, _ in surveys(space, model, name, options.seeds, **sizes):
                 rows.append(row(f"planted, {node}, {arm}", heads[heads["node"] == node]))
         model = load_model("demo", device="cpu")
         sizes = {"total_tokens": 2 * options.tokens, "d_sae": WIDTH, "rule": TopK(K)}
         for layer in options.layer or range(model.info.n_layers):
             name, hook = f"demo-{layer}", f"blocks.{layer}.attn.hook_z"
             space.harvest(name, HarvestConfig("demo", "python-stdlib", (hook,), max_tokens=options.tokens), model=model)
-            for arm, heads in surveys(space, model, name, options.seeds, **sizes):
-                rows.append(row(f"demo, layer {layer}, {arm}", heads))
+            for arm, heads, summary in surveys(space, model, name, options.seeds, **sizes):
+                rows.append(row(f"demo, layer {layer}, {arm}", heads) | {"dealt": summary["dealt"]})
     print(pd.DataFrame(rows).groupby("arm", sort=False).agg(["mean", "min", "max"]).round(2).T.to_string())
 
 
 def row(arm: str, heads: pd.DataFrame) -> dict[str, Any]:
     """Means over heads that have features."""
     found = heads[heads["features"] > 0]
-    means = found[["features", "with_concept", "meanings", *FAMILIES]].mean().to_dict()
-    return {"arm": arm, "heads": len(found), "polysemantic": polysemantic_share(found), **means}
+    means = found[["features", "told", "meanings", *FAMILIES]].mean().to_dict()
+    return {"arm": arm, "heads": int((heads["told"] >= 2).sum()), "polysemantic": polysemantic_share(found), **means}
 
 
 if __name__ == "__main__":

@@ -263,12 +263,13 @@ def features(workspace: Workspace, model: ModelInfo, head: str) -> None:
         of_head = result.table("heads").set_index("node").loc[head]
         st.subheader(f"Features of {plain(sae)}")
         st.caption(
-            f"{of_head['meanings']} meanings among {of_head['with_concept']} features with a concept; "
+            f"{of_head['meanings']} meanings among {of_head['told']} features that a relation tells; "
             + ", ".join(f"{of_head[kind]} {kind}" for kind in FAMILIES)
         )
         for row in own.itertuples():
             label = (
                 f"{row.share:.0%} · {row.feature} {plain(str(row.name))} · {row.family}, {row.distance:.1f} tokens back"
+                + (f" · {row.relation}: {plain(row.tokens)} (F1 {row.relation_f1:.2f})" if row.told_by else "")
             )
             page_link("Feature", label, sae=sae, feature=row.feature)
 

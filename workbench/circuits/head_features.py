@@ -11,17 +11,23 @@
        induction   share of the weight on sources whose token before is the token at t: what followed it earlier
        family      induction where that share is above one half, else short up to 8 tokens of distance, else long
 
-3. Of every head its number of meanings: different best concepts among the features that have one, a number at their
-   end left out, since depth 1 and depth 2 are one job.
+3. Of every such feature the relations that tell it (`workbench.circuits.relations`): the current token, the one before,
+   what followed an earlier copy, ...; and its best concept, where that is good enough to call it after it, a number at
+   its end left out, since depth 1 and depth 2 are one job.
+4. Of every head its number of meanings: the fewest of these that tell all its features that any tells. Polysemantic
+   is the share of heads with more than one, among those with two such features; the control deals the features of all
+   heads out to the heads by lot.
 
 (Kissane et al. 2024, arXiv 2406.17759, read these families off by eye and call a head polysemantic where its features
-mean several things; the measure and both bounds are reconstructed.)
+mean several things; the measures and bounds are reconstructed.)
 
-Tables: `features` (node, rank, feature, share, name, concept, f1, distance, induction, family), `heads` (node, layer,
-head, features, with_concept, meanings, and how many of each family).
+Tables: `features` (node, rank, feature, share, name, concept, f1, distance, induction, family, relation, relation_f1,
+tokens, told_by), `heads` (node, layer, head, features, told, meanings, and how many of each family), `summary` (heads
+with two features told, polysemantic, dealt, dealt_least, dealt_greatest).
 """
 
 import math
+import re
 
 import pandas as pd
 import torch
@@ -36,16 +42,21 @@ from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
+from workbench.circuits.relations import TOLD, Neighbours, Told, meanings
 from workbench.features.index.feature import LABEL_F1
 from workbench.features.index.query import FeatureIndex
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_prompt_fits
+from workbench.show.html import one_line
+from workbench.text.token_bytes import alone
 
 HEAD_FEATURES = "circuit-head-features"
 SHORT = 8
 """Tokens of mean distance up to which a feature looks back a short way."""
 NUMBERED = r"_\d+$"
 """The end of a concept that is one of a series."""
+DEALS = 20
+"""Draws of the control."""
 FAMILIES = ("induction", "short", "long")
 
 
@@ -91,8 +102,10 @@ def report_head_features(
         for column, part in (("distance", 0), ("induction", 1)):
             features[column] = [reach[feature][part] for feature in features["feature"]]
         features["family"] = [family(*reach[feature]) for feature in features["feature"]]
+        features = _told(index, features.reset_index(drop=True))
         features.insert(0, "node", features.pop("node"))
-        return {"features": features.reset_index(drop=True), "heads": _heads(features, layer, nodes)}, {}
+        heads = _heads(features, layer, nodes)
+        return {"features": features, "heads": heads, "summary": _summary(features, heads)}, {}
 
     parameters = {"sae": label, "n": n, "texts": texts, "built": index.settings}
     origin = Origin.of_measurement(model, saes={label: attention})
@@ -152,21 +165,67 @@ def family(distance: float, induction: float) -> str:
     return "induction" if induction > 0.5 else "short" if distance <= SHORT else "long"
 
 
+def _told(index: FeatureIndex, features: pd.DataFrame) -> pd.DataFrame:
+    """With columns relation, relation_f1, tokens (up to three) and told_by (names, commas between)."""
+    near = Neighbours(index)
+    words = {
+        token: one_line(alone(text or "", bytes(part) if isinstance(part, bytes | bytearray) else None))
+        for token, text, part in index.frame(f"SELECT token, text, bytes FROM {index.words}").itertuples(index=False)
+    }
+    rows: dict[int, tuple[str, float, str, str]] = {}
+    for feature, concept in features[["feature", "concept"]].drop_duplicates("feature").itertuples(index=False):
+        fired = index.frame("SELECT row, activation FROM feature_activations WHERE feature = ?", [int(feature)])
+        found = near.tell(fired["row"].to_numpy(), fired["activation"].to_numpy())
+        by = [relation for relation, told in found.items() if told.f1 >= TOLD]
+        if isinstance(concept, str):
+            by.append(re.sub(NUMBERED, "", concept))
+        best = max(found, key=lambda relation: found[relation].chosen_f1, default="")
+        told = found.get(best, Told(math.nan, math.nan, []))
+        rows[feature] = (best, told.f1, " ".join(f'"{words[token]}"' for token in told.tokens[:3]), ", ".join(by))
+    return features.assign(
+        **{
+            column: [rows[feature][part] for feature in features["feature"]]
+            for part, column in enumerate(("relation", "relation_f1", "tokens", "told_by"))
+        }
+    )
+
+
 def _heads(features: pd.DataFrame, layer: int, nodes: list[str]) -> pd.DataFrame:
     """One row a head."""
     rows = []
     for head, node in enumerate(nodes):
         own = features[features["node"] == node]
-        concepts = own["concept"].dropna().astype(str)
-        meanings = concepts.str.replace(NUMBERED, "", regex=True).nunique()
+        told = _told_by(own)
         rows.append(
-            {"node": node, "layer": layer, "head": head, "features": len(own), "with_concept": len(concepts),
-             "meanings": meanings, **{kind: int((own["family"] == kind).sum()) for kind in FAMILIES}}
+            {"node": node, "layer": layer, "head": head, "features": len(own), "told": sum(map(bool, told)),
+             "meanings": meanings(told), **{kind: int((own["family"] == kind).sum()) for kind in FAMILIES}}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
 
+def _told_by(features: pd.DataFrame) -> list[list[str]]:
+    return [by.split(", ") if by else [] for by in features["told_by"]]
+
+
+def _summary(features: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
+    """One row: the polysemantic share, and that of heads to which the same features are dealt by lot."""
+    nodes = heads["node"].tolist()
+    known = pd.Series([polysemantic_share(_heads(_dealt(features, draw), 0, nodes)) for draw in range(DEALS)]).dropna()
+    row = {"heads": int((heads["told"] >= 2).sum()), "polysemantic": polysemantic_share(heads), "dealt": known.mean(),
+           "dealt_least": known.min(), "dealt_greatest": known.max()}  # fmt: skip
+    return pd.DataFrame([row])
+
+
+def _dealt(features: pd.DataFrame, draw: int) -> pd.DataFrame:
+    """The features with other heads, by lot: every head has as many as before."""
+    return features.assign(node=features["node"].sample(frac=1, random_state=draw).tolist())
+
+
 def polysemantic_share(heads: pd.DataFrame) -> float:
-    """Share of heads with more than one meaning, among those with any; NaN where none has. Args: the table `heads`."""
-    known = heads[heads["meanings"] > 0]
+    """Share of heads with more than one meaning, among those with two features that are told; NaN where none has.
+
+    Args:
+        heads: the table `heads`.
+    """
+    known = heads[heads["told"] >= 2]
     return float((known["meanings"] > 1).mean()) if len(known) else math.nan

@@ -337,7 +337,7 @@ def head_features(
         result = run.workspace().head_features(
             sae, run.load(), name=run.name, n=n, texts=texts, on_progress=on_progress
         )  # fmt: skip
-    run.show(result, {table: result.table(table) for table in ("heads", "features")})
+    run.show(result, {table: result.table(table) for table in ("summary", "heads", "features")})
 
 
 @commands.command()

@@ -17,6 +17,7 @@ from sae.rules import TopK
 from workbench.catalog.notes import Notes
 from workbench.circuits.attention_saes import report_dfa
 from workbench.circuits.head_features import family, of_head, polysemantic_share, reach_of
+from workbench.circuits.relations import RELATIONS, TOLD
 from workbench.cli.main import run
 from workbench.features.index.feature import Concept
 from workbench.features.index.query import FeatureIndex
@@ -74,8 +75,10 @@ def test_heads_are_told_by_their_features(trained: Workspace, demo: LoadedModel)
         expected = torch.where(fires, shares[:, head], -1).topk(4).indices.tolist()
         assert own.feature.tolist() == expected
     assert heads[["induction", "short", "long"]].sum(axis=1).tolist() == [4] * demo.info.n_heads
-    # Nobody aligned it with concepts.
-    assert heads.meanings.tolist() == [0] * demo.info.n_heads
+    told = features.told_by.str.split(", ")
+    assert (heads.told.to_numpy() == (features.told_by != "").groupby(features.node).sum().to_numpy()).all()
+    assert (heads.meanings <= heads.told).all()
+    assert told.explode().isin(["", *RELATIONS]).all()
     # The context ends at the peak: the feature has its strongest activation there.
     feature = int(features.feature[0])
     for tokens in index.strongest_contexts(feature, 2):
@@ -130,18 +133,25 @@ def test_a_planted_head_has_one_meaning_and_one_family(tmp_path: Path) -> None:
         table, features = result.table("heads").set_index("node"), result.table("features")
         node = f"a{layer}.h{head}"
         assert set(features["node"]) == {node}
+        # What the head hands on, seen without being told what: all its features say it, each of its own token.
+        relation = {"after": "previous", "led_to": "followed an earlier copy"}[job]
+        assert set(features["relation"]) == {relation}
+        assert features["tokens"].tolist() == [f'" {feature}"' for feature in features["feature"]]
+        assert (features["relation_f1"] > TOLD).all()
         # Before anything is repeated the induction head looks anywhere, so not every feature of it is told so well.
         concepts = features["concept"].dropna()
         assert len(concepts) >= 3
         assert (concepts == [f"{job}_{feature}" for feature in features.loc[concepts.index, "feature"]]).all()
-        assert table.loc[node, ["features", "with_concept", "meanings"]].tolist() == [7, len(concepts), 1]
+        assert table.loc[node, ["features", "told", "meanings"]].tolist() == [7, 7, 1]
         assert set(features["family"]) - {""} == {kind}
         assert (table.drop(node)["features"] == 0).all()
         assert polysemantic_share(table) == 0.0
 
 
 def test_polysemantic_heads_have_more_than_one_meaning() -> None:
-    assert polysemantic_share(pd.DataFrame({"meanings": [0, 1, 2, 3]})) == pytest.approx(2 / 3)
+    # One feature that is told can say one thing alone.
+    heads = pd.DataFrame({"told": [0, 1, 2, 2, 5], "meanings": [0, 1, 1, 2, 3]})
+    assert polysemantic_share(heads) == pytest.approx(2 / 3)
 
 
 def test_a_features_activation_is_the_sum_of_its_parts_at_every_level(trained: Workspace, demo: LoadedModel) -> None:
