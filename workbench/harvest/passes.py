@@ -22,6 +22,8 @@ from workbench.text.corpora import Corpus, Document
 from workbench.text.packing import FLAG_PADDING, PackedBatch, Place, pack, refuse_padding
 
 PACKED_AHEAD = 8
+TOKENIZED_AHEAD = 16
+"""Lists of documents under way beside a GPU: a long text takes one core about as long as the model a million tokens."""
 
 
 @contextmanager
@@ -58,6 +60,7 @@ def contexts(
         packed = pack(
             documents(), model.tokenizer, model.beginning(config.bos).bos_id, plan.context_len, plan.batch_contexts,
             separate=config.separate, split_special_tokens=split_special_tokens, after=after,
+            ahead=0 if model.device.type == "cpu" else TOKENIZED_AHEAD,
         )  # fmt: skip
         while left > 0 and (batch := next(packed, None)) is not None:
             if wanted is None or wanted(plan.n_contexts - left):

@@ -14,7 +14,9 @@ Conversations are written by the tokenizer's chat template; the role of a token,
 flags (`workbench.text.chats`).
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS_AT_ONCE = 64
-CHARACTERS_AT_ONCE = 1 << 21
+CHARACTERS_AT_ONCE = 1 << 19
 LONG_DOCUMENT = 1 << 18
 """Characters above which a document is tokenized in windows, see `long_text`."""
 
@@ -100,6 +102,7 @@ def pack(
     separate: bool = False,
     split_special_tokens: bool = False,
     after: Place | None = None,
+    ahead: int = 0,
 ) -> Iterator[PackedBatch]:
     """Yields batches of `batch_contexts` contexts (the last may be smaller); the same for the same input.
 
@@ -108,6 +111,7 @@ def pack(
         separate: no context holds parts of two documents.
         split_special_tokens: the text of a special token is its characters, as in harvests begun before it was one.
         after: where contexts begin, given the documents from that place's on; at the beginning when None.
+        ahead: lists of documents that are tokenized before they are asked for, in as many threads.
 
     Raises:
         InputError: contexts too short to hold BOS and a token.
@@ -115,7 +119,7 @@ def pack(
     if context_len < 2:
         raise InputError(f"a context must hold BOS and at least one token, got context length {context_len}")
     contexts: list[NDArray[np.int32]] = []
-    pieces = _encoded(documents, tokenizer, split_special_tokens)
+    pieces = _encoded(documents, tokenizer, split_special_tokens, ahead)
     if after is not None:
         pieces = _rest(pieces, after)
     for context in _contexts(pieces, bos_id, context_len, separate):
@@ -186,18 +190,17 @@ def _contexts(
 
 
 def _encoded(
-    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", split_special_tokens: bool
+    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", split_special_tokens: bool, ahead: int
 ) -> Iterator[_Piece]:
     """Documents as token ids, encoded some at a time: the tokenizer spreads a list over the cores."""
-    for some in _batches(documents):
-        if len(some) == 1 and len(some[0].text) > LONG_DOCUMENT and tokenizer.is_fast:
+    for some, ids_of_texts in _tokenized(_batches(documents), tokenizer, split_special_tokens, ahead):
+        if _is_long(some, tokenizer):
             first = 0
             for ids in encode_long(_backend(tokenizer, split_special_tokens), some[0].text):
                 yield _piece(some[0], first, ids, None, tokenizer)
                 first += len(ids)
             continue
-        texts = [document.text for document in some if document.tokens is None and document.messages is None]
-        encoded = iter(_token_ids(tokenizer, texts, split_special_tokens) if texts else [])
+        encoded = iter(ids_of_texts)
         for document in some:
             if document.messages is not None:
                 ids, roles = _conversation(document, tokenizer)
@@ -205,6 +208,43 @@ def _encoded(
                 continue
             whole = next(encoded) if document.tokens is None else document.tokens
             yield _piece(document, 0, np.asarray(whole, dtype=np.int32), None, tokenizer)
+
+
+def _tokenized(
+    batches: Iterable[list[Document]], tokenizer: "PreTrainedTokenizerBase", split_special_tokens: bool, ahead: int
+) -> Iterator[tuple[list[Document], list[list[int]]]]:
+    """Lists of documents with the ids of those that are texts, `ahead` of them under way in threads of their own.
+
+    A list takes as long as its longest text takes one core, so that one list after the other leaves the others idle.
+    """
+
+    def ids_of(some: list[Document]) -> list[list[int]]:
+        texts = [document.text for document in some if document.tokens is None and document.messages is None]
+        return [] if not texts or _is_long(some, tokenizer) else _token_ids(tokenizer, texts, split_special_tokens)
+
+    if not ahead:
+        for some in batches:
+            yield some, ids_of(some)
+        return
+    if tokenizer.is_fast:
+        _backend(tokenizer, split_special_tokens)
+    with ThreadPoolExecutor(ahead, thread_name_prefix="tokenizer") as threads:
+        under_way: deque[tuple[list[Document], Future[list[list[int]]]]] = deque()
+        try:
+            for some in batches:
+                under_way.append((some, threads.submit(ids_of, some)))
+                if len(under_way) > ahead:
+                    first, future = under_way.popleft()
+                    yield first, future.result()
+            for first, future in under_way:
+                yield first, future.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_long(some: list[Document], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether that is one text to be tokenized in windows."""
+    return len(some) == 1 and len(some[0].text) > LONG_DOCUMENT and tokenizer.is_fast
 
 
 def _piece(
@@ -285,9 +325,13 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], split_spe
 
 def _backend(tokenizer: "PreTrainedTokenizerBase", split_special_tokens: bool) -> "Tokenizer":
     backend = cast("Tokenizer", tokenizer.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = split_special_tokens
+    # Nothing of it may be set while another thread encodes: not even to what it is.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != split_special_tokens:
+        backend.encode_special_tokens = split_special_tokens
     return backend
 
 

@@ -1,5 +1,7 @@
 """Packing keeps every token of every document, in order, and marks what is not text."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,13 +9,16 @@ from hypothesis import strategies as st
 
 from sae.errors import InputError
 from workbench.models.load import LoadedModel
+from workbench.text import packing
 from workbench.text.corpora import Document
 from workbench.text.packing import FLAG_BOS, FLAG_OK, FLAG_PADDING, PackedBatch, pack
 
 
-def packed(model: LoadedModel, texts: list[str], context_len: int, batch_contexts: int = 3) -> list[PackedBatch]:
+def packed(
+    model: LoadedModel, texts: list[str], context_len: int, batch_contexts: int = 3, ahead: int = 0
+) -> list[PackedBatch]:
     documents = [Document(index * 7, f"d{index}", text) for index, text in enumerate(texts)]
-    return list(pack(documents, model.tokenizer, model.bos_id, context_len, batch_contexts))
+    return list(pack(documents, model.tokenizer, model.bos_id, context_len, batch_contexts, ahead=ahead))
 
 
 def joined(batches: list[PackedBatch]) -> PackedBatch:
@@ -82,6 +87,30 @@ def test_a_harvest_begun_before_keeps_special_tokens_as_text(gpt2_model: LoadedM
 def test_empty_documents_leave_no_trace(gpt2_model: LoadedModel) -> None:
     assert packed(gpt2_model, ["", ""], context_len=8) == []
     assert set(joined(packed(gpt2_model, ["", "ab", ""], context_len=8)).doc.ravel()) == {7, -1}
+
+
+def test_documents_tokenized_ahead_are_packed_alike_and_an_early_end_waits_for_no_more(
+    gpt2_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 2)
+    monkeypatch.setattr(packing, "LONG_DOCUMENT", 60)
+    texts = ["x " * 50, "", *(f"text {number} " * (number % 7) for number in range(20))]
+    expected = joined(packed(gpt2_model, texts, context_len=8))
+    for ahead in (1, 5, 40):
+        rows = joined(packed(gpt2_model, texts, context_len=8, ahead=ahead))
+        for name in ("tokens", "doc", "pos", "flags"):
+            assert np.array_equal(getattr(rows, name), getattr(expected, name)), name
+    seen = []
+
+    def documents() -> Iterator[Document]:
+        for index in range(1000):
+            seen.append(index)
+            yield Document(index, "d", "some words " * 9)
+
+    batches = pack(documents(), gpt2_model.tokenizer, gpt2_model.bos_id, 8, 3, ahead=3)
+    next(batches)
+    batches.close()
+    assert len(seen) <= 2 * (3 + 2)
 
 
 def test_a_context_of_one_token_is_refused(gpt2_model: LoadedModel) -> None:

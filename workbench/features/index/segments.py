@@ -157,13 +157,14 @@ def _encode(
 ) -> tuple[Int[Tensor, "entries"], Int[Tensor, "entries"], Float32[Tensor, "entries"]]:
     """Token (counted from the span's first), feature and activation of a span's entries, on the SAE's device."""
     device = sae.W_dec.device
-    wanted = torch.from_numpy(rows - start)
+    wanted = torch.from_numpy(rows - start).to(device)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     tokens, features, values = [none], [none], [torch.zeros(0, device=device)]
     done = 0
-    span = torch.cat(list(vectors.pieces(start, stop)))
+    # As stored, which is half of what float32 would be to copy.
+    span = torch.cat(list(vectors.pieces(start, stop))).to(device)
     for batch in wanted.split(BATCH_ROWS):
-        token, feature, value = sae.encode(span[batch].to(device, torch.float32)).entries()
+        token, feature, value = sae.encode(span[batch].float()).entries()
         tokens.append(token + done)
         features.append(feature)
         values.append(value.float())
