@@ -20,6 +20,7 @@ from sae.errors import InputError
 from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate, weight_files, weights_sha256
 from workbench.models.devices import choose_device
 from workbench.models.kept_checks import kept_or_measured
+from workbench.models.light_imports import light_imports
 from workbench.models.load_own import is_causal, load_own, own_model, recorded_model, remembered
 from workbench.models.memory import check_weights_fit
 from workbench.models.model import LoadedModel, ModelInfo
@@ -31,6 +32,7 @@ __all__ = ["DTYPES", "LoadedModel", "ModelInfo", "load_model"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+@light_imports()
 def load_model(spec: str | nn.Module | OwnModel, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Loads a model.
 
