@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-workbench test-pages test-others test-slow test-lens4 lint notebooks docs dist app clean help
+.PHONY: demo test test-workbench test-pages test-others test-slow test-lens4 test-python other-pythons lint notebooks docs dist app clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test   set up, then run linters, type checker and tests"
 	@echo "make test-slow   set up, then run the tests that take long: all notebooks, many kills (ONLY=WORDS for some)"
 	@echo "make test-lens4   set up, then run what TransformerLens 4 could change under it"
+	@echo "make test-python PYTHON=python3.13 VENV=.venv-3.13   install the wheel there, then run what another Python could change"
 	@echo "make lint   set up, then run ruff and mypy"
 	@echo "make notebooks   set up, then run the notebooks from nothing and store their outputs (needs Chrome or Chromium)"
 	@echo "make docs   set up, then build the documentation into docs/_build/html; a warning is an error"
@@ -74,6 +75,29 @@ LENS4 := tests/workbench/models/test_models.py tests/workbench/models/test_varia
 test-lens4: $(VENV)/.dev
 	@$(PIP) --no-deps --upgrade --target $(VENV)/lens4 --requirement constraints-lens4.txt
 	PYTHONPATH=$(abspath $(VENV)/lens4) $(PYTEST) -m "not slow" $(LENS4)
+
+# What another Python could change, with the wheel of this tree and the pins: that every module imports, and some tests.
+OTHER := tests/workbench/text tests/workbench/disk tests/workbench/harvest tests/workbench/models/test_models.py \
+         tests/workbench/models/test_own_models.py tests/workbench/catalog/test_sql.py tests/workbench/cli/test_cli.py \
+         tests/sae/test_model.py tests/sae/test_training.py tests/circuits/test_splice.py
+
+test-python: $(VENV)/.runtime
+	@$(PIP) --constraint constraints.txt pytest pytest-timeout hypothesis
+	@$(PIP) --no-deps --force-reinstall .
+	cd tests && ../$(BIN)/python -P import_everything.py
+	$(PYTEST) -m "not slow" $(OTHER)
+
+# The part of that which takes seconds, on each of these that is at hand: every file compiles without a warning, and the
+# command line says what it does, with the plain Python packages that it needs for that from the environment of make test.
+PYTHONS ?= python3.12 python3.13
+
+other-pythons: $(VENV)/.runtime
+	@for python in $(PYTHONS); do \
+	  $$python -c '' 2>/dev/null || { echo "$$python: skipped, there is none here"; continue; }; \
+	  $$python -W error -m compileall -q -f sae circuits workbench app tests benchmarks data && \
+	  PYTHONPATH=.:$$($(BIN)/python -c 'import typer; print(typer.__path__[0] + "/..")') $$python -m workbench --help \
+	    >/dev/null && echo "$$($$python --version): every file compiles, the command line answers" || exit 1; \
+	done
 
 notebooks: $(VENV)/.dev
 	rm -rf notebooks/workspace notebooks/own
