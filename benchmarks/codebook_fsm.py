@@ -10,7 +10,8 @@ at random, learned by a transformer with 64 dimensions.
    are the codes, the dimensions of the plain model's stream there (above or below the best of 20 thresholds each) and
    the features of TopK SAEs of that stream, with as many features as there are codes.
 3. Steering: at one state of each walk its code is replaced by the one that most often stands for another state. Share
-   of the next states that follow the other state, and of those that follow the one that was there.
+   of the next states that follow the other state, and of those that follow the one that was there; by chance a state
+   follows another with SUCCESSORS / STATES. The control puts in another code that is in use, drawn at random.
 
 Means and standard deviations over seeds, of machine and training.
 """
@@ -166,22 +167,33 @@ def valid(model: Model, machine: Machine) -> float:
 
 
 @torch.no_grad()
-def steered(model: Model, machine: Machine, code_of: Tensor) -> tuple[float, float]:
-    """Share of next states that follow the state steered to, and the one that was there."""
+def steered(model: Model, machine: Machine, code_of: Tensor) -> dict[str, float]:
+    """Shares of next states that follow the state steered to and the one that was there; with any code, the first."""
     assert model.book is not None
     states = machine.walks(512)
     place = WALK // 2
     there, wanted = states[:, place], torch.randint(STATES, (512,), generator=machine.generator)
     tokens = digits(states)[:, : 2 * place + 2]
 
-    def likeliest(tokens: Tensor, book: CodebookLayer) -> Tensor:
+    def likeliest(tokens: Tensor, codes: Tensor, book: CodebookLayer) -> Tensor:
         x = book(model.stream(tokens))
-        x[:, 2 * place + 1] = book.codes[code_of[wanted]]
+        x[:, 2 * place + 1] = book.codes[codes]
         return model.rest(x)[:, -1].argmax(dim=-1)
 
-    first = likeliest(tokens, model.book)
-    after = 10 * first + likeliest(torch.cat([tokens, first[:, None]], dim=1), model.book)
-    return machine.follows[wanted, after].float().mean().item(), machine.follows[there, after].float().mean().item()
+    def following(codes: Tensor, book: CodebookLayer) -> Tensor:
+        first = likeliest(tokens, codes, book)
+        return 10 * first + likeliest(torch.cat([tokens, first[:, None]], dim=1), codes, book)
+
+    def share(of: Tensor, after: Tensor) -> float:
+        return machine.follows[of, after].float().mean().item()
+
+    after = following(code_of[wanted], model.book)
+    any_code = code_of[torch.randint(STATES, (512,), generator=machine.generator)]
+    return {
+        "steered: follows the new state": share(wanted, after),
+        "steered: follows the old one": share(there, after),
+        "any code: follows the new state": share(wanted, following(any_code, model.book)),
+    }
 
 
 def measured(seed: int, steps: int, n_codes: int) -> dict[str, float]:
@@ -197,7 +209,6 @@ def measured(seed: int, steps: int, n_codes: int) -> dict[str, float]:
         rows = plain.stream(tokens)[:, 1::2].flatten(0, 1)
     of_codes = f1(F.one_hot(chosen, n_codes).bool(), known)
     counts = torch.zeros(n_codes, STATES).index_put_((chosen, known), torch.ones(len(known)), accumulate=True)
-    to, from_ = steered(book, machine, counts.argmax(dim=0))
     found = {
         "valid, plain": valid(plain, machine), "valid, codebook": valid(book, machine),
         "codes at states": (counts.sum(dim=1) > 0).sum().item(),
@@ -209,7 +220,7 @@ def measured(seed: int, steps: int, n_codes: int) -> dict[str, float]:
     for k, made in zip(SAE_KS, train(configs, Rows(plain, machine)), strict=True):
         assert made.sae is not None, made.error
         found[f"F1, SAE of k = {k}"] = f1(made.sae.encode(rows).to_dense() > 0, known).amax(dim=0).mean().item()
-    return found | {"steered: follows the new state": to, "steered: follows the old one": from_}
+    return found | steered(book, machine, counts.argmax(dim=0))
 
 
 def main() -> None:

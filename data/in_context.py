@@ -184,10 +184,12 @@ def measured(
                 [
                     accuracy(p, labels), accuracy(best, labels), accuracy(nearest(inputs, labels), labels),
                     accuracy(majority(labels), labels), divergence(best, p).mean(dim=0),
-                    divergence(prior, p).nanmean(dim=0), known.double().mean(dim=0),
+                    divergence(prior, p).nan_to_num().mean(dim=0), known.double().mean(dim=0),
                 ]
             )
         )  # fmt: skip
     columns = ["model", "bayes", "nearest", "majority", "kl", "kl_training", "possible"]
-    table = pd.DataFrame(torch.stack(rows).nanmean(dim=0).T.cpu().numpy(), columns=columns)
+    table = pd.DataFrame(torch.stack(rows).mean(dim=0).T.cpu().numpy(), columns=columns)
+    # So far a mean over all prompts, where those without such a function count 0.
+    table["kl_training"] /= table["possible"]
     return table.rename_axis("examples").reset_index()

@@ -2,10 +2,12 @@
 
     python data/train_codebook_model.py twin                    # minutes on a GPU, an hour on a CPU
     python data/train_codebook_model.py twin --steps 100 --k 32
+    python data/train_codebook_model.py twin --heads          # a codebook for every head of the layer
 
-What layer `--layer` leaves in the residual stream is replaced, but at BOS, by the mean of its k nearest codes; all
-weights and the codes learn from the next token's loss, straight through the choice, the codes from the squared error
-too. Rows are taken about their mean and in one scale. What is written:
+What layer `--layer` leaves in the residual stream, or the outputs of its attention's heads, is replaced, but at BOS, by
+the mean of the k nearest codes, of every head; all weights and the codes learn from the next token's loss, straight
+through the choice, the codes from the squared error too. Rows are taken about their mean and in one scale, of every
+head. What is written:
 
     OUT/             the model, a Hugging Face folder with the demo model's tokenizer
     OUT/codebook/    its codebook, an SAE: `workbench import OUT/codebook`; the twin is the model read through it
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from tune_demo_model import CONTEXT, CONTEXTS, repeated
 
 from sae import SAE
-from sae.codebook import CodebookLayer, as_sae, fit_codebook, replace_dead
+from sae.codebook import CodebookLayer, as_sae, fit_codebook, of_heads, replace_dead, scale_of
 from workbench.models.capture import capture
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
@@ -80,24 +82,26 @@ class Stream:
 class Between(nn.Module):
     """The codebook of rows about a mean and in a scale, but where BOS stands."""
 
-    def __init__(self, rows: Tensor, n_codes: int, k: int) -> None:
+    def __init__(self, rows: Tensor, n_codes: int, k: int, heads: int, seed: int) -> None:
         super().__init__()
         self.mean = rows.mean(dim=0)
-        self.scale = rows.shape[1] ** 0.5 / (rows - self.mean).norm(dim=1).mean()
-        self.book = CodebookLayer(n_codes, rows.shape[1], k).to(rows.device)
-        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:n_codes]
-        self.book.codes.data.copy_((rows[drawn.to(rows.device)] - self.mean) * self.scale)
+        self.scale = scale_of(rows - self.mean, heads)
+        self.book = CodebookLayer(n_codes, rows.shape[1], k, heads).to(rows.device)
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_codes]
+        self.book.codes.data.copy_(of_heads((rows[drawn.to(rows.device)] - self.mean) * self.scale, heads))
         self.bos = torch.zeros(0, dtype=torch.bool)
         self.seen = rows[:1]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen = ((x - self.mean) * self.scale).detach()[~self.bos]
-        found = self.book((x - self.mean) * self.scale) / self.scale + self.mean
-        return torch.where(self.bos[..., None], x, found)
+        rows = (x[~self.bos] - self.mean) * self.scale
+        self.seen = rows.detach()
+        found = x.clone()
+        found[~self.bos] = self.book(rows) / self.scale + self.mean
+        return found
 
     def as_sae(self, hook: str, model: str) -> SAE:
         """As what evaluates and steers takes it."""
-        sae = as_sae(self.book.codes.detach() / self.scale, self.mean, self.book.k)
+        sae = as_sae(self.book.codes.detach(), self.scale, self.mean, self.book.k)
         sae.hook_name, sae.model_name = hook, model
         return sae
 
@@ -106,7 +110,7 @@ def train(model: LoadedModel, between: Between, batches: Iterator[Tensor], argum
     """Model and codebook together, in place."""
     hf: Any = model.hf.train()
     hf.requires_grad_(True)
-    book, generator = between.book, torch.Generator().manual_seed(0)
+    book, generator = between.book, torch.Generator().manual_seed(arguments.seed)
     model_adam = torch.optim.AdamW(hf.parameters(), lr=arguments.lr, weight_decay=0.0)
     book_adam = torch.optim.Adam([book.codes], lr=arguments.book_lr)
     idle = torch.zeros(len(book.codes), dtype=torch.int64, device=model.device)
@@ -114,7 +118,12 @@ def train(model: LoadedModel, between: Between, batches: Iterator[Tensor], argum
     def hooked(_: nn.Module, __: Any, output: Any) -> Any:
         return (between(output[0]), *output[1:]) if isinstance(output, tuple) else between(output)
 
-    handle = hf.transformer.h[arguments.layer].register_forward_hook(hooked)
+    block = hf.transformer.h[arguments.layer]
+    if arguments.heads:
+        # Heads' outputs, side by side, are what the attention's last product reads.
+        handle = block.attn.c_proj.register_forward_pre_hook(lambda _, inputs: (between(inputs[0]),))
+    else:
+        handle = block.register_forward_hook(hooked)
     for step, tokens in enumerate(itertools.islice(batches, arguments.steps)):
         for adam, rate in ((model_adam, arguments.lr), (book_adam, arguments.book_lr)):
             adam.param_groups[0]["lr"] = rate * min(
@@ -123,12 +132,12 @@ def train(model: LoadedModel, between: Between, batches: Iterator[Tensor], argum
         tokens = tokens.to(model.device)
         between.bos = tokens == BOS_ID
         loss = hf(input_ids=tokens, labels=tokens).loss
-        (loss + book.error / book.codes.shape[1]).backward()
+        (loss + book.error / len(between.mean)).backward()
         for adam in (model_adam, book_adam):
             adam.step()
             adam.zero_grad()
         idle += 1
-        idle[book.chosen[~between.bos].flatten()] = 0
+        idle[book.chosen.flatten()] = 0
         if step < arguments.steps / 2:
             replace_dead(book.codes, idle, between.seen, book_adam, generator)
     handle.remove()
@@ -137,8 +146,9 @@ def train(model: LoadedModel, between: Between, batches: Iterator[Tensor], argum
 
 def main() -> None:
     arguments = parse_arguments()
-    corpus, hook = open_corpus("python-stdlib"), f"blocks.{arguments.layer}.hook_resid_post"
-    model = load_model("demo", device=arguments.device, dtype="float32")
+    corpus, model = open_corpus("python-stdlib"), load_model("demo", device=arguments.device, dtype="float32")
+    hook = f"blocks.{arguments.layer}." + ("attn.hook_z" if arguments.heads else "hook_resid_post")
+    heads = model.info.n_heads if arguments.heads else 1
 
     def batches() -> Iterator[Tensor]:
         return repeated(Some(corpus), model.tokenizer, model.bos_id)
@@ -146,12 +156,13 @@ def main() -> None:
     started = time.monotonic()
     after = fit_codebook(
         Stream(model, hook, batches()), arguments.codes, arguments.k,
-        total_tokens=arguments.steps * CONTEXTS * CONTEXT, device=model.device,
+        total_tokens=arguments.steps * CONTEXTS * CONTEXT, heads=heads, seed=arguments.seed, device=model.device,
     )  # fmt: skip
     after.hook_name, after.model_name = hook, "demo"
     before = evaluate_sae(model, [after], corpus, max_tokens=HELD_OUT, context_len=CONTEXT)[0]
     print(f"after the fact: {time.monotonic() - started:.0f} s", flush=True)
-    between = Between(Stream(model, hook, batches()).sample(SAMPLE_CONTEXTS * CONTEXT), arguments.codes, arguments.k)
+    sample = Stream(model, hook, batches()).sample(SAMPLE_CONTEXTS * CONTEXT)
+    between = Between(sample, arguments.codes, arguments.k, heads, arguments.seed)
     train(model, between, batches(), arguments)
     hf: Any = model.hf
     hf.save_pretrained(arguments.out)
@@ -171,11 +182,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--layer", type=int, default=2)
-    parser.add_argument("--codes", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--heads", action="store_true", help="a codebook for every head instead of one for the stream")
+    parser.add_argument("--codes", type=int, default=4096, help="of all heads")
+    parser.add_argument("--k", type=int, default=8, help="of every head")
     parser.add_argument("--steps", type=int, default=1000, help="of 2,048 tokens")
     parser.add_argument("--lr", type=float, default=3e-4, help="of the model")
     parser.add_argument("--book-lr", type=float, default=3e-3, help="of the codes, for rows of mean norm sqrt(width)")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows that codes start as")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 

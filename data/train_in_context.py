@@ -51,18 +51,23 @@ def build(layers: int, width: int, heads: int) -> GPT2LMHeadModel:
     return model
 
 
+def cosine_after_warm_up(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A twentieth of the steps up to the optimizer's rate, then down to 0 by a cosine."""
+    warm_up = max(1, steps // 20)
+
+    def scale(step: int) -> float:
+        return min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
 def train(
     model: GPT2LMHeadModel, family: Family, *, steps: int, batch: int, lr: float, seed: int, device: str
 ) -> list[float]:
     """Trains the model where it is; the loss of every step in nats a label."""
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warm_up = max(1, steps // 20)
-
-    def scale(step: int) -> float:
-        return min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    schedule = cosine_after_warm_up(optimizer, steps)
     losses, start = [], time.monotonic()
     for step in range(steps):
         inputs, labels = family.drawn(batch, generator)

@@ -7,17 +7,21 @@ model stays as it is, where the paper fine-tunes it around its codebooks.
    itself has no gradient.
 4. Codes that no row has chosen for `DEAD_AFTER` steps become rows of the batch with a little noise, up to the last
    fifth of the steps, in which the learning rate falls to 0.
+
+With several heads, whose outputs lie side by side in a row, each has codes of its own, [n_codes / heads, d_in / heads],
+and a scale of its own: as many codebooks as heads, fitted at once.
 """
 
 from collections.abc import Callable
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.errors import InputError
 from sae.model import SAE
-from sae.rules.codebook import Codebook
+from sae.rules.codebook import Codebook, best_of_heads
 from sae.source import BatchSource
 
 SAMPLE_ROWS = 16_384
@@ -34,6 +38,7 @@ def fit_codebook(
     k: int,
     *,
     total_tokens: int,
+    heads: int = 1,
     lr: float = 3e-3,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -43,29 +48,34 @@ def fit_codebook(
 
     Args:
         source: the stream.
-        n_codes: number of codes.
-        k: codes that a row has.
+        n_codes: number of codes, those of all heads.
+        k: codes that a row has, of every head.
         total_tokens: rows to fit on, in batches of 2,048.
+        heads: those whose outputs a row has side by side; 1 for one codebook of whole rows.
         lr: of Adam, for rows of mean norm sqrt(d_in).
         seed: of the rows that codes start as.
         on_step: called with (tokens done, tokens in all, share of the batch's variance unexplained).
 
     Raises:
-        InputError: k out of range, fewer rows in the sample than codes, or too few tokens for a step.
+        InputError: k or heads out of range, too few tokens for a step, or fewer rows in the sample than codes.
     """
-    Codebook(k).check(n_codes)
-    sample = source.sample(max(SAMPLE_ROWS, n_codes)).to(device, torch.float32)
-    if len(sample) < n_codes or total_tokens < BATCH:
+    Codebook(k, heads).check(n_codes)
+    if source.d_in % heads:
         raise InputError(
-            f"{n_codes:,} codes start as rows of the sample, which has {len(sample):,}, and a step takes {BATCH:,}: "
-            f"use fewer codes or more tokens than {total_tokens:,}"
+            f"rows of {source.d_in:,} values are not those of {heads:,} heads side by side: give another number"
+        )
+    if total_tokens < BATCH:
+        raise InputError(f"{total_tokens:,} tokens are no step, which takes {BATCH:,}: fit on more tokens")
+    sample = source.sample(max(SAMPLE_ROWS, n_codes)).to(device, torch.float32)
+    if len(sample) < n_codes:
+        raise InputError(
+            f"{n_codes:,} codes start as rows, and there are {len(sample):,}: use fewer codes or more rows"
         )
     generator = torch.Generator().manual_seed(seed)
     bias = sample.mean(dim=0)
-    centred = sample - bias
-    scale = sample.shape[1] ** 0.5 / torch.linalg.vector_norm(centred, dim=1).mean()
+    scale = scale_of(sample - bias, heads)
     drawn = torch.randperm(len(sample), generator=generator)[:n_codes].to(device)
-    codes = (centred[drawn] * scale).requires_grad_()
+    codes = of_heads((sample[drawn] - bias) * scale, heads).requires_grad_()
     adam = torch.optim.Adam([codes], lr=lr, betas=(0.9, 0.999))
     idle = torch.zeros(n_codes, dtype=torch.int64, device=device)
     n_steps = total_tokens // BATCH
@@ -73,7 +83,7 @@ def fit_codebook(
         adam.param_groups[0]["lr"] = lr * min(1.0, (n_steps - step) / (n_steps * DECAY))
         x = (source.next_batch(BATCH).to(device, torch.float32) - bias) * scale
         chosen = nearest(x, codes.detach(), k)
-        error = (codes[chosen].mean(dim=1) - x).square().sum(dim=1).mean()
+        error = (means(codes, chosen, k) - x).square().sum(dim=1).mean()
         adam.zero_grad()
         error.backward()
         adam.step()
@@ -84,7 +94,7 @@ def fit_codebook(
         if on_step is not None:
             variance = (x - x.mean(dim=0)).square().sum(dim=1).mean()
             on_step((step + 1) * BATCH, n_steps * BATCH, float(error.detach() / variance))
-    return as_sae(codes.detach() / scale, bias, k)
+    return as_sae(codes.detach(), scale, bias, k)
 
 
 class CodebookLayer(nn.Module):
@@ -92,36 +102,64 @@ class CodebookLayer(nn.Module):
     its output to the codes and, as if it gave its input, to what lies before it (straight through).
 
     Args:
-        n_codes, width, k: sizes.
+        n_codes, width, k, heads: sizes; with several heads, whose outputs lie side by side, each has its share of codes
+            and chooses k.
 
     Attributes:
-        codes: [n_codes, width].
-        chosen: [*batch, k], the codes of the last pass.
+        codes: [n_codes, width / heads], the first head's first.
+        chosen: [*batch, heads * k], the codes of the last pass.
         error: mean squared error of the last pass, with gradients for the codes alone: what is added to the loss.
     """
 
-    def __init__(self, n_codes: int, width: int, k: int) -> None:
+    def __init__(self, n_codes: int, width: int, k: int, heads: int = 1) -> None:
         super().__init__()
-        self.codes = nn.Parameter(torch.randn(n_codes, width))
+        self.codes = nn.Parameter(torch.randn(n_codes, width // heads))
         self.k = k
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """What stands in x's place."""
-        self.chosen = nearest(x.detach().flatten(0, -2), self.codes.detach(), self.k).view(*x.shape[:-1], self.k)
-        found = self.codes[self.chosen].mean(dim=-2)
+        self.chosen = nearest(x.detach().flatten(0, -2), self.codes.detach(), self.k).view(*x.shape[:-1], -1)
+        found = means(self.codes, self.chosen, self.k)
         self.error = (found - x.detach()).square().sum(dim=-1).mean()
         return found + (x - x.detach())
 
 
 @torch.no_grad()
-def nearest(x: Float[Tensor, "n d"], codes: Float[Tensor, "n_codes d"], k: int) -> Int[Tensor, "n k"]:
-    """The k codes of largest cosine with each row."""
-    return (x @ torch.nn.functional.normalize(codes, dim=1).T).topk(k, dim=1).indices
+def nearest(x: Float[Tensor, "n d"], codes: Float[Tensor, "n_codes d_head"], k: int) -> Int[Tensor, "n chosen"]:
+    """The k codes of largest cosine with each row; of every head, where codes are narrower than rows."""
+    heads = x.shape[1] // codes.shape[1]
+    directions = torch.nn.functional.normalize(codes, dim=1).unflatten(0, (heads, -1))
+    return best_of_heads(einsum(x.unflatten(1, (heads, -1)), directions, "n head d, head c d -> n head c"), k)
+
+
+def means(
+    codes: Float[Tensor, "n_codes d_head"], chosen: Int[Tensor, "*batch chosen"], k: int
+) -> Float[Tensor, "*batch d"]:
+    """What stands for a row: the mean of each head's k codes."""
+    return codes[chosen].unflatten(-2, (-1, k)).mean(dim=-2).flatten(-2)
+
+
+def scale_of(centred: Float[Tensor, "n d"], heads: int = 1) -> Float[Tensor, "d"]:
+    """What rows are multiplied by, so that every head's part has the mean norm of the root of its width."""
+    parts = centred.unflatten(1, (heads, -1))
+    scales = parts.shape[2] ** 0.5 / torch.linalg.vector_norm(parts, dim=2).mean(dim=0)
+    return scales.repeat_interleave(parts.shape[2])
+
+
+def of_heads(rows: Float[Tensor, "n_codes d"], heads: int = 1) -> Float[Tensor, "n_codes d_head"]:
+    """Codes to start from: of each row the part of the head whose code it becomes."""
+    parts = rows.unflatten(1, (heads, -1))
+    return parts[torch.arange(len(rows), device=rows.device), _head_of(len(rows), heads, rows.device)]
+
+
+def _head_of(n_codes: int, heads: int, device: torch.device) -> Int[Tensor, "n_codes"]:
+    """Whose each code is."""
+    return torch.arange(heads, device=device).repeat_interleave(n_codes // heads)
 
 
 @torch.no_grad()
 def replace_dead(
-    codes: Float[Tensor, "n_codes d"],
+    codes: Float[Tensor, "n_codes d_head"],
     idle: Int[Tensor, "n_codes"],
     x: Float[Tensor, "n d"],
     adam: torch.optim.Adam,
@@ -139,7 +177,9 @@ def replace_dead(
     dead = (idle >= DEAD_AFTER).nonzero().squeeze(1)
     if not len(dead):
         return
-    rows = x[torch.randint(len(x), (len(dead),), generator=generator).to(x.device)]
+    heads = x.shape[1] // codes.shape[1]
+    drawn = torch.randint(len(x), (len(dead),), generator=generator).to(x.device)
+    rows = x.unflatten(1, (heads, -1))[drawn, _head_of(len(codes), heads, x.device)[dead]]
     codes[dead] = rows + NOISE * rows.std(dim=1, keepdim=True) * torch.randn(rows.shape, generator=generator).to(x)
     idle[dead] = 0
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -147,11 +187,15 @@ def replace_dead(
 
 
 @torch.no_grad()
-def as_sae(codes: Float[Tensor, "n_codes d"], bias: Float[Tensor, "d"], k: int) -> SAE:
-    """Codes as an SAE of the rule `Codebook`, of rows less a bias."""
-    sae = SAE(codes.shape[1], len(codes), Codebook(k), device=codes.device)
-    lengths = torch.linalg.vector_norm(codes, dim=1)
-    sae.W_dec.copy_(codes / lengths.clamp_min(torch.finfo(codes.dtype).tiny)[:, None])
+def as_sae(codes: Float[Tensor, "n_codes d_head"], scale: Float[Tensor, "d"], bias: Float[Tensor, "d"], k: int) -> SAE:
+    """Codes of rows less a bias, times a scale, as an SAE of the rule `Codebook`."""
+    width, heads = len(bias), len(bias) // codes.shape[1]
+    whole = torch.zeros(len(codes), heads, codes.shape[1], device=codes.device)
+    whole[torch.arange(len(codes), device=codes.device), _head_of(len(codes), heads, codes.device)] = codes
+    raw = whole.flatten(1) / scale
+    sae = SAE(width, len(codes), Codebook(k, heads), device=codes.device)
+    lengths = torch.linalg.vector_norm(raw, dim=1)
+    sae.W_dec.copy_(raw / lengths.clamp_min(torch.finfo(codes.dtype).tiny)[:, None])
     sae.W_enc.copy_(sae.W_dec.T)
     sae.b_dec.copy_(bias)
     sae.get_buffer("lengths").copy_(lengths)

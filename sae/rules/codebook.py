@@ -6,6 +6,9 @@
 A code is there or not, and how strongly it is there the row does not say: a feature's activation is always its code's
 length / k. `lengths` is the state, W_dec has the directions. Cosines are of the row less the decoder's bias.
 
+With `heads`, the paper's form for attention: x has the heads' outputs side by side and every head codes of its own, an
+equal share, the first head's first; a code is zero outside its head's coordinates, and each head chooses k.
+
 The paper puts a LayerNorm before the choice, which but for the mean over dimensions changes no cosine, and has no bias.
 """
 
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -26,16 +29,22 @@ NOT_TRAINED = "a codebook is fitted, not trained by gradients through its choice
 
 @dataclass(frozen=True)
 class Codebook(CodeRule):
-    """Keeps the `k` codes of largest cosine, each at its own fixed activation."""
+    """Keeps the `k` codes of largest cosine, of each of `heads`, each at its own fixed activation."""
 
+    heads: int = 1
     name: ClassVar[str] = "codebook"
     default_aux: ClassVar[AuxKind] = "none"
 
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
-        """Raises InputError unless 1 <= k <= d_sae, and where it is to be trained: see `sae.codebook`."""
+        """Raises InputError unless every head has as many codes, k or more, and where it is to be trained: see
+        `sae.codebook`."""
         if batch_size is not None:
             raise InputError(NOT_TRAINED)
-        super().check(d_sae)
+        if self.heads < 1 or d_sae % self.heads:
+            raise InputError(
+                f"{d_sae:,} codes cannot be shared equally by {self.heads:,} heads: use a multiple of them"
+            )
+        super().check(d_sae // self.heads)
 
     def select(self, batch: Batch) -> SparseCode:
         """Raises InputError: see `sae.codebook`."""
@@ -53,8 +62,19 @@ class Codebook(CodeRule):
         state: Tensors = NO_TENSORS,
     ) -> SparseCode:
         """Codes of inputs from which b_dec has been subtracted; no gradients."""
+        d_sae = W_enc.shape[1]
         chosen = [
-            scores.topk(self.k, dim=1).indices for _, scores in Encoder.of(x, W_enc, torch.zeros_like(b_enc)).chunks()
+            best_of_heads(scores.unflatten(1, (self.heads, -1)), self.k)
+            for _, scores in Encoder.of(x, W_enc, torch.zeros_like(b_enc)).chunks()
         ]
-        indices = torch.cat(chosen) if chosen else torch.zeros(0, self.k, dtype=torch.int64, device=x.device)
-        return SparseCode(state["lengths"][indices] / self.k, indices, W_enc.shape[1])
+        indices = (
+            torch.cat(chosen) if chosen else torch.zeros(0, self.heads * self.k, dtype=torch.int64, device=x.device)
+        )
+        return SparseCode(state["lengths"][indices] / self.k, indices, d_sae)
+
+
+def best_of_heads(scores: Float[Tensor, "n heads codes"], k: int) -> Int[Tensor, "n chosen"]:
+    """The k codes of largest score of every head, numbered through all heads, head by head."""
+    heads, codes = scores.shape[1:]
+    first = codes * torch.arange(heads, device=scores.device)[:, None]
+    return (scores.topk(k, dim=2).indices + first).flatten(1)

@@ -120,7 +120,46 @@ def test_only_codes_that_were_idle_too_long_are_replaced_by_rows() -> None:
 def test_a_codebook_is_not_trained_and_not_fitted_to_too_little() -> None:
     with pytest.raises(InputError, match="workbench codebook"):
         TrainConfig("a", total_tokens=2048, d_sae=8, rule=Codebook(2)).check()
-    with pytest.raises(InputError, match="more tokens than 100"):
+    with pytest.raises(InputError, match="100 tokens are no step"):
         fit_codebook(Clusters(), 8, 2, total_tokens=100)
     with pytest.raises(InputError, match="k = 9"):
         fit_codebook(Clusters(), 8, 9, total_tokens=4096)
+    with pytest.raises(InputError, match="shared equally by 3 heads"):
+        fit_codebook(Clusters(), 8, 2, total_tokens=4096, heads=3)
+    with pytest.raises(InputError, match="not those of 8 heads"):
+        fit_codebook(Clusters(), 8, 1, total_tokens=4096, heads=8)
+
+
+class FirstHalf(Clusters):
+    """Half of the rows' coordinates, as of the first of two heads."""
+
+    d_in = WIDTH // 2
+
+    def next_batch(self, n: int) -> Tensor:
+        return super().next_batch(n)[:, : WIDTH // 2]
+
+    def sample(self, n: int) -> Tensor:
+        return FirstHalf().next_batch(n)
+
+
+def test_a_head_has_the_codebook_that_it_alone_would_have() -> None:
+    k = 2
+    both = fit_codebook(Clusters(), 48, k, total_tokens=4 * 2048, heads=2)
+    alone = fit_codebook(FirstHalf(), 24, k, total_tokens=4 * 2048)
+    x = Clusters().next_batch(300)
+    code = both.encode(x)
+    assert code.indices.shape == (300, 2 * k)
+    assert ((code.indices < 24).sum(dim=1) == k).all()
+    # Codes of the other head are zero in this one's coordinates.
+    torch.testing.assert_close(both.W_dec[24:, : WIDTH // 2], torch.zeros(24, WIDTH // 2))
+    torch.testing.assert_close(both.predict(x)[:, : WIDTH // 2], alone.predict(x[:, : WIDTH // 2]))
+
+
+def test_a_layer_of_heads_is_a_layer_for_each() -> None:
+    torch.manual_seed(0)
+    both, x = CodebookLayer(10, WIDTH, 2, heads=2), torch.randn(7, WIDTH)
+    found = both(x)
+    for number in range(2):
+        one = CodebookLayer(5, WIDTH // 2, 2)
+        one.codes.data = both.codes.data[5 * number : 5 * number + 5]
+        torch.testing.assert_close(found.chunk(2, dim=1)[number], one(x.chunk(2, dim=1)[number]))

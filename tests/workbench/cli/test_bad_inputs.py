@@ -99,6 +99,7 @@ sparsity enforce new --model {{model}} --corpus {{texts}} --tokens 256 --context
 evaluate s --tokens 0 -w {{w}}
 inference s --k 0 -w {{w}}
 codebook h --name new --hook {HOOK} --k 0 -w {{w}}
+codebook h --name new --hook {HOOK} --heads 5 -w {{w}}
 evaluate s --tokens -9 -w {{w}}
 index s --rows 0 -w {{w}}
 index s --rows -5 -w {{w}}
