@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import plotly.graph_objects as go
 import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
@@ -150,6 +151,15 @@ def page_link(page: str, label: str, **query: Any) -> None:
     except StreamlitPageNotFoundError:
         # A page that a test runs by itself knows no others.
         st.markdown(label)
+
+
+def clickable(figure: go.Figure, key: str) -> str | None:
+    """A figure; the customdata of the point that was just clicked: the name of a node or head."""
+    event = st.plotly_chart(
+        figure, key=key, on_select="rerun", selection_mode="points", config={"displayModeBar": False}
+    )  # fmt: skip
+    found = [point["customdata"] for point in event["selection"]["points"] if point.get("customdata")]
+    return None if not found else str(found[0] if isinstance(found[0], str) else found[0][0])
 
 
 def canvas(name: str, view: ModuleType, call: str) -> Any:

@@ -1,11 +1,10 @@
 """Circuits page: stored circuit results opened again, a task or an attention feature's attribution run on the spot."""
 
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
 from plotly import io
 
-from app.shared import loaded_model, open_workspace, page_link, plain, switch_page
+from app.shared import clickable, loaded_model, open_workspace, page_link, plain, switch_page
 from workbench import InputError, Result, Workspace
 from workbench.circuits import stored
 from workbench.circuits.agreement import AGREEMENT
@@ -209,15 +208,6 @@ def edges(result: Result) -> None:
             except InputError as error:
                 st.error(plain(str(error)))
         st.dataframe(kept[["edge", "score"]], hide_index=True, height=260, width="stretch")
-
-
-def clickable(figure: go.Figure, key: str) -> str | None:
-    """A graph; the node that was just clicked."""
-    event = st.plotly_chart(
-        figure, key=key, on_select="rerun", selection_mode="points", config={"displayModeBar": False}
-    )  # fmt: skip
-    found = [point["customdata"] for point in event["selection"]["points"] if point.get("customdata")]
-    return None if not found else str(found[0] if isinstance(found[0], str) else found[0][0])
 
 
 def feature_graph(result: Result, named: pd.DataFrame) -> None:

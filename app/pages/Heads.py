@@ -260,12 +260,23 @@ def features(workspace: Workspace, model: ModelInfo, head: str) -> None:
         if result.origin.weights_sha256 != model.weights_sha256 or own.empty:
             continue
         sae = str(result.parameters["sae"])
+        if "relations" not in result.parameters:
+            st.info(
+                f"Run `workbench circuits head-features {plain(sae)}` again: it counts meanings in another way now."
+            )
+            continue
         of_head = result.table("heads").set_index("node").loc[head]
         st.subheader(f"Features of {plain(sae)}")
         st.caption(
-            f"{of_head['meanings']} meanings among {of_head['told']} features that a relation tells; "
+            f"Meanings: {of_head['meanings']}, of {of_head['told']} features that a relation tells; "
             + ", ".join(f"{of_head[kind]} {kind}" for kind in FAMILIES)
         )
+        summary = result.table("summary").iloc[0]
+        if summary["heads"]:
+            st.caption(
+                f"With more than one: {summary['polysemantic']:.0%} of {summary['heads']:.0f} heads of this layer; "
+                f"{summary['dealt']:.0%} where their features are dealt by lot."
+            )
         for row in own.itertuples():
             label = (
                 f"{row.share:.0%} · {row.feature} {plain(str(row.name))} · {row.family}, {row.distance:.1f} tokens back"

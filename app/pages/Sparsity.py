@@ -8,8 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from app.shared import loaded_model, open_workspace, plain, version
+from app.shared import clickable, loaded_model, open_workspace, plain, switch_page, version
 from workbench import Corpus, InputError, Result, Workspace, open_corpus
+from workbench.circuits.figures import selectable_heads
+from workbench.circuits.heads import HEADS as SCORED
 from workbench.features.index.page import example_html
 from workbench.show.html import STYLE
 from workbench.sparsity import figures
@@ -295,12 +297,12 @@ def attention(workspace: Workspace, reports: dict[str, Parts]) -> None:
         for name, result in found.items():
             st.subheader(f"Attention that patterns keep: {plain(name)}")
             coverage = result.table("coverage")
-            st.plotly_chart(figures.best_patterns(coverage, int(budget)), key=f"best {name}")
+            of_heads(workspace, result, figures.best_patterns(coverage, int(budget)), f"best {name} {budget}")
             st.plotly_chart(figures.attention_coverage(coverage, int(budget)), key=f"coverage {name}")
     for name, result in found.items():
         st.subheader(f"Attention sinks: {plain(name)}")
         heads = result.table("heads")
-        st.plotly_chart(figures.sinks(heads), key=f"sinks {name}")
+        of_heads(workspace, result, figures.sinks(heads), f"sinks {name}")
         with st.expander("Entropy and keys with 95% of the attention, by head"):
             st.dataframe(heads, hide_index=True, width="stretch")
 
@@ -317,10 +319,27 @@ def heads(workspace: Workspace, reports: dict[str, Parts]) -> None:
         asked = result.parameters
         st.subheader(f"One head at a time: {plain(name)}")
         st.caption(f"{asked['pattern']}, {asked['budget']} keys per query, the rest {asked['rest']}")
-        st.plotly_chart(figures.head_costs(result.table("heads"), column), key=f"costs {name}")
+        of_heads(workspace, result, figures.head_costs(result.table("heads"), column), f"costs {name} {column}")
         with st.expander("All numbers, and by layer"):
             st.dataframe(result.table("heads"), hide_index=True, width="stretch")
             st.dataframe(result.table("layers"), hide_index=True, width="stretch")
+
+
+def of_heads(workspace: Workspace, result: Result, figure: go.Figure, key: str) -> None:
+    """A heat map of a model's heads; a click opens one on the page Heads."""
+    model = result.origin.model_info
+    head = clickable(selectable_heads(figure, model.n_layers, model.n_heads), key)
+    if head is None:
+        return
+    scored = [
+        item.name for item in workspace.results.find(SCORED) if item.origin.weights_sha256 == model.weights_sha256
+    ]
+    if scored:
+        switch_page("Heads", scores=scored[-1], head=head)
+    st.info(
+        f"The page Heads opens {head} once this model's heads are scored: `workbench circuits heads --model "
+        f"{result.origin.model} --workspace {workspace.path}`"
+    )
 
 
 def saes(workspace: Workspace, reports: dict[str, Parts]) -> None:

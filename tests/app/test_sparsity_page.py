@@ -124,6 +124,12 @@ def test_each_head_is_coloured_by_what_restricting_it_costs(measured: Path, open
     page.selectbox(key="head-cost").set_value(page.selectbox(key="head-cost").options[-1]).run()
     assert not page.exception
     assert {"restricted_kl", "removed_kl", "dims_95"} <= set(page.dataframe[0].value.columns)
+    # The page Heads has nothing to show before heads are scored: a click says what to run.
+    click = {"selection": {"points": [{"customdata": "a2.h1"}], "box": [], "lasso": []}}
+    page.session_state[f"costs a {list(figures.HEAD_COSTS)[-1]}"] = click
+    page.run()
+    assert not page.exception
+    assert page.info[0].value.startswith("The page Heads opens a2.h1 once")
 
 
 def test_a_report_from_before_adaptive_patterns_names_its_command(

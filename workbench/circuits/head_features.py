@@ -47,7 +47,7 @@ from workbench.features.index.feature import LABEL_F1
 from workbench.features.index.query import FeatureIndex
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_prompt_fits
-from workbench.show.html import one_line
+from workbench.show.html import marked
 from workbench.text.token_bytes import alone
 
 HEAD_FEATURES = "circuit-head-features"
@@ -107,7 +107,7 @@ def report_head_features(
         heads = _heads(features, layer, nodes)
         return {"features": features, "heads": heads, "summary": _summary(features, heads)}, {}
 
-    parameters = {"sae": label, "n": n, "texts": texts, "built": index.settings}
+    parameters = {"sae": label, "n": n, "texts": texts, "relations": TOLD, "built": index.settings}
     origin = Origin.of_measurement(model, saes={label: attention})
     try:
         return catalog.results.get_or_make(HEAD_FEATURES, name, parameters=parameters, origin=origin, make=make)
@@ -169,7 +169,7 @@ def _told(index: FeatureIndex, features: pd.DataFrame) -> pd.DataFrame:
     """With columns relation, relation_f1, tokens (up to three) and told_by (names, commas between)."""
     near = Neighbours(index)
     words = {
-        token: one_line(alone(text or "", bytes(part) if isinstance(part, bytes | bytearray) else None))
+        token: marked(alone(text or "", bytes(part) if isinstance(part, bytes | bytearray) else None))
         for token, text, part in index.frame(f"SELECT token, text, bytes FROM {index.words}").itertuples(index=False)
     }
     rows: dict[int, tuple[str, float, str, str]] = {}

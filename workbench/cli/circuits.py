@@ -337,7 +337,9 @@ def head_features(
         result = run.workspace().head_features(
             sae, run.load(), name=run.name, n=n, texts=texts, on_progress=on_progress
         )  # fmt: skip
-    run.show(result, {table: result.table(table) for table in ("summary", "heads", "features")})
+    shown = ["node", "feature", "share", "name", "family", "distance", "relation", "relation_f1", "tokens"]
+    features = result.table("features")[shown]
+    run.show(result, {"summary": result.table("summary"), "heads": result.table("heads"), "features": features})
 
 
 @commands.command()
