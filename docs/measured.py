@@ -11,8 +11,9 @@ that states a spread (`0.5 ± 0.1`, `0.5 (0.4 to 0.6)`) stands in a section that
 
 `on` is the date and the commit. `code` names what the numbers rest on, files or names in files (`PATH:Class.method`),
 with digests of what they said then: of their text without docstrings, comments, imports, annotations, white space and
-trailing commas, so that an edit of these makes no table old. Name the formula and the benchmark's settings, not all
-that they call. Timings have no `code`: they belong to the machine and the day that the page names.
+trailing commas, so that an edit of these makes no table old. Name the formula, the benchmark's settings and, of what is
+trained, the defaults that it leaves alone (`sae/config.py:TrainConfig.decay`), not all that they call. Timings have no
+`code`: they belong to the machine and the day that the page names.
 
 A number is older than its code where a digest has changed. Then
 
