@@ -1,6 +1,7 @@
 """Training over several GPUs of one host, beside one of them in the same run.
 
-    torchrun --nproc-per-node 2 benchmarks/ranks.py [--losses] [--sizes M L] [--sweep S] [--harvest TOKENS] [--json]
+    torchrun --nproc-per-node 2 benchmarks/ranks.py [--losses] [--sizes M L] [--sweep S] [--harvest TOKENS]
+        [--streaming TOKENS] [--pieces 1 4] [--json]
 
 Steps: an SAE's training step with its features shared out over the ranks, and the whole of it on one rank, in turns, on
 the same batches; `workbench.bench` says what the sizes are. Reported: medians of the first rank in ms, the speed-up,
@@ -12,6 +13,10 @@ rank that has them all.
 Harvest: a random model of 16 layers of width 2,048 (0.8 billion parameters, bf16) on the standard library of Python, by
 all ranks and by one of them, into --folder.
 
+Streaming: one SAE at S straight from a random model of GPT-2 small's shape (bf16, layer 6): by one rank; by all, each
+of which has the model and a part of the features; and by two with the model on one and the SAE on the other, which
+sends the rows as they come, not shuffled.
+
 Agreement: planted ties, in numbers whose sums are exact in any order, chosen among over the ranks and on one; and
 losses of a short run on all ranks and on one. It comes first, and stops the run where something differs.
 """
@@ -19,11 +24,13 @@ losses of a short run on all ranks and on one. It comes first, and stops the run
 import argparse
 import gc
 import json
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +41,7 @@ from torch import Tensor
 from sae import kernels
 from sae.config import TrainConfig
 from sae.fused_step import FusedStep, new_step
+from sae.kernels.triton.sizes import SIZES as KERNEL_SIZES
 from sae.ranks import ALONE, Ranks, meet
 from sae.rules import AbsTopK, BatchTopK, Rule, TopK
 from sae.state import TrainingState
@@ -121,15 +129,21 @@ def check_losses(ranks: Ranks, size: Size, data: list[Tensor]) -> list[dict[str,
     return found
 
 
-def stepper(size: Size, example: Tensor, ranks: Ranks, rule: Rule | None) -> tuple[Callable[[Tensor], None], Any]:
+def stepper(
+    size: Size, example: Tensor, ranks: Ranks, rule: Rule | None, pieces: int
+) -> tuple[Callable[[Tensor], None], Any]:
     config = config_of(size, rule=rule)
     state = TrainingState(config, size.d_in, example.device, ranks)
     state.initialise(example)
     step, number = new_step(state), iter(range(10**5))
+    if isinstance(step, FusedStep):
+        step.sizes = replace(step.sizes, pieces=pieces)
     return lambda batch: step(batch, next(number)), step
 
 
-def time_steps(ranks: Ranks, name: str, data: list[Tensor], rounds: int, rule: Rule | None) -> dict[str, Any]:
+def time_steps(
+    ranks: Ranks, name: str, data: list[Tensor], rounds: int, rule: Rule | None, pieces: int
+) -> dict[str, Any]:
     """Median milliseconds of a step on one rank and over all, in turns, and peak memory."""
     size, device = SIZES[name], data[0].device
     made, peaks = {}, {}
@@ -138,7 +152,7 @@ def time_steps(ranks: Ranks, name: str, data: list[Tensor], rounds: int, rule: R
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        made[key] = stepper(size, data[0], over, rule)
+        made[key] = stepper(size, data[0], over, rule, pieces)
         for number in range(WARM_UP):
             made[key][0](data[number % len(data)])
         torch.cuda.synchronize()
@@ -159,7 +173,8 @@ def time_steps(ranks: Ranks, name: str, data: list[Tensor], rounds: int, rule: R
     one, every = (statistics.median(times[key]) for key in ("one", "all"))
     captured = [isinstance(step, FusedStep) and step.is_captured for _, step in made.values()]
     return {
-        "size": name, "ranks": ranks.size, "rule": (rule or TopK(size.k)).name, "one_ms": one, "all_ms": every,
+        "size": name, "ranks": ranks.size, "pieces": pieces, "rule": (rule or TopK(size.k)).name,
+        "one_ms": one, "all_ms": every,
         "speed_up": one / every, "one_gib": peaks["one"] / 2**30, "all_gib": peaks["all"] / 2**30,
         "memory_share": peaks["all"] / peaks["one"], "captured": captured, "device": torch.cuda.get_device_name(device),
     }  # fmt: skip
@@ -212,6 +227,8 @@ def time_harvest(ranks: Ranks, tokens: int, folder: Path, rounds: int, device: s
                 run_harvest(model, corpus, config, made[key], ranks=over)
             seconds[key].append(time.perf_counter() - started)
             ranks.wait()
+            if number and ranks.leads:
+                shutil.rmtree(folder / f"{key}-{number - 1}")
     # The first round compiles and warms up.
     one, every = (statistics.median(seconds[key][1:]) for key in ("one", "all"))
     files = [sorted(file.relative_to(place) for file in place.rglob("*.safetensors")) for place in made.values()]
@@ -224,12 +241,99 @@ def time_harvest(ranks: Ranks, tokens: int, folder: Path, rounds: int, device: s
     }  # fmt: skip
 
 
+class Received:
+    """Rows that another rank sends in blocks, a `sae.BatchSource`: one is taken from while the next one comes."""
+
+    def __init__(self, rows: int, d_in: int, n_blocks: int, device: torch.device) -> None:
+        self.blocks = [torch.empty(rows, d_in, dtype=torch.bfloat16, device=device) for _ in range(2)]
+        self.d_in, self.left, self.here, self.at = d_in, n_blocks, 1, rows
+        self.coming: Any = None
+        self._ask()
+
+    def _ask(self) -> None:
+        self.coming = dist.irecv(self.blocks[1 - self.here], src=1) if self.left else None
+        self.left -= 1
+
+    def next_batch(self, n: int) -> Tensor:
+        if self.at + n > len(self.blocks[0]):
+            self.coming.wait()
+            self.here, self.at = 1 - self.here, 0
+            self._ask()
+        self.at += n
+        return self.blocks[self.here][self.at - n : self.at]
+
+    def sample(self, n: int) -> Tensor:
+        self.coming.wait()
+        return self.blocks[1 - self.here][:n]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError("what was sent is gone")
+
+
+def time_streaming(ranks: Ranks, tokens: int, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Seconds of a whole streaming run by one rank, by all, and with model and SAE on ranks of their own."""
+    from harvest import gpt2_small
+
+    from workbench.harvest.pairs import PairSource
+    from workbench.harvest.passes import contexts, run_batch
+    from workbench.harvest.plan import HarvestConfig, HarvestPlan
+    from workbench.harvest.stream import ModelRows
+    from workbench.models.load import load_model
+    from workbench.text.corpora import open_corpus
+
+    spec = ranks.lead(lambda: gpt2_small(folder / "small", torch.bfloat16))
+    model, corpus, size = load_model(spec, device=str(device)), open_corpus("python-stdlib"), SIZES["S"]
+    asked = HarvestConfig(spec, "python-stdlib", ("blocks.6.hook_resid_post",), max_tokens=tokens)
+    plan = HarvestPlan.of(model, asked)
+    rows = plan.batch_contexts * plan.context_len
+    blocks = tokens // rows - 1
+    config = config_of(size, blocks * rows // size.batch)
+
+    def streamed(over: Ranks) -> None:
+        hook = plan.hooks[0].name
+        with ModelRows(model, corpus, asked, plan, [hook], expected_rows=blocks * rows, ranks=over) as fed:
+            train([config], PairSource(fed, ((hook, ""),), plan.widths, fed.scales), device=device, ranks=over)
+
+    def split(_: Ranks) -> None:
+        if ranks.leads:
+            train([config], Received(rows, plan.hooks[0].width, blocks + 1, device), device=device)
+        elif ranks.rank == 1:
+            with contexts(model, corpus, asked, plan) as packed:
+                for _, batch in zip(range(blocks + 1), packed, strict=False):
+                    (values,) = run_batch(model, plan, batch).values()
+                    dist.send(values.contiguous(), dst=0)
+
+    ways: dict[str, tuple[Callable[[Ranks], None], Ranks]] = {
+        "one": (streamed, ALONE), "all": (streamed, ranks), "model and SAE apart": (split, ranks),
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(3):
+        for way, (run, over) in ways.items():
+            torch.cuda.synchronize()
+            ranks.wait()
+            started = time.perf_counter()
+            if over.size > 1 or ranks.leads:
+                run(over)
+            torch.cuda.synchronize()
+            seconds[way].append(time.perf_counter() - started)
+            ranks.wait()
+    # The first round compiles and warms up.
+    return {"streaming": blocks * rows, "ranks": ranks.size, **{way: min(took[1:]) for way, took in seconds.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=["M", "L"], choices=SIZES)
     parser.add_argument("--batchtopk", nargs="*", default=[], choices=SIZES, help="sizes to time BatchTopK at")
+    parser.add_argument("--pieces", nargs="*", type=int, default=[KERNEL_SIZES.pieces], help="to cut a batch into")
     parser.add_argument("--sweep", choices=SIZES)
+    parser.add_argument("--sweep-steps", type=int, default=800)
+    parser.add_argument("--streaming", type=int, metavar="TOKENS")
     parser.add_argument("--harvest", type=int, metavar="TOKENS")
+    parser.add_argument("--harvest-rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where harvests go; the system's temporary folder when left out")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--losses", action="store_true", help="compare the losses of short runs")
@@ -248,18 +352,23 @@ def main() -> None:
     check_choices(ranks, device)
     if options.losses:
         check_losses(ranks, SIZES["S"], batches(SIZES["S"], device))
-    for name, rule in [(one, None) for one in options.sizes] + [(one, "batch") for one in options.batchtopk]:
+    timed = [(one, pieces, None) for one in options.sizes for pieces in options.pieces]
+    for name, pieces, rule in timed + [(one, 1, BatchTopK(SIZES[one].k)) for one in options.batchtopk]:
         data = batches(SIZES[name], device)
-        note(time_steps(ranks, name, data, options.rounds, BatchTopK(SIZES[name].k) if rule else None))
+        note(time_steps(ranks, name, data, options.rounds, rule, pieces))
         # Captured steps hold on to their memory, and to the ranks' way of speaking.
         gc.collect()
         torch.cuda.empty_cache()
     if options.sweep:
-        note(time_sweep(ranks, options.sweep, batches(SIZES[options.sweep], device), 800))
+        note(time_sweep(ranks, options.sweep, batches(SIZES[options.sweep], device), options.sweep_steps))
     if options.harvest:
         with tempfile.TemporaryDirectory(dir=options.folder) as own:
             # The first rank's, which all write to.
-            note(time_harvest(ranks, options.harvest, Path(ranks.lead(lambda: own)), 3))
+            note(time_harvest(ranks, options.harvest, Path(ranks.lead(lambda: own)), options.harvest_rounds))
+            ranks.wait()
+    if options.streaming:
+        with tempfile.TemporaryDirectory(dir=options.folder) as own:
+            note(time_streaming(ranks, options.streaming, Path(ranks.lead(lambda: own)), device))
             ranks.wait()
     gc.collect()
     dist.destroy_process_group()

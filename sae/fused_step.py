@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         AdamStep,
         AuxGradients,
         Centred,
+        Errors,
         KernelSizes,
         Nesting,
         Parameters,
@@ -144,6 +145,7 @@ class FusedStep:
         self._gradients: Tensor | None = None
         self._target: Tensor | None = None
         self._made: tuple[Centred, SparseCode] | None = None
+        self._errors: Errors | None = None
         self._plan: StepPlan | None = None
         self._program: Program | ThresholdProgram | None = None
         self._nesting = self._new_nesting()
@@ -248,7 +250,10 @@ class FusedStep:
 
         def encode() -> None:
             centred = self.centre()
-            self._made = centred, encoder.encode(centred.x, *weights)
+            if self.state.shards.size > 1 and encoder.by_rows:
+                self._made = centred, self._encode_over_ranks(centred, encoder)
+            else:
+                self._made = centred, encoder.encode(centred.x, *weights)
 
         def learn() -> None:
             self._learn(plan, narrow)
@@ -269,6 +274,20 @@ class FusedStep:
         first = Part(encode, capture=capture)
         return Program((first, Part(learn, capture=capture, after=first)), look)
 
+    def _encode_over_ranks(self, centred: "Centred", encoder: FusedEncoder) -> SparseCode:
+        """This rank's part of the choice of all, with the errors on their way."""
+        from sae.kernels import triton as fast
+
+        p, shards = self.shadowed(), self.state.shards
+        self._errors = fast.Errors(centred.target, p.shadow_dec, shards)
+        return fast.encode_over_ranks(
+            centred.x,
+            lambda rows: encoder.encode(rows, p.padded_enc.T, p.b_enc),
+            self._errors,
+            self.sizes.pieces,
+            shards,
+        )
+
     def centre(self) -> "Centred":
         """The batch as the encoder reads it and as the features are to write it."""
         from sae.kernels import triton as fast
@@ -287,7 +306,8 @@ class FusedStep:
         assert self._made is not None
         centred, code = self._made
         config, shards = self.state.config, self.state.shards
-        if shards.size > 1:
+        errors, self._errors = self._errors, None
+        if shards.size > 1 and errors is None:
             assert isinstance(plan.rule, CodeRule)
             code = plan.rule.among(code, config.batch_size, shards)
         kept = None if narrow is None else narrow(code)
@@ -295,7 +315,7 @@ class FusedStep:
         result = fast.learn(
             centred, code, self.shadowed(), self.state.tokens_since_fired, self.adam(),
             decoder=not config.frozen_decoder, clip=config.clip_grad_norm, aux=self.aux(plan), parts=parts,
-            sizes=self.sizes,
+            errors=errors, sizes=self.sizes,
         )  # fmt: skip
         self.record(result, plan)
 

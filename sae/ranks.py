@@ -58,12 +58,16 @@ class Ranks:
 
     def gather(self, tensor: Shaped[Tensor, "*any"]) -> Shaped[Tensor, "ranks *any"]:
         """The tensors of all ranks, of one shape, along a new first dimension."""
+        return self.send(tensor).get()
+
+    def send(self, tensor: Shaped[Tensor, "*any"], out: Shaped[Tensor, "ranks *any"] | None = None) -> "Sent":
+        """As `gather`, into memory that is given or new, to be waited for later."""
         if self.size == 1:
-            return tensor.unsqueeze(0)
-        out = tensor.new_empty(self.size, *tensor.shape)
+            return Sent(tensor.unsqueeze(0))
+        out = tensor.new_empty(self.size, *tensor.shape) if out is None else out
         # As bytes: gloo does not know all types.
-        _all_gather(out.view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8), group=self.group)
-        return out
+        to, part = (one.view(-1).view(torch.uint8) for one in (out, tensor.contiguous()))
+        return Sent(out, _all_gather(to, part, group=self.group, async_op=True))
 
     def send_rows(self, rows: Float[Tensor, "n d"]) -> "Sent":
         """This rank's part of the rows' sum over the ranks, to be waited for later; n is a multiple of their number."""

@@ -47,4 +47,4 @@ class AbsTopK(CodeRule):
         """The kernel that selects row by row, by magnitude."""
         from sae.kernels.triton import topk_rule
 
-        return FusedEncoder(topk_rule(self.k, absolute=True, sizes=inputs.sizes))
+        return FusedEncoder(topk_rule(self.k, absolute=True, sizes=inputs.sizes), by_rows=True)

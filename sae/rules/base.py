@@ -83,6 +83,9 @@ class FusedEncoder:
     settle: Callable[[Tensor, Tensor, Tensor], None] | None = None
     """Called after `encode` with its arguments, (x [n, d_in], W_enc [d_in, padded], b_enc [d_sae]), where the code may
     have to be put right in its memory after asking the device; None where it never has to."""
+    by_rows: bool = False
+    """Whether `encode` takes any number of a batch's rows, and keeps k of each in the canonical order; ranks that
+    share out the features then choose each token's k best of all."""
     captured: bool = True
     """Whether `encode` can be captured as a CUDA graph: it must not ask the device."""
     narrow: Callable[[SparseCode], Bool[Tensor, "entries"]] | None = None

@@ -45,4 +45,4 @@ class TopK(CodeRule):
         """The kernel that selects row by row."""
         from sae.kernels.triton import topk_rule
 
-        return FusedEncoder(topk_rule(self.k, sizes=inputs.sizes))
+        return FusedEncoder(topk_rule(self.k, sizes=inputs.sizes), by_rows=True)

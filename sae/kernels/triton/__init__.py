@@ -25,7 +25,7 @@ from sae.kernels.triton.dense import DensePass, dense_pass
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
 from sae.kernels.triton.nested import Nesting, Parts
-from sae.kernels.triton.shards import best_of_shards
+from sae.kernels.triton.shards import Errors, best_of_shards, encode_over_ranks
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, centre_pair, decode, residual
 from sae.kernels.triton.step import (
@@ -57,6 +57,7 @@ __all__ = [
     "AuxGradients",
     "Centred",
     "DensePass",
+    "Errors",
     "FeatureGradients",
     "GraphedStep",
     "KernelSizes",
@@ -80,6 +81,7 @@ __all__ = [
     "clip_factor",
     "decode",
     "dense_pass",
+    "encode_over_ranks",
     "entries_of",
     "feature_topk_encode",
     "gradient_topk_encode",

@@ -103,15 +103,14 @@ def by_feature(
         near: entries in their threshold's window.
     """
     value = code.values.reshape(-1)
-    feature = torch.where(value != 0 if real is None else real, code.indices.reshape(-1), code.d_sae).to(
-        narrowest(code.d_sae)
-    )
-    ordered, order = torch.sort(feature, stable=True)
+    lowest, dtype = _sorted_as(code.d_sae)
+    feature = torch.where(value != 0 if real is None else real, code.indices.reshape(-1), code.d_sae)
+    ordered, order = torch.sort((feature + lowest).to(dtype), stable=True)
     if code.offsets is None:
         token = order // code.values.shape[1]
     else:
         token = torch.searchsorted(code.offsets, order, right=True) - 1
-    edges = torch.arange(code.d_sae + 1, dtype=feature.dtype, device=feature.device)
+    edges = torch.arange(lowest, lowest + code.d_sae + 1, dtype=dtype, device=feature.device)
     offsets = torch.searchsorted(ordered, edges, out_int32=True)
     firings = offsets.diff()
     if counted is not None:
@@ -119,7 +118,14 @@ def by_feature(
         firings = before[offsets[1:]] - before[offsets[:-1]]
     row = None if cells is None else (cells[order].long() * code.n_tokens + token).to(torch.int32)
     close = None if near is None else near[order].float()
-    return FeatureOrder(token.to(torch.int32), value[order], ordered.to(torch.int32), offsets, firings, row, close)
+    ordered = ordered.to(torch.int32) - lowest
+    return FeatureOrder(token.to(torch.int32), value[order], ordered, offsets, firings, row, close)
+
+
+def _sorted_as(largest: int) -> tuple[int, torch.dtype]:
+    """What numbers 0 ... largest begin at and are of while they are sorted: below 0 two bytes hold twice as many."""
+    shortest = torch.iinfo(torch.int16)
+    return (shortest.min, torch.int16) if shortest.max < largest < 2**16 else (0, narrowest(largest))
 
 
 def narrowest(largest: int) -> torch.dtype:

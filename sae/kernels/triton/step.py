@@ -26,7 +26,7 @@ from sae.kernels.triton.features import (
     feature_gradients,
 )
 from sae.kernels.triton.nested import Parts, nested_residuals
-from sae.kernels.triton.shards import send_written, summed_residual
+from sae.kernels.triton.shards import Errors
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
 from sae.kernels.triton.update import (
@@ -129,6 +129,7 @@ def learn(
     aux: Callable[[StepResult], AuxGradients] | None = None,
     parts: Parts | None = None,
     thresholds: ThresholdTerms | None = None,
+    errors: Errors | None = None,
     sizes: KernelSizes = SIZES,
 ) -> StepResult:
     """What follows the encoder in a step: decoding, backward and update.
@@ -140,25 +141,26 @@ def learn(
         aux: makes the gradients of an auxiliary loss from the forward pass.
         parts: of the code, where the loss has several reconstructions.
         thresholds: of the code, where it is made by thresholds.
+        errors: of the code, where several ranks have begun to tell each other what theirs writes.
     """
     p, n = parameters, code.n_tokens
-    result, order, errors = _forward(centred, code, p, parts, thresholds)
+    result, order, left = _forward(centred, code, p, parts, thresholds, errors)
     scale = (-2 / centred.total_variance).float()
     extra = None if aux is None else aux(result)
     shrink = None if thresholds is None else thresholds.shrink
     if clip is None:
         windows = update_from_code(
-            p, order, errors, centred.x, scale, tokens_since_fired, adam,
+            p, order, left, centred.x, scale, tokens_since_fired, adam,
             decoder=decoder, aux=extra, shrink=shrink, sizes=sizes,
         )  # fmt: skip
-        for own in (*_skip(p, errors[:n], centred.x, scale), *_owned(thresholds, windows, order, code)):
+        for own in (*_skip(p, left[:n], centred.x, scale), *_owned(thresholds, windows, order, code)):
             own.move(adam)
         return _arrived(result)
     made = feature_gradients(
-        order, errors, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
+        order, left, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
     )
-    owned = [*_skip(p, errors[:n], centred.x, scale), *_owned(thresholds, made.thresholds, order, code)]
-    grad_b_dec = b_dec_gradient(p, errors[:n], scale, made.b_enc)
+    owned = [*_skip(p, left[:n], centred.x, scale), *_owned(thresholds, made.thresholds, order, code)]
+    grad_b_dec = b_dec_gradient(p, left[:n], scale, made.b_enc)
     tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
     _update_from_memory(p, made, grad_b_dec, owned, adam, clip * n / centred.total_variance)
     return _arrived(result)
@@ -233,13 +235,18 @@ def _update_from_memory(
 
 
 def _forward(
-    centred: Centred, code: SparseCode, p: Parameters, parts: Parts | None, thresholds: ThresholdTerms | None
+    centred: Centred,
+    code: SparseCode,
+    p: Parameters,
+    parts: Parts | None,
+    thresholds: ThresholdTerms | None,
+    errors: Errors | None,
 ) -> tuple[StepResult, FeatureOrder, Tensor]:
     """What a code leaves of a batch, its entries in the order of features, and the residuals that they work for."""
     dtype, variance = p.shadow_dec.dtype, centred.total_variance
     if parts is None:
         if p.ranks.size > 1:
-            return _forward_of_ranks(centred, code, p)
+            return _forward_of_ranks(centred, code, p, errors)
         fit = residual(code, p.shadow_dec, centred.target, dtype)
         if thresholds is None:
             order = by_feature(code)
@@ -253,11 +260,15 @@ def _forward(
     return StepResult(centred.x, nested.residual, error, loss, variance, order.firings), order, nested.by_cell
 
 
-def _forward_of_ranks(centred: Centred, code: SparseCode, p: Parameters) -> tuple[StepResult, FeatureOrder, Tensor]:
+def _forward_of_ranks(
+    centred: Centred, code: SparseCode, p: Parameters, errors: Errors | None
+) -> tuple[StepResult, FeatureOrder, Tensor]:
     """`_forward` where these are one rank's features and code; its entries are put in order while the sum is made."""
-    written = send_written(code, p.shadow_dec, p.ranks)
+    if errors is None:
+        errors = Errors(centred.target, p.shadow_dec, p.ranks)
+        errors.write(0, code)
     order = by_feature(code)
-    residual, squared_error = summed_residual(written, centred.target, p.shadow_dec.dtype, p.ranks)
+    residual, squared_error = errors.whole()
     error = squared_error.result
     made = StepResult(centred.x, residual, error, error, centred.total_variance, order.firings, squared_error)
     return made, order, residual

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae.code import SparseCode
 from sae.config import TrainConfig
 from sae.fused_step import FusedStep
 from sae.kernels import shards
 from sae.kernels import triton as fast
 from sae.kernels.topk import topk_reference
+from sae.kernels.triton.features import by_feature
 from sae.ranks import Ranks
 from sae.rules import BatchTopK, TopK
 from sae.state import TrainingState
@@ -42,6 +44,23 @@ def test_the_kernel_keeps_what_the_plain_choice_keeps(on_ranks: OnRanks) -> None
     for by_kernel, plain in on_ranks(2, kept):
         for one, other in zip(by_kernel, plain, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("d_sae", [40, 32_767, 32_768, 65_535, 65_536])
+def test_entries_are_put_in_the_order_of_features_however_many_there_are(d_sae: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, d_sae, (200, 5), generator=generator)
+    indices[:2], indices[2:4] = 0, d_sae - 1
+    values = torch.randn(200, 5, generator=generator).relu()
+    order = by_feature(SparseCode(values, indices, d_sae))
+    kept = torch.nonzero(values.reshape(-1) != 0).squeeze(1)
+    expected = kept[torch.sort(indices.reshape(-1)[kept], stable=True).indices]
+    n = len(expected)
+    assert torch.equal(order.feature[:n].long(), indices.reshape(-1)[expected])
+    assert (order.feature[n:] == d_sae).all()
+    assert torch.equal(order.token[:n].long(), expected // 5)
+    assert torch.equal(order.value[:n], values.reshape(-1)[expected])
+    assert torch.equal(order.firings.long(), torch.bincount(indices.reshape(-1)[kept], minlength=d_sae))
 
 
 def after_steps(ranks: Ranks) -> list[dict[str, Tensor]]:
