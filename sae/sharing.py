@@ -67,9 +67,9 @@ class Sharing:
         """Whether this rank reports on what it has; of an SAE that all share, the first one does."""
         return self.shards.size == 1 or self.ranks.leads
 
-    def agrees_at(self, step: int) -> bool:
-        """Whether the ranks speak after that step."""
-        return self.ranks.size == 1 or step % AGREE_EVERY == 0
+    def agrees_at(self, step: int, n_steps: int) -> bool:
+        """Whether the ranks speak after that step of so many: now and then, and after the last."""
+        return self.ranks.size == 1 or step % AGREE_EVERY == 0 or step == n_steps
 
     def collected(self, results: Mapping[int, TrainedSAE]) -> list[TrainedSAE]:
         """The results of all configurations, on the first rank with their SAEs."""

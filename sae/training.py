@@ -157,7 +157,7 @@ class _Run:
                 step += 1
                 if step % report_every == 0 or step == n_steps:
                     _report(states, step, time.monotonic() - started, self.on_metrics, sharing)
-                if not sharing.agrees_at(step):
+                if not sharing.agrees_at(step, n_steps):
                     continue
                 due = self.checkpoint_dir is not None and time.monotonic() - last_checkpoint >= self.checkpoint_seconds
                 left = any(state.error is None for state in states.values())

@@ -1,6 +1,8 @@
 """Training over several ranks: the same choices as on one, ties included, the same steps, and checkpoints that any
 number of ranks goes on from. Ranks are processes on this machine that speak by gloo."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +161,28 @@ def stopped(ranks: Ranks, source: Any, configs: list[TrainConfig], folder: Path)
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return "finished"
+
+
+def interrupted(ranks: Ranks, source: Any, folder: Path) -> str:
+    """A run in which one rank gets Ctrl-C after the last but one of the steps at which ranks agree."""
+
+    def after(metrics: StepMetrics) -> None:
+        if metrics.step == 18:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        train([RUN], source, ranks=ranks, checkpoint_dir=folder, on_metrics=after)
+    except KeyboardInterrupt:
+        return "stopped"
+    return "finished"
+
+
+def test_ctrl_c_shortly_before_the_end_stops_every_rank(on_ranks: OnRanks, planted, tmp_path: Path) -> None:
+    assert on_ranks(2, interrupted, planted(), tmp_path) == ["stopped", "stopped"]
+    assert checkpoint.tokens_done(tmp_path) == RUN.total_tokens
+    weights, later = on_ranks(2, trained, planted(), [RUN], {"checkpoint_dir": tmp_path, "resume": True})[0]
+    assert weights[0] is not None
+    assert later == []
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_three_or_four(on_ranks: OnRanks, planted, tmp_path: Path) -> None:

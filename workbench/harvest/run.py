@@ -20,6 +20,7 @@ import json
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -67,7 +68,7 @@ class HarvestProgress:
     """How far a harvest is."""
 
     tokens: int
-    """Rows that went through the model, those of earlier attempts included."""
+    """Rows that went through the model, those of earlier attempts included; of several ranks as the first sees it."""
     total_tokens: int
 
 
@@ -235,20 +236,22 @@ def _fill(
 ) -> None:
     """Runs every batch that is not recorded yet, and is this rank's, and hands it to the writer."""
     before = leading(writer.blocks)
-    first = seen = len(before) * plan.block_contexts
+    first = len(before) * plan.block_contexts
     # The first batch of all says what every rank multiplies gradients by, also those that do not store it.
     scaling = plan.gradients and not writer.blocks and not writer.makes(0)
+    packed: deque[int] = deque()
 
-    def report() -> None:
+    def report(done: int) -> None:
         if on_progress is not None and writer.ranks.leads:
-            on_progress(HarvestProgress(min(seen, plan.n_contexts) * plan.context_len, plan.rows))
+            on_progress(HarvestProgress(min(done, plan.n_contexts) * plan.context_len, plan.rows))
 
     def wanted(context: int) -> bool:
-        nonlocal seen
-        seen = context + plan.batch_contexts
-        return writer.makes(context // plan.block_contexts) or (scaling and context == 0)
+        own = writer.makes(context // plan.block_contexts) or (scaling and context == 0)
+        if own:
+            packed.append(context)
+        return own
 
-    report()
+    report(first)
     ahead = contexts(
         model, corpus, config, plan, first=first, after=place_of(writer.folder, before), names=writer.names,
         split_special_tokens=SPECIAL_TOKENS not in read_description(writer.folder / DESCRIPTION), wanted=wanted,
@@ -260,7 +263,8 @@ def _fill(
                 writer.settle(values)
             else:
                 writer.add(batch, values)
-            report()
+            # Other ranks are about as far with the batches before it, which are theirs.
+            report(packed.popleft() + len(batch.tokens))
         writer.flush()
 
 
