@@ -297,10 +297,10 @@ def time_streaming(ranks: Ranks, tokens: int, folder: Path, device: torch.device
         with ModelRows(model, corpus, asked, plan, [hook], expected_rows=blocks * rows, ranks=over) as fed:
             train([config], PairSource(fed, ((hook, ""),), plan.widths, fed.scales), device=device, ranks=over)
 
-    def split(_: Ranks) -> None:
-        if ranks.leads:
+    def split(over: Ranks) -> None:
+        if over.leads:
             train([config], Received(rows, plan.hooks[0].width, blocks + 1, device), device=device)
-        elif ranks.rank == 1:
+        elif over.rank == 1:
             with contexts(model, corpus, asked, plan) as packed:
                 for _, batch in zip(range(blocks + 1), packed, strict=False):
                     (values,) = run_batch(model, plan, batch).values()
