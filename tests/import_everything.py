@@ -18,6 +18,8 @@ def main() -> None:
     """Says how many there are, and raises what the first that fails raises."""
     warnings.simplefilter("error", SyntaxWarning)
     names = list(PACKAGES)
+    # An installation has the app under workbench.
+    sys.path.append(str(Path(importlib.import_module("workbench").__path__[0]) / "_bundled"))
     for package in PACKAGES:
         path = importlib.import_module(package).__path__
         for found in pkgutil.walk_packages(path, f"{package}."):

@@ -88,7 +88,8 @@ def capture(
     by_name = {hook.name: hook for hook in hooks}
     # A contribution is the module's value times the scale, so its gradient is divided by it.
     slopes = {
-        name: _shaped(gradient, tokens) / by_name[name].scale for name, gradient in zip(values, found, strict=True)
+        name: _shaped(by_name[name], gradient, tokens) / by_name[name].scale
+        for name, gradient in zip(values, found, strict=True)
     }
     return Captured(seen, slopes)
 
@@ -114,14 +115,16 @@ def as_added(
     hook: HookSpec, value: Float[Tensor, "*place width"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos width"]:
     """What a module's value is at the hook point: one vector a token, in the scale in which it is added."""
-    value = _shaped(value, tokens)
+    value = _shaped(hook, value, tokens)
     if hook.scale != 1:
         return value * hook.scale
     return value.clone() if hook.overwritten else value
 
 
-def _shaped(value: Tensor, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos width"]:
-    """Some modules see all contexts' tokens as one list."""
+def _shaped(hook: HookSpec, value: Tensor, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos width"]:
+    """Some modules see positions first, some all contexts' tokens as one list."""
+    if hook.positions_first:
+        return value.transpose(0, 1)
     flat = isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == tokens.numel()
     return value.unflatten(0, tokens.shape) if flat else value
 

@@ -42,6 +42,13 @@ KEPT = (
     "positional_embedding_type", "rotary_dim", "rotary_base", "attn_scores_soft_cap", "output_logits_soft_cap",
 )  # fmt: skip
 """Of a HookedTransformer's configuration, what the native module reads."""
+UNREAD = (
+    "parallel_attn_mlp", "use_local_attn", "post_embedding_ln", "use_qk_norm", "use_normalization_before_and_after",
+    "use_NTK_by_parts_rope", "use_dynamic_ntk_rope", "use_logn_attn", "clip_qkv", "num_experts",
+)  # fmt: skip
+"""What it does not read, and what changes the logits where it is set."""
+SAME_AS = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new"}
+"""Activation functions under the name that the native module has for them."""
 
 
 def hooked_classes() -> tuple[Any, Any]:
@@ -159,6 +166,7 @@ def native_pair(hooked: Any, name: str) -> tuple[nn.Module, Bridge]:
     from transformer_lens.model_bridge.sources.native import NativeModel
 
     settings = {key: getattr(hooked.cfg, key) for key in KEPT}
+    settings["act_fn"] = SAME_AS.get(settings["act_fn"], settings["act_fn"])
     try:
         config = TransformerBridgeConfig(**(settings | {"d_mlp": hooked.cfg.d_mlp or 1, "init_weights": False}))
         bare = NativeModel(config).to(hooked.cfg.device)
@@ -186,9 +194,10 @@ def _refuse_other_logits(hooked: Any, bare: nn.Module, name: str) -> None:
     wanted, found = hooked(tokens, return_type="logits"), bare(tokens)
     error = (found - wanted).abs().max() / wanted.abs().max()
     if not error <= max(TOLERANCE, 16 * torch.finfo(found.dtype).eps):
+        unread = [f"{key}={getattr(hooked.cfg, key)}" for key in UNREAD if getattr(hooked.cfg, key, None)]
         raise InputError(
             f"{name} is a HookedTransformer that TransformerLens' native module does not compute (logits differ by "
-            f"{error:.1e}): it uses what is not supported here"
+            f"{error:.1e}): {', '.join(unread) or 'something it uses'} is not supported here"
         )
 
 

@@ -13,6 +13,7 @@ finds those that this process has loaded, and says otherwise how to give them.
 import dataclasses
 import importlib.util
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from sae.errors import InputError
 from workbench.models.checkpoints import weights_sha256
@@ -237,38 +239,88 @@ def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
         raise InputError(f"{own.name}: say how many tokens it reads and how long a sequence, d_vocab=..., n_ctx=...")
     hooks = described_hooks(own)
     hf = Called(own.module, own.d_vocab, own.call)
+    tokens = _readable_tokens(own, hf)
     blocks: dict[str, Any] = dict.fromkeys(("n_layers", "d_model", "n_heads", "d_head", "d_attention", "d_mlp"), 0)
     info = ModelInfo(
         processing="as given", architecture=type(own.module).__name__,
         dtype=str(next(own.module.parameters()).dtype).removeprefix("torch."), n_ctx=own.n_ctx, d_vocab=own.d_vocab,
         parallel_attention=False, transformer_lens=version("transformer-lens"), **blocks, **recorded,
     )  # fmt: skip
+    bridge = ModuleBridge(hf, hooks)
     loaded = LoadedModel(
-        info, hf, ModuleBridge(hf, hooks), own.tokenizer or word_tokenizer(own.vocabulary, own.d_vocab), own.bos_id,
-        causal=is_causal(hf, own.d_vocab),
+        info, hf, bridge, own.tokenizer or word_tokenizer(own.vocabulary, own.d_vocab), own.bos_id,
+        causal=is_causal(hf, own.d_vocab, tokens.shape[1]),
     )  # fmt: skip
-    return dataclasses.replace(loaded, checks=_checked(loaded, hooks))
+    checks = _checked(loaded, hooks, tokens)
+    bridge.hook_dict |= checks.hooks
+    return dataclasses.replace(loaded, checks=checks)
 
 
-def _checked(model: LoadedModel, hooks: dict[str, Any]) -> Checks:
+@torch.inference_mode()
+def _readable_tokens(own: OwnModel, hf: Called) -> Int[Tensor, "batch pos"]:
+    """A few random tokens that the module reads, as long as its context where it takes no shorter ones.
+
+    Raises:
+        InputError: a module that fails on both, gives NaN, or not one answer a token or a sequence, or another to a
+            sequence that it reads alone.
+    """
+    assert own.d_vocab is not None
+    assert own.n_ctx is not None
+    place, generator = next(own.module.parameters()).device, torch.Generator().manual_seed(0)
+    for length in dict.fromkeys((min(TOKENS, own.n_ctx), own.n_ctx)):
+        tokens = torch.randint(own.d_vocab, (2, length), generator=generator)
+        tokens[0, -1] = own.d_vocab - 1
+        tokens = tokens.to(place)
+        try:
+            logits, alone = hf(tokens).logits, hf(tokens[1:]).logits
+            break
+        except InputError:
+            raise
+        except Exception as error:  # the user's own code
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    else:
+        raise InputError(
+            f"{own.name} fails on {length} tokens below {own.d_vocab} ({reason}): check d_vocab, n_ctx and `call`"
+        )
+    if logits.shape[:2] != tokens.shape:
+        raise InputError(
+            f"{own.name} gives logits {list(logits.shape)} for tokens {list(tokens.shape)}: expected [batch, pos, "
+            "outputs]; say with `call` how to get them"
+        )
+    if bool(logits.isnan().any()):
+        raise InputError(f"{own.name} gives NaN for random tokens: nothing can be measured on it")
+    if not torch.allclose(logits[1:], alone, rtol=1e-3, atol=1e-3 * float(alone[alone.isfinite()].abs().max())):
+        raise InputError(
+            f"{own.name} gives other logits for a sequence alone than beside another: something in it is random, or it "
+            "takes positions first, which `call` puts right: lambda module, tokens: module(tokens.T).transpose(0, 1)"
+        )
+    return tokens
+
+
+def _checked(model: LoadedModel, hooks: dict[str, Any], tokens: Int[Tensor, "batch pos"]) -> Checks:
     """Which described hook points hold one vector a token."""
     from workbench.models.capture import hooked
     from workbench.models.places import HookSpec
 
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.info.d_vocab, (2, min(TOKENS, model.info.n_ctx)), generator=generator).to(model.device)
     values: dict[str, Any] = {}
+    passes: Counter[str] = Counter()
 
     def keep(hook: HookSpec, value: Any) -> None:
         values[hook.name] = value
+        passes[hook.name] += 1
 
     with hooked(model, list(hooks.values()), keep), torch.no_grad():
         model.hf(tokens)
     usable, refused = {}, {}
     for name, hook in hooks.items():
         value = values.get(name)
-        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[:2] == tokens.shape:
-            usable[name] = dataclasses.replace(hook, width=value.shape[-1])
+        place = value.shape[:2] if isinstance(value, Tensor) and value.ndim == 3 else None
+        if passes[name] > 1:
+            refused[name] = f"{hook.component} runs {passes[name]} times in a pass, so that it has no one value there"
+        elif value is not None and place in (tokens.shape, tokens.T.shape):
+            usable[name] = dataclasses.replace(
+                hook, width=value.shape[-1], positions_first=place != tokens.shape
+            )  # fmt: skip
         else:
             found = "nothing" if value is None else f"shape {list(getattr(value, 'shape', []))}"
             refused[name] = f"{hook.component} gives {found} there, expected [batch, pos, width]"
@@ -279,11 +331,11 @@ def _checked(model: LoadedModel, hooks: dict[str, Any]) -> Checks:
 
 
 @torch.inference_mode()
-def is_causal(hf: Any, d_vocab: int) -> bool:
-    """Whether the first token's logits do not depend on the second: encoders load as language models too."""
-    logits = hf(torch.tensor([[0, 0], [0, d_vocab - 1]], device=next(hf.parameters()).device), use_cache=False).logits[
-        :, 0
-    ]
+def is_causal(hf: Any, d_vocab: int, length: int = 2) -> bool:
+    """Whether the first token's logits do not depend on the later ones: encoders load as language models too."""
+    tokens = torch.zeros(2, length, dtype=torch.long, device=next(hf.parameters()).device)
+    tokens[1, 1:] = d_vocab - 1
+    logits = hf(tokens, use_cache=False).logits[:, 0]
     scale = logits.abs().max()
     # Rounding alone, since both are computed in one batch.
     rounding = max(1e-5, 4 * torch.finfo(logits.dtype).eps)

@@ -144,18 +144,23 @@ class ModuleBridge:
             raise Lacking(f"the model has no hook point {name!r}: it has {', '.join(list(self.hook_dict)[1:])}")
         module = self.original_model.called.get_submodule(hook.component)
 
+        def changed(value: Tensor) -> Tensor | None:
+            if not hook.positions_first:
+                return function(value, hook=None)
+            new = function(value.transpose(0, 1), hook=None)
+            return None if new is None else new.transpose(0, 1)
+
         def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            new = function(first_input(args, kwargs), hook=None)
+            new = changed(first_input(args, kwargs))
             if new is None:
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): new})
 
         def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            value = output[0] if isinstance(output, tuple) else output
-            new = function(value, hook=None)
+            new = changed(output[0] if isinstance(output, tuple | list) else output)
             if new is None:
                 return None
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            return type(output)((new, *output[1:])) if isinstance(output, tuple | list) else new
 
         if hook.side == "input":
             return module.register_forward_pre_hook(on_input, with_kwargs=True)

@@ -53,6 +53,8 @@ class HookSpec:
     """What the module's value is multiplied by before it is added to the residual stream."""
     overwritten: bool = False
     """Whether the model goes on to write into the value's tensor (Falcon adds attention's output to the MLP's)."""
+    positions_first: bool = False
+    """Whether the module sees [pos, batch, width], as torch's own attention and recurrent layers do by default."""
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

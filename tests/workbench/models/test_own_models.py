@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from circuits.heads import head_scores
 from circuits.patching import patch_activations
 from circuits.prompts import from_ids
+from circuits.splice import splice
 from sae import InputError, TopK
 from sae.config import TrainConfig
 from workbench import Corpus, HarvestConfig, LoadedModel, OwnModel, Workspace, load_model, reload_model
@@ -32,7 +33,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "no norm": {"normalization_type": None},
     "classes": {"normalization_type": None, "attention_dir": "bidirectional", "d_vocab_out": 5},
     "attention only": {"attn_only": True, "d_vocab_out": 30},
-    "rotary, grouped": {"positional_embedding_type": "rotary", "rotary_dim": 4, "n_key_value_heads": 2},
+    "rotary, grouped": {
+        "act_fn": "gelu_pytorch_tanh",
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 4,
+        "n_key_value_heads": 2,
+    },
     "gated": {"gated_mlp": True, "act_fn": "silu", "normalization_type": "RMS"},
 }
 
@@ -168,6 +174,8 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
         load_model(str(tmp_path / "broken.pt"))
     with pytest.raises(InputError, match="of a kind that is not loaded here"):
         load_model(hooked_transformer(act_fn="solu_ln"))
+    with pytest.raises(InputError, match=r"logits differ by .*: parallel_attn_mlp=True is not supported here"):
+        load_model(hooked_transformer(parallel_attn_mlp=True))
 
 
 def made(folder: Path, model: LoadedModel, hook: str, corpus: Corpus, context: int) -> tuple[Workspace, Any]:
@@ -268,8 +276,6 @@ def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
     sae = space.sae("s")
     with torch.no_grad():
         by_hand = own.module.out(states + sae(wanted.flatten(0, 1)).view_as(wanted))
-        from circuits.splice import splice
-
         with splice(model.bridge, "mlp", sae):
             assert torch.allclose(model.bridge(tokens), by_hand, atol=1e-6)
     assert evaluation.added_nats == evaluation.ce_spliced - evaluation.ce_clean
@@ -280,6 +286,63 @@ def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
     assert len(steered.texts) == 3
     with pytest.raises(InputError, match="no token for"):
         space.prompt("s", "xyz")
+
+
+class PositionsFirst(nn.Module):
+    """Attention and a recurrent layer as torch makes them by default, which take positions before the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.attention = nn.MultiheadAttention(16, 2, bias=False)
+        self.body = nn.LSTM(16, 12)
+        self.out = nn.Linear(12, 30)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        x = self.embedding(tokens.T)
+        mask = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+        x = x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return self.out(self.body(x)[0]).transpose(0, 1)
+
+
+def test_values_of_modules_that_take_positions_first_are_rows_of_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = PositionsFirst()
+    hooks = {"attention": "attention", "body": "body", "read": "out:input"}
+    model = load_model(OwnModel(module, 30, LENGTH, hooks, name="first"))
+    assert model.causal
+    tokens = rows(LENGTH)
+    values = capture(model, tokens, [resolve_hook(model, name) for name in hooks]).activations
+    with torch.no_grad():
+        x = module.embedding(tokens.T)
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        attended = module.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        read = module.body(x + attended)[0]
+    torch.testing.assert_close(values["attention"], attended.transpose(0, 1))
+    torch.testing.assert_close(values["body"], read.transpose(0, 1))
+    assert torch.equal(values["read"], values["body"])
+    space, _ = made(tmp_path / "w", model, "body", token_corpus(), LENGTH)
+    sae = space.sae("s")
+    with splice(model.bridge, "body", sae), torch.no_grad():
+        by_hand = module.out(sae(read.transpose(0, 1).flatten(0, 1))).view(*tokens.shape, 30)
+        torch.testing.assert_close(model.bridge(tokens), by_hand, rtol=1e-5, atol=1e-5)
+
+
+class OneLength(nn.Module):
+    """Takes sequences of one length, and answers once for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(30, 8), nn.Linear(8 * LENGTH, 30)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch vocab"]:
+        return self.out(self.embedding(tokens).flatten(1))
+
+
+def test_a_module_of_one_length_is_tried_at_that_length(tmp_path: Path) -> None:
+    model = load_model(OwnModel(OneLength(), 30, LENGTH, {"tokens": "embedding"}, name="one"))
+    assert not model.causal
+    assert made(tmp_path / "w", model, "tokens", token_corpus(), LENGTH)[1].fvu > 0
 
 
 def test_what_a_plain_module_lacks_is_said_in_one_line(tmp_path: Path) -> None:
@@ -307,6 +370,15 @@ def test_what_a_plain_module_lacks_is_said_in_one_line(tmp_path: Path) -> None:
         ({"vocabulary": "ab"}, "the vocabulary has 2 tokens, the model 11"),
         ({"d_vocab": None}, "say how many tokens"),
         ({"call": lambda module, tokens: (1, 2)}, "gives a tuple for tokens"),
+        ({"call": lambda module, tokens: module(tokens)[:, -3:]}, r"logits \[2, 3, 11\] for tokens \[2, 16\]"),
+        (
+            {"call": lambda module, tokens: module(tokens.T).transpose(0, 1)},
+            "alone than beside another: .* positions first",
+        ),
+        ({"call": lambda module, tokens: nn.functional.dropout(module(tokens))}, "something in it is random"),
+        ({"call": lambda module, tokens: module(tokens) * torch.nan}, "gives NaN"),
+        ({"d_vocab": 12, "vocabulary": None}, r"fails on 64 tokens below 12 \(IndexError: .*: check d_vocab"),
+        ({"hooks": {"twice": "out"}, "call": lambda module, tokens: module(tokens) + module(tokens)}, "runs 2 times"),
         ({"module": nn.Flatten()}, "has no weights"),
         ({"module": "text"}, "expected a HookedTransformer"),
     ],
