@@ -19,7 +19,8 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
     lenses       docs/methods/lenses.md
     transcoders  docs/methods/transcoders.md, the bundled set
     tasks        docs/methods/circuits.md: the code tasks
-    dictionary   the same page: SAEs beside supervised dictionaries on `brackets`, with --workspace and --sae
+    dictionary   the same page: SAEs beside supervised dictionaries, with --workspace, --sae and --task; a draw has
+                 prompts of its own and the next of the SAEs, with NAME-random-decoder
     retrieval    the same page: heads masked on needle tests
     graphs       docs/methods/graphs.md: graphs of many prompts
     diffs        docs/methods/crosscoders.md: a crosscoder of the model and --beside; a draw is a seed of the crosscoder
@@ -74,7 +75,7 @@ from workbench.text.python_source import Split
 
 MEASURED_TOKENS, HELD_OUT, CONTEXT = 24_576, 2048, 256
 CODE_TASKS = ("argument", "self-attribute", "docstring", "brackets", "induction")
-DICTIONARY_TASK, DICTIONARY_PROMPTS, CHANGES = "brackets", 256, (1, 2, 4)
+DICTIONARY_TASKS, DICTIONARY_PROMPTS, CHANGES = ("brackets", "argument", "self-attribute"), 1024, (1, 2, 4)
 GRAPH_TASKS = ("self-attribute", "induction")
 LEADS = {
     "zeros": (("CETT", "threshold"), ("CETT", "topk"), ("topk", "threshold"), ("WINA", "TEAL"), ("topk", "CATS")),
@@ -296,21 +297,26 @@ def tasks(ask: Ask) -> Iterator[Value]:
 
 def dictionary(ask: Ask) -> Iterator[Value]:
     space = Workspace(ask.options.workspace, create=False)
-    loaded = {name: space.sae(name) for name in ask.options.sae}
-    task = Task(DICTIONARY_TASK, DICTIONARY_PROMPTS, seed=ask.draw)
-    prompts = task.prompts(ask.model)
-    metric = task.measure(prompts, "logit_difference")
-    tables = dictionary_tables(
-        ask.model.bridge, prompts, loaded, metric=metric, changes=CHANGES, seed=ask.draw, batch_size=32
-    )
-    yield from _cells("approximation", tables["approximation"].set_index("dictionary")[["sufficiency", "necessity"]])
-    control = tables["control"]
-    yield from _cells("control", control.pivot(index="k", columns="dictionary", values="edited"))
-    yield Value("control", "no edit", str(CHANGES[0]), float(control["unedited"].iloc[0]))
-    for row in tables["attributes"].itertuples():
-        for key in ("f1", "joined_f1", "joined"):
-            yield Value(f"shows {row.attribute}", str(row.dictionary), key, float(getattr(row, key)))
-        yield Value(f"shows {row.attribute}", str(row.dictionary), "occluded", float(bool(row.occluded_by)))
+    name = ask.options.sae[ask.draw % len(ask.options.sae)]
+    names = {"SAE": name, "frozen random decoder": f"{name}-random-decoder"}
+    loaded = {title: space.sae(one, device=str(ask.model.device)) for title, one in names.items()}
+    for given in ask.options.task or DICTIONARY_TASKS:
+        task = Task(given, DICTIONARY_PROMPTS, seed=ask.draw)
+        prompts = task.prompts(ask.model)
+        metric = task.measure(prompts, "logit_difference")
+        tables = dictionary_tables(
+            ask.model.bridge, prompts, loaded, metric=metric, changes=CHANGES, seed=ask.draw, batch_size=32
+        )
+        close, control = tables["approximation"].set_index("dictionary"), tables["control"]
+        yield from _cells(f"{given}: approximation", close[["sufficiency", "necessity"]])
+        clean = float(tables["summary"]["clean"].iloc[0])
+        yield Value(f"{given}: approximation", "mean ablated", "sufficiency", close["mean_ablated"].iloc[0] / clean)
+        yield from _cells(f"{given}: control", control.pivot(index="k", columns="dictionary", values="edited"))
+        yield Value(f"{given}: control", "no edit", str(CHANGES[0]), float(control["unedited"].iloc[0]))
+        for row in tables["attributes"].itertuples():
+            for key in ("strength", "effect", "f1", "joined_f1", "joined"):
+                yield Value(f"{given}: {row.attribute}", str(row.dictionary), key, float(getattr(row, key)))
+            yield Value(f"{given}: {row.attribute}", str(row.dictionary), "occluded", float(bool(row.occluded_by)))
 
 
 def retrieval(ask: Ask) -> Iterator[Value]:
@@ -384,7 +390,7 @@ def main() -> None:
     parser.add_argument("--corpus", default="python-stdlib")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--task", action="append", default=[], help="of `attention`")
+    parser.add_argument("--task", action="append", default=[], help="of `attention` and `dictionary`")
     parser.add_argument("--workspace", type=Path, help="of `saes`, `codes` and `dictionary`")
     parser.add_argument("--sae", action="append", default=[], help="of `saes`, `codes` and `dictionary`")
     parser.add_argument("--beside", help="of `diffs`: the other model")
