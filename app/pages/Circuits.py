@@ -10,7 +10,7 @@ from workbench.circuits import stored
 from workbench.circuits.agreement import AGREEMENT
 from workbench.circuits.attention_saes import DFA, report_dfa
 from workbench.circuits.methods import DICTIONARY, DISCRETE, EDGES, FEATURES, METHODS, NODES, method_named
-from workbench.circuits.named import feature_names, named_graph, named_nodes
+from workbench.circuits.named import feature_names, named_features, named_graph, named_nodes
 from workbench.circuits.report import run_method
 from workbench.circuits.tables import TABLE
 from workbench.circuits.task import Task
@@ -22,6 +22,8 @@ KINDS = {
 }  # fmt: skip
 OFFERED = [method for method in METHODS if method.on_page]
 EDGES_AT_FIRST, MOST_EDGES, MOST_ROWS = 40, 400, 500
+# Settings that nobody reads: a row of numbers, a fingerprint.
+UNSAID = ("fractions", "attributes")
 
 
 def main() -> None:
@@ -50,7 +52,15 @@ def main() -> None:
             "Correlations are over all edges, with what patching each by itself does; `pearson_rest` leaves out the "
             "edge of largest effect, which alone can decide it. A point is a draw of the prompts, a bar their mean."
         )
-    tables(result, named)
+    if result.kind == DICTIONARY:
+        st.caption(
+            "Share of the judged prompts whose prediction is that of the corrupted prompt's activation after so many "
+            "features were changed; nothing is shown by less than `unedited` and random directions reach. "
+            "Sufficiency and necessity are 1 where a reconstruction does all that the activation does, `over_random` "
+            "is the F1 of the best feature less that of random directions, and `joined` features reach `joined_f1`: "
+            "many and much larger where a value is split. Choose a row of the features to open its page."
+        )
+    tables(workspace, result, named)
 
 
 def results(workspace: Workspace) -> dict[str, Result]:
@@ -156,7 +166,7 @@ def choose(workspace: Workspace) -> Result | None:
 
 def describe(workspace: Workspace, result: Result) -> None:
     """What was asked for and what the behaviour measures; of a feature, its name."""
-    asked = {key: value for key, value in result.parameters.items() if key != "fractions" and value is not None}
+    asked = {key: value for key, value in result.parameters.items() if key not in UNSAID and value is not None}
     settings = ", ".join(f"{key} {value}" for key, value in asked.items())
     st.caption(plain(f"{result.created} · {settings}"))
     if result.kind == DFA:
@@ -164,8 +174,9 @@ def describe(workspace: Workspace, result: Result) -> None:
         name = feature_names(workspace, sae, [feature]).get(feature)
         if name is not None:
             page_link("Feature", f"{plain(sae)} {feature} {plain(name)}", sae=sae, feature=feature)
-    if note := stored.note_of(result):
-        st.warning(plain(note))
+    said = result.table("summary")["note"].iloc[0] if result.kind == DICTIONARY else stored.note_of(result)
+    if said:
+        st.warning(plain(said))
     if result.kind in (EDGES, NODES, FEATURES, DFA):
         row = stored.table_of(result, "summary").iloc[0]
         numbers = [
@@ -229,7 +240,7 @@ def figures(result: Result) -> None:
         column.plotly_chart(io.from_json(plotly), key=name, config={"displayModeBar": False})
 
 
-def tables(result: Result, named: pd.DataFrame | None) -> None:
+def tables(workspace: Workspace, result: Result, named: pd.DataFrame | None) -> None:
     """The stored tables, one a tab, the nodes first.
 
     Args:
@@ -244,16 +255,43 @@ def tables(result: Result, named: pd.DataFrame | None) -> None:
         DICTIONARY: ["approximation", "control", "attributes", "features", "summary", "prompts"],
     }[result.kind]  # fmt: skip
     for tab, name in zip(st.tabs(order), order, strict=True):
+        if (result.kind, name) == (DICTIONARY, "features"):
+            with tab:
+                dictionary_features(workspace, result)
+            continue
         table = stored.table_of(result, name) if named is None or name != "nodes" else named
         tab.dataframe(table.head(MOST_ROWS), hide_index=True, width="stretch", placeholder="")
-        if len(table) > MOST_ROWS:
-            tab.caption(
-                f"The first {MOST_ROWS} of {len(table):,} rows; `{result.kind}.{result.name}` holds all in SQL."
-            )
+        with tab:
+            cut(result, len(table))
     heads = result.table("nodes").node if "nodes" in order else []
     strongest = next((node for node in heads if ".h" in str(node)), None)
     if strongest is not None and result.kind != FEATURES:
         page_link("Heads", f"{strongest} on the Heads page", head=strongest)
+
+
+def cut(result: Result, n_rows: int) -> None:
+    """Says of a long table where its other rows are."""
+    if n_rows > MOST_ROWS:
+        st.caption(f"The first {MOST_ROWS} of {n_rows:,} rows; `{result.kind}.{result.name}` holds all in SQL.")
+
+
+def dictionary_features(workspace: Workspace, result: Result) -> None:
+    """Which feature shows which attribute, with its name; a chosen row opens the feature's page."""
+    shown = named_features(workspace, result, MOST_ROWS)
+    event = st.dataframe(
+        shown, hide_index=True, width="stretch", placeholder="", key=f"features {result.name}",
+        on_select="rerun", selection_mode="single-row",
+    )  # fmt: skip
+    for place in event["selection"]["rows"]:
+        row = shown.iloc[place]
+        if row["name"]:
+            switch_page("Feature", sae=row["dictionary"], feature=int(row["feature"]))
+        of = plain(str(row["dictionary"]))
+        made = row["dictionary"] in result.parameters["saes"]
+        st.info(
+            f"`workbench index {of}` makes pages of its features." if made else f"{of} are drawn and have no pages."
+        )
+    cut(result, len(result.table("features")))
 
 
 main()

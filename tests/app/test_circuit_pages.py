@@ -227,6 +227,30 @@ def test_a_circuit_of_features_is_run_and_drawn(with_saes: Workspace, open_page:
     assert f"{node} has no page" in page.info[0].value.replace("\\", "")
 
 
+def test_a_dictionary_says_where_nothing_is_left_to_control_and_whose_features_have_pages(
+    with_saes: Workspace, open_page: OpenPage
+) -> None:
+    # Before the last layers nothing of the argument has reached the last token.
+    page = open_page("Circuits", with_saes)
+    page.selectbox(key="task").set_value("argument")
+    page.selectbox(key="method").set_value("dictionary")
+    page.number_input(key="prompts").set_value(8)
+    page.multiselect(key="saes").set_value(["stream"])
+    next(button for button in page.button if button.label == "Run").click().run()
+    assert not page.exception
+    assert "nothing is left to control there" in page.warning[0].value
+    shown = page.dataframe[3].value
+    assert list(shown) == ["hook", "dictionary", "feature", "name", "attribute", "f1", "values"]
+    assert set(shown["name"]) == {""}
+    for dictionary, says in (("stream", "workbench index stream"), ("random (64, 8)", "have no pages")):
+        place = shown["dictionary"].tolist().index(dictionary)
+        page.session_state["features argument-dictionary"] = {
+            "selection": {"rows": [place], "columns": [], "cells": []}
+        }
+        page.run()
+        assert says in page.info[0].value
+
+
 def test_an_attention_feature_is_attributed_on_a_text(with_saes: Workspace, open_page: OpenPage) -> None:
     page = open_page("Circuits", with_saes)
     assert page.selectbox(key="attention sae").options == ["heads"]

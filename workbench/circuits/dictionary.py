@@ -52,6 +52,8 @@ from sae.model import SAE
 
 FEWEST = 8
 """Prompts, half of them to fit."""
+UNMOVED = 0.9
+"""Of the predictions that patching leaves as they are: from there on nothing is left to control."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,25 @@ def dictionary_tables(
             tables[name].append(table)
         if on_progress is not None:
             on_progress(number + 1, len(hooks))
+    together = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    note = no_behaviour(before, after) or _unmoved(together["control"])
     summary = pd.DataFrame(
         [{"task": prompts.name, "metric": metric.__name__, "fitted": len(fitted), "judged": len(judged),
-          "known": sum(known) / len(known), "clean": before, "corrupted": after, "note": no_behaviour(before, after)}]
+          "known": sum(known) / len(known), "clean": before, "corrupted": after, "note": note}]
     )  # fmt: skip
-    return {"summary": summary, **{name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}}
+    return {"summary": summary, **together}
+
+
+def _unmoved(control: pd.DataFrame) -> str:
+    """Where patching hardly changes a prediction, in one line; empty where it does everywhere."""
+    kept = control.groupby("hook", sort=False)["unedited"].first()
+    places = [f"{hook} ({share:.0%})" for hook, share in kept[kept >= UNMOVED].items()]
+    if not places:
+        return ""
+    return (
+        f"at {', '.join(places)} of the prompts the counterfactual's activation leaves the prediction as it is: "
+        "nothing is left to control there, take an SAE of another place"
+    )
 
 
 def _at_hook(

@@ -174,7 +174,9 @@ def control_figure(table: pd.DataFrame) -> go.Figure:
             x=rows["k"], y=rows["edited"], name=title, mode="lines+markers", line={"color": series_colour(number)},
             hovertemplate="%{x} features: %{y:.3f}<extra></extra>",
         )  # fmt: skip
-    figure.add_hline(y=float(table["unedited"].iloc[0]), line_dash="dash", annotation_text="unedited")
+    figure.add_hline(
+        y=float(table["unedited"].iloc[0]), line={"color": GREY, "dash": "dash"}, annotation_text="unedited"
+    )
     figure.update_xaxes(title_text="features changed at most", tickvals=sorted(table["k"].unique()))
     figure.update_yaxes(title_text="counterfactual predicted", range=[-0.02, 1.02])
     return figure.update_layout(height=420, margin=MARGIN, legend={"orientation": "h", "y": -0.25})

@@ -10,7 +10,7 @@ from circuits.feature_circuits import ERROR
 from circuits.graph.graph import FEATURE, Graph
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
-from workbench.circuits.methods import FEATURES
+from workbench.circuits.methods import DICTIONARY, FEATURES
 from workbench.circuits.stored import table_of
 from workbench.disk.names import layer_name
 from workbench.features.index.query import FeatureIndex
@@ -57,10 +57,29 @@ def named_nodes(catalog: Catalog, result: Result) -> pd.DataFrame:
     return table[["node", "name", *table.columns.difference(["node", "name"], sort=False)]]
 
 
+def named_features(catalog: Catalog, result: Result, most: int | None = None) -> pd.DataFrame:
+    """The table `features` of a `circuit-dictionary` result with the column name; empty for random directions and where
+    an SAE has no index.
+
+    Args:
+        most: rows, the first; all when None.
+    """
+    table = table_of(result, "features").head(most)
+    names = pd.Series("", index=table.index)
+    for sae, rows in table[table["dictionary"].isin(result.parameters["saes"])].groupby("dictionary"):
+        called = feature_names(catalog, str(sae), rows["feature"].tolist())
+        names[rows.index] = [called.get(number, "") for number in rows["feature"]]
+    return table.assign(name=names)[["hook", "dictionary", "feature", "name", "attribute", "f1", "values"]]
+
+
 def shown_table(catalog: Catalog, result: Result, name: str) -> pd.DataFrame:
-    """A table of a result as it is shown (`table_of`), the nodes of a circuit of features with their names."""
-    named = result.kind == FEATURES and name == "nodes"
-    return named_nodes(catalog, result) if named else table_of(result, name)
+    """A table of a result as it is shown (`table_of`), the nodes of a circuit of features and the features of a
+    dictionary with their names."""
+    if result.kind == FEATURES and name == "nodes":
+        return named_nodes(catalog, result)
+    return (
+        named_features(catalog, result) if (result.kind, name) == (DICTIONARY, "features") else table_of(result, name)
+    )
 
 
 def named_graph(result: Result, nodes: pd.DataFrame) -> go.Figure:
