@@ -15,8 +15,7 @@ weights. Adam runs feature by feature while a gradient is made; where gradients 
 all of them, they are written to memory first. A transcoder's step takes two arrays of rows, what its encoder reads and
 what it predicts. Not fused, and so on the plain path: a k above 512, more than 16 reconstructions of a token (prefixes,
 and twice as many with multi-k), rules without a fused encoder, transcoders between activations of different widths,
-and machines without triton; over several ranks that share out the features, all rules without a k, prefixes and
-multi-k.
+and machines without triton; over several ranks, threshold rules of features that cannot be shared out evenly.
 """
 
 from collections.abc import Callable
@@ -77,8 +76,9 @@ def new_step(state: TrainingState) -> Step:
     fused = state.device.type == "cuda" and kernels.has_triton() and can_be_fused(state.config)
     # The kernels make a feature's two rows in one pass over their columns.
     fused = fused and state.sae.d_in == state.sae.d_out and not _weighs_parts(state)
-    if state.shards.size > 1:
-        fused = fused and isinstance(state.config.rule, CodeRule) and not (state.config.widths or state.config.multi_k)
+    if isinstance(state.config.rule, ThresholdRule):
+        # Ranks add up chunks of rows whose number depends on how many features they have.
+        fused = fused and state.config.d_sae % state.shards.size == 0
     return FusedStep(state) if fused else PlainStep(state)
 
 
@@ -225,7 +225,7 @@ class FusedStep:
         config = self.state.config
         if not config.widths and not config.multi_k:
             return None
-        return Nesting.of(config.d_sae, config.widths, config.multi_k, self.state.device)
+        return Nesting.of(self.state.own_span, config.widths, config.multi_k, self.state.device)
 
     def _encoders(self, rule: CodeRule) -> tuple[FusedEncoder, Narrow | None]:
         """What encodes: with multi-k at the larger k, and then also what finds the code at the rule's own in it."""
@@ -250,7 +250,7 @@ class FusedStep:
 
         def encode() -> None:
             centred = self.centre()
-            if self.state.shards.size > 1 and encoder.by_rows:
+            if self.state.shards.size > 1 and encoder.by_rows and self._nesting is None:
                 self._made = centred, self._encode_over_ranks(centred, encoder)
             else:
                 self._made = centred, encoder.encode(centred.x, *weights)
@@ -307,10 +307,12 @@ class FusedStep:
         centred, code = self._made
         config, shards = self.state.config, self.state.shards
         errors, self._errors = self._errors, None
+        assert isinstance(plan.rule, CodeRule)
+        kept = None
         if shards.size > 1 and errors is None:
-            assert isinstance(plan.rule, CodeRule)
-            code = plan.rule.among(code, config.batch_size, shards)
-        kept = None if narrow is None else narrow(code)
+            code, kept = self._among(plan.rule, code)
+        elif narrow is not None:
+            kept = narrow(code)
         parts = None if self._nesting is None else self._nesting.parts_of(code, kept)
         result = fast.learn(
             centred, code, self.shadowed(), self.state.tokens_since_fired, self.adam(),
@@ -318,6 +320,22 @@ class FusedStep:
             errors=errors, sizes=self.sizes,
         )  # fmt: skip
         self.record(result, plan)
+
+    def _among(self, rule: CodeRule, code: SparseCode) -> tuple[SparseCode, Bool[Tensor, "entries"] | None]:
+        """This rank's entries among those that all choose; with multi-k at the larger k, and which are so at the
+        rule's own."""
+        config, shards = self.state.config, self.state.shards
+        if not config.multi_k:
+            return rule.among(code, config.batch_size, shards), None
+        wider = rule.at_k(min(MULTI_K * rule.k, config.d_sae))
+        own, missing = code, 0
+        if code.offsets is None:
+            # The first k of a token's list are its list at k.
+            missing = code.values.shape[1] - rule.k
+            own = SparseCode(code.values[:, : rule.k].contiguous(), code.indices[:, : rule.k].contiguous(), code.d_sae)
+        kept = rule.among(own, config.batch_size, shards).values != 0
+        kept = torch.nn.functional.pad(kept, (0, missing)).reshape(-1)
+        return wider.among(code, config.batch_size, shards), kept
 
     def adam(self) -> "AdamStep":
         """This step's constants."""

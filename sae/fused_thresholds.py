@@ -8,6 +8,8 @@
 Which of the two depends on the batch and the weights alone, and the power of two leaves no trace in the results, so a
 resumed run ends in the same bits. After a dense batch the next one is taken for dense too, which saves its list: the
 dense pass counts what a list would have found, and where that was not too long it is thrown away.
+
+Of ranks that share out the features each lists its own; the one that lists most decides for all.
 """
 
 from functools import partial
@@ -40,10 +42,11 @@ class ThresholdProgram:
         # Activations are lengths in what is predicted: its width sets their scale.
         self.width, self.n_tokens = state.sae.d_out, config.batch_size
         self.bandwidth = self.rule.bandwidth_at(self.width)
-        self.slots = config.batch_size * config.d_sae // step.sizes.dense_share
+        self.slots = config.batch_size * state.sae.d_sae // step.sizes.dense_share
         self.coefficient = step.scalars[3]
         self.penalty = torch.zeros((), device=state.device)
         self._listed: tuple[Centred, Tensor, ListedAbove] | None = None
+        self._counted = torch.zeros((), dtype=torch.int64, device=state.device)
         self._list = Part(self._make_list, capture=step.capture)
         self._learn: Part | None = None
         self._places = 0
@@ -62,7 +65,7 @@ class ThresholdProgram:
             return
         self._list()
         assert self._listed is not None
-        count = int(self._listed[2].counter)
+        count = int(self._counted)
         if count > self.slots:
             self._learn, self._places = None, 0
             self._learn_densely()
@@ -87,6 +90,11 @@ class ThresholdProgram:
             sizes=self.step.sizes,
         )  # fmt: skip
         self._listed = centred, threshold, listed
+        self._count(listed.counter)
+
+    def _count(self, counter: Tensor) -> None:
+        """Notes how many entries count, of several ranks on the one with most: all must go on alike."""
+        self._counted.copy_(self.step.state.shards.gather(counter.long()).max())
 
     def _learn_from(self, places: int) -> None:
         from sae.kernels import triton as fast
@@ -97,7 +105,7 @@ class ThresholdProgram:
         entries = fast.entries_of(listed, places)
         theta = threshold[entries.feature]
         # Written so that NaN is active, as everywhere: it is seen, and not hidden.
-        code = entries.code(entries.real & ~(entries.z <= theta), config.d_sae)
+        code = entries.code(entries.real & ~(entries.z <= theta), step.state.sae.d_sae)
         near = entries.real & ((entries.z - theta).abs() < self.bandwidth / 2)
         terms = fast.ThresholdTerms(self._shrink(), self._own, entries.real, near)
         result = fast.learn(
@@ -115,7 +123,7 @@ class ThresholdProgram:
         first, learn = self._dense
         first()
         assert self._passed is not None
-        if int(self._passed[1].counter) <= self.slots:
+        if int(self._counted) <= self.slots:
             # Their memory, some of [n, d_sae], is not kept for a dense batch that may come later.
             self._dense = self._passed = None
             return False
@@ -132,6 +140,7 @@ class ThresholdProgram:
             sizes=self.step.sizes,
         )  # fmt: skip
         self._passed = centred, made
+        self._count(made.counter)
 
     def _learn_from_pass(self) -> None:
         from sae.kernels import triton as fast
@@ -152,8 +161,9 @@ class ThresholdProgram:
         """The rule's tensors with their gradients; notes the penalty."""
         from sae.kernels.triton import Moments, OwnTensor
 
-        state, active = self.step.state, firings.sum().float()
-        sums = ActiveSums(self.n_tokens, active, magnitude, windows.count, windows.gradient)
+        state = self.step.state
+        active, size = state.shards.sum_(torch.stack([firings.sum().float(), magnitude.float()]))
+        sums = ActiveSums(self.n_tokens, active, size, windows.count, windows.gradient)
         self.penalty.copy_(self.rule.penalty(sums, self.coefficient, self.width))
         gradients = self.rule.own_gradients(state.own, sums, self.coefficient, self.width)
         made = []

@@ -170,6 +170,7 @@ def dense_pass(
             padded_product(part[piece], encoder.T, z[piece], d_sae)
         _activate_kernel[(m, grid_columns)](z, bias, threshold, a, width, d_sae, BLOCK=COLUMNS, num_warps=4)
         product(a[:m], decoder, x_hat[:m])
+        p.ranks.sum_(x_hat[:m])
         error = target[first : first + rows].float() - x_hat[:m]
         squared_error += error.square().sum(dtype=torch.float64)
         residual[first : first + rows] = error

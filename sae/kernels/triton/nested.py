@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels.triton.sparse import SLICE, alignment, token_span, written_rows
+from sae.ranks import Ranks
 
 # Entries whose rows are loaded at once.
 ENTRIES = 8
@@ -44,10 +45,14 @@ class Nesting:
     n_blocks: int
 
     @classmethod
-    def of(cls, d_sae: int, widths: Sequence[int], wider: float, device: torch.device) -> "Nesting":
-        """Prefixes of `widths` (none: the whole dictionary alone), and all again at 4 k with weight `wider`, if any."""
+    def of(cls, features: slice, widths: Sequence[int], wider: float, device: torch.device) -> "Nesting":
+        """Prefixes of `widths` (none: the whole dictionary alone), and all again at 4 k with weight `wider`, if any.
+
+        Args:
+            features: those that there are here, of all.
+        """
         edges = torch.tensor(list(widths[:-1]), dtype=torch.int64)
-        block = torch.bucketize(torch.arange(d_sae), edges, right=True)
+        block = torch.bucketize(torch.arange(features.start, features.stop), edges, right=True)
         n_blocks, levels = len(edges) + 1, 2 if wider else 1
         part, level = torch.arange(n_blocks * levels) % n_blocks, torch.arange(n_blocks * levels) // n_blocks
         includes = (part <= part[:, None]) & (level <= level[:, None])
@@ -90,19 +95,11 @@ class NestedResiduals:
 
 
 @triton.jit
-def _nested_kernel(
-    values, indices, cells, offsets, W_dec, x, includes, weights, out, residual, errors, n, units, k,
-    ALIGN: tl.constexpr, RAGGED: tl.constexpr, CELLS: tl.constexpr, ROOM: tl.constexpr, MAIN: tl.constexpr,
-    ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+def _sums_by_cell(
+    values, indices, cells, W_dec, start, stop, d, columns, part,
+    CELLS: tl.constexpr, ROOM: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """A slice of one token: E_c of every cell, and the squares of every reconstruction's residual."""
-    d = units * ALIGN
-    token = tl.program_id(0).to(tl.int64)
-    piece = tl.program_id(1)
-    columns = piece * SLICE + tl.arange(0, SLICE)
-    inside = columns < d
-    part = tl.arange(0, ROOM)
-    start, stop = token_span(offsets, token, k, RAGGED)
+    """What a token's entries of each cell add up to, some columns of it."""
     sums = tl.zeros([ROOM, SLICE], tl.float32)
     for first in range(start, stop, ENTRIES):
         slot = first + tl.arange(0, ENTRIES)
@@ -111,18 +108,89 @@ def _nested_kernel(
         for c in tl.static_range(CELLS):
             of_cell = tl.sum(rows * tl.where(cell == c, value, 0.0)[:, None], 0)
             sums += tl.where((part == c)[:, None], of_cell[None, :], 0.0)
+    return sums
+
+
+@triton.jit
+def _leave_residuals(
+    sums, x, includes, weights, out, residual, errors, token, piece, pieces, n, d, columns, part,
+    CELLS: tl.constexpr, ROOM: tl.constexpr, MAIN: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """E_c of every cell, and the squares of every reconstruction's residual."""
+    inside = columns < d
     at = token * d + columns
     centred = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     made = tl.zeros([ROOM, SLICE], tl.float32)
     for j in tl.static_range(CELLS):
         included = tl.load(includes + j * CELLS + part, mask=part < CELLS, other=0.0)
         left = tl.where(inside, centred - tl.sum(sums * included[:, None], 0), 0.0)
-        tl.store(errors + (j * tl.num_programs(1) + piece) * n + token, tl.sum(left * left))
+        tl.store(errors + (j * pieces + piece) * n + token, tl.sum(left * left))
         made += (included * tl.load(weights + j))[:, None] * left[None, :]
         if j == MAIN:
             tl.store(residual + at, left.to(residual.dtype.element_ty), mask=inside)
     place = (part.to(tl.int64) * n)[:, None] * d + at[None, :]
     tl.store(out + place, made.to(out.dtype.element_ty), mask=(part < CELLS)[:, None] & inside[None, :])
+
+
+@triton.jit
+def _nested_kernel(
+    values, indices, cells, offsets, W_dec, x, includes, weights, out, residual, errors, n, units, k,
+    ALIGN: tl.constexpr, RAGGED: tl.constexpr, CELLS: tl.constexpr, ROOM: tl.constexpr, MAIN: tl.constexpr,
+    ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """A slice of one token."""
+    d = units * ALIGN
+    token = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    columns = piece * SLICE + tl.arange(0, SLICE)
+    part = tl.arange(0, ROOM)
+    start, stop = token_span(offsets, token, k, RAGGED)
+    sums = _sums_by_cell(
+        values, indices, cells, W_dec, start, stop, d, columns, part, CELLS, ROOM, ENTRIES, SLICE
+    )  # fmt: skip
+    _leave_residuals(
+        sums, x, includes, weights, out, residual, errors, token, piece, tl.num_programs(1), n, d, columns, part,
+        CELLS, ROOM, MAIN, SLICE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _written_kernel(
+    values, indices, cells, offsets, W_dec, written, share, units, k,
+    ALIGN: tl.constexpr, RAGGED: tl.constexpr, CELLS: tl.constexpr, ROOM: tl.constexpr, ENTRIES: tl.constexpr,
+    SLICE: tl.constexpr,
+):  # fmt: skip
+    """A slice of what one token's entries of each cell add up to: [share of tokens, cell, token of the share, d]."""
+    d = units * ALIGN
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    part = tl.arange(0, ROOM)
+    start, stop = token_span(offsets, token, k, RAGGED)
+    sums = _sums_by_cell(
+        values, indices, cells, W_dec, start, stop, d, columns, part, CELLS, ROOM, ENTRIES, SLICE
+    )  # fmt: skip
+    row = (token // share * CELLS + part) * share + token % share
+    at = row[:, None] * d + columns[None, :]
+    tl.store(written + at, sums, mask=(part < CELLS)[:, None] & (columns < d)[None, :])
+
+
+@triton.jit
+def _summed_kernel(
+    summed, x, includes, weights, out, residual, errors, share, units,
+    ALIGN: tl.constexpr, CELLS: tl.constexpr, ROOM: tl.constexpr, MAIN: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """A slice of one token, of which all ranks' sums are there: [cell, token, d]."""
+    d = units * ALIGN
+    token = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    columns = piece * SLICE + tl.arange(0, SLICE)
+    part = tl.arange(0, ROOM)
+    at = (part.to(tl.int64) * share + token)[:, None] * d + columns[None, :]
+    sums = tl.load(summed + at, mask=(part < CELLS)[:, None] & (columns < d)[None, :], other=0.0)
+    _leave_residuals(
+        sums, x, includes, weights, out, residual, errors, token, piece, tl.num_programs(1), share, d, columns, part,
+        CELLS, ROOM, MAIN, SLICE,
+    )  # fmt: skip
 
 
 def nested_residuals(
@@ -148,3 +216,45 @@ def nested_residuals(
     )  # fmt: skip
     squares = errors.sum((1, 2), dtype=torch.float64)
     return NestedResiduals(out[:-1].view(-1, d), out[-1], squares[main], squares @ nesting.weights.double())
+
+
+def residuals_over_ranks(
+    code: SparseCode,
+    parts: Parts,
+    W_dec: Float[Tensor, "d_sae d"],
+    target: Float[Tensor, "n d"],
+    ranks: Ranks,
+) -> NestedResiduals:
+    """The same where code and W_dec are one rank's features: every rank gets the ranks' sums of its share of the
+    tokens, cell by cell, and tells the others what they leave."""
+    nesting = parts.nesting
+    (n, d), size = target.shape, ranks.size
+    n_cells, slices, share = len(nesting.weights), triton.cdiv(d, SLICE), -(-n // size)
+    room, dtype, device = triton.next_power_of_2(n_cells), W_dec.dtype, W_dec.device
+    offsets = code.indices if code.offsets is None else code.offsets
+    k = code.values.shape[1] if code.offsets is None else 0
+    # Rows that stand for no token, at the end of the last share, are 0.
+    written = torch.zeros if n % size else torch.empty
+    sums = written(size * n_cells * share, d, dtype=torch.float32, device=device)
+    _written_kernel[(n, slices)](
+        code.values, code.indices, parts.cells, offsets, W_dec, sums, share, d // alignment(d), k,
+        ALIGN=alignment(d), RAGGED=code.offsets is not None, CELLS=n_cells, ROOM=room, ENTRIES=ENTRIES, SLICE=SLICE,
+        num_warps=1,
+    )  # fmt: skip
+    own = torch.zeros(share, d, dtype=target.dtype, device=device)
+    mine = target[share * ranks.rank : share * (ranks.rank + 1)]
+    own[: len(mine)] = mine
+    made = torch.empty(n_cells + 1, share, d, dtype=dtype, device=device)
+    errors = torch.empty(n_cells, slices, share, dtype=torch.float32, device=device)
+    main = nesting.n_blocks - 1
+    _summed_kernel[(share, slices)](
+        ranks.send_rows(sums).get(), own, nesting.includes, nesting.weights, made, made[-1], errors, share,
+        d // alignment(d), ALIGN=alignment(d), CELLS=n_cells, ROOM=room, MAIN=main, SLICE=SLICE, num_warps=1,
+    )  # fmt: skip
+    out = torch.empty(n_cells + 1, size, share, d, dtype=dtype, device=device)
+    told = [ranks.send(one, everyone) for one, everyone in zip(made, out, strict=True)]
+    squares = ranks.sum_(errors.sum((1, 2), dtype=torch.float64))
+    for one in told:
+        one.get()
+    whole = out.view(n_cells + 1, -1, d)[:, :n].contiguous()
+    return NestedResiduals(whole[:-1].view(-1, d), whole[-1], squares[main], squares @ nesting.weights.double())

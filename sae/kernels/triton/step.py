@@ -25,7 +25,7 @@ from sae.kernels.triton.features import (
     by_feature,
     feature_gradients,
 )
-from sae.kernels.triton.nested import Parts, nested_residuals
+from sae.kernels.triton.nested import Parts, nested_residuals, residuals_over_ranks
 from sae.kernels.triton.shards import Errors
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
@@ -70,6 +70,8 @@ class OwnTensor:
     parameter: Tensor
     gradient: Tensor
     moments: Moments
+    shared: bool = False
+    """Whether it is the same on all ranks that share out the features, and not of these."""
 
     def move(self, adam: AdamStep, factor: Float[Tensor, ""] | None = None) -> None:
         """One step with the gradient, or a multiple of it."""
@@ -181,7 +183,7 @@ def _skip(
         return []
     gradient = torch.empty_like(p.W_skip)
     product(residual.T, x, gradient)
-    return [OwnTensor(p.W_skip, gradient.mul_(scale), p.m_W_skip)]
+    return [OwnTensor(p.W_skip, gradient.mul_(scale), p.m_W_skip, shared=True)]
 
 
 def _owned(
@@ -228,7 +230,8 @@ def _update_from_memory(
     factor = torch.ones((), device=grad_b_dec.device)
     if limit is not None:
         # The loss is a share of the batch's variance; the limit given to users is for squared error a token.
-        factor = clip_factor(made, [grad_b_dec, *(own.gradient for own in owned)], limit, p.ranks)
+        shared, others = ([own.gradient for own in owned if own.shared == both] for both in (True, False))
+        factor = clip_factor(made, [grad_b_dec, *shared], limit, p.ranks, others)
     update_from_gradients(p, made, grad_b_dec, adam, factor)
     for own in owned:
         own.move(adam, factor)
@@ -246,28 +249,34 @@ def _forward(
     dtype, variance = p.shadow_dec.dtype, centred.total_variance
     if parts is None:
         if p.ranks.size > 1:
-            return _forward_of_ranks(centred, code, p, errors)
+            return _forward_of_ranks(centred, code, p, thresholds, errors)
         fit = residual(code, p.shadow_dec, centred.target, dtype)
-        if thresholds is None:
-            order = by_feature(code)
-        else:
-            order = by_feature(code, counted=code.values != 0, real=thresholds.real, near=thresholds.near)
+        order = _order(code, thresholds)
         error = fit.squared_error
         return StepResult(centred.x, fit.residual, error, error, variance, order.firings), order, fit.residual
-    nested = nested_residuals(code, parts, p.shadow_dec, centred.target)
+    if p.ranks.size > 1:
+        nested = residuals_over_ranks(code, parts, p.shadow_dec, centred.target, p.ranks)
+    else:
+        nested = nested_residuals(code, parts, p.shadow_dec, centred.target)
     order = by_feature(code, parts.cells, parts.narrow)
     error, loss = nested.squared_error, nested.loss
     return StepResult(centred.x, nested.residual, error, loss, variance, order.firings), order, nested.by_cell
 
 
+def _order(code: SparseCode, thresholds: ThresholdTerms | None) -> FeatureOrder:
+    if thresholds is None:
+        return by_feature(code)
+    return by_feature(code, counted=code.values != 0, real=thresholds.real, near=thresholds.near)
+
+
 def _forward_of_ranks(
-    centred: Centred, code: SparseCode, p: Parameters, errors: Errors | None
+    centred: Centred, code: SparseCode, p: Parameters, thresholds: ThresholdTerms | None, errors: Errors | None
 ) -> tuple[StepResult, FeatureOrder, Tensor]:
     """`_forward` where these are one rank's features and code; its entries are put in order while the sum is made."""
     if errors is None:
         errors = Errors(centred.target, p.shadow_dec, p.ranks)
         errors.write(0, code)
-    order = by_feature(code)
+    order = _order(code, thresholds)
     residual, squared_error = errors.whole()
     error = squared_error.result
     made = StepResult(centred.x, residual, error, error, centred.total_variance, order.firings, squared_error)

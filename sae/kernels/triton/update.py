@@ -338,20 +338,26 @@ def update_vector(
 
 
 def clip_factor(
-    gradients: FeatureGradients, others: Sequence[Tensor], limit: Float[Tensor, ""], ranks: Ranks = ALONE
+    gradients: FeatureGradients,
+    shared: Sequence[Tensor],
+    limit: Float[Tensor, ""],
+    ranks: Ranks = ALONE,
+    others: Sequence[Tensor] = (),
 ) -> Float[Tensor, ""]:
     """What all gradients are multiplied with so that their common norm is at most `limit`; 1 where it is.
 
     Of W_dec's gradient the part across its unit rows counts, which is all that the update takes.
 
     Args:
-        others: gradients of other tensors, of any shape; the same on all ranks.
+        shared: gradients of other tensors, of any shape; the same on all ranks.
         ranks: those that have the features.
+        others: gradients of other tensors of the features.
     """
     squares = gradients.squares.sum(dtype=torch.float64)
-    squares += gradients.b_enc.square().sum()
+    for gradient in (gradients.b_enc, *others):
+        squares += gradient.square().sum()
     ranks.sum_(squares)
-    for gradient in others:
+    for gradient in shared:
         squares += gradient.square().sum()
     norm = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return (limit / norm).clamp_max(1).float()

@@ -1,7 +1,7 @@
 """The fused step over two ranks is the fused step of one; its kernel chooses as the plain one does. In the interpreter:
 ranks here are forked processes, which cannot share a GPU that is in use (benchmarks/ranks.py compares on GPUs)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from sae.kernels import shards
 from sae.kernels import triton as fast
 from sae.kernels.topk import topk_reference
 from sae.kernels.triton.features import by_feature
+from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.ranks import Ranks
-from sae.rules import BatchTopK, TopK
+from sae.rules import BatchTopK, JumpReLU, ReLU, TopK
 from sae.state import TrainingState
 
 pytestmark = [
@@ -30,6 +31,15 @@ CONFIG = TrainConfig(
     name="a", total_tokens=STEPS * N, batch_size=N, d_sae=F, rule=TopK(K), lr=3e-4, dead_after_tokens=1, warmup=0.0
 )
 CASES = [CONFIG, replace(CONFIG, rule=BatchTopK(K), aux="none", clip_grad_norm=0.01)]
+EVEN = replace(CONFIG, d_sae=14)
+LISTED = replace(SIZES, dense_share=1)
+MORE = [
+    replace(EVEN, matryoshka=(4, 9)),
+    replace(EVEN, rule=BatchTopK(2), matryoshka=(4,), multi_k=0.125, aux="none"),
+    replace(EVEN, rule=TopK(1), multi_k=0.125, clip_grad_norm=0.01),
+    replace(EVEN, rule=JumpReLU(0.2, 0.5, target_l0=3.0), clip_grad_norm=0.01),
+    replace(EVEN, rule=ReLU(), aux="aux_k"),
+]
 
 
 def kept(ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
@@ -63,32 +73,43 @@ def test_entries_are_put_in_the_order_of_features_however_many_there_are(d_sae: 
     assert torch.equal(order.firings.long(), torch.bincount(indices.reshape(-1)[kept], minlength=d_sae))
 
 
-def after_steps(ranks: Ranks) -> list[dict[str, Tensor]]:
+def after_steps(
+    ranks: Ranks, cases: Sequence[TrainConfig], sizes: KernelSizes | None = None
+) -> list[dict[str, Tensor]]:
     found = []
-    for config in CASES:
+    for config in cases:
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(STEPS + 1, N, D, generator=generator) + 1
         state = TrainingState(config, D, torch.device("cpu"), ranks)
         state.initialise(x[-1])
         # Dead from the first report on, all of them one rank's.
-        state.sae.b_enc.data[torch.arange(F)[state.own_span] < 3] = -20
+        state.sae.b_enc.data[torch.arange(config.d_sae)[state.own_span] < 3] = -20
         state.read_totals()
-        step = FusedStep(state, precision=torch.float32, min_bucket=4)
+        step = FusedStep(state, precision=torch.float32, min_bucket=4, sizes=sizes)
         for number in range(STEPS):
             step(x[number], number)
         dims = {name: state.feature_dim(name) for name in state.tensors()}
         found.append(
             {
-                name: tensor if dims[name] is None else ranks.join(tensor, F, dims[name])
+                name: tensor if dims[name] is None else ranks.join(tensor, config.d_sae, dims[name])
                 for name, tensor in state.saved_tensors().items()
             }
         )
     return found
 
 
-def test_the_fused_step_over_ranks_is_that_of_one(on_ranks: OnRanks) -> None:
-    (expected,) = on_ranks(1, after_steps)
-    for got in on_ranks(2, after_steps):
+SHARED = [
+    (CASES, None),
+    *(pytest.param([case], sizes, marks=pytest.mark.slow) for case in MORE for sizes in (None, LISTED)),
+]
+
+
+@pytest.mark.parametrize(("cases", "sizes"), SHARED)
+def test_the_fused_step_over_ranks_is_that_of_one(
+    on_ranks: OnRanks, cases: Sequence[TrainConfig], sizes: KernelSizes | None
+) -> None:
+    (expected,) = on_ranks(1, after_steps, cases, sizes)
+    for got in on_ranks(2, after_steps, cases, sizes):
         for ours, theirs in zip(got, expected, strict=True):
             for name, tensor in theirs.items():
                 torch.testing.assert_close(
