@@ -1,7 +1,7 @@
 """Training over several GPUs of one host, beside one of them in the same run.
 
-    torchrun --nproc-per-node 2 benchmarks/ranks.py [--losses] [--sizes M L] [--sweep S] [--harvest TOKENS]
-        [--streaming TOKENS] [--pieces 1 4] [--json]
+    torchrun --nproc-per-node 2 benchmarks/ranks.py [--losses] [--sizes M L] [--arms TopK Matryoshka]
+        [--sweep S] [--harvest TOKENS] [--streaming TOKENS] [--pieces 1 4] [--json]
 
 Steps: an SAE's training step with its features shared out over the ranks, and the whole of it on one rank, in turns, on
 the same batches; `workbench.bench` says what the sizes are. Reported: medians of the first rank in ms, the speed-up,
@@ -23,6 +23,7 @@ losses of a short run on all ranks and on one. It comes first, and stops the run
 
 import argparse
 import gc
+import itertools
 import json
 import shutil
 import statistics
@@ -43,12 +44,13 @@ from sae.config import TrainConfig
 from sae.fused_step import FusedStep, new_step
 from sae.kernels.triton.sizes import SIZES as KERNEL_SIZES
 from sae.ranks import ALONE, Ranks, meet
-from sae.rules import AbsTopK, BatchTopK, Rule, TopK
+from sae.rules import AbsTopK, BatchTopK, JumpReLU, ReLU, Rule, TopK
 from sae.state import TrainingState
 from sae.training import StepMetrics, train
 from workbench.bench.arms import LR, SIZES, Size, batches
 
 WARM_UP = 6
+ARMS = ("TopK", "BatchTopK", "Matryoshka", "JumpReLU", "ReLU")
 BILLION = {"n_embd": 2048, "n_layer": 16, "n_head": 16}
 
 
@@ -129,10 +131,22 @@ def check_losses(ranks: Ranks, size: Size, data: list[Tensor]) -> list[dict[str,
     return found
 
 
-def stepper(
-    size: Size, example: Tensor, ranks: Ranks, rule: Rule | None, pieces: int
-) -> tuple[Callable[[Tensor], None], Any]:
-    config = config_of(size, rule=rule)
+def settings_of(arm: str, size: Size, example: Tensor) -> dict[str, Any]:
+    """What a configuration has in place of TopK."""
+    if arm == "BatchTopK":
+        return {"rule": BatchTopK(size.k)}
+    if arm == "Matryoshka":
+        return {"matryoshka": tuple(size.d_sae // share for share in (16, 4, 1))}
+    if arm == "JumpReLU":
+        # As there, late in training: few more entries than k a token count.
+        from train_step import SPARSE, threshold_of
+
+        return {"rule": JumpReLU(SPARSE, threshold_of(size, example))}
+    return {"rule": ReLU()} if arm == "ReLU" else {}
+
+
+def stepper(size: Size, example: Tensor, ranks: Ranks, arm: str, pieces: int) -> tuple[Callable[[Tensor], None], Any]:
+    config = config_of(size, **settings_of(arm, size, example))
     state = TrainingState(config, size.d_in, example.device, ranks)
     state.initialise(example)
     step, number = new_step(state), iter(range(10**5))
@@ -141,9 +155,7 @@ def stepper(
     return lambda batch: step(batch, next(number)), step
 
 
-def time_steps(
-    ranks: Ranks, name: str, data: list[Tensor], rounds: int, rule: Rule | None, pieces: int
-) -> dict[str, Any]:
+def time_steps(ranks: Ranks, name: str, data: list[Tensor], rounds: int, arm: str, pieces: int) -> dict[str, Any]:
     """Median milliseconds of a step on one rank and over all, in turns, and peak memory."""
     size, device = SIZES[name], data[0].device
     made, peaks = {}, {}
@@ -152,7 +164,7 @@ def time_steps(
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        made[key] = stepper(size, data[0], over, rule, pieces)
+        made[key] = stepper(size, data[0], over, arm, pieces)
         for number in range(WARM_UP):
             made[key][0](data[number % len(data)])
         torch.cuda.synchronize()
@@ -173,7 +185,7 @@ def time_steps(
     one, every = (statistics.median(times[key]) for key in ("one", "all"))
     captured = [isinstance(step, FusedStep) and step.is_captured for _, step in made.values()]
     return {
-        "size": name, "ranks": ranks.size, "pieces": pieces, "rule": (rule or TopK(size.k)).name,
+        "size": name, "ranks": ranks.size, "pieces": pieces, "arm": arm,
         "one_ms": one, "all_ms": every,
         "speed_up": one / every, "one_gib": peaks["one"] / 2**30, "all_gib": peaks["all"] / 2**30,
         "memory_share": peaks["all"] / peaks["one"], "captured": captured, "device": torch.cuda.get_device_name(device),
@@ -327,7 +339,7 @@ def time_streaming(ranks: Ranks, tokens: int, folder: Path, device: torch.device
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=["M", "L"], choices=SIZES)
-    parser.add_argument("--batchtopk", nargs="*", default=[], choices=SIZES, help="sizes to time BatchTopK at")
+    parser.add_argument("--arms", nargs="*", default=["TopK"], choices=ARMS)
     parser.add_argument("--pieces", nargs="*", type=int, default=[KERNEL_SIZES.pieces], help="to cut a batch into")
     parser.add_argument("--sweep", choices=SIZES)
     parser.add_argument("--sweep-steps", type=int, default=800)
@@ -348,17 +360,20 @@ def main() -> None:
             results.append({**found, "at_s": time.perf_counter() - began})
             print(json.dumps(results[-1]) if options.json else results[-1], flush=True)
 
+    def release() -> None:
+        # Captured steps hold on to their memory, and to the ranks' way of speaking.
+        gc.collect()
+        torch.cuda.empty_cache()
+
     began = time.perf_counter()
     check_choices(ranks, device)
     if options.losses:
         check_losses(ranks, SIZES["S"], batches(SIZES["S"], device))
-    timed = [(one, pieces, None) for one in options.sizes for pieces in options.pieces]
-    for name, pieces, rule in timed + [(one, 1, BatchTopK(SIZES[one].k)) for one in options.batchtopk]:
+    for name, arm in itertools.product(options.sizes, options.arms):
         data = batches(SIZES[name], device)
-        note(time_steps(ranks, name, data, options.rounds, rule, pieces))
-        # Captured steps hold on to their memory, and to the ranks' way of speaking.
-        gc.collect()
-        torch.cuda.empty_cache()
+        for pieces in options.pieces if arm == "TopK" else [KERNEL_SIZES.pieces]:
+            note(time_steps(ranks, name, data, options.rounds, arm, pieces))
+            release()
     if options.sweep:
         note(time_sweep(ranks, options.sweep, batches(SIZES[options.sweep], device), options.sweep_steps))
     if options.harvest:
@@ -370,7 +385,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as own:
             note(time_streaming(ranks, options.streaming, Path(ranks.lead(lambda: own)), device))
             ranks.wait()
-    gc.collect()
+    release()
     dist.destroy_process_group()
 
 
