@@ -86,6 +86,8 @@ def attribute(
 
 def _bos(bridge: Bridge) -> int | None:
     tokenizer = bridge.tokenizer
+    if tokenizer is None:
+        return None
     found: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return found
 

@@ -274,6 +274,14 @@ def _check_logits(bridge: Bridge, ours: Float[Tensor, "vocab"], logits: Float[Te
         )
 
 
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of some tokens; their numbers where there is no tokenizer."""
+    if tokenizer is None:
+        return " ".join(map(str, tokens))
+    text: str = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+    return text
+
+
 def texts_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """Every token's own text."""
-    return [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in tokens]
+    """Every token's own text, likewise."""
+    return [text_of(tokenizer, [token]) for token in tokens]

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.effective_weights import linear_of, logit_scale
+from circuits.graph.frozen import text_of
 from circuits.graph.graph import ERROR, FEATURE, KINDS, LOGIT, Graph
 from circuits.nodes import Bridge
 from circuits.passes import Hook, activations, taking
@@ -262,11 +263,7 @@ class _Plan:
 
 def _next_tokens(bridge: Bridge, before: Tensor, after: Tensor, top: int) -> pd.DataFrame:
     best = torch.maximum(before, after).topk(min(top, len(before))).indices.tolist()
-    rows = [
-        (token, bridge.tokenizer.decode([token], clean_up_tokenization_spaces=False), float(before[token]),
-         float(after[token]))
-        for token in best
-    ]  # fmt: skip
+    rows = [(token, text_of(bridge.tokenizer, [token]), float(before[token]), float(after[token])) for token in best]
     return pd.DataFrame(rows, columns=["token", "text", "before", "after"])
 
 
@@ -292,7 +289,7 @@ def generate(
         with bridge.hooks(fwd_hooks=hooks):
             for _ in range(n_tokens):
                 row = torch.cat([row, bridge(row[None])[0, -1].argmax()[None]])
-        texts.append(bridge.tokenizer.decode(row[len(tokens) :].tolist(), clean_up_tokenization_spaces=False))
+        texts.append(text_of(bridge.tokenizer, row[len(tokens) :].tolist()))
     return texts[0], texts[1]
 
 

@@ -85,7 +85,9 @@ def attribute(model: LoadedModel, prompt: str, transcoders: Coders, **settings: 
     row = model.begun(whole_prompt(model, prompt))
     tokens = torch.tensor(row, device=model.device)
     graph = circuits.graph.attribute(model.bridge, tokens, transcoders, bos_id=model.bos_id, **settings)
-    said = tuple(model.text([token]) for token in graph.nodes.token[graph.n_sources :].tolist())
+    logits, outputs = graph.nodes.token[graph.n_sources :].tolist(), model.bridge.cfg.d_vocab_out
+    classes = 0 < outputs != model.info.d_vocab
+    said = tuple(model.label_of(one, outputs) if classes else model.text([one]) for one in logits)
     return PromptGraph(**{**vars_of(graph), "texts": tuple(row_texts(model, row))}, logit_texts=said)
 
 

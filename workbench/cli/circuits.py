@@ -22,6 +22,7 @@ from workbench.cli.options import (
 )
 from workbench.cli.output import print_json, print_result, print_table, write_page
 from workbench.cli.shared import sharing
+from workbench.disk.names import as_name
 from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def heads(
     """Score every head: previous token, duplicate, induction, copying, retrieval, sink, entropy; composition."""
     with run.bar("heads") as on_progress:
         result = run.workspace().heads(
-            run.name or f"heads-{Path(run.model).name}", run.load(), n=rows, length=length, needles=needles,
+            run.name or as_name(f"heads-{Path(run.model).name}"), run.load(), n=rows, length=length, needles=needles,
             seed=seed, on_progress=on_progress,
         )  # fmt: skip
     scores = result.table("scores").drop(columns=["layer", "head"])

@@ -20,6 +20,11 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def as_name(text: str) -> str:
+    """A text as a name: hyphens in place of what a file name cannot hold (`file.py:function`)."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text)[:128]
+
+
 def layer_name(transcoders: str, layer: int) -> str:
     """The name that a layer of a set of transcoders has where an SAE's name is asked for."""
     return f"{transcoders}.layer_{layer}"

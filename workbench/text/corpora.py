@@ -51,7 +51,7 @@ from workbench.text.python_source import Split, split_of, stdlib_files
 from workbench.text.remote import is_address, remote_files
 
 HELD_OUT_ONE_IN = 10
-OTHER_FORMATS = {".json", ".csv", ".tsv", ".xml", ".gz", ".zst", ".zip", ".arrow"}
+OTHER_FORMATS = {".json", ".csv", ".tsv", ".xml", ".gz", ".zst", ".zip", ".arrow", ".npz"}
 """Would be read as text with all their marks: better refused."""
 BESIDE_DATA = {".csv", ".tsv", ".gz", ".zst", ".arrow"}
 """More of the same data, most likely, in a folder that holds JSON lines or Parquet."""
