@@ -13,14 +13,16 @@ Every method of this package reads a `PromptSet` and the logits at one position 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sae.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NO_TOKEN = -1
 """Fills rows of `answers` and `wrong`."""
@@ -82,8 +84,11 @@ class PromptSet:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
 
-    def table(self, tokenizer: Any) -> pd.DataFrame:
+    def table(self, tokenizer: Any) -> "pd.DataFrame":
         """One row a prompt: clean, corrupted, answers, wrong as text, and the number of tokens with BOS."""
+        # Not before it is asked for: whoever runs a model comes by here.
+        import pandas as pd
+
         rows = []
         for i, last in enumerate(self.last.tolist()):
             rows.append(
