@@ -21,7 +21,9 @@ from workbench.text.packing import is_ordinary, pack, refuse_padding
 from workbench.text.python_source import Split
 
 NO_TOKENS = "this model's outputs are no tokens, so it has no loss on the next one"
-BATCH_TOKENS = 4096
+BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Of one pass. On a CPU larger tensors are fetched from the system and given back each time, a quarter of an
+evaluation's processor time."""
 BYTES_PER_ROW = 8 + 1 + 4 + 4
 """Of a row of a batch: token, ordinary, document and position."""
 BATCH_LOGITS = 1 << 26
@@ -97,7 +99,7 @@ def whole_contexts(model: LoadedModel, max_tokens: int, context_len: int) -> int
 
 def contexts_per_batch(model: LoadedModel, context_len: int) -> int:
     """Contexts of one pass."""
-    return max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.info.d_vocab) // context_len)
+    return max(1, min(BATCH_TOKENS[model.device.type], BATCH_LOGITS // model.info.d_vocab) // context_len)
 
 
 @torch.no_grad()

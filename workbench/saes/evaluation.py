@@ -21,14 +21,15 @@ BOS and padding are neither replaced nor counted: a position counts when its own
 Losses are of predicting the next token. Of a model that predicts something else they say nothing: `Evaluation.note`
 says so where the logits are no distribution over the vocabulary (the losses are NaN then) or where the clean loss is
 worse than that of guessing.
-The means come from a first pass over the same tokens, which stops at the hook point. All sums are in float64.
+The means come from a first pass over the same tokens, which stops at the hook point; the clean pass goes on from what
+that one's last block before it handed on, where that fits into `MOST_KEPT`. All sums are in float64.
 """
 
 import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,13 +42,15 @@ from circuits.splice import splice
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.model import SAE
 from sae.transcoder import Transcoder
-from workbench.models.capture import capture
 from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
 from workbench.models.hooks import read_hook, written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.models.places import HookSpec
 from workbench.text.corpora import Corpus
+
+MOST_KEPT = 1 << 30
+"""Bytes of one residual stream over all tokens; a first pass over more is repeated up to the hook point."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,14 @@ def evaluate_sae(
     reads = [read_hook(model, sae) for sae in saes]
     hooks = [written_hook(model, sae) for sae in saes]
     sizes = {"max_tokens": max_tokens, "context_len": context_len}
-    _check_memory(model, saes, [*reads, *hooks], **sizes)
+    keep = max_tokens * model.info.d_model * model.dtype.itemsize <= MOST_KEPT
+    _check_memory(model, saes, [*reads, *hooks], keep=keep, **sizes)
     batches = list(context_batches(model, corpus, "heldout", separate=separate, **sizes))
     if count_bos:
         batches = [replace(batch, ordinary=batch.ordinary | _is_bos(model, batch)) for batch in batches]
     total = sum(batch.tokens.numel() for batch in batches)
     saes = [_on_device(sae, batches[0].tokens.device) for sae in saes]
-    means = means_at(model, batches, hooks)
+    means, begun = _first_passes(model, batches, reads, hooks, keep=keep)
     metrics = [
         ReconstructionMetrics(sae.d_out, sae.d_sae, model.device, mean=means[hook.name])
         for sae, hook in zip(saes, hooks, strict=True)
@@ -143,8 +147,8 @@ def evaluate_sae(
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=model.device))
     done = 0
     with torch.no_grad():
-        for batch in batches:
-            _measure(model, batch, saes, reads, hooks, means, metrics, sums)
+        for batch, first in zip(batches, begun, strict=True):
+            _measure(model, batch, first, saes, reads, hooks, means, metrics, sums)
             done += batch.tokens.numel()
             if on_progress is not None:
                 on_progress(done, total)
@@ -167,12 +171,15 @@ def _is_bos(model: LoadedModel, batch: ContextBatch) -> Bool[Tensor, "batch pos"
     return (batch.tokens == model.bos_id) & (batch.doc >= 0)
 
 
-def _check_memory(model: LoadedModel, saes: Sequence[SAE], hooks: Sequence[HookSpec], **sizes: int) -> None:
+def _check_memory(
+    model: LoadedModel, saes: Sequence[SAE], hooks: Sequence[HookSpec], *, keep: bool, **sizes: int
+) -> None:
     """The largest pass reads through an SAE beside the clean logits and activations of its batch."""
+    kept = keep * model.info.d_model * model.dtype.itemsize
     moved = [sae for sae in saes if sae.W_dec.device != model.device]
     check_passes_fit(
         f"evaluating {len(saes)} SAE{'s' if len(saes) > 1 else ''}", model, **sizes, n_logits=2, attention=True,
-        width=sum({hook.name: hook.width for hook in hooks}.values()), per_token=BYTES_PER_ROW,
+        width=sum({hook.name: hook.width for hook in hooks}.values()), per_token=BYTES_PER_ROW + kept,
         more=sum(2 * sae.W_dec.numel() * sae.W_dec.element_size() for sae in moved),
         instead="use fewer tokens or shorter contexts, or evaluate fewer SAEs at a time",
     )  # fmt: skip
@@ -202,31 +209,22 @@ def _on_device(sae: SAE, device: torch.device) -> SAE:
     return sae if sae.W_dec.device == device else copy.deepcopy(sae).to(device)
 
 
-def means_at(
-    model: LoadedModel, batches: Sequence[ContextBatch], hooks: Sequence[HookSpec]
-) -> dict[str, Float[Tensor, "width"]]:
-    """Mean activation at each hook point over the ordinary tokens."""
-    sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in hooks}
-    count = 0
-    for batch in batches:
-        captured = capture(model, batch.tokens, hooks).activations
-        for name, total in sums.items():
-            total += _rows(captured[name])[batch.ordinary.flatten()].double().sum(dim=0)
-        count += int(batch.ordinary.sum())
-    return {name: (total / count).to(model.dtype) for name, total in sums.items()}
-
-
-def _rows(value: Float[Tensor, "batch pos *width"]) -> Float[Tensor, "rows width"]:
-    return value.flatten(0, 1).flatten(1)
+Begun = tuple[int, Any]
+"""A block, and what it handed on."""
 
 
 @dataclass(frozen=True)
 class _CleanPass:
-    logits: Float[Tensor, "batch pos vocab"]
+    logits: Float[Tensor, "batch pos vocab"] | None
+    """None of a pass that stopped at the last hook point."""
     x: dict[str, Float[Tensor, "ordinary width"]]
     """Activations of the ordinary tokens by hook name."""
     blocks: dict[int, Any]
     """What the last block before each hook's layer handed on."""
+
+
+class _Seen(Exception):
+    """Every hook point has been seen."""
 
 
 def _last_block_before(model: LoadedModel, hook: HookSpec) -> int:
@@ -236,9 +234,15 @@ def _last_block_before(model: LoadedModel, hook: HookSpec) -> int:
     return hook.layer if hook.kind == "resid_post" else hook.layer - 1
 
 
-def _clean_pass(model: LoadedModel, batch: ContextBatch, hooks: Sequence[HookSpec]) -> _CleanPass:
+def _clean_pass(
+    model: LoadedModel, batch: ContextBatch, hooks: Sequence[HookSpec], begun: Begun | None, *, whole: bool = True
+) -> _CleanPass:
+    """A pass without a change, from `begun` on where there is one, to the end unless it is not to be `whole`."""
     x: dict[str, Tensor] = {}
-    with ExitStack() as stack:
+    logits = None
+    with suppress(_Seen), ExitStack() as stack:
+        if begun is not None:
+            stack.enter_context(resumed_after(model.bridge, *begun))
         blocks = {
             layer: stack.enter_context(recorded_block(model.bridge, layer))
             for layer in {_last_block_before(model, hook) for hook in hooks}
@@ -248,6 +252,8 @@ def _clean_pass(model: LoadedModel, batch: ContextBatch, hooks: Sequence[HookSpe
 
             def record(value: Tensor, name: str = hook.name) -> Tensor:
                 x[name] = value
+                if not whole and len(x) == len(hooks):
+                    raise _Seen
                 return value
 
             stack.enter_context(splice(model.bridge, hook.name, record, keep=~batch.ordinary))
@@ -255,9 +261,38 @@ def _clean_pass(model: LoadedModel, batch: ContextBatch, hooks: Sequence[HookSpe
     return _CleanPass(logits, x, {layer: outputs[0] for layer, outputs in blocks.items()})
 
 
+@torch.no_grad()
+def _first_passes(
+    model: LoadedModel,
+    batches: Sequence[ContextBatch],
+    reads: Sequence[HookSpec],
+    hooks: Sequence[HookSpec],
+    *,
+    keep: bool,
+) -> tuple[dict[str, Float[Tensor, "width"]], list[Begun | None]]:
+    """Means over the ordinary tokens at `hooks`, and of every batch where its other passes may begin, if to `keep`."""
+    layer = min(_last_block_before(model, hook) for hook in (*reads, *hooks))
+    sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in hooks}
+    begun: list[Begun | None] = []
+    for batch in batches:
+        first = _clean_pass(model, batch, _distinct([*reads, *hooks]), None, whole=False)
+        output = first.blocks.get(layer)
+        # Blocks that hand on more than the stream would fill memory with it.
+        begun.append((layer, output) if keep and isinstance(output, Tensor) else None)
+        for name, total in sums.items():
+            total += first.x[name].double().sum(dim=0)
+    count = sum(int(batch.ordinary.sum()) for batch in batches)
+    return {name: (total / count).to(model.dtype) for name, total in sums.items()}, begun
+
+
+def _distinct(hooks: Sequence[HookSpec]) -> list[HookSpec]:
+    return list({hook.name: hook for hook in hooks}.values())
+
+
 def _measure(
     model: LoadedModel,
     batch: ContextBatch,
+    begun: Begun | None,
     saes: Sequence[SAE],
     reads: Sequence[HookSpec],
     hooks: Sequence[HookSpec],
@@ -266,8 +301,8 @@ def _measure(
     sums: dict[str, Tensor],
 ) -> None:
     """Adds one batch to the metrics and sums."""
-    distinct = list({hook.name: hook for hook in hooks}.values())
-    clean = _clean_pass(model, batch, list({hook.name: hook for hook in (*reads, *hooks)}.values()))
+    clean = _clean_pass(model, batch, _distinct([*reads, *hooks]), begun)
+    assert clean.logits is not None
     n_out = clean.logits.shape[-1]
     # Where the logits are of something else than tokens, only their divergence is used.
     batch_of_losses = replace(batch, tokens=batch.tokens.clamp(max=n_out - 1))
@@ -283,7 +318,7 @@ def _measure(
             stack.enter_context(splice(model.bridge, hook.name, function, keep=~batch.ordinary))
             return _logits(model, batch)
 
-    for hook in distinct:
+    for hook in _distinct(hooks):
         mean = means[hook.name]
         zero = losses(batch_of_losses, passed_through(hook, torch.zeros_like), clean.logits)
         sums[f"zero {hook.name}"] += zero[0]

@@ -21,11 +21,12 @@ from circuits.splice import splice_between
 from sae.errors import InputError
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
+from workbench.models.capture import capture
 from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
 from workbench.models.hooks import written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
-from workbench.saes.evaluation import means_at
+from workbench.models.places import HookSpec
 from workbench.text.corpora import Corpus
 
 
@@ -105,7 +106,7 @@ def evaluate_replacement(
         context_batches(model, corpus, "heldout", max_tokens=max_tokens, context_len=context_len, separate=separate)
     )
     coders = [coder.to(model.device) for coder in coders]
-    means = means_at(model, batches, hooks)
+    means = _means_at(model, batches, hooks)
     ways: list[Way] = [
         {hook.name: (coder.hook_name, coder.predict) for hook, coder in zip(hooks, coders, strict=True)},
         {hook.name: (hook.name, torch.zeros_like) for hook in hooks},
@@ -125,6 +126,24 @@ def evaluate_replacement(
                 on_progress(done, total)
     loss, divergence = (sums / counted).T.tolist()
     return Replacement(len(coders), counted, *loss, *divergence[1:])
+
+
+def _means_at(
+    model: LoadedModel, batches: Sequence[ContextBatch], hooks: Sequence[HookSpec]
+) -> dict[str, Float[Tensor, "width"]]:
+    """Mean activation at each hook point over the ordinary tokens."""
+    sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in hooks}
+    count = 0
+    for batch in batches:
+        captured = capture(model, batch.tokens, hooks).activations
+        for name, total in sums.items():
+            total += _rows(captured[name])[batch.ordinary.flatten()].double().sum(dim=0)
+        count += int(batch.ordinary.sum())
+    return {name: (total / count).to(model.dtype) for name, total in sums.items()}
+
+
+def _rows(value: Float[Tensor, "batch pos *width"]) -> Float[Tensor, "rows width"]:
+    return value.flatten(0, 1).flatten(1)
 
 
 Way = Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae.errors import InputError
+from workbench.models import contexts
 from workbench.models.capture import capture
 from workbench.models.contexts import context_batches
 from workbench.models.hooks import resolve_hook
@@ -141,7 +142,7 @@ def test_two_runs_agree_and_batches_do_not_matter(
     gpt2_model: LoadedModel, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = measure(gpt2_model, corpus, max_tokens=TOKENS, context_len=CONTEXT)
-    monkeypatch.setattr("workbench.models.contexts.BATCH_TOKENS", 3 * CONTEXT)
+    monkeypatch.setitem(contexts.BATCH_TOKENS, "cpu", 3 * CONTEXT)
     parts = measure(gpt2_model, corpus, max_tokens=TOKENS, context_len=CONTEXT)
     exact = ["tokens", "exact_zero", "active", "dead", "shared", "specialised"]
     assert whole.layers[exact].equals(parts.layers[exact])
