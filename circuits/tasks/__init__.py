@@ -29,6 +29,7 @@ TASKS: dict[str, str] = {
     "ioi": "circuits.tasks.ioi:ioi",
     "greater-than": "circuits.tasks.greater_than:greater_than",
     "docstring": "circuits.tasks.docstring:docstring",
+    "conjunction": "circuits.tasks.conjunction:conjunction",
     "brackets": "circuits.tasks.code:brackets",
     "argument": "circuits.tasks.code:argument",
     "self-attribute": "circuits.tasks.code:self_attribute",

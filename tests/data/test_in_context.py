@@ -31,6 +31,8 @@ from in_context import (
 from train_in_context import build, train
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from circuits.tasks import make_task
+
 MODEL = Path(__file__).resolve().parents[2] / "data" / "in_context_model"
 
 
@@ -100,6 +102,18 @@ def test_a_prompt_is_words() -> None:
     assert tokenizer.decode(tokens[0, 3:5].tolist()) == "00000001 T"
     assert tokenizer.encode("00000001 T") == tokens[0, 3:5].tolist()
     assert len(tokenizer) == len(WORDS)
+
+
+def test_answers_of_the_circuit_task_are_certain() -> None:
+    prompts = make_task("conjunction", AutoTokenizer.from_pretrained(MODEL), BOS, 12, 3)
+    wanted = prompts.answers[:, 0] == TRUE
+    assert wanted.tolist() == [True, False] * 6
+    assert torch.equal(prompts.clean[:, 1::2], prompts.corrupted[:, 1::2])
+    for tokens, answer in ((prompts.clean, wanted), (prompts.corrupted, ~wanted)):
+        inputs, labels = tokens[:, 1::2] - FIRST, tokens[:, 2::2] == TRUE
+        # The label of the last input, which Bayes does not look at.
+        found = bayes(conjunctions(), inputs, torch.cat([labels, answer[:, None]], dim=1))[:, -1]
+        assert torch.equal(found, answer.double())
 
 
 def test_training_lowers_the_loss() -> None:

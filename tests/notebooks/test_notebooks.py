@@ -22,6 +22,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "8_attribution_graphs": {"MAX_FEATURES": 400},
     "9_crosscoders": {"STEPS": 40},
     "10_hidden_markov": {"STEPS": 10},
+    "11_in_context": {"PROMPTS": 400},
 }
 
 

@@ -108,6 +108,8 @@ def test_tasks_a_tokenizer_cannot_express_say_so(demo: Any) -> None:
         make_task("ioi", demo.tokenizer, demo.bos_id)
     with pytest.raises(InputError, match="does not split years"):
         make_task("greater-than", demo.tokenizer, demo.bos_id)
+    with pytest.raises(InputError, match="no token for each word of 8 bits"):
+        make_task("conjunction", demo.tokenizer, demo.bos_id)
     with pytest.raises(InputError, match="unknown task 'sums': choose induction"):
         make_task("sums", demo.tokenizer, demo.bos_id)
     with pytest.raises(InputError, match="the vocabulary has 3"):
