@@ -64,7 +64,7 @@ def roofline(size: Size) -> float:
     return product + (gathered + 26 * 2 * size.d_in * size.d_sae) / BYTES
 
 
-def bare(size: Size, *, clip: float | None = None) -> Step:
+def bare(size: Size) -> Step:
     """The kernels' step outside the trainer, run as it is."""
     from sae.kernels import triton as fast
 
@@ -79,7 +79,7 @@ def bare(size: Size, *, clip: float | None = None) -> Step:
 
     def step(batch: Tensor) -> object:
         encoder = fast.topk_rule(size.k)
-        return fast.training_step(batch, one, encoder, parameters, since, adam, clip=clip)
+        return fast.training_step(batch, one, encoder, parameters, since, adam)
 
     return step
 
@@ -123,7 +123,7 @@ def all_arms(size: Size, example: Tensor) -> dict[str, Arm]:
         **{f"{OURS}, {name}": with_settings({"rule": rule}) for name, rule in rules.items()},
         **{f"{OURS}, {name}": with_settings(settings) for name, settings in losses.items()},
         f"{OURS}, no graph": lambda: bare(size),
-        f"{OURS}, clipped": lambda: bare(size, clip=1.0),
+        f"{OURS}, clipped": with_settings({"clip_grad_norm": 1.0}),
         **torch_arms(size, example.device),
         **peers(size, example.device),
     }
