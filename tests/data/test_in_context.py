@@ -1,7 +1,9 @@
 """The exact Bayes predictor against its sum written out, families and baselines against loops, the bundled model."""
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -114,6 +116,20 @@ def test_answers_of_the_circuit_task_are_certain() -> None:
         # The label of the last input, which Bayes does not look at.
         found = bayes(conjunctions(), inputs, torch.cat([labels, answer[:, None]], dim=1))[:, -1]
         assert torch.equal(found, answer.double())
+
+
+def test_a_model_pasted_under_itself_is_itself(
+    script_at: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paste = script_at("benchmarks/in_context_paste.py")
+    for name, value in (("PROMPTS", 12), ("FITTED", 20)):
+        monkeypatch.setattr(paste, name, value)
+    torch.manual_seed(0)
+    model, other = (build(2, 16, 2).eval() for _ in range(2))
+    itself, from_other = (paste.measured(source, model, conjunctions(), 0) for source in (model, other))
+    assert set(itself) == {(way, after) for way in ("identity", "map") for after in range(3)}
+    assert list(itself.values()) == pytest.approx([itself["identity", 0]] * 6, abs=1e-4)
+    assert abs(from_other["identity", 0] - itself["identity", 0]) > 1e-3
 
 
 def test_training_lowers_the_loss() -> None:
