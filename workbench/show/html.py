@@ -54,18 +54,27 @@ def document_html(title: str, body: str) -> str:
 
 def visible(text: str) -> str:
     """A token that stands alone, as HTML: with the marks of `marked`, the spaces at its ends dim."""
-    inner = text.strip(" ")
-    if not inner:
-        return escape(marked(text))
-    ends = (len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" ")))
-    before, after = (f'<span class="space">{_spaces(n)}</span>' if n else "" for n in ends)
-    return before + escape(marked(inner)) + after
+    before, inner, after = _apart(text)
+    left, right = (f'<span class="space">{spaces}</span>' if spaces else "" for spaces in (before, after))
+    return left + escape(inner) + right
 
 
 def marked(text: str) -> str:
     """A token that stands alone, not escaped: marks for line breaks and tabs, and for spaces that one could not count:
     several, those behind a line break, and those where there is nothing else. What cannot be seen is spelled out."""
     return _COUNTED.sub(lambda run: _spaces(len(run[0])), one_line(text))
+
+
+def _apart(text: str) -> tuple[str, str, str]:
+    """Marks of the spaces before a token, the token itself as `marked`, and marks of those behind it."""
+    inner = text.strip(" ")
+    if not inner:
+        return "", marked(text), ""
+    return (
+        _spaces(len(text) - len(text.lstrip(" "))),
+        marked(inner),
+        _spaces(len(text) - len(text.rstrip(" "))),
+    )
 
 
 def _spaces(n: int) -> str:
@@ -80,8 +89,9 @@ def one_line(text: str) -> str:
 
 
 def plotly_text(text: str) -> str:
-    """A token for Plotly, which reads a little HTML in texts but shows the entities of quotes as they are."""
-    return escape(marked(text), quote=False)
+    """A token for Plotly, which leaves spaces at the ends out and reads a little HTML, but shows the entities of quotes
+    as they are."""
+    return escape("".join(_apart(text)), quote=False)
 
 
 def token_html(

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from workbench.models.bundled import demo_model_dir
 from workbench.models.load import LoadedModel
 from workbench.models.prompt_text import token_pieces
-from workbench.show.html import marked, one_line, visible
+from workbench.show.html import marked, one_line, plotly_text, visible
 from workbench.text.token_bytes import alone, characters, joined, part_bytes, piece_at
 
 TEXTS = ["東京へ行く", "Привет, мир", "naïve 🙂👨‍👩‍👧 ok", "plain text\n\twith marks", "مرحبا", "한국어 a", "�"]
@@ -67,4 +67,6 @@ def test_what_cannot_be_seen_is_spelled_out() -> None:
         "⏎", "⏎␣", "⏎␣␣␣␣", "⏎␣\u00d77", "⏎␣\u00d78", "a b", "a␣␣b", "␣\u00d78"
     ]  # fmt: skip
     assert visible(" <a") == '<span class="space">␣</span>&lt;a'
+    # Plotly takes spaces off the ends of a tick's text.
+    assert [plotly_text(text) for text in ("a", " a", "a ", " ", '"<a')] == ["a", "␣a", "a␣", "␣", '"&lt;a']
     assert one_line("👨\u200d👩 東") == "👨\u200d👩 東"
