@@ -34,7 +34,7 @@ class TrainingSettings:
         int | None,
         typer.Option(
             "--anneal-from", metavar="K", rich_help_panel=PANEL,
-            help="k of the first step: it falls to --k over the first 70% of the steps, which keeps features alive.",
+            help="k of the first step: it falls to --k over the first 70% of the steps.",
         ),
     ] = None  # fmt: skip
     multi_k: Annotated[
