@@ -10,15 +10,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from circuits.graph import intervene
 from circuits.heads import head_scores
 from circuits.patching import patch_activations
 from circuits.prompts import from_ids
 from circuits.splice import splice
-from sae import InputError, TopK
+from sae import InputError, TopK, Transcoder
 from sae.config import TrainConfig
 from workbench import Corpus, HarvestConfig, LoadedModel, OwnModel, Workspace, load_model, reload_model
+from workbench.circuits.graphs import attribute
 from workbench.circuits.heads import head_on_text
 from workbench.circuits.task import Task
+from workbench.disk.names import as_name, check_name
 from workbench.models.capture import capture
 from workbench.models.hooked import hooked_classes
 from workbench.models.hooks import resolve_hook
@@ -244,6 +247,31 @@ def test_patching_a_model_of_classes_is_that_of_its_own_hooks() -> None:
         )
 
 
+def test_a_graph_of_tokens_without_text_and_of_classes_says_numbers() -> None:
+    model = load_model(hooked_transformer(normalization_type=None, d_vocab_out=5))
+    coders = {}
+    for layer in range(model.info.n_layers):
+        coder = Transcoder(
+            32,
+            32,
+            40,
+            TopK(3),
+            hook_name=f"blocks.{layer}.mlp.hook_in",
+            target_hook_name=f"blocks.{layer}.hook_mlp_out",
+        )
+        with torch.no_grad():
+            for parameter in coder.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer)))
+        coders[layer] = coder
+    graph = attribute(model, "3 5 7 3", coders)
+    assert [text.strip() for text in graph.texts] == ["3", "5", "7", "3"]
+    p, best = model.hf(torch.tensor([[3, 5, 7, 3]])).logits[0, -1].softmax(0).max(0)
+    assert graph.logit_texts[0] == f"output {best}"
+    assert graph.nodes.activation[graph.n_sources].item() == pytest.approx(p.item(), rel=1e-4)
+    feature = next(name for name in graph.nodes.names if name.startswith("f"))
+    assert set(intervene(model.bridge, graph, coders, {feature: 0.0}).next_tokens["text"]) <= set("01234")
+
+
 def test_a_model_that_would_read_padding_takes_prompts_of_one_length(tmp_path: Path) -> None:
     model = load_model(hooked_transformer(**KINDS["classes"]))
     rows = [
@@ -404,6 +432,7 @@ def test_a_function_in_a_file_gives_a_model_and_is_run_only_when_it_is_named(tmp
     model = load_model(spec)
     assert model.info.source == "python"
     assert reload_model(spec) is model
+    assert check_name(as_name(f"heads-{Path(spec).name}"), "result name") == "heads-mine.py-model"
     with pytest.raises(InputError, match="failed: ValueError: no weights"):
         load_model(f"{file}:broken")
     with pytest.raises(InputError, match="has no function 'other': it has"):
