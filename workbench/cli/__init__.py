@@ -5,6 +5,7 @@ import contextlib
 import gc
 import os
 import sys
+import threading
 from typing import NoReturn
 
 
@@ -25,6 +26,7 @@ def main() -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """Exits as `sys.exit` does, but for taking the libraries' objects apart one by one, a tenth of a short command."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that still write
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         # Whoever read it may have gone.
