@@ -262,7 +262,7 @@ def features(workspace: Workspace, model: ModelInfo, head: str) -> None:
         sae = str(result.parameters["sae"])
         if "relations" not in result.parameters:
             st.info(
-                f"Run `workbench circuits head-features {plain(sae)}` again: it counts meanings in another way now."
+                f"Run `workbench circuits head-features {sae}` again: it counts meanings in another way now."
             )
             continue
         of_head = result.table("heads").set_index("node").loc[head]
