@@ -261,9 +261,7 @@ def features(workspace: Workspace, model: ModelInfo, head: str) -> None:
             continue
         sae = str(result.parameters["sae"])
         if "relations" not in result.parameters:
-            st.info(
-                f"Run `workbench circuits head-features {sae}` again: it counts meanings in another way now."
-            )
+            st.info(f"Run `workbench circuits head-features {sae}` again: it counts meanings in another way now.")
             continue
         of_head = result.table("heads").set_index("node").loc[head]
         st.subheader(f"Features of {plain(sae)}")
