@@ -56,8 +56,12 @@ def pasted(model: GPT2LMHeadModel, tokens: Tensor, after: int, stream: Tensor) -
 
 
 def affine(x: Tensor, y: Tensor) -> Tensor:
-    """The map [width + 1, width] from rows of x, with a one behind, that is nearest to y."""
-    return torch.linalg.lstsq(_with_one(x), y.flatten(0, -2)).solution
+    """The map [width + 1, width] from rows of x, with a one behind, that is nearest to y.
+
+    In float64 and by singular values: rows of a model with random weights span few dimensions.
+    """
+    found = torch.linalg.lstsq(_with_one(x).double(), y.flatten(0, -2).double(), driver="gelsd")
+    return found.solution.to(x.dtype)
 
 
 def _with_one(x: Tensor) -> Tensor:
