@@ -1,30 +1,32 @@
 """What attribution graphs of the demo model explain, and whether interventions do what the graphs predict.
 
-    python benchmarks/graph_scores.py [--prompts 50] [--tokens 24] [--features 2] [--workers 2]
+    python benchmarks/graph_scores.py [--draws 4] [--prompts 50] [--tokens 24] [--features 2] [--workers 2] [--out FILE]
 
-1. Prompts are windows of held-out files of the interpreter's standard library, BOS before them.
+1. Prompts are windows of held-out files of the interpreter's standard library, BOS before them; a draw has files and
+   places of its own.
 2. Of each prompt a graph is made with the bundled transcoders, and with random features in their place: as many encoder
-   directions drawn at random, as many of them active, and the decoder that then fits best, by least squares on other
-   text. Its scores are the graph's.
+   directions drawn at random for each draw, as many of them active, and the decoder that then fits best, by least
+   squares on other text. Its scores are the graph's.
 3. Some features below the last layer are ablated one by one, the most influential and as many drawn at random from the
    active ones. Reported is Spearman's correlation of predicted and observed effects: over the nodes that the graph says
    are reached, and over all ablations, of the likeliest next token's logit. `swapped` takes the prediction for another
    feature of the same prompt: what any prediction would get.
 
-Medians over prompts or ablations, with quartiles.
+Medians over prompts or ablations: their mean over the draws, with the least and the greatest, and by how much the
+bundled transcoders lead on the same draw. With `--out` every draw is written as it ends, a line of JSON a set, and one
+that is there is not measured again.
 """
 
 import argparse
 import json
 import math
-import platform
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -63,31 +65,58 @@ class Found:
 
 
 def main() -> None:
-    """Measures both sets and prints them."""
+    """Measures both sets on every draw and prints them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--features", type=int, default=2, help="of each choice, ablated in each prompt")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a thread")
-    arguments = parser.parse_args()
-    began, model = time.monotonic(), load_model("demo", device="cpu")
-    chosen = list(islice(prompts(model, arguments.tokens), arguments.prompts))
-    bundled = load_transcoders(demo_transcoders_dir())
-    sets = {"bundled": bundled, "random features": random_features(model, bundled)}
-    about = {
-        "machine": f"{platform.machine()} CPU, torch {torch.__version__}, Python {platform.python_version()}",
-        "prompts": len(chosen), "tokens": arguments.tokens, "ablations": 2 * arguments.features * len(chosen),
-    }  # fmt: skip
-    with ProcessPoolExecutor(arguments.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for name, transcoders in sets.items():
-            parts = [list(range(len(chosen)))[first :: arguments.workers] for first in range(arguments.workers)]
-            measure = partial(measured, transcoders, arguments.features)
-            found = summary(pool.map(measure, [{i: chosen[i] for i in part} for part in parts]))
-            print(json.dumps({**about, "set": name, **found, "seconds": round(time.monotonic() - began)}), flush=True)
+    parser.add_argument("--out", type=Path, help="every draw is written there, and taken from there")
+    options = parser.parse_args()
+    model, bundled = load_model("demo", device="cpu"), load_transcoders(demo_transcoders_dir())
+    done = (
+        [json.loads(line) for line in options.out.read_text().splitlines()]
+        if options.out and options.out.is_file()
+        else []
+    )
+    with ProcessPoolExecutor(options.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for draw in sorted(set(range(options.draws)) - {line["draw"] for line in done}):
+            chosen = list(islice(prompts(model, options.tokens, draw), options.prompts))
+            for name, transcoders in {"bundled": bundled, "random": random_features(model, bundled, draw)}.items():
+                parts = [list(range(len(chosen)))[first :: options.workers] for first in range(options.workers)]
+                measure = partial(measured, transcoders, options.features)
+                found = summary(pool.map(measure, [{i: chosen[i] for i in part} for part in parts]))
+                done.append({"draw": draw, "set": name, "prompts": len(chosen), **found})
+            if options.out:
+                options.out.write_text("".join(json.dumps(line) + "\n" for line in done))
+            print(f"draw {draw}: {len(chosen)} prompts", flush=True)
+    show(done)
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    """Markdown: mean (least to greatest) over the draws of every median, of both sets and of the lead."""
+    values = pd.DataFrame(
+        [
+            (line["draw"], line["set"], what, part, number)
+            for line in lines
+            for what, found in line.items()
+            if isinstance(found, dict)
+            for part, number in found.items()
+        ],
+        columns=["draw", "set", "what", "part", "number"],
+    )
+    wide = values.pivot(index="draw", columns=["what", "part", "set"], values="number")
+    print("| | | bundled | random | bundled over random |\n|---|---|---|---|---|")
+    for what, part in dict.fromkeys(column[:2] for column in wide.columns):
+        both = wide[what][part]
+        columns = [both["bundled"], both["random"], both["bundled"] - both["random"]]
+        cells = [f"{one.mean():.3f} ({one.min():.3f} to {one.max():.3f})" for one in columns]
+        print(f"| {what} | {part} | {' | '.join(cells)} |")
 
 
 @torch.no_grad()
-def random_features(model: LoadedModel, like: TranscoderSet) -> TranscoderSet:
+def random_features(model: LoadedModel, like: TranscoderSet, draw: int) -> TranscoderSet:
     """Transcoders of as many random directions as `like` has, with the same k, and the decoders that fit best."""
     hooks = [hook for coder in like.coders.values() for hook in (coder.hook_name, coder.target_hook_name)]
     rows: dict[str, list[Tensor]] = defaultdict(list)
@@ -96,7 +125,7 @@ def random_features(model: LoadedModel, like: TranscoderSet) -> TranscoderSet:
         seen = capture(model, batch.tokens, [resolve_hook(model, hook) for hook in hooks]).activations
         for hook in hooks:
             rows[hook].append(seen[hook][batch.ordinary])
-    generator, made = torch.Generator().manual_seed(2), {}
+    generator, made = torch.Generator().manual_seed(draw), {}
     for layer, coder in like.coders.items():
         x, y = (torch.cat(rows[hook]).float() for hook in (coder.hook_name, coder.target_hook_name))
         control = Transcoder(
@@ -115,11 +144,12 @@ def random_features(model: LoadedModel, like: TranscoderSet) -> TranscoderSet:
     return TranscoderSet(made)
 
 
-def prompts(model: LoadedModel, n_tokens: int) -> Iterator[Int[Tensor, "pos"]]:
-    """A window of every held-out file that is long enough, at a place drawn at random, after BOS."""
-    generator = torch.Generator().manual_seed(0)
-    for document in open_corpus("python-stdlib").documents("heldout"):
-        ids = model.encode(document.text)
+def prompts(model: LoadedModel, n_tokens: int, draw: int) -> Iterator[Int[Tensor, "pos"]]:
+    """A window of every held-out file that is long enough, in an order and at a place drawn at random, after BOS."""
+    generator = torch.Generator().manual_seed(draw)
+    documents = list(open_corpus("python-stdlib").documents("heldout"))
+    for number in torch.randperm(len(documents), generator=generator).tolist():
+        ids = model.encode(documents[number].text)
         room = len(ids) - (n_tokens - 1)
         if room > 0:
             first = int(torch.randint(room, (), generator=generator))
@@ -196,10 +226,10 @@ def logit_agreement(pairs: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def quartiles_of(values: list[float]) -> list[float]:
+def quartiles_of(values: list[float]) -> dict[str, float]:
     """Lower quartile, median and upper quartile of the numbers there are."""
     found = pd.Series([value for value in values if not math.isnan(value)]).quantile([0.25, 0.5, 0.75])
-    return [round(float(value), 3) for value in found]
+    return dict(zip(("lower quartile", "median", "upper quartile"), found.round(3).tolist(), strict=True))
 
 
 if __name__ == "__main__":
