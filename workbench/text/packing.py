@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS_AT_ONCE = 64
-CHARACTERS_AT_ONCE = 1 << 19
+CHARACTERS_AT_ONCE = 1 << 17
 LONG_DOCUMENT = 1 << 18
 """Characters above which a document is tokenized in windows, see `long_text`."""
 
@@ -228,18 +228,19 @@ def _tokenized(
         return
     if tokenizer.is_fast:
         _backend(tokenizer, split_special_tokens)
-    with ThreadPoolExecutor(ahead, thread_name_prefix="tokenizer") as threads:
-        under_way: deque[tuple[list[Document], Future[list[list[int]]]]] = deque()
-        try:
-            for some in batches:
-                under_way.append((some, threads.submit(ids_of, some)))
-                if len(under_way) > ahead:
-                    first, future = under_way.popleft()
-                    yield first, future.result()
-            for first, future in under_way:
+    threads = ThreadPoolExecutor(ahead, thread_name_prefix="tokenizer")
+    under_way: deque[tuple[list[Document], Future[list[list[int]]]]] = deque()
+    try:
+        for some in batches:
+            under_way.append((some, threads.submit(ids_of, some)))
+            if len(under_way) > ahead:
+                first, future = under_way.popleft()
                 yield first, future.result()
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+        for first, future in under_way:
+            yield first, future.result()
+    finally:
+        # Nobody waits for what is under way when no more is asked for.
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_long(some: list[Document], tokenizer: "PreTrainedTokenizerBase") -> bool:
