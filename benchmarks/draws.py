@@ -309,8 +309,6 @@ def dictionary(ask: Ask) -> Iterator[Value]:
         )
         close, control = tables["approximation"].set_index("dictionary"), tables["control"]
         yield from _cells(f"{given}: approximation", close[["sufficiency", "necessity"]])
-        clean = float(tables["summary"]["clean"].iloc[0])
-        yield Value(f"{given}: approximation", "mean ablated", "sufficiency", close["mean_ablated"].iloc[0] / clean)
         yield from _cells(f"{given}: control", control.pivot(index="k", columns="dictionary", values="edited"))
         yield Value(f"{given}: control", "no edit", str(CHANGES[0]), float(control["unedited"].iloc[0]))
         for row in tables["attributes"].itertuples():
