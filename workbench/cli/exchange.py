@@ -12,6 +12,7 @@ from workbench.cli.output import print_json
 from workbench.show.progress import ProgressBar, format_bytes
 
 if TYPE_CHECKING:
+    from sae.model import SAE
     from sae.transcoder_set import TranscoderSet
     from workbench.workspace import Workspace
 
@@ -64,7 +65,6 @@ def import_(
 
     The format is recognised by the files. Decoder rows get unit norm where that changes no reconstruction.
     """
-    from workbench.models.places import between
     from workbench.saes.exchange import is_set
     from workbench.workspace import Workspace
 
@@ -89,6 +89,13 @@ def import_(
         assert release is not None
         assert sae_id is not None
         sae = workspace.import_pretrained(name, release, sae_id, hook=hook, target_hook=target_hook, model=model)
+    _say_sae(workspace, name, sae, folder, as_json)
+
+
+def _say_sae(workspace: "Workspace", name: str, sae: "SAE", folder: Path, as_json: bool) -> None:
+    """What came in, and what to do next."""
+    from workbench.models.places import between
+
     target = {"target_hook": sae.written_hook} if sae.written_hook != sae.hook_name else {}
     made = {
         "name": name, "rule": sae.rule.name, "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": sae.hook_name, **target,
