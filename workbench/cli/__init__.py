@@ -28,10 +28,17 @@ def _leave(code: int) -> NoReturn:
     """Exits as `sys.exit` does, but for taking the libraries' objects apart one by one, a tenth of a short command."""
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that still write
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        # Whoever read it may have gone.
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    # Whoever read it may have gone.
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            # What was printed is lost, as where a disk is full.
+            code = code or 2
+            print(f"workbench: error: {error.strerror}", file=sys.stderr)
+        sys.stderr.flush()
     os._exit(code)
 
 

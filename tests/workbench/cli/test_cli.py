@@ -1,6 +1,7 @@
 """The command line end to end on a tiny local model: harvest, train, evaluate, look; and every mistake in one line."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -321,6 +322,18 @@ def test_the_app_refuses_a_port_in_use(tmp_path: Path, capsys: pytest.CaptureFix
 def test_arguments_that_are_not_utf8_get_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 2
     assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that nothing fits in")
+def test_output_that_cannot_be_written_at_the_end_is_an_error() -> None:
+    code = "import workbench.cli; print('text'); workbench.cli._leave(0)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    assert found.returncode == 2
+    assert found.stderr == "workbench: error: No space left on device\n"
 
 
 def test_a_ctrl_c_while_packages_load_is_one_line() -> None:
