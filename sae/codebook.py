@@ -140,9 +140,11 @@ def means(
 
 
 def scale_of(centred: Float[Tensor, "n d"], heads: int = 1) -> Float[Tensor, "d"]:
-    """What rows are multiplied by, so that every head's part has the mean norm of the root of its width."""
+    """What rows are multiplied by, so that every head's part has the mean norm of the root of its width; 1 for a head
+    that always says the same."""
     parts = centred.unflatten(1, (heads, -1))
-    scales = parts.shape[2] ** 0.5 / torch.linalg.vector_norm(parts, dim=2).mean(dim=0)
+    norms = torch.linalg.vector_norm(parts, dim=2).mean(dim=0)
+    scales = torch.where(norms > 0, parts.shape[2] ** 0.5 / norms, 1.0)
     return scales.repeat_interleave(parts.shape[2])
 
 

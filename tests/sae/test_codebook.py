@@ -155,6 +155,26 @@ def test_a_head_has_the_codebook_that_it_alone_would_have() -> None:
     torch.testing.assert_close(both.predict(x)[:, : WIDTH // 2], alone.predict(x[:, : WIDTH // 2]))
 
 
+class SilentSecond(Clusters):
+    """The second of two heads has been taken out."""
+
+    def next_batch(self, n: int) -> Tensor:
+        rows = super().next_batch(n)
+        rows[:, WIDTH // 2 :] = 0
+        return rows
+
+    def sample(self, n: int) -> Tensor:
+        return SilentSecond().next_batch(n)
+
+
+def test_a_head_that_says_nothing_leaves_the_others_their_codes() -> None:
+    both = fit_codebook(SilentSecond(), 48, 2, total_tokens=4 * 2048, heads=2)
+    alone = fit_codebook(FirstHalf(), 24, 2, total_tokens=4 * 2048)
+    x = SilentSecond().next_batch(300)
+    torch.testing.assert_close(both.predict(x)[:, : WIDTH // 2], alone.predict(x[:, : WIDTH // 2]))
+    torch.testing.assert_close(both.predict(x)[:, WIDTH // 2 :], x[:, WIDTH // 2 :])
+
+
 def test_a_layer_of_heads_is_a_layer_for_each() -> None:
     torch.manual_seed(0)
     both, x = CodebookLayer(10, WIDTH, 2, heads=2), torch.randn(7, WIDTH)
