@@ -153,13 +153,13 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class Sent:
-    """A sum on its way: other work may be given to the GPU before it is asked for."""
+    """What the ranks make together, on its way: other work may be given to the GPU before it is asked for."""
 
     result: Shaped[Tensor, "*any"]
     work: Any = None
 
     def get(self) -> Shaped[Tensor, "*any"]:
-        """The sum; what follows on the GPU waits for it."""
+        """It; what follows on the GPU waits for it."""
         if self.work is not None:
             self.work.wait()
         return self.result

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelSizes:
-    """Sums differ in their rounding with `window` and `dense_share`; results do not depend on the others."""
+    """Sums differ in their rounding with `window`, `dense_share` and, over several ranks, `pieces`; results do not
+    depend on the others."""
 
     window: int = 32
     """Entries of a feature that are summed by a program of their own; a power of two."""
