@@ -47,7 +47,7 @@ class ContextBatch:
         """Positions whose prediction counts."""
         return self.ordinary[:, :-1] & self.ordinary[:, 1:]
 
-    def part(self, rows: slice) -> "ContextBatch":
+    def part(self, rows: slice | list[int]) -> "ContextBatch":
         """Some of the contexts."""
         return ContextBatch(self.tokens[rows], self.ordinary[rows], self.doc[rows], self.doc_pos[rows])
 

@@ -29,7 +29,6 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,8 +36,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.resume import recorded_block, resumed_after
-from circuits.splice import splice
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.model import SAE
 from sae.transcoder import Transcoder
@@ -47,6 +44,7 @@ from workbench.models.hooks import read_hook, written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.models.places import HookSpec
+from workbench.saes.passes import MOST_LOGITS_KEPT, Ablation, Begun, clean_pass, last_block_before, spliced_pass
 from workbench.text.corpora import Corpus
 
 MOST_KEPT = 1 << 30
@@ -144,11 +142,15 @@ def evaluate_sae(
         ReconstructionMetrics(sae.d_out, sae.d_sae, model.device, mean=means[hook.name])
         for sae, hook in zip(saes, hooks, strict=True)
     ]
+    ablated = {
+        hook.name: (Ablation(model, hook, torch.zeros_like(means[hook.name])), Ablation(model, hook, means[hook.name]))
+        for hook in _distinct(hooks)
+    }
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=model.device))
     done = 0
     with torch.no_grad():
         for batch, first in zip(batches, begun, strict=True):
-            _measure(model, batch, first, saes, reads, hooks, means, metrics, sums)
+            _measure(model, batch, first, saes, reads, hooks, means, ablated, metrics, sums)
             done += batch.tokens.numel()
             if on_progress is not None:
                 on_progress(done, total)
@@ -180,7 +182,8 @@ def _check_memory(
     check_passes_fit(
         f"evaluating {len(saes)} SAE{'s' if len(saes) > 1 else ''}", model, **sizes, n_logits=2, attention=True,
         width=sum({hook.name: hook.width for hook in hooks}.values()), per_token=BYTES_PER_ROW + kept,
-        more=sum(2 * sae.W_dec.numel() * sae.W_dec.element_size() for sae in moved),
+        more=sum(2 * sae.W_dec.numel() * sae.W_dec.element_size() for sae in moved)
+        + 2 * len(_distinct(hooks)) * MOST_LOGITS_KEPT,
         instead="use fewer tokens or shorter contexts, or evaluate fewer SAEs at a time",
     )  # fmt: skip
 
@@ -209,58 +212,6 @@ def _on_device(sae: SAE, device: torch.device) -> SAE:
     return sae if sae.W_dec.device == device else copy.deepcopy(sae).to(device)
 
 
-Begun = tuple[int, Any]
-"""A block, and what it handed on."""
-
-
-@dataclass(frozen=True)
-class _CleanPass:
-    logits: Float[Tensor, "batch pos vocab"] | None
-    """None of a pass that stopped at the last hook point."""
-    x: dict[str, Float[Tensor, "ordinary width"]]
-    """Activations of the ordinary tokens by hook name."""
-    blocks: dict[int, Any]
-    """What the last block before each hook's layer handed on."""
-
-
-class _Seen(Exception):
-    """Every hook point has been seen."""
-
-
-def _last_block_before(model: LoadedModel, hook: HookSpec) -> int:
-    """The last block that a change at the hook point leaves as it is; -1 if there is none, or none is known."""
-    if not hasattr(model.structure, "blocks"):
-        return -1
-    return hook.layer if hook.kind == "resid_post" else hook.layer - 1
-
-
-def _clean_pass(
-    model: LoadedModel, batch: ContextBatch, hooks: Sequence[HookSpec], begun: Begun | None, *, whole: bool = True
-) -> _CleanPass:
-    """A pass without a change, from `begun` on where there is one, to the end unless it is not to be `whole`."""
-    x: dict[str, Tensor] = {}
-    logits = None
-    with suppress(_Seen), ExitStack() as stack:
-        if begun is not None:
-            stack.enter_context(resumed_after(model.bridge, *begun))
-        blocks = {
-            layer: stack.enter_context(recorded_block(model.bridge, layer))
-            for layer in {_last_block_before(model, hook) for hook in hooks}
-            if layer >= 0
-        }
-        for hook in hooks:
-
-            def record(value: Tensor, name: str = hook.name) -> Tensor:
-                x[name] = value
-                if not whole and len(x) == len(hooks):
-                    raise _Seen
-                return value
-
-            stack.enter_context(splice(model.bridge, hook.name, record, keep=~batch.ordinary))
-        logits = _logits(model, batch)
-    return _CleanPass(logits, x, {layer: outputs[0] for layer, outputs in blocks.items()})
-
-
 @torch.no_grad()
 def _first_passes(
     model: LoadedModel,
@@ -271,11 +222,11 @@ def _first_passes(
     keep: bool,
 ) -> tuple[dict[str, Float[Tensor, "width"]], list[Begun | None]]:
     """Means over the ordinary tokens at `hooks`, and of every batch where its other passes may begin, if to `keep`."""
-    layer = min(_last_block_before(model, hook) for hook in (*reads, *hooks))
+    layer = min(last_block_before(model, hook) for hook in (*reads, *hooks))
     sums = {hook.name: torch.zeros(hook.width, dtype=torch.float64, device=model.device) for hook in hooks}
     begun: list[Begun | None] = []
     for batch in batches:
-        first = _clean_pass(model, batch, _distinct([*reads, *hooks]), None, whole=False)
+        first = clean_pass(model, batch, _distinct([*reads, *hooks]), None, whole=False)
         output = first.blocks.get(layer)
         # Blocks that hand on more than the stream would fill memory with it.
         begun.append((layer, output) if keep and isinstance(output, Tensor) else None)
@@ -297,11 +248,12 @@ def _measure(
     reads: Sequence[HookSpec],
     hooks: Sequence[HookSpec],
     means: dict[str, Tensor],
+    ablated: dict[str, tuple[Ablation, Ablation]],
     metrics: Sequence[ReconstructionMetrics],
     sums: dict[str, Tensor],
 ) -> None:
     """Adds one batch to the metrics and sums."""
-    clean = _clean_pass(model, batch, _distinct([*reads, *hooks]), begun)
+    clean = clean_pass(model, batch, _distinct([*reads, *hooks]), begun)
     assert clean.logits is not None
     n_out = clean.logits.shape[-1]
     # Where the logits are of something else than tokens, only their divergence is used.
@@ -310,20 +262,11 @@ def _measure(
     sums["count"] += batch.counted.sum()
     sums["clean"] += losses(batch_of_losses, clean.logits)[0]
 
-    def passed_through(hook: HookSpec, function: Callable[[Tensor], Tensor]) -> Tensor:
-        with ExitStack() as stack:
-            before = _last_block_before(model, hook)
-            if before >= 0:
-                stack.enter_context(resumed_after(model.bridge, before, clean.blocks[before]))
-            stack.enter_context(splice(model.bridge, hook.name, function, keep=~batch.ordinary))
-            return _logits(model, batch)
-
-    for hook in _distinct(hooks):
-        mean = means[hook.name]
-        zero = losses(batch_of_losses, passed_through(hook, torch.zeros_like), clean.logits)
-        sums[f"zero {hook.name}"] += zero[0]
-        sums[f"kl zero {hook.name}"] += zero[1]
-        sums[f"mean {hook.name}"] += losses(batch_of_losses, passed_through(hook, mean.expand_as))[0]
+    for name, (zeroed, at_mean) in ablated.items():
+        zero = losses(batch_of_losses, zeroed.logits(batch, clean), clean.logits)
+        sums[f"zero {name}"] += zero[0]
+        sums[f"kl zero {name}"] += zero[1]
+        sums[f"mean {name}"] += losses(batch_of_losses, at_mean.logits(batch, clean))[0]
     for number, (sae, read, hook) in enumerate(zip(saes, reads, hooks, strict=True)):
         x, y = clean.x[read.name], clean.x[hook.name]
         code = sae.encode(x)
@@ -334,7 +277,9 @@ def _measure(
             _add_spread(sums, f"skip {number} target", y.double() - means[hook.name])
             _add_spread(sums, f"skip {number} rest", (y - skipped).double() - means[hook.name])
         metrics[number].update(y, code, x_hat)
-        cross_entropy, divergence = losses(batch_of_losses, passed_through(hook, _constant(x_hat)), clean.logits)
+        cross_entropy, divergence = losses(
+            batch_of_losses, spliced_pass(model, batch, clean.blocks, hook, _constant(x_hat)), clean.logits
+        )
         sums[f"spliced {number}"] += cross_entropy
         sums[f"kl {number}"] += divergence
 
@@ -359,11 +304,6 @@ def _skip_share(sums: dict[str, Tensor], number: int) -> float:
 
 def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _: value
-
-
-def _logits(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch pos vocab"]:
-    logits: Tensor = model.bridge(batch.tokens, return_type="logits")
-    return logits
 
 
 def _summary(
