@@ -195,6 +195,9 @@ def _refuse_other_logits(hooked: Any, bare: nn.Module, name: str) -> None:
     error = (found - wanted).abs().max() / wanted.abs().max()
     if not error <= max(TOLERANCE, 16 * torch.finfo(found.dtype).eps):
         unread = [f"{key}={getattr(hooked.cfg, key)}" for key in UNREAD if getattr(hooked.cfg, key, None)]
+        biases = [value for key, value in hooked.named_parameters() if key.endswith("mlp.b_in")]
+        if hooked.cfg.gated_mlp and any(bool(bias.any()) for bias in biases):
+            unread.append("a bias added after the gate (mlp.b_in)")
         raise InputError(
             f"{name} is a HookedTransformer that TransformerLens' native module does not compute (logits differ by "
             f"{error:.1e}): {', '.join(unread) or 'something it uses'} is not supported here"

@@ -237,6 +237,10 @@ def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
     """Any other module."""
     if own.d_vocab is None or own.n_ctx is None:
         raise InputError(f"{own.name}: say how many tokens it reads and how long a sequence, d_vocab=..., n_ctx=...")
+    if own.d_vocab < 1 or own.n_ctx < 2:
+        raise InputError(
+            f"{own.name}: d_vocab is {own.d_vocab} and n_ctx {own.n_ctx}: expected a token or more, and two positions"
+        )
     hooks = described_hooks(own)
     hf = Called(own.module, own.d_vocab, own.call)
     tokens = _readable_tokens(own, hf)

@@ -154,14 +154,25 @@ class Corpus:
             documents: starts a new pass over all documents, always the same in the same order.
 
         Raises:
-            InputError: no documents, or one that is no list of token ids.
+            InputError: no documents, what cannot be started anew, or a document that is no list of token ids.
         """
+        if not callable(documents):
+            raise InputError(
+                f"corpus {name} is read more than once, so give a function that starts it, such as lambda: "
+                f"iter(sequences), and no {type(documents).__name__}"
+            )
 
         def entries() -> Iterator[Entry]:
             for number, tokens in enumerate(documents()):
                 yield entry(f"{name}#{number}", token_ids(tokens, f"corpus {name}, document {number}"))
 
-        first = [str(np.asarray(one.read()).tolist()) for one in islice(entries(), IDENTIFIED_BY)]
+        first, again = (
+            [str(np.asarray(one.read()).tolist()) for one in islice(entries(), most)] for most in (IDENTIFIED_BY, 1)
+        )
+        if first[:1] != again:
+            raise InputError(
+                f"corpus {name} does not begin anew when it is read again: make the generator inside the function"
+            )
         return cls(LIVE + name, entries, hash_split, _digest([name, *first]))
 
 

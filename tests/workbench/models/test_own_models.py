@@ -179,6 +179,10 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
         load_model(hooked_transformer(act_fn="solu_ln"))
     with pytest.raises(InputError, match=r"logits differ by .*: parallel_attn_mlp=True is not supported here"):
         load_model(hooked_transformer(parallel_attn_mlp=True))
+    gated = hooked_transformer(**KINDS["gated"])
+    gated.blocks[0].mlp.b_in.data += 1
+    with pytest.raises(InputError, match=r"a bias added after the gate \(mlp.b_in\) is not supported here"):
+        load_model(gated)
 
 
 def made(folder: Path, model: LoadedModel, hook: str, corpus: Corpus, context: int) -> tuple[Workspace, Any]:

@@ -45,6 +45,16 @@ def test_an_array_a_table_lines_and_python_hold_the_same_documents(tmp_path: Pat
     assert own.fingerprint != Corpus.of_tokens("mine", lambda: iter(rows + 1)).fingerprint
 
 
+def test_what_cannot_be_read_again_is_refused() -> None:
+    rows = [[1, 2, 3], *([[4, 5]] * 1100)]
+    with pytest.raises(InputError, match=r"give a function that starts it, .* and no list"):
+        Corpus.of_tokens("mine", rows)  # type: ignore[arg-type]
+    for many in (rows[:3], rows):
+        once = iter(many)
+        with pytest.raises(InputError, match="does not begin anew"):
+            Corpus.of_tokens("mine", lambda once=once: once)  # type: ignore[misc]
+
+
 def test_one_sequence_holds_out_its_end(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", np.arange(50))
     found = ids(open_corpus(str(tmp_path / "one.npy")))
