@@ -197,5 +197,9 @@ class Origin:
         if self.weights_sha256 not in (None, model.info.weights_sha256):
             raise InputError(
                 f"the model at {model.info.name} has other weights than the one {what} was trained on: "
-                "give the same checkpoint"
+                + (
+                    "give that one, model=..., and models held together names of their own, OwnModel(model, name=...)"
+                    if model.info.source == "live"
+                    else "give the same checkpoint"
+                )
             )

@@ -231,6 +231,19 @@ def test_a_hooked_transformer_goes_all_the_way_without_a_tokenizer(kind: str, tm
     assert head_on_text(model, "a1.h0", "3 7 3 9").pattern.shape == (4, 4)
 
 
+def test_of_two_live_models_of_one_name_the_other_is_refused(tmp_path: Path) -> None:
+    kept = load_model(OwnModel(hooked_transformer(**KINDS["classes"]), name="twin"))
+    space, _ = made(tmp_path / "w", kept, "blocks.0.hook_resid_post", token_corpus(), LENGTH)
+    assert space.prompt("s", "3 7").tokens == [3, 7]
+    changed = hooked_transformer(**KINDS["classes"])
+    changed.embed.W_E.data += 1
+    other = load_model(OwnModel(changed, name="twin"))
+    with pytest.raises(InputError, match=r"other weights .*: give that one, model=.*, OwnModel\(model, name=\.\.\.\)"):
+        space.prompt("s", "3 7")
+    assert space.prompt("s", "3 7", model=kept).tokens == [3, 7]
+    assert other.info.name == kept.info.name
+
+
 def test_patching_a_model_of_classes_is_that_of_its_own_hooks() -> None:
     model = hooked_transformer(**KINDS["classes"])
     loaded = load_model(model)
