@@ -247,10 +247,11 @@ class FusedStep:
         weights = parameters.padded_enc.T, parameters.b_enc
         encoder, narrow = self._encoders(plan.rule)
         capture = self.capture and encoder.captured
+        by_rows = self.state.shards.size > 1 and encoder.by_rows and plan.rule.fuses_among() and self._nesting is None
 
         def encode() -> None:
             centred = self.centre()
-            if self.state.shards.size > 1 and encoder.by_rows and self._nesting is None:
+            if by_rows:
                 self._made = centred, self._encode_over_ranks(centred, encoder)
             else:
                 self._made = centred, encoder.encode(centred.x, *weights)

@@ -85,7 +85,8 @@ class FusedEncoder:
     have to be put right in its memory after asking the device; None where it never has to."""
     by_rows: bool = False
     """Whether `encode` takes any number of a batch's rows, and keeps k of each in the canonical order; ranks that
-    share out the features then choose each token's k best of all."""
+    share out the features then choose each token's k best of all, in place of the rule's `among`. It does not count
+    where a derived class overrides `among` alone."""
     captured: bool = True
     """Whether `encode` can be captured as a CUDA graph: it must not ask the device."""
     narrow: Callable[[SparseCode], Bool[Tensor, "entries"]] | None = None
@@ -181,6 +182,11 @@ class CodeRule(Rule):
     def has_fused_encoder(cls) -> bool:
         """Whether `fused_encoder` is defined, by the class that defines `select` or one derived from that."""
         return _goes_with_select(cls, "fused_encoder")
+
+    @classmethod
+    def fuses_among(cls) -> bool:
+        """Whether `fused_encoder` speaks for `among`: it is defined by the class that defines that or one derived."""
+        return issubclass(_definer(cls, "fused_encoder"), _definer(cls, "among"))
 
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
         """Raises InputError unless 1 <= k <= d_sae."""

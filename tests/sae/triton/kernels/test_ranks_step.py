@@ -33,6 +33,7 @@ CONFIG = TrainConfig(
 CASES = [CONFIG, replace(CONFIG, rule=BatchTopK(K), aux="none", clip_grad_norm=0.01)]
 EVEN = replace(CONFIG, d_sae=14)
 LISTED = replace(SIZES, dense_share=1)
+PIECES = replace(SIZES, pieces=4)
 MORE = [
     replace(EVEN, matryoshka=(4, 9)),
     replace(EVEN, rule=BatchTopK(2), matryoshka=(4,), multi_k=0.125, aux="none"),
@@ -40,6 +41,13 @@ MORE = [
     replace(EVEN, rule=JumpReLU(0.2, 0.5, target_l0=3.0), clip_grad_norm=0.01),
     replace(EVEN, rule=ReLU(), aux="aux_k"),
 ]
+
+
+class NoneOfAll(TopK):
+    """Where ranks choose together, nothing."""
+
+    def among(self, code: SparseCode, n_tokens: int, ranks: Ranks) -> SparseCode:
+        return SparseCode(torch.zeros_like(code.values), code.indices, code.d_sae)
 
 
 def kept(ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
@@ -100,6 +108,7 @@ def after_steps(
 
 SHARED = [
     (CASES, None),
+    ([CONFIG], PIECES),
     *(pytest.param([case], sizes, marks=pytest.mark.slow) for case in MORE for sizes in (None, LISTED)),
 ]
 
@@ -115,3 +124,8 @@ def test_the_fused_step_over_ranks_is_that_of_one(
                 torch.testing.assert_close(
                     ours[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, at=name: at + text
                 )
+
+
+def test_a_derived_rule_with_a_choice_of_its_own_over_ranks_is_asked(on_ranks: OnRanks) -> None:
+    for found in on_ranks(2, after_steps, [replace(CONFIG, rule=NoneOfAll(K), aux="none")]):
+        assert (found[0]["tokens_since_fired"] == N).all()
