@@ -112,7 +112,7 @@ def pack(
         split_special_tokens: the text of a special token is its characters, as in harvests begun before it was one.
         after: where contexts begin, given the documents from that place's on; at the beginning when None.
         ahead: lists of documents that are tokenized before they are asked for, in as many threads; by a tokenizer that
-            is not written in Python, which would keep the others from running.
+            is not written in Python, which would keep the others from running. None where special tokens are split.
 
     Raises:
         InputError: contexts too short to hold BOS and a token.
@@ -223,11 +223,12 @@ def _tokenized(
         texts = [document.text for document in some if document.tokens is None and document.messages is None]
         return [] if not texts or _is_long(some, tokenizer) else _token_ids(tokenizer, texts, split_special_tokens)
 
-    if not ahead or not tokenizer.is_fast:
+    # In conversations special tokens are never split: the tokenizer would be set to that while threads use it.
+    if not ahead or not tokenizer.is_fast or split_special_tokens:
         for some in batches:
             yield some, ids_of(some)
         return
-    _backend(tokenizer, split_special_tokens)
+    _backend(tokenizer, False)
     threads = ThreadPoolExecutor(ahead, thread_name_prefix="tokenizer")
     under_way: deque[tuple[list[Document], Future[list[list[int]]]]] = deque()
     try:

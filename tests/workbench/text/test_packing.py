@@ -78,9 +78,15 @@ def test_bos_written_in_a_document_is_flagged_and_not_put_in_front_twice(gpt2_mo
     assert rows.pos.tolist() == [[-1, 1, 2, 3]]
 
 
-def test_a_harvest_begun_before_keeps_special_tokens_as_text(gpt2_model: LoadedModel) -> None:
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_a_harvest_begun_before_keeps_special_tokens_as_text(
+    ahead: int, gpt2_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No threads: a conversation between texts sets the tokenizer otherwise.
+    monkeypatch.setattr(packing, "ThreadPoolExecutor", None)
     document = Document(0, "d", "x<|endoftext|>y")
-    batch = next(pack([document], gpt2_model.tokenizer, gpt2_model.bos_id, 32, 1, split_special_tokens=True))
+    packed = pack([document], gpt2_model.tokenizer, gpt2_model.bos_id, 32, 1, split_special_tokens=True, ahead=ahead)
+    batch = next(packed)
     assert gpt2_model.tokenizer.decode(batch.tokens[batch.flags == FLAG_OK]) == "x<|endoftext|>y"
 
 
