@@ -303,6 +303,12 @@ def time_streaming(ranks: Ranks, tokens: int, folder: Path, device: torch.device
     rows = plan.batch_contexts * plan.context_len
     blocks = tokens // rows - 1
     config = config_of(size, blocks * rows // size.batch)
+    needed = max(2, blocks + 1)
+    with contexts(model, corpus, asked, plan) as packed:
+        whole = [len(batch.tokens) == plan.batch_contexts for _, batch in zip(range(needed), packed, strict=False)]
+    if sum(whole) < needed:
+        # Who waits for rows that never come waits for good.
+        sys.exit(f"--streaming: {sum(whole)} batches of {rows} tokens, of {needed} needed" if ranks.leads else 1)
 
     def streamed(over: Ranks) -> None:
         hook = plan.hooks[0].name
