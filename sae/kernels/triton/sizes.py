@@ -18,8 +18,9 @@ class KernelSizes:
     """Bytes of the rows that gradients are summed from up to which the L2 cache keeps them whole."""
     candidates: int = 4
     """Candidates of each of the first rows, as a multiple of the mean number of entries (BatchTopK)."""
-    pieces: int = 4
-    """Into which a batch is cut where ranks tell each other of one while they encode the next."""
+    pieces: int = 1
+    """Into which a batch is cut where ranks tell each other of one while they encode the next: more than one, of which
+    none has gained anything yet (docs/scale.md)."""
     dense_share: int = 128
     """A threshold rule's batch of which more than one entry in so many counts is learnt by dense products."""
 
