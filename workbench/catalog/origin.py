@@ -188,6 +188,13 @@ class Origin:
         return self.training.get("rule") or (self.imported or {}).get("rule", {})
 
     @property
+    def told(self) -> dict[str, Any]:
+        """What SAELens' metadata says of training, where it was here; `contexts_told` reads it."""
+        if self.context_len is None or self.corpus is None:
+            return {}
+        return {"context_size": self.context_len, "prepend_bos": self.bos, "dataset_path": self.corpus}
+
+    @property
     def frozen_decoder(self) -> bool:
         """Whether an SAE is a baseline whose decoder stayed at its random initialisation."""
         return bool(self.training.get("frozen_decoder"))

@@ -101,5 +101,7 @@ def print_plan(plan: "Opening") -> None:
         f"Harvests up to {config.max_tokens:,} tokens of {config.corpus} in {contexts}: "
         f"at most {format_bytes(plan.harvest_bytes)} of disk"
     )
+    if trained.context_len is None:
+        print(f"It does not say how long the contexts were that it was trained on: {config.context_len} is a guess.")
     if trained.processed:
         print(f"It was trained on a model with {', '.join(trained.processed)}; here the weights are as published.")

@@ -204,7 +204,10 @@ def export_sae(catalog: Catalog, name: str, folder: Path, form: str) -> str | No
             raise InputError(
                 f"{name} is a set of transcoders: export it with --format circuit_tracer, or a layer, as {name}.layer_0"
             )
-        export(catalog.coder(name), folder, form)
+        coder = catalog.coder(name)
+        # Whoever opens it harvests as it was trained.
+        coder.metadata = {**coder.metadata, **catalog.origin(name).told}
+        export(coder, folder, form)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     return None

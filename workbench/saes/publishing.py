@@ -100,7 +100,7 @@ def _staged(catalog: Catalog, name: str, repo: str, folder: str, license: str | 
         raise InputError(f"{name!r} is a crosscoder: those are not published yet; `workbench export` writes its files")
     origin = catalog.origin(catalog.with_layers([name])[0])
     for coder in coders.values():
-        said = {**coder.metadata, **_told(origin)}
+        said = {**coder.metadata, **origin.told}
         coder.metadata = {key: public_name(value) if isinstance(value, str) else value for key, value in said.items()}
         coder.model_name = public_name(coder.model_name)
     with tempfile.TemporaryDirectory(prefix="workbench-publish-") as temporary:
@@ -130,16 +130,6 @@ def public_name(spec: str) -> str:
     except (OSError, RuntimeError):
         # Longer than a file's name may be, or in the home of a user that this machine does not have.
         return spec
-
-
-def _told(origin: Origin) -> dict[str, Any]:
-    """What SAELens' metadata says of training, where it was here."""
-    if origin.context_len is None or origin.corpus is None:
-        return {}
-    return {
-        "context_size": origin.context_len, "prepend_bos": origin.bos,
-        "dataset_path": public_name(origin.corpus),
-    }  # fmt: skip
 
 
 def _linked(origin: Origin, first: SAE) -> dict[str, Any]:

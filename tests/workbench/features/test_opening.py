@@ -106,6 +106,7 @@ def test_a_folder_and_a_layer_of_a_set_are_opened_too(
     sae_of(tiny_gpt2, corpus).save(tmp_path / "theirs")
     where = ["--workspace", str(tmp_path / "w"), "--device", "cpu", "--no-app"]
     assert run(["open", str(tmp_path / "theirs"), "--tokens", "512", *where]) == 0
+    assert "is a guess" not in capsys.readouterr().out
     space = Workspace(tmp_path / "w")
     assert space.open_harvest("theirs").n_trainable_rows < 512, "contexts begin with BOS"
     coders = {
@@ -117,6 +118,7 @@ def test_a_folder_and_a_layer_of_a_set_are_opened_too(
     }  # fmt: skip
     TranscoderSet(coders).save(tmp_path / "mlps")
     assert run(["open", str(tmp_path / "mlps"), "--tokens", "512", "--layer", "2", *where]) == 0
+    assert "does not say how long the contexts were that it was trained on: 128 is a guess" in capsys.readouterr().out
     assert space.indexes() == ["mlps.layer_2", "theirs"]
     assert list(space.open_harvest("mlps").hooks) == ["blocks.2.mlp.hook_in"]
     assert space.open_harvest("mlps").config["context_len"] == 64, "no more than the model takes"

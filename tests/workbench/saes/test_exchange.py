@@ -15,6 +15,7 @@ from sae.rules import BatchAbsTopK, ReLU, TopK
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 from workbench.cli.main import run
+from workbench.features.opening import plan_opening
 from workbench.saes.figures import sae_comparison
 from workbench.saes.pretrained import load_pretrained
 from workbench.workspace import Workspace
@@ -229,6 +230,10 @@ def test_a_sweep_trains_several_rules_and_evaluates_them(
     assert table.loc[names, "rule"].tolist() == ["topk", "batchtopk", "relu"]
     assert table.loc["s-topk", "fvu"] == made["evaluations"]["s-topk"]["fvu"]
     assert table["added_nats"].notna().all()
+    # What goes out says how it was trained, so that it is opened likewise.
+    assert run(["export", "s-topk", str(tmp_path / "out"), *where[:2]]) == 0
+    config = plan_opening(str(tmp_path / "out")).config
+    assert (config.corpus, config.context_len, config.bos) == (str(corpus), 32, True)
 
 
 def store_evaluation(space: Workspace, name: str, l0: float, fvu: float, corpus: str = "c") -> None:
