@@ -5,7 +5,8 @@ a table of docs/methods/rules.md.
 
 The arms of a seed (of the SAEs) train side by side, all seeds on one stream; measures as in `workbench.bench.quality`,
 printed as means and standard deviations over the seeds, and as differences of an arm from its rule's first on the same
-seed. With `--out` every seed is written as it ends, and one that is there is not trained again.
+seed. With `--out` every seed is written as it ends, and arms that are there are not trained again; a file of other
+settings is refused.
 """
 
 import argparse
@@ -65,18 +66,25 @@ def main() -> None:
     samples = options.samples or (400_000 if options.tiny else 10_000_000)
     planted = Planted.of(benchmark_model(size, options.device))
     chosen = {name: arm for name, arm in arms(size, samples).items() if options.arms is None or name in options.arms}
+    settings = {"samples": samples, "features": size.d_sae}
     runs = pd.read_csv(options.out) if options.out and options.out.is_file() else pd.DataFrame()
+    if len(runs) and any(key not in runs or (runs[key] != value).any() for key, value in settings.items()):
+        raise SystemExit(f"{options.out} has runs of other settings than {settings}: name another file")
     for seed in options.seeds:
-        if len(runs) and seed in set(runs["seed"]):
-            continue
+        there = set(runs["arm"][runs["seed"] == seed]) if len(runs) else set()
         configs = [
             TrainConfig(name, samples, size.d_sae, rule, seed=seed, lr=size.lr, batch_size=BATCH, **own)
             for name, (rule, own) in chosen.items()
+            if name not in there
         ]
-        runs = pd.concat([runs, trained(configs, planted, options.device)], ignore_index=True)
+        if not configs:
+            continue
+        new = trained(configs, planted, options.device).assign(**settings)
+        runs = pd.concat([runs, new], ignore_index=True)
         if options.out:
             runs.to_csv(options.out, index=False)
-    show(runs)
+    asked = runs[runs["seed"].isin(options.seeds)]
+    show(pd.concat([asked[asked["arm"] == name] for name in chosen]))
 
 
 def trained(configs: list[TrainConfig], planted: Planted, device: str) -> pd.DataFrame:

@@ -20,7 +20,7 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
     transcoders  docs/methods/transcoders.md, the bundled set
     tasks        docs/methods/circuits.md: the code tasks
     dictionary   the same page: SAEs beside supervised dictionaries, with --workspace, --sae and --task; a draw has
-                 prompts of its own and the next of the SAEs, with NAME-random-decoder
+                 prompts of its own and the next of the SAEs, with the next --baseline or NAME-random-decoder
     retrieval    the same page: heads masked on needle tests
     graphs       docs/methods/graphs.md: graphs of many prompts
     diffs        docs/methods/crosscoders.md: a crosscoder of the model and --beside; a draw is a seed of the crosscoder
@@ -298,7 +298,8 @@ def tasks(ask: Ask) -> Iterator[Value]:
 def dictionary(ask: Ask) -> Iterator[Value]:
     space = Workspace(ask.options.workspace, create=False)
     name = ask.options.sae[ask.draw % len(ask.options.sae)]
-    names = {"SAE": name, "frozen random decoder": f"{name}-random-decoder"}
+    baselines = ask.options.baseline or [f"{one}-random-decoder" for one in ask.options.sae]
+    names = {"SAE": name, "frozen random decoder": baselines[ask.draw % len(baselines)]}
     loaded = {title: space.sae(one, device=str(ask.model.device)) for title, one in names.items()}
     for given in ask.options.task or DICTIONARY_TASKS:
         task = Task(given, DICTIONARY_PROMPTS, seed=ask.draw)
@@ -391,6 +392,10 @@ def main() -> None:
     parser.add_argument("--task", action="append", default=[], help="of `attention` and `dictionary`")
     parser.add_argument("--workspace", type=Path, help="of `saes`, `codes` and `dictionary`")
     parser.add_argument("--sae", action="append", default=[], help="of `saes`, `codes` and `dictionary`")
+    parser.add_argument(
+        "--baseline", action="append", default=[], metavar="SAE",
+        help="of `dictionary`: those with frozen random decoders, in the order of --sae; else NAME-random-decoder",
+    )  # fmt: skip
     parser.add_argument("--beside", help="of `diffs`: the other model")
     parser.add_argument("--tokens", type=int, default=60_000, help="of `diffs`")
     parser.add_argument("--epochs", type=float, default=6.0, help="of `diffs`")

@@ -14,7 +14,7 @@
 
 Medians over prompts or ablations: their mean over the draws, with the least and the greatest, and by how much the
 bundled transcoders lead on the same draw. With `--out` every draw is written as it ends, a line of JSON a set, and one
-that is there is not measured again.
+that is there is not measured again; a file of other settings is refused.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
 from workbench.text.corpora import open_corpus
 
+SETTINGS = {"prompts": 50, "tokens": 24, "features": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "patterns held": {},
     "patterns free": {"freeze_attention": False},
@@ -68,18 +69,23 @@ def main() -> None:
     """Measures both sets on every draw and prints them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--features", type=int, default=2, help="of each choice, ablated in each prompt")
+    parser.add_argument("--prompts", type=int, default=SETTINGS["prompts"])
+    parser.add_argument("--tokens", type=int, default=SETTINGS["tokens"])
+    parser.add_argument(
+        "--features", type=int, default=SETTINGS["features"], help="of each choice, ablated in each prompt"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a thread")
     parser.add_argument("--out", type=Path, help="every draw is written there, and taken from there")
     options = parser.parse_args()
+    settings = {name: getattr(options, name) for name in SETTINGS}
     model, bundled = load_model("demo", device="cpu"), load_transcoders(demo_transcoders_dir())
     done = (
         [json.loads(line) for line in options.out.read_text().splitlines()]
         if options.out and options.out.is_file()
         else []
     )
+    if any(line.get("settings") != settings for line in done):
+        raise SystemExit(f"{options.out} has draws of other settings than {settings}: name another file")
     with ProcessPoolExecutor(options.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for draw in sorted(set(range(options.draws)) - {line["draw"] for line in done}):
             chosen = list(islice(prompts(model, options.tokens, draw), options.prompts))
@@ -87,11 +93,11 @@ def main() -> None:
                 parts = [list(range(len(chosen)))[first :: options.workers] for first in range(options.workers)]
                 measure = partial(measured, transcoders, options.features)
                 found = summary(pool.map(measure, [{i: chosen[i] for i in part} for part in parts]))
-                done.append({"draw": draw, "set": name, "prompts": len(chosen), **found})
+                done.append({"draw": draw, "set": name, "prompts": len(chosen), **found, "settings": settings})
             if options.out:
                 options.out.write_text("".join(json.dumps(line) + "\n" for line in done))
             print(f"draw {draw}: {len(chosen)} prompts", flush=True)
-    show(done)
+    show([line for line in done if line["draw"] < options.draws])
 
 
 def show(lines: list[dict[str, Any]]) -> None:
@@ -101,7 +107,7 @@ def show(lines: list[dict[str, Any]]) -> None:
             (line["draw"], line["set"], what, part, number)
             for line in lines
             for what, found in line.items()
-            if isinstance(found, dict)
+            if isinstance(found, dict) and what != "settings"
             for part, number in found.items()
         ],
         columns=["draw", "set", "what", "part", "number"],

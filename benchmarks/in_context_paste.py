@@ -6,8 +6,8 @@
 What the first n blocks of one model leave in the residual stream is put in the place of what those of the other leave,
 as it is (`identity`) or through the affine map that is nearest to the other's stream in least squares, fitted on
 FITTED other prompts, on all tokens (`map`). KL from Bayes in nats a prediction, after 8 examples and more, by n. The
-control pastes from a model of the same form with random weights, through its own map. Mean (least to greatest) over
-draws of prompts.
+control pastes from a model of the same form with random weights, through its own map; above the table, either model by
+itself. Mean (least to greatest) over draws of prompts.
 """
 
 import argparse
@@ -69,14 +69,25 @@ def _with_one(x: Tensor) -> Tensor:
     return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
 
 
+def drawn(family: Family, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens to fit the map on, tokens to measure on, and what Bayes says of these."""
+    generator = torch.Generator().manual_seed(seed)
+    fitted = tokens_of(*family.drawn(FITTED, generator))
+    inputs, labels = family.drawn(PROMPTS, generator)
+    return fitted, tokens_of(inputs, labels), bayes(family, inputs, labels)
+
+
+def alone(model: GPT2LMHeadModel, family: Family, seed: int) -> float:
+    """KL of one draw without pasting."""
+    _, tokens, best = drawn(family, seed)
+    return float(divergence(best, predictions(model, tokens))[:, SEEN:].mean())
+
+
 def measured(
     source: GPT2LMHeadModel, target: GPT2LMHeadModel, family: Family, seed: int
 ) -> dict[tuple[str, int], float]:
     """KL of one draw, by (way, blocks of the source)."""
-    generator = torch.Generator().manual_seed(seed)
-    fitted = tokens_of(*family.drawn(FITTED, generator))
-    inputs, labels = family.drawn(PROMPTS, generator)
-    tokens, best = tokens_of(inputs, labels), bayes(family, inputs, labels)
+    fitted, tokens, best = drawn(family, seed)
     found = {}
     pairs = zip(streams(source, fitted), streams(target, fitted), streams(source, tokens), strict=True)
     for after, (x, y, here) in enumerate(pairs):
@@ -100,14 +111,20 @@ def main() -> None:
     torch.manual_seed(0)
     config, family = target.config, mixture(asked.family)
     untrained = build(config.n_layer, config.n_embd, config.n_head).eval()
+    for name, model in (("source", source), ("target", target)):
+        print(f"{name} by itself: {cell([alone(model, family, seed) for seed in range(asked.draws)])}")
     blocks = range(config.n_layer + 1)
     print("| pasted | " + " | ".join(map(str, blocks)) + " |\n|" + "---|" * (len(blocks) + 1))
     for name, model in (("source", source), ("untrained", untrained)):
         draws = [measured(model, target, family, seed) for seed in range(asked.draws)]
         for way in ("identity", "map"):
             of = [[draw[way, after] for draw in draws] for after in blocks]
-            cells = [f"{statistics.mean(one):.2g} ({min(one):.2g} to {max(one):.2g})" for one in of]
-            print(f"| {name}, {way} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {name}, {way} | " + " | ".join(map(cell, of)) + " |", flush=True)
+
+
+def cell(draws: list[float]) -> str:
+    """Mean (least to greatest)."""
+    return f"{statistics.mean(draws):.2g} ({min(draws):.2g} to {max(draws):.2g})"
 
 
 if __name__ == "__main__":

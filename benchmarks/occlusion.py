@@ -36,7 +36,7 @@ D, VALUES, BACKGROUND = 64, 8, Planting(d_in=64, n_features=48, l0=3.0)
 FAINT = 1 / 3
 FITTED, JUDGED = 2048, 4096
 CHANGES = (1, 2)
-PLANTED_SEEDS, RANDOM_SEEDS = 1000, 2000
+PLANTED_SEEDS, RANDOM_SEEDS, SAMPLE_SEEDS = 1000, 2000, 3000
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,24 @@ class Planted:
         # SAEs begin with directions of their own seed: with the same one theirs would be the planted ones.
         random = torch.Generator().manual_seed(PLANTED_SEEDS + seed)
         self.directions = torch.nn.functional.normalize(torch.randn(2, VALUES, D, generator=random), dim=2)
-        self.ratio, self.d_in, self._random = ratio, D, random
+        self.ratio, self.d_in, self._seed, self._random = ratio, D, seed, random
         self._background = PlantedDictionary(Planting(**{**vars(BACKGROUND), "seed": seed}))
         self._rows = self._background.rows(1 << 16).x * FAINT
 
     def rows(self, n: int) -> Rows:
         """The next n."""
-        strong, weak = torch.randint(VALUES, (2, n), generator=self._random)
-        behind = self._rows[torch.randint(len(self._rows), (n,), generator=self._random)]
+        return self._drawn(n, self._random)
+
+    def _drawn(self, n: int, random: torch.Generator) -> Rows:
+        strong, weak = torch.randint(VALUES, (2, n), generator=random)
+        behind = self._rows[torch.randint(len(self._rows), (n,), generator=random)]
         return Rows(self.ratio * self.directions[0, strong] + self.directions[1, weak] + behind, strong, weak)
 
     def next_batch(self, n: int) -> Float[Tensor, "n d"]:
         return self.rows(n).x
 
     def sample(self, n: int) -> Float[Tensor, "n d"]:
-        return self._rows[:n] + self.ratio * self.directions[0].mean(dim=0) + self.directions[1].mean(dim=0)
+        return self._drawn(n, torch.Generator().manual_seed(SAMPLE_SEEDS + self._seed)).x
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -5,6 +5,11 @@
 writes a Hugging Face folder with a tokenizer of words ("<s> 01101001 F 11100101 T"), and `measured.csv`: the model on
 every family, before and after training, by number of examples. The loss is of labels alone: inputs are random. An
 input's embedding starts as the sum of one vector a bit. Minutes on a GPU.
+
+    python data/train_in_context.py FOLDER --family conjunctions+disjunctions --measure-only
+
+measures what lies in FOLDER again, in single precision on the CPU, on prompts that are always the same ones, and writes
+nothing.
 """
 
 import argparse
@@ -106,6 +111,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=WORDS[BOS], eos_token=WORDS[BOS])
 
 
+def show(table: pd.DataFrame) -> None:
+    """The trained model at a few numbers of examples."""
+    shown = (table["when"] == "trained") & table["examples"].isin([0, 4, 8, 16, EXAMPLES - 1])
+    print(table[shown].to_string(index=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -120,7 +131,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=2048, help="to measure on")
+    parser.add_argument("--measure-only", action="store_true", help="of a finished model, trained on --family")
     asked = parser.parse_args()
+    if asked.measure_only:
+        finished = GPT2LMHeadModel.from_pretrained(asked.folder, dtype=torch.float32).eval()
+        show(on_all_families(finished, mixture(asked.family), "trained", asked.prompts).round(4))
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(asked.seed)
     family = mixture(asked.family).to(device)
@@ -134,9 +150,7 @@ def main() -> None:
     tokenizer().save_pretrained(asked.folder)
     table = pd.concat([before, after], ignore_index=True).round(4)
     table.to_csv(asked.folder / "measured.csv", index=False)
-    print(
-        table[(table["when"] == "trained") & table["examples"].isin([0, 4, 8, 16, EXAMPLES - 1])].to_string(index=False)
-    )
+    show(table)
 
 
 if __name__ == "__main__":
