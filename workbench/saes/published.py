@@ -84,11 +84,7 @@ def describe_published(
     known = registered(release)
     repo = known.repo_id if known else release
     called = f"{release}/{sae_id}" if isinstance(sae_id, str) else release
-    require_hub(
-        repo, "model",
-        f"cannot fetch {called}: no network ({{reason}}); download it once where there is one, or copy the folder and "
-        "open that",
-    )  # fmt: skip
+    # What the registry does not have needs no network to be refused.
     if not isinstance(sae_id, str):
         ids = dict(sae_id)
     elif "*" in sae_id:
@@ -96,6 +92,11 @@ def describe_published(
     else:
         check_id(release, sae_id)
         ids = {0: sae_id}
+    require_hub(
+        repo, "model",
+        f"cannot fetch {called}: no network ({{reason}}); download it once where there is one, or copy the folder and "
+        "open that",
+    )  # fmt: skip
     trained = _trained(release, ids, hook, model)
     paths = [known.saes_map[one] if known else one for one in ids.values()]
     return Published(release, ids, trained, {called: missing_bytes(repo, paths), **bytes_of_model(trained.model)})

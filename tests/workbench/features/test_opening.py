@@ -130,7 +130,7 @@ def test_a_folder_and_a_layer_of_a_set_are_opened_too(
     assert "has no layer 9" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_named_in_one_line(tmp_path: Path, tiny_gpt2: Path) -> None:
+def test_what_is_missing_is_named_in_one_line(tmp_path: Path, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="give a folder, or a release and the id"):
         opening.plan_opening("gpt2-small-res-jb")
     sae_of(tiny_gpt2, tmp_path, dataset_path=None).save(tmp_path / "a")
@@ -142,6 +142,10 @@ def test_what_is_missing_is_named_in_one_line(tmp_path: Path, tiny_gpt2: Path) -
     with pytest.raises(InputError, match=r"cannot fetch gpt2-small-res-jb/blocks\.8\.hook_resid_pre") as caught:
         opening.plan_opening("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr(published, "require_hub", None)
+    for wrong in ("blocks.8.resid_pre", "block.*.hook"):
+        with pytest.raises(InputError, match=r"release 'gpt2-small-res-jb' has no .*the nearest are blocks"):
+            opening.plan_opening("gpt2-small-res-jb", wrong)
 
 
 def test_only_what_is_not_in_the_cache_counts_as_a_download(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
