@@ -95,6 +95,8 @@ def test_a_set_goes_out_as_circuit_tracers_comes_back_and_is_removed(
     assert "--format circuit_tracer" in capsys.readouterr().err
     assert run(["export", "t.layer_1", out, "--format", "circuit_tracer", *where]) == 2
     assert "t.layer_1 is one layer of the set t" in capsys.readouterr().err
+    assert run(["export", "t.layer_1", out, "--format", "neuronpedia", *where]) == 2
+    assert "has no index: make one with `workbench index t.layer_1`" in capsys.readouterr().err
     assert run(["export", "x", out, "--format", "circuit_tracer", *where]) == 2
     assert "no set of transcoders 'x'" in capsys.readouterr().err
     assert run(["export", "t", out, "--format", "circuit_tracer", *where]) == 0

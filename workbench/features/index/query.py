@@ -145,10 +145,10 @@ class FeatureIndex:
 
     @classmethod
     def open(cls, catalog: Catalog, sae: str) -> "FeatureIndex":
-        """Opens the index of an SAE. Raises InputError naming those there are."""
+        """Opens the index of an SAE. Raises InputError naming those there are, or the SAEs where it is none."""
         path = catalog.index_path(sae)
         if not path.is_file():
-            catalog.refuse_set(sae)
+            catalog.origin(sae)
             known = f"; indexed are {', '.join(indexed)}" if (indexed := catalog.indexes()) else ""
             raise InputError(f"SAE {sae!r} has no index: make one with `workbench index {sae}`{known}")
         return cls(

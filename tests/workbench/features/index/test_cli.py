@@ -72,7 +72,8 @@ def test_labels_lists_and_search(space: Workspace, tmp_path: Path, capsys: pytes
     ("arguments", "message"),
     [
         (["index", "nothing"], "no SAE 'nothing'"),
-        (["feature", "nothing", "1"], "has no index: make one with `workbench index nothing`"),
+        (["feature", "nothing", "1"], "no SAE 'nothing'"),
+        (["export", "nothing", "/tmp/x", "--format", "neuronpedia"], "no SAE 'nothing'"),
         (["feature", "s", "99999"], "features 0 to 39"),
         (["feature", "s"], "name a feature's number"),
         (["feature", "s", "--label", "x"], "--label needs the number"),
