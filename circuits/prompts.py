@@ -11,6 +11,7 @@ Every method of this package reads a `PromptSet` and the logits at one position 
 5. it may know attributes of its prompts, such as the name that a prompt is about (`circuits.supervised`).
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -204,8 +205,24 @@ def ids(tokenizer: Any, text: str) -> list[int]:
         if "Missing [UNK]" not in str(error):
             raise
         raise InputError(
-            f"{text[:40]!r} holds what this model has no token for: it reads texts like {tokenizer.decode([0, 1, 2])!r}"
+            f"{text[:40]!r} holds {lacking(tokenizer, text) or 'what'} this model has no token for: it reads texts "
+            f"like {tokenizer.decode([0, 1, 2])!r}"
         ) from None
+
+
+def lacking(tokenizer: Any, text: str) -> str | None:
+    """The first word or character of a text that a vocabulary does not have, as in "'x', which"; None where it has all
+    of them."""
+    backend, added = tokenizer.backend_tokenizer, tokenizer.get_added_vocab()
+    for part in re.split("|".join(map(re.escape, added)), text) if added else [text]:
+        part = backend.normalizer.normalize_str(part) if backend.normalizer else part
+        words = backend.pre_tokenizer.pre_tokenize_str(part) if backend.pre_tokenizer else [(part, None)]
+        for word, _ in words:
+            try:
+                backend.model.tokenize(word)
+            except Exception:  # tokenizers raise nothing more special
+                return f"{word[:40]!r}, which"
+    return None
 
 
 def one_token(name: str, tokenizer: Any, text: str) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
 
+from circuits.prompts import lacking
 from sae.errors import InputError
 from workbench.text.chats import FLAG_LEFT_OUT, ROLE_SHIFT, write
 from workbench.text.corpora import Document
@@ -319,9 +320,12 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], split_spe
     except Exception as error:  # tokenizers raise nothing more special
         if "Missing [UNK]" not in str(error):
             raise
+        text, missing = next(
+            ((text, found) for text in texts if (found := lacking(tokenizer, text))), (texts[0], "text")
+        )
         raise InputError(
-            f"the corpus holds text that this model has no token for (one of {texts[0][:40]!r} and the documents after "
-            f"it): it reads texts like {tokenizer.decode([0, 1, 2])!r}; give token ids (.npy) instead"
+            f"the corpus holds {missing} this model has no token for (in the document {text[:40]!r}): it reads texts "
+            f"like {tokenizer.decode([0, 1, 2])!r}; give token ids (.npy) instead"
         ) from None
 
 

@@ -329,8 +329,8 @@ def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
     assert reading.texts == list("abc. a")
     steered = space.steer("s", 0, "abc", strength=3.0, new_tokens=4)
     assert len(steered.texts) == 3
-    with pytest.raises(InputError, match="no token for"):
-        space.prompt("s", "xyz")
+    with pytest.raises(InputError, match="'abcZ' holds 'Z', which this model has no token for"):
+        space.prompt("s", "abcZ")
 
 
 class PositionsFirst(nn.Module):

@@ -104,5 +104,6 @@ def test_text_and_token_ids_mix_in_order() -> None:
 
 
 def test_text_that_a_vocabulary_does_not_have_is_one_line() -> None:
-    with pytest.raises(InputError, match=r"no token for .*give token ids"):
-        next(pack([Document(0, "a", "one two")], TOKENIZER, None, 5, 1))
+    texts = [Document(0, "a", "1 2"), Document(1, "b", "3 one two")]
+    with pytest.raises(InputError, match=r"holds 'one', which .* no token for \(in .* '3 one two'\).*give token ids"):
+        next(pack(texts, TOKENIZER, None, 5, 1))
