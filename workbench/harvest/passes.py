@@ -60,6 +60,7 @@ def contexts(
         packed = pack(
             documents(), model.tokenizer, model.beginning(config.bos).bos_id, plan.context_len, plan.batch_contexts,
             separate=config.separate, split_special_tokens=split_special_tokens, after=after,
+            d_vocab=model.info.d_vocab,
             ahead=0 if model.device.type == "cpu" else TOKENIZED_AHEAD,
         )  # fmt: skip
         while left > 0 and (batch := next(packed, None)) is not None:

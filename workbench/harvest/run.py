@@ -97,6 +97,7 @@ def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, 
         plan.context_len,
         plan.batch_contexts,
         separate=config.separate,
+        d_vocab=model.info.d_vocab,
     )
     fastest = math.inf
     # The first batch warms up; the fastest of the others is what the rest will take.

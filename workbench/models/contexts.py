@@ -67,7 +67,10 @@ def context_batches(
     per_batch = contexts_per_batch(model, context_len)
     any_counted = False
     documents = corpus.documents(split)
-    for packed in pack(documents, model.tokenizer, model.bos_id, context_len, per_batch, separate=separate):
+    batches = pack(
+        documents, model.tokenizer, model.bos_id, context_len, per_batch, separate=separate, d_vocab=model.info.d_vocab
+    )
+    for packed in batches:
         model.check_tokens(int(packed.tokens.max()))
         if not model.causal:
             refuse_padding(packed)

@@ -104,6 +104,7 @@ def pack(
     split_special_tokens: bool = False,
     after: Place | None = None,
     ahead: int = 0,
+    d_vocab: int | None = None,
 ) -> Iterator[PackedBatch]:
     """Yields batches of `batch_contexts` contexts (the last may be smaller); the same for the same input.
 
@@ -114,14 +115,17 @@ def pack(
         after: where contexts begin, given the documents from that place's on; at the beginning when None.
         ahead: lists of documents that are tokenized before they are asked for, in as many threads; by a tokenizer that
             is not written in Python, which would keep the others from running. None where special tokens are split.
+        d_vocab: tokens that the model has, which token ids in place of text are held against; not checked when None.
 
     Raises:
-        InputError: contexts too short to hold BOS and a token.
+        InputError: contexts too short to hold BOS and a token, or a token id that the model does not have.
     """
     if context_len < 2:
         raise InputError(f"a context must hold BOS and at least one token, got context length {context_len}")
     contexts: list[NDArray[np.int32]] = []
     pieces = _encoded(documents, tokenizer, split_special_tokens, ahead)
+    if d_vocab is not None:
+        pieces = _known(pieces, d_vocab)
     if after is not None:
         pieces = _rest(pieces, after)
     for context in _contexts(pieces, bos_id, context_len, separate):
@@ -143,6 +147,17 @@ class _Piece:
     ids: NDArray[np.int32]
     flags: NDArray[np.uint8]
     """Roles and what does not count."""
+
+
+def _known(pieces: Iterable[_Piece], d_vocab: int) -> Iterator[_Piece]:
+    """The pieces. Raises InputError for token ids given in place of text that the model does not have."""
+    for piece in pieces:
+        if piece.document.tokens is not None and (wrong := np.flatnonzero(piece.ids >= d_vocab)).size:
+            raise InputError(
+                f"document {piece.document.name} holds the token id {piece.ids[wrong[0]]} at position {wrong[0]}, and "
+                f"this model has {d_vocab} tokens, 0 to {d_vocab - 1}: give the ids of its own vocabulary"
+            )
+        yield piece
 
 
 def _rest(pieces: Iterable[_Piece], after: Place) -> Iterator[_Piece]:

@@ -103,6 +103,12 @@ def test_text_and_token_ids_mix_in_order() -> None:
     assert batch.doc.tolist() == [[0, 0, 1, 2, 2]]
 
 
+def test_a_token_id_beyond_the_vocabulary_is_named_by_its_row() -> None:
+    documents = [Document(0, "ids.npy#1", "", np.array([1, 2])), Document(1, "ids.npy#2", "", np.array([3, 59]))]
+    with pytest.raises(InputError, match=r"ids\.npy#2 holds the token id 59 at position 1, .* has 50 tokens, 0 to 49"):
+        list(pack(documents, TOKENIZER, None, 2, 1, d_vocab=50))
+
+
 def test_text_that_a_vocabulary_does_not_have_is_one_line() -> None:
     texts = [Document(0, "a", "1 2"), Document(1, "b", "3 one two")]
     with pytest.raises(InputError, match=r"holds 'one', which .* no token for \(in .* '3 one two'\).*give token ids"):
