@@ -114,6 +114,14 @@ def test_a_hooked_transformer_computes_what_it_did(kind: str) -> None:
         if not name.endswith("mlp.hook_in"):
             found = cache[name].flatten(2)
             assert (value - found).abs().max() <= 1e-5 * found.abs().max(), name
+    if model.cfg.rotary_dim:
+        # Coordinates that turn together lie side by side; docs/howto/checkpoint.md says how they are put back.
+        order, turned = torch.arange(model.cfg.d_head), model.cfg.rotary_dim
+        order[:turned] = order[:turned].view(-1, 2).T.flatten()
+        _, ours = loaded.bridge.run_with_cache(tokens)
+        for name in ("blocks.0.attn.hook_q", "blocks.0.attn.hook_k"):
+            found = ours[name].view(cache[name].shape)[..., order]
+            assert (found - cache[name]).abs().max() <= 1e-5 * found.abs().max(), name
 
 
 def test_patterns_of_a_hooked_transformer_can_be_edited() -> None:
