@@ -29,7 +29,8 @@ from workbench.models.checkpoints import weights_sha256
 from workbench.models.guards import TOKENS, check
 from workbench.models.hooked import SUFFIXES, is_checkpoint, is_hooked, native_pair, read_checkpoint
 from workbench.models.model import Checks, LoadedModel, ModelInfo
-from workbench.models.own import Called, ModuleBridge, OwnModel, described_hooks, tensors_sha256
+from workbench.models.own import Called, ModuleBridge, OwnModel, described_hooks
+from workbench.models.own_hash import own_sha256
 from workbench.models.vocabulary import word_tokenizer
 
 LIVE = "live:"
@@ -54,10 +55,10 @@ def own_model(spec: "str | nn.Module | OwnModel") -> Given | None:
     """
     if not isinstance(spec, str):
         own = _described(spec, f"load_model got a {type(spec).__name__}")
-        return Given(own, LIVE + own.name, "live", tensors_sha256(own.module))
+        return Given(own, LIVE + own.name, "live", own_sha256(own))
     if is_function(spec):
         own = _described(_made_by(spec), f"{spec} gives a {{}}")
-        return Given(own, absolute_function(spec), "python", tensors_sha256(own.module))
+        return Given(own, absolute_function(spec), "python", own_sha256(own))
     file = _checkpoint_file(Path(spec).expanduser())
     if file is None:
         return None

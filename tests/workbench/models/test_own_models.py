@@ -481,6 +481,35 @@ def test_a_live_model_is_known_by_its_weights(tmp_path: Path) -> None:
         reload_model("live:characters")
 
 
+def test_the_same_weights_under_another_forward_pass_are_another_model(tmp_path: Path) -> None:
+    plain, scaled = hooked_transformer(normalization_type=None), hooked_transformer(normalization_type="RMSPre")
+    scaled.load_state_dict(plain.state_dict(), strict=False)
+    assert len({load_model(model).info.weights_sha256 for model in (plain, scaled)}) == 2
+    assert (
+        load_model(plain).info.weights_sha256 == load_model(hooked_transformer(**KINDS["no norm"])).info.weights_sha256
+    )
+
+    file = tmp_path / "own.py"
+    source = (
+        "import torch\nfrom torch import nn\nfrom workbench import OwnModel\n\nSCALE = 1.0\n\n"
+        "def scaled(x):\n    return SCALE * x\n\n"
+        "class Body(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.embedding, self.out, self.gain = nn.Embedding(7, 8), nn.Linear(8, 7), 2\n\n"
+        "    def forward(self, tokens):\n        return self.gain * scaled(self.out(self.embedding(tokens).relu()))\n\n"
+        "def model():\n    torch.manual_seed(0)\n    return OwnModel(Body(), 7, 16, {'embedded': 'embedding'})\n"
+    )
+
+    def hash_of(text: str) -> str:
+        file.write_text(text)
+        return load_model(f"{file}:model").info.weights_sha256
+
+    first = hash_of(source)
+    commented = source.replace("    def forward(self, tokens):\n", "    def forward(self, tokens):  # as it was\n\n")
+    assert hash_of(commented) == first
+    changes = {".relu()": ".tanh()", "SCALE = 1.0": "SCALE = 3.0", "nn.Linear(8, 7), 2": "nn.Linear(8, 7), 3"}
+    assert all(hash_of(source.replace(old, new)) != first for old, new in changes.items())
+
+
 def test_a_live_bridge_is_used_as_it_is() -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
