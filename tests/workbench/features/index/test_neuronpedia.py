@@ -171,7 +171,7 @@ def test_what_neuronpedia_does_not_take_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="small letters"):
         space.export_neuronpedia("s", tmp_path / "a", model_id="My Model")
-    with pytest.raises(InputError, match="no index"):
+    with pytest.raises(InputError, match="no SAE 't'"):
         space.export_neuronpedia("t", tmp_path / "b")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x").touch()

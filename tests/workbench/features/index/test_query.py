@@ -277,7 +277,7 @@ def test_an_index_stays_readable_by_threads_while_it_is_replaced(space: Workspac
 
 def test_what_is_not_there_is_said_in_one_line(space: Workspace, index: FeatureIndex, tmp_path: Path) -> None:
     assert space.indexes() == ["s"]
-    with pytest.raises(InputError, match=r"workbench index other.*indexed are s"):
+    with pytest.raises(InputError, match=r"no SAE 'other' .* it has s"):
         FeatureIndex.open(space, "other")
     for number in (-1, 40):
         with pytest.raises(InputError, match="features 0 to 39"):
