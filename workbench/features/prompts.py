@@ -105,8 +105,9 @@ class PromptReading:
     _loaded: "LoadedModel" = field(repr=False)
 
     def __repr__(self) -> str:
+        cut = " (only its beginning was read)" if self.truncated else ""
         return (
-            f"PromptReading({self.sae!r}): {self.n_read} tokens, {len(self._active)} features fire, "
+            f"PromptReading({self.sae!r}): {self.n_read} tokens{cut}, {len(self._active)} features fire, "
             f"mean loss {self.mean_loss:.3f} nats"
         )
 

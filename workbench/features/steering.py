@@ -199,7 +199,7 @@ def steer(
         raise InputError(f"cannot generate {new_tokens} tokens: 0 to {min(MAX_NEW_TOKENS, model.info.n_ctx - 2)}")
     if not (temperature >= 0 and np.isfinite(temperature)):
         raise InputError(f"a temperature of {temperature} samples nothing: give 0 or more")
-    ids, truncated = encode_prompt(model, chat_text(model, prompt, chat), room=1 + new_tokens)
+    ids, truncated = encode_prompt(model, chat_text(model, prompt, chat), room=model.n_bos + new_tokens)
     check_prompt_fits("steering a prompt", model, len(ids) + model.n_bos, attention=True)
     tokens = torch.tensor([model.begun(ids)], device=model.device)
     with edited(model, sae, edit, units, first=None if edit.where == "everywhere" else tokens.shape[1] - 1):

@@ -82,7 +82,7 @@ class HarvestPlan:
         if not 2 <= config.context_len <= model.info.n_ctx:
             raise InputError(
                 f"context length {config.context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
-                f"the most {model.info.name} can read"
+                f"the most {model.info.name} can read: give --context"
             )
         if config.split not in get_args(Split):
             raise InputError(f"unknown split {config.split!r}: choose {' or '.join(get_args(Split))}")

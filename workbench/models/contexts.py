@@ -93,7 +93,7 @@ def whole_contexts(model: LoadedModel, max_tokens: int, context_len: int) -> int
     if not 2 <= context_len <= model.info.n_ctx:
         raise InputError(
             f"context length {context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
-            f"the longest that {model.info.name} takes"
+            f"the longest that {model.info.name} takes: give --context"
         )
     if max_tokens < context_len:
         raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: ask for more tokens")

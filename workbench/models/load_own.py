@@ -34,6 +34,8 @@ from workbench.models.own_hash import own_sha256
 from workbench.models.vocabulary import word_tokenizer
 
 LIVE = "live:"
+MOST_TRIED, MOST_LOGITS = 4096, 2**26
+"""Positions, and logits, of the longest context that is tried when a module is loaded."""
 _loaded: "WeakValueDictionary[str, LoadedModel]" = WeakValueDictionary()
 
 
@@ -265,9 +267,11 @@ def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
 def _readable_tokens(own: OwnModel, hf: Called) -> Int[Tensor, "batch pos"]:
     """A few random tokens that the module reads, as long as its context where it takes no shorter ones.
 
+    A context that is not huge is tried as well, so that one it does not take fails here and not in a harvest.
+
     Raises:
-        InputError: a module that fails on both, gives NaN, or not one answer a token or a sequence, or another to a
-            sequence that it reads alone.
+        InputError: a module that fails on both, or on its context, gives NaN, or not one answer a token or a sequence,
+            or another to a sequence that it reads alone.
     """
     assert own.d_vocab is not None
     assert own.n_ctx is not None
@@ -287,6 +291,17 @@ def _readable_tokens(own: OwnModel, hf: Called) -> Int[Tensor, "batch pos"]:
         raise InputError(
             f"{own.name} fails on {length} tokens below {own.d_vocab} ({reason}): check d_vocab, n_ctx and `call`"
         )
+    if length < own.n_ctx <= MOST_TRIED and own.n_ctx * own.d_vocab <= MOST_LOGITS:
+        try:
+            hf(torch.randint(own.d_vocab, (1, own.n_ctx), generator=generator).to(place))
+        except torch.OutOfMemoryError:
+            pass  # says nothing about the context
+        except Exception as error:  # the user's own code
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise InputError(
+                f"{own.name} reads {length} tokens and fails on {own.n_ctx} ({reason}): give the longest that it takes "
+                "as n_ctx"
+            ) from None
     if logits.shape[:2] != tokens.shape:
         raise InputError(
             f"{own.name} gives logits {list(logits.shape)} for tokens {list(tokens.shape)}: expected [batch, pos, "

@@ -21,11 +21,11 @@ MAX_TOKENS = 1024
 LOGIT_ROWS = 128
 
 
-def encode_prompt(model: LoadedModel, text: str, room: int = 1) -> tuple[list[int], bool]:
+def encode_prompt(model: LoadedModel, text: str, room: int | None = None) -> tuple[list[int], bool]:
     """Token ids of a prompt without BOS, and whether only its beginning is in them.
 
     Args:
-        room: positions of the model's context to leave for others, BOS among them.
+        room: positions of the model's context to leave for others, BOS among them; BOS's when None.
 
     Raises:
         InputError: what is no text, or a text without tokens.
@@ -33,7 +33,7 @@ def encode_prompt(model: LoadedModel, text: str, room: int = 1) -> tuple[list[in
     if not isinstance(text, str):
         raise InputError(f"a prompt is a text, not {' '.join(repr(text).split())[:60]}")
     ids = model.encode(text[:MAX_CHARACTERS])
-    kept = ids[: min(MAX_TOKENS, model.info.n_ctx - room)]
+    kept = ids[: min(MAX_TOKENS, model.info.n_ctx - (model.n_bos if room is None else room))]
     if not kept:
         raise InputError("a prompt without tokens activates nothing: type some text")
     return kept, len(kept) < len(ids) or len(text) > MAX_CHARACTERS
@@ -41,7 +41,7 @@ def encode_prompt(model: LoadedModel, text: str, room: int = 1) -> tuple[list[in
 
 def whole_prompt(model: LoadedModel, text: str) -> list[int]:
     """Token ids of a prompt without BOS. Raises InputError for a text without tokens, or one that is read in part."""
-    ids, truncated = encode_prompt(model, text, model.n_bos)
+    ids, truncated = encode_prompt(model, text)
     if truncated:
         most = min(MAX_TOKENS, model.info.n_ctx - model.n_bos)
         raise InputError(f"the prompt has more than {most:,} tokens or {MAX_CHARACTERS:,} characters: shorten it")

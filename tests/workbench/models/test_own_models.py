@@ -395,7 +395,22 @@ class OneLength(nn.Module):
 def test_a_module_of_one_length_is_tried_at_that_length(tmp_path: Path) -> None:
     model = load_model(OwnModel(OneLength(), 30, LENGTH, {"tokens": "embedding"}, name="one"))
     assert not model.causal
-    assert made(tmp_path / "w", model, "tokens", token_corpus(), LENGTH)[1].fvu > 0
+    space, evaluation = made(tmp_path / "w", model, "tokens", token_corpus(), LENGTH)
+    assert evaluation.fvu > 0
+    reading = space.prompt("s", " ".join(["3"] * (LENGTH + 5)))
+    assert reading.n_read == LENGTH
+    assert f"{LENGTH} tokens (only its beginning was read)" in repr(reading)
+
+
+def test_a_context_that_the_module_does_not_take_is_refused_when_it_is_loaded() -> None:
+    module = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30))
+
+    def call(module: nn.Module, tokens: Tensor) -> Tensor:
+        return module(tokens) + torch.zeros(24, 1)[torch.arange(tokens.shape[1])]
+
+    assert load_model(OwnModel(module, 30, 24, {"x": "0"}, call)).info.n_ctx == 24
+    with pytest.raises(InputError, match=r"reads 16 tokens and fails on 50 \(IndexError.*as n_ctx$"):
+        load_model(OwnModel(module, 30, 50, {"x": "0"}, call))
 
 
 def test_what_a_plain_module_lacks_is_said_in_one_line(tmp_path: Path) -> None:
