@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-workbench test-pages test-others test-slow test-lens4 test-python other-pythons lint notebooks docs dist app clean help
+.PHONY: demo test test-workbench test-runs test-pages test-others test-slow test-lens4 test-python other-pythons lint notebooks docs dist app clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -48,15 +48,20 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Three parts beside each other: most tests keep one core busy, those of the pages often wait.
+# Four parts beside each other, none much longer than the others: most tests keep one core busy, those of the pages often
+# wait.
 test: lint
-	@$(MAKE) --no-print-directory --jobs=3 test-workbench test-pages test-others
+	@$(MAKE) --no-print-directory --jobs=4 test-workbench test-runs test-pages test-others
 
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 PAGES := tests/app tests/browser tests/notebooks
+RUNS := tests/workbench/cli tests/workbench/saes tests/workbench/harvest
 
 test-workbench: $(VENV)/.dev
-	$(PYTEST) -m "not slow" tests/workbench
+	$(PYTEST) -m "not slow" tests/workbench $(addprefix --ignore=,$(RUNS))
+
+test-runs: $(VENV)/.dev
+	$(PYTEST) -m "not slow" $(RUNS)
 
 test-pages: $(VENV)/.dev
 	$(PYTEST) -m "not slow" $(PAGES)

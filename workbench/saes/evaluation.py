@@ -44,7 +44,7 @@ from workbench.models.hooks import read_hook, written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.models.places import HookSpec
-from workbench.saes.passes import MOST_LOGITS_KEPT, Ablation, Begun, clean_pass, last_block_before, spliced_pass
+from workbench.saes.spliced_passes import MOST_LOGITS_KEPT, Ablation, Begun, clean_pass, last_block_before, spliced_pass
 from workbench.text.corpora import Corpus
 
 MOST_KEPT = 1 << 30

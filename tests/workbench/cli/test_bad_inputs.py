@@ -332,9 +332,9 @@ def test_there_are_two_hundred() -> None:
 def test_a_bad_input_is_one_line(case: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(Path(places["w"]))
     capsys.readouterr()
-    start = time.monotonic()
+    start = time.process_time()
     code = run(shlex.split(case.format(**places)))
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if not re.match(r"[\w -]+: +\d+%", line)]
     assert code == 2, said.out[-300:]

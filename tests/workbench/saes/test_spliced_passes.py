@@ -11,7 +11,7 @@ from workbench.models import contexts
 from workbench.models.contexts import context_batches
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
-from workbench.saes.passes import Ablation, clean_pass, spliced_pass
+from workbench.saes.spliced_passes import Ablation, clean_pass, spliced_pass
 from workbench.text.corpora import open_corpus
 
 CONTEXT, TOKENS = 16, 640
