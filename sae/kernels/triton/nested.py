@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels.triton.sparse import SLICE, alignment, token_span, written_rows
+from sae.kernels.triton.sparse import SLICE, alignment, spans_of, token_span, written_rows
 from sae.ranks import Ranks
 
 # Entries whose rows are loaded at once.
@@ -205,8 +205,7 @@ def nested_residuals(
     n_cells, slices = len(nesting.weights), triton.cdiv(d, SLICE)
     out = torch.empty(n_cells + 1, n, d, dtype=W_dec.dtype, device=W_dec.device)
     errors = torch.empty(n_cells, slices, n, dtype=torch.float32, device=W_dec.device)
-    offsets = code.indices if code.offsets is None else code.offsets
-    k = code.values.shape[1] if code.offsets is None else 0
+    offsets, k = spans_of(code)
     main = nesting.n_blocks - 1
     _nested_kernel[(n, slices)](
         code.values, code.indices, parts.cells, offsets, W_dec, target, nesting.includes, nesting.weights,
@@ -231,8 +230,7 @@ def residuals_over_ranks(
     (n, d), size = target.shape, ranks.size
     n_cells, slices, share = len(nesting.weights), triton.cdiv(d, SLICE), -(-n // size)
     room, dtype, device = triton.next_power_of_2(n_cells), W_dec.dtype, W_dec.device
-    offsets = code.indices if code.offsets is None else code.offsets
-    k = code.values.shape[1] if code.offsets is None else 0
+    offsets, k = spans_of(code)
     # Rows that stand for no token, at the end of the last share, are 0.
     written = torch.zeros if n % size else torch.empty
     sums = written(size * n_cells * share, d, dtype=torch.float32, device=device)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
@@ -72,6 +72,11 @@ def _centre_kernel(
     tl.store(centred + at, left.to(centred.dtype.element_ty), mask=mask)
     tl.store(sums + block * d + columns, tl.sum(x, 0), mask=inside)
     tl.store(squares + block * d + columns, tl.sum(x * x, 0), mask=inside)
+
+
+def spans_of(code: SparseCode) -> tuple[Int[Tensor, "any"], int]:
+    """What `token_span` reads: offsets and 0 of a ragged code, else k beside a tensor that is not looked at."""
+    return (code.indices, code.values.shape[1]) if code.offsets is None else (code.offsets, 0)
 
 
 @triton.jit
@@ -225,8 +230,7 @@ def _launch(
     code: SparseCode, W_dec: Tensor, b_dec: Tensor | None, x: Tensor | None, out: Tensor, errors: Tensor
 ) -> None:
     n, d = out.shape
-    offsets = code.indices if code.offsets is None else code.offsets
-    k = code.values.shape[1] if code.offsets is None else 0
+    offsets, k = spans_of(code)
     _decode_kernel[(n, triton.cdiv(d, SLICE))](
         code.values, code.indices, offsets, W_dec, W_dec if b_dec is None else b_dec, out if x is None else x,
         out, errors, n, d // alignment(d), k,
