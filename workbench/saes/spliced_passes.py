@@ -125,10 +125,12 @@ class Ablation:
         """
         before = last_block_before(self.model, self.hook)
         blocks = {before: clean.blocks[before]} if before in clean.blocks else {}
-        left = self._left(batch) if all(isinstance(output, Tensor) for output in blocks.values()) else {}
-        if self._agree is None or not self._agree:
+        if self._agree is False or not all(isinstance(output, Tensor) for output in blocks.values()):
+            return self._run(batch, blocks)
+        left = self._left(batch)
+        if self._agree is None:
             logits = self._run(batch, blocks)
-            for token, rows in left.items() if self._agree is None else ():
+            for token, rows in left.items():
                 self._compare(token, batch.tokens[rows], logits[rows])
             return logits
         first = {token: rows[0] for token, rows in left.items() if token not in self._known}
