@@ -4,7 +4,8 @@ mean (least to greatest) over the draws, and the lead of one method over another
     python benchmarks/draws.py MEASUREMENT ... [--model demo] [--corpus python-stdlib] [--draws 4] [--out FILE]
 
 A draw of text is every n-th document of a corpus, for calibration and for what is held out alike; a draw of prompts is
-a seed. With `--out` every draw is written as it ends, a line of JSON, and one that is there is not measured again.
+a seed. With `--out` every draw is written as it ends, a line of JSON, and one that is there, of the same model, text,
+SAEs and settings, is not measured again.
 
     mlps         docs/methods/sparsity.md, 1: how sparse MLPs are by themselves
     coding       1: coding rates of the residual stream by layer
@@ -27,7 +28,6 @@ a seed. With `--out` every draw is written as it ends, a line of JSON, and one t
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from drawn import StoredDraws, Value, measured_of, show
 
 from circuits.passes import answer_logits
 from circuits.patching import patch_activations
@@ -77,27 +78,6 @@ MEASURED_TOKENS, HELD_OUT, CONTEXT = 24_576, 2048, 256
 CODE_TASKS = ("argument", "self-attribute", "docstring", "brackets", "induction")
 DICTIONARY_TASKS, DICTIONARY_PROMPTS, CHANGES = ("brackets", "argument", "self-attribute"), 1024, (1, 2, 4)
 GRAPH_TASKS = ("self-attribute", "induction")
-LEADS = {
-    "zeros": (("CETT", "threshold"), ("CETT", "topk"), ("topk", "threshold"), ("WINA", "TEAL"), ("topk", "CATS")),
-    "dropped": (
-        ("vertical-slash", "sink + local"), ("top-p", "top-k keys"), ("relative threshold", "top-p"),
-        ("vertical stripes", "sink + local"),
-    ),
-    "at its mean": (("vertical-slash", "sink + local"), ("top-p", "top-k keys")),
-    "left whole": (("sensitivity", "uncovered"), ("sensitivity", "random")),
-    "cores": (("own", "other"), ("own", "corpus"), ("own", "random")),
-    "terms": (("neurons", "random rotation"), ("PCA", "demo-topk")),
-}  # fmt: skip
-"""By table: the first less the second."""
-
-
-class Value(NamedTuple):
-    """A number of one draw, and where it stands."""
-
-    table: str
-    row: str
-    column: str
-    value: float
 
 
 class Ask(NamedTuple):
@@ -402,53 +382,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="every draw is written there, and taken from there")
     options = parser.parse_args()
     model, corpus = load_model(options.model, device=options.device), open_corpus(options.corpus)
-    known = {}
-    if options.out and options.out.is_file():
-        lines = [json.loads(line) for line in options.out.read_text().splitlines()]
-        known = {
-            (line["measurement"], line["draw"]): line["values"] for line in lines if line["model"] == options.model
-        }
+    stored = StoredDraws(options.out, measured_of(model, corpus, options))
     for name in options.measurements:
         draws = []
         for draw in range(options.draws):
-            if (name, draw) not in known:
+            values = stored.get(name, draw)
+            if values is None:
                 started = time.monotonic()
-                asked = Ask(model, Part(corpus, draw, options.draws), draw, options)
-                known[name, draw] = [list(value) for value in MEASUREMENTS[name](asked)]
+                values = list(MEASUREMENTS[name](Ask(model, Part(corpus, draw, options.draws), draw, options)))
                 print(f"{options.model}, {name}, draw {draw}: {time.monotonic() - started:.0f} s", flush=True)
-                if options.out:
-                    line = {"model": options.model, "measurement": name, "draw": draw, "values": known[name, draw]}
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-            draws.append(pd.DataFrame(known[name, draw], columns=Value._fields).assign(draw=draw))
+                stored.add(name, draw, values)
+            draws.append(pd.DataFrame(values, columns=Value._fields).assign(draw=draw))
         show(options.model, name, pd.concat(draws, ignore_index=True))
-
-
-def show(model: str, measurement: str, values: pd.DataFrame) -> None:
-    """Markdown tables: mean (least to greatest) over the draws, and how many of them where some lack the number."""
-    n = values["draw"].nunique()
-    for table, rows in values.groupby("table", sort=False):
-        wide = rows.pivot(index="draw", columns=["row", "column"], values="value")
-        for one, other in LEADS.get(str(table), ()):
-            if {one, other} <= set(wide.columns.get_level_values(0)):
-                lead = wide[one] - wide[other]
-                for column in lead.dropna(axis=1, how="all"):
-                    wide[f"{one} over {other}", column] = lead[column]
-        columns = list(dict.fromkeys(wide.columns.get_level_values(1)))
-        print(f"\n{model}, {measurement}: {table}, {n} draws\n\n| | {' | '.join(columns)} |")
-        print("|---" * (len(columns) + 1) + "|")
-        for row in dict.fromkeys(wide.columns.get_level_values(0)):
-            cells = [_cell(wide[row, column]) if (row, column) in wide else "" for column in columns]
-            print(f"| {row} | {' | '.join(cells)} |")
-
-
-def _cell(values: "pd.Series[float]") -> str:
-    """Mean (least to greatest)."""
-    found = values.dropna()
-    if not len(found):
-        return ""
-    few = f", {len(found)} draws" if len(found) < len(values) else ""
-    return f"{found.mean():.3g} ({found.min():.3g} to {found.max():.3g}{few})"
 
 
 if __name__ == "__main__":
