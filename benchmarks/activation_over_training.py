@@ -4,10 +4,9 @@ For each checkpoint, on held-out tokens of Python's standard library: the loss, 
 exactly zero, and the activation ratio, the share that is left at PPL-1% sparsity (`workbench.sparsity.ppl`). The
 paper (2411.02335) finds that the ratio falls with the training tokens under ReLU and rises under SiLU.
 
-    python data/train_demo_model.py --corpus .corpus --out relu --steps 1920 --warmup 200 --checkpoints 5
-    python data/train_demo_model.py --corpus .corpus --out gelu --steps 1920 --warmup 200 --checkpoints 5 \\
-        --activation gelu_new
-    python benchmarks/activation_over_training.py relu gelu [--tokens 8192]
+    python data/train_demo_model.py --corpus .corpus --out relu-0 --steps 1920 --warmup 200 --learning-rate 1.5e-3 \\
+        --checkpoints 5 [--activation gelu_new] [--seed 0]
+    python benchmarks/activation_over_training.py relu-0 [--tokens 8192]
 
 One JSON line a checkpoint, earliest first. A checkpoint that its MLPs do not help by 1% yet has no ratio. `--fit` reads
 such lines, of one activation function and any number of seeds, and fits the paper's two curves, D millions of tokens:
@@ -15,7 +14,7 @@ such lines, of one activation function and any number of seeds, and fits the pap
     falling    A(D) = A0 + exp(b - c D^alpha)
     rising     A(D) = A0 - c D^-alpha
 
-    python benchmarks/activation_over_training.py --fit relu*.jsonl
+    python benchmarks/activation_over_training.py --fit relu-*.jsonl
 """
 
 import argparse

@@ -48,37 +48,41 @@ def surveys(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer", type=int, action="append", help="of the demo model; repeat, all when left out")
+    parser.add_argument("--layer", type=int, action="append", help="of the demo model alone; repeat, all when left out")
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace(Path(folder) / "w")
-        planted, text = save_planted(Path(folder) / "model", SHARPNESS), Path(folder) / "text.jsonl"
-        text.write_text("".join(json.dumps(document) + "\n" for document in texts(PLANTED_TEXTS)))
-        model = load_model(str(planted), device="cpu")
-        sizes: dict[str, Any] = {
-            "total_tokens": 200_000,
-            "d_sae": PLANTED_WIDTH,
-            "rule": TopK(PLANTED_K),
-            "batch_size": 1024,
-        }
-        for layer, node in PLANTED.items():
-            name, hook = f"planted-{layer}", f"blocks.{layer}.attn.hook_z"
-            space.harvest(
-                name, HarvestConfig(str(planted), str(text), (hook,), context_len=2 * LENGTH + 1), model=model
-            )
-            for arm, heads, _ in surveys(space, model, name, options.seeds, **sizes):
-                rows.append(row(f"planted, {node}, {arm}", heads[heads["node"] == node]))
+        if not options.layer:
+            rows += planted(space, Path(folder), options.seeds)
         model = load_model("demo", device="cpu")
-        sizes = {"total_tokens": 2 * options.tokens, "d_sae": WIDTH, "rule": TopK(K)}
+        sizes: dict[str, Any] = {"total_tokens": 2 * options.tokens, "d_sae": WIDTH, "rule": TopK(K)}
         for layer in options.layer or range(model.info.n_layers):
             name, hook = f"demo-{layer}", f"blocks.{layer}.attn.hook_z"
             space.harvest(name, HarvestConfig("demo", "python-stdlib", (hook,), max_tokens=options.tokens), model=model)
             for arm, heads, summary in surveys(space, model, name, options.seeds, **sizes):
                 rows.append(row(f"demo, layer {layer}, {arm}", heads) | {"dealt": summary["dealt"]})
     print(pd.DataFrame(rows).groupby("arm", sort=False).agg(["mean", "min", "max"]).round(2).T.to_string())
+
+
+def planted(space: Workspace, folder: Path, seeds: int) -> Iterator[dict[str, Any]]:
+    """The rows of the planted heads; model and text go into `folder`."""
+    saved, text = save_planted(folder / "model", SHARPNESS), folder / "text.jsonl"
+    text.write_text("".join(json.dumps(document) + "\n" for document in texts(PLANTED_TEXTS)))
+    model = load_model(str(saved), device="cpu")
+    sizes: dict[str, Any] = {
+        "total_tokens": 200_000,
+        "d_sae": PLANTED_WIDTH,
+        "rule": TopK(PLANTED_K),
+        "batch_size": 1024,
+    }
+    for layer, node in PLANTED.items():
+        name, hook = f"planted-{layer}", f"blocks.{layer}.attn.hook_z"
+        space.harvest(name, HarvestConfig(str(saved), str(text), (hook,), context_len=2 * LENGTH + 1), model=model)
+        for arm, heads, _ in surveys(space, model, name, seeds, **sizes):
+            yield row(f"planted, {node}, {arm}", heads[heads["node"] == node])
 
 
 def row(arm: str, heads: pd.DataFrame) -> dict[str, Any]:
