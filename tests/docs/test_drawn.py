@@ -46,8 +46,9 @@ def test_an_sae_that_was_trained_again_under_its_name_is_another(drawn: ModuleTy
     model, corpus = SimpleNamespace(info=SimpleNamespace(weights_sha256="a")), SimpleNamespace(fingerprint="b")
     space = Workspace(tmp_path / "w")
     asked, found = options(workspace=space.path, sae=["one"]), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        SAE(4, 8, TopK(2)).save(space.path / "saes" / "one")
+    for bias in (0.0, 0.0, 1.0):
+        sae = SAE(4, 8, TopK(2))
+        torch.nn.init.constant_(sae.b_dec, bias)
+        sae.save(space.path / "saes" / "one")
         found.append(drawn.measured_of(model, corpus, asked))
     assert found[0] == found[1] != found[2]
