@@ -144,7 +144,10 @@ class Rows:
         return self.model.stream(digits(self.machine.walks(walks))).flatten(0, 1)[:n]
 
     def sample(self, n: int) -> Tensor:
-        return self.next_batch(n)
+        before = self.machine.generator.get_state()
+        rows = self.next_batch(n)
+        self.machine.generator.set_state(before)
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -24,7 +24,6 @@ algorithm is in-context learning?". Mixtures with exact Bayes: Panwar et al. 202
 """
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +31,8 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_model
+from small_training import fit
 from torch import Tensor, nn
-from train_in_context import cosine_after_warm_up
 from transformers import GPT2Config, GPT2Model
 
 DIM, EXAMPLES, NOISE = 5, 16, 0.5
@@ -194,21 +193,11 @@ def probes(model: Regressor, prior: Prior, *, n: int = 4096, seed: int = 3) -> p
 def train(model: Regressor, prior: Prior, *, steps: int, batch: int, lr: float, seed: int, device: str) -> list[float]:
     """Trains the model where it is; the mean squared error of every step, noise included."""
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98))
-    schedule = cosine_after_warm_up(optimizer, steps)
-    losses, start = [], time.monotonic()
-    for step in range(steps):
-        x, y, _ = prior.drawn(batch, generator)
-        loss = (model(x, y) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
-        if step % max(1, steps // 20) == 0:
-            print(f"step {step:,} of {steps:,}: {loss.item():.3f}, {time.monotonic() - start:.0f} s", flush=True)
-    return torch.stack(losses).tolist()
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return (model(x, y) - y).square().mean()
+
+    return fit(model, lambda: prior.drawn(batch, generator)[:2], loss_of, steps=steps, lr=lr)
 
 
 def main() -> None:

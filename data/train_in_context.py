@@ -13,8 +13,6 @@ nothing.
 """
 
 import argparse
-import math
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -36,9 +34,11 @@ from in_context import (
     mixture,
     tokens_of,
 )
+from small_training import fit
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
@@ -56,42 +56,22 @@ def build(layers: int, width: int, heads: int) -> GPT2LMHeadModel:
     return model
 
 
-def cosine_after_warm_up(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A twentieth of the steps up to the optimizer's rate, then down to 0 by a cosine."""
-    warm_up = max(1, steps // 20)
-
-    def scale(step: int) -> float:
-        return min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-
-
 def train(
     model: GPT2LMHeadModel, family: Family, *, steps: int, batch: int, lr: float, seed: int, device: str
 ) -> list[float]:
     """Trains the model where it is; the loss of every step in nats a label."""
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = cosine_after_warm_up(optimizer, steps)
-    losses, start = [], time.monotonic()
-    for step in range(steps):
+
+    def draw() -> tuple[Tensor, Tensor]:
         inputs, labels = family.drawn(batch, generator)
-        tokens = tokens_of(inputs, labels)
+        return tokens_of(inputs, labels), FALSE + labels.long()
+
+    def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             logits = model(tokens).logits[:, 1::2]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), FALSE + labels.long().flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
-        if step % max(1, steps // 20) == 0:
-            print(
-                f"step {step:,} of {steps:,}: {loss.item():.4f} nats a label, {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
-    return torch.stack(losses).tolist()
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    return fit(model, draw, loss_of, steps=steps, lr=lr, weight_decay=0.01)
 
 
 def on_all_families(model: GPT2LMHeadModel, trained_on: Family, when: str, n: int) -> pd.DataFrame:
