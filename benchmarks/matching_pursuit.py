@@ -1,6 +1,7 @@
 """Pursuits as training rules on SynthSAEBench's kind of data (docs/methods/inference.md): do they pay?
 
     python benchmarks/matching_pursuit.py [--seeds 0 1 2] [--samples 400000] [--lr 0.003] [--json]
+    python benchmarks/matching_pursuit.py --full --samples 5000000       # SynthSAEBench-16k, on a GPU, without omp
 
 1. mp: MP-SAE (Costa et al. 2025, arXiv 2506.03093). k times the direction with the largest product with the residual is
    taken off it by that product; gradients go through all k steps.
@@ -13,7 +14,9 @@ with codes as in training and with codes by OMP. Means and standard deviations o
 """
 
 import argparse
+import json
 from collections.abc import Iterator
+from itertools import islice
 
 import pandas as pd
 import torch
@@ -24,8 +27,9 @@ from sae.code import SparseCode
 from sae.inference import InferredSAE, matching_pursuit
 from sae.kernels import ragged_code
 from workbench.bench.quality import BATCH, config, measures
-from workbench.bench.synthetic import TINY, ModelSize, Planted, Stream, benchmark_model
+from workbench.bench.synthetic import FULL, TINY, ModelSize, Planted, Stream, benchmark_model
 
+FULL_ARMS = 8
 TRAINED = ("topk", "batchtopk", "matryoshka")
 SHOWN = ["f1", "mcc", "explained_variance", "l0", "dead", "split", "absorbed"]
 
@@ -100,17 +104,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=400_000)
-    parser.add_argument("--lr", type=float, default=TINY.lr, help="of the pursuits")
+    parser.add_argument("--lr", type=float, help="of the pursuits; this project's for the size where left out")
+    parser.add_argument("--full", action="store_true", help="the benchmark's own size")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="a line a seed and arm")
     options = parser.parse_args()
-    planted = Planted.of(benchmark_model(TINY, "cpu"))
-    rows = [
-        {"seed": seed, "arm": name, **measures(sae, Stream(planted, seed), 1)}
-        for seed in options.seeds
-        for name, sae in arms(TINY, planted, options.samples, options.lr, seed)
-    ]
+    size = FULL if options.full else TINY
+    planted = Planted.of(benchmark_model(size, options.device))
+    rows = []
+    for seed in options.seeds:
+        trained = arms(size, planted, options.samples, options.lr or size.lr, seed)
+        # Training by OMP comes last and would take hours at full size.
+        for name, sae in islice(trained, FULL_ARMS if options.full else None):
+            rows.append({"seed": seed, "arm": name, **measures(sae, Stream(planted, seed), 1)})
+            if options.json:
+                print(json.dumps(rows[-1]), flush=True)
     if options.json:
-        print(pd.DataFrame(rows).to_json(orient="records", lines=True))
         return
     found = pd.DataFrame(rows).groupby("arm", sort=False)[SHOWN]
     print(found.mean().round(3).to_string(), "\n\n", found.std().round(3).to_string())

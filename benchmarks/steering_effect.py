@@ -259,10 +259,10 @@ def report(found: pd.DataFrame) -> None:
         print(summary.round(3).to_string())
         concepts = wide.T.groupby("arm").mean().T
         print(concepts.round(2).to_string())
-        for name, one in (("over difference in means", "difference_in_means"), ("over topk", "topk")):
+        for one in ("difference_in_means", *(arm for arm in concepts if arm.startswith("topk"))):
             lead = concepts.sub(concepts[one], axis=0)
             ends = pd.DataFrame({"mean": lead.mean(), "std error over concepts": lead.sem(), "n": lead.count()})
-            print(f"{name}, concept by concept\n{ends.round(3).to_string()}")
+            print(f"over {one}, concept by concept\n{ends.round(3).to_string()}")
 
 
 if __name__ == "__main__":
