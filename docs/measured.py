@@ -13,15 +13,15 @@ that states a spread (`0.5 ± 0.1`, `0.5 (0.4 to 0.6)`) stands in a section that
 with digests of what they said then: of their text without docstrings, comments, imports, annotations, white space and
 trailing commas, so that an edit of these makes no table old. Name the formula, the benchmark's settings and, of what is
 trained, the defaults that it leaves alone (`sae/config.py:TrainConfig.decay`), not all that they call. Timings have no
-`code`: they belong to the machine and the day that the page names.
+`code`: they belong to the machine and the day that the page names, and under docs/methods say so (`timings: yes`).
 
 A number is older than its code where a digest has changed. Then
 
-    python docs/measured.py                                  # names such records, and numbers without a record
-    python docs/measured.py --stamp docs/methods/planted.md  # after measuring the page again: digests, date and commit
+    python docs/measured.py                                     # names such records, and numbers without a record
+    python docs/measured.py --stamp docs/methods/planted.md:57  # after measuring them again: digests, date and commit
 
-or, where it cannot be measured again now, a line `older: WORDS` in the record, and the same words on the page for its
-readers.
+where 57 is the line on which that record begins, as the first command and `--list PAGE` say. What cannot be measured
+again now has a line `older: WORDS` in its record, and the same words on the page for its readers.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,10 +180,11 @@ def complaints(text: str) -> list[str]:
     return found
 
 
-def stamped(text: str, line: int | None, on: str) -> str:
-    """The page with new dates and digests: of all records, or of the first one after a line."""
-    chosen = [record for record in records(text) if line is None or record.line >= line][: None if line is None else 1]
-    lines = {record.line for record in chosen}
+def stamped(text: str, lines: Collection[int], on: str) -> str:
+    """The page with new dates and digests of the records that begin on these lines; others keep theirs."""
+    missing = set(lines) - {record.line for record in records(text)}
+    if missing:
+        raise ValueError(f"no record begins on line {min(missing)}")
 
     def renew(match: re.Match[str]) -> str:
         if text.count("\n", 0, match.start()) + 1 not in lines:
@@ -207,14 +208,27 @@ def pages() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stamp", metavar="PAGE[:LINE]", help="a page, or its first record from a line on")
+    parser.add_argument("--stamp", nargs="+", metavar="PAGE:LINE", help="the records that were measured anew")
+    parser.add_argument("--list", type=Path, metavar="PAGE", help="where its records begin, and their commands")
     options = parser.parse_args()
+    if options.list:
+        for record in records(options.list.read_text(encoding="utf-8")):
+            print(f"{options.list}:{record.line}  {record.fields.get('on')}  {record.fields.get('command')}")
+        return
     if options.stamp:
-        name, _, line = options.stamp.partition(":")
+        chosen: dict[Path, set[int]] = {}
+        for place in options.stamp:
+            name, _, line = place.rpartition(":")
+            if not name or not line.isdigit():
+                parser.error(f"{place} names no record: it is PAGE:LINE, see --list PAGE")
+            chosen.setdefault(Path(name), set()).add(int(line))
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         on = f"{datetime.date.today()}, {commit.stdout.strip()}"
-        page = Path(name)
-        page.write_text(stamped(page.read_text(encoding="utf-8"), int(line) if line else None, on), encoding="utf-8")
+        for page, lines in chosen.items():
+            try:
+                page.write_text(stamped(page.read_text(encoding="utf-8"), lines, on), encoding="utf-8")
+            except ValueError as error:
+                parser.error(f"{page}: {error}")
         return
     found = [
         f"{page.relative_to(REPOSITORY)}, {one}" for page in pages() for one in complaints(page.read_text("utf-8"))

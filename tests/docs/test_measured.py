@@ -85,12 +85,35 @@ def test_old_tables_are_told_until_they_are_measured_again(
     older = TABLE + record.format("\nolder: measured before the floor")
     assert measured.complaints(older) == ["line 7: the page does not tell its readers 'measured before the floor'"]
     assert measured.complaints(older + "These numbers were measured before\nthe floor.") == []
-    again = measured.stamped(older, 5, "2026-02-01, 7654321")
+    again = measured.stamped(older, {7}, "2026-02-01, 7654321")
     assert measured.complaints(again) == []
     assert "on: 2026-02-01, 7654321" in again
     assert "older" not in again
     (tmp_path / "code.py").unlink()
     assert measured.complaints(again) == ["line 7: code.py:share is no longer there"]
+
+
+def test_only_records_that_were_measured_anew_are_stamped(
+    measured: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measured, "REPOSITORY", tmp_path)
+    (tmp_path / "code.py").write_text(SOURCE)
+    record = "<!-- measured\ncommand: python code.py\non: 2026-01-01, 1234567\ncode: code.py:share 00000000\n-->\n"
+    page = TABLE + record + TABLE + record
+    once = measured.stamped(page, {18}, "2026-02-01, 7654321")
+    assert once.startswith(TABLE + record)
+    assert measured.complaints(once) == ["line 7: code.py:share has changed since this was measured: python code.py"]
+    assert measured.complaints(measured.stamped(once, {7, 18}, "2026-02-01, 7654321")) == []
+    with pytest.raises(ValueError, match="no record begins on line 8"):
+        measured.stamped(page, {7, 8}, "2026-02-01, 7654321")
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "methods").glob("*.md")), ids=lambda page: page.name)
+def test_records_without_code_are_of_timings(measured: ModuleType, page: Path) -> None:
+    found = measured.records(page.read_text(encoding="utf-8"))
+    assert [
+        record.line for record in found if "code" not in record.fields and record.fields.get("timings") != "yes"
+    ] == []
 
 
 @pytest.mark.parametrize("stated", ["0.5 ± 0.1", "-3% (-4 to\n-2)", "0.95 (0.94 to 0.96)"])
