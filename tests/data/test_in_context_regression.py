@@ -1,6 +1,7 @@
 """The exact Bayes predictor against ridge regression and the joint Gaussian, baselines, and what the model may see."""
 
 import pytest
+import small_training
 import torch
 from in_context_regression import (
     DIM,
@@ -98,3 +99,15 @@ def test_training_lowers_the_loss_and_the_tables_say_how_far_it_is() -> None:
     read = probes(model, dense(), n=512).set_index("layer")
     assert read["gradient"].max() <= 1
     assert read.loc[1, "gradient"] > read.loc[0, "gradient"]
+
+
+@pytest.mark.gpu
+def test_a_graph_of_a_step_trains_as_steps_one_by_one_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for eager in (2, 12):
+        monkeypatch.setattr(small_training, "EAGER", eager)
+        torch.manual_seed(0)
+        model = Regressor(2, 16, 2).to("cuda")
+        losses.append(train(model, dense(), steps=12, batch=8, lr=3e-3, seed=0, device="cuda"))
+    assert len(set(losses[0])) == 12
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-5)
