@@ -14,6 +14,8 @@ import math
 POSITIVE, NEGATIVE, NEUTRAL, MARK = "#2ea043", "#da3633", "#4269d0", "#efb118"
 NODE, ON_NODE = "#5b6470", "#fff"
 """A node's ground and the text on it, on a light page and on a dark one."""
+ON_STRONG = "#fff"
+"""Text on what has the strongest colour of a scale, on a light page and on a dark one."""
 GREY, GREY_LINE, GREY_GROUND = "#888", "#8884", "#8882"
 """Of what has no value, on a light page and on a dark one: points, lines, grounds."""
 PALETTE = ("#4269d0", "#ff725c", "#3ca951", "#a463f2", "#97bbf5", "#9c6b4e", "#efb118", "#6cc5b0")

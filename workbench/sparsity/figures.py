@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from workbench.show.colours import BOTH_WAYS, UPWARDS, series_colour
 from workbench.sparsity.attention import STRUCTURED, best_of_heads
+from workbench.sparsity.cells import numbered, with_numbers
 from workbench.sparsity.neurons import NeuronView
 
 LAYER_METRICS = {
@@ -66,7 +67,7 @@ def neuron_densities(neurons: pd.DataFrame) -> go.Figure:
             line={"color": series_colour(number), "width": 1.5},
         )  # fmt: skip
     _laid_out(figure, "neurons, the busiest first", "share of tokens").update_xaxes(tickformat=".0%")
-    return figure.update_yaxes(type="log")
+    return figure.update_yaxes(type="log", dtick=1, tickformat=".3~%")
 
 
 def expert_loads(experts: pd.DataFrame) -> go.Figure:
@@ -207,12 +208,13 @@ def best_patterns(coverage: pd.DataFrame, budget: int) -> go.Figure:
     ]
     figure = go.Figure(
         go.Heatmap(
-            z=cells, x=list(cells.columns), y=list(cells.index), text=kept, customdata=said, texttemplate="%{text:.0%}",
-            zmin=-0.5, zmax=len(STRUCTURED) - 0.5, colorscale=scale, opacity=0.75, xgap=2, ygap=2,
+            z=cells, x=list(cells.columns), y=list(cells.index), customdata=said, zmin=-0.5,
+            zmax=len(STRUCTURED) - 0.5, colorscale=scale, opacity=0.75, xgap=2, ygap=2,
             hovertemplate="layer %{y}, head %{x}: %{customdata}<extra></extra>",
             colorbar={"tickvals": list(numbers.values()), "ticktext": list(numbers)},
         )
     )  # fmt: skip
+    with_numbers(figure, kept, ".0%")
     _laid_out(figure, "head", "layer").update_xaxes(dtick=1).update_yaxes(dtick=1)
     title = f"the pattern that keeps most with {budget} keys per query"
     return figure.update_layout(title=title, height=140 + 36 * len(cells))
@@ -226,13 +228,9 @@ def head_costs(heads: pd.DataFrame, column: str = "restricted_kl") -> go.Figure:
         column: one of HEAD_COSTS.
     """
     cells = heads.pivot(index="layer", columns="head", values=column).astype(float)
-    figure = go.Figure(
-        go.Heatmap(
-            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, colorscale=UPWARDS,
-            texttemplate="%{z:.0f}" if column == "dims_95" else "%{z:.3f}",
-            hovertemplate="layer %{y}, head %{x}: %{z:.4f}<extra></extra>", colorbar={"thickness": 8},
-        )
-    )  # fmt: skip
+    form = ".0f" if column == "dims_95" else ".3f"
+    figure = numbered(cells, form, "layer %{y}, head %{x}: %{z:.4f}<extra></extra>")
+    figure.update_traces(colorbar={"thickness": 8}, selector={"type": "heatmap"})
     _laid_out(figure, "head", "layer").update_xaxes(dtick=1).update_yaxes(dtick=1)
     return figure.update_layout(title=HEAD_COSTS[column], height=140 + 36 * len(cells))
 
@@ -327,13 +325,9 @@ def layer_grid(layers: pd.DataFrame) -> go.Figure:
     columns = ["exact_zero", *LAYER_METRICS]
     titles = ["exact zeros", *LAYER_METRICS.values()]
     values = layers[columns].astype(float)
-    figure = go.Figure(
-        go.Heatmap(
-            z=values.T, x=[f"layer {layer}" for layer in layers["layer"]], y=titles, zmin=0, zmax=1,
-            colorscale=UPWARDS, texttemplate="%{z:.1%}", hovertemplate="%{x}, %{y}: %{z:.2%}<extra></extra>",
-            showscale=False,
-        )
-    )  # fmt: skip
+    cells = values.set_axis([f"layer {layer}" for layer in layers["layer"]]).set_axis(titles, axis=1).T
+    figure = numbered(cells, ".1%", "%{x}, %{y}: %{z:.2%}<extra></extra>", top=1)
+    figure.update_traces(showscale=False, selector={"type": "heatmap"})
     figure.update_yaxes(autorange="reversed")
     return figure.update_layout(height=120 + 26 * len(columns), margin={**MARGIN, "l": 210})
 
@@ -342,7 +336,7 @@ def density_histogram(neurons: pd.DataFrame, layer: int) -> go.Figure:
     """Number of neurons of a layer by the share of tokens on which they fire. Args: the table `neurons`."""
     density = neurons.loc[neurons["layer"] == layer, "density"]
     figure = go.Figure(go.Histogram(x=density, nbinsx=50, marker_color=series_colour(0)))
-    return _laid_out(figure, "share of tokens on which the neuron fires", "neurons")
+    return _laid_out(figure, "share of tokens", "neurons")
 
 
 def neuron_histogram(view: NeuronView) -> go.Figure:
@@ -367,12 +361,7 @@ def sinks(heads: pd.DataFrame) -> go.Figure:
     """Share of every head's attention on BOS, layers upwards. Args: the table `heads` of an attention measurement."""
     cells = heads.pivot(index="layer", columns="head", values="sink")
     uniform = heads["sink_uniform"].mean()
-    figure = go.Figure(
-        go.Heatmap(
-            z=cells, x=list(cells.columns), y=list(cells.index), zmin=0, zmax=1, colorscale=UPWARDS,
-            texttemplate="%{z:.2f}", hovertemplate="layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
-        )
-    )  # fmt: skip
+    figure = numbered(cells, ".2f", "layer %{y}, head %{x}: %{z:.3f}<extra></extra>", top=1)
     _laid_out(figure, "head", "layer").update_xaxes(dtick=1).update_yaxes(dtick=1)
     title = f"attention on BOS (uniform attention: {uniform:.3f})"
     return figure.update_layout(title=title, height=140 + 36 * len(cells))
@@ -405,7 +394,7 @@ def beside(drawn: Mapping[str, go.Figure]) -> go.Figure:
             named = str(trace.name)
             copied = trace.__class__(trace)
             if trace.type == "scatter":
-                copied.update(legendgroup=named, showlegend=named not in legend)
+                copied.update(legendgroup=named, showlegend=trace.showlegend is not False and named not in legend)
             else:
                 # The colour bars of the panels would lie on one another.
                 copied.update(showscale=False)

@@ -209,7 +209,14 @@ def test_figures_stand_in_panels_with_one_legend_and_common_axes() -> None:
     assert [item.text for item in figure.layout.annotations] == ["a", "b", "position"]
     assert figure.layout.yaxis2.matches == "y"
     assert figure.layout.yaxis.title.text == "neurons that fire"
-    heads = pd.DataFrame({"layer": [0, 1], "head": [0, 0], "sink": [0.2, 0.3], "sink_uniform": [0.1, 0.1]})
-    cells = figures.beside({"a": figures.sinks(heads), "b": figures.sinks(heads)}).data
+    heads = pd.DataFrame({"layer": [0, 1], "head": [0, 0], "sink": [0.2, 0.8], "sink_uniform": [0.1, 0.1]})
+    drawn = figures.beside({"a": figures.sinks(heads), "b": figures.sinks(heads)}).data
+    cells = [trace for trace in drawn if trace.type == "heatmap"]
     assert [trace.showscale for trace in cells] == [False, False]
-    assert cells[0].z.tolist() == [[0.2], [0.3]]
+    numbers = [trace for trace in drawn if trace.type == "scatter" and trace.xaxis == "x"]
+    # In the page's own colour on a pale cell, a light page's or a dark one's.
+    assert [(trace.y, trace.text, trace.textfont.color) for trace in numbers] == [
+        ((0,), ("0.20",), None), ((1,), ("0.80",), "#fff"),
+    ]  # fmt: skip
+    assert not any(trace.showlegend for trace in drawn)
+    assert cells[0].z.tolist() == [[0.2], [0.8]]
