@@ -116,7 +116,7 @@ def cost_curves(points: pd.DataFrame) -> go.Figure:
     """
     figure = make_subplots(
         rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.04,
-        subplot_titles=["share of zeros where the method acts", "share of the blocks' weight products saved"],
+        subplot_titles=["zeros where the method acts", "weight products saved"],
     )  # fmt: skip
     for number, (method, rows) in enumerate(points.groupby("method", sort=False)):
         for column, key in enumerate(("sparsity", "flops_saved"), start=1):
