@@ -59,7 +59,7 @@ class TrainConfig:
     multi_k: float = 0.0
     """Weight of the error at 4 k, so that codes stay useful beyond k; Gao et al. take 1/8."""
     anneal_from_k: int | None = None
-    """k of the first step; it goes to the rule's own linearly over the first 70% of the steps."""
+    """k of the first step, or JumpReLU's target; it goes to the rule's own linearly over the first 70% of the steps."""
     seed: int = 0
 
     @property
@@ -79,8 +79,18 @@ class TrainConfig:
         assert isinstance(self.rule, CodeRule)
         if self.anneal_from_k is None:
             return self.rule.k
+        return round(self._annealed(self.anneal_from_k, self.rule.k, step))
+
+    def target_at(self, step: int) -> float | None:
+        """The L0 that a threshold rule's penalty steers to at a step, which is annealed as k is; None for none."""
+        assert isinstance(self.rule, ThresholdRule)
+        if self.rule.target is None or self.anneal_from_k is None:
+            return self.rule.target
+        return self._annealed(self.anneal_from_k, self.rule.target, step)
+
+    def _annealed(self, first: float, last: float, step: int) -> float:
         done = min(1.0, step / (ANNEAL_SHARE * self.n_steps))
-        return round(self.anneal_from_k * (1 - done) + self.rule.k * done)
+        return first * (1 - done) + last * done
 
     def sparsity_at(self, step: int) -> float:
         """Weight of the sparsity penalty at a step."""
@@ -165,11 +175,14 @@ class TrainConfig:
             unused: dict[str, Any] = {
                 "matryoshka": self.matryoshka,
                 "multi_k": self.multi_k,
-                "anneal_from_k": self.anneal_from_k,
             }
             given = [name for name, value in unused.items() if value]
             if given:
                 raise InputError(f"{self.name}: {given[0]} needs a rule with a k, and {self.rule.name} has none")
+            if self.anneal_from_k is not None and self.rule.target is None:
+                raise InputError(
+                    f"{self.name}: anneal_from_k needs a rule with a k or a target, and {self.rule.name} has none"
+                )
         elif self.sparsity_coefficient is not None:
             raise InputError(
                 f"{self.name}: sparsity_coefficient is for relu and jumprelu; set k to make {self.rule.name} sparser"

@@ -33,7 +33,7 @@ class StepTools(Protocol):
     state: TrainingState
     sizes: "KernelSizes"
     capture: bool
-    scalars: Float[Tensor, "4"]
+    scalars: Float[Tensor, "5"]
 
     def centre(self) -> "Centred":
         """The batch as the encoder reads it and as the features are to write it."""

@@ -137,7 +137,7 @@ class FusedStep:
         at_once = state.config.batch_size // 16 * (state.shards.size if state.shards.size > 1 else 0)
         self.sizes = sizes or replace(SIZES, min_rows=max(SIZES.min_rows, at_once))
         # This step's learning rate and correction for Adam, the running densities' rate, and the penalty's weight.
-        self.scalars = torch.zeros(4, device=state.device)
+        self.scalars = torch.zeros(5, device=state.device)
         self._aux_loss = torch.zeros((), device=state.device)
         self._table: tuple[int, Tensor] | None = None
         self._parameters: Parameters | None = None
@@ -212,12 +212,15 @@ class FusedStep:
         self.scalars.copy_(self._table[1][step - first])
         self.state.last_lr = config.lr_at(step)
 
-    def _scalars_at(self, step: int) -> tuple[float, float, float, float]:
+    def _scalars_at(self, step: int) -> tuple[float, float, float, float, float]:
         from sae.kernels.triton import step_scalars
 
         config = self.state.config
-        sparsity = config.sparsity_at(step) if isinstance(config.rule, ThresholdRule) else 0.0
-        return (*step_scalars(config.lr_at(step), step + 1, config.betas), config.density_rate(step), sparsity)
+        sparsity, target = 0.0, None
+        if isinstance(config.rule, ThresholdRule):
+            sparsity, target = config.sparsity_at(step), config.target_at(step)
+        adam = step_scalars(config.lr_at(step), step + 1, config.betas)
+        return (*adam, config.density_rate(step), sparsity, target or 0.0)
 
     def _new_nesting(self) -> "Nesting | None":
         from sae.kernels.triton import Nesting

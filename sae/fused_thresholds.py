@@ -44,6 +44,7 @@ class ThresholdProgram:
         self.bandwidth = self.rule.bandwidth_at(self.width)
         self.slots = config.batch_size * state.sae.d_sae // step.sizes.dense_share
         self.coefficient = step.scalars[3]
+        self.target = None if self.rule.target is None else step.scalars[4]
         self.penalty = torch.zeros((), device=state.device)
         self._listed: tuple[Centred, Tensor, ListedAbove] | None = None
         self._counted = torch.zeros((), dtype=torch.int64, device=state.device)
@@ -163,7 +164,7 @@ class ThresholdProgram:
 
         state = self.step.state
         active, size = state.shards.sum_(torch.stack([firings.sum().float(), magnitude.float()]))
-        sums = ActiveSums(self.n_tokens, active, size, windows.count, windows.gradient)
+        sums = ActiveSums(self.n_tokens, active, size, windows.count, windows.gradient, self.target)
         self.penalty.copy_(self.rule.penalty(sums, self.coefficient, self.width))
         gradients = self.rule.own_gradients(state.own, sums, self.coefficient, self.width)
         made = []

@@ -130,12 +130,13 @@ class PlainStep:
             shrinkage=rule.shrinkage(coefficient, width), parts=self.state.parts, decoder=not config.frozen_decoder,
             d_sae=config.d_sae, ranks=self.state.shards,
         )  # fmt: skip
+        sums = replace(done.sums, target=config.target_at(step))
         return Pass(
-            loss=done.fit.loss + rule.penalty(done.sums, coefficient, width),
+            loss=done.fit.loss + rule.penalty(sums, coefficient, width),
             fit=done.fit,
             gradients=done.gradients,
             firings=done.firings,
-            own=rule.own_gradients(own, done.sums, coefficient, width),
+            own=rule.own_gradients(own, sums, coefficient, width),
         )
 
     def _add_aux(self, done: Pass, x_centred: Float[Tensor, "n d_in"], step: int) -> Float[Tensor, ""] | None:

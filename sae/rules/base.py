@@ -207,6 +207,8 @@ class ActiveSums:
     """Tokens with |z - threshold| < bandwidth / 2."""
     window_gradient: Float[Tensor, "d_sae"]
     """Sum over these tokens of dL/da, the gradient with respect to an activation at (token, feature)."""
+    target: float | Float[Tensor, ""] | None = None
+    """Mean L0 to steer to at this step, where the rule has a target."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,11 @@ class ThresholdRule(Rule):
     @abstractmethod
     def default_sparsity(self) -> float:
         """Coefficient of the penalty where none is given."""
+
+    @property
+    def target(self) -> float | None:
+        """Mean L0 that the penalty steers to; None for a penalty without one."""
+        return None
 
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
         """Any number of features will do."""

@@ -8,7 +8,8 @@ width eps around it (its eq. 11-12; the encoder gets none from there):
     dL/dtheta[f] = - theta[f] / eps * sum_t 1[|z - theta| < eps / 2] dL/da[t, f]     reconstruction
                    - P'(L0) / (n eps) * sum_t 1[|z - theta| < eps / 2]               penalty P of the mean L0
 
-with P = lambda L0, or P = lambda (L0 / target - 1)^2 when a target is set (dictionary_learning's JumpReLU trainer).
+with P = lambda L0, or P = lambda (L0 / target - 1)^2 when a target is set (dictionary_learning's JumpReLU trainer); the
+target may fall during training, as a k may (`TrainConfig.anneal_from_k`).
 Bandwidth and starting threshold are given for activations of mean norm 1, as in the paper, which takes 0.001 for
 both and billions of tokens. Adam moves a log-threshold by at most the learning rate a step: in a short run these
 stay where they are (demo model, 400k tokens: L0 540 at the end), and the defaults here start near where they end.
@@ -45,6 +46,11 @@ class JumpReLU(ThresholdRule):
     def default_sparsity(self) -> float:
         """1e-3 for the plain penalty; 1, dictionary_learning's, for the one with a target."""
         return 1e-3 if self.target_l0 is None else 1.0
+
+    @property
+    def target(self) -> float | None:
+        """The target, if there is one."""
+        return self.target_l0
 
     def check(self, d_sae: int, batch_size: int | None = None) -> None:
         """Raises InputError for settings that are not positive or a target that cannot be met."""
@@ -87,7 +93,7 @@ class JumpReLU(ThresholdRule):
     def penalty(self, sums: ActiveSums, coefficient: float | Float[Tensor, ""], d_in: int) -> Float[Tensor, ""]:
         """P(mean L0)."""
         l0 = sums.active / sums.n_tokens
-        return coefficient * (l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).square())
+        return coefficient * (l0 if sums.target is None else (l0 / sums.target - 1).square())
 
     def own_gradients(
         self, trained: Tensors, sums: ActiveSums, coefficient: float | Float[Tensor, ""], d_in: int
@@ -95,9 +101,9 @@ class JumpReLU(ThresholdRule):
         """d/dlog_threshold = theta * d/dtheta, by the estimator above."""
         theta, bandwidth = trained["log_threshold"].exp(), self.bandwidth_at(d_in)
         slope: float | Tensor = coefficient
-        if self.target_l0 is not None:
+        if sums.target is not None:
             l0 = sums.active / sums.n_tokens
-            slope = 2 * coefficient / self.target_l0 * (l0 / self.target_l0 - 1)
+            slope = 2 * coefficient / sums.target * (l0 / sums.target - 1)
         gradient = theta * sums.window_gradient + sums.window * slope / sums.n_tokens
         return {"log_threshold": -theta / bandwidth * gradient}
 

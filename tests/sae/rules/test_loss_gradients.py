@@ -149,8 +149,11 @@ class Step:
         moved = window / bandwidth * (theta - theta.detach())
         a = active * z - theta.detach() * moved
         l0 = (active - moved).sum(dim=1).mean()
-        penalty = l0 if rule.target_l0 is None else (l0 / rule.target_l0 - 1) ** 2
-        return a, self._error(x, a) + weight * penalty
+        if rule.target_l0 is None:
+            return a, self._error(x, a) + weight * l0
+        first = self.config.anneal_from_k or rule.target_l0
+        target = first + (rule.target_l0 - first) * STEP / (0.7 * STEPS)
+        return a, self._error(x, a) + weight * (l0 / target - 1) ** 2
 
     def _aux(self, x: Tensor, z: Tensor, a: Tensor) -> Tensor:
         config, p = self.config, self.parameters
@@ -240,7 +243,8 @@ def test_threshold_rules_in_chunks(rule: ThresholdRule, aux: str, dense_share: f
     assert config.sparsity_at(STEP) == pytest.approx(0.7 * 0.7)
     assert_step_equals_autograd(config)
     assert set(ways) == {0.0: {"add_dense"}, 0.53: {"add_dense", "collect"}, 1.0: {"collect"}}[dense_share]
-    assert_step_equals_autograd(replace(config, frozen_decoder=True))
+    annealed = 12 if rule.target is not None else None
+    assert_step_equals_autograd(replace(config, frozen_decoder=True, anneal_from_k=annealed))
 
 
 @pytest.mark.parametrize("skip", [False, True])

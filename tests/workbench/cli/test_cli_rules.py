@@ -117,7 +117,10 @@ def test_the_help_names_every_rule() -> None:
         (["--rule", "relu", "--sweep", "s.toml"], "--rule does not go with --sweep"),
         (["--anneal-from", "8", "--sweep", "s.toml"], "--anneal-from does not go with --sweep: write anneal_from_k ="),
         (["--anneal-from", "65"], "anneal_from_k must lie between 1 and 64, got 65"),
-        (["--rule", "relu", "--anneal-from", "8"], "anneal_from_k needs a rule with a k, and relu has none"),
+        (
+            ["--rule", "relu", "--anneal-from", "8"],
+            "anneal_from_k needs a rule with a k or a target, and relu has none",
+        ),
         (["--matryoshka", "16,wide"], "--matryoshka is '16,wide': expected whole numbers with commas between"),
         (["--betas", "0.9"], "betas is 0.9: expected a list of 2 values, each a number"),
         (["--aux-coefficient", "nan"], "aux_coefficient must be 0 or larger, got nan"),

@@ -126,7 +126,7 @@ def trajectory(
 
 CASES = [(rule, "aux-k") for rule in RULES] + [
     (TopK(4), "clip"), (TopK(4), "aux-k clip"), (BatchTopK(3), "frozen clip"),
-    (JumpReLU(), ""), (JumpReLU(target_l0=2.0), "aux-k clip"), (JumpReLU(), "aux-k dense clip"),
+    (JumpReLU(), ""), (JumpReLU(target_l0=2.0), "aux-k anneal clip"), (JumpReLU(), "aux-k dense clip"),
     (ReLU(), "frozen clip"), (ReLU(), "dense frozen clip"),
     (TopK(4), "anneal nested multi"), (AbsTopK(4), "frozen nested multi"),
     (BatchTopK(3), "nested multi clip"),
