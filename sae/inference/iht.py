@@ -42,7 +42,7 @@ def iterative_hard_thresholding(
     lengths = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
     unit = W_dec / lengths[:, None]
     shortest = 1 / largest_eigenvalue(unit)
-    chunk = rows_at_once(2 * len(W_dec))
+    chunk = rows_at_once(x, 2 * len(W_dec))
     parts = [_improve(part, unit, k, shortest, signed) for part in x.split(chunk)]
     values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
     code = refit(x, SparseCode(values, indices, len(W_dec)), unit, signed=signed)

@@ -47,7 +47,7 @@ def ista(
     unit = W_dec / lengths[:, None]
     steepest = largest_eigenvalue(unit)
     # Values, the last ones, the point beyond them and the gradient.
-    chunk = rows_at_once(4 * len(W_dec))
+    chunk = rows_at_once(x, 4 * len(W_dec))
     entries, first = [], 0
     for part in x.split(chunk):
         start = part.new_zeros(len(part), len(unit))

@@ -20,13 +20,15 @@ from sae.code import SparseCode
 
 VALUES_AT_ONCE = 1 << 24
 """Numbers in the largest matrix of a chunk of rows."""
+ON_A_GPU = 8
+"""Times as many there: a round of a few thousand rows waits for its launches."""
 NO_PULL = 1e-9
 """Of a row's length: a pull below it is rounding."""
 
 
-def rows_at_once(per_row: int) -> int:
-    """Rows of a chunk when each takes so many numbers."""
-    return max(1, VALUES_AT_ONCE // max(per_row, 1))
+def rows_at_once(x: Float[Tensor, "n d"], per_row: int) -> int:
+    """Rows of a chunk of x when each takes so many numbers."""
+    return max(1, VALUES_AT_ONCE * (ON_A_GPU if x.is_cuda else 1) // max(per_row, 1))
 
 
 def solve(
@@ -87,7 +89,7 @@ def refit(
     if not len(x):
         return code
     code = code.largest(int(code.l0().max()))
-    chunk = rows_at_once(code.values.shape[1] * W_dec.shape[1])
+    chunk = rows_at_once(x, code.values.shape[1] * W_dec.shape[1])
     parts = [
         _refit(part, code.tokens(number * chunk, (number + 1) * chunk), W_dec, signed)
         for number, part in enumerate(x.split(chunk))

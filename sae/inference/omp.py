@@ -51,7 +51,7 @@ def matching_pursuit(
     lengths = torch.linalg.vector_norm(W_dec, dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
     unit = W_dec / lengths[:, None]
     most = min(max(ks), len(W_dec))
-    chunk = min(rows_at_once(len(W_dec)), rows_at_once(most * x.shape[1]))
+    chunk = rows_at_once(x, max(len(W_dec), most * x.shape[1]))
     parts = [_Pursuit(part, unit, most, signed, least).codes(ks) for part in x.split(chunk)]
     found = []
     for each in zip(*parts, strict=True):
