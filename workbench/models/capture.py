@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from circuits.turns import turn_of
 from sae.errors import InputError
+from workbench.models.known_positions import known_positions
 from workbench.models.model import LoadedModel
 from workbench.models.places import HookSpec, first_input
 
@@ -151,7 +152,7 @@ Keep = Callable[[HookSpec, Tensor], None]
 @contextmanager
 def hooked(model: LoadedModel, hooks: Sequence[HookSpec], keep: Keep) -> Iterator[None]:
     """Hands the value at each hook point to `keep` while the bare model runs."""
-    with turn_of(model.hf), contextlib.ExitStack() as stack:
+    with turn_of(model.hf), known_positions(), contextlib.ExitStack() as stack:
         for hook in hooks:
             module = model.component(hook.component)
             if module is not None:
