@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=6.0, help="of `diffs`")
     parser.add_argument("--out", type=Path, help="every draw is written there, and taken from there")
     options = parser.parse_args()
-    model, corpus = load_model(options.model, device=options.device), open_corpus(options.corpus)
+    model, corpus = load_model(options.model, device=options.device, dtype="float32"), open_corpus(options.corpus)
     stored = StoredDraws(options.out, measured_of(model, corpus, options))
     for name in options.measurements:
         draws = []

@@ -108,11 +108,12 @@ def fit(activation: Float[Tensor, "n d"], attributes: Attributes, method: str = 
 def activation_at(
     bridge: Bridge, tokens: Int[Tensor, "n pos"], prompts: PromptSet, hook_name: str, batch_size: int = BATCH
 ) -> Float[Tensor, "n d"]:
-    """Activations at the last positions, heads of hook_z concatenated."""
+    """Activations at the last positions, heads of hook_z concatenated; of a model in half precision in float32."""
     parts = zip(tokens.split(batch_size), prompts.batches(batch_size), strict=True)
-    return torch.cat(
+    found = torch.cat(
         [last_values(activations(bridge, part, [hook_name])[hook_name].flatten(2), own) for part, own in parts]
     )
+    return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 @torch.no_grad()

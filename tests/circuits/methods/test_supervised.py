@@ -1,5 +1,6 @@
 """Dictionaries against attributes that decide the activation: every answer is known."""
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from circuits.metrics import logit_difference
 from circuits.passes import activations
 from circuits.prompts import PromptSet, from_ids
-from circuits.supervised import best_unions, joined, least_squares_code
+from circuits.supervised import activation_at, best_unions, joined, least_squares_code
 from sae.errors import InputError
 from sae.model import SAE
 from sae.rules import TopK
@@ -88,6 +89,15 @@ def test_the_attributes_directions_are_perfect_and_random_ones_are_not(
     features = found["features"].query("dictionary == 'planted'").set_index("feature")
     assert (features.f1 == 1).all()
     assert features.loc[4, ["attribute", "values"]].tolist() == ["length", [str(LONG)]]
+
+
+def test_of_a_model_in_half_precision_dictionaries_are_computed_in_single(
+    random_model: Any, prompts: PromptSet, planted: SAE
+) -> None:
+    half = deepcopy(random_model).bfloat16()
+    assert activation_at(half, prompts.clean, prompts, HOOK).dtype == torch.float32
+    close = tables(half, prompts, planted)["approximation"].set_index("dictionary")
+    assert close.sufficiency["planted"] == pytest.approx(1, abs=0.05)
 
 
 def test_a_value_that_two_features_share_is_over_split(random_model: Any, prompts: PromptSet, planted: SAE) -> None:
