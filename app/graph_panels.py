@@ -29,6 +29,7 @@ from workbench.circuits.graphs import (
     head_shares,
     intervene_on,
     look,
+    room,
     supernode_edges,
 )
 from workbench.circuits.named import feature_names
@@ -209,7 +210,7 @@ def _intervened(workspace: str, name: str, version: int, asked: str) -> tuple[In
         space, name, {} if change["hold"] else values, held=values if change["hold"] else {},
         effects="direct" if change["direct"] else "through", freeze_attention=not change.get("free"), model=model,
     )  # fmt: skip
-    left = model.info.n_ctx - len(graph.tokens)
+    left = room(model.bridge, graph)
     texts = generate(model.bridge, graph, coders, found.changes, min(GO_ON, left)) if left > 0 else ("", "")
     return found, texts
 

@@ -31,6 +31,12 @@ Bridge: TypeAlias = Any
 found out as it is made, so a checker can know no more about it."""
 
 
+def gives_tokens(bridge: Bridge) -> bool:
+    """Whether a model's logits are of the tokens that it reads, and not of classes."""
+    outputs = bridge.cfg.d_vocab_out or 0
+    return outputs <= 0 or outputs == bridge.cfg.d_vocab
+
+
 @dataclass(frozen=True)
 class Graph:
     """Names and shape of the graph; rows of an edge tensor [S, R] are writers, columns readers."""

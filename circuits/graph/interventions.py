@@ -27,7 +27,7 @@ from torch import Tensor
 from circuits.effective_weights import linear_of, logit_scale
 from circuits.graph.frozen import text_of
 from circuits.graph.graph import ERROR, FEATURE, KINDS, LOGIT, Graph
-from circuits.nodes import Bridge
+from circuits.nodes import Bridge, gives_tokens
 from circuits.passes import Hook, activations, taking
 from sae.errors import InputError
 from sae.transcoder import Transcoder
@@ -263,7 +263,8 @@ class _Plan:
 
 def _next_tokens(bridge: Bridge, before: Tensor, after: Tensor, top: int) -> pd.DataFrame:
     best = torch.maximum(before, after).topk(min(top, len(before))).indices.tolist()
-    rows = [(token, text_of(bridge.tokenizer, [token]), float(before[token]), float(after[token])) for token in best]
+    names = [text_of(bridge.tokenizer, [one]) if gives_tokens(bridge) else f"output {one}" for one in best]
+    rows = [(one, text, float(before[one]), float(after[one])) for one, text in zip(best, names, strict=True)]
     return pd.DataFrame(rows, columns=["token", "text", "before", "after"])
 
 
@@ -276,12 +277,12 @@ def generate(
     The changed features are held at their positions in the prompt in every pass; MLPs and attention run for real.
 
     Raises:
-        InputError: as `intervene`, or a continuation that does not fit into the model's context.
+        InputError: as `intervene`, a model whose outputs are no tokens, or a continuation that does not fit into the
+            model's context.
     """
     coders = {layer: transcoders[layer] for layer in transcoders}
     tokens = torch.tensor(graph.tokens, device=bridge.unembed.original_component.weight.device)
-    if n_tokens < 1 or len(tokens) + n_tokens > bridge.cfg.n_ctx:
-        raise InputError(f"{n_tokens} more tokens do not fit: the prompt has {len(tokens)} of {bridge.cfg.n_ctx}")
+    check_goes_on(bridge, graph, n_tokens)
     plan = _Plan(bridge, graph, coders, _factors(graph, changes), tokens)
     texts = []
     for hooks in ([], plan.hooks("through")):
@@ -291,6 +292,22 @@ def generate(
                 row = torch.cat([row, bridge(row[None])[0, -1].argmax()[None]])
         texts.append(text_of(bridge.tokenizer, row[len(tokens) :].tolist()))
     return texts[0], texts[1]
+
+
+def room(bridge: Bridge, graph: Graph) -> int:
+    """Tokens that a graph's prompt can go on for; none where the model's outputs are no tokens."""
+    return max(0, bridge.cfg.n_ctx - len(graph.tokens)) if gives_tokens(bridge) else 0
+
+
+def check_goes_on(bridge: Bridge, graph: Graph, n_tokens: int) -> None:
+    """Raises InputError where a graph's prompt cannot go on for so many tokens."""
+    if not gives_tokens(bridge):
+        raise InputError("this model's outputs are no tokens, so it continues no text: leave --generate out")
+    if not 1 <= n_tokens <= room(bridge, graph):
+        raise InputError(
+            f"{n_tokens} more tokens do not fit: the prompt has {len(graph.tokens)} of the model's {bridge.cfg.n_ctx}; "
+            f"give --generate 0 to {room(bridge, graph)}"
+        )
 
 
 def supernode_edges(graph: Graph, groups: Mapping[str, Iterable[str]]) -> pd.DataFrame:

@@ -199,14 +199,28 @@ class Origin:
         """Whether an SAE is a baseline whose decoder stayed at its random initialisation."""
         return bool(self.training.get("frozen_decoder"))
 
+    def load(self, what: str, model: "LoadedModel | None" = None, device: str = "auto") -> "LoadedModel":
+        """The model that `what` was made from, with texts that begin with BOS if its contexts did.
+
+        Args:
+            model: it, where it is loaded already.
+
+        Raises:
+            InputError: a model that cannot be loaded, or another one.
+        """
+        from workbench.models.load import reload_model
+
+        loaded = model or reload_model(self.model, device=device, sha256=self.weights_sha256)
+        self.check_model(loaded, what)
+        return loaded.beginning(self.bos)
+
     def check_model(self, model: "LoadedModel", what: str) -> None:
-        """Raises InputError when `model` has other weights than the one `what` was made from, where that is known."""
-        if self.weights_sha256 not in (None, model.info.weights_sha256):
-            raise InputError(
-                f"the model at {model.info.name} has other weights than the one {what} was trained on: "
-                + (
-                    "give that one, model=..., and models held together names of their own, OwnModel(model, name=...)"
-                    if model.info.source == "live"
-                    else "give the same checkpoint"
-                )
-            )
+        """Raises InputError when `model` is another one than `what` was made from, where that is known."""
+        if self.weights_sha256 in (None, model.info.weights_sha256):
+            return
+        live, known = model.info.source == "live", model.info.source in ("live", "python", "file")
+        raise InputError(
+            f"the model at {model.info.name} has other weights {'or another forward pass ' if known else ''}than the "
+            f"one behind {what}: "
+            + ("load that one and hold on to it, or give it, model=..." if live else "give the same checkpoint")
+        )

@@ -26,8 +26,18 @@ import circuits.graph
 from circuits.graph.adjoint import Sources
 from circuits.graph.graph import FEATURE, KINDS, LOGIT, Graph, Nodes
 from circuits.graph.heads import head_shares, sources_again
-from circuits.graph.interventions import Effects, Intervention, clamped, generate, intervene, supernode_edges
+from circuits.graph.interventions import (
+    Effects,
+    Intervention,
+    check_goes_on,
+    clamped,
+    generate,
+    intervene,
+    room,
+    supernode_edges,
+)
 from circuits.graph.looks import look
+from circuits.nodes import gives_tokens
 from circuits.passes import OnProgress
 from sae.errors import InputError
 from sae.transcoder import Transcoder
@@ -39,14 +49,14 @@ from workbench.catalog.results import Made, Result
 from workbench.circuits.figures import attribution_figure
 from workbench.disk.names import layer_name
 from workbench.models.bundled import demo_transcoders_dir
-from workbench.models.load import LoadedModel, load_model
+from workbench.models.load import LoadedModel
 from workbench.models.memory import check_prompt_fits
 from workbench.models.prompt_text import row_texts, whole_prompt
 from workbench.saes.replacement import check_covers
 
 __all__ = [
     "GRAPH", "Intervention", "PromptGraph", "Sources", "attribute", "frozen_again", "generate", "head_shares",
-    "intervene_on", "look", "make_graph", "open_graph", "sets_for_graphs", "supernode_edges", "transcoders_for",
+    "intervene_on", "look", "make_graph", "open_graph", "room", "sets_for_graphs", "supernode_edges", "transcoders_for",
 ]  # fmt: skip
 
 BUNDLED = "bundled"
@@ -85,9 +95,8 @@ def attribute(model: LoadedModel, prompt: str, transcoders: Coders, **settings: 
     row = model.begun(whole_prompt(model, prompt))
     tokens = torch.tensor(row, device=model.device)
     graph = circuits.graph.attribute(model.bridge, tokens, transcoders, bos_id=model.bos_id, **settings)
-    logits, outputs = graph.nodes.token[graph.n_sources :].tolist(), model.bridge.cfg.d_vocab_out
-    classes = 0 < outputs != model.info.d_vocab
-    said = tuple(model.label_of(one, outputs) if classes else model.text([one]) for one in logits)
+    logits = graph.nodes.token[graph.n_sources :].tolist()
+    said = tuple(model.text([one]) if gives_tokens(model.bridge) else f"output {one}" for one in logits)
     return PromptGraph(**{**vars_of(graph), "texts": tuple(row_texts(model, row))}, logit_texts=said)
 
 
@@ -294,6 +303,7 @@ def intervene_on(
     held: Mapping[str, float] | None = None,
     effects: Effects = "through",
     freeze_attention: bool = True,
+    new_tokens: int = 0,
     device: str = "auto",
     model: LoadedModel | None = None,
 ) -> tuple[Intervention, LoadedModel, PromptGraph, TranscoderSet]:
@@ -302,16 +312,19 @@ def intervene_on(
     Args:
         changes: factors by node, or by supernode of the graph, whose features and errors they are then.
         held: activations at which features, or those of a supernode, are held.
+        new_tokens: that the prompt shall go on for afterwards (`generate`).
         model: the graph's model, where it is loaded already.
 
     Raises:
-        InputError: no such graph, one that was imported, transcoders that are gone or have been replaced, or as
-            `circuits.graph.interventions.intervene`.
+        InputError: no such graph, one that was imported, transcoders that are gone or have been replaced, more tokens
+            than it can go on for, or as `circuits.graph.interventions.intervene`.
     """
     graph = open_graph(catalog, name)
     groups = Notes(catalog.path).supernodes(name)
     factors = _merged(_expanded(graph, groups, changes), clamped(graph, _expanded(graph, groups, held or {})))
     found, coders = made_with(catalog, name, model, device)
+    if new_tokens:
+        check_goes_on(found.bridge, graph, new_tokens)
     done = intervene(
         found.bridge, graph, coders, factors, effects=effects, freeze_attention=freeze_attention
     )  # fmt: skip
@@ -349,8 +362,7 @@ def made_with(
     origin = catalog.results.open(GRAPH, name).origin
     if origin.transcoders is None:
         raise InputError(f"graph {name!r} was imported: this needs a model and transcoders that are here")
-    found = load_model(origin.model, device=device) if model is None else model
-    origin.check_model(found, f"graph {name!r}")
+    found = origin.load(f"graph {name!r}", model, device)
     _, coders = transcoders_for(catalog, found, origin.transcoders)
     if coders.fingerprint() != origin.transcoders_fingerprint:
         raise InputError(f"the transcoders {origin.transcoders!r} of graph {name!r} have been replaced: make it again")

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from sae.errors import InputError
-from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, ModelOption, WorkspaceOption
+from workbench.cli.options import (
+    DEFAULT_WORKSPACE,
+    DeviceOption,
+    GivenModelOption,
+    JsonOption,
+    ModelOption,
+    WorkspaceOption,
+    given_model,
+)
 from workbench.cli.output import print_frame, print_json, print_result, records, writing
 from workbench.cli.shared import text_first
 from workbench.show.progress import ProgressBar
@@ -179,6 +187,7 @@ def intervene(
     free_attention: Annotated[bool, typer.Option("--free-attention", help="Let attention patterns move.")] = False,
     tokens: Annotated[int, typer.Option("--generate", help="Tokens to go on for, with and without.", min=0)] = 0,
     top: TopOption = 20,
+    model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -189,12 +198,13 @@ def intervene(
     from workbench.workspace import Workspace
 
     workspace = Workspace(folder, create=False)
-    found, model, graph, coders = intervene_on(
+    found, loaded, graph, coders = intervene_on(
         workspace, name, _changes(change), held=_changes(hold),
         effects="direct" if direct else "through", freeze_attention=not free_attention, device=device,
+        new_tokens=tokens, model=given_model(model, device),
     )  # fmt: skip
     nodes, nexts = _named(workspace, name, graph, found.table(), "node"), found.next_tokens
-    texts = generate(model.bridge, graph, coders, found.changes, tokens) if tokens else None
+    texts = generate(loaded.bridge, graph, coders, found.changes, tokens) if tokens else None
     if as_json:
         print_json(
             {"nodes": records(nodes), "next_tokens": records(nexts),
@@ -264,6 +274,7 @@ def heads(
     source: Annotated[str, typer.Argument(help="A node, such as f0/31/4.")],
     target: Annotated[str, typer.Argument(help="A later one, such as logit/318.")],
     top: TopOption = 20,
+    model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -277,7 +288,8 @@ def heads(
     graph = open_graph(workspace, name)
     for node in (source, target):
         graph.node(node)
-    table = head_shares(graph, frozen_again(workspace, name, device=device)[1], source, target)
+    _, sources = frozen_again(workspace, name, given_model(model, device), device)
+    table = head_shares(graph, sources, source, target)
     by_head = table.groupby("head", sort=False)[["weight", "share"]].sum().reset_index()
     if as_json:
         print_json({"heads": records(by_head), "parts": records(table), "edge": float(table["weight"].sum())})
@@ -294,6 +306,7 @@ def look(
     query: Annotated[int, typer.Argument(help="Position that it looks from; 0 is the first token, BOS.")],
     key: Annotated[int, typer.Argument(help="Position that it looks at.")],
     top: TopOption = 20,
+    model: GivenModelOption = None,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -303,8 +316,8 @@ def look(
     from workbench.circuits.graphs import frozen_again
     from workbench.workspace import Workspace
 
-    model, sources = frozen_again(Workspace(folder, create=False), name, device=device)
-    found = look_of(model.bridge, sources, head, query, key, top=top)
+    loaded, sources = frozen_again(Workspace(folder, create=False), name, given_model(model, device), device)
+    found = look_of(loaded.bridge, sources, head, query, key, top=top)
     if as_json:
         print_json({"score": found.score, "pattern": found.pattern, "pairs": records(found.pairs),
                     "kinds": records(found.kinds)})  # fmt: skip

@@ -39,7 +39,7 @@ ModelOption = Annotated[str, typer.Option(help=f"{MODELS}.")]
 MeasuredOption = Annotated[str | None, typer.Option(help=f"{MODELS}; NAME when left out.")]
 GivenModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="The SAE's model, where it has to be given again: FILE.py:FUNCTION, which is run."),
+    typer.Option("--model", help="The model, where it has to be given again: FILE.py:FUNCTION, which is run."),
 ]
 CorpusOption = Annotated[
     str,
@@ -83,16 +83,22 @@ def give_model(workspace: "Workspace", saes: Sequence[str], model: str | None, d
     Raises:
         InputError: a model that cannot be loaded, or one with other weights than the SAEs'.
     """
-    if model is None:
+    loaded = given_model(model, device)
+    if loaded is None:
         return
-    from workbench.models.load import load_model
     from workbench.models.load_own import remembered
 
-    loaded = load_model(model, device=device)
     for sae in saes:
         origin = workspace.origin(sae)
         origin.check_model(loaded, f"SAE {sae!r}")
         _held.append(remembered(loaded, origin.model))
+
+
+def given_model(model: str | None, device: str) -> "LoadedModel | None":
+    """The model, where one is given."""
+    from workbench.models.load import load_model
+
+    return None if model is None else load_model(model, device=device)
 
 
 def measured(name: str, model: str | None) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from workbench.features.index.query import FeatureIndex
 from workbench.features.prompts import KnownFeatures, PromptReading, read_prompt, read_through
 from workbench.features.steering import NEW_TOKENS, Edit, Steering, steer
 from workbench.features.steering_sweep import Sweep, sweep
-from workbench.models.load import LoadedModel, reload_model
+from workbench.models.load import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def model_of(catalog: Catalog, sae: str, model: LoadedModel | None = None, devic
     Raises:
         InputError: a model that cannot be loaded, or one with other weights.
     """
-    loaded, origin = model or reload_model(model_name(catalog, sae), device=device), catalog.origin(sae)
-    origin.check_model(loaded, f"SAE {sae!r}")
-    return loaded.beginning(origin.bos)
+    if model is None:
+        model_name(catalog, sae)
+    return catalog.origin(sae).load(f"SAE {sae!r}", model, device)
 
 
 def known_features(index: FeatureIndex) -> KnownFeatures:

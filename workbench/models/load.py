@@ -21,7 +21,7 @@ from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate
 from workbench.models.devices import choose_device
 from workbench.models.kept_checks import kept_or_measured
 from workbench.models.light_imports import light_imports
-from workbench.models.load_own import is_causal, load_own, own_model, recorded_model, remembered
+from workbench.models.load_own import LIVE, is_causal, load_own, own_model, recorded_model, remembered
 from workbench.models.memory import check_weights_fit
 from workbench.models.model import LoadedModel, ModelInfo
 from workbench.models.own import OwnModel
@@ -40,7 +40,7 @@ def load_model(spec: str | nn.Module | OwnModel, device: str = "auto", dtype: st
         spec: `demo`, a local Hugging Face folder (offline), a name on the hub (network, or its local cache), a
             HookedTransformer's checkpoint (`workbench.models.hooked`), `path/to/file.py:function`, which is run and
             gives one of what follows, a HookedTransformer, a TransformerBridge, or an `OwnModel`. A live object is put
-            into evaluation mode.
+            into evaluation mode; `live:NAME` is one that was loaded before and is held.
         device: `auto` (CUDA where there is one; where it lies for a live object), `cpu`, `cuda`, `cuda:1`, ...
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on CUDA, float32 on a CPU; a live
             object's own.
@@ -52,6 +52,8 @@ def load_model(spec: str | nn.Module | OwnModel, device: str = "auto", dtype: st
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    if isinstance(spec, str) and spec.startswith(LIVE):
+        return reload_model(spec)
     if (own := own_model(spec)) is not None:
         wanted = None if device == "auto" and own.source == "live" else place
         return remembered(load_own(own, wanted, DTYPES.get(dtype)))
@@ -76,13 +78,16 @@ def load_model(spec: str | nn.Module | OwnModel, device: str = "auto", dtype: st
     return dataclasses.replace(loaded, checks=kept_or_measured(loaded))
 
 
-def reload_model(name: str, device: str = "auto") -> LoadedModel:
+def reload_model(name: str, device: str = "auto", *, sha256: str | None = None) -> LoadedModel:
     """The model that a workspace recorded by this name; one of your own that this process has loaded is found again.
+
+    Args:
+        sha256: the hash recorded with it, which tells models of your own apart that have one name.
 
     Raises:
         InputError: as `load_model`, and a live object or a function's model that has to be given again.
     """
-    return recorded_model(name) or load_model(name, device=device)
+    return recorded_model(name, sha256) or load_model(name, device=device)
 
 
 def _refuse_quantized(config: Any, spec: str) -> None:

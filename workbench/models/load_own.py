@@ -7,7 +7,7 @@
 
 A workspace records a live object by name (`live:NAME`), and a function by its file. Neither is a checkpoint that could
 be opened again, and a function's file is run when it is named, never because a workspace names it: `recorded_model`
-finds those that this process has loaded, and says otherwise how to give them.
+finds those that this process has loaded, by name and hash, and says otherwise how to give them.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from workbench.models.checkpoints import weights_sha256
 from workbench.models.guards import TOKENS, check
 from workbench.models.hooked import SUFFIXES, is_checkpoint, is_hooked, native_pair, read_checkpoint
 from workbench.models.model import Checks, LoadedModel, ModelInfo
@@ -36,7 +35,8 @@ from workbench.models.vocabulary import word_tokenizer
 LIVE = "live:"
 MOST_TRIED, MOST_LOGITS = 4096, 2**26
 """Positions, and logits, of the longest context that is tried when a module is loaded."""
-_loaded: "WeakValueDictionary[str, LoadedModel]" = WeakValueDictionary()
+_loaded: "WeakValueDictionary[tuple[str, str], LoadedModel]" = WeakValueDictionary()
+"""By name and hash, the latest last."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def own_model(spec: "str | nn.Module | OwnModel") -> Given | None:
     file = _checkpoint_file(Path(spec).expanduser())
     if file is None:
         return None
-    return Given(OwnModel(read_checkpoint(file), name=spec), spec, "file", weights_sha256([file]))
+    own = OwnModel(read_checkpoint(file), name=spec)
+    return Given(own, spec, "file", own_sha256(own))
 
 
 def is_function(spec: str) -> bool:
@@ -90,21 +91,26 @@ def remembered(model: LoadedModel, recorded: str | None = None) -> LoadedModel:
     Args:
         recorded: under this name too.
     """
-    if must_be_given(model.info.name):
-        _loaded[model.info.name] = model
-    if recorded is not None:
-        _loaded[recorded] = model
+    names = [model.info.name] if must_be_given(model.info.name) else []
+    for name in dict.fromkeys([*names, *([] if recorded is None else [recorded])]):
+        key = name, model.info.weights_sha256
+        _loaded.pop(key, None)
+        _loaded[key] = model
     return model
 
 
-def recorded_model(name: str) -> LoadedModel | None:
+def recorded_model(name: str, sha256: str | None = None) -> LoadedModel | None:
     """A model that this process has loaded and that its name alone does not bring back; None for other names.
+
+    Args:
+        sha256: of the one that is meant among several of the name; the latest where it is not known or not held.
 
     Raises:
         InputError: one that has to be given again.
     """
-    if name in _loaded:
-        return _loaded[name]
+    held = {key[1]: model for key, model in list(_loaded.items()) if key[0] == name}
+    if held:
+        return held.get(sha256 or "") or list(held.values())[-1]
     if name.startswith(LIVE):
         raise InputError(
             f"the model {name.removeprefix(LIVE)!r} was given as an object, which a workspace does not keep: load it "
@@ -222,17 +228,13 @@ def _transformer(own: OwnModel, module: Any, recorded: dict[str, Any]) -> Loaded
     else:
         (bare, bridge), processing = native_pair(module, own.name), "raw"
     hf = Called(bare, shape.d_vocab)
+    tokenizer = tokenizer or word_tokenizer(own.vocabulary, shape.d_vocab)
+    if bridge.tokenizer is None:
+        bridge.tokenizer = tokenizer
     info = ModelInfo.of(hf, bridge, processing=processing, **recorded)
     if bare is not getattr(module, "original_model", None):
         info = dataclasses.replace(info, architecture=type(module).__name__)
-    loaded = LoadedModel(
-        info,
-        hf,
-        bridge,
-        tokenizer or word_tokenizer(own.vocabulary, shape.d_vocab),
-        bos_id,
-        causal=is_causal(hf, info.d_vocab),
-    )
+    loaded = LoadedModel(info, hf, bridge, tokenizer, bos_id, causal=is_causal(hf, info.d_vocab))
     return dataclasses.replace(loaded, checks=check(loaded))
 
 

@@ -54,7 +54,7 @@ class ModelInfo:
     """Commit on the hub, where there is one."""
     weights_sha256: str
     """Over the checkpoint's files, see `weights_sha256`, and so the same in every precision the model runs in; over the
-    tensors in memory and the forward pass for a live model or a function's (`workbench.models.own_hash`)."""
+    tensors in memory and the forward pass for a model of one's own (`workbench.models.own_hash`)."""
     processing: str
     """`raw`: no folding, no centring; `as given`: whatever was done to a live model before."""
     architecture: str

@@ -89,10 +89,12 @@ def _models(crosscoder: Crosscoder, origin: Origin, given: Sequence[LoadedModel]
     unnamed = next((part.name for part in crosscoder.parts if not part.model_name), None)
     if unnamed is not None and not given:
         raise InputError(f"part {unnamed!r} does not say which model it reads: import the crosscoder with --model")
-    names = dict.fromkeys(part.model_name for part in crosscoder.parts)
-    loaded = {} if given else {name: reload_model(name, device=device) for name in names}
-    models = list(given) or [loaded[part.model_name] for part in crosscoder.parts]
-    for record, model in zip(origin.record.get("parts", []), models, strict=False):
+    records = origin.record.get("parts", [])
+    hashes = [Origin.of_sae(record).weights_sha256 for record in records] or [None] * len(crosscoder.parts)
+    wanted = [(part.model_name, sha256) for part, sha256 in zip(crosscoder.parts, hashes, strict=True)]
+    loaded = {key: reload_model(key[0], device=device, sha256=key[1]) for key in dict.fromkeys([] if given else wanted)}
+    models = list(given) or [loaded[key] for key in wanted]
+    for record, model in zip(records, models, strict=False):
         Origin.of_sae(record).check_model(model, f"part {record['name']!r} of the crosscoder")
     return models
 

@@ -19,7 +19,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import ResultStore
 from workbench.disk.names import layer_name
-from workbench.models.load import LoadedModel, reload_model
+from workbench.models.load import LoadedModel
 from workbench.saes.evaluation import Evaluation, evaluate_sae
 from workbench.saes.replacement import Replacement, check_covers, evaluate_replacement
 from workbench.text.chats import counting, field_and_only
@@ -75,7 +75,7 @@ def evaluate(
         name: _stored(catalog.results, name, asked, measured[name]) if reuse else None for name in names
     }
     if missing := [name for name, found in done.items() if found is None]:
-        loaded = (model or reload_model(origin.model, device=device)).beginning(origin.bos)
+        loaded = origin.load("these SAEs", model, device)
         for item in origins.values():
             item.check_model(loaded, "these SAEs")
         fresh = _measure(catalog, missing, loaded, opened, origin, asked, on_progress)
@@ -111,9 +111,8 @@ def evaluate_set(
     layers = [layer_name(name, layer) for layer in coders]
     origin = _common_origin({layer: catalog.origin(layer) for layer in layers})
     opened = heldout_text(f"the set {name!r}", origin, corpus, text_field, only)
-    loaded = (model or reload_model(origin.model, device=device)).beginning(origin.bos)
+    loaded = origin.load("these transcoders", model, device)
     check_covers(name, coders, loaded)
-    origin.check_model(loaded, "these transcoders")
     found = evaluate_replacement(
         loaded, list(coders.coders.values()), opened, max_tokens=max_tokens,
         context_len=min(origin.context_len or CONTEXT_LEN, loaded.info.n_ctx), separate=origin.separate,

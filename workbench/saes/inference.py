@@ -46,7 +46,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.models.capture import capture
 from workbench.models.contexts import context_batches
 from workbench.models.hooks import read_hook
-from workbench.models.load import LoadedModel, reload_model
+from workbench.models.load import LoadedModel
 from workbench.saes.evaluate import CONTEXT_LEN, heldout_text, parameters_of
 from workbench.saes.evaluation import evaluate_sae
 from workbench.saes.figures import inference_curves
@@ -123,8 +123,7 @@ def infer_codes(
     if ks and not 1 <= min(ks) <= max(ks) <= sae.d_sae:
         raise InputError(f"k must lie between 1 and the SAE's {sae.d_sae} features, got {min(ks)} to {max(ks)}")
     opened = heldout_text(f"SAE {name!r}", origin, corpus, text_field, only)
-    loaded = (model or reload_model(origin.model, device=device)).beginning(origin.bos)
-    origin.check_model(loaded, f"SAE {name!r}")
+    loaded = origin.load(f"SAE {name!r}", model, device)
     parameters = {
         "sae": name, **parameters_of(origin, corpus, opened), "max_tokens": max_tokens, "ks": [*ks],
         "methods": [*methods],

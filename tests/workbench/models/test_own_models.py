@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from circuits.graph import intervene
+from circuits.graph import generate, intervene
 from circuits.heads import head_scores
 from circuits.patching import patch_activations
 from circuits.prompts import from_ids
@@ -169,6 +169,11 @@ def test_a_checkpoint_of_state_dict_and_configuration_loads(
     assert (loaded.hf(tokens).logits - model(tokens)).abs().max() <= 1e-5 * model(tokens).abs().max()
     assert loaded.info.source == "file"
     assert loaded.encode("3 4 29") == [3, 4, 29]
+    # Known by its tensors and settings, wherever these are kept.
+    assert loaded.info.weights_sha256 == load_model(model).info.weights_sha256
+    for beside in tmp_path.glob("*.json"):
+        beside.write_text(json.dumps(json.loads(beside.read_text()) | {"act_fn": "gelu"}))
+        assert load_model(str(path)).info.weights_sha256 != loaded.info.weights_sha256
 
 
 def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
@@ -239,17 +244,26 @@ def test_a_hooked_transformer_goes_all_the_way_without_a_tokenizer(kind: str, tm
     assert head_on_text(model, "a1.h0", "3 7 3 9").pattern.shape == (4, 4)
 
 
-def test_of_two_live_models_of_one_name_the_other_is_refused(tmp_path: Path) -> None:
+def test_of_two_live_models_of_one_name_that_of_the_sae_is_found(tmp_path: Path) -> None:
     kept = load_model(OwnModel(hooked_transformer(**KINDS["classes"]), name="twin"))
     space, _ = made(tmp_path / "w", kept, "blocks.0.hook_resid_post", token_corpus(), LENGTH)
     assert space.prompt("s", "3 7").tokens == [3, 7]
     changed = hooked_transformer(**KINDS["classes"])
     changed.embed.W_E.data += 1
     other = load_model(OwnModel(changed, name="twin"))
-    with pytest.raises(InputError, match=r"other weights .*: give that one, model=.*, OwnModel\(model, name=\.\.\.\)"):
+    assert load_model("live:twin") is other
+    assert reload_model("live:twin", sha256=kept.info.weights_sha256) is kept
+    assert space.prompt("s", "3 7").tokens == [3, 7]
+    assert space.evaluate(["s"], corpus=token_corpus(), max_tokens=LENGTH * 4, reuse=False)[0].tokens > 0
+    assert space.build_index("s").missing is None
+    message = "other weights or another forward pass than the one behind .*: load that one and hold on to it"
+    with pytest.raises(InputError, match=message):
+        space.prompt("s", "3 7", model=other)
+    with pytest.raises(InputError, match=message):
+        space.build_index("s", model=other)
+    del kept
+    with pytest.raises(InputError, match=message):
         space.prompt("s", "3 7")
-    assert space.prompt("s", "3 7", model=kept).tokens == [3, 7]
-    assert other.info.name == kept.info.name
 
 
 def test_patching_a_model_of_classes_is_that_of_its_own_hooks() -> None:
@@ -294,7 +308,10 @@ def test_a_graph_of_tokens_without_text_and_of_classes_says_numbers() -> None:
     assert graph.logit_texts[0] == f"output {best}"
     assert graph.nodes.activation[graph.n_sources].item() == pytest.approx(p.item(), rel=1e-4)
     feature = next(name for name in graph.nodes.names if name.startswith("f"))
-    assert set(intervene(model.bridge, graph, coders, {feature: 0.0}).next_tokens["text"]) <= set("01234")
+    found = intervene(model.bridge, graph, coders, {feature: 0.0}).next_tokens
+    assert found["text"].tolist() == [f"output {one}" for one in found["token"]]
+    with pytest.raises(InputError, match="outputs are no tokens"):
+        generate(model.bridge, graph, coders, {feature: 0.0}, 2)
 
 
 def test_a_model_that_would_read_padding_takes_prompts_of_one_length(tmp_path: Path) -> None:
@@ -490,7 +507,7 @@ def test_a_live_model_is_known_by_its_weights(tmp_path: Path) -> None:
     other = load_model(changed)
     assert other.info.weights_sha256 != model.info.weights_sha256
     with pytest.raises(InputError, match="other weights"):
-        Workspace(tmp_path / "w").prompt("s", "abc")
+        Workspace(tmp_path / "w").prompt("s", "abc", model=other)
     del other, model
     with pytest.raises(InputError, match="given as an object"):
         reload_model("live:characters")

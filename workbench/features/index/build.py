@@ -26,7 +26,7 @@ from sae import rules
 from sae.errors import InputError
 from sae.model import SAE
 from workbench.catalog.catalog import Catalog
-from workbench.catalog.origin import versions
+from workbench.catalog.origin import Origin, versions
 from workbench.disk.database import write_duckdb
 from workbench.disk.locks import RunLock
 from workbench.features.index import schema
@@ -42,7 +42,6 @@ from workbench.features.index.workers import in_order, workers
 from workbench.harvest.parts import Place, SideBySide, check_same_tokens
 from workbench.harvest.reading import Harvest, Vectors
 from workbench.models.devices import choose_device
-from workbench.models.load import reload_model
 from workbench.models.memory import check_fits_memory
 
 if TYPE_CHECKING:
@@ -92,43 +91,45 @@ def build_index(
         on_progress: called with (rows encoded, rows in all).
 
     Raises:
-        InputError: an unknown SAE or harvest, a harvest without the SAE's hook point or of another width, more rows or
-            features than memory holds, or a disk that is full.
+        InputError: an unknown SAE or harvest, a harvest without the SAE's hook point or of another width, another model
+            than the harvest's, more rows or features than memory holds, or a disk that is full.
 
     A model that cannot be loaded costs the logit effects only; the summary and the index say so.
     """
     sae = catalog.coder(sae_name, device=str(choose_device(device)))
     origin, path = catalog.origin(sae_name), catalog.index_path(sae_name)
-    own, source, model_name = own_pass(origin, sae, max_rows) if harvest is None else None, None, origin.model
+    own, source, behind = own_pass(origin, sae, max_rows) if harvest is None else None, None, origin
     if own is not None:
         read = own.settings
     else:
         given = [harvest] if isinstance(harvest, str) else list(harvest or ())
         source, vectors = _held(catalog, sae, sae_name, given)
-        n_rows, model_name = min(max_rows or source.n_rows, source.n_rows), source.config["model"]
+        n_rows, behind = min(max_rows or source.n_rows, source.n_rows), Origin.of_sae({"harvest": source.provenance()})
         read = {"harvest": source.name, "corpus": source.corpus, "model": source.model, "rows": n_rows}
         read |= {"harvests": given} if len(given) > 1 else {}
         _check_memory(sae, vectors, n_rows)
     if read["rows"] > MAX_ROWS:
         raise InputError(f"an index holds at most {MAX_ROWS:,} rows, these are {read['rows']:,}: give --rows")
+    if model is not None:
+        behind.check_model(model, f"what SAE {sae_name!r} is indexed on")
     settings = {"schema": SCHEMA, "sae": sae_name, "weights": sae.fingerprint(), "hook": sae.hook_name, **read}
     if sae.written_hook != sae.hook_name:
         settings["target_hook"] = sae.written_hook
     same = path.exists() and read_meta(path)["settings"] == settings
     # What lacked its model is built again once the model can be had.
-    if same and (read_meta(path)["missing"] is None or _why_missing(model_name, sae, model, device) is not None):
+    if same and (read_meta(path)["missing"] is None or _why_missing(behind, sae, model, device) is not None):
         return _summary(path, {})
     partial = path.with_suffix(".partial")
     with RunLock(partial):
         _begin(partial, settings)
         if own is not None:
-            model = model or reload_model(origin.model, device=device)
+            model = origin.load(f"SAE {sae_name!r}", model, device)
             source = own.run(partial / "rows", model, on_progress)
             vectors = _vectors(sae.hook_name, sae.d_in, f"SAE {sae_name!r}", source)
             _check_memory(sae, vectors, source.n_rows)
         assert source is not None
         n_rows = min(settings["rows"], source.n_rows)
-        build = _Build(source, vectors, sae, settings, n_rows, partial, model, device)
+        build = _Build(source, vectors, sae, settings, n_rows, partial, behind, model, device)
         build.encode(on_progress)
         write_duckdb(path, build.fill, remedy="what is encoded is kept: make room and repeat the command")
     shutil.rmtree(partial)
@@ -169,12 +170,13 @@ class _Build:
         settings: dict[str, Any],
         n_rows: int,
         scratch: Path,
+        behind: Origin,
         model: "LoadedModel | None",
         device: str,
     ) -> None:
         self.source, self.vectors, self.sae = source, vectors, sae
         self.settings, self.scratch, self.n_rows = settings, scratch, n_rows
-        self.model, self.device = model, device
+        self.behind, self.model, self.device = behind, model, device
         self.laps = _Laps()
 
     def encode(self, on_progress: Callable[[int, int], None] | None) -> None:
@@ -238,7 +240,7 @@ class _Build:
         """What the weights say; returns why there are no logit effects, and how the map was made."""
         missing = n_heads = None
         try:
-            model = self.model or reload_model(self.source.config["model"], device=self.device)
+            model = self.behind.load(f"harvest {self.source.name!r}", self.model, self.device)
             n_heads = model.info.n_heads
             for effects in effects_of(model, self.sae):
                 schema.insert_logit_effects(connection, effects)
@@ -340,10 +342,10 @@ def _check_memory(sae: SAE, vectors: Vectors | SideBySide, n_rows: int) -> None:
     )  # fmt: skip
 
 
-def _why_missing(name: str, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:
+def _why_missing(behind: Origin, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:
     """Why logit effects cannot be computed; None when they can."""
     try:
-        output_directions(model or reload_model(name, device=device), sae)
+        output_directions(behind.load("these rows", model, device), sae)
     except InputError as error:
         return str(error)
     return None

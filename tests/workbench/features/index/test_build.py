@@ -240,7 +240,7 @@ def test_without_its_model_an_sae_is_indexed_all_the_same(space: Workspace, monk
     def missing(*arguments: object, **options: object) -> None:
         raise InputError("no model folder at elsewhere")
 
-    monkeypatch.setattr("workbench.features.index.build.reload_model", missing)
+    monkeypatch.setattr("workbench.models.load.reload_model", missing)
     summary = build_index(space, SAE_NAME, harvest="h", device="cpu")
     assert summary.missing == "no model folder at elsewhere"
     assert read_meta(summary.path)["missing"] == summary.missing
