@@ -79,18 +79,16 @@ class TrainConfig:
         assert isinstance(self.rule, CodeRule)
         if self.anneal_from_k is None:
             return self.rule.k
-        return round(self._annealed(self.anneal_from_k, self.rule.k, step))
+        done = min(1.0, step / (ANNEAL_SHARE * self.n_steps))
+        return round(self.anneal_from_k * (1 - done) + self.rule.k * done)
 
     def target_at(self, step: int) -> float | None:
         """The L0 that a threshold rule's penalty steers to at a step, which is annealed as k is; None for none."""
         assert isinstance(self.rule, ThresholdRule)
         if self.rule.target is None or self.anneal_from_k is None:
             return self.rule.target
-        return self._annealed(self.anneal_from_k, self.rule.target, step)
-
-    def _annealed(self, first: float, last: float, step: int) -> float:
         done = min(1.0, step / (ANNEAL_SHARE * self.n_steps))
-        return first * (1 - done) + last * done
+        return self.anneal_from_k * (1 - done) + self.rule.target * done
 
     def sparsity_at(self, step: int) -> float:
         """Weight of the sparsity penalty at a step."""
