@@ -47,7 +47,7 @@ class StepTools(Protocol):
     def aux(self, plan: StepPlan) -> "Callable[[StepResult], AuxGradients] | None":
         """What makes the auxiliary loss's gradients, where a step has one."""
 
-    def record(self, result: "StepResult", plan: StepPlan, penalty: Float[Tensor, ""] | float = 0.0) -> None:
+    def record(self, result: "StepResult", plan: StepPlan, penalty: Float[Tensor, ""] | None = None) -> None:
         """Counts a step, and adds what it has made to the sums of the next report."""
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         AdamStep,
         AuxGradients,
         Centred,
+        CentredRows,
         Errors,
         KernelSizes,
         Nesting,
@@ -107,6 +108,11 @@ def _first_entries(code: SparseCode, k: int) -> Bool[Tensor, "entries"]:
     return (torch.arange(width, device=code.values.device) < k).expand(n, width).reshape(-1)
 
 
+def _copied(rows: Float[Tensor, "n d"], room: Float[Tensor, "n d"] | None) -> Float[Tensor, "n d"]:
+    """`rows` in `room`, which is made where there is none yet."""
+    return rows.clone() if room is None else room.copy_(rows)
+
+
 class FusedStep:
     """Steps of `state`, whose configuration `can_be_fused`.
 
@@ -141,6 +147,7 @@ class FusedStep:
         self._aux_loss = torch.zeros((), device=state.device)
         self._table: tuple[int, Tensor] | None = None
         self._parameters: Parameters | None = None
+        self._rows: CentredRows | None = None
         self._batch: Tensor | None = None
         self._gradients: Tensor | None = None
         self._target: Tensor | None = None
@@ -189,16 +196,17 @@ class FusedStep:
         return StepPlan(config.rule.stage(step / config.n_steps).at_k(config.k_at(step)), bucket)
 
     def _receive(self, batch: Tensor, gradients: Tensor | None, target: Tensor | None) -> None:
-        """Copies a batch, and what belongs to its rows, to where the step reads it."""
-        given = (batch, gradients, target)
-        if self._batch is None:
-            self._batch, self._gradients, self._target = (
-                None if rows is None else torch.empty_like(rows) for rows in given
-            )
-        for room, rows in zip((self._batch, self._gradients, self._target), given, strict=True):
-            if rows is not None:
-                assert room is not None
-                room.copy_(rows)
+        """Centres a batch to where the step reads it, or copies a transcoder's two; copies the gradients."""
+        from sae.kernels import triton as fast
+
+        if target is None:
+            # Out of the batch's own memory, which is another each time, and so before what is captured.
+            state, p = self.state, self.shadowed()
+            self._rows = fast.centre_rows(batch, state.input_scale, p.b_dec, p.shadows.dtype, into=self._rows)
+        else:
+            self._batch, self._target = _copied(batch, self._batch), _copied(target, self._target)
+        if gradients is not None:
+            self._gradients = _copied(gradients, self._gradients)
 
     def _set_scalars(self, step: int) -> None:
         config = self.state.config
@@ -296,10 +304,11 @@ class FusedStep:
         """The batch as the encoder reads it and as the features are to write it."""
         from sae.kernels import triton as fast
 
+        if self._rows is not None:
+            return fast.spread(self._rows)
         assert self._batch is not None
+        assert self._target is not None
         state, p = self.state, self.shadowed()
-        if self._target is None:
-            return fast.centre(self._batch, state.input_scale, p.b_dec, p.shadows.dtype)
         scales = state.input_scale, state.output_scale
         return fast.centre_pair(self._batch, self._target, scales, p.b_dec, p.W_skip, p.shadows.dtype)
 
@@ -365,17 +374,19 @@ class FusedStep:
 
         return make
 
-    def record(self, result: "StepResult", plan: StepPlan, penalty: Float[Tensor, ""] | float = 0.0) -> None:
+    def record(self, result: "StepResult", plan: StepPlan, penalty: Float[Tensor, ""] | None = None) -> None:
         """Counts a step of Adam's, and adds what it has made to the sums of the next report.
 
         Args:
             penalty: part of the loss that is no error.
         """
-        state, variance = self.state, result.total_variance
+        from sae.kernels import triton as fast
+
+        state = self.state
         torch._foreach_add_([state.adam.state[tensor]["step"] for tensor in state.trained.values()], 1)
-        state.record(
-            result.loss / variance + penalty, result.squared_error, variance, result.firings,
-            state.config.batch_size, self.scalars[2], self._aux_loss if plan.bucket else None,
+        fast.add_to_report(
+            state.density, state.totals, result.firings, state.config.batch_size, self.scalars[2],
+            result.loss, result.squared_error, result.total_variance, penalty, self._aux_loss if plan.bucket else None,
         )  # fmt: skip
 
     def shadowed(self) -> "Parameters":

@@ -95,7 +95,8 @@ class ThresholdProgram:
 
     def _count(self, counter: Tensor) -> None:
         """Notes how many entries count, of several ranks on the one with most: all must go on alike."""
-        self._counted.copy_(self.step.state.shards.gather(counter.long()).max())
+        shards = self.step.state.shards
+        self._counted.copy_(counter if shards.size == 1 else shards.gather(counter.long()).max())
 
     def _learn_from(self, places: int) -> None:
         from sae.kernels import triton as fast
@@ -135,10 +136,9 @@ class ThresholdProgram:
         from sae.kernels import triton as fast
 
         centred = self.step.centre()
-        scale = (-2 / centred.total_variance).float()
         made = fast.dense_pass(
-            centred.x, centred.target, self.step.shadowed(), self._threshold(), scale, self._shrink(), self.bandwidth,
-            sizes=self.step.sizes,
+            centred.x, centred.target, self.step.shadowed(), self._threshold(), centred.scale, self._shrink(),
+            self.bandwidth, sizes=self.step.sizes,
         )  # fmt: skip
         self._passed = centred, made
         self._count(made.counter)

@@ -1,7 +1,7 @@
 """Times arms in turn: round after round on the same batches, so that a change in the machine's speed meets all alike.
 
-On a GPU each step is timed with CUDA events, elsewhere with a clock. A first few rounds, in which kernels are compiled
-and steps captured, are not counted.
+On a GPU each step is timed with CUDA events, behind one of its own that is not counted; elsewhere with a clock. A first
+few rounds, in which kernels are compiled and steps captured, are not counted.
 """
 
 import statistics
@@ -103,6 +103,9 @@ def _made(make: Arm, data: Sequence[Tensor]) -> tuple[Step, int | None]:
 def _timed(step: Step, batch: Tensor) -> Callable[[], float]:
     """Runs a step; its milliseconds, to be asked for when the device is done."""
     if batch.is_cuda:
+        # A step after one of its own, as in training: by then the host is ahead of the device. Of the first arm after a
+        # wait the time until the host has launched it would be counted too.
+        step(batch)
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         step(batch)

@@ -25,9 +25,10 @@ from sae.kernels.triton.dense import DensePass, dense_pass
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
 from sae.kernels.triton.nested import Nesting, Parts
+from sae.kernels.triton.report import add_to_report
 from sae.kernels.triton.shards import Errors, best_of_shards, encode_over_ranks
 from sae.kernels.triton.sizes import SIZES, KernelSizes
-from sae.kernels.triton.sparse import Centred, centre, centre_pair, decode, residual
+from sae.kernels.triton.sparse import Centred, CentredRows, centre, centre_pair, centre_rows, decode, residual, spread
 from sae.kernels.triton.step import (
     GraphedStep,
     OwnTensor,
@@ -56,6 +57,7 @@ __all__ = [
     "AdamStep",
     "AuxGradients",
     "Centred",
+    "CentredRows",
     "DensePass",
     "Errors",
     "FeatureGradients",
@@ -72,12 +74,14 @@ __all__ = [
     "StepResult",
     "ThresholdTerms",
     "WindowSums",
+    "add_to_report",
     "aux_gradients",
     "batch_topk_encode",
     "best_of_features",
     "best_of_shards",
     "centre",
     "centre_pair",
+    "centre_rows",
     "clip_factor",
     "decode",
     "dense_pass",
@@ -93,6 +97,7 @@ __all__ = [
     "list_batch_topk",
     "paired_topk_encode",
     "residual",
+    "spread",
     "step_scalars",
     "topk_encode",
     "topk_rule",

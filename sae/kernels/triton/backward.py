@@ -6,7 +6,8 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels.backward import Gradients
-from sae.kernels.triton.features import by_feature, feature_gradients
+from sae.kernels.triton.features import feature_gradients
+from sae.kernels.triton.order import by_feature
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 
 

@@ -33,7 +33,7 @@ from sae.kernels import batch_topk as plain_batch
 from sae.kernels import feature_topk as plain_feature
 from sae.kernels.triton.candidates import Candidates
 from sae.kernels.triton.encode import chunk_rows, padded_product, product, sample_rows, score_buffer
-from sae.kernels.triton.features import narrowest
+from sae.kernels.triton.order import narrowest
 from sae.kernels.triton.select import bound, keys_of, select_rows
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 
@@ -140,7 +140,7 @@ def list_batch_topk(
     weights = W_enc.to(x.dtype)
     step = chunk_rows(n, d_sae, sizes)
     buffer, bias = score_buffer(step, b_enc.float())
-    found = Candidates.none(n, buffer.shape[1], CAPACITY * n_entries, x.device)
+    found = Candidates.none(n, CAPACITY * n_entries, x.device)
     for first in range(0, n, step):
         last = min(n, first + step)
         scores = buffer[: last - first]

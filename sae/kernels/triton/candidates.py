@@ -1,7 +1,7 @@
 """The entries of a batch that reach a threshold, appended chunk by chunk, and the best of them as a code.
 
-1. A block of a row appends what reaches the threshold, by feature, as one run, to a list. Its place comes from an
-   integer counter, in no fixed order.
+1. One pass over the scores notes in one bit each what reaches the threshold. A row then appends its entries, by
+   feature, as one run, to a list. Its place comes from an integer counter, in no fixed order.
 2. The lowest of the best is found by a sort of the magnitudes. Running sums of what every run keeps say where it goes:
    the order of the list leaves no trace.
 """
@@ -20,10 +20,10 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.kernels.triton.select import keys_of
 
-# Columns whose candidates one program appends.
-COLLECTED = 1024
+# Columns of a word of bits, and words that one program makes.
+BITS, WORDS = 32, 128
 # Runs that one program compacts, and entries of each at once.
-RUNS, RUN_PIECE = 32, 16
+RUNS, RUN_PIECE = 8, 64
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,21 @@ class Candidates:
 
     counter: Int[Tensor, ""]
     """How many entries there are, with those that found no place; int32, as all numbers here."""
-    starts: Int[Tensor, "runs"]
-    counts: Int[Tensor, "runs"]
+    starts: Int[Tensor, "n"]
+    counts: Int[Tensor, "n"]
     """Of what is stored."""
     values: Float[Tensor, "slots"]
     """0 where there is none."""
     features: Int[Tensor, "slots"]
-    block: int
-    """Columns of a run."""
-    blocks: int
-    """Runs of a row."""
 
     @classmethod
-    def none(cls, n: int, columns: int, slots: int, device: torch.device) -> "Candidates":
+    def none(cls, n: int, slots: int, device: torch.device) -> "Candidates":
         """Room for `slots` entries of n rows, yet empty."""
-        block = min(COLLECTED, triton.next_power_of_2(columns))
-        blocks = triton.cdiv(columns, block)
         counter = torch.zeros((), dtype=torch.int32, device=device)
-        starts, counts = (torch.empty(n * blocks, dtype=torch.int32, device=device) for _ in range(2))
+        starts, counts = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
         values = torch.zeros(slots, dtype=torch.float32, device=device)
         features = torch.empty(slots, dtype=torch.int32, device=device)
-        return cls(counter, starts, counts, values, features, block, blocks)
+        return cls(counter, starts, counts, values, features)
 
     def add(
         self,
@@ -67,10 +61,16 @@ class Candidates:
         Args:
             scores: of the rows from `first` on.
         """
-        _collect_kernel[(len(scores), self.blocks)](
-            scores, bias, threshold, self.counter, self.starts, self.counts, self.values, self.features, first,
-            scores.shape[1], len(self.values), ABSOLUTE=absolute, BLOCK=self.block,
-            num_warps=max(1, self.block // 256),
+        (rows, width), slots = scores.shape, len(self.values)
+        n_words = triton.cdiv(width, BITS)
+        words = torch.empty(rows, n_words, dtype=torch.int32, device=scores.device)
+        _reached_kernel[(rows, triton.cdiv(n_words, WORDS))](
+            scores, bias, threshold, words, width, n_words, ABSOLUTE=absolute, BITS=BITS, WORDS=WORDS, num_warps=4
+        )
+        room = triton.next_power_of_2(n_words)
+        _append_kernel[(rows,)](
+            scores, bias, words, self.counter, self.starts, self.counts, self.values, self.features, first, width,
+            n_words, slots, BITS=BITS, WORDS=room, num_warps=max(1, min(8, room // 256)),
         )  # fmt: skip
 
     def best(self, n_entries: int, d_sae: int) -> SparseCode:
@@ -85,40 +85,72 @@ class Candidates:
         ends = reach.cumsum(0, dtype=torch.int32)
         values = torch.zeros(n_entries, dtype=torch.float32, device=device)
         indices = torch.zeros(n_entries, dtype=torch.int64, device=device)
-        offsets = torch.empty(n_runs // self.blocks + 1, dtype=torch.int64, device=device)
+        offsets = torch.empty(n_runs + 1, dtype=torch.int64, device=device)
         _best_kernel[grid](
             self.values, self.features, self.starts, self.counts, lowest, reach, ends, values, indices, offsets,
-            n_runs, self.blocks, n_entries, **sizes,
+            n_runs, n_entries, **sizes,
         )  # fmt: skip
         return SparseCode(values, indices, d_sae, offsets)
 
 
 @triton.jit
-def _collect_kernel(
-    Z, bias, threshold, counter, starts, counts, values, features, first, width, slots,
-    ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
+def _reached_kernel(
+    Z, bias, threshold, words, width, n_words, ABSOLUTE: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
-    """A block of one row: a program that took the whole row would wait for the counter block after block."""
+    """A bit for every column of a part of a row: whether it reaches the threshold."""
     row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
     lowest = tl.maximum(keys_of(tl.load(threshold), False), 1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    z = tl.load(Z + row * width + columns, mask=inside, other=0.0)
-    z += tl.load(bias + columns, mask=inside, other=0.0)
-    kept = (keys_of(z, ABSOLUTE) >= lowest).to(tl.int32)
-    n_kept = tl.sum(kept)
-    run = (first + row) * tl.num_programs(1) + block
-    stored = 0
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    bit = tl.arange(0, BITS)
+    columns = word[:, None] * BITS + bit[None, :]
+    z = tl.load(Z + row * width + columns, mask=columns < width, other=0.0)
+    z += tl.load(bias + columns, mask=columns < width, other=0.0)
+    reached = (keys_of(z, ABSOLUTE) >= lowest).to(tl.int32)
+    tl.store(words + row * n_words + word, tl.sum(reached << bit[None, :], 1), mask=word < n_words)
+
+
+@triton.jit
+def _ones(words):
+    """How many bits of each word are set."""
+    pairs = words - ((words >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    bytes_ = (fours + (fours >> 4)) & 0x0F0F0F0F
+    halves = bytes_ + (bytes_ >> 8)
+    return (halves + (halves >> 16)) & 0x3F
+
+
+@triton.jit
+def _append_kernel(
+    Z, bias, words, counter, starts, counts, values, features, first, width, n_words, slots,
+    BITS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """A row's entries, in the order of their columns."""
+    row = tl.program_id(0).to(tl.int64)
+    run = first + row
+    word = tl.arange(0, WORDS)
+    left = tl.load(words + row * n_words + word, mask=word < n_words, other=0)
+    count = _ones(left)
+    n_kept = tl.sum(count)
+    rank = tl.cumsum(count, 0) - count
+    start = 0
     if n_kept > 0:
         start = tl.atomic_add(counter, n_kept)
-        tl.store(starts + run, start)
-        stored = tl.maximum(tl.minimum(n_kept, slots - start), 0)
-        rank = tl.cumsum(kept, 0)
-        mask = (kept > 0) & (rank <= stored)
-        tl.store(values + start + rank - 1, z, mask=mask)
-        tl.store(features + start + rank - 1, columns, mask=mask)
+    stored = tl.maximum(tl.minimum(n_kept, slots - start), 0)
+    tl.store(starts + run, start)
     tl.store(counts + run, stored)
+    # The lowest bit of every word, then the next.
+    for _ in range(tl.max(count)):
+        lowest = left & -left
+        # Of a power of two, the exponent of the float; its sign, where it is the last bit, is masked.
+        place = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+        column = word * BITS + place
+        z = tl.load(Z + row * width + column, mask=left != 0, other=0.0)
+        z += tl.load(bias + column, mask=left != 0, other=0.0)
+        fits = (left != 0) & (rank < stored)
+        tl.store(values + start + rank, z, mask=fits)
+        tl.store(features + start + rank, column, mask=fits)
+        rank += 1
+        left ^= lowest
 
 
 @triton.jit
@@ -151,7 +183,7 @@ def _reach_kernel(values, starts, counts, lowest, reach, n_runs, RUNS: tl.conste
 
 @triton.jit
 def _best_kernel(
-    values, features, starts, counts, lowest, reach, ends, out_values, out_indices, offsets, n_runs, blocks, n_entries,
+    values, features, starts, counts, lowest, reach, ends, out_values, out_indices, offsets, n_runs, n_entries,
     RUNS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """All above the lowest, and of those equal to it the first, as many as the others leave."""
@@ -166,7 +198,7 @@ def _best_kernel(
     n_equal -= tl.load(reach + n_runs + run, mask=inside, other=0)
     n_kept = tl.load(ends + run, mask=inside, other=0) - tl.load(reach + run, mask=inside, other=0)
     n_kept += tl.minimum(n_equal, wanted)
-    tl.store(offsets + run // blocks, n_kept.to(tl.int64), mask=inside & (run % blocks == 0))
+    tl.store(offsets + run, n_kept.to(tl.int64), mask=inside)
     for left in range(0, tl.max(count), PIECE):
         z, source, above, equal = _marks(values, start, count, left, bound, PIECE)
         first_ones = (equal > 0) & (n_equal[:, None] + tl.cumsum(equal, 1) <= wanted)
@@ -177,4 +209,4 @@ def _best_kernel(
         tl.store(out_indices + slot, feature.to(tl.int64), mask=kept > 0)
         n_equal += tl.sum(equal, 1)
         n_kept += tl.sum(kept, 1)
-    tl.store(offsets + (run + 1) // blocks, n_kept.to(tl.int64), mask=run == n_runs - 1)
+    tl.store(offsets + run + 1, n_kept.to(tl.int64), mask=run == n_runs - 1)

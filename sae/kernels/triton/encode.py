@@ -1,7 +1,7 @@
 """Exact sparse encoders of k entries a row on the GPU: cuBLAS into a bounded buffer, then `select`.
 
 Scores are fp32 sums of the products of the given inputs (bf16 or fp16 factors, or fp32 without TF32), row chunk by
-row chunk; the buffer holds at most an eighth of the bytes of [n, d_sae] in bf16, or 256 MiB where that is more. Each
+row chunk; the buffer holds at most an eighth of the bytes of [n, d_sae] in bf16, or 512 MiB where that is more. Each
 chunk is read once.
 """
 

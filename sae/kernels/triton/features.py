@@ -1,7 +1,6 @@
-"""The entries of a sparse code in the order of their features, and sums over them without atomics.
+"""Sums over the entries of a sparse code, feature by feature, without atomics.
 
-1. One stable sort of the entries by feature; inactive slots sort behind every feature. Each feature's entries are
-   then a segment, its tokens ascending.
+1. The entries lie in the order of their features (`order.py`): each feature's are a segment, its tokens ascending.
 2. With G = scale r, the gradient of the loss to x_hat, every entry e of feature f has
 
        da_e     = G[t_e] . W_dec[f]
@@ -29,36 +28,15 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.code import SparseCode
+from sae.kernels.triton.order import FeatureOrder
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import alignment
 
 # Entries whose rows are loaded at once.
 ENTRIES = 4
-
-
-@dataclass(frozen=True)
-class FeatureOrder:
-    """Entries sorted by feature; segment f is `offsets[f]:offsets[f + 1]`."""
-
-    token: Int[Tensor, "entries"]
-    value: Float[Tensor, "entries"]
-    feature: Int[Tensor, "entries"]
-    offsets: Int[Tensor, "d_sae+1"]
-    firings: Int[Tensor, "d_sae"]
-    """Tokens on which each feature is active."""
-    row: Int[Tensor, "entries"] | None = None
-    """Row of the residuals that an entry works for, where it is not its token's."""
-    near: Float[Tensor, "entries"] | None = None
-    """1 where an entry is in its threshold's window, for rules that have one; entries may then have value 0."""
-
-    @property
-    def rows(self) -> Int[Tensor, "entries"]:
-        """Row of the residuals that each entry works for."""
-        return self.token if self.row is None else self.row
 
 
 @dataclass(frozen=True)
@@ -85,52 +63,6 @@ class Products:
     window_enc: Float[Tensor, "windows d"]
     thresholds: WindowSums | None
     """None where the rule has none."""
-
-
-def by_feature(
-    code: SparseCode,
-    cells: Int[Tensor, "entries"] | None = None,
-    counted: Bool[Tensor, "entries"] | None = None,
-    real: Bool[Tensor, "entries"] | None = None,
-    near: Bool[Tensor, "entries"] | None = None,
-) -> FeatureOrder:
-    """Stable order of a code's entries by feature; no host synchronisation.
-
-    Args:
-        cells: which of several residuals each entry works for; they lie one after the other.
-        counted: entries that count as firings; None for all.
-        real: entries to keep; None for those that are active.
-        near: entries in their threshold's window.
-    """
-    value = code.values.reshape(-1)
-    lowest, dtype = _sorted_as(code.d_sae)
-    feature = torch.where(value != 0 if real is None else real, code.indices.reshape(-1), code.d_sae)
-    ordered, order = torch.sort((feature + lowest).to(dtype), stable=True)
-    if code.offsets is None:
-        token = order // code.values.shape[1]
-    else:
-        token = torch.searchsorted(code.offsets, order, right=True) - 1
-    edges = torch.arange(lowest, lowest + code.d_sae + 1, dtype=dtype, device=feature.device)
-    offsets = torch.searchsorted(ordered, edges, out_int32=True)
-    firings = offsets.diff()
-    if counted is not None:
-        before = torch.nn.functional.pad((counted & (value != 0))[order].cumsum(0, dtype=torch.int32), (1, 0))
-        firings = before[offsets[1:]] - before[offsets[:-1]]
-    row = None if cells is None else (cells[order].long() * code.n_tokens + token).to(torch.int32)
-    close = None if near is None else near[order].float()
-    ordered = ordered.to(torch.int32) - lowest
-    return FeatureOrder(token.to(torch.int32), value[order], ordered, offsets, firings, row, close)
-
-
-def _sorted_as(largest: int) -> tuple[int, torch.dtype]:
-    """What numbers 0 ... largest begin at and are of while they are sorted: below 0 two bytes hold twice as many."""
-    shortest = torch.iinfo(torch.int16)
-    return (shortest.min, torch.int16) if shortest.max < largest < 2**16 else (0, narrowest(largest))
-
-
-def narrowest(largest: int) -> torch.dtype:
-    """The narrowest integers up to `largest`: sorting takes a pass a byte."""
-    return next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(dtype).max)
 
 
 @triton.jit

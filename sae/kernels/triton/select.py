@@ -1,11 +1,13 @@
-"""Exact top-k of every row of a score matrix in one streaming pass: the canonical order of `sae.kernels.topk`.
+"""Exact top-k of every row of a score matrix, read once: the canonical order of `sae.kernels.topk`.
 
 Scores become int32 keys whose order is the canonical one: 0 for no activation (not positive, or zero where absolute
-values are ranked), the bits of the positive float otherwise, the largest integer for NaN. Per row, by one program:
+values are ranked), the bits of the positive float otherwise, the largest integer for NaN. There are two kernels, since
+one program that did all of it would stream nothing while it bisects and sorts:
 
-1. Stream the row once. Column c belongs to group c mod G, and each lane keeps the largest key of its group.
-2. tau, reached by at least k and hardly more group maxima, by bisection. At least k keys are >= tau, so no key
-   below tau can win; tau = 1 where fewer than k groups hold a positive key.
+1. The largest key of every group of columns. A program takes a part of a row, whose column c belongs to its group
+   c mod LANES, so that each lane keeps its own.
+2. By one program a row: tau, reached by at least k and hardly more group maxima, by bisection. At least k keys are
+   >= tau, so no key below tau can win; tau = 1 where fewer than k groups hold a positive key.
 3. Compact the groups whose maximum is >= tau (about k of them), gather their members, compact those >= tau.
 4. Sort the candidates by (key descending, column ascending) as 64-bit integers and write the first k.
 5. Where ties or clustering overflow a list, bisect for the k-th key over the whole row instead, and take the equal
@@ -25,9 +27,9 @@ from torch import Tensor
 
 NAN_KEY = tl.constexpr(0x7FFFFFFF)
 TILE = 2048
-WARPS = 8
-# Columns loaded at once by the streaming pass.
-STREAM = 4096
+WARPS = 4
+# Groups of a row, about; of a part of it, by one program of the streaming pass; and columns of each loaded at once.
+GROUPS, LANES, UNROLL = 2048, 512, 8
 
 
 @triton.jit
@@ -122,9 +124,28 @@ def _select_again(
 
 
 @triton.jit
+def _maxima_kernel(
+    Z, U, bias, maxima, stride, n_columns, n_groups, beta,
+    LANES: tl.constexpr, MEMBERS: tl.constexpr, UNROLL: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """The largest key of every group of a part of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    z_row, u_row = Z + row * stride, U + row * stride
+    lane = tl.arange(0, LANES)
+    largest = tl.zeros([LANES], tl.int32)
+    # Several rows of lanes at once: that many loads are under way before the first is needed.
+    stacked = tl.program_id(1) * LANES * MEMBERS + tl.arange(0, UNROLL)[:, None] * LANES + lane[None, :]
+    for first in range(0, MEMBERS, UNROLL):
+        columns = first * LANES + stacked
+        keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+        largest = tl.maximum(largest, tl.max(keys, 0))
+    tl.store(maxima + row * n_groups + tl.program_id(1) * LANES + lane, largest)
+
+
+@triton.jit
 def _select_kernel(
-    Z, U, bias, values, indices, ranks, groups, candidates, stride, n_columns, k, beta,
-    N_GROUPS: tl.constexpr, UNROLL: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
+    Z, U, bias, maxima, values, indices, ranks, groups, candidates, stride, n_columns, n_groups, k, beta,
+    LANES: tl.constexpr, N_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
     MEMBERS: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -132,14 +153,7 @@ def _select_kernel(
     groups += row * CAPACITY
     candidates += row * CAPACITY
     lane = tl.arange(0, N_GROUPS)
-
-    maxima = tl.zeros([N_GROUPS], tl.int32)
-    # Several rows of lanes at once: that many loads are under way before the first is needed.
-    stacked = tl.arange(0, UNROLL)[:, None] * N_GROUPS + lane[None, :]
-    for first in range(0, n_columns, UNROLL * N_GROUPS):
-        columns = first + stacked
-        keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
-        maxima = tl.maximum(maxima, tl.max(keys, 0))
+    maxima = tl.load(maxima + row * n_groups + lane, mask=lane < n_groups, other=0)
     tau = tl.maximum(bound(maxima, k, k + (CAPACITY - k) // 4), 1)
 
     chosen = maxima >= tau
@@ -152,8 +166,10 @@ def _select_kernel(
         slot = tl.arange(0, GROUPS_AT_ONCE)
         member = tl.arange(0, MEMBERS)
         for first in range(0, n_chosen, GROUPS_AT_ONCE):
-            group = tl.load(groups + first + slot, mask=first + slot < n_chosen, other=n_columns)
-            columns = group[:, None] + member[None, :] * N_GROUPS
+            group = tl.load(groups + first + slot, mask=first + slot < n_chosen, other=n_groups)
+            # Lanes that were not filled begin behind all columns.
+            begin = tl.where(group < n_groups, (group // LANES) * (LANES * MEMBERS) + group % LANES, n_columns)
+            columns = begin[:, None] + member[None, :] * LANES
             keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
             columns = tl.reshape(columns, [GROUPS_AT_ONCE * MEMBERS])
             keys = tl.reshape(keys, [GROUPS_AT_ONCE * MEMBERS])
@@ -238,21 +254,29 @@ def select_rows(
         absolute: rank by magnitude and keep the sign; otherwise only positive scores count.
         gradient: (u, beta) to rank z + beta z |u| with z = scores + bias, u laid out like `scores`.
         ranks: receives the int32 keys that `merge_rows` orders by; 0 for an empty slot.
-        n_groups: groups of columns, a power of two; chosen by k when not given.
+        n_groups: groups of columns, about; chosen by k when not given.
     """
     n, n_columns = scores.shape
     if n_groups is None:
-        n_groups = min(STREAM, max(1024 if n_columns < 2**15 else 2048, triton.next_power_of_2(4 * k)))
-    capacity = max(32, triton.next_power_of_2(k + max(16, k * k // n_groups)))
+        n_groups = max(GROUPS, triton.next_power_of_2(8 * k))
     members = triton.next_power_of_2(triton.cdiv(n_columns, n_groups))
+    lanes = min(LANES, triton.next_power_of_2(triton.cdiv(n_columns, members)))
+    parts = triton.cdiv(n_columns, lanes * members)
+    n_groups = parts * lanes
+    capacity = max(32, triton.next_power_of_2(k + max(16, k * k // n_groups)))
     at_once = min(capacity, max(1, TILE // members))
+    maxima = torch.empty(n, n_groups, dtype=torch.int32, device=scores.device)
     groups = torch.empty(n, capacity, dtype=torch.int32, device=scores.device)
     candidates = torch.empty(n, capacity, dtype=torch.int64, device=scores.device)
     u, beta = (scores, 0.0) if gradient is None else gradient
+    ranked = {"ABSOLUTE": absolute, "GRADIENT": gradient is not None}
+    _maxima_kernel[(n, parts)](
+        scores, u, bias, maxima, scores.stride(0), n_columns, n_groups, beta,
+        LANES=lanes, MEMBERS=members, UNROLL=min(members, UNROLL), **ranked, num_warps=max(1, lanes // 128),
+    )  # fmt: skip
     _select_kernel[(n,)](
-        scores, u, bias, values, indices, indices if ranks is None else ranks, groups, candidates,
-        scores.stride(0), n_columns, k, beta,
-        N_GROUPS=n_groups, UNROLL=max(1, STREAM // n_groups), CAPACITY=capacity, GROUPS_AT_ONCE=at_once,
-        MEMBERS=members, ABSOLUTE=absolute, GRADIENT=gradient is not None, RANKED=ranks is not None,
-        num_warps=WARPS,
+        scores, u, bias, maxima, values, indices, indices if ranks is None else ranks, groups, candidates,
+        scores.stride(0), n_columns, n_groups, k, beta,
+        LANES=lanes, N_GROUPS=triton.next_power_of_2(n_groups), CAPACITY=capacity, GROUPS_AT_ONCE=at_once,
+        MEMBERS=members, RANKED=ranks is not None, **ranked, num_warps=WARPS,
     )  # fmt: skip

@@ -12,7 +12,7 @@ class KernelSizes:
     """Entries of a feature that are summed by a program of their own; a power of two."""
     min_rows: int = 128
     """Rows below which the encoder's product no longer fills the device."""
-    scores: int = 2**26
+    scores: int = 2**27
     """Scores that an encoder's buffer may hold in any case: of small batches, launches cost more than memory."""
     cached: int = 2**25
     """Bytes of the rows that gradients are summed from up to which the L2 cache keeps them whole."""

@@ -28,6 +28,8 @@ from sae.kernels.triton.encode import product
 SLICE = 128
 ENTRIES = 8
 CENTRE_ROWS = 32
+# Columns of a program that sums what the blocks of rows have left.
+SPREAD = 32
 
 
 def alignment(d: int) -> int:
@@ -72,6 +74,33 @@ def _centre_kernel(
     tl.store(centred + at, left.to(centred.dtype.element_ty), mask=mask)
     tl.store(sums + block * d + columns, tl.sum(x, 0), mask=inside)
     tl.store(squares + block * d + columns, tl.sum(x * x, 0), mask=inside)
+
+
+@triton.jit
+def _spread_kernel(sums, squares, parts, n, blocks, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """sum ||row||^2 - ||sum of rows||^2 / n of some columns, in fp64."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
+    total_square = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for first in range(0, blocks, ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < blocks)[:, None] & (columns < d)[None, :]
+        at = row[:, None] * d + columns[None, :]
+        total += tl.load(sums + at, mask=mask, other=0.0).to(tl.float64)
+        total_square += tl.load(squares + at, mask=mask, other=0.0).to(tl.float64)
+    mean = tl.sum(total, 0)
+    tl.store(parts + tl.program_id(0), tl.sum(tl.sum(total_square, 0) - mean * mean / n))
+
+
+@triton.jit
+def _variance_kernel(parts, variance, scale, n_parts, PARTS: tl.constexpr):
+    """The variance from its parts, at least the smallest normal number of fp32, and -2 / variance."""
+    part = tl.arange(0, PARTS)
+    total = tl.sum(tl.load(parts + part, mask=part < n_parts, other=0.0))
+    # Written so that NaN stays, and is seen.
+    total = tl.where(total < 1.1754943508222875e-38, 1.1754943508222875e-38, total)
+    tl.store(variance, total)
+    tl.store(scale, (-2 / total).to(tl.float32))
 
 
 def spans_of(code: SparseCode) -> tuple[Int[Tensor, "any"], int]:
@@ -140,32 +169,66 @@ class Centred:
     """What the features are to add up to: x, in a transcoder scale * target - b_dec, less the skip's part."""
     total_variance: Float[Tensor, ""]
     """sum ||scale * batch - mean||^2, of the target in a transcoder; fp64."""
+    scale: Float[Tensor, ""]
+    """-2 / `total_variance`, with which residuals are the gradient to the prediction; fp32."""
 
 
-def centre(
+@dataclass(frozen=True)
+class CentredRows:
+    """A centred batch, and sums over blocks of its rows, of which `spread` makes the variance."""
+
+    x: Float[Tensor, "n d"]
+    sums: Float[Tensor, "2 blocks d"]
+    """Of the rows before they were rounded, and of their squares."""
+
+
+def centre_rows(
     batch: Float[Tensor, "n d"],
     scale: Float[Tensor, ""],
     b_dec: Float[Tensor, "d"],
     dtype: torch.dtype,
     less: Float[Tensor, "n d"] | None = None,
-) -> Centred:
-    """What the encoder multiplies and the loss divides by, in one pass over the batch.
+    into: CentredRows | None = None,
+) -> CentredRows:
+    """scale * batch - b_dec, in one pass over the batch.
 
     Args:
-        less: subtracted too, but for the variance; fp32.
+        less: subtracted too, but for the sums; fp32.
+        into: memory for the result, of another batch as large.
     """
     n, d = batch.shape
     batch = batch.contiguous()
     blocks = triton.cdiv(n, CENTRE_ROWS)
-    out = torch.empty(n, d, dtype=dtype, device=batch.device)
-    partial = torch.empty(2, blocks, d, dtype=torch.float32, device=batch.device)
+    if into is None:
+        out = torch.empty(n, d, dtype=dtype, device=batch.device)
+        into = CentredRows(out, torch.empty(2, blocks, d, dtype=torch.float32, device=batch.device))
     _centre_kernel[(blocks, triton.cdiv(d, SLICE))](
-        batch, scale, b_dec, batch if less is None else less, out, partial[0], partial[1], n, d // alignment(d),
-        ALIGN=alignment(d), LESS=less is not None, ROWS=CENTRE_ROWS, COLUMNS=SLICE, num_warps=4,
+        batch, scale, b_dec, batch if less is None else less, into.x, into.sums[0], into.sums[1], n,
+        d // alignment(d), ALIGN=alignment(d), LESS=less is not None, ROWS=CENTRE_ROWS, COLUMNS=SLICE, num_warps=4,
     )  # fmt: skip
-    sums = partial.sum(1, dtype=torch.float64)
-    variance = sums[1].sum() - sums[0].square().sum() / n
-    return Centred(out, out, variance.clamp_min_(torch.finfo(torch.float32).tiny))
+    return into
+
+
+def spread(rows: CentredRows) -> Centred:
+    """Centred rows with their variance."""
+    n, d = rows.x.shape
+    device = rows.x.device
+    n_parts = triton.cdiv(d, SPREAD)
+    parts = torch.empty(n_parts, dtype=torch.float64, device=device)
+    variance = torch.empty((), dtype=torch.float64, device=device)
+    scale = torch.empty((), dtype=torch.float32, device=device)
+    _spread_kernel[(n_parts,)](
+        rows.sums[0], rows.sums[1], parts, n, rows.sums.shape[1], d, ROWS=32, COLUMNS=SPREAD, num_warps=4
+    )
+    _variance_kernel[(1,)](parts, variance, scale, n_parts, PARTS=triton.next_power_of_2(n_parts), num_warps=1)
+    return Centred(rows.x, rows.x, variance, scale)
+
+
+def centre(
+    batch: Float[Tensor, "n d"], scale: Float[Tensor, ""], b_dec: Float[Tensor, "d"], dtype: torch.dtype
+) -> Centred:
+    """What the encoder multiplies and the loss divides by."""
+    return spread(centre_rows(batch, scale, b_dec, dtype))
 
 
 def centre_pair(
@@ -188,8 +251,8 @@ def centre_pair(
     if W_skip is not None:
         skipped = torch.empty(batch.shape, dtype=torch.float32, device=batch.device)
         product(x, W_skip.to(dtype).T, skipped)
-    made = centre(target, scales[1], b_dec, dtype, skipped)
-    return Centred(x, made.target, made.total_variance)
+    made = spread(centre_rows(target, scales[1], b_dec, dtype, skipped))
+    return Centred(x, made.target, made.total_variance, made.scale)
 
 
 def decode(

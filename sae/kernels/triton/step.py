@@ -15,17 +15,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.kernels.triton.bias import BiasGradient
 from sae.kernels.triton.dense import DensePass
 from sae.kernels.triton.encode import product, topk_encode
 from sae.kernels.triton.features import (
     AuxGradients,
     FeatureGradients,
-    FeatureOrder,
     WindowSums,
-    by_feature,
     feature_gradients,
 )
 from sae.kernels.triton.nested import Parts, nested_residuals, residuals_over_ranks
+from sae.kernels.triton.order import FeatureOrder, by_feature
 from sae.kernels.triton.shards import Errors
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
@@ -33,7 +33,6 @@ from sae.kernels.triton.update import (
     AdamStep,
     Moments,
     Parameters,
-    b_dec_gradient,
     clip_factor,
     update_from_code,
     update_from_gradients,
@@ -147,7 +146,7 @@ def learn(
     """
     p, n = parameters, code.n_tokens
     result, order, left = _forward(centred, code, p, parts, thresholds, errors)
-    scale = (-2 / centred.total_variance).float()
+    scale = centred.scale
     extra = None if aux is None else aux(result)
     shrink = None if thresholds is None else thresholds.shrink
     if clip is None:
@@ -162,7 +161,7 @@ def learn(
         order, left, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
     )
     owned = [*_skip(p, left[:n], centred.x, scale), *_owned(thresholds, made.thresholds, order, code)]
-    grad_b_dec = b_dec_gradient(p, left[:n], scale, made.b_enc)
+    grad_b_dec = _b_dec_gradient(p, left[:n], scale, made.b_enc)
     tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
     _update_from_memory(p, made, grad_b_dec, owned, adam, clip * n / centred.total_variance)
     return _arrived(result)
@@ -206,16 +205,22 @@ def learn_densely(
 ) -> StepResult:
     """What follows the dense pass of a batch in a step; the options are those of `learn`."""
     p, n = parameters, centred.x.shape[0]
-    scale = (-2 / centred.total_variance).float()
+    scale = centred.scale
     error = made.squared_error
     result = StepResult(centred.x, made.residual, error, error, centred.total_variance, made.firings)
     gradients = made.gradients(p, None if aux is None else aux(result), decoder=decoder, squares=clip is not None)
-    grad_b_dec = b_dec_gradient(p, made.residual, scale, gradients.b_enc)
+    grad_b_dec = _b_dec_gradient(p, made.residual, scale, gradients.b_enc)
     tokens_since_fired.add_(n).masked_fill_(made.firings > 0, 0)
     owned = [*_skip(p, made.residual, centred.x, scale), *terms.own(made.windows, made.firings, made.magnitude)]
     limit = None if clip is None else clip * n / centred.total_variance
     _update_from_memory(p, gradients, grad_b_dec, owned, adam, limit)
     return result
+
+
+def _b_dec_gradient(
+    p: Parameters, residual: Float[Tensor, "n d"], scale: Float[Tensor, ""], grad_b_enc: Float[Tensor, "d_sae"]
+) -> Float[Tensor, "d"]:
+    return BiasGradient(residual, scale, grad_b_enc, p.shadow_enc if p.subtracts_b_dec else None, p.ranks).get()
 
 
 def _update_from_memory(

@@ -29,17 +29,18 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.kernels.triton.bias import BiasGradient
 from sae.kernels.triton.encode import padded_pair
 from sae.kernels.triton.features import (
     ENTRIES,
     AuxGradients,
     FeatureGradients,
-    FeatureOrder,
     WindowSums,
     gradient_slice,
     products,
     row_slice,
 )
+from sae.kernels.triton.order import FeatureOrder
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import alignment
 from sae.ranks import ALONE, Ranks
@@ -288,35 +289,6 @@ def _rows_kernel(
 
 
 @triton.jit
-def _through_kernel(
-    weights, W_enc, out, d_sae, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr
-):  # fmt: skip
-    """out[block] = sum of weights[f] W_enc[f] over the features of a block; those with weight 0 are not read."""
-    d = units * ALIGN
-    columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
-    STEP: tl.constexpr = 16
-    total = tl.zeros([STEP, SLICE], tl.float32)
-    for first in range(0, ROWS, STEP):
-        f = (tl.program_id(0) * ROWS + first + tl.arange(0, STEP)).to(tl.int64)
-        weight = tl.load(weights + f, mask=f < d_sae, other=0.0)
-        mask = (weight != 0)[:, None] & (columns < d)[None, :]
-        rows = tl.load(W_enc + f[:, None] * d + columns[None, :], mask=mask, other=0.0)
-        total += rows.to(tl.float32) * weight[:, None]
-    tl.store(out + tl.program_id(0).to(tl.int64) * d + columns, tl.sum(total, 0), mask=columns < d)
-
-
-def through_encoder(weights: Float[Tensor, "d_sae"], W_enc: Float[Tensor, "d_sae d"]) -> Float[Tensor, "d"]:
-    """W_enc^T weights, summed in fp32 in a fixed order."""
-    d_sae, d = W_enc.shape
-    blocks = triton.cdiv(d_sae, 128)
-    out = torch.empty(blocks, d, dtype=torch.float32, device=W_enc.device)
-    _through_kernel[(blocks, triton.cdiv(d, 128))](
-        weights, W_enc, out, d_sae, d // alignment(d), ALIGN=alignment(d), ROWS=128, SLICE=128, num_warps=2
-    )
-    return out.sum(0)
-
-
-@triton.jit
 def _vector_kernel(grad, p, M, V, scalars, size, beta1, beta2, rest1, rest2, eps, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
@@ -384,14 +356,6 @@ def update_from_gradients(
     update_vector(p.b_dec, grad_b_dec * factor, p.m_b_dec, adam)
 
 
-def b_dec_gradient(
-    p: Parameters, residual: Float[Tensor, "n d"], scale: Float[Tensor, ""], grad_b_enc: Float[Tensor, "d_sae"]
-) -> Float[Tensor, "d"]:
-    """Gradient of b_dec, which is a part of every prediction and, in an SAE, subtracted from what is encoded."""
-    gradient = residual.sum(0, dtype=torch.float32) * scale
-    return gradient - p.ranks.sum_(through_encoder(grad_b_enc, p.shadow_enc)) if p.subtracts_b_dec else gradient
-
-
 def update_from_code(
     parameters: Parameters,
     order: FeatureOrder,
@@ -419,8 +383,9 @@ def update_from_code(
     n_tokens = x_centred.shape[0]
     made = products(order, residual, x_centred, scale, p.shadow_dec, shrink=shrink, sizes=sizes)
     # Before the encoder moves.
-    grad_b_dec = residual[:n_tokens].sum(0, dtype=torch.float32) * scale
-    through = p.ranks.send_sum(through_encoder(made.b_enc, p.shadow_enc)) if p.subtracts_b_dec else None
+    grad_b_dec = BiasGradient(
+        residual[:n_tokens], scale, made.b_enc, p.shadow_enc if p.subtracts_b_dec else None, p.ranks
+    )
     extra = (p.W_dec,) * 5 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc, aux.along)
     sliced = residual.nbytes + x_centred.nbytes > sizes.cached
     slices = triton.cdiv(d, row_slice(d)) if sliced else 1
@@ -440,9 +405,8 @@ def update_from_code(
             p.W_dec, p.shadow_dec, norms, d // alignment(d), ALIGN=alignment(d), SLICES=slices,
             ROOM=triton.next_power_of_2(slices), SLICE=columns, num_warps=max(1, columns // 256),
         )  # fmt: skip
-    if through is not None:
-        grad_b_dec = grad_b_dec - through.get()
+    gradient = grad_b_dec.get()
     if aux is not None and p.subtracts_b_dec:
-        grad_b_dec -= p.ranks.sum_(aux.through_x)
-    update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam)
+        gradient -= p.ranks.sum_(aux.through_x)
+    update_vector(p.b_dec, gradient, p.m_b_dec, adam)
     return made.thresholds

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 # Pointers that are not to fp32, and numbers.
 NAMES = {
     "*bf16": "R X x out centred shadow_dec shadow_enc",
-    "*i32": "ranks groups counter places token row cells feature offsets firings aux_slot",
+    "*i32": "ranks maxima groups counter places token row cells feature offsets firings aux_slot",
     "*i64": "part_indices indices candidates budgets starts since_fired",
-    "i32": "stride n_columns k n units d_sae first width slots n_tokens size",
+    "i32": "stride n_columns n_groups k n units d_sae first width slots n_tokens size",
     "fp32": "beta beta1 beta2 rest1 rest2 eps",
 }
 TYPES = {name: kind for kind, names in NAMES.items() for name in names.split()}
@@ -93,13 +93,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("absolute", "gradient"), [(False, False), (True, False), (False, True)])
 def test_select_stays_in_registers(absolute: bool, gradient: bool, folder: Path) -> None:
-    from sae.kernels.triton.select import STREAM, TILE, WARPS, _select_kernel
+    from sae.kernels.triton.select import GROUPS, LANES, TILE, UNROLL, WARPS, _maxima_kernel, _select_kernel
 
-    constants = {
-        "N_GROUPS": 1024, "UNROLL": STREAM // 1024, "CAPACITY": 128, "GROUPS_AT_ONCE": TILE // 64, "MEMBERS": 64,
-        "ABSOLUTE": absolute, "GRADIENT": gradient, "RANKED": gradient,
-    }  # fmt: skip
-    check(_select_kernel, constants, WARPS, folder)
+    ranked = {"LANES": LANES, "MEMBERS": 64, "ABSOLUTE": absolute, "GRADIENT": gradient}
+    check(_maxima_kernel, {"UNROLL": UNROLL, **ranked}, LANES // 128, folder)
+    chosen = {"N_GROUPS": GROUPS, "CAPACITY": 128, "GROUPS_AT_ONCE": TILE // 64, "RANKED": gradient}
+    check(_select_kernel, {**chosen, **ranked}, WARPS, folder)
 
 
 def test_a_merge_stays_in_registers(folder: Path) -> None:
@@ -117,12 +116,16 @@ def test_feature_choice_stays_in_registers(folder: Path) -> None:
 
 
 def test_batch_collection_stays_in_registers(folder: Path) -> None:
-    from sae.kernels.triton.candidates import COLLECTED, RUN_PIECE, RUNS, _best_kernel, _collect_kernel, _reach_kernel
+    from sae.kernels.triton import candidates
+    from sae.kernels.triton.candidates import BITS, RUN_PIECE, RUNS, WORDS
 
     types = dict.fromkeys(("starts", "counts", "features", "reach", "ends"), "*i32")
     types |= {"out_indices": "*i64", "offsets": "*i64"} | dict.fromkeys(("n_runs", "blocks", "n_entries"), "i32")
-    check(_collect_kernel, {"ABSOLUTE": False, "BLOCK": COLLECTED}, COLLECTED // 256, folder, types)
-    for kernel in (_reach_kernel, _best_kernel):
+    types |= {"words": "*i32", "n_words": "i32"}
+    check(candidates._reached_kernel, {"ABSOLUTE": False, "BITS": BITS, "WORDS": WORDS}, 4, folder, types)
+    for room, warps in ((1024, 4), (4096, 8)):
+        check(candidates._append_kernel, {"BITS": BITS, "WORDS": room}, warps, folder, types)
+    for kernel in (candidates._reach_kernel, candidates._best_kernel):
         check(kernel, {"RUNS": RUNS, "PIECE": RUN_PIECE}, 4, folder, types)
 
 
@@ -163,9 +166,21 @@ def test_nested_residuals_stay_in_registers(cells: int, folder: Path) -> None:
 
 
 def test_centring_stays_in_registers(folder: Path) -> None:
-    from sae.kernels.triton.sparse import CENTRE_ROWS, SLICE, _centre_kernel
+    from sae.kernels.triton.sparse import CENTRE_ROWS, SLICE, SPREAD, _centre_kernel, _spread_kernel
 
-    check(_centre_kernel, {"ROWS": CENTRE_ROWS, "COLUMNS": SLICE, **columns(768)}, 4, folder)
+    check(_centre_kernel, {"LESS": False, "ROWS": CENTRE_ROWS, "COLUMNS": SLICE, **columns(768)}, 4, folder)
+    types = {"parts": "*fp64", "d": "i32", "blocks": "i32"}
+    check(_spread_kernel, {"ROWS": 32, "COLUMNS": SPREAD}, 4, folder, types)
+
+
+def test_entries_order_stays_in_registers(folder: Path) -> None:
+    from sae.kernels.triton.order import BLOCK, _ordered_kernel
+
+    types = {"ordered": "*i16", "order": "*i64", "starts": "*i64"}
+    types |= dict.fromkeys(("n_entries", "blocks", "lowest"), "i32")
+    for ragged in (False, True):
+        constants = {"RAGGED": ragged, "TOKENS": 2**13, "ENTRIES": 2**18, "BLOCK": BLOCK}
+        check(_ordered_kernel, constants, 2, folder, types)
 
 
 @pytest.mark.parametrize("threshold", [False, True])
@@ -199,9 +214,14 @@ def test_fused_update_stays_in_registers(d: int, aux: bool, nested: bool, sliced
 
 
 def test_updates_from_memory_stay_in_registers(folder: Path) -> None:
-    from sae.kernels.triton.update import _normalise_kernel, _rows_kernel, _through_kernel, _vector_kernel
+    from sae.kernels.triton.bias import FEATURES, SLICE, STEP, _combine_kernel, _weighted_kernel
+    from sae.kernels.triton.update import _normalise_kernel, _rows_kernel, _vector_kernel
 
     check(_rows_kernel, {"DECODER": True, "SLICE": 1024, **columns(2304)}, 8, folder)
-    check(_through_kernel, {"ROWS": 128, "SLICE": 128, **columns(2304)}, 2, folder, {"W_enc": "*bf16"})
+    for weighted in (False, True):
+        constants = {"WEIGHTED": weighted, "ROWS": FEATURES, "STEP": STEP, "SLICE": SLICE, **columns(2304)}
+        check(_weighted_kernel, constants, 2, folder, {"M": "*bf16", "n_rows": "i32"})
+    types = dict.fromkeys(("n_parts", "n_less", "d"), "i32")
+    check(_combine_kernel, {"STEP": 64, "COLUMNS": 32}, 4, folder, types)
     check(_vector_kernel, {"BLOCK": 1024}, 4, folder)
     check(_normalise_kernel, {"SLICES": 9, "ROOM": 16, "SLICE": 1024, **columns(2304)}, 4, folder)

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from sae.code import SparseCode
 from sae.kernels import triton as fast
-from sae.kernels.triton import encode, features
+from sae.kernels.triton import encode, features, order
 from sae.kernels.triton.select import select_rows
 
 pytestmark = pytest.mark.gpu
@@ -120,9 +120,9 @@ def test_gradients_repeat_bit_for_bit() -> None:
     W = torch.randn(8192, 512, device="cuda")
     x, g = torch.randn(4096, 512, device="cuda").bfloat16(), torch.randn(4096, 512, device="cuda").bfloat16()
     one = torch.ones((), device="cuda")
-    first = features.feature_gradients(features.by_feature(code), g, x, one, W)
+    first = features.feature_gradients(order.by_feature(code), g, x, one, W)
     for _ in range(9):
-        again = features.feature_gradients(features.by_feature(code), g, x, one, W)
+        again = features.feature_gradients(order.by_feature(code), g, x, one, W)
         for name in ("W_dec", "W_enc", "b_enc", "squares"):
             assert torch.equal(getattr(first, name), getattr(again, name)), name
 
@@ -244,7 +244,7 @@ def test_a_step_never_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("rule", ["topk", "gradient_topk"])
 def test_the_encoder_takes_an_eighth_of_the_dense_scores(rule: str) -> None:
-    n, d, d_sae, k = 16384, 256, 65536, 32
+    n, d, d_sae, k = 32768, 256, 65536, 32
     x, W = torch.randn(n, d, device="cuda").bfloat16(), torch.randn(d_sae, d, device="cuda").bfloat16()
     b = torch.zeros(d_sae, device="cuda")
     pairs = torch.stack((x, x)), torch.stack((W, W))
@@ -258,5 +258,5 @@ def test_the_encoder_takes_an_eighth_of_the_dense_scores(rule: str) -> None:
     before = torch.cuda.memory_allocated()
     encode_once()
     results = n * k * 12
-    # Beside the buffer of scores, the lists of groups and candidates of one chunk.
-    assert torch.cuda.max_memory_allocated() - before - results <= n * d_sae * 2 / 8 * 1.02
+    # Beside the buffer of scores, the groups' largest and the lists of groups and candidates of one chunk.
+    assert torch.cuda.max_memory_allocated() - before - results <= n * d_sae * 2 / 8 * 1.04

@@ -15,7 +15,7 @@ from sae.fused_step import FusedStep
 from sae.kernels import shards
 from sae.kernels import triton as fast
 from sae.kernels.topk import topk_reference
-from sae.kernels.triton.features import by_feature
+from sae.kernels.triton.order import by_feature
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.ranks import Ranks
 from sae.rules import BatchTopK, JumpReLU, ReLU, TopK

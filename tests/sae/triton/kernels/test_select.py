@@ -7,7 +7,7 @@ from torch import Tensor
 from sae import kernels
 from sae.code import SparseCode
 from sae.kernels import triton as fast
-from sae.kernels.triton import candidates
+from sae.kernels.triton import candidates, select
 from sae.kernels.triton.select import select_rows
 
 
@@ -40,11 +40,20 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.5), b.nan_to_num(0.5))
 
 
-@pytest.mark.parametrize(("n_columns", "k", "n_groups"), [(100, 5, 16), (37, 37, 32), (257, 20, 64)])
+@pytest.mark.parametrize(
+    ("n_columns", "k", "n_groups", "lanes"), [(100, 5, 16, 512), (37, 37, 32, 8), (257, 20, 64, 16)]
+)
 @pytest.mark.parametrize("absolute", [False, True])
 def test_awkward_rows_are_selected_as_a_full_sort_does(
-    n_columns: int, k: int, n_groups: int, absolute: bool, device: torch.device
+    n_columns: int,
+    k: int,
+    n_groups: int,
+    lanes: int,
+    absolute: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(select, "LANES", lanes)
     scores = awkward_rows(n_columns, n_groups)
     values, indices = torch.full((10, k), 9.0, device=device), torch.full((10, k), -1, device=device)
     bias = torch.zeros(n_columns, device=device)
@@ -111,7 +120,7 @@ def test_a_batchs_candidates_are_put_in_order(
     n_entries: int, features: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With ties across runs, and runs longer than a piece; 4 features have fewer positive entries than are wanted."""
-    for name, size in {"COLLECTED": 32, "RUNS": 8, "RUN_PIECE": 4}.items():
+    for name, size in {"WORDS": 2, "RUNS": 8, "RUN_PIECE": 4}.items():
         monkeypatch.setattr(candidates, name, size)
     x, W, b = integers(60, 6, device=device), integers(90, 6, device=device).T, integers(90, device=device)
     b[features:] = -1000
