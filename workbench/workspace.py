@@ -376,7 +376,7 @@ class Workspace(Studies):
         chat: bool | None = None,
         model: "LoadedModel | None" = None,
         device: str = "auto",
-        new_tokens: int = 40,
+        new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> "Steering":

@@ -9,7 +9,7 @@ from app.shared import open_workspace, page_link, plain
 from workbench import InputError
 from workbench.features import prompt_figures as live_figures
 from workbench.features.live import LiveSAE
-from workbench.features.steering import KINDS, NEW_TOKENS, PLACES, Edit, Steering, read_strength
+from workbench.features.steering import KINDS, NEW_TOKENS, PLACES, Edit, Steering, most_new_tokens, read_strength
 from workbench.features.steering_sweep import Sweep
 from workbench.models.prompt_text import has_chat_template
 from workbench.show.html import STYLE
@@ -118,7 +118,9 @@ def choose_sampling(live: LiveSAE) -> tuple[bool, int, float, int]:
         "chat message", value=True, key="chat", bind="query-params", help="the prompt in the model's chat template"
     )
     with st.expander("Sampling"):
-        n = st.slider("New tokens", 0, MOST_TOKENS, NEW_TOKENS, key="n", bind="query-params")
+        most = min(MOST_TOKENS, most_new_tokens(live.model))
+        usual = min(NEW_TOKENS, -(-most // 2))
+        n = st.slider("New tokens", 0, most, usual, key="n", bind="query-params") if most else 0
         temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", bind="query-params")
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", help="the same for both texts")
     return chat, n, temperature, seed

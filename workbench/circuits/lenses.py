@@ -30,7 +30,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.models.contexts import ContextBatch, context_batches, losses, whole_contexts
+from workbench.models.contexts import ContextBatch, context_batches, context_length, losses, whole_contexts
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_fits_memory
 from workbench.models.prompt_text import next_log_probabilities, row_texts, whole_prompt
@@ -39,7 +39,7 @@ from workbench.text.corpora import Corpus
 
 LENS = "lens"
 """The kind of result."""
-CONTEXTS = 16
+CONTEXTS, LENS_CONTEXT = 16, 128
 """Of a batch whose Jacobians are taken together."""
 PREDICTIONS = 5
 SINKS = 16
@@ -146,7 +146,7 @@ def fit_lens(
     *,
     max_tokens: int = 4096,
     heldout_tokens: int = 8192,
-    context_len: int = 128,
+    context_len: int | None = None,
     own: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -154,13 +154,15 @@ def fit_lens(
 
     Args:
         max_tokens: to average over; a pass back through the model for each of its `d_model` directions.
-        context_len: positions of a context; the first `SINKS` and the last are left out, as Gurnee et al. leave them.
+        context_len: positions of a context, 128 or as many as a shorter model takes when None; the first `SINKS` and
+            the last are left out, as Gurnee et al. leave them.
         own: Jacobians of a position's own stream; see `circuits.lens`.
 
     Raises:
         InputError: contexts that the model does not take or that leave no position, too few tokens for one, too little
             memory, or a bridge that computes another model.
     """
+    context_len = context_length(model, context_len, LENS_CONTEXT)
     if context_len < SINKS + 2:
         raise InputError(f"contexts of {context_len} leave no position: the first {SINKS} and the last are left out")
     whole_contexts(model, min(max_tokens, heldout_tokens), context_len)

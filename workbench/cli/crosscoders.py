@@ -55,7 +55,7 @@ def diff(
     d_sae: Annotated[int, typer.Option(help="Number of features.", min=1)] = 2048,
     k: Annotated[int, typer.Option(help="Active features per token, on average.", min=1)] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the crosscoder: repeat with others before you believe it.")] = 0,
-    context: ContextOption = 256,
+    context: ContextOption = None,
     heldout: Annotated[int, typer.Option(help="Held-out tokens to measure both models on.", min=2)] = 32_768,
     folder: WorkspaceOption = DEFAULT_WORKSPACE,
     device: DeviceOption = "auto",

@@ -7,7 +7,6 @@ import typer
 from sae.errors import InputError
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
-    ContextOption,
     CorpusOption,
     DeviceOption,
     JsonOption,
@@ -86,7 +85,10 @@ def fit(
     only: OnlyOption = None,
     tokens: TokensOption = 4096,
     heldout: Annotated[int, typer.Option(help="Held-out tokens to measure the lenses on.", min=2)] = 8192,
-    context: ContextOption = 128,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens per context, BOS included; left out, 128 or what a shorter model takes.", min=2),
+    ] = None,
     own: Annotated[
         bool,
         typer.Option("--own", help="Only what a position does to itself: nearer to its next token."),

@@ -95,7 +95,9 @@ def steer(
     chat: Annotated[
         bool | None, typer.Option(help="The prompt is a chat message; where the model has a template when left out.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate; left out, 40 or as many as a short model has room for.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, the same for both texts.", min=0, max=MOST_SEED)] = 0,
     model: GivenModelOption = None,

@@ -60,7 +60,12 @@ OnlyOption = Annotated[
     ),
 ]
 TokensOption = Annotated[int, typer.Option(help="Tokens to run on.", min=2)]
-ContextOption = Annotated[int, typer.Option(help="Tokens per context, BOS included.", min=2)]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context", help="Tokens per context, BOS included; left out, 256 or as many as a shorter model takes.", min=2
+    ),
+]
 NoBosOption = Annotated[bool, typer.Option("--no-bos", help="Contexts begin without BOS; SAEs are then used without.")]
 SeparateOption = Annotated[
     bool, typer.Option("--separate", help="No context holds parts of two documents; the rest is padding.")

@@ -82,7 +82,7 @@ def harvest(
     text_field: TextFieldOption = "text",
     only: OnlyOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens to harvest at most.", min=1)] = 2_000_000,
-    context: ContextOption = 256,
+    context: ContextOption = None,
     split: Annotated[
         Split,
         typer.Option(help="Side of the corpus, by a hash of each document's name; SAEs are evaluated on heldout."),
@@ -134,7 +134,7 @@ def harvest(
         print_json(summary)
     else:
         print(f"Harvested {made.n_rows:,} rows at {', '.join(made.hooks)} into {made.directory}")
-        if made.n_rows + context <= tokens:
+        if made.n_rows + made.context_len <= tokens:
             print(f"The corpus ended before {tokens:,} tokens.")
         print(f"Next: workbench train {made.name} --name {suggested(hook, made.hooks)} --workspace {folder}")
 

@@ -63,7 +63,7 @@ class Measurement:
     text_field: TextFieldOption = "text"
     only: OnlyOption = None
     tokens: TokensOption = 8192
-    context: ContextOption = 256
+    context: ContextOption = None
     folder: WorkspaceOption = DEFAULT_WORKSPACE
     device: DeviceOption = "auto"
     as_json: JsonOption = False

@@ -16,6 +16,7 @@ from workbench.cli.options import (
     DEFAULT_WORKSPACE,
     MODELS,
     MOST_TOKENS,
+    ContextOption,
     CorpusOption,
     DeviceOption,
     JsonOption,
@@ -136,7 +137,7 @@ class Training(TrainingSettings):
     corpus: CorpusOption = "python-stdlib"
     text_field: TextFieldOption = "text"
     only: OnlyOption = None
-    context_len: Annotated[int, typer.Option("--context", help="Tokens per context, BOS included.", min=2)] = 256
+    context_len: ContextOption = None
     dtype: Annotated[Precision, typer.Option(help="Precision of the rows; auto is the checkpoint's own.")] = "auto"
     model_dtype: Annotated[
         Precision, typer.Option(help="Precision the model runs in; auto is float32 on a CPU, else its own.")

@@ -24,6 +24,7 @@ from workbench.disk.names import check_name, new_folder
 from workbench.features.index.build import IndexSummary, build_index
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestProgress, harvest_into
+from workbench.models.contexts import context_length
 from workbench.models.hooked import SUFFIXES
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
@@ -60,7 +61,7 @@ def diff_models(
     epochs: float = 2.0,
     d_sae: int = 2048,
     k: int = 32,
-    context_len: int = 256,
+    context_len: int | None = None,
     seed: int = 0,
     heldout_tokens: int = 32_768,
     device: str = "auto",
@@ -85,6 +86,7 @@ def diff_models(
             `workbench.saes.train.train_all` and `evaluate_crosscoder`.
     """
     models = [load_model(spec, device=device) if isinstance(spec, str) else spec for spec in (a, b)]
+    context_len = min(context_length(model, context_len) for model in models)
     hook = hook or f"blocks.{models[0].info.n_layers // 2}.hook_resid_post"
     _check(models, hook)
     labels = part_labels(models[0].info.name, models[1].info.name)

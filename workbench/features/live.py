@@ -14,7 +14,7 @@ from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.features.index.query import FeatureIndex
 from workbench.features.prompts import KnownFeatures, PromptReading, read_prompt, read_through
-from workbench.features.steering import NEW_TOKENS, Edit, Steering, steer
+from workbench.features.steering import Edit, Steering, steer
 from workbench.features.steering_sweep import Sweep, sweep
 from workbench.models.load import LoadedModel
 
@@ -39,7 +39,7 @@ class LiveSAE:
         text: str,
         *,
         chat: bool | None = None,
-        new_tokens: int = NEW_TOKENS,
+        new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Steering:

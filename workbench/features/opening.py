@@ -22,6 +22,7 @@ from workbench.features.index.build import build_index
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestEstimate, HarvestProgress, harvest_into
 from workbench.models.bundled import demo_transcoders_dir
+from workbench.models.contexts import context_length
 from workbench.models.load import load_model
 from workbench.saes.exchange import BUNDLED, import_folder, import_pretrained, import_published_set, import_set, is_set
 from workbench.saes.hub_sets import describe_hub_set, fetch_hub_set
@@ -156,7 +157,7 @@ def open_dictionary(
             raise InputError(f"{plan.name} has no layer {wrong}: it has {', '.join(hooks)}")
         hooks = {name: hooks[name] for name in (layer_name(plan.name, layer) for layer in layers)}
     model = load_model(plan.config.model, device=device)
-    context = min(plan.config.context_len, model.info.n_ctx)
+    context = context_length(model, None, plan.config.context_len or CONTEXT)
     asked = replace(plan.config, hooks=tuple(dict.fromkeys(hooks.values())), context_len=context)
 
     def harvesting(progress: HarvestProgress) -> None:

@@ -171,7 +171,7 @@ def steer(
     name: str = "",
     names: Mapping[int, str] | None = None,
     chat: bool | None = None,
-    new_tokens: int = NEW_TOKENS,
+    new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Steering:
@@ -185,7 +185,8 @@ def steer(
         unit: a feature's maximum, what strengths are multiples of; by feature, or one for all.
         name, names: of the SAE and of features, to say in the result.
         chat: whether the prompt is a user's message in the model's chat template; where it has one when None.
-        new_tokens: tokens to generate, 0 to `MAX_NEW_TOKENS`.
+        new_tokens: tokens to generate, 0 to `MAX_NEW_TOKENS`; when None `NEW_TOKENS`, or as many as a short model has
+            room for after the prompt, and none where outputs are no tokens.
         temperature: 0 takes the likeliest token, 1 samples from the model's own distribution.
         seed: of the sampling noise, the same for both texts.
 
@@ -195,18 +196,16 @@ def steer(
     """
     edit.check(sae.d_sae)
     units = units_of(edit, unit)
-    if not 0 <= new_tokens <= min(MAX_NEW_TOKENS, model.info.n_ctx - 2):
-        raise InputError(f"cannot generate {new_tokens} tokens: 0 to {min(MAX_NEW_TOKENS, model.info.n_ctx - 2)}")
+    text = chat_text(model, prompt, chat)
+    new_tokens = _continuation(model, text, new_tokens)
     if not (temperature >= 0 and np.isfinite(temperature)):
         raise InputError(f"a temperature of {temperature} samples nothing: give 0 or more")
-    ids, truncated = encode_prompt(model, chat_text(model, prompt, chat), room=model.n_bos + new_tokens)
+    ids, truncated = encode_prompt(model, text, room=model.n_bos + new_tokens)
     check_prompt_fits("steering a prompt", model, len(ids) + model.n_bos, attention=True)
     tokens = torch.tensor([model.begun(ids)], device=model.device)
     with edited(model, sae, edit, units, first=None if edit.where == "everywhere" else tokens.shape[1] - 1):
         after = next_log_probabilities(model.bridge(tokens)[0])
     before = next_log_probabilities(model.bridge(tokens)[0])
-    if new_tokens and before.shape[1] != model.info.d_vocab:
-        raise InputError("this model's outputs are no tokens, so it continues no text: steer with no new tokens")
     clean_loss, steered_loss = (token_losses(model, row, tokens[0]).numpy() for row in (before, after))
     noise = _gumbel(new_tokens, model.info.d_vocab, seed) if temperature else None
     clean = _generate(model, tokens, new_tokens, temperature, noise)
@@ -219,6 +218,29 @@ def steer(
         steered_nats=_nats(model, tokens, steered), kl=kl.cpu().numpy(), clean_loss=clean_loss,
         steered_loss=steered_loss, next_tokens=_shifts(model, before[-1], after[-1]),
     )  # fmt: skip
+
+
+def most_new_tokens(model: "LoadedModel") -> int:
+    """Tokens that can follow a prompt of one; none where a model's outputs are no tokens."""
+    return max(0, min(MAX_NEW_TOKENS, model.info.n_ctx - model.n_bos - 1)) if model.gives_tokens else 0
+
+
+def _continuation(model: "LoadedModel", text: str, asked: int | None) -> int:
+    """Tokens to generate after a text.
+
+    Raises:
+        InputError: more asked for than there is room for, or any of a model whose outputs are no tokens.
+    """
+    n_ctx, most = model.info.n_ctx, most_new_tokens(model)
+    if asked and not model.gives_tokens:
+        raise InputError("this model's outputs are no tokens, so it continues no text: steer with --tokens 0")
+    if asked is None:
+        left = n_ctx - model.n_bos - len(encode_prompt(model, text)[0])
+        # Of a prompt as long as a long context, the end gives way.
+        return min(NEW_TOKENS, max(left, n_ctx // 8), most)
+    if not 0 <= asked <= most:
+        raise InputError(f"cannot generate {asked} tokens with {model.info.name}: give --tokens 0 to {most}")
+    return asked
 
 
 def units_of(edit: Edit, unit: float | Mapping[int, float]) -> dict[int, float]:

@@ -9,6 +9,7 @@ import torch
 
 from sae.errors import InputError
 from workbench.harvest.record import GRADIENT
+from workbench.models.contexts import context_length
 from workbench.models.hooks import resolve_hooks
 from workbench.models.load import DTYPES, LoadedModel
 from workbench.models.load_own import absolute_function, is_function
@@ -34,7 +35,8 @@ class HarvestConfig:
     hooks: tuple[str, ...]
     """A * for the layer stands for every layer."""
     text_field: str = "text"
-    context_len: int = 256
+    context_len: int | None = None
+    """Tokens a context, BOS included; 256, or as many as a shorter model takes, when None."""
     max_tokens: int = 2_000_000
     """Rows at most, BOS included."""
     split: Split = "train"
@@ -79,11 +81,7 @@ class HarvestPlan:
         """Raises InputError for settings that cannot work."""
         if not config.hooks:
             raise InputError("a harvest needs at least one hook point, such as blocks.0.hook_resid_post")
-        if not 2 <= config.context_len <= model.info.n_ctx:
-            raise InputError(
-                f"context length {config.context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
-                f"the most {model.info.name} can read: give --context"
-            )
+        context_len = context_length(model, config.context_len)
         if config.split not in get_args(Split):
             raise InputError(f"unknown split {config.split!r}: choose {' or '.join(get_args(Split))}")
         if config.dtype != "auto" and config.dtype not in DTYPES:
@@ -93,22 +91,22 @@ class HarvestPlan:
                 f"{model.info.name} has {model.info.checkpoint_dtype} weights, which are not stored: "
                 f"choose --dtype {', '.join(DTYPES)}"
             )
-        if config.max_tokens < config.context_len:
+        if config.max_tokens < context_len:
             raise InputError(
-                f"{config.max_tokens} tokens do not fill one context of {config.context_len}: "
+                f"{config.max_tokens} tokens do not fill one context of {context_len}: "
                 "harvest more tokens or use shorter contexts"
             )
         hooks = resolve_hooks(model, config.hooks)
         dtype = DTYPES[model.info.checkpoint_dtype if config.dtype == "auto" else config.dtype]
         row_bytes = _row_bytes(_widths(hooks, config.gradients), dtype)
-        per_block = max(1, min(BLOCK_ROWS, BLOCK_BYTES[model.device.type] // row_bytes) // config.context_len)
-        batch_contexts = min(max(1, BATCH_TOKENS[model.device.type] // config.context_len), per_block)
+        per_block = max(1, min(BLOCK_ROWS, BLOCK_BYTES[model.device.type] // row_bytes) // context_len)
+        batch_contexts = min(max(1, BATCH_TOKENS[model.device.type] // context_len), per_block)
         return cls(
             hooks=hooks,
             dtype=dtype,
             gradients=config.gradients,
-            context_len=config.context_len,
-            n_contexts=config.max_tokens // config.context_len,
+            context_len=context_len,
+            n_contexts=config.max_tokens // context_len,
             batch_contexts=batch_contexts,
             block_contexts=per_block // batch_contexts * batch_contexts,
         )

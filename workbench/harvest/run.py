@@ -41,6 +41,7 @@ from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.reading import Harvest
 from workbench.harvest.record import DATABASE, DESCRIPTION, SCHEMA, SPECIAL_TOKENS
 from workbench.harvest.writing import BlockWriter
+from workbench.models.contexts import context_length
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.load_own import must_be_given
 from workbench.show.progress import format_bytes
@@ -202,6 +203,7 @@ def made_from(config: HarvestConfig, model: LoadedModel, corpus: Corpus) -> dict
     """What rows are made from; recorded with everything made from them."""
     # Recorded where it is not as it always was, so that harvests begun before there was a choice go on.
     usual = {"separate": False, "bos": True}
+    config = replace(config, context_len=context_length(model, config.context_len))
     recorded = {key: value for key, value in asdict(config).items() if usual.get(key) is not value}
     return {
         "config": recorded,

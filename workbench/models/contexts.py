@@ -24,6 +24,8 @@ NO_TOKENS = "this model's outputs are no tokens, so it has no loss on the next o
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Of one pass. On a CPU larger tensors are fetched from the system and given back each time, a quarter of an
 evaluation's processor time."""
+CONTEXT_LEN = 256
+"""Of measurements that are not asked for another."""
 BYTES_PER_ROW = 8 + 1 + 4 + 4
 """Of a row of a batch: token, ordinary, document and position."""
 BATCH_LOGITS = 1 << 26
@@ -88,13 +90,25 @@ def context_batches(
         raise InputError(f"corpus {corpus.name} has no {split} tokens to measure on: give it more documents")
 
 
+def context_length(model: LoadedModel, asked: int | None, usual: int = CONTEXT_LEN) -> int:
+    """Tokens a context: as many as asked for; the usual number, or as many as a shorter model takes, when None.
+
+    Raises:
+        InputError: more asked for than the model takes, or fewer than two.
+    """
+    if asked is None:
+        return min(usual, model.info.n_ctx)
+    if not 2 <= asked <= model.info.n_ctx:
+        raise InputError(
+            f"context length {asked} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
+            f"the longest that {model.info.name} takes: give another --context, or none"
+        )
+    return asked
+
+
 def whole_contexts(model: LoadedModel, max_tokens: int, context_len: int) -> int:
     """Contexts that so many rows fill. Raises InputError for contexts that the model does not take, or none filled."""
-    if not 2 <= context_len <= model.info.n_ctx:
-        raise InputError(
-            f"context length {context_len} is not between 2 (BOS and a token) and {model.info.n_ctx}, "
-            f"the longest that {model.info.name} takes: give --context"
-        )
+    context_len = context_length(model, context_len)
     if max_tokens < context_len:
         raise InputError(f"{max_tokens} tokens do not fill one context of {context_len}: ask for more tokens")
     return max_tokens // context_len

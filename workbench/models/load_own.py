@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from circuits.nodes import gives_tokens
 from sae.errors import InputError
 from workbench.models.guards import TOKENS, check
 from workbench.models.hooked import SUFFIXES, is_checkpoint, is_hooked, native_pair, read_checkpoint
@@ -234,7 +235,9 @@ def _transformer(own: OwnModel, module: Any, recorded: dict[str, Any]) -> Loaded
     info = ModelInfo.of(hf, bridge, processing=processing, **recorded)
     if bare is not getattr(module, "original_model", None):
         info = dataclasses.replace(info, architecture=type(module).__name__)
-    loaded = LoadedModel(info, hf, bridge, tokenizer, bos_id, causal=is_causal(hf, info.d_vocab))
+    loaded = LoadedModel(
+        info, hf, bridge, tokenizer, bos_id, causal=is_causal(hf, info.d_vocab), gives_tokens=gives_tokens(bridge)
+    )
     return dataclasses.replace(loaded, checks=check(loaded))
 
 
@@ -248,7 +251,7 @@ def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
         )
     hooks = described_hooks(own)
     hf = Called(own.module, own.d_vocab, own.call)
-    tokens = _readable_tokens(own, hf)
+    tokens, outputs = _readable_tokens(own, hf)
     blocks: dict[str, Any] = dict.fromkeys(("n_layers", "d_model", "n_heads", "d_head", "d_attention", "d_mlp"), 0)
     info = ModelInfo(
         processing="as given", architecture=type(own.module).__name__,
@@ -258,7 +261,7 @@ def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
     bridge = ModuleBridge(hf, hooks)
     loaded = LoadedModel(
         info, hf, bridge, own.tokenizer or word_tokenizer(own.vocabulary, own.d_vocab), own.bos_id,
-        causal=is_causal(hf, own.d_vocab, tokens.shape[1]),
+        causal=is_causal(hf, own.d_vocab, tokens.shape[1]), gives_tokens=outputs == own.d_vocab,
     )  # fmt: skip
     checks = _checked(loaded, hooks, tokens)
     bridge.hook_dict |= checks.hooks
@@ -266,8 +269,9 @@ def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
 
 
 @torch.inference_mode()
-def _readable_tokens(own: OwnModel, hf: Called) -> Int[Tensor, "batch pos"]:
-    """A few random tokens that the module reads, as long as its context where it takes no shorter ones.
+def _readable_tokens(own: OwnModel, hf: Called) -> tuple[Int[Tensor, "batch pos"], int]:
+    """A few random tokens that the module reads, as long as its context where it takes no shorter ones, and the number
+    of its outputs.
 
     A context that is not huge is tried as well, so that one it does not take fails here and not in a harvest.
 
@@ -316,7 +320,7 @@ def _readable_tokens(own: OwnModel, hf: Called) -> Int[Tensor, "batch pos"]:
             f"{own.name} gives other logits for a sequence alone than beside another: something in it is random, or it "
             "takes positions first, which `call` puts right: lambda module, tokens: module(tokens.T).transpose(0, 1)"
         )
-    return tokens
+    return tokens, logits.shape[-1]
 
 
 def _checked(model: LoadedModel, hooks: dict[str, Any], tokens: Int[Tensor, "batch pos"]) -> Checks:

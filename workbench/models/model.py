@@ -119,6 +119,8 @@ class LoadedModel:
     """What a few random tokens showed of it."""
     causal: bool = True
     """Whether no token sees later ones."""
+    gives_tokens: bool = True
+    """Whether its logits are of the tokens that it reads, and not of classes."""
 
     def __post_init__(self) -> None:
         take_turns(self.hf, self.structure)

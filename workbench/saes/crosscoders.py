@@ -21,8 +21,9 @@ from sae.part_metrics import FeatureParts
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
+from workbench.models.contexts import CONTEXT_LEN
 from workbench.models.load import LoadedModel, reload_model
-from workbench.saes.evaluate import CONTEXT_LEN, heldout_text, parameters_of
+from workbench.saes.evaluate import heldout_text, parameters_of
 from workbench.saes.part_evaluation import CrosscoderEvaluation, evaluate_parts
 from workbench.saes.part_figures import latent_scaling, norm_histogram
 

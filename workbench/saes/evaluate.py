@@ -19,6 +19,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import ResultStore
 from workbench.disk.names import layer_name
+from workbench.models.contexts import CONTEXT_LEN
 from workbench.models.load import LoadedModel
 from workbench.saes.evaluation import Evaluation, evaluate_sae
 from workbench.saes.replacement import Replacement, check_covers, evaluate_replacement
@@ -26,7 +27,6 @@ from workbench.text.chats import counting, field_and_only
 from workbench.text.corpora import Corpus, open_corpus
 
 KIND, REPLACEMENT = "evaluation", "replacement"
-CONTEXT_LEN = 256
 """Context length for SAEs that came without a harvest, where the model takes it."""
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.model import SAE
 from sae.transcoder import Transcoder
-from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length, losses
 from workbench.models.hooks import read_hook, written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
@@ -109,7 +109,7 @@ def evaluate_sae(
     corpus: Corpus,
     *,
     max_tokens: int = 65_536,
-    context_len: int = 256,
+    context_len: int | None = None,
     separate: bool = False,
     count_bos: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -127,6 +127,7 @@ def evaluate_sae(
         InputError: an SAE whose hook point or width does not fit the model, contexts longer than the model takes, or
             too few held-out tokens, or passes that memory cannot hold.
     """
+    context_len = context_length(model, context_len)
     reads = [read_hook(model, sae) for sae in saes]
     hooks = [written_hook(model, sae) for sae in saes]
     sizes = {"max_tokens": max_tokens, "context_len": context_len}

@@ -44,10 +44,10 @@ from sae.inference.omp import SPREAD
 from sae.model import SAE
 from workbench.catalog.catalog import Catalog
 from workbench.models.capture import capture
-from workbench.models.contexts import context_batches
+from workbench.models.contexts import CONTEXT_LEN, context_batches, context_length
 from workbench.models.hooks import read_hook
 from workbench.models.load import LoadedModel
-from workbench.saes.evaluate import CONTEXT_LEN, heldout_text, parameters_of
+from workbench.saes.evaluate import heldout_text, parameters_of
 from workbench.saes.evaluation import evaluate_sae
 from workbench.saes.figures import inference_curves
 from workbench.text.corpora import Corpus
@@ -155,11 +155,12 @@ def measure_inference(
     ks: Sequence[int] = (),
     methods: Sequence[str] = METHODS,
     max_tokens: int = 4096,
-    context_len: int = 256,
+    context_len: int | None = None,
     separate: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inference:
     """Measures an SAE's codes on the held-out documents of a corpus; see `infer_codes`, also for the InputErrors."""
+    context_len = context_length(model, context_len)
     check_searched(sae)
     sae = sae if sae.W_dec.device == model.device else copy.deepcopy(sae).to(model.device)
     sample = _sample(model, sae, corpus, context_len, separate, max_tokens)

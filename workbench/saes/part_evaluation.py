@@ -22,7 +22,7 @@ from circuits.splice import splice
 from sae.crosscoder import Crosscoder
 from sae.errors import InputError
 from sae.part_metrics import FeatureParts, PartMetrics
-from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length, losses
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
@@ -70,7 +70,7 @@ def evaluate_parts(
     corpus: Corpus,
     *,
     max_tokens: int = 65_536,
-    context_len: int = 256,
+    context_len: int | None = None,
     separate: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CrosscoderEvaluation:
@@ -87,6 +87,7 @@ def evaluate_parts(
             `workbench.models.contexts.context_batches`, or passes that memory cannot hold.
     """
     hooks = _hooks(models, crosscoder)
+    context_len = min(context_length(model, context_len) for model in models)
     sizes: dict[str, Any] = {"max_tokens": max_tokens, "context_len": context_len}
     for model in _distinct(models):
         check_passes_fit(

@@ -22,7 +22,7 @@ from sae.errors import InputError
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 from workbench.models.capture import capture
-from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, losses
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length, losses
 from workbench.models.hooks import written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
@@ -81,7 +81,7 @@ def evaluate_replacement(
     corpus: Corpus,
     *,
     max_tokens: int = 65_536,
-    context_len: int = 256,
+    context_len: int | None = None,
     separate: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Replacement:
@@ -97,6 +97,7 @@ def evaluate_replacement(
         InputError: a coder whose hook points or widths do not fit the model, too few held-out tokens, or passes that
             memory cannot hold.
     """
+    context_len = context_length(model, context_len)
     hooks = [written_hook(model, coder) for coder in coders]
     check_passes_fit(
         f"replacing {len(coders)} targets", model, max_tokens=max_tokens, context_len=context_len, n_logits=4,

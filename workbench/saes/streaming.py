@@ -18,6 +18,7 @@ from workbench.harvest.pairs import PairSource, hooks_of, targets_of
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.run import made_from, opened
 from workbench.harvest.stream import ModelRows, buffer_bytes, columns_of
+from workbench.models.contexts import CONTEXT_LEN
 from workbench.models.model import LoadedModel
 from workbench.saes.hook_pairs import EVERY_LAYER, HookPairs, as_hooks, at_layer, pairs_among
 from workbench.text.corpora import Corpus
@@ -66,7 +67,9 @@ class FromModel:
     @property
     def description(self) -> dict[str, Any]:
         """What `run.json` says of it."""
-        made: dict[str, Any] = {"stream": asdict(replace(self._config, hooks=self._asked))}
+        # The model says what it takes of the usual length, and is not loaded for this.
+        usual = self._config.context_len or CONTEXT_LEN
+        made: dict[str, Any] = {"stream": asdict(replace(self._config, hooks=self._asked, context_len=usual))}
         if self._buffer_rows is not None:
             made["buffer_rows"] = self._buffer_rows
         return made if self._keep is None else {**made, "keep": self._keep}

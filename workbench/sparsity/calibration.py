@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from circuits.turns import turn_of
 from sae.errors import InputError
-from workbench.models.contexts import ContextBatch, context_batches
+from workbench.models.contexts import ContextBatch, context_batches, context_length
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.sparsity.layers import MLP, Projection, flat_like, mlps, projections
@@ -73,13 +73,14 @@ class Calibration:
 
 
 def calibrate(
-    model: LoadedModel, corpus: Corpus, *, tokens: int = SAMPLE_TOKENS, context_len: int = 256
+    model: LoadedModel, corpus: Corpus, *, tokens: int = SAMPLE_TOKENS, context_len: int | None = None
 ) -> Calibration:
     """Samples `tokens` rows (rounded down to whole contexts) of the training documents.
 
     Raises:
         InputError: an MLP of an unknown make, a corpus with too little text, or more than memory holds.
     """
+    context_len = context_length(model, context_len)
     check_passes_fit(
         "calibrating", model, max_tokens=max(tokens, context_len), context_len=context_len,
         per_token=sum(mlp.d_mlp for mlp in mlps(model)) * model.dtype.itemsize, instead="use shorter contexts",

@@ -32,7 +32,7 @@ from circuits.turns import turn_of
 from sae.errors import InputError
 from workbench.features.concepts.alignment import held_out_half
 from workbench.features.concepts.truth import ConceptTruth, from_contexts
-from workbench.models.contexts import ContextBatch, context_batches
+from workbench.models.contexts import ContextBatch, context_batches, context_length
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.models.mixtures import WideOut
@@ -64,7 +64,7 @@ def measure_experts(
     *,
     split: Split = "train",
     max_tokens: int = 100_000,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Experts:
     """Measures `max_tokens` rows of a corpus.
@@ -76,6 +76,7 @@ def measure_experts(
         InputError: a model without a mixture of experts; see also `models.contexts.context_batches` and
             `models.memory.check_passes_fit`.
     """
+    context_len = context_length(model, context_len)
     mixtures = mixtures_of(model)
     routing = [_Routing(out) for out in mixtures.values()]
     check_passes_fit(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from circuits.turns import turn_of
 from sae.errors import InputError
-from workbench.models.contexts import ContextBatch, context_batches
+from workbench.models.contexts import ContextBatch, context_batches, context_length
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.sparsity.coding_rate import CodingRates
@@ -59,7 +59,7 @@ def measure(
     *,
     split: Split = "train",
     max_tokens: int = 100_000,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Measures `max_tokens` rows of a corpus.
@@ -70,6 +70,7 @@ def measure(
     Raises:
         InputError: see `layers.mlps`, `models.contexts.context_batches` and `models.memory.check_passes_fit`.
     """
+    context_len = context_length(model, context_len)
     stats = [MLPStats(mlp, context_len) for mlp in mlps(model)]
     check_passes_fit(
         "measuring MLPs", model, max_tokens=max_tokens, context_len=context_len,

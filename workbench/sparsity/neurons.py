@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.errors import InputError
 from workbench.features.index.feature import Example
 from workbench.models.capture import capture
-from workbench.models.contexts import ContextBatch, context_batches
+from workbench.models.contexts import ContextBatch, context_batches, context_length
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
@@ -54,7 +54,7 @@ def view_neuron(
     *,
     split: Split = "train",
     max_tokens: int = 16_384,
-    context_len: int = 256,
+    context_len: int | None = None,
     top: int = 12,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> NeuronView:
@@ -68,6 +68,7 @@ def view_neuron(
         InputError: a layer or neuron that does not exist; see also `layers.mlps`, `models.contexts.context_batches` and
             `models.memory.check_passes_fit`.
     """
+    context_len = context_length(model, context_len)
     blocks = mlps(model)
     if not 0 <= layer < len(blocks):
         raise InputError(f"layer {layer} does not exist: {model.info.name} has layers 0 to {len(blocks) - 1}")

@@ -25,7 +25,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.task import Task
-from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.sparsity import figures
@@ -68,10 +68,11 @@ def report_mlps(
     corpus: Corpus,
     *,
     max_tokens: int = 100_000,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores how sparsely the MLPs are used; see `measure`."""
+    context_len = context_length(model, context_len)
 
     def make() -> Made:
         found = measure(model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress)
@@ -97,7 +98,7 @@ def report_curves(
     methods: Sequence[str] | None = None,
     ps: Sequence[float] = (0.01, 0.05, 0.1),
     max_tokens: int = 8192,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores what enforced sparsity costs; see `enforce` and `ppl`.
@@ -106,6 +107,7 @@ def report_curves(
         methods: by name; all that the model's MLPs can be thinned with when left out.
         ps: allowed growth of the perplexity for PPL-p%; none to leave that out.
     """
+    context_len = context_length(model, context_len)
     chosen = [method_named(method) for method in methods or ()] or usable_methods(mlps(model))
     check_methods(chosen, mlps(model))
 
@@ -157,7 +159,7 @@ def report_prediction(
     *,
     seed: int = 0,
     max_tokens: int = 8192,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores whether what a token needs can be known beforehand; see `core`, `dimensions`, `predictor`.
@@ -165,6 +167,7 @@ def report_prediction(
     Args:
         seed: of random neurons and of the rotation.
     """
+    context_len = context_length(model, context_len)
 
     def make() -> Made:
         sampled = max(SAMPLE_TOKENS, context_len)
@@ -199,7 +202,7 @@ def report_attention(
     budgets: Sequence[int] = BUDGETS,
     tasks: Sequence[Task] = (),
     max_tokens: int = 8192,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores how much attention patterns keep and what restricting every head costs; see `attention`.
@@ -207,6 +210,7 @@ def report_attention(
     Args:
         tasks: restricted likewise; see `attention_tasks`.
     """
+    context_len = context_length(model, context_len)
     for task in tasks:
         task.check()
 
@@ -243,7 +247,7 @@ def report_heads(
     draws: int = DRAWS,
     seed: int = 0,
     max_tokens: int = HEADS_TOKENS,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores what each head needs; see `attention_heads` and `attention_rank`.
@@ -251,6 +255,7 @@ def report_heads(
     Raises:
         InputError: an unknown pattern, or as `measure_heads`.
     """
+    context_len = context_length(model, context_len)
     keep = pattern_named(pattern)
 
     def make() -> Made:
@@ -283,7 +288,7 @@ def report_saes(
     *,
     saes: Mapping[str, SAE],
     max_tokens: int = 32_768,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores the sparsity of SAE codes; see `sae_codes`.
@@ -291,6 +296,7 @@ def report_saes(
     Raises:
         InputError: no SAE given, or some that were trained with BOS and some without.
     """
+    context_len = context_length(model, context_len)
     if not saes:
         raise InputError("name at least one SAE to measure")
     known = {item.name for item in catalog.saes()}
@@ -321,10 +327,11 @@ def report_experts(
     corpus: Corpus,
     *,
     max_tokens: int = 100_000,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Measures and stores what the experts of mixtures are used for; see `experts`."""
+    context_len = context_length(model, context_len)
 
     def make() -> Made:
         found = measure_experts(model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=on_progress)
@@ -389,7 +396,7 @@ def report_all(
     ps: Sequence[float] = (0.01, 0.05, 0.1),
     max_tokens: int = 100_000,
     heldout_tokens: int = 8192,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Result]:
     """The whole report under one name; parts that are stored already are opened.
@@ -407,6 +414,7 @@ def report_all(
     Raises:
         InputError: as the parts.
     """
+    context_len = context_length(model, context_len)
 
     def of(part: str) -> OnProgress:
         return lambda done, total: on_progress(part, done, total) if on_progress is not None else None

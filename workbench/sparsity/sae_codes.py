@@ -22,7 +22,7 @@ from sae.errors import InputError
 from sae.metrics import DENSE_ABOVE
 from sae.model import SAE
 from workbench.models.capture import capture
-from workbench.models.contexts import context_batches
+from workbench.models.contexts import context_batches, context_length
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
@@ -80,7 +80,7 @@ def measure_saes(
     corpus: Corpus,
     *,
     max_tokens: int = 32_768,
-    context_len: int = 256,
+    context_len: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SAESparsity:
     """Measures SAEs that read one hook point.
@@ -93,6 +93,7 @@ def measure_saes(
         InputError: SAEs of different hook points or of another width, too few held-out tokens, or more than memory
             holds.
     """
+    context_len = context_length(model, context_len)
     hook = _shared_hook(model, saes)
     # Of every token its place, with the row it came from, and every SAE's count, are gathered and then joined.
     check_passes_fit(

@@ -1,6 +1,7 @@
 """Models of one's own, made here: HookedTransformers and plain modules, from loading to patching."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -352,8 +353,11 @@ def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
     assert space.build_index("s").missing is not None
     reading = space.prompt("s", "abc. a")
     assert reading.texts == list("abc. a")
-    steered = space.steer("s", 0, "abc", strength=3.0, new_tokens=4)
-    assert len(steered.texts) == 3
+    steered = space.steer("s", 0, "abc", strength=3.0)
+    assert (len(steered.texts), len(steered.clean)) == (3, 40)
+    assert len(space.steer("s", 0, "abc" * 10).clean) == 64 - 30
+    with pytest.raises(InputError, match="cannot generate 64 tokens with live:characters: give --tokens 0 to 63"):
+        space.steer("s", 0, "abc", new_tokens=64)
     with pytest.raises(InputError, match="'abcZ' holds 'Z', which this model has no token for"):
         space.prompt("s", "abcZ")
 
@@ -469,8 +473,6 @@ def test_what_a_plain_module_lacks_is_said_in_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
-    from dataclasses import replace
-
     with pytest.raises(InputError, match=message):
         load_model(replace(character_model(), **changes))
 
@@ -585,7 +587,7 @@ def test_one_answer_a_sequence_is_spliced_and_evaluated(tmp_path: Path) -> None:
         capture(model, tokens, [resolve_hook(model, "mixed")], gradients=True)
     with pytest.raises(InputError, match="continues no text"):
         space.steer("s", 0, "1 2", new_tokens=3)
-    assert space.steer("s", 0, "1 2", strength=5.0, new_tokens=0).kl.max() > 0
+    assert space.steer("s", 0, " ".join(["1"] * LENGTH), strength=5.0).kl.shape == (LENGTH,)
 
 
 def test_a_corpus_from_python_is_asked_for_again(tmp_path: Path) -> None:
@@ -599,7 +601,9 @@ def test_separate_documents_stay_apart_from_harvest_to_evaluation(tmp_path: Path
     model = load_model(hooked_transformer(normalization_type=None))
     hook, corpus = "blocks.1.hook_resid_post", token_corpus(length=13)
     space = Workspace(tmp_path / "w")
-    config = HarvestConfig(model.info.name, corpus.name, (hook,), context_len=16, max_tokens=16 * 60, separate=True)
+    config = HarvestConfig(model.info.name, corpus.name, (hook,), max_tokens=LENGTH * 2)
+    assert space.harvest("usual", config, model=model, corpus=corpus).context_len == LENGTH
+    config = replace(config, context_len=16, max_tokens=16 * 60, separate=True)
     harvest = space.harvest("h", config, model=model, corpus=corpus)
     assert (harvest.flags.reshape(60, 16) == [0] * 13 + [2] * 3).all()
     space.train("r", "h", [TrainConfig("s", 640, d_sae=32, rule=TopK(4), batch_size=64)], hook=hook)
