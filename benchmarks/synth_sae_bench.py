@@ -1,7 +1,8 @@
 """SynthSAEBench-16k (arXiv 2602.14687): what an SAE of 4,096 features finds of 16,384 planted ones.
 
     python benchmarks/synth_sae_bench.py FOLDER [--arms batchtopk matryoshka ...] [--seeds 0 1 2] [--samples 200000000]
-                                         [--l0 25] [--dead-after N] [--anneal-from K] [--clip C] [--saelens] [--tiny]
+                                         [--l0 25] [--dead-after N] [--anneal-from K] [--clip C] [--saelens]
+                                         [--middle | --tiny]
 
 1. SAELens' synthetic model with the benchmark's settings: Zipf frequencies, 128 trees of children that fire only with
    their parent and exclude each other, low-rank correlations, a nearly orthogonal dictionary in 768 dimensions.
@@ -13,7 +14,8 @@
 4. JumpReLU a second time with one threshold for all features, at the same L0: whether it is the dictionary or the
    thresholds that cost F1.
 
-`--tiny` is a model of 400 features and a minute on a CPU. One JSON line an arm.
+`--middle` is a model of 2,048 features in 128 dimensions and a minute an arm on a CPU, `--tiny` one of 400 features and
+a minute in all. One JSON line an arm.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch
 from sae import SAE, train
 from sae.rules import JumpReLU
 from workbench.bench.quality import SAELENS, config, measures, recipes, saelens_batchtopk
-from workbench.bench.synthetic import FULL, TINY, Planted, Stream, benchmark_model
+from workbench.bench.synthetic import FULL, MIDDLE, TINY, Planted, Stream, benchmark_model
 
 EVALUATED_BLOCKS = 4
 # A block that is neither trained nor evaluated on, whose activations set the one threshold.
@@ -58,17 +60,20 @@ def main() -> None:
     parser.add_argument("--clip", type=float)
     parser.add_argument("--saelens", action="store_true", help="SAELens' BatchTopK too, on the same stream")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true")
+    smaller = parser.add_mutually_exclusive_group()
+    smaller.add_argument("--middle", action="store_true")
+    smaller.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    size = TINY if options.tiny else FULL
+    size, standard, n_blocks = FULL, 200_000_000, EVALUATED_BLOCKS
+    if options.middle or options.tiny:
+        size, standard, n_blocks = (MIDDLE, 1_500_000, 1) if options.middle else (TINY, 400_000, 1)
     size = replace(size, l0=options.l0 or size.l0, lr=options.lr or size.lr)
-    samples = options.samples or (400_000 if options.tiny else 200_000_000)
+    samples = options.samples or standard
     given = {
         "dead_after_tokens": options.dead_after, "anneal_from_k": options.anneal_from, "clip_grad_norm": options.clip
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     planted = Planted.of(benchmark_model(size, options.device))
-    n_blocks = 1 if options.tiny else EVALUATED_BLOCKS
 
     def report(name: str, sae: SAE) -> None:
         found = measures(sae, Stream(planted, options.seeds[0]), n_blocks)

@@ -47,6 +47,8 @@ class ModelSize:
 
 FULL = ModelSize(n_features=16_384, d_in=768, n_trees=128, d_sae=4096, l0=25, lr=3e-4)
 """SynthSAEBench-16k."""
+MIDDLE = ModelSize(n_features=2048, d_in=128, n_trees=32, d_sae=512, l0=12, lr=1e-3)
+"""As crowded as SynthSAEBench-16k, minutes on a CPU."""
 TINY = ModelSize(n_features=400, d_in=48, n_trees=4, d_sae=96, l0=4, lr=3e-3)
 """A minute on a CPU."""
 
