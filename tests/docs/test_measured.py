@@ -110,10 +110,11 @@ def test_only_records_that_were_measured_anew_are_stamped(
 
 @pytest.mark.parametrize("page", sorted((DOCS / "methods").glob("*.md")), ids=lambda page: page.name)
 def test_records_without_code_are_of_timings(measured: ModuleType, page: Path) -> None:
-    found = measured.records(page.read_text(encoding="utf-8"))
-    assert [
-        record.line for record in found if "code" not in record.fields and record.fields.get("timings") != "yes"
-    ] == []
+    found = [one for one in measured.records(page.read_text(encoding="utf-8")) if "code" not in one.fields]
+    bare = [
+        f"line {one.line}: neither `code` nor `timings: yes`" for one in found if one.fields.get("timings") != "yes"
+    ]
+    assert not bare, "\n".join([f"{page.name}:", *bare])
 
 
 @pytest.mark.parametrize("stated", ["0.5 ± 0.1", "-3% (-4 to\n-2)", "0.95 (0.94 to 0.96)"])
