@@ -104,7 +104,8 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
         key=f"grid {result.name} {by} {asked}", on_select="rerun", selection_mode="points",
         config={"displayModeBar": False},
     )  # fmt: skip
-    st.caption(" ".join(["Click a head, or choose it here.", *rests_on(result, by)]))
+    known = [needs[by].rests_on] if by in needs else rests_on(result, by)
+    st.caption(" ".join(["Click a head, or choose it here.", *known]))
     st.query_params["head"] = st.session_state["head"] = asked
 
     def follow() -> None:
@@ -123,6 +124,8 @@ def rests_on(result: Result, by: str) -> list[str]:
     if by in counted and "needles_found" in table:
         found = int(table["needles_found"].iloc[0])
         return [counted[by], f"The score rests on {found} needles found of {result.parameters['needles']}."]
+    if by == "evidence":
+        return [f"It rests on {result.parameters['needles']} needles, found or not."]
     if by in ON_RANDOM_TOKENS:
         return ["Measured on random tokens; `workbench sparsity attention` measures it on text."]
     return []

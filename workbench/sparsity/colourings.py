@@ -32,6 +32,8 @@ class Colouring:
     """One value a head."""
 
     values: Float[Tensor, "layers heads"]
+    rests_on: str
+    """On how much it was measured, as a sentence."""
     figure: go.Figure | None = None
     """Where colours stand for something else than the values: a heat map of layers by heads."""
 
@@ -51,10 +53,22 @@ def colourings(catalog: Catalog, model: ModelInfo) -> dict[str, Colouring]:
             for column, title in titles.items():
                 if column in table:
                     values = torch.tensor(table[column].astype(float).to_numpy())
-                    found[f"{title} ({result.name})"] = Colouring(values.view(model.n_layers, model.n_heads))
+                    found[f"{title} ({result.name})"] = Colouring(
+                        values.view(model.n_layers, model.n_heads), _rests_on(result, column)
+                    )
             if kind == ATTENTION:
                 found |= _best_patterns(result, model)
     return found
+
+
+def _rests_on(result: Result, column: str) -> str:
+    """On how much text, or on how many needle tests, a column of the table `heads` was measured."""
+    if result.kind != RETRIEVAL:
+        return f"Measured on {result.parameters['max_tokens']:,} held-out tokens."
+    needles = result.parameters["needles"]
+    if column == "active":
+        return f"It rests on {int(result.table('summary')['successful'].iloc[0])} needles found of {needles}."
+    return f"It rests on {needles} needles, found or not."
 
 
 def _best_patterns(result: Result, model: ModelInfo) -> dict[str, Colouring]:
@@ -64,5 +78,5 @@ def _best_patterns(result: Result, model: ModelInfo) -> dict[str, Colouring]:
         kept = best_of_heads(coverage, int(budget))["kept"].to_numpy()
         values = torch.tensor(kept).view(model.n_layers, model.n_heads)
         title = f"best pattern with {budget} keys ({result.name})"
-        found[title] = Colouring(values, figures.best_patterns(coverage, int(budget)))
+        found[title] = Colouring(values, _rests_on(result, "kept"), figures.best_patterns(coverage, int(budget)))
     return found

@@ -307,8 +307,12 @@ def test_masking_retrieval_heads_is_stored_with_its_controls(space: Workspace, d
     best = heads.sort_values("evidence", ascending=False).iloc[0]
     assert masks.query("order == 'evidence' and masked == 1").recall.iloc[0] == best.masked_recall
     assert report_retrieval(space, "masked", demo, needles=12, draws=2).created == result.created
-    coloured = colourings(space, demo.info)["recall of needles with this head masked (masked)"]
+    known = colourings(space, demo.info)
+    coloured = known["recall of needles with this head masked (masked)"]
     assert coloured.values.flatten().tolist() == result.table("heads")["masked_recall"].tolist()
+    assert coloured.rests_on == "It rests on 12 needles, found or not."
+    found = known["share of needles copied (masked)"].rests_on
+    assert found == f"It rests on {summary.successful[0]} needles found of 12."
 
 
 def test_masking_without_needles_is_refused(space: Workspace, demo: LoadedModel) -> None:
