@@ -89,9 +89,11 @@ def test_heads_can_be_coloured_by_stored_results(space: Workspace, open_page: Op
     report_attention(space, "kept", load_model("demo", device="cpu"), text, budgets=[8], max_tokens=64, context_len=32)
     page = open_page("Heads", space, by="best pattern with 8 keys (kept)", head="a0.h1")
     assert not page.exception
-    grid = json.loads(page.get("plotly_chart")[0].proto.spec)
-    assert grid["data"][0]["colorbar"]["ticktext"] == list(STRUCTURED)
-    assert " keeps " in grid["data"][1]["text"][0]
+    cells, *others = json.loads(page.get("plotly_chart")[0].proto.spec)["data"]
+    assert cells["colorbar"]["ticktext"] == list(STRUCTURED)
+    points = [trace for trace in others if trace["mode"] == "markers"]
+    assert " keeps " in points[0]["text"][0]
+    assert any("Measured on 64 held-out tokens." in caption.value for caption in page.caption)
 
 
 def test_a_token_of_a_pattern_goes_on_to_its_features_and_to_a_graph(
