@@ -300,6 +300,10 @@ class ModelRows(ShuffledRows):
     def _chunk_of(self, filling: _Filling) -> Chunk:
         """What was filled, permuted. Raises InputError for values that are not finite."""
         columns = [column[: filling.rows] for column in filling.columns]
+        flags = np.concatenate(filling.flags) & STATE_BITS
+        usable = np.flatnonzero(flags == FLAG_OK if self._plan.gradients else is_ordinary(flags))
+        order = torch.from_numpy(generator(self._seed, *filling.cursor).permutation(usable))
+        # The device works on while this is made, and is waited for after.
         with self._beside():
             finite = torch.stack(filling.extremes).isfinite().all().item()
         if not finite:
@@ -307,9 +311,6 @@ class ModelRows(ShuffledRows):
             first = number * len(filling.columns[0])
             where = not_finite(dict(zip(self._names, columns, strict=True)), first, self._plan.context_len)
             raise InputError(f"{where} (epoch {epoch + 1}); what was trained before is kept in the checkpoint")
-        flags = np.concatenate(filling.flags) & STATE_BITS
-        usable = np.flatnonzero(flags == FLAG_OK if self._plan.gradients else is_ordinary(flags))
-        order = torch.from_numpy(generator(self._seed, *filling.cursor).permutation(usable))
         if self._stream is not None:
             order = order.pin_memory().to(self._device, non_blocking=True)
             torch.cuda.current_stream(self._device).wait_stream(self._stream)

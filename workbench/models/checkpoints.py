@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from sae.errors import InputError
 from workbench.disk.hub import require_hub
 from workbench.models.bundled import demo_model_dir
+from workbench.models.light_imports import light_imports
+
+with light_imports():
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers.utils import cached_file
+    from transformers.utils import logging as transformers_logging
 
 
 def weights_sha256(files: Sequence[Path]) -> str:

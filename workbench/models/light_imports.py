@@ -1,7 +1,7 @@
 """transformers and TransformerLens without what they import for others: two fifths of the time of a short command.
 
 Both load torch's compiler, scipy's optimizer, accelerate, datasets and torch's checkpoints of several machines, for
-functions that nothing here calls. While a model is loaded (`light_imports`):
+functions that nothing here calls. While a model is loaded, and these two are imported for it (`light_imports`):
 
 1. What modules of these two take `from` the packages in `LATER` is a stand-in (`Later`) that imports the real thing
    when it is called, asked for an attribute, inherited from, or asked whether something is one of it.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sae.errors import InputError
 from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate, weight_files, weights_sha256
@@ -26,6 +25,9 @@ from workbench.models.memory import check_weights_fit
 from workbench.models.model import LoadedModel, ModelInfo
 from workbench.models.own import OwnModel
 from workbench.models.wrapping import wrapped
+
+with light_imports():
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 __all__ = ["DTYPES", "LoadedModel", "ModelInfo", "load_model"]
 
