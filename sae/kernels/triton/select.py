@@ -4,8 +4,9 @@ Scores become int32 keys whose order is the canonical one: 0 for no activation (
 values are ranked), the bits of the positive float otherwise, the largest integer for NaN. There are two kernels, since
 one program that did all of it would stream nothing while it bisects and sorts:
 
-1. The largest key of every group of columns. A program takes a part of a row, whose column c belongs to its group
-   c mod LANES, so that each lane keeps its own.
+1. The largest key of every group of columns. A group is made of runs of RUN columns, which step 3 reads as whole
+   sectors, far apart, since features that fire often may lie side by side: of a part of a row with LANES groups the
+   i-th run belongs to group i mod LANES.
 2. By one program a row: tau, reached by at least k and hardly more group maxima, by bisection. At least k keys are
    >= tau, so no key below tau can win; tau = 1 where fewer than k groups hold a positive key.
 3. Compact the groups whose maximum is >= tau (about k of them), gather their members, compact those >= tau.
@@ -28,8 +29,8 @@ from torch import Tensor
 NAN_KEY = tl.constexpr(0x7FFFFFFF)
 TILE = 2048
 WARPS = 4
-# Groups of a row, about; of a part of it, by one program of the streaming pass; and columns of each loaded at once.
-GROUPS, LANES, UNROLL = 2048, 512, 8
+# Groups of a row, about; of a part of it, by one program of the streaming pass; and columns of each side by side.
+GROUPS, LANES, RUN = 2048, 512, 8
 
 
 @triton.jit
@@ -126,19 +127,18 @@ def _select_again(
 @triton.jit
 def _maxima_kernel(
     Z, U, bias, maxima, stride, n_columns, n_groups, beta,
-    LANES: tl.constexpr, MEMBERS: tl.constexpr, UNROLL: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr,
+    LANES: tl.constexpr, MEMBERS: tl.constexpr, RUN: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """The largest key of every group of a part of a row."""
     row = tl.program_id(0).to(tl.int64)
     z_row, u_row = Z + row * stride, U + row * stride
     lane = tl.arange(0, LANES)
     largest = tl.zeros([LANES], tl.int32)
-    # Several rows of lanes at once: that many loads are under way before the first is needed.
-    stacked = tl.program_id(1) * LANES * MEMBERS + tl.arange(0, UNROLL)[:, None] * LANES + lane[None, :]
-    for first in range(0, MEMBERS, UNROLL):
-        columns = first * LANES + stacked
+    run = tl.program_id(1) * LANES * MEMBERS + lane[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    for first in range(0, MEMBERS, RUN):
+        columns = first * LANES + run
         keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
-        largest = tl.maximum(largest, tl.max(keys, 0))
+        largest = tl.maximum(largest, tl.max(keys, 1))
     tl.store(maxima + row * n_groups + tl.program_id(1) * LANES + lane, largest)
 
 
@@ -146,7 +146,7 @@ def _maxima_kernel(
 def _select_kernel(
     Z, U, bias, maxima, values, indices, ranks, groups, candidates, stride, n_columns, n_groups, k, beta,
     LANES: tl.constexpr, N_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
-    MEMBERS: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, RANKED: tl.constexpr,
+    MEMBERS: tl.constexpr, RUN: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_row, u_row = Z + row * stride, U + row * stride
@@ -168,8 +168,9 @@ def _select_kernel(
         for first in range(0, n_chosen, GROUPS_AT_ONCE):
             group = tl.load(groups + first + slot, mask=first + slot < n_chosen, other=n_groups)
             # Lanes that were not filled begin behind all columns.
-            begin = tl.where(group < n_groups, (group // LANES) * (LANES * MEMBERS) + group % LANES, n_columns)
-            columns = begin[:, None] + member[None, :] * LANES
+            begin = (group // LANES) * (LANES * MEMBERS) + (group % LANES) * RUN
+            begin = tl.where(group < n_groups, begin, n_columns)
+            columns = begin[:, None] + ((member // RUN) * (LANES * RUN) + member % RUN)[None, :]
             keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
             columns = tl.reshape(columns, [GROUPS_AT_ONCE * MEMBERS])
             keys = tl.reshape(keys, [GROUPS_AT_ONCE * MEMBERS])
@@ -272,11 +273,11 @@ def select_rows(
     ranked = {"ABSOLUTE": absolute, "GRADIENT": gradient is not None}
     _maxima_kernel[(n, parts)](
         scores, u, bias, maxima, scores.stride(0), n_columns, n_groups, beta,
-        LANES=lanes, MEMBERS=members, UNROLL=min(members, UNROLL), **ranked, num_warps=max(1, lanes // 128),
+        LANES=lanes, MEMBERS=members, RUN=min(members, RUN), **ranked, num_warps=max(1, lanes // 128),
     )  # fmt: skip
     _select_kernel[(n,)](
         scores, u, bias, maxima, values, indices, indices if ranks is None else ranks, groups, candidates,
         scores.stride(0), n_columns, n_groups, k, beta,
         LANES=lanes, N_GROUPS=triton.next_power_of_2(n_groups), CAPACITY=capacity, GROUPS_AT_ONCE=at_once,
-        MEMBERS=members, RANKED=ranks is not None, **ranked, num_warps=WARPS,
+        MEMBERS=members, RUN=min(members, RUN), RANKED=ranks is not None, **ranked, num_warps=WARPS,
     )  # fmt: skip

@@ -37,7 +37,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int, types: dict[str
     types = TYPES | types
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
     # Widths divisible by 16 and aligned pointers, as at run time.
-    divisible = {"stride", "width", "n"} | ({"units"} if aligned else set())
+    divisible = {"stride", "width", "n", "n_columns"} | ({"units"} if aligned else set())
     hints = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
@@ -93,10 +93,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("absolute", "gradient"), [(False, False), (True, False), (False, True)])
 def test_select_stays_in_registers(absolute: bool, gradient: bool, folder: Path) -> None:
-    from sae.kernels.triton.select import GROUPS, LANES, TILE, UNROLL, WARPS, _maxima_kernel, _select_kernel
+    from sae.kernels.triton.select import GROUPS, LANES, RUN, TILE, WARPS, _maxima_kernel, _select_kernel
 
-    ranked = {"LANES": LANES, "MEMBERS": 64, "ABSOLUTE": absolute, "GRADIENT": gradient}
-    check(_maxima_kernel, {"UNROLL": UNROLL, **ranked}, LANES // 128, folder)
+    ranked = {"LANES": LANES, "MEMBERS": 64, "RUN": RUN, "ABSOLUTE": absolute, "GRADIENT": gradient}
+    ptx = check(_maxima_kernel, ranked, LANES // 128, folder)
+    assert not re.search(r"ld\.global\S*\.b32\s*\{\s*%r\d+\s*\}", ptx)
     chosen = {"N_GROUPS": GROUPS, "CAPACITY": 128, "GROUPS_AT_ONCE": TILE // 64, "RANKED": gradient}
     check(_select_kernel, {**chosen, **ranked}, WARPS, folder)
 

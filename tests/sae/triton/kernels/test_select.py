@@ -30,6 +30,7 @@ def awkward_rows(n_columns: int, n_groups: int) -> Tensor:
     z[6] = -0.0
     z[7] = 0
     z[7, ::n_groups] = torch.arange(1.0, len(z[7, ::n_groups]) + 1)
+    z[7, :4] = 9.0
     z[8] = torch.arange(float(n_columns))
     z[9] = 1e-45 * torch.randint(0, 3, (n_columns,))
     return z
@@ -54,6 +55,7 @@ def test_awkward_rows_are_selected_as_a_full_sort_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(select, "LANES", lanes)
+    monkeypatch.setattr(select, "RUN", 2)
     scores = awkward_rows(n_columns, n_groups)
     values, indices = torch.full((10, k), 9.0, device=device), torch.full((10, k), -1, device=device)
     bias = torch.zeros(n_columns, device=device)
