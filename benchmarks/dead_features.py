@@ -1,7 +1,8 @@
 """Rules on SynthSAEBench-16k in short runs of several seeds, and what keeps their features alive, one cause at a time:
 a table of docs/methods/rules.md.
 
-    python benchmarks/dead_features.py [--samples 10000000] [--seeds 0 1 2] [--arms NAME ...] [--tiny] [--out FILE]
+    python benchmarks/dead_features.py [--samples 10000000] [--seeds 0 1 2] [--arms NAME ...]
+                                        [--middle | --tiny] [--out FILE]
 
 The arms of a seed (of the SAEs) train side by side, all seeds on one stream; measures as in `workbench.bench.quality`,
 printed as means and standard deviations over the seeds, and as differences of an arm from its rule's first on the same
@@ -19,7 +20,7 @@ import torch
 from sae import TrainConfig, train
 from sae.rules import AbsTopK, BatchTopK, FeatureChoice, JumpReLU, Rule, TopK
 from workbench.bench.quality import BATCH, measures, recipes
-from workbench.bench.synthetic import FULL, TINY, ModelSize, Planted, Stream, benchmark_model
+from workbench.bench.synthetic import FULL, MIDDLE, TINY, ModelSize, Planted, Stream, benchmark_model
 
 COLUMNS = {
     "dead": "dead", "f1": "F1", "mcc": "MCC", "explained_variance": "explained variance",
@@ -59,11 +60,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=arms(FULL, BATCH), metavar="NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="400 features, 400,000 samples")
+    smaller = parser.add_mutually_exclusive_group()
+    smaller.add_argument("--middle", action="store_true", help="2,048 features, 1,500,000 samples")
+    smaller.add_argument("--tiny", action="store_true", help="400 features, 400,000 samples")
     parser.add_argument("--out", type=Path, help="a CSV file of every run")
     options = parser.parse_args()
-    size = TINY if options.tiny else FULL
-    samples = options.samples or (400_000 if options.tiny else 10_000_000)
+    if options.middle or options.tiny:
+        size, standard = (MIDDLE, 1_500_000) if options.middle else (TINY, 400_000)
+    else:
+        size, standard = FULL, 10_000_000
+    samples = options.samples or standard
     planted = Planted.of(benchmark_model(size, options.device))
     chosen = {name: arm for name, arm in arms(size, samples).items() if options.arms is None or name in options.arms}
     settings = {"samples": samples, "features": size.d_sae}
