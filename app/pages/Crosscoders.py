@@ -19,8 +19,8 @@ ORDERS = {
     "least in the other part (nu_error)": ("nu_error", True),
 }
 SHOWN = 200
+# Relative norm from which a feature is as strong in either part as two digits tell.
 EQUAL = 0.995
-"""Relative norm from which a feature is as strong in either part as two digits tell."""
 
 
 def main() -> None:

@@ -116,9 +116,10 @@ def chosen_features(workspace: Workspace, index: FeatureIndex, chosen_list: str 
             "hide dense", key="hide_dense", bind="query-params", help=f"those that fire on over {DENSE:.0%} of tokens"
         )
         hide_dead = st.checkbox("hide dead", value=True, key="hide_dead", bind="query-params")
-    table = index.table().assign(sae=index.sae)
     if searched.strip():
         table = search(workspace, index, searched, by, everywhere)
+    else:
+        table = index.table().assign(sae=index.sae)
     if hide_dense:
         table = table[table["density"] <= DENSE]
     if hide_dead:
@@ -135,11 +136,14 @@ def search(workspace: Workspace, index: FeatureIndex, text: str, by: By, everywh
         found = search_features(workspace, text, saes=None if everywhere else [index.sae], by=by)
     except InputError as error:
         st.warning(plain(str(error)))
-        return index.table().head(0)
+        return index.table([]).assign(sae=index.sae)
     st.caption(plain(f"{said(found)} with {text!r} in label, tokens or examples".capitalize()))
     if not found.n:
-        return index.table().head(0)
-    tables = [open_index(workspace, name).table().assign(sae=name) for name in found.table["sae"].unique()]
+        return index.table([]).assign(sae=index.sae)
+    tables = [
+        open_index(workspace, str(name)).table(rows["feature"].tolist()).assign(sae=name)
+        for name, rows in found.table.groupby("sae")
+    ]
     return found.table[["sae", "feature", "where"]].merge(
         pd.concat(tables), on=["sae", "feature"], how="left", sort=False
     )

@@ -46,7 +46,8 @@ def harvests(workspace: Workspace) -> None:
         for item in workspace.harvest_summaries()
     ]  # fmt: skip
     if rows:
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+        counts = {"rows": st.column_config.NumberColumn(format="localized")}
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=counts)
     else:
         st.info("No harvest yet. Make one with `workbench harvest`, or run `workbench demo`.")
 
@@ -60,7 +61,8 @@ def saes(workspace: Workspace) -> None:
         for item in workspace.saes()
     ]
     if rows:
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+        counts = {"features": st.column_config.NumberColumn(format="localized")}
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=counts)
     else:
         st.info("No SAE yet. Train one with `workbench train`.")
     evaluations = workspace.results.find("evaluation")

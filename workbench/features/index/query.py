@@ -377,12 +377,15 @@ class FeatureIndex:
         length = self.meta["context_len"]
         return [self.contexts([row // length])[0, : row % length + 1] for (row,) in rows]
 
-    def table(self) -> pd.DataFrame:
-        """All features, one row each: name, label, best concept, density, firings, moments, extremes, logits, map.
+    def table(self, numbers: Sequence[int] | None = None) -> pd.DataFrame:
+        """Features, one row each: name, label, best concept, density, firings, moments, extremes, logits, map.
 
         `name` is what to call it (`names`), never empty.
         `label` is what people wrote, else the explanation where its score is high enough, else the best concept where
         its held-out F1 is; `concept` and `concept_f1` are there when the SAE was aligned with concepts.
+
+        Args:
+            numbers: which features; all when left out.
         """
         table = self.frame(
             f"""
@@ -398,8 +401,9 @@ class FeatureIndex:
             LEFT JOIN coactivations c ON c.feature = s.feature AND c.rank = 0
             JOIN decoder_map m ON m.feature = s.feature
             JOIN feature_texts t ON t.feature = s.feature
-            ORDER BY s.feature
-            """
+            {"" if numbers is None else "WHERE s.feature IN (SELECT unnest(?))"} ORDER BY s.feature
+            """,
+            None if numbers is None else [list(numbers)],
         )
         parts = [bytes(part) if isinstance(part, bytes | bytearray) else None for part in table.pop("top_bytes")]
         table["top_token"] = [
@@ -410,7 +414,7 @@ class FeatureIndex:
         table["peak_tokens"] = [" ".join(dict.fromkeys(peaks.split()))[:60] for peaks in table["peak_tokens"]]
         titles = self.titles()
         best = {number: concepts[0] for number, concepts in self._concepts.items()}
-        names = self.names()
+        names = self.names(numbers)
         table.insert(1, "name", [names[feature] for feature in table["feature"]])
         table.insert(2, "label", [titles.get(feature, "") for feature in table["feature"]])
         if best:

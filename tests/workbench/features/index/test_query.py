@@ -251,6 +251,14 @@ def test_all_saes_are_searched_and_the_count_is_of_all(index: FeatureIndex, spac
     assert said(search_features(space, "no such text")) == "no feature"
 
 
+def test_a_part_of_the_table_holds_the_same_rows(index: FeatureIndex) -> None:
+    whole, some = index.table(), [3, 1]
+    part = whole[whole["feature"].isin(some)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(index.table(some), part)
+    assert list(index.table([]).columns) == list(whole.columns)
+    assert index.table([]).empty
+
+
 def test_the_table_goes_to_parquet(index: FeatureIndex, tmp_path: Path) -> None:
     index.write_table(tmp_path / "t.parquet")
     found = pd.read_parquet(tmp_path / "t.parquet")
