@@ -6,7 +6,7 @@ A position is counted when its own token and the next are ordinary: BOS and padd
     KL(clean || q)   likewise, where the clean pass' logits are given
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +128,7 @@ def logits_of(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch p
 
 def losses(
     batch: ContextBatch,
-    logits: Float[Tensor, "batch pos vocab"],
+    logits: Sequence[Float[Tensor, "pos vocab"]] | Float[Tensor, "batch pos vocab"],
     clean: Float[Tensor, "batch pos vocab"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(cross-entropy, KL(clean || this)) in nats, float64 sums over the counted positions; KL is 0 without `clean`.
@@ -139,12 +139,12 @@ def losses(
     Raises:
         InputError: outputs that are no tokens.
     """
-    if logits.shape[-1] <= int(batch.tokens.max()):
+    if logits[0].shape[-1] <= int(batch.tokens.max()):
         raise InputError(NO_TOKENS)
-    cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits[0].device)
     for row, counted in enumerate(batch.counted):
         targets = batch.tokens[row, 1:]
-        log_q = logits[row, :-1].float().log_softmax(dim=-1)
+        log_q = logits[row][:-1].float().log_softmax(dim=-1)
         cross_entropy -= log_q.gather(1, targets[:, None]).squeeze(1)[counted].double().sum()
         if clean is not None:
             log_p = clean[row, :-1].float().log_softmax(dim=-1)

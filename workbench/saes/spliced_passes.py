@@ -117,8 +117,8 @@ class Ablation:
     _agree: bool | None = None
     """Whether contexts with the same left agree; None before any were compared."""
 
-    def logits(self, batch: ContextBatch, clean: CleanPass) -> Float[Tensor, "batch pos vocab"]:
-        """The logits of every context.
+    def logits(self, batch: ContextBatch, clean: CleanPass) -> Sequence[Float[Tensor, "pos vocab"]]:
+        """The logits of every context; those that are the same are one tensor.
 
         Args:
             clean: the batch's pass without a change.
@@ -126,25 +126,25 @@ class Ablation:
         before = last_block_before(self.model, self.hook)
         blocks = {before: clean.blocks[before]} if before in clean.blocks else {}
         if self._agree is False or not all(isinstance(output, Tensor) for output in blocks.values()):
-            return self._run(batch, blocks)
+            return self._run(batch, blocks).unbind()
         left = self._left(batch)
         if self._agree is None:
             logits = self._run(batch, blocks)
             for token, rows in left.items():
                 self._compare(token, batch.tokens[rows], logits[rows])
-            return logits
+            return logits.unbind()
         first = {token: rows[0] for token, rows in left.items() if token not in self._known}
         same = {row for rows in left.values() for row in rows}
         run = sorted([*first.values(), *(row for row in range(len(batch.tokens)) if row not in same)])
-        assert clean.logits is not None
-        logits = torch.empty_like(clean.logits)
+        found: dict[int, Tensor] = {}
         if run:
-            logits[run] = self._run(batch.part(run), {layer: output[run] for layer, output in blocks.items()})
+            fresh = self._run(batch.part(run), {layer: output[run] for layer, output in blocks.items()})
+            found = dict(zip(run, fresh, strict=True))
         for token, rows in left.items():
             if token in first:
-                self._keep(token, batch.tokens[rows[0]], logits[rows[0]])
-            logits[rows] = self._known[token][1] if token in self._known else logits[rows[0]]
-        return logits
+                self._keep(token, batch.tokens[rows[0]], found[rows[0]])
+            found |= dict.fromkeys(rows, self._known[token][1] if token in self._known else found[rows[0]])
+        return [found[row] for row in range(len(batch.tokens))]
 
     def _left(self, batch: ContextBatch) -> dict[int, list[int]]:
         """Contexts by the token that is left of them, NO_TOKEN where none is; not those of which more is left."""

@@ -66,7 +66,7 @@ def test_ablated_contexts_are_those_that_are_run_one_by_one(
         found = ablation.logits(batch, clean)
         counter.remove()
         expected = spliced_pass(model, batch, clean.blocks, place, vector.expand_as)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.stack(list(found)), expected, rtol=1e-5, atol=1e-5)
         mixed |= bool(batch.ordinary[:, 1:].all(dim=1).any()) and not bool(batch.ordinary[:, 1:].all())
     assert mixed
     assert (sum(run) < 0.8 * contexts_in_all) == spared
