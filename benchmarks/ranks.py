@@ -205,7 +205,7 @@ def time_sweep(ranks: Ranks, name: str, data: list[Tensor], steps: int) -> dict[
                 on_metrics=lambda metrics, into=reports: into.update({metrics.step: metrics.seconds}),  # type: ignore[misc]
             )  # fmt: skip
         if ranks.leads:
-            seconds[key] = reports[steps] - reports[steps // 10]
+            seconds[key] = reports[steps] - reports[min(step for step in reports if step >= steps // 10)]
     if not ranks.leads:
         return {}
     return {
@@ -301,14 +301,13 @@ def time_streaming(ranks: Ranks, tokens: int, folder: Path, device: torch.device
     asked = HarvestConfig(spec, "python-stdlib", ("blocks.6.hook_resid_post",), max_tokens=tokens)
     plan = HarvestPlan.of(model, asked)
     rows = plan.batch_contexts * plan.context_len
-    blocks = tokens // rows - 1
-    config = config_of(size, blocks * rows // size.batch)
-    needed = max(2, blocks + 1)
     with contexts(model, corpus, asked, plan) as packed:
-        whole = [len(batch.tokens) == plan.batch_contexts for _, batch in zip(range(needed), packed, strict=False)]
-    if sum(whole) < needed:
-        # Who waits for rows that never come waits for good.
-        sys.exit(f"--streaming: {sum(whole)} batches of {rows} tokens, of {needed} needed" if ranks.leads else 1)
+        lengths = [len(batch.tokens) for _, batch in zip(range(tokens // rows), packed, strict=False)]
+    # Who waits for rows that never come waits for good: no more are sent than there are, the one ahead among them.
+    blocks = lengths.count(plan.batch_contexts) - 1
+    if blocks < 1:
+        sys.exit(f"--streaming: {blocks + 1} batches of {rows} tokens, of 2 needed" if ranks.leads else 1)
+    config = config_of(size, blocks * rows // size.batch)
 
     def streamed(over: Ranks) -> None:
         hook = plan.hooks[0].name

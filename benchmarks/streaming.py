@@ -38,7 +38,7 @@ from workbench.models.load import LoadedModel, load_model
 from workbench.text.corpora import Corpus, open_corpus
 from workbench.text.packing import pack
 
-BUFFERS = (4096, 16_384, 65_536, 262_144)
+BUFFERS = (1_048_576, 262_144, 65_536, 16_384)
 
 
 class Resident:
