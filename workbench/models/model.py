@@ -167,11 +167,12 @@ class LoadedModel:
 
     @cached_property
     def _anchor(self) -> tuple[list[int], str]:
-        """A token that texts are decoded after, and its own text; none where "a" is no text of the vocabulary."""
+        """A token that texts are decoded after, and its own text."""
         try:
             tokens = self.encode("a")[-1:]
         except InputError:
-            return [], ""
+            # Where "a" is no text any token does: words and numbers have a space between them.
+            tokens = [0]
         return tokens, self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
     @property

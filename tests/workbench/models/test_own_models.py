@@ -233,7 +233,7 @@ def test_a_hooked_transformer_goes_all_the_way_without_a_tokenizer(kind: str, tm
     assert index.activations > 0
     reading = space.prompt("s", "3 7 3 9")
     assert reading.tokens == [3, 7, 3, 9]
-    assert reading.texts == ["3", "7", "3", "9"]
+    assert reading.texts == [" 3", " 7", " 3", " 9"]
     assert np.isnan(reading.losses[0])
     assert np.isnan(reading.losses[1]) == (kind == "classes")
     # Rows and needle tests are as long as the context allows: twice 10 tokens and the one before them, and none.
