@@ -55,7 +55,7 @@ def measured(table: pd.DataFrame) -> None:
     """What the SAEs cost the model, against the number of active features."""
     unmeasured = table[table["fvu"].isna()]
     if len(unmeasured) < len(table):
-        st.caption("Lower and further left is better. Symbol: width. Held-out tokens.")
+        st.caption("Lower and further left is better. L0: active features a token. Symbol: width. Held-out tokens.")
         st.plotly_chart(figures.sae_comparison(table), key="comparison")
     if len(unmeasured):
         names = " ".join(unmeasured["sae"].head(3))

@@ -98,7 +98,7 @@ def sae_comparison(table: pd.DataFrame) -> go.Figure:
             )  # fmt: skip
     # Left to itself a log axis this short shows ticks such as 2, 5, 100, 2, 5, without their powers of ten.
     ticks = [2**power for power in range(21)]
-    figure.update_xaxes(title_text="L0 (active features per token)", type="log", tickvals=ticks, ticktext=ticks)
+    figure.update_xaxes(title_text="L0", type="log", tickvals=ticks, ticktext=ticks)
     # FVU spans orders of magnitude; added nats may be below zero.
     figure.update_yaxes(type="log", row=1, col=1)
     figure.update_yaxes(rangemode="tozero", row=1, col=3)
