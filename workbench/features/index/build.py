@@ -242,6 +242,7 @@ class _Build:
         try:
             model = self.behind.load(f"harvest {self.source.name!r}", self.model, self.device)
             n_heads = model.info.n_heads
+            _check_promotes(model)
             for effects in effects_of(model, self.sae):
                 schema.insert_logit_effects(connection, effects)
         except InputError as error:
@@ -342,10 +343,18 @@ def _check_memory(sae: SAE, vectors: Vectors | SideBySide, n_rows: int) -> None:
     )  # fmt: skip
 
 
+def _check_promotes(model: "LoadedModel") -> None:
+    """Raises InputError where outputs are no tokens: an index names those that features promote by their text."""
+    if not model.gives_tokens:
+        raise InputError("this model's outputs are no tokens, so the index says of none that a feature promotes it")
+
+
 def _why_missing(behind: Origin, sae: SAE, model: "LoadedModel | None", device: str) -> str | None:
     """Why logit effects cannot be computed; None when they can."""
     try:
-        output_directions(behind.load("these rows", model, device), sae)
+        loaded = behind.load("these rows", model, device)
+        _check_promotes(loaded)
+        output_directions(loaded, sae)
     except InputError as error:
         return str(error)
     return None
