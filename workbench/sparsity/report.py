@@ -260,9 +260,7 @@ def report_heads(
 
     def make() -> Made:
         held = _heldout("restricting heads", model, corpus, max_tokens, context_len, attention=True)
-        found = measure_heads(
-            model, held, keep, budget, rest=rest, draws=draws, seed=seed, on_progress=on_progress
-        )  # fmt: skip
+        found = measure_heads(model, held, keep, budget, rest=rest, draws=draws, seed=seed, on_progress=on_progress)
         if context_len > KEYS:
             heads = found.heads.merge(looking_ranks(model, held), on=["layer", "head"])
         else:
