@@ -1,8 +1,7 @@
 """The sparsity measurements as results of a workspace, one kind each.
 
     sparsity-mlp         tables layers, neurons, positions, residual, coding
-    sparsity-curves      tables points, shares (by matrix), costs (at given costs), cett (thresholds by layer), ppl,
-                         reliability
+    sparsity-curves      tables points, shares (by matrix), costs (given), cett (thresholds by layer), ppl, reliability
     sparsity-predict     tables overlap, cores, dimensions, predictor
     sparsity-attention   tables curves, coverage, heads, with tasks also tasks
     sparsity-heads       tables heads, layers, curve
@@ -49,9 +48,8 @@ from workbench.sparsity.reliability import CORRUPTED, reliability
 from workbench.sparsity.sae_codes import measure_saes
 from workbench.text.corpora import Corpus
 
-MLP, CURVES, ATTENTION = "sparsity-mlp", "sparsity-curves", "sparsity-attention"
+MLP, CURVES, ATTENTION, PREDICT = "sparsity-mlp", "sparsity-curves", "sparsity-attention", "sparsity-predict"
 HEADS, SAES, EXPERTS = "sparsity-heads", "sparsity-sae", "sparsity-experts"
-PREDICT = "sparsity-predict"
 HEADS_TOKENS = 2048
 """Held-out tokens that heads are restricted on, one at a time."""
 CETT_TARGETS = (0.01, 0.05, 0.1, 0.2, 0.5)
