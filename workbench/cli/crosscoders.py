@@ -117,6 +117,12 @@ def print_crosscoders(evaluations: "Sequence[Result]") -> None:
         parts = evaluation.table("parts").set_index("part")
         rows = [[title, *parts[key]] for title, key in PART_COLUMNS.items()]
         print_table(f"{evaluation.name}: L0 {parts['l0'].iloc[0]:.1f}", ["", *parts.index], rows)
+        poor = [part for part, explained in parts["explained_variance"].items() if explained < 0]
+        if poor:
+            print(
+                f"{evaluation.name} explains less of {' and '.join(poor)} than the mean does: train it on more tokens "
+                "before you believe what it says of features"
+            )
         groups = evaluation.table("groups")
         columns = ["group", "features", "share", "cosine", "nu_error", "nu_reconstruction"]
         print_table(

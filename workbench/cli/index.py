@@ -74,6 +74,8 @@ def make_index(
         print(said if names == [sae] else f"{name}: {said}")
         if found.missing:
             print(f"Without logit effects: {found.missing}")
+        if found.note:
+            print(f"{name}: {found.note}")
     if as_json:
         print_json(asdict(made[sae]) if names == [sae] else {name: asdict(found) for name, found in made.items()})
     else:

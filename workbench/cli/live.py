@@ -68,7 +68,9 @@ def prompt(
     if reading.truncated:
         print(f"Only the beginning was read: {reading.n_read:,} tokens")
     if token is None:
-        title = f"{len(table):,} features fire on {reading.n_read} tokens, loss {reading.mean_loss:.3f} nats"
+        title = f"{len(table):,} features fire on {reading.n_read} tokens"
+        if not math.isnan(reading.mean_loss):
+            title += f", loss {reading.mean_loss:.3f} nats"
     else:
         likely = "  ".join(
             f"{text!r} {share:.2f}"
@@ -120,11 +122,13 @@ def steer(
         print(f"Only the beginning of the prompt was read: {len(found.texts) - found.first:,} tokens")
     for feature, name in found.names.items():
         print(f"feature {feature}: {shorten(name)}")
-    print(f"clean    {shorten(found.clean)}")
-    print(f"steered  {shorten(found.steered)}")
+    if found.clean or found.steered:  # a model whose outputs are no tokens goes on with none
+        print(f"clean    {shorten(found.clean)}")
+        print(f"steered  {shorten(found.steered)}")
     if not math.isnan(found.clean_nats):
         print(f"under the unedited model {found.clean_nats:.2f} and {found.steered_nats:.2f} nats a token")
-    print(f"on the prompt KL {found.mean_kl:.4f} nats, loss {found.mean_losses[0]:.3f} to {found.mean_losses[1]:.3f}")
+    said, (clean, steered) = f"on the prompt KL {found.mean_kl:.4f} nats", found.mean_losses
+    print(said if math.isnan(clean) else f"{said}, loss {clean:.3f} to {steered:.3f}")
     columns = ["text", "clean", "steered", "difference"]
     # Tokens that differ in their spaces alone would look the same.
     table = found.next_tokens[columns].assign(text=found.next_tokens["text"].map(marked))

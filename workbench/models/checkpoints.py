@@ -82,6 +82,10 @@ def locate(spec: str) -> tuple[str, str]:
         if not (folder / "config.json").is_file():
             raise InputError(f"{spec} is not a Hugging Face model folder: it has no config.json")
         return str(folder), "folder"
+    if folder.suffix == ".py":
+        raise InputError(f"{spec} is Python: say which function of it makes the model, {spec}:FUNCTION")
+    if folder.suffix in (".pt", ".pth") and not folder.exists():
+        raise InputError(f"no checkpoint at {spec}")
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise InputError(f"no model folder at {spec}")
     found = hub_name(spec)

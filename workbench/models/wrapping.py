@@ -14,6 +14,7 @@ experts both adapters learn where its neurons are (`workbench.models.mixtures`).
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ def _boot(location: str, hf: Any, tokenizer: PreTrainedTokenizerBase, dtype: tor
     from transformer_lens.model_bridge import TransformerBridge
 
     twin = copy.deepcopy(hf, {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())})
+    # By its whole path: a folder that is called as TransformerLens calls a model ("mixtral") would be taken for that.
+    place = str(Path(location).absolute()) if Path(location).is_dir() else location
     bridge: Bridge = TransformerBridge.boot_transformers(
-        location, hf_model=twin, tokenizer=tokenizer, device=next(hf.parameters()).device, dtype=dtype
+        place, hf_model=twin, tokenizer=tokenizer, device=next(hf.parameters()).device, dtype=dtype
     )
     for part in bridge.adapter.component_mapping.values():
         parent, _, name = str(part.name).rpartition(".")

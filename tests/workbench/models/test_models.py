@@ -204,6 +204,8 @@ def test_a_hub_name_without_network_is_refused_in_one_line() -> None:
     ("options", "message"),
     [
         ({"spec": "./no/such/folder"}, "no model folder at"),
+        ({"spec": "absent.pt"}, "no checkpoint at absent.pt"),
+        ({"spec": "mine.py"}, "which function of it makes the model, mine.py:FUNCTION"),
         ({"spec": "demo", "dtype": "int8"}, "unknown dtype 'int8'"),
         ({"spec": "demo", "device": "tpu-ish"}, "unknown device 'tpu-ish'"),
     ],
@@ -211,6 +213,15 @@ def test_a_hub_name_without_network_is_refused_in_one_line() -> None:
 def test_bad_arguments_are_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_model(**options)
+
+
+def test_a_folder_called_like_a_published_model_is_not_taken_for_it(
+    tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny_gpt2, tmp_path / "mixtral")
+    monkeypatch.chdir(tmp_path)
+    load_model("mixtral", device="cpu")
+    assert not caplog.records
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")

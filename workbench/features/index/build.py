@@ -66,6 +66,8 @@ class IndexSummary:
     """Why there are no logit effects, where there are none."""
     seconds: dict[str, float]
     """By step; empty when the index was there already."""
+    note: str = ""
+    """What there is to say where the rows are not of the model that the SAE was trained on."""
 
 
 def build_index(
@@ -115,10 +117,11 @@ def build_index(
     settings = {"schema": SCHEMA, "sae": sae_name, "weights": sae.fingerprint(), "hook": sae.hook_name, **read}
     if sae.written_hook != sae.hook_name:
         settings["target_hook"] = sae.written_hook
+    note = _note(sae_name, origin, behind)
     same = path.exists() and read_meta(path)["settings"] == settings
     # What lacked its model is built again once the model can be had.
     if same and (read_meta(path)["missing"] is None or _why_missing(behind, sae, model, device) is not None):
-        return _summary(path, {})
+        return _summary(path, {}, note)
     partial = path.with_suffix(".partial")
     with RunLock(partial):
         _begin(partial, settings)
@@ -133,7 +136,7 @@ def build_index(
         build.encode(on_progress)
         write_duckdb(path, build.fill, remedy="what is encoded is kept: make room and repeat the command")
     shutil.rmtree(partial)
-    return _summary(path, build.laps.seconds)
+    return _summary(path, build.laps.seconds, note)
 
 
 class _Laps:
@@ -367,9 +370,19 @@ def read_meta(path: Path) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in rows}
 
 
-def _summary(path: Path, seconds: dict[str, float]) -> IndexSummary:
+def _note(sae_name: str, origin: Origin, behind: Origin) -> str:
+    trained, read = origin.weights_sha256, behind.weights_sha256
+    if trained is None or read is None or trained == read:
+        return ""
+    return (
+        f"these are activations of {behind.model}, whose weights are not those of {origin.model} that {sae_name!r} was "
+        "trained on"
+    )
+
+
+def _summary(path: Path, seconds: dict[str, float], note: str) -> IndexSummary:
     meta = read_meta(path)
     return IndexSummary(
         path, meta["tokens"], meta["activations"], path.stat().st_size, meta["missing"],
-        {step: round(took, 2) for step, took in seconds.items()},
+        {step: round(took, 2) for step, took in seconds.items()}, note,
     )  # fmt: skip

@@ -267,3 +267,13 @@ def test_what_cannot_be_indexed_is_refused_in_one_line(space: Workspace, gpt2_mo
     with pytest.raises(InputError, match="are BOS and padding"):
         build_index(space, SAE_NAME, harvest="h", max_rows=1, device="cpu")
     assert not space.index_path(SAE_NAME).exists()
+
+
+def test_rows_of_other_weights_than_an_sae_was_trained_on_are_said(
+    tmp_path: Path, space: Workspace, gpt2_model: LoadedModel
+) -> None:
+    record = {"harvest": {"model": {"weights_sha256": "0" * 64}, "config": {"model": "elsewhere"}}}
+    space.add_sae("foreign", random_sae(gpt2_model.info.d_model), record)
+    note = build_index(space, "foreign", harvest="h", model=gpt2_model, device="cpu").note
+    assert "whose weights are not those of elsewhere that 'foreign' was trained on" in note
+    assert build_index(space, SAE_NAME, harvest="h", model=gpt2_model, device="cpu").note == ""
