@@ -28,7 +28,8 @@ from torch import Tensor
 
 NAN_KEY = tl.constexpr(0x7FFFFFFF)
 TILE = 2048
-WARPS = 4
+# Warps of a program that chooses, at least, and groups of each: with twice as many groups a warp would spill.
+WARPS, GROUPS_OF_A_WARP = 4, 512
 # Groups of a row, about; of a part of it, by one program of the streaming pass; and columns of each side by side.
 GROUPS, LANES, RUN = 2048, 512, 8
 
@@ -271,6 +272,7 @@ def select_rows(
     candidates = torch.empty(n, capacity, dtype=torch.int64, device=scores.device)
     u, beta = (scores, 0.0) if gradient is None else gradient
     ranked = {"ABSOLUTE": absolute, "GRADIENT": gradient is not None}
+    room = triton.next_power_of_2(n_groups)
     _maxima_kernel[(n, parts)](
         scores, u, bias, maxima, scores.stride(0), n_columns, n_groups, beta,
         LANES=lanes, MEMBERS=members, RUN=min(members, RUN), **ranked, num_warps=max(1, lanes // 128),
@@ -278,6 +280,6 @@ def select_rows(
     _select_kernel[(n,)](
         scores, u, bias, maxima, values, indices, indices if ranks is None else ranks, groups, candidates,
         scores.stride(0), n_columns, n_groups, k, beta,
-        LANES=lanes, N_GROUPS=triton.next_power_of_2(n_groups), CAPACITY=capacity, GROUPS_AT_ONCE=at_once,
-        MEMBERS=members, RUN=min(members, RUN), RANKED=ranks is not None, **ranked, num_warps=WARPS,
+        LANES=lanes, N_GROUPS=room, CAPACITY=capacity, GROUPS_AT_ONCE=at_once, MEMBERS=members, RUN=min(members, RUN),
+        RANKED=ranks is not None, **ranked, num_warps=max(WARPS, room // GROUPS_OF_A_WARP),
     )  # fmt: skip

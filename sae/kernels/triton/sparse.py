@@ -202,6 +202,7 @@ def centre_rows(
     if into is None:
         out = torch.empty(n, d, dtype=dtype, device=batch.device)
         into = CentredRows(out, torch.empty(2, blocks, d, dtype=torch.float32, device=batch.device))
+    assert into.x.shape == batch.shape
     _centre_kernel[(blocks, triton.cdiv(d, SLICE))](
         batch, scale, b_dec, batch if less is None else less, into.x, into.sums[0], into.sums[1], n,
         d // alignment(d), ALIGN=alignment(d), LESS=less is not None, ROWS=CENTRE_ROWS, COLUMNS=SLICE, num_warps=4,

@@ -93,13 +93,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("absolute", "gradient"), [(False, False), (True, False), (False, True)])
 def test_select_stays_in_registers(absolute: bool, gradient: bool, folder: Path) -> None:
-    from sae.kernels.triton.select import GROUPS, LANES, RUN, TILE, WARPS, _maxima_kernel, _select_kernel
+    from sae.kernels.triton.select import GROUPS, GROUPS_OF_A_WARP, LANES, RUN, TILE, _maxima_kernel, _select_kernel
 
     ranked = {"LANES": LANES, "MEMBERS": 64, "RUN": RUN, "ABSOLUTE": absolute, "GRADIENT": gradient}
     ptx = check(_maxima_kernel, ranked, LANES // 128, folder)
     assert not re.search(r"ld\.global\S*\.b32\s*\{\s*%r\d+\s*\}", ptx)
-    chosen = {"N_GROUPS": GROUPS, "CAPACITY": 128, "GROUPS_AT_ONCE": TILE // 64, "RANKED": gradient}
-    check(_select_kernel, {**chosen, **ranked}, WARPS, folder)
+    # The last two: of the largest k, and of the most candidates of a row, from which BatchTopK's threshold is taken.
+    sizes = [(GROUPS, 128), (2 * GROUPS, 1024), (4 * GROUPS, 2048)]
+    for groups, capacity in sizes[:2] if gradient else sizes:
+        chosen = {"N_GROUPS": groups, "CAPACITY": capacity, "GROUPS_AT_ONCE": TILE // 64, "RANKED": gradient}
+        check(_select_kernel, {**chosen, **ranked}, groups // GROUPS_OF_A_WARP, folder)
 
 
 def test_a_merge_stays_in_registers(folder: Path) -> None:
