@@ -24,11 +24,11 @@ from workbench.disk.names import check_name, new_folder
 from workbench.features.index.build import IndexSummary, build_index
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestProgress, harvest_into
-from workbench.models.contexts import context_length
+from workbench.models.contexts import NO_TOKENS, context_length
 from workbench.models.hooked import SUFFIXES
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
-from workbench.models.load_own import LIVE
+from workbench.models.load_own import LIVE, is_function
 from workbench.saes.crosscoders import evaluate_crosscoder
 from workbench.saes.train import train_all
 
@@ -121,7 +121,7 @@ def diff_models(
 
 
 def _check(models: Sequence[LoadedModel], hook: str) -> None:
-    """Raises InputError for models of different tokenizers, or without the hook point."""
+    """Raises InputError for models of different tokenizers, without the hook point, or whose outputs are no tokens."""
     first, other = models
     if first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise InputError(
@@ -130,6 +130,8 @@ def _check(models: Sequence[LoadedModel], hook: str) -> None:
         )
     for model in models:
         resolve_hook(model, hook)
+        if not model.gives_tokens:
+            raise InputError(f"{model.info.name}: {NO_TOKENS}")
 
 
 def _check_settings(catalog: Catalog, config: TrainConfig, harvests: Sequence[str]) -> None:
@@ -154,6 +156,8 @@ def _harvest(
 def part_labels(a: str, b: str) -> list[str]:
     """What the models are called: the last words of their names, the second by another where these are the same."""
     first, second = _last_word(a), _last_word(b)
+    if first == second and is_function(a) and is_function(b):
+        first, second = (spec.rpartition(":")[2] for spec in (a, b))
     return [first, second] if first != second else [first, f"{first}-2"]
 
 

@@ -178,6 +178,8 @@ def described_hooks(own: OwnModel) -> dict[str, HookSpec]:
             f"{own.name} names no hook points: give hooks={{'NAME': 'path.of.a.submodule'}}, such as "
             f"{', '.join([name for name, _ in own.module.named_modules() if name][:4])}"
         )
+    if not isinstance(own.hooks, Mapping):
+        raise InputError(f"{own.name}: hooks are {{'NAME': 'path.of.a.submodule'}}, and no {type(own.hooks).__name__}")
     found = {}
     for name, place in own.hooks.items():
         path, _, side = place.partition(":")

@@ -102,6 +102,8 @@ def mlps(model: LoadedModel) -> list[MLP]:
             such MLP.
     """
     by_module = {id(projection.module): projection for projection in projections(model)}
+    if not model.info.n_layers:
+        raise InputError(f"{model.info.name} is known by its hook points alone, which do not say what an MLP is")
     activation = _activation(model)
     found = []
     for layer in range(model.info.n_layers):
@@ -109,6 +111,10 @@ def mlps(model: LoadedModel) -> list[MLP]:
         if isinstance(wide, WideOut):
             found.append(MLP(layer, None, None, Projection(f"blocks.{layer}.mlp.out", layer, wide), activation))
             continue
+        if model.component(f"blocks.{layer}.mlp") is None:
+            raise InputError(
+                f"{model.info.name} has no MLP in block {layer}: of attention there are sparsity attention and heads"
+            )
         entry, gate, out = (_matrix(model, by_module, layer, name) for name in ("in", "gate", "out"))
         drive = gate or entry
         if drive is None or entry is None or out is None or drive.weight.shape[0] != out.d_in:

@@ -53,6 +53,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, changed:
         ("google/gemma-2-2b", "other/gemma-2-2b", ["gemma-2-2b", "gemma-2-2b-2"]),
         ("models/base/", "tuned.py:make", ["base", "tuned"]),
         ("weights.pt", "live:mine", ["weights", "mine"]),
+        ("mine.py:before", "mine.py:after", ["before", "after"]),
     ],
 )
 def test_models_are_called_by_the_last_words_of_their_names(a: str, b: str, labels: list[str]) -> None:

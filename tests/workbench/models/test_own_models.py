@@ -469,6 +469,7 @@ def test_what_a_plain_module_lacks_is_said_in_one_line(tmp_path: Path) -> None:
         ({"call": lambda module, tokens: module(tokens) * torch.nan}, "gives NaN"),
         ({"d_vocab": 12, "vocabulary": None}, r"fails on 64 tokens below 12 \(IndexError: .*: check d_vocab"),
         ({"hooks": {"twice": "out"}, "call": lambda module, tokens: module(tokens) + module(tokens)}, "runs 2 times"),
+        ({"hooks": ["out"]}, "hooks are .*, and no list"),
         ({"module": nn.Flatten()}, "has no weights"),
         ({"module": "text"}, "expected a HookedTransformer"),
     ],
