@@ -34,7 +34,7 @@ class TrainingSettings:
         int | None,
         typer.Option(
             "--anneal-from", metavar="K", rich_help_panel=PANEL,
-            help="k of the first step: it falls to --k over the first 70% of the steps.",
+            help="k (of jumprelu: target) of the first step; falls to its own over the first 70% of the steps.",
         ),
     ] = None  # fmt: skip
     multi_k: Annotated[
