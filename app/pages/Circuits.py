@@ -205,7 +205,11 @@ def edges(result: Result) -> None:
             "head to open it."
         )
     with side:
-        st.plotly_chart(io.from_json(result.figures()["faithfulness"]), key="curve", config={"displayModeBar": False})
+        curve = io.from_json(result.figures()["faithfulness"])
+        # Names under each other and in two lines, since the column is narrow beside the graph.
+        curve.for_each_trace(lambda trace: trace.update(name=(trace.name or "").replace(": ", ":<br>")))
+        curve.update_layout(legend={"orientation": "v", "x": 0, "y": -0.25, "yanchor": "top"})
+        st.plotly_chart(curve, key="curve", config={"displayModeBar": False})
         if st.button("Run this circuit alone"):
             try:
                 with st.spinner("Running ..."):

@@ -30,7 +30,7 @@ def main() -> None:
     table = everything[everything["sae"].isin(chosen or names)]
     colours = figures.sae_colours(table)
     measured(table)
-    st.dataframe(table[list(COLUMNS)].rename(columns=COLUMNS), hide_index=True, width="stretch")
+    st.dataframe(table[list(COLUMNS)].rename(columns=COLUMNS), hide_index=True, width="stretch", placeholder="")
     st.download_button(
         "Save as CSV",
         lambda: table.to_csv(index=False),

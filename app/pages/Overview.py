@@ -62,7 +62,7 @@ def saes(workspace: Workspace) -> None:
     ]
     if rows:
         counts = {"features": st.column_config.NumberColumn(format="localized")}
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=counts)
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=counts, placeholder="")
     else:
         st.info("No SAE yet. Train one with `workbench train`.")
     evaluations = workspace.results.find("evaluation")
@@ -82,7 +82,7 @@ def transcoders(workspace: Workspace) -> None:
     ]  # fmt: skip
     if rows:
         st.subheader("Sets of transcoders")
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", placeholder="")
         st.caption("Nats a token that are added with all layers replaced at once, by the transcoders, zeros or means.")
 
 
