@@ -201,8 +201,9 @@ def score_titles(scores: pd.DataFrame) -> dict[str, str]:
     titles = {score: f"{score} (random tokens)" for score in ON_RANDOM_TOKENS}
     if "needles_found" in scores:
         found = scores["needles_found"].iloc[0]
-        titles["retrieval"] = f"retrieval ({found} needles)"
-        titles["retrieval_steps"] = f"retrieval, counted at every step ({found} needles)"
+        needles = "1 needle" if found == 1 else f"{found} needles"
+        titles["retrieval"] = f"retrieval ({needles})"
+        titles["retrieval_steps"] = f"retrieval at every step ({needles})"
     return titles
 
 
