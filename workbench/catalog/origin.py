@@ -159,6 +159,7 @@ class Origin:
             transcoders: name and set of the transcoders it is measured on.
             more: what else had a part in it (must be JSON).
         """
+        model.check_unchanged()
         record: dict[str, Any] = {"model": model.info.to_dict(), **more}
         if corpus is not None:
             record["corpus"] = {"name": corpus.name, "fingerprint": corpus.fingerprint}
@@ -215,7 +216,11 @@ class Origin:
         return loaded.beginning(self.bos)
 
     def check_model(self, model: "LoadedModel", what: str) -> None:
-        """Raises InputError when `model` is another one than `what` was made from, where that is known."""
+        """Raises InputError when `model` is another one than `what` was made from, where that is known.
+
+        Also when its weights were changed after it was loaded.
+        """
+        model.check_unchanged()
         if self.weights_sha256 in (None, model.info.weights_sha256):
             return
         live, known = model.info.source == "live", model.info.source in ("live", "python", "file")

@@ -200,7 +200,12 @@ def description_of(model: LoadedModel, corpus: Corpus, config: HarvestConfig, pl
 
 
 def made_from(config: HarvestConfig, model: LoadedModel, corpus: Corpus) -> dict[str, Any]:
-    """What rows are made from; recorded with everything made from them."""
+    """What rows are made from; recorded with everything made from them.
+
+    Raises:
+        InputError: a model whose weights are no longer those that were hashed.
+    """
+    model.check_unchanged()
     # Recorded where it is not as it always was, so that harvests begun before there was a choice go on.
     usual = {"separate": False, "bos": True}
     config = replace(config, context_len=context_length(model, config.context_len))

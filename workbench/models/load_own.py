@@ -213,8 +213,10 @@ def load_own(given: Given, place: torch.device | None, dtype: torch.dtype | None
     if is_hooked(module) or isinstance(module, TransformerBridge):
         if own.hooks or own.call:
             raise InputError(f"{own.name} is a {type(module).__name__}, which has its hook points: name none")
-        return _transformer(own, module, recorded)
-    return _module(own, recorded)
+        loaded = _transformer(own, module, recorded)
+    else:
+        loaded = _module(own, recorded)
+    return dataclasses.replace(loaded, weights_at_load=loaded.states_of_weights())
 
 
 def _transformer(own: OwnModel, module: Any, recorded: dict[str, Any]) -> LoadedModel:

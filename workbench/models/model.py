@@ -121,6 +121,8 @@ class LoadedModel:
     """Whether no token sees later ones."""
     gives_tokens: bool = True
     """Whether its logits are of the tokens that it reads, and not of classes."""
+    weights_at_load: tuple[tuple[int, int], ...] | None = None
+    """Of a model of one's own, which its owner can train on: `states_of_weights` when they were hashed."""
 
     def __post_init__(self) -> None:
         take_turns(self.hf, self.structure)
@@ -131,6 +133,19 @@ class LoadedModel:
         if self.checks.wrong_bridge is not None:
             raise InputError(self.checks.wrong_bridge)
         return self.structure
+
+    def states_of_weights(self) -> tuple[tuple[int, int], ...]:
+        """Where every weight lies and how often it was written to, which changes with an optimiser's step."""
+        weights = self.hf.parameters()
+        return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in weights)
+
+    def check_unchanged(self) -> None:
+        """Raises InputError when weights were changed after they were hashed, so that the hash is of others."""
+        if self.weights_at_load not in (None, self.states_of_weights()):
+            raise InputError(
+                f"the weights of {self.info.name} were changed or moved after it was loaded, so that their hash is "
+                "that of others: load the model again, load_model(...)"
+            )
 
     def component(self, path: str) -> nn.Module | None:
         """The bare module at a TransformerLens path such as `blocks.0.attn.o`, None where this model has none."""

@@ -517,6 +517,26 @@ def test_a_live_model_is_known_by_its_weights(tmp_path: Path) -> None:
         reload_model("live:characters")
 
 
+def test_a_live_model_that_was_trained_on_is_refused_until_it_is_loaded_again(tmp_path: Path) -> None:
+    own, corpus = character_model(), token_corpus(length=20, d_vocab=11)
+    model = load_model(own)
+    space, _ = made(tmp_path, model, "mlp", corpus, 20)
+    own.module(rows(20, 11)).sum().backward()
+    torch.optim.SGD(own.module.parameters(), lr=0.1).step()
+    config = HarvestConfig(model.info.name, corpus.name, ("mlp",), context_len=20, max_tokens=200)
+    for use in (
+        lambda: space.harvest("later", config, model=model, corpus=corpus),
+        lambda: space.train("r2", config, [TrainConfig("s2", 256, d_sae=32, rule=TopK(4))], model=model, corpus=corpus),
+        lambda: space.evaluate(["s"], model=model, corpus=corpus),
+        lambda: space.prompt("s", "abc", model=model),
+    ):
+        with pytest.raises(InputError, match=r"changed or moved after it was loaded.*load the model again"):
+            use()
+    again = load_model(own)
+    assert again.info.weights_sha256 != model.info.weights_sha256
+    assert space.harvest("later", config, model=again, corpus=corpus).n_rows == 200
+
+
 def test_the_same_weights_under_another_forward_pass_are_another_model(tmp_path: Path) -> None:
     plain, scaled = hooked_transformer(normalization_type=None), hooked_transformer(normalization_type="RMSPre")
     scaled.load_state_dict(plain.state_dict(), strict=False)
