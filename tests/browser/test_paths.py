@@ -142,7 +142,9 @@ def test_documents_like_one_are_found_and_the_link_keeps_it(address: str, page: 
     page.wait_for_url(re.compile(f"document={name}"))
     page.get_by_text("Select a document to see what it shares").wait_for()
     # What is like it, and what the first of them shares with it.
-    assert page.get_by_role("tabpanel", name="Documents").get_by_test_id("stDataFrame").count() == 2
+    tables = page.get_by_role("tabpanel", name="Documents").get_by_test_id("stDataFrame")
+    tables.nth(1).wait_for()
+    assert tables.count() == 2
 
 
 def test_back_from_a_feature_keeps_the_search(address: str, page: Any) -> None:
