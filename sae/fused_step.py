@@ -142,7 +142,7 @@ class FusedStep:
         # A shard's scores are narrower: as many more rows of them at once.
         at_once = state.config.batch_size // 16 * (state.shards.size if state.shards.size > 1 else 0)
         self.sizes = sizes or replace(SIZES, min_rows=max(SIZES.min_rows, at_once))
-        # This step's learning rate and correction for Adam, the running densities' rate, and the penalty's weight.
+        # This step's learning rate and correction for Adam, the densities' rate, and the penalty's weight and target.
         self.scalars = torch.zeros(5, device=state.device)
         self._aux_loss = torch.zeros((), device=state.device)
         self._table: tuple[int, Tensor] | None = None

@@ -39,8 +39,10 @@ from workbench.text.corpora import Corpus
 
 LENS = "lens"
 """The kind of result."""
-CONTEXTS, LENS_CONTEXT = 16, 128
+CONTEXTS = 16
 """Of a batch whose Jacobians are taken together."""
+LENS_CONTEXT = 128
+"""Positions of a context, where the model takes as many and no other number is asked for."""
 PREDICTIONS = 5
 SINKS = 16
 """Positions at a context's start that are not counted: attention sinks have streams of their own kind."""

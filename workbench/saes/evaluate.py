@@ -27,7 +27,6 @@ from workbench.text.chats import counting, field_and_only
 from workbench.text.corpora import Corpus, open_corpus
 
 KIND, REPLACEMENT = "evaluation", "replacement"
-"""Context length for SAEs that came without a harvest, where the model takes it."""
 
 
 def evaluate(

@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.kernels.triton.bias import BiasGradient
 from sae.kernels.triton.dense import DensePass
 from sae.kernels.triton.encode import product, topk_encode
 from sae.kernels.triton.features import (
@@ -33,6 +32,7 @@ from sae.kernels.triton.update import (
     AdamStep,
     Moments,
     Parameters,
+    b_dec_gradient,
     clip_factor,
     update_from_code,
     update_from_gradients,
@@ -161,7 +161,7 @@ def learn(
         order, left, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
     )
     owned = [*_skip(p, left[:n], centred.x, scale), *_owned(thresholds, made.thresholds, order, code)]
-    grad_b_dec = _b_dec_gradient(p, left[:n], scale, made.b_enc)
+    grad_b_dec = b_dec_gradient(p, left[:n], scale, made.b_enc).get()
     tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
     _update_from_memory(p, made, grad_b_dec, owned, adam, clip * n / centred.total_variance)
     return _arrived(result)
@@ -209,18 +209,12 @@ def learn_densely(
     error = made.squared_error
     result = StepResult(centred.x, made.residual, error, error, centred.total_variance, made.firings)
     gradients = made.gradients(p, None if aux is None else aux(result), decoder=decoder, squares=clip is not None)
-    grad_b_dec = _b_dec_gradient(p, made.residual, scale, gradients.b_enc)
+    grad_b_dec = b_dec_gradient(p, made.residual, scale, gradients.b_enc).get()
     tokens_since_fired.add_(n).masked_fill_(made.firings > 0, 0)
     owned = [*_skip(p, made.residual, centred.x, scale), *terms.own(made.windows, made.firings, made.magnitude)]
     limit = None if clip is None else clip * n / centred.total_variance
     _update_from_memory(p, gradients, grad_b_dec, owned, adam, limit)
     return result
-
-
-def _b_dec_gradient(
-    p: Parameters, residual: Float[Tensor, "n d"], scale: Float[Tensor, ""], grad_b_enc: Float[Tensor, "d_sae"]
-) -> Float[Tensor, "d"]:
-    return BiasGradient(residual, scale, grad_b_enc, p.shadow_enc if p.subtracts_b_dec else None, p.ranks).get()
 
 
 def _update_from_memory(

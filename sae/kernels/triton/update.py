@@ -356,6 +356,13 @@ def update_from_gradients(
     update_vector(p.b_dec, grad_b_dec * factor, p.m_b_dec, adam)
 
 
+def b_dec_gradient(
+    p: Parameters, residual: Float[Tensor, "n d"], scale: Float[Tensor, ""], grad_b_enc: Float[Tensor, "d_sae"]
+) -> BiasGradient:
+    """Gradient of b_dec, from the encoder as it is now."""
+    return BiasGradient(residual, scale, grad_b_enc, p.shadow_enc if p.subtracts_b_dec else None, p.ranks)
+
+
 def update_from_code(
     parameters: Parameters,
     order: FeatureOrder,
@@ -383,9 +390,7 @@ def update_from_code(
     n_tokens = x_centred.shape[0]
     made = products(order, residual, x_centred, scale, p.shadow_dec, shrink=shrink, sizes=sizes)
     # Before the encoder moves.
-    grad_b_dec = BiasGradient(
-        residual[:n_tokens], scale, made.b_enc, p.shadow_enc if p.subtracts_b_dec else None, p.ranks
-    )
+    grad_b_dec = b_dec_gradient(p, residual[:n_tokens], scale, made.b_enc)
     extra = (p.W_dec,) * 5 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc, aux.along)
     sliced = residual.nbytes + x_centred.nbytes > sizes.cached
     slices = triton.cdiv(d, row_slice(d)) if sliced else 1
