@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from workbench.catalog.results import Result
 from workbench.sparsity import figures
 from workbench.sparsity.compare import report_parts
-from workbench.sparsity.report import ATTENTION, CURVES, HEADS, MLP
+from workbench.sparsity.measurements import ATTENTION, CURVES, HEADS, MLP
 from workbench.workspace import Workspace
 
 DRAWN: dict[str, tuple[str, Sequence[str], Callable[[pd.DataFrame], go.Figure]]] = {

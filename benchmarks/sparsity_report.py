@@ -5,7 +5,7 @@
 
 1. The measuring pass (tokenizing, forward pass, statistics of every MLP) against the bare Hugging Face pass through
    the blocks on tokens that already lie on the device. Rounds alternate; the ratio is the median over rounds.
-2. The whole report once: measuring pass, PPL-p%, the curves of every method, attention patterns.
+2. The whole report once, as `workbench sparsity report` makes it, and its parts.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from workbench.models.contexts import context_batches
 from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.measure import measure
-from workbench.sparsity.report import report_attention, report_curves, report_mlps
+from workbench.sparsity.report import report_all
 from workbench.text.corpora import Corpus, open_corpus
 from workbench.workspace import Workspace
 
@@ -71,16 +71,24 @@ def against_bare_pass(model: LoadedModel, corpus: Corpus, tokens: int, rounds: i
 
 
 def whole_report(model: LoadedModel, corpus: Corpus, tokens: int, heldout: int) -> dict[str, float]:
-    """Seconds of every part of the report, stored in a fresh workspace."""
+    """Seconds of the whole report, stored in a fresh workspace, and of each part until its last token has passed."""
+    ends: dict[str, float] = {}
+
+    def note(part: str, done: int, total: int) -> None:
+        ends[part] = time.perf_counter()
+
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace(Path(folder) / "workspace")
-        parts = {
-            "report: MLPs, s": lambda: report_mlps(space, "r", model, corpus, max_tokens=tokens),
-            "report: PPL-p% and curves, s": lambda: report_curves(space, "r", model, corpus, max_tokens=heldout),
-            "report: attention, s": lambda: report_attention(space, "r", model, corpus, max_tokens=heldout),
-        }
-        found = {name: seconds_of(part, model) for name, part in parts.items()}
-    return found | {"whole report, s": sum(found.values())}
+        start = time.perf_counter()
+        whole = seconds_of(
+            lambda: report_all(
+                space, "r", model, corpus, max_tokens=tokens, heldout_tokens=heldout, on_progress=note
+            ),
+            model,
+        )  # fmt: skip
+    before = [start, *ends.values()]
+    found = {f"report: {part}, s": end - begun for (part, end), begun in zip(ends.items(), before, strict=False)}
+    return found | {"whole report, s": whole}
 
 
 def seconds_of(work: Callable[[], object], model: LoadedModel) -> float:

@@ -128,7 +128,7 @@ class Studies(Catalog):
         return report_all(self, name, model, corpus, **settings)
 
     def sparsity_part(self, part: str, name: str, model: "LoadedModel", corpus: "Corpus", **settings: Any) -> "Result":
-        """One part of it: `measure`, `enforce`, `attention`, `heads` or `sae`; settings and InputErrors as
+        """One part of it, by the name of its command; settings and InputErrors as
         `workbench.sparsity.report.report_part`."""
         from workbench.sparsity.report import report_part
 

@@ -18,9 +18,9 @@ from workbench.sparsity import figures
 from workbench.sparsity.calibration import Calibration, calibrate
 from workbench.sparsity.compare import compare, report_names, report_parts
 from workbench.sparsity.enforce import generate
+from workbench.sparsity.measurements import ATTENTION, CURVES, EXPERTS, HEADS, MLP, PREDICT, SAES
 from workbench.sparsity.methods import method_named
 from workbench.sparsity.neurons import NeuronView, view_neuron
-from workbench.sparsity.report import ATTENTION, CURVES, EXPERTS, HEADS, MLP, PREDICT, SAES
 
 PARTS = ("MLPs", "Cost", "Beforehand", "Attention", "Heads", "SAEs", "Experts")
 COMMANDS = {

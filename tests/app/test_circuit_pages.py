@@ -18,7 +18,7 @@ from workbench.circuits.report import run_method
 from workbench.circuits.task import Task
 from workbench.models.load import load_model
 from workbench.sparsity.attention import STRUCTURED
-from workbench.sparsity.report import report_attention
+from workbench.sparsity.measurements import report_attention
 from workbench.text.corpora import open_corpus
 
 OpenPage = Callable[..., AppTest]

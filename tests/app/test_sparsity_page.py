@@ -16,7 +16,7 @@ from workbench import Workspace
 from workbench.circuits.task import Task
 from workbench.models.load import load_model
 from workbench.sparsity import figures
-from workbench.sparsity.report import (
+from workbench.sparsity.measurements import (
     report_attention,
     report_curves,
     report_experts,

@@ -8,5 +8,5 @@ attention    share of attention that patterns of keys keep, the loss when all he
 attention_heads  one head at a time, heads left whole; attention_rank: how many directions a head looks with
 neurons      one neuron from near: its values and where they are largest
 sae_codes    sparsity of SAE codes; how few terms reconstruct a token, against PCA and other bases
-report       all of it stored in a workspace; compare sets several such reports side by side
+measurements all of it as results of a workspace; report makes them under one name, compare sets several side by side
 """

@@ -13,7 +13,7 @@ from workbench.circuits.needles import RETRIEVAL
 from workbench.models.load import ModelInfo
 from workbench.sparsity import figures
 from workbench.sparsity.attention import best_of_heads
-from workbench.sparsity.report import ATTENTION, HEADS
+from workbench.sparsity.measurements import ATTENTION, HEADS
 
 TITLES = {
     ATTENTION: {"sink": "sink on text", "gate_mean": "gate", "gate_closed": "closed gate"},

@@ -25,7 +25,7 @@ import pandas as pd
 from sae.errors import InputError
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
-from workbench.sparsity.report import ATTENTION, CURVES, EXPERTS, HEADS, MLP, PREDICT, SAES
+from workbench.sparsity.measurements import ATTENTION, CURVES, EXPERTS, HEADS, MLP, PREDICT, SAES
 
 KINDS = (MLP, CURVES, ATTENTION, HEADS, PREDICT, SAES, EXPERTS)
 COST = 0.1
