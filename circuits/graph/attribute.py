@@ -106,8 +106,9 @@ def _tokens(bridge: Bridge, prompt: str | Int[Tensor, "pos"], bos: int | None) -
     if len(tokens) < (1 if bos is None else 2):
         raise InputError("the prompt holds no token: type something")
     if len(tokens) > bridge.cfg.n_ctx:
+        counted = "" if bos is None else " with BOS"
         raise InputError(
-            f"the prompt has {len(tokens)} tokens with BOS and the model takes {bridge.cfg.n_ctx}: shorten it"
+            f"the prompt has {len(tokens)} tokens{counted} and the model takes {bridge.cfg.n_ctx}: shorten it"
         )
     return tokens
 

@@ -72,7 +72,7 @@ class Origin:
     separate: bool = False
     """Whether its contexts hold parts of one document each."""
     bos: bool = True
-    """Whether contexts begin with BOS, where the model has one."""
+    """Whether contexts begin with BOS; old records say so of models that have none, too."""
     run: str | None = None
     """The training run that made it."""
     training: Record = field(default_factory=dict)

@@ -121,7 +121,8 @@ def report_dfa(
 def strongest_feature(model: LoadedModel, sae: SAE, tokens: torch.Tensor, position: int) -> int:
     """The feature of largest |activation| at a position of `tokens` [pos]. Raises InputError where there is none."""
     if not -len(tokens) <= position < len(tokens):
-        raise InputError(f"position {position} does not exist: the text has {len(tokens)} tokens with BOS")
+        counted = " with BOS" if model.n_bos else ""
+        raise InputError(f"position {position} does not exist: the text has {len(tokens)} tokens{counted}")
     z = activations(model.bridge, tokens[None], [sae.hook_name])[sae.hook_name][0, position].flatten()
     _, features, values = sae.encode(z[None]).entries()
     if not len(features):

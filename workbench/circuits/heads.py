@@ -84,7 +84,8 @@ def report_heads(
         )
     if 2 * length + 1 > model.info.n_ctx:
         raise InputError(
-            f"{length} tokens twice and BOS do not fit into the model's context of {model.info.n_ctx}: shorten them"
+            f"{length} tokens twice and one before them do not fit into the model's context of {model.info.n_ctx}: "
+            "shorten them with --length"
         )
 
     def make() -> Made:

@@ -58,11 +58,13 @@ def read(
     if centred and jacobian is None:
         raise InputError("--centred is a Jacobian lens: name its Jacobians with --jacobian")
     workspace = Workspace(folder, create=jacobian is None)
-    found = workspace.read_lens(load_model(model, device=device), prompt, jacobian, centred=centred)
+    loaded = load_model(model, device=device)
+    found = workspace.read_lens(loaded, prompt, jacobian, centred=centred)
     table, n = found.table(), len(found.texts)
     if position is not None:
         if not -n <= position < n:
-            raise InputError(f"position {position} does not exist: the prompt has 0 to {n - 1}, BOS among them")
+            among = ", BOS among them" if loaded.n_bos else ""
+            raise InputError(f"position {position} does not exist: the prompt has 0 to {n - 1}{among}")
         table = table[table["position"] == position % n]
     if as_json:
         print_json(records(table))

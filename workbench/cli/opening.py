@@ -96,7 +96,9 @@ def print_plan(plan: "Opening") -> None:
     print(f"{plan.source}: {trained.d_sae:,} features at {at} of {config.model}, as {plan.name}")
     for what, size in (plan.published.fetched if plan.published else {}).items():
         print(f"Downloads {what}: {'what is not in the cache' if size is None else format_bytes(size)}")
-    contexts = f"contexts of {config.context_len}, {'beginning with BOS' if config.bos else 'without BOS'}"
+    # Whether the model has a BOS is not known before it is there.
+    begins = "beginning with BOS, where the model has one" if config.bos else "without BOS"
+    contexts = f"contexts of {config.context_len}, {begins}"
     print(
         f"Harvests up to {config.max_tokens:,} tokens of {config.corpus} in {contexts}: "
         f"at most {format_bytes(plan.harvest_bytes)} of disk"

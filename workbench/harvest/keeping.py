@@ -65,7 +65,8 @@ class KeptHarvest:
     def __enter__(self) -> "KeptHarvest":
         with ExitStack() as opened:
             opened.enter_context(RunLock(self.folder))
-            begin(self.folder, description_of(self._model, self._corpus, self._config, self._plan))
+            description = description_of(self._model, self._corpus, self._config, self._plan)
+            begin(self.folder, description, has_bos=self._model.bos_id is not None)
             if not (self.folder / DATABASE).is_file():
                 blocks = leading(recover_journal(self.folder))
                 done = sum(block.n_rows for block in blocks)

@@ -156,7 +156,7 @@ def run_harvest(
     plan, ranks = HarvestPlan.of(model, config), meet() if ranks is None else ranks
 
     def recorded() -> list[Block] | None:
-        begin(folder, description_of(model, corpus, config, plan))
+        begin(folder, description_of(model, corpus, config, plan), has_bos=model.bos_id is not None)
         if (folder / DATABASE).is_file():
             return None
         blocks = recover_journal(folder)
@@ -208,7 +208,8 @@ def made_from(config: HarvestConfig, model: LoadedModel, corpus: Corpus) -> dict
     model.check_unchanged()
     # Recorded where it is not as it always was, so that harvests begun before there was a choice go on.
     usual = {"separate": False, "bos": True}
-    config = replace(config, context_len=context_length(model, config.context_len))
+    begins = config.bos and model.bos_id is not None
+    config = replace(config, context_len=context_length(model, config.context_len), bos=begins)
     recorded = {key: value for key, value in asdict(config).items() if usual.get(key) is not value}
     return {
         "config": recorded,
@@ -217,11 +218,21 @@ def made_from(config: HarvestConfig, model: LoadedModel, corpus: Corpus) -> dict
     }
 
 
-def begin(folder: Path, description: dict[str, Any]) -> None:
-    """Records what the harvest is. Raises InputError for an earlier attempt that was something else."""
+def begin(folder: Path, description: dict[str, Any], *, has_bos: bool) -> None:
+    """Records what the harvest is.
+
+    Args:
+        has_bos: whether its model has a BOS.
+
+    Raises:
+        InputError: an earlier attempt that was something else.
+    """
     file = folder / DESCRIPTION
     if file.is_file():
         recorded = read_description(file)
+        if not has_bos and "bos" not in recorded["config"]:
+            # Begun when only a choice was recorded, not that there was none.
+            recorded["config"]["bos"] = False
         if SPECIAL_TOKENS not in recorded:
             description = {key: value for key, value in description.items() if key != SPECIAL_TOKENS}
         differing = [d for d in differences(recorded, description) if not d.startswith("made_with")]

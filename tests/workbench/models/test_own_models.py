@@ -352,6 +352,15 @@ def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
             assert torch.allclose(model.bridge(tokens), by_hand, atol=1e-6)
     assert evaluation.added_nats == evaluation.ce_spliced - evaluation.ce_clean
     assert space.build_index("s").missing is not None
+    # It has no BOS, and nothing that is published or exported says that it was trained with one.
+    assert space.origin("s").told["prepend_bos"] is False
+    assert "contexts of 20 without BOS |" in space.publish("s", "me/saes").card
+    description = space.path / "harvests" / "h" / "harvest.json"
+    recorded = json.loads(description.read_text())
+    del recorded["config"]["bos"]
+    description.write_text(json.dumps(recorded))
+    config = HarvestConfig(model.info.name, corpus.name, ("mlp",), context_len=20, max_tokens=20 * 60)
+    assert space.harvest("h", config, model=model, corpus=corpus).n_rows == 60 * 20, "as records were"
     reading = space.prompt("s", "abc. a")
     assert reading.texts == list("abc. a")
     steered = space.steer("s", 0, "abc", strength=3.0)
