@@ -32,6 +32,7 @@ from sae.code import SparseCode
 from sae.config import TrainConfig
 from sae.fused_parts import Part, Program, StepPlan
 from sae.fused_thresholds import ThresholdProgram
+from sae.optim import EPS
 from sae.plain_step import MULTI_K, PlainStep
 from sae.rules import CodeRule, FusedEncoder, FusedInputs, ThresholdRule
 from sae.state import TrainingState
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
 
 Narrow = Callable[[SparseCode], Bool[Tensor, "entries"]]
 """The entries of a code at a larger k that the code at k has too."""
-EPS = 1e-8
-"""Adam's, as torch has it."""
 TABLE_STEPS = 1024
 """Steps whose scalars are uploaded at once."""
 MAX_RECONSTRUCTIONS = 16

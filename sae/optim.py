@@ -14,6 +14,8 @@ from sae.ranks import ALONE, Ranks
 
 # Entries of a temporary product: on a CPU it stays in the cache, on a GPU it is bounded.
 CPU_CHUNK, GPU_CHUNK = 2**21, 2**26
+EPS = 1e-8
+"""Adam's, as torch has it."""
 
 
 def learning_rate(step: int, n_steps: int, peak: float, warmup: float, decay: float) -> float:
@@ -21,6 +23,50 @@ def learning_rate(step: int, n_steps: int, peak: float, warmup: float, decay: fl
     rising = (step + 1) / max(1.0, warmup * n_steps)
     falling = (n_steps - step) / max(1.0, decay * n_steps)
     return peak * min(1.0, rising, falling)
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015) without weight decay, by torch's kernel, as `torch.optim.Adam(fused=True)` calls it.
+
+    That class loads torch's compiler when it is made, two seconds before a first step. And it makes moments at the
+    first step; checkpoints and fused steps want them before.
+
+    Args:
+        trained: what is moved, of any shapes, by the gradients in `grad`.
+        betas: decay of the means of gradients and of their squares.
+
+    Attributes:
+        state: for each tensor `step`, [] and the number of steps made, `exp_avg` and `exp_avg_sq`, of its shape.
+    """
+
+    def __init__(self, trained: Sequence[Float[Tensor, "..."]], betas: tuple[float, float]) -> None:
+        self._betas = betas
+        self.state = {
+            tensor: {
+                "step": torch.zeros((), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+            for tensor in trained
+        }
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Moves every tensor that has a gradient, and drops the gradients."""
+        moved = [tensor for tensor in self.state if tensor.grad is not None]
+        for dtype in {tensor.dtype for tensor in moved}:
+            alike = [tensor for tensor in moved if tensor.dtype == dtype]
+            means, squares, steps = (
+                [self.state[tensor][name] for tensor in alike] for name in ("exp_avg", "exp_avg_sq", "step")
+            )
+            torch._foreach_add_(steps, 1)
+            torch._fused_adam_(
+                alike, [tensor.grad for tensor in alike if tensor.grad is not None], means, squares, [], steps,
+                lr=lr, beta1=self._betas[0], beta2=self._betas[1], weight_decay=0.0, eps=EPS, amsgrad=False,
+                maximize=False,
+            )  # fmt: skip
+        for tensor in moved:
+            tensor.grad = None
 
 
 def remove_parallel_(gradient: Float[Tensor, "f d"], rows: Float[Tensor, "f d"]) -> None:

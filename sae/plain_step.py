@@ -170,9 +170,6 @@ class PlainStep:
             shared = [state.feature_dim(f"adam.{name}.exp_avg") is None for name in made]
             optim.clip_norm_(list(made.values()), limit, shared, state.shards)
         state.last_lr = config.lr_at(step)
-        for group in state.adam.param_groups:
-            group["lr"] = state.last_lr
-        state.adam.step()
-        state.adam.zero_grad(set_to_none=True)
+        state.adam.step(state.last_lr)
         if gradients.W_dec is not None:
             optim.normalise_rows_(sae.W_dec)

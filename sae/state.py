@@ -65,7 +65,7 @@ class TrainingState:
         tokens_since_fired: [d_sae], tokens since each feature was last active.
         density: [d_sae], running share of tokens on which each feature is active.
         trained: what Adam moves, by name: parameters and the rule's own tensors, W_enc as [d_sae, d_in].
-        adam: torch's Adam with the moments of all these.
+        adam: the moments of all these.
         n_revivable: features that the last report found for the auxiliary loss; None where no report is known.
         error: why it trains no longer; None while it does.
     """
@@ -100,14 +100,7 @@ class TrainingState:
             for name, parameter in self.sae.named_parameters()
             if not (config.frozen_decoder and name == "W_dec")
         } | self.own
-        self.adam = torch.optim.Adam(list(self.trained.values()), lr=0.0, betas=config.betas, fused=True)
-        # Adam would make its moments at the first step; checkpoints and the fused step want them before.
-        for tensor in self.trained.values():
-            self.adam.state[tensor] = {
-                "step": torch.zeros((), device=device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
+        self.adam = optim.Adam(list(self.trained.values()), config.betas)
         self.n_revivable: int | None = None
 
     def _new_sae(self, d_sae: int, device: torch.device) -> SAE:

@@ -85,6 +85,27 @@ def test_geometric_median_of_equal_points_is_that_point() -> None:
     torch.testing.assert_close(optim.geometric_median(torch.full((5, 3), 2.5)), torch.full((3,), 2.5))
 
 
+def test_adam_is_torchs_to_the_bit() -> None:
+    """Tensors of two precisions, one of which has no gradient at every other step."""
+    generator = torch.Generator().manual_seed(4)
+    dtypes = (torch.float32, torch.float64, torch.float32)
+    ours = [torch.randn(3, 2 + n, generator=generator, dtype=dtype) for n, dtype in enumerate(dtypes)]
+    theirs = [tensor.clone() for tensor in ours]
+    adam, reference = optim.Adam(ours, (0.8, 0.99)), torch.optim.Adam(theirs, betas=(0.8, 0.99), fused=True)
+    for step in range(5):
+        for mine, other in list(zip(ours, theirs, strict=True))[step % 2 :]:
+            mine.grad = torch.randn(mine.shape, generator=generator, dtype=mine.dtype)
+            other.grad = mine.grad.clone()
+        reference.param_groups[0]["lr"] = 0.1 / (1 + step)
+        reference.step()
+        reference.zero_grad()
+        adam.step(0.1 / (1 + step))
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+            assert mine.grad is None
+            assert all(torch.equal(value, reference.state[other][key]) for key, value in adam.state[mine].items())
+
+
 def test_a_step_is_adam_with_projection_and_renormalisation() -> None:
     """Three training steps against the same arithmetic written out densely in float64."""
     config = TrainConfig(

@@ -72,13 +72,20 @@ def test_others_get_the_real_thing_inside_and_all_do_afterwards(waiting: str) ->
 
 
 @pytest.mark.slow
-def test_a_loaded_model_has_loaded_none_of_it_and_it_is_there_for_whoever_asks() -> None:
+def test_a_loaded_model_and_training_have_loaded_none_of_it_and_it_is_there_for_whoever_asks() -> None:
     code = """
 import sys
+import torch
+from sae import TopK
+from sae.config import TrainConfig
+from sae.plain_step import PlainStep
+from sae.state import TrainingState
 from workbench.models.load import load_model
 model = load_model("demo")
+config = TrainConfig(name="a", d_sae=64, rule=TopK(4), batch_size=64, total_tokens=64)
+PlainStep(TrainingState(config, 16, torch.device("cpu")))(torch.randn(64, 16), 0)
 assert not {"torch._dynamo", "accelerate", "datasets", "scipy", "torch.distributed.checkpoint"} & set(sys.modules)
-import datasets, scipy.optimize, torch
+import datasets, scipy.optimize
 from transformer_lens.utilities import tokenize_and_concatenate
 rows = tokenize_and_concatenate(datasets.Dataset.from_dict({"text": ["def f(x):"] * 40}), model.tokenizer, max_length=8)
 assert isinstance(rows, datasets.Dataset) and len(rows)
