@@ -15,21 +15,41 @@ microseconds, as a model's pass does, waits for the thread again and again: meas
 four times as long."""
 
 
+class Ahead(Iterator[T]):
+    """Items that a thread computes in advance."""
+
+    def __init__(self, ahead: int) -> None:
+        self.queue: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=ahead)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next one, or the end, is there without waiting."""
+        return not self.queue.empty()
+
+    def __next__(self) -> T:
+        is_item, value = self.queue.get()
+        if is_item:
+            return value  # type: ignore[return-value]
+        # Whoever asks again hears the same.
+        self.queue.put((False, value))
+        raise value if isinstance(value, BaseException) else StopIteration
+
+
 @contextmanager
-def prefetch(items: Iterator[T], ahead: int) -> Iterator[Iterator[T]]:
+def prefetch(items: Iterator[T], ahead: int) -> Iterator[Ahead[T]]:
     """Context manager giving `items` in order, up to `ahead` of them computed in advance.
 
     An exception in the iterator is raised where its item would have come. Leaving the context stops the thread
     after the item it is working on.
     """
-    ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(maxsize=ahead)
+    ready: Ahead[T] = Ahead(ahead)
     stopped = threading.Event()
 
     def put(item: tuple[bool, T | BaseException | None]) -> None:
         waiting = True
         while waiting and not stopped.is_set():
             try:
-                ready.put(item, timeout=0.1)
+                ready.queue.put(item, timeout=0.1)
                 waiting = False
             except queue.Full:
                 pass
@@ -44,22 +64,12 @@ def prefetch(items: Iterator[T], ahead: int) -> Iterator[Iterator[T]]:
         except BaseException as error:
             put((False, error))
 
-    def results() -> Iterator[T]:
-        while True:
-            is_item, value = ready.get()
-            if is_item:
-                yield value  # type: ignore[misc]
-            elif isinstance(value, BaseException):
-                raise value
-            else:
-                return
-
     thread = threading.Thread(target=work, daemon=True)
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, SWITCH_SECONDS))
     thread.start()
     try:
-        yield results()
+        yield ready
     finally:
         stopped.set()
         thread.join()

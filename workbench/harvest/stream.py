@@ -4,7 +4,8 @@
    epoch are that harvest's rows.
 2. A chunk is the next `buffer_rows` of them. They are written on the device as they come, the usable ones permuted.
 3. There are two chunks. While batches are taken from one, the model fills the other: whenever a batch has been taken,
-   it goes on until the one is as full as the other is used; on a GPU on a CUDA stream of its own, beside training.
+   it goes on until the one is as full as the other is used, and full a little before; on a GPU on a CUDA stream of its
+   own, beside training. Where contexts are not packed yet, training goes on, and the model makes up for it later.
 4. Started by torchrun, each of several ranks runs the model on one batch of as many, and tells the others its rows: all
    have the same chunks, those of a single process.
 5. The state names the chunk and the place in the corpus where it begins. Going on, the model runs over that chunk
@@ -16,13 +17,14 @@ row a second time in an epoch. docs/scale.md says what smaller chunks cost.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from sae.ranks import ALONE, Ranks
 from workbench.harvest.keeping import KeptHarvest
 from workbench.harvest.passes import contexts, run_batch
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
+from workbench.harvest.prefetch import Ahead
 from workbench.harvest.record import GRADIENT
 from workbench.harvest.shuffled import Chunk, ShuffledRows, generator
 from workbench.harvest.writing import flags_of, gradient_scale, not_finite
@@ -44,6 +47,9 @@ BUFFER_ROWS = {"cpu": 262_144, "cuda": 1_048_576}
 harvest from 262,144 on, and those with a fourth of that were 4% behind (docs/scale.md)."""
 BUFFER_BYTES = {"cpu": 2**29, "cuda": 2**31}
 """Of a chunk at most: many or wide hook points get fewer rows."""
+FULL_AT = 0.9
+"""How much of a chunk is used when the next one is full. What is left covers its permutation and the beginning of a
+pass."""
 
 
 class _Filling:
@@ -60,6 +66,8 @@ class _Filling:
         self.end = after
         """The place after what is filled."""
         self.corpus_ended = False
+        self.order: Future[Tensor] | None = None
+        """Int[Tensor, "usable"], the permutation, once it is full."""
 
 
 class ModelRows(ShuffledRows):
@@ -115,6 +123,7 @@ class ModelRows(ShuffledRows):
         self._usable = 0
         self._pass = ExitStack()
         self._batches: Iterator[PackedBatch] = iter(())
+        self._permuting = ThreadPoolExecutor(1, thread_name_prefix="permutation")
 
     def __enter__(self) -> "ModelRows":
         return self
@@ -123,6 +132,7 @@ class ModelRows(ShuffledRows):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pass.close()
+        self._permuting.shutdown(cancel_futures=True)
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -239,24 +249,30 @@ class ModelRows(ShuffledRows):
             return
         if self._expected is not None and self._expected - self._taken <= len(chunk.order) - self._offset:
             return
-        rows = len(filling.columns[0]) * self._offset / len(chunk.order)
-        while filling.rows <= rows and self._fill(filling):
+        rows = len(filling.columns[0]) * self._offset / len(chunk.order) / FULL_AT
+        while filling.rows <= rows and self._has_contexts() and self._fill(filling):
             pass
+
+    def _has_contexts(self) -> bool:
+        """Whether the next batch is packed; where ranks wait for each other they wait for that too."""
+        return self._ranks.size > 1 or not isinstance(self._batches, Ahead) or self._batches.is_ready
 
     def _fill(self, filling: _Filling) -> bool:
         """Runs the model on one batch, several ranks on one each; false where the chunk is full or the corpus at its
         end."""
         rows = self._plan.batch_contexts * self._plan.context_len
         room = (len(filling.columns[0]) - filling.rows) // rows
-        if filling.corpus_ended or not room:
+        if filling.order is not None:
             return False
         batches = list(itertools.islice(self._batches, min(room, self._ranks.size)))
-        if not batches:
-            filling.corpus_ended = True
+        filling.corpus_ended = not batches
+        if batches:
+            with self._beside():
+                for batch, values in zip(batches, self._computed(batches, rows), strict=True):
+                    self._take(filling, batch, values)
+        if len(filling.columns[0]) - filling.rows < rows or filling.corpus_ended:
+            filling.order = self._permuting.submit(self._permuted, filling.cursor, filling.flags)
             return False
-        with self._beside():
-            for batch, values in zip(batches, self._computed(batches, rows), strict=True):
-                self._take(filling, batch, values)
         return True
 
     def _computed(self, batches: Sequence[PackedBatch], rows: int) -> list[dict[str, Tensor]]:
@@ -297,13 +313,17 @@ class ModelRows(ShuffledRows):
         filling.flags.append(flags_of(batch, self._plan.widths).reshape(-1))
         filling.rows, filling.end = rows.stop, place_after(batch)
 
+    def _permuted(self, cursor: tuple[int, int], flags: Sequence[NDArray[np.uint8]]) -> Int[Tensor, "usable"]:
+        """The numbers of a chunk's usable rows, permuted."""
+        states = np.concatenate([np.empty(0, np.uint8), *flags]) & STATE_BITS
+        usable = np.flatnonzero(states == FLAG_OK if self._plan.gradients else is_ordinary(states))
+        return torch.from_numpy(generator(self._seed, *cursor).permutation(usable))
+
     def _chunk_of(self, filling: _Filling) -> Chunk:
         """What was filled, permuted. Raises InputError for values that are not finite."""
         columns = [column[: filling.rows] for column in filling.columns]
-        flags = np.concatenate(filling.flags) & STATE_BITS
-        usable = np.flatnonzero(flags == FLAG_OK if self._plan.gradients else is_ordinary(flags))
-        order = torch.from_numpy(generator(self._seed, *filling.cursor).permutation(usable))
-        # The device works on while this is made, and is waited for after.
+        assert filling.order is not None
+        order = filling.order.result()
         with self._beside():
             finite = torch.stack(filling.extremes).isfinite().all().item()
         if not finite:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 DOCUMENTS_AT_ONCE = 64
 CHARACTERS_AT_ONCE = 1 << 17
+CONTEXTS_AT_ONCE = 64
+"""Of one document, cut in one go."""
 LONG_DOCUMENT = 1 << 18
 """Characters above which a document is tokenized in windows, see `long_text`."""
 
@@ -122,19 +124,23 @@ def pack(
     """
     if context_len < 2:
         raise InputError(f"a context must hold BOS and at least one token, got context length {context_len}")
-    contexts: list[NDArray[np.int32]] = []
     pieces = _encoded(documents, tokenizer, split_special_tokens, ahead)
     if d_vocab is not None:
         pieces = _known(pieces, d_vocab)
     if after is not None:
         pieces = _rest(pieces, after)
-    for context in _contexts(pieces, bos_id, context_len, separate):
-        contexts.append(context)
-        if len(contexts) == batch_contexts:
-            yield _batch(contexts)
-            contexts = []
-    if contexts:
-        yield _batch(contexts)
+    gathered: list[NDArray[np.int32]] = []
+    missing = batch_contexts
+    for some in _contexts(pieces, bos_id, context_len, separate):
+        while some.shape[1]:
+            gathered.append(some[:, :missing])
+            some = some[:, missing:]
+            missing -= gathered[-1].shape[1]
+            if not missing:
+                yield _batch(gathered)
+                gathered, missing = [], batch_contexts
+    if gathered:
+        yield _batch(gathered)
 
 
 @dataclass(frozen=True)
@@ -172,8 +178,8 @@ def _rest(pieces: Iterable[_Piece], after: Place) -> Iterator[_Piece]:
 def _contexts(
     pieces: Iterable[_Piece], bos_id: int | None, context_len: int, separate: bool
 ) -> Iterator[NDArray[np.int32]]:
-    """Contexts as [4, context_len] arrays: tokens, doc, pos, flags."""
-    context = np.empty((4, context_len), dtype=np.int32)
+    """Contexts as [4, contexts, context_len] arrays: tokens, doc, pos, flags."""
+    context = np.empty((4, 1, context_len), dtype=np.int32)
     filled = 0
     for piece in pieces:
         ids, index = piece.ids, piece.document.index
@@ -182,27 +188,30 @@ def _contexts(
         while start < len(ids):
             if begins and filled and (separate or (bos_id is not None and filled >= context_len - 1)):
                 # No room for BOS and a token: the place left, if any, is padding.
-                context[:, filled:] = _padding(bos_id, context_len - filled)
+                context[:, 0, filled:] = _padding(bos_id, context_len - filled)
                 yield context.copy()
                 filled = 0
             if bos_id is not None and (begins or filled == 0):
-                context[:, filled] = (bos_id, index, -1, FLAG_BOS)
+                context[:, 0, filled] = (bos_id, index, -1, FLAG_BOS)
                 filled += 1
             begins = False
-            some = ids[start : start + context_len - filled]
-            end = filled + len(some)
-            context[0, filled:end] = some
-            context[1, filled:end] = index
-            context[2, filled:end] = piece.first + np.arange(start, start + len(some))
-            context[3, filled:end] = piece.flags[start : start + len(some)]
+            # As many contexts at once as begin like this one, or the rest of it.
+            own = context_len - filled
+            full = (len(ids) - start) // own if filled == (bos_id is not None) else 0
+            some = np.repeat(context, min(full, CONTEXTS_AT_ONCE), axis=1) if full else context
+            end = min(len(ids), start + own * some.shape[1])
+            tokens, doc, pos, flags = (part[:, filled : filled + end - start] for part in some)
+            tokens[:], doc[:] = ids[start:end].reshape(tokens.shape), index
+            pos[:] = np.arange(piece.first + start, piece.first + end, dtype=np.int32).reshape(pos.shape)
+            flags[:] = piece.flags[start:end].reshape(flags.shape)
             if bos_id is not None:
-                context[3, filled:end][some == bos_id] = FLAG_BOS
-            filled, start = end, start + len(some)
+                flags[tokens == bos_id] = FLAG_BOS
+            filled, start = filled + tokens.shape[1], end
             if filled == context_len:
-                yield context.copy()
+                yield some if full else some.copy()
                 filled = 0
     if filled:
-        context[:, filled:] = _padding(bos_id, context_len - filled)
+        context[:, 0, filled:] = _padding(bos_id, context_len - filled)
         yield context.copy()
 
 
@@ -361,5 +370,5 @@ def _padding(bos_id: int | None, count: int) -> NDArray[np.int32]:
 
 
 def _batch(contexts: list[NDArray[np.int32]]) -> PackedBatch:
-    stacked = np.stack(contexts, axis=1)
-    return PackedBatch(stacked[0], stacked[1], stacked[2], stacked[3].astype(np.uint8))
+    tokens, doc, pos, flags = np.concatenate(contexts, axis=1)
+    return PackedBatch(tokens, doc, pos, flags.astype(np.uint8))

@@ -1,6 +1,7 @@
 """The stream from a model: the harvest's rows, each once an epoch, the same after a resume, and mixed as well."""
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 import workbench.harvest.plan
+import workbench.harvest.stream
 from sae.errors import InputError
 from sae.ranks import Ranks
 from workbench.harvest.keeping import KeptHarvest
 from workbench.harvest.pairs import PairSource, targets_of
+from workbench.harvest.passes import contexts
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
+from workbench.harvest.prefetch import Ahead
 from workbench.harvest.reading import Harvest
 from workbench.harvest.run import run_harvest
 from workbench.harvest.stream import ModelRows, columns_of
@@ -110,6 +114,40 @@ def test_seeds_give_different_streams_and_the_same_seed_the_same_however_it_is_c
 
     assert torch.equal(taken(0, (700,)), taken(0, (1, 99, 250, 350)))
     assert not torch.equal(taken(0, (700,)), taken(1, (700,)))
+
+
+def test_batches_are_the_same_whenever_contexts_come(
+    gpt2_model: LoadedModel, corpus: Corpus, config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed late, training goes on with the chunk that it has, and the model makes up for it at the end of that."""
+    ready, asked = random.Random(0), []
+
+    class Late(Ahead[PackedBatch]):
+        def __init__(self, batches: Iterator[PackedBatch]) -> None:
+            super().__init__(0)
+            self._late = batches
+
+        @property
+        def is_ready(self) -> bool:
+            asked.append(ready.random() < 0.2)
+            return asked[-1]
+
+        def __next__(self) -> PackedBatch:
+            return next(self._late)
+
+    @contextmanager
+    def late(*given: Any, **settings: Any) -> Iterator[Iterator[PackedBatch]]:
+        with contexts(*given, **settings) as batches:
+            yield Late(batches)
+
+    def taken() -> torch.Tensor:
+        with stream(gpt2_model, corpus, config) as rows:
+            return torch.cat([rows.next_columns(9, 1)[0] for _ in range(300)])
+
+    wanted = taken()
+    monkeypatch.setattr(workbench.harvest.stream, "contexts", late)
+    assert torch.equal(taken(), wanted)
+    assert set(asked) == {True, False}
 
 
 @pytest.mark.parametrize("before", [0, 1, 119, 120, 121, 600, 2000])

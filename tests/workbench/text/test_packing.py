@@ -52,6 +52,56 @@ def test_every_document_is_found_again_token_by_token(
     assert (rows.doc[rows.flags == FLAG_PADDING] == -1).all()
 
 
+def one_by_one(documents: list[Document], bos: int | None, context_len: int, separate: bool) -> list[list[list[int]]]:
+    """Contexts of (token, doc, pos, flag), made token by token."""
+    contexts: list[list[list[int]]] = [[]]
+    for document in documents:
+        assert document.tokens is not None
+        ids = list(enumerate(document.tokens.tolist()))
+        for pos, token in ids[1:] if ids and ids[0][1] == bos else ids:
+            first = (pos, token) in (ids[0], ids[1] if ids[0][1] == bos else None)
+            if first and contexts[-1] and (separate or (bos is not None and len(contexts[-1]) >= context_len - 1)):
+                contexts[-1] += [[bos or 0, -1, -1, FLAG_PADDING]] * (context_len - len(contexts[-1]))
+            if len(contexts[-1]) == context_len:
+                contexts.append([])
+            if bos is not None and (first or not contexts[-1]):
+                contexts[-1].append([bos, document.index, -1, FLAG_BOS])
+            contexts[-1].append([token, document.index, pos, FLAG_BOS if token == bos else FLAG_OK])
+    contexts[-1] += [[bos or 0, -1, -1, FLAG_PADDING]] * (context_len - len(contexts[-1])) if contexts[-1] else []
+    return [context for context in contexts if context]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    bos=st.sampled_from([0, None]),
+    context_len=st.integers(2, 9),
+    batch_contexts=st.integers(1, 4),
+    separate=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_contexts_cut_many_at_once_are_those_made_token_by_token(
+    gpt2_model: LoadedModel,
+    lengths: list[int],
+    bos: int | None,
+    context_len: int,
+    batch_contexts: int,
+    separate: bool,
+    seed: int,
+) -> None:
+    """Of documents that hold the token BOS too, at their beginnings and elsewhere."""
+    draws = np.random.default_rng(seed)
+    documents = [
+        Document(3 * n, f"d{n}", "", tokens=draws.integers(0, 3, length).astype(np.int32))
+        for n, length in enumerate(lengths)
+    ]
+    batches = list(pack(documents, gpt2_model.tokenizer, bos, context_len, batch_contexts, separate=separate))
+    assert all(len(batch.tokens) == batch_contexts for batch in batches[:-1])
+    fields = [] if not batches else [getattr(joined(batches), name) for name in ("tokens", "doc", "pos", "flags")]
+    found = np.stack(fields, axis=2).tolist() if fields else []
+    assert found == one_by_one(documents, bos, context_len, separate)
+
+
 def test_documents_follow_each_other_with_bos_between_and_long_ones_go_on_after_a_bos(gpt2_model: LoadedModel) -> None:
     bos = gpt2_model.bos_id
     a, b = (gpt2_model.tokenizer.encode(text) for text in ("ab", "qzjxv"))
