@@ -30,10 +30,11 @@ from circuits.passes import answer_logits, last_values, taking
 from circuits.prompts import PromptSet
 from circuits.scores import NodeScores
 from sae.errors import InputError
+from sae.shown import Shown
 
 
-@dataclass(frozen=True)
-class LogitAttribution:
+@dataclass(frozen=True, repr=False)
+class LogitAttribution(Shown):
     """Terms of each prompt's logit difference."""
 
     task: str

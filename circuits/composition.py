@@ -23,12 +23,13 @@ from circuits.blocks import head_weights
 from circuits.effective_weights import effective_weights
 from circuits.nodes import Bridge, head_name
 from sae.errors import InputError
+from sae.shown import ShownTable
 
 Composition = Literal["q", "k", "v"]
 
 
-@dataclass(frozen=True)
-class CompositionScores:
+@dataclass(frozen=True, repr=False)
+class CompositionScores(ShownTable):
     """`values[l1, h1, l2, h2]`: head l1.h1 into head l2.h2; zero unless l1 < l2."""
 
     kind: Composition

@@ -30,10 +30,11 @@ from circuits.passes import activations
 from circuits.sources import split_heads, split_points
 from sae.errors import InputError
 from sae.model import SAE
+from sae.shown import ShownTable
 
 
-@dataclass(frozen=True)
-class FeatureAttribution:
+@dataclass(frozen=True, repr=False)
+class FeatureAttribution(ShownTable):
     """The pre-activation of one feature at one position, by source position and head."""
 
     layer: int

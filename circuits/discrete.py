@@ -25,10 +25,11 @@ from circuits.nodes import Bridge, graph_of, z_names
 from circuits.passes import OnProgress, activations
 from circuits.prompts import PromptSet
 from sae.errors import InputError
+from sae.shown import ShownTable
 
 
-@dataclass(frozen=True)
-class DiscreteCircuit:
+@dataclass(frozen=True, repr=False)
+class DiscreteCircuit(ShownTable):
     """Scores of heads and of pairs of heads."""
 
     heads: list[str]

@@ -30,12 +30,13 @@ from circuits.nodes import Bridge
 from circuits.norms import measured_norm
 from circuits.sources import gate_beside_queries
 from sae.errors import InputError
+from sae.shown import Shown
 
 Reader = Literal["q", "k", "v", "mlp_in", "mlp_gate", "unembed"]
 
 
-@dataclass(frozen=True)
-class EffectiveWeights:
+@dataclass(frozen=True, repr=False)
+class EffectiveWeights(Shown):
     """W_eff [d_model, *out] and b_eff [*out] of one reader of the residual stream, in float32 at least."""
 
     W: Tensor

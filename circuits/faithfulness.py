@@ -33,13 +33,14 @@ from circuits.passes import OnProgress, answer_logits
 from circuits.prompts import PromptSet
 from circuits.scores import EdgeScores, no_behaviour
 from sae.errors import InputError
+from sae.shown import ShownTable
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 Ranking = Literal["absolute", "signed"]
 
 
-@dataclass(frozen=True)
-class FaithfulnessCurve:
+@dataclass(frozen=True, repr=False)
+class FaithfulnessCurve(ShownTable):
     """Faithfulness and completeness of the circuits of one ranking."""
 
     method: str

@@ -41,13 +41,14 @@ from circuits.prompts import PromptSet
 from circuits.scores import no_behaviour
 from sae.errors import InputError
 from sae.model import SAE
+from sae.shown import ShownTable
 
 ERROR = -1
 """Stands for the error node where a feature's number is expected."""
 
 
-@dataclass(frozen=True)
-class FeatureCircuit:
+@dataclass(frozen=True, repr=False)
+class FeatureCircuit(ShownTable):
     """Nodes and edges of a pruned circuit with its faithfulness."""
 
     nodes: pd.DataFrame

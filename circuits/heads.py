@@ -38,12 +38,13 @@ from circuits.nodes import Bridge, head_name, head_names
 from circuits.passes import activations
 from circuits.unembedding import check_unembedding
 from sae.errors import InputError
+from sae.shown import ShownTable
 
 COLUMNS = ("previous_token", "duplicate_token", "induction", "sink", "sink_excess", "entropy", "keys_95", "copying")
 
 
-@dataclass(frozen=True)
-class HeadScores:
+@dataclass(frozen=True, repr=False)
+class HeadScores(ShownTable):
     """Scores of every head, `values` [layers, heads, len(COLUMNS)]; NaN where no query qualified."""
 
     values: Float[Tensor, "layers heads scores"]
@@ -173,8 +174,8 @@ def _copying(bridge: Bridge, layer: int) -> Float[Tensor, "heads"]:
     return eigenvalues.sum(dim=-1).real / eigenvalues.abs().sum(dim=-1)
 
 
-@dataclass(frozen=True)
-class PrefixInduction:
+@dataclass(frozen=True, repr=False)
+class PrefixInduction(ShownTable):
     """Attention to the token after a repeated prefix, by the prefix's length."""
 
     lengths: list[int]

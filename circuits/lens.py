@@ -33,10 +33,11 @@ from circuits.nodes import Bridge
 from circuits.passes import OnProgress, activations, answer_logits, probed, taking
 from circuits.resume import recorded_block, resumed_after
 from sae.errors import InputError
+from sae.shown import Shown
 
 
-@dataclass(frozen=True)
-class Jacobians:
+@dataclass(frozen=True, repr=False)
+class Jacobians(Shown):
     """The mean Jacobians of the last residual stream, float32."""
 
     matrices: Float[Tensor, "layers d_model d_model"]

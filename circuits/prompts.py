@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,8 +42,8 @@ class Prompt:
     """What is known of it by name; a pair where the corrupted prompt's value is another, None where there is none."""
 
 
-@dataclass(frozen=True)
-class PromptSet:
+@dataclass(frozen=True, repr=False)
+class PromptSet(Shown):
     """Tokens of a task's prompts, BOS first where the model has one."""
 
     name: str

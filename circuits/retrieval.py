@@ -31,13 +31,14 @@ from torch import Tensor
 from circuits.nodes import Bridge, head_names, z_names
 from circuits.passes import Hook, activations, answer_logits, taking
 from sae.errors import InputError
+from sae.shown import Shown, ShownTable
 
 THRESHOLD = 0.1
 BATCH = 32
 
 
-@dataclass(frozen=True)
-class Needle:
+@dataclass(frozen=True, repr=False)
+class Needle(Shown):
     """One test: token ids of the prompt, BOS first, and where its needle lies."""
 
     tokens: Int[Tensor, "pos"]
@@ -55,8 +56,8 @@ class Needle:
         return [int(token) for token in self.tokens[self.first : self.first + self.length]]
 
 
-@dataclass(frozen=True)
-class RetrievalScores:
+@dataclass(frozen=True, repr=False)
+class RetrievalScores(ShownTable):
     """Scores over the successful tests; NaN where none was."""
 
     values: Float[Tensor, "layers heads"]

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.nodes import Graph, parse
+from sae.shown import ShownTable
 
 
 def no_behaviour(clean: float, corrupted: float) -> str:
@@ -21,8 +22,8 @@ def no_behaviour(clean: float, corrupted: float) -> str:
     )
 
 
-@dataclass(frozen=True)
-class NodeScores:
+@dataclass(frozen=True, repr=False)
+class NodeScores(ShownTable):
     """A number for every node, larger meaning that the node does more of the behaviour."""
 
     method: str
@@ -62,8 +63,8 @@ class NodeScores:
         return [self.nodes[i] for i in self.scores.abs().argsort(descending=True).tolist()]
 
 
-@dataclass(frozen=True)
-class EdgeScores:
+@dataclass(frozen=True, repr=False)
+class EdgeScores(ShownTable):
     """A number for every edge of the graph."""
 
     method: str

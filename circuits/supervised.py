@@ -42,6 +42,7 @@ from circuits.nodes import Bridge
 from circuits.passes import activations, answer_logits, last_values
 from circuits.prompts import PromptSet
 from sae.errors import InputError
+from sae.shown import Shown
 
 Attributes = Mapping[str, Sequence[Any]]
 """Values of every attribute, one a prompt; None where a prompt has none."""
@@ -49,8 +50,8 @@ BATCH = 32
 """Prompts a forward pass."""
 
 
-@dataclass(frozen=True)
-class SupervisedDictionary:
+@dataclass(frozen=True, repr=False)
+class SupervisedDictionary(Shown):
     """A vector for every attribute value."""
 
     mean: Float[Tensor, "d"]

@@ -1,7 +1,10 @@
 """SparseCode: the active features of a batch of tokens, the one data type between encoder and everything else."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index as index_of
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +15,8 @@ from torch import Tensor
 class SparseCode:
     """Active features of `n_tokens` tokens, which `batch` may arrange in more dimensions than one.
 
-    `len(code)`, `code[3]` and `code[2:5]` count along the first of them, as for a tensor [*batch, d_sae].
+    It is indexed as a tensor [*batch, d_sae] is: `code[3]`, `code[2:5]`, `code[:, -1]` and `code[mask]` are codes of
+    some of the tokens, `code[..., 123]` a tensor [*batch] of one feature's activations.
 
     Two layouts share the fields:
 
@@ -45,19 +49,57 @@ class SparseCode:
             raise TypeError("the code of a single token has no length: it has .values and .indices")
         return self.shape[0]
 
-    def __getitem__(self, at: int | slice) -> "SparseCode":
-        first, *rest = self.shape[:-1] or (0,)
-        if isinstance(at, slice):
-            start, stop, step = at.indices(first)
-            if step != 1:
-                raise IndexError(f"a code is cut in steps of 1, got {step}")
-            kept: tuple[int, ...] = (max(stop - start, 0), *rest)
+    @overload
+    def __getitem__(self, at: int | slice | Tensor | Sequence[int]) -> "SparseCode": ...
+    @overload
+    def __getitem__(self, at: tuple[Any, ...]) -> Any: ...
+    def __getitem__(self, at: Any) -> Any:
+        batch = self.shape[:-1]
+        index = list(at) if isinstance(at, tuple) else [at]
+        taken = sum(_dims(one) for one in index)
+        for place, one in enumerate(index):
+            if one is Ellipsis:
+                index[place : place + 1] = [slice(None)] * (len(self.shape) - taken)
+                taken = len(self.shape)
+                break
+        if taken > len(self.shape):
+            raise IndexError(f"{taken} indices for a code of shape {list(self.shape)}")
+        feature = index.pop() if taken == len(self.shape) else slice(None)
+        if len(index) == 1 and isinstance(index[0], slice) and index[0].indices(batch[0])[2] == 1:
+            start, stop, _ = index[0].indices(batch[0])
+            each = math.prod(batch[1:])
+            chosen = self.tokens(start * each, max(start, stop) * each).arranged((max(stop - start, 0), *batch[1:]))
         else:
-            if not -first <= at < first:
-                raise IndexError(f"there is no token {at} in a code of shape {list(self.shape)}")
-            start, kept = at % first, tuple(rest)
-        each = math.prod(rest)
-        return self.tokens(start * each, start * each + math.prod(kept)).arranged(kept)
+            numbers = torch.arange(self.n_tokens, device=self.values.device).view(batch)[tuple(index)]
+            chosen = self._gathered(numbers.flatten()).arranged(tuple(numbers.shape))
+        if isinstance(feature, slice) and feature == slice(None):
+            return chosen
+        try:
+            number = index_of(feature)  # type: ignore[arg-type]
+        except TypeError:
+            message = f"features are indexed by one number, got {feature!r}: code.to_dense() takes any index"
+            raise IndexError(message) from None
+        return chosen.feature(number)
+
+    def feature(self, number: int) -> Float[Tensor, "*batch"]:
+        """Activations of one feature, 0 where it is not active. Raises IndexError for one that there is not."""
+        if not -self.d_sae <= number < self.d_sae:
+            raise IndexError(f"there is no feature {number} among {self.d_sae}")
+        column = self.values.new_zeros(self.n_tokens)
+        here = ((self.indices == number % self.d_sae) & (self.values != 0)).flatten()
+        column[self.token_ids()[here]] = self.values.flatten()[here]
+        return column.view(self.shape[:-1])
+
+    def _gathered(self, tokens: Int[Tensor, "n"]) -> "SparseCode":
+        """The codes of some tokens, in one row."""
+        if self.offsets is None:
+            return SparseCode(self.values[tokens], self.indices[tokens], self.d_sae)
+        counts = self.offsets.diff()[tokens]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        # Where each kept entry lies: the start of its token, and its place among that token's.
+        place = torch.arange(int(offsets[-1]), device=tokens.device) - offsets[:-1].repeat_interleave(counts)
+        entries = self.offsets[tokens].repeat_interleave(counts) + place
+        return SparseCode(self.values[entries], self.indices[entries], self.d_sae, offsets)
 
     def __repr__(self) -> str:
         mean = f", L0 {self.l0().double().mean():.1f}" if self.n_tokens else ""
@@ -127,3 +169,11 @@ class SparseCode:
         """The same code on another device."""
         offsets = None if self.offsets is None else self.offsets.to(device)
         return replace(self, values=self.values.to(device), indices=self.indices.to(device), offsets=offsets)
+
+
+def _dims(index: Any) -> int:
+    """Dimensions that one part of an index takes."""
+    if index is None or index is Ellipsis:
+        return 0
+    is_mask = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+    return index.ndim if is_mask else 1

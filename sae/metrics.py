@@ -25,14 +25,15 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.directions import cosine_blocks
+from sae.shown import Shown
 
 DENSE_ABOVE = 0.1
 """A feature is called dense when it fires on more than this share of tokens."""
 HISTOGRAM_BINS_PER_DECADE = 4
 
 
-@dataclass(frozen=True)
-class ReconstructionSummary:
+@dataclass(frozen=True, repr=False)
+class ReconstructionSummary(Shown):
     """What `ReconstructionMetrics.result` returns."""
 
     tokens: int

@@ -37,6 +37,7 @@ from sae import kernels
 from sae.code import SparseCode
 from sae.crosscoder import Crosscoder
 from sae.metrics import ReconstructionMetrics, ReconstructionSummary
+from sae.shown import Shown
 
 SHARED_ABOVE, ONLY_BELOW = 0.8, 0.2
 """Relative norms of a part that has a feature, and of one that has not: Delta of 0.4 to 0.6, and of 0.1 or 0.9."""
@@ -44,8 +45,8 @@ SHARED, BETWEEN, SILENT = -1, -2, -3
 """Groups of features beside those of a single part, which are the parts' numbers."""
 
 
-@dataclass(frozen=True)
-class FeatureParts:
+@dataclass(frozen=True, repr=False)
+class FeatureParts(Shown):
     """What the features are to the parts; see the module's description."""
 
     firings: Int[Tensor, "d_sae"]

@@ -20,14 +20,15 @@ from sae.code import SparseCode
 from sae.directions import cosines
 from sae.errors import InputError
 from sae.model import SAE
+from sae.shown import Shown
 
 RECOVERED_ABOVE = 0.9
 """Cosine above which a true feature counts as found."""
 BATCH_ROWS = 4096
 
 
-@dataclass(frozen=True)
-class Recovery:
+@dataclass(frozen=True, repr=False)
+class Recovery(Shown):
     """What was found of a planted dictionary."""
 
     mean_max_cosine: float

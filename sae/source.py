@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.shown import Shown
+
 
 class BatchSource(Protocol):
     """An endless, shuffled, resumable stream of activations."""
@@ -71,8 +73,8 @@ class PartSource(BatchSource, Protocol):
         """What stands side by side."""
 
 
-@dataclass(frozen=True)
-class Rows:
+@dataclass(frozen=True, repr=False)
+class Rows(Shown):
     """Some rows of a stream, as one SAE or transcoder trains on them."""
 
     x: Float[Tensor, "n d_in"]

@@ -205,7 +205,7 @@ def edges(result: Result) -> None:
             "head to open it."
         )
     with side:
-        curve = io.from_json(result.figures()["faithfulness"])
+        curve = result.figure("faithfulness")
         # Names under each other and in two lines, since the column is narrow beside the graph.
         curve.for_each_trace(lambda trace: trace.update(name=(trace.name or "").replace(": ", ":<br>")))
         curve.update_layout(legend={"orientation": "v", "x": 0, "y": -0.25, "yanchor": "top"})

@@ -22,13 +22,14 @@ from torch import Tensor
 from circuits.graph.influence import Scores, Wiring, scores_of
 from circuits.graph.pruning import prune
 from sae.errors import InputError
+from sae.shown import Shown
 
 KINDS = ("token", "feature", "error", "logit")
 TOKEN, FEATURE, ERROR, LOGIT = range(4)
 
 
-@dataclass(frozen=True)
-class Nodes:
+@dataclass(frozen=True, repr=False)
+class Nodes(Shown):
     """The nodes of a graph, one entry each; numbers that a kind does not have are -1, values NaN."""
 
     kind: Int[Tensor, "nodes"]
@@ -72,8 +73,8 @@ def node_name(kind: int, layer: int, position: int, feature: int = -1, token: in
     return f"e{layer}/{position}" if kind == ERROR else f"logit/{token}"
 
 
-@dataclass(frozen=True)
-class Graph:
+@dataclass(frozen=True, repr=False)
+class Graph(Shown):
     """An attribution graph on one prompt; see the module's description."""
 
     tokens: tuple[int, ...]

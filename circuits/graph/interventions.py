@@ -30,6 +30,7 @@ from circuits.graph.graph import ERROR, FEATURE, KINDS, LOGIT, Graph
 from circuits.nodes import Bridge, gives_tokens
 from circuits.passes import Hook, activations, taking
 from sae.errors import InputError
+from sae.shown import Shown
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 
@@ -37,8 +38,8 @@ Effects = Literal["direct", "through"]
 Coders = Mapping[int, Transcoder] | TranscoderSet
 
 
-@dataclass(frozen=True)
-class Intervention:
+@dataclass(frozen=True, repr=False)
+class Intervention(Shown):
     """What a change did; differences are to the pass without it."""
 
     nodes: pd.DataFrame

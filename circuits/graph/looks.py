@@ -29,14 +29,15 @@ from circuits.nodes import Bridge, graph_of
 from circuits.norms import measured_norm
 from circuits.passes import answer_logits, taking
 from sae.errors import InputError
+from sae.shown import Shown
 
 BIAS, REST = "bias", "rest"
 SIDE = 4096
 """Sources of one side that are told apart; what the weaker ones add is `rest`."""
 
 
-@dataclass(frozen=True)
-class Look:
+@dataclass(frozen=True, repr=False)
+class Look(Shown):
     """A head's score from one position to another, and what it is made of."""
 
     head: str

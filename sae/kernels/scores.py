@@ -7,14 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.shown import Shown
+
 # Entries of the buffer: enough rows to keep the matrix product efficient, few enough for a CPU's caches.
 CPU_BUFFER_ENTRIES = 3 * 2**20
 CPU_MIN_ROWS = 128
 CUDA_BUFFER_ENTRIES = 2**26
 
 
-@dataclass(frozen=True)
-class Encoder:
+@dataclass(frozen=True, repr=False)
+class Encoder(Shown):
     """Factors of the product in the precision it is computed in, and the precision of the scores.
 
     Only CUDA multiplies in low precision with sums in fp32; on a CPU low-precision inputs are converted first.

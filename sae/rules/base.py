@@ -27,6 +27,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.errors import InputError
 from sae.ranks import Ranks
+from sae.shown import Shown
 
 if TYPE_CHECKING:
     from sae.kernels.triton import KernelSizes
@@ -39,8 +40,8 @@ SAELENS_ARCHITECTURES = ("topk", "abstopk", "jumprelu", "standard")
 """Architectures of SAELens as whose inference a rule can be written (`Rule.saelens`)."""
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, repr=False)
+class Batch(Shown):
     """What a rule may look at when it chooses."""
 
     x: Float[Tensor, "n d_in"]
@@ -58,8 +59,8 @@ class Batch:
     """Tokens of a training batch, where x is not one."""
 
 
-@dataclass(frozen=True)
-class FusedInputs:
+@dataclass(frozen=True, repr=False)
+class FusedInputs(Shown):
     """What a fused encoder may read beside its arguments; tensors stay where they are for as long as it is used."""
 
     n_tokens: int

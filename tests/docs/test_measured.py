@@ -53,6 +53,13 @@ def test_what_computes_nothing_does_not_count(measured: ModuleType, edited: str)
         assert measured.digest(edited, name) == measured.digest(SOURCE, name)
 
 
+def test_how_a_result_is_shown_does_not_count(measured: ModuleType) -> None:
+    plain = "@dataclass(frozen=True)\nclass Scores:\n    f1: float\n"
+    shown = plain.replace("True)", "True, repr=False)").replace("Scores:", "Scores(ShownTable):")
+    assert measured.digest(shown) == measured.digest(plain, "Scores")
+    assert measured.digest(shown.replace("ShownTable", "Result")) != measured.digest(plain)
+
+
 def test_what_computes_counts_where_it_is_named(measured: ModuleType) -> None:
     edited = SOURCE.replace("0.1", "0.2")
     assert measured.digest(edited) != measured.digest(SOURCE)

@@ -76,6 +76,27 @@ def test_a_code_is_indexed_as_its_matrix() -> None:
                 code[wrong]
 
 
+def test_any_index_of_a_tensor_gives_what_it_gives_of_the_matrix() -> None:
+    for flat in (FIXED, RAGGED):
+        twice = SparseCode(
+            torch.cat([flat.values] * 2), torch.cat([flat.indices] * 2), 4,
+            None if flat.offsets is None else torch.cat([flat.offsets, 4 + flat.offsets[1:]]),
+        )  # fmt: skip
+        for code in (flat, twice.arranged((2, 3)), twice.arranged((3, 1, 2))):
+            dense = code.to_dense()
+            first = torch.arange(len(code)) % 2 == 0
+            for index in (first, [1, 0, 1], slice(None, None, 2), slice(2, 1), (..., 3), (0, ..., -4), (), ..., None):
+                found = code[index]
+                assert torch.equal(found if isinstance(found, torch.Tensor) else found.to_dense(), dense[index]), index
+        code, dense = twice.arranged((2, 3)), twice.arranged((2, 3)).to_dense()
+        for index in ((0, 1), (slice(None), -1), (dense.sum(dim=-1) > 0,), (slice(None), slice(1, None), 2), (1, 2, 3)):
+            found = code[index]
+            assert torch.equal(found if isinstance(found, torch.Tensor) else found.to_dense(), dense[index]), index
+        for wrong in ((0, 0, 0, 0), (2,), (0, 3), (0, 0, 4), (0, 0, slice(2)), (0, 0, [1, 2])):
+            with pytest.raises(IndexError):
+                code[wrong]
+
+
 def test_leading_dimensions_are_kept() -> None:
     for code in (FIXED, RAGGED):
         six = SparseCode(

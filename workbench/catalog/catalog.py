@@ -17,6 +17,7 @@ each of them.
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from sae.errors import InputError
+from sae.shown import first_rows
 from workbench.catalog.origin import Origin, Record
 from workbench.catalog.results import ResultStore
 from workbench.catalog.runs import Run, RunSummary
@@ -71,6 +73,22 @@ class Catalog:
             f"{type(self).__name__}({str(self.path)!r}): {len(self.harvests())} harvests, "
             f"{len(self.saes())} SAEs, {len(self.runs())} runs"
         )
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        numbers = ("l0", "fvu", "added_nats", "loss_recovered_zero")
+        listed = {
+            "Harvests": [vars(item) for item in self.harvest_summaries()],
+            "SAEs": [
+                {"name": item.name, "rule": item.rule, "features": item.d_sae, "hook": item.place}
+                | {key: (item.evaluation or {}).get(key) for key in numbers}
+                for item in self.coders()
+            ],
+            "Results": [{"kind": kind, "names": ", ".join(names)} for kind, names in self.results.names().items()],
+        }
+        tables = (f"<p><b>{title}</b></p>{first_rows(pd.DataFrame(rows))}" for title, rows in listed.items() if rows)
+        return f"<p>{escape(repr(self))}</p>{''.join(tables)}"
 
     def _check_or_create(self, create: bool) -> None:
         marker = self.path / "workspace.json"

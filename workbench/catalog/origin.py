@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sae.errors import InputError
+from sae.shown import Shown
 
 if TYPE_CHECKING:
     from sae.model import SAE
@@ -51,8 +52,8 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("interp-workbench", "torch", "transformers", "transformer-lens")}
 
 
-@dataclass(frozen=True)
-class Origin:
+@dataclass(frozen=True, repr=False)
+class Origin(Shown):
     """What an artefact was made from; what is not known is None or empty."""
 
     record: Record

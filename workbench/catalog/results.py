@@ -12,12 +12,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 
 from sae.errors import InputError
+from sae.shown import Shown, first_rows
 from workbench.catalog.origin import Origin
 from workbench.disk.database import WRITING, create_table, read_duckdb, write_duckdb
 from workbench.disk.names import check_name
@@ -30,8 +32,8 @@ Made = tuple[Mapping[str, "pd.DataFrame"], Mapping[str, "go.Figure"]]
 """What an analysis produces: tables by name, and Plotly figures by name."""
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """One stored result; tables and figures are read when asked for."""
 
     kind: str
@@ -71,6 +73,20 @@ class Result:
         with read_duckdb(self.path) as connection:
             return dict(connection.execute("SELECT name, plotly FROM _figures").fetchall())
 
+    def figure(self, name: str) -> "go.Figure":
+        """A figure the analysis stored. Raises InputError naming the figures there are."""
+        import plotly.io
+
+        if name not in (found := self.figures()):
+            known = ", ".join(found) or "none"
+            raise InputError(f"{self.kind} result {self.name!r} has no figure {name!r}: it has {known}")
+        return plotly.io.from_json(found[name])
+
+    def _repr_html_(self) -> str:
+        shown = "".join(f"<p><b>{escape(name)}</b></p>{first_rows(self.table(name), 5)}" for name in self.tables())
+        drawn = ", ".join(f"figure({name!r})" for name in self.figures())
+        return f"<p>{escape(repr(self))}</p>{shown}<p>{escape(drawn)}</p>"
+
 
 def _tables(connection: duckdb.DuckDBPyConnection) -> list[str]:
     """Names of the tables an analysis stored, not the store's own."""
@@ -83,6 +99,10 @@ class ResultStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{len(names)} {kind}" for kind, names in self.names().items())
+        return f"ResultStore({str(self.folder)!r}): {kinds or 'empty'}"
 
     def path(self, kind: str, name: str) -> Path:
         """Where a result lies or would lie."""

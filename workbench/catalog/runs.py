@@ -83,6 +83,9 @@ class Run:
         self.database = folder / "run.duckdb"
         self.checkpoints = folder / "checkpoints"
 
+    def __repr__(self) -> str:
+        return f"Run({self.name!r}): {self.summary().state}"
+
     @property
     def finished(self) -> bool:
         """Whether its record is written."""

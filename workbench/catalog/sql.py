@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 from duckdb.func import PythonUDFType
 
 from sae.errors import InputError
+from sae.shown import Shown, first_rows
 from workbench.catalog.catalog import Catalog
 from workbench.harvest.reading import Harvest, Vectors
 from workbench.harvest.record import GRADIENT
@@ -52,8 +53,8 @@ _CLOSE = (
 )
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, repr=False)
+class Answer(Shown):
     """What a query gave."""
 
     columns: list[str]
@@ -70,6 +71,9 @@ class Answer:
             seen[column] += 1
             found.append(column if seen[column] == 1 else f"{column}_{seen[column]}")
         return found
+
+    def _repr_html_(self) -> str:
+        return first_rows(self.df())
 
     def df(self) -> "pd.DataFrame":
         """The rows as a pandas frame; vectors are lists in a column of objects."""

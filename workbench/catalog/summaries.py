@@ -9,6 +9,7 @@ from typing import Any
 import duckdb
 
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.catalog.results import ResultStore
 from workbench.catalog.runs import Run, RunSummary
 from workbench.disk.descriptions import read_description
@@ -34,8 +35,8 @@ class HarvestSummary:
     """`finished`, `unfinished` or `damaged`."""
 
 
-@dataclass(frozen=True)
-class SAESummary:
+@dataclass(frozen=True, repr=False)
+class SAESummary(Shown):
     """An SAE as `workbench info` and the app list it."""
 
     name: str
@@ -67,8 +68,8 @@ class SAESummary:
         return between(self.hook, self.target_hook)
 
 
-@dataclass(frozen=True)
-class TranscoderSetSummary:
+@dataclass(frozen=True, repr=False)
+class TranscoderSetSummary(Shown):
     """A set of transcoders as `workbench info` and the app list it."""
 
     name: str

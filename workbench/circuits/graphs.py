@@ -64,10 +64,12 @@ BUNDLED = "bundled"
 STORED = 0.95, 0.99
 """Shares of the nodes' and the edges' influence that are stored."""
 KEPT = 0.8, 0.98
+SHOWN = 0.6
+"""Share of the nodes' influence in a notebook's picture."""
 Coders = Mapping[int, Transcoder] | TranscoderSet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PromptGraph(Graph):
     """A graph with its figure."""
 
@@ -84,6 +86,10 @@ class PromptGraph(Graph):
     def figure(self, node_share: float | None = None) -> go.Figure:
         """Layers upwards and tokens across; pruned first to a share of the influence, where it is given."""
         return attribution_figure(self if node_share is None else self.prune(node_share))
+
+    def _repr_mimebundle_(self, *wanted: Any, **asked: Any) -> Any:
+        """In a notebook: the figure of what bears most of the influence."""
+        return self.figure(SHOWN)._repr_mimebundle_(*wanted, **asked)
 
 
 def attribute(model: LoadedModel, prompt: str, transcoders: Coders, **settings: Any) -> PromptGraph:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly import io
 
 from circuits.feature_circuits import ERROR
 from circuits.graph.graph import FEATURE, Graph
@@ -84,7 +83,7 @@ def shown_table(catalog: Catalog, result: Result, name: str) -> pd.DataFrame:
 
 def named_graph(result: Result, nodes: pd.DataFrame) -> go.Figure:
     """The stored graph of a `circuit-features` result, which says the names of `named_nodes` on hovering."""
-    figure = io.from_json(result.figures()["graph"])
+    figure = result.figure("graph")
     names = dict(zip(nodes["node"], nodes["name"], strict=True))
     drawn = figure.data[-1]
     drawn.customdata = [[node, score, names.get(node, "")] for node, score in drawn.customdata]

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.model import SAE
+from sae.shown import Shown
 from workbench.features.index.logits import output_directions
 from workbench.models.capture import capture
 from workbench.models.hooks import read_hook, written_hook
@@ -54,8 +55,8 @@ Ranking = Literal["max", "mean", "rare"]
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 
 
-@dataclass(frozen=True)
-class KnownFeatures:
+@dataclass(frozen=True, repr=False)
+class KnownFeatures(Shown):
     """What an index knows of every feature of the SAE, in their order."""
 
     names: list[str]

@@ -53,6 +53,9 @@ class Vectors:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def __repr__(self) -> str:
+        return f"Vectors({len(self):,} rows of width {self.width}, {str(self.dtype).removeprefix('torch.')})"
+
     def _block(self, number: int) -> Float[Tensor, "rows width"]:
         if number not in self._mapped:
             self._mapped[number] = map_tensors(self._files[number])["x"]

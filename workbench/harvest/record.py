@@ -53,6 +53,10 @@ class HarvestRecord:
                 f"harvest {self.name!r} is damaged ({error}): restore it or remove it with `workbench gc --harvest`"
             ) from None
 
+    def __repr__(self) -> str:
+        rows = f"{self.n_rows:,} rows of {self.model.get('name')} on {self.corpus.get('name')}"
+        return f"{type(self).__name__}({self.name!r}): {rows} at {', '.join(self.hooks)}"
+
     @property
     def finished(self) -> bool:
         """Whether all blocks and the database are in place."""

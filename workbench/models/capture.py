@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from circuits.turns import turn_of
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.known_positions import known_positions
 from workbench.models.model import LoadedModel
 from workbench.models.places import HookSpec, first_input
@@ -31,8 +32,8 @@ FP16_LOSS_SCALE = 256.0
 """The backward pass of a float16 model runs on loss x this, so that small gradients do not underflow."""
 
 
-@dataclass(frozen=True)
-class Captured:
+@dataclass(frozen=True, repr=False)
+class Captured(Shown):
     """Values at hook points, by hook name."""
 
     activations: dict[str, Float[Tensor, "batch pos width"]]

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.model import LoadedModel
 from workbench.text.corpora import Corpus
 from workbench.text.packing import is_ordinary, pack, refuse_padding
@@ -32,8 +33,8 @@ BATCH_LOGITS = 1 << 26
 """Large vocabularies get smaller batches: at this size the logits of one pass take 256 MB in float32."""
 
 
-@dataclass(frozen=True)
-class ContextBatch:
+@dataclass(frozen=True, repr=False)
+class ContextBatch(Shown):
     """Some contexts on the model's device."""
 
     tokens: Int[Tensor, "batch pos"]

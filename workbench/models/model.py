@@ -14,12 +14,13 @@ from circuits.nodes import Bridge
 from circuits.prompts import ids
 from circuits.turns import take_turns
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.places import HookSpec
 from workbench.text.token_bytes import alone, part_bytes
 
 
-@dataclass(frozen=True)
-class Checks:
+@dataclass(frozen=True, repr=False)
+class Checks(Shown):
     """What was found of one model."""
 
     hooks: Mapping[str, HookSpec]
@@ -102,7 +103,7 @@ class ModelInfo:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A model ready to run; threads that use it take turns (`circuits.turns`)."""
 
@@ -126,6 +127,14 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         take_turns(self.hf, self.structure)
+
+    def __repr__(self) -> str:
+        info = self.info
+        sizes = f"{info.n_layers} layers of width {info.d_model}, {info.n_heads} heads, " if info.n_layers else ""
+        return (
+            f"LoadedModel({info.name!r}): {info.architecture}, {sizes}{info.d_vocab:,} tokens, "
+            f"{info.dtype} on {info.device}"
+        )
 
     @property
     def bridge(self) -> Bridge:

@@ -23,13 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from circuits.turns import turn_of
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.places import KINDS, HookSpec, first_input
 
 TOKENS_POINT = "embed.hook_in"
 
 
-@dataclass(frozen=True)
-class OwnModel:
+@dataclass(frozen=True, repr=False)
+class OwnModel(Shown):
     """A module and what is to be known of it, for `load_model`."""
 
     module: nn.Module

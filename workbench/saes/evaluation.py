@@ -38,6 +38,7 @@ from torch import Tensor
 
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.model import SAE
+from sae.shown import Shown
 from sae.transcoder import Transcoder
 from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length, losses
 from workbench.models.hooks import read_hook, written_hook
@@ -51,8 +52,8 @@ MOST_KEPT = 1 << 30
 """Bytes of one residual stream over all tokens; a first pass over more is repeated up to the hook point."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """One SAE on held-out tokens; shares are between 0 and 1, losses in nats per token."""
 
     tokens: int

@@ -42,6 +42,7 @@ from sae.inference import (
 from sae.inference.coder import Infer, check_searched
 from sae.inference.omp import SPREAD
 from sae.model import SAE
+from sae.shown import Shown
 from workbench.catalog.catalog import Catalog
 from workbench.models.capture import capture
 from workbench.models.contexts import CONTEXT_LEN, context_batches, context_length
@@ -60,8 +61,8 @@ SAMPLE_ROWS = 256
 MEASURED = ("l0", "fvu", "added_nats", "kl", "dead_share")
 
 
-@dataclass(frozen=True)
-class Inference:
+@dataclass(frozen=True, repr=False)
+class Inference(Shown):
     """Codes of one dictionary, method by method."""
 
     sae: str

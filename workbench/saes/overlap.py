@@ -25,14 +25,15 @@ from sae.directions import cosine_blocks
 from sae.errors import InputError
 from sae.model import SAE
 from sae.recovery import RECOVERED_ABOVE
+from sae.shown import Shown
 from workbench.catalog.catalog import Catalog
 from workbench.show.colours import series_colour
 
 BINS = 50
 
 
-@dataclass(frozen=True)
-class Overlap:
+@dataclass(frozen=True, repr=False)
+class Overlap(Shown):
     """Best partners of the features of two SAEs."""
 
     a: str

@@ -24,6 +24,7 @@ from sae.errors import InputError
 from sae.formats import circuit_tracer, saelens, saelens_import
 from sae.formats.conversion import topk_of
 from sae.model import SAE
+from sae.shown import Shown
 from sae.transcoder import Transcoder
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin, versions
@@ -40,8 +41,8 @@ HEADLINES = {
 """What of an evaluation stands in the card."""
 
 
-@dataclass(frozen=True)
-class Publication:
+@dataclass(frozen=True, repr=False)
+class Publication(Shown):
     """What was sent, or would be."""
 
     repo: str

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from circuits.nodes import Bridge
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.contexts import ContextBatch, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.attention_levels import LevelSearch
@@ -68,8 +69,8 @@ class BudgetedPattern:
         return 1 - self.value if self.pattern == "top-p" else self.value
 
 
-@dataclass(frozen=True)
-class AttentionSparsity:
+@dataclass(frozen=True, repr=False)
+class AttentionSparsity(Shown):
     """What was measured, as tables."""
 
     clean_loss: float

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from circuits.nodes import Bridge, z_names
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.contexts import ContextBatch, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.attention import Rest, counted, hook_names, restricted, usable_budgets
@@ -37,8 +38,8 @@ Change = Callable[[], AbstractContextManager[None]]
 Report = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class HeadCosts:
+@dataclass(frozen=True, repr=False)
+class HeadCosts(Shown):
     """What was measured, as tables."""
 
     clean_loss: float

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from circuits.turns import turn_of
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.contexts import ContextBatch, logits_of, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
@@ -38,8 +39,8 @@ MIN_CONTEXT = 8
 Counts = Float[Tensor, "contexts d_mlp"]
 
 
-@dataclass(frozen=True)
-class CoreNeurons:
+@dataclass(frozen=True, repr=False)
+class CoreNeurons(Shown):
     """What was measured, as tables."""
 
     overlap: pd.DataFrame

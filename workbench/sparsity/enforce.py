@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from circuits.turns import turn_of
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.contexts import ContextBatch, logits_of, losses
 from workbench.models.load import LoadedModel
 from workbench.sparsity.calibration import Calibration
@@ -132,8 +133,8 @@ class Point:
     """None for methods that thin every matrix."""
 
 
-@dataclass(frozen=True)
-class Curves:
+@dataclass(frozen=True, repr=False)
+class Curves(Shown):
     """Every method's points, and the shares of zeros behind them."""
 
     clean_loss: float

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from circuits.turns import turn_of
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.features.concepts.alignment import held_out_half
 from workbench.features.concepts.truth import ConceptTruth, from_contexts
 from workbench.models.contexts import ContextBatch, context_batches, context_length
@@ -43,8 +44,8 @@ AT_MOST_CHOSEN = 16
 """Experts a token that memory is asked for; known models choose 1 to 10."""
 
 
-@dataclass(frozen=True)
-class Experts:
+@dataclass(frozen=True, repr=False)
+class Experts(Shown):
     """What was measured, as tables."""
 
     tokens: int

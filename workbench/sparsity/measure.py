@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from circuits.turns import turn_of
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.models.contexts import ContextBatch, context_batches, context_length
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
@@ -34,8 +35,8 @@ CODING_TOKENS = 32_768
 """A second moment of the stream needs a few times as many tokens as the stream has dimensions."""
 
 
-@dataclass(frozen=True)
-class Measurement:
+@dataclass(frozen=True, repr=False)
+class Measurement(Shown):
     """What was measured, as tables."""
 
     tokens: int

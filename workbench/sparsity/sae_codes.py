@@ -21,6 +21,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.metrics import DENSE_ABOVE
 from sae.model import SAE
+from sae.shown import Shown
 from workbench.models.capture import capture
 from workbench.models.contexts import context_batches, context_length
 from workbench.models.hooks import resolve_hook
@@ -59,8 +60,8 @@ def fit_zipf(density: Float[Tensor, "features"]) -> ZipfFit:
     return ZipfFit(-slope.item(), (1 - residual / total).item() if total > 0 else float("nan"))
 
 
-@dataclass(frozen=True)
-class SAESparsity:
+@dataclass(frozen=True, repr=False)
+class SAESparsity(Shown):
     """What was measured, as tables; the first column of each is `sae`, but for `terms`."""
 
     tokens: int

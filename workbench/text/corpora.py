@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.disk.hub import require_hub
 from workbench.text.chats import Messages, Only, field_and_only
 from workbench.text.document_counts import DocumentCounts
@@ -63,8 +64,8 @@ IDENTIFIED_BY = 1024
 """Documents of a Python iterable that its fingerprint is taken of: it may have no end."""
 
 
-@dataclass(frozen=True)
-class Document:
+@dataclass(frozen=True, repr=False)
+class Document(Shown):
     """One document."""
 
     index: int
@@ -112,6 +113,9 @@ class Corpus:
         if not first:
             raise InputError(f"corpus {name} holds no text: its files are empty")
         self._single = first[0] if len(first) == 1 else None
+
+    def __repr__(self) -> str:
+        return f"Corpus({self.name!r})"
 
     def documents(self, split: Split, start: int = 0) -> Iterator[Document]:
         """The documents of one side of the split, always in the same order. Raises InputError when there are none.

@@ -33,6 +33,7 @@ from torch import Tensor
 from sae.code import SparseCode
 from sae.errors import InputError
 from sae.model import SAE
+from sae.shown import Shown
 from workbench.features.concepts.truth import ConceptTruth
 from workbench.harvest.reading import Vectors
 
@@ -86,8 +87,8 @@ class Units:
         return self.n * (2 if self.signed else 1)
 
 
-@dataclass(frozen=True)
-class Alignment:
+@dataclass(frozen=True, repr=False)
+class Alignment(Shown):
     """Scores of units against concepts; held-out but for `calibration_f1`.
 
     F1 and recall are NaN for concepts that no held-out token has.

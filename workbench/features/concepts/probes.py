@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.model import SAE
+from sae.shown import Shown
 from workbench.features.concepts.alignment import Units, held_out_half, spread
 from workbench.features.concepts.logistic import Probe, Scores, best_threshold, difference_in_means, fit, judge
 from workbench.features.concepts.truth import ConceptTruth
@@ -35,8 +36,8 @@ PROBE_ROWS = 16_384
 SPARSE_KS = (1, 4, 16)
 
 
-@dataclass(frozen=True)
-class ProbeScores:
+@dataclass(frozen=True, repr=False)
+class ProbeScores(Shown):
     """Held-out scores of every method for every concept."""
 
     concepts: tuple[str, ...]

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sae.errors import InputError
+from sae.shown import Shown
 from workbench.catalog.catalog import Catalog
 from workbench.features.documents.bags import Bags
 from workbench.features.documents.pooling import Pooling, check_pooling, documents_of, pooled, pooled_reading
@@ -31,8 +32,8 @@ NAMED = 3
 """Features of a document that its line in the table names."""
 
 
-@dataclass(frozen=True)
-class DocumentCodes:
+@dataclass(frozen=True, repr=False)
+class DocumentCodes(Shown):
     """The documents of an index with their pooled codes."""
 
     sae: str

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sae.shown import Shown
 from workbench.models.places import between
 
 
-@dataclass(frozen=True)
-class Example:
+@dataclass(frozen=True, repr=False)
+class Example(Shown):
     """One place where a feature fires, with the text around it."""
 
     row: int
@@ -32,8 +33,8 @@ class Example:
     """Nats by which each token's loss rises when the feature is taken out; None where not measured."""
 
 
-@dataclass(frozen=True)
-class ExampleGroup:
+@dataclass(frozen=True, repr=False)
+class ExampleGroup(Shown):
     """Examples of one sign and one range of strength."""
 
     sign: int
@@ -47,8 +48,8 @@ class ExampleGroup:
     examples: list[Example]
 
 
-@dataclass(frozen=True)
-class FeatureStats:
+@dataclass(frozen=True, repr=False)
+class FeatureStats(Shown):
     """Statistics of a feature's activations; None where they are not defined (`.statistics`)."""
 
     firings: int
@@ -80,8 +81,8 @@ class TokenEffect:
     effect: float
 
 
-@dataclass(frozen=True)
-class LogitStats:
+@dataclass(frozen=True, repr=False)
+class LogitStats(Shown):
     """Distribution of the effects over the vocabulary."""
 
     std: float
