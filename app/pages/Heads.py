@@ -13,6 +13,7 @@ from workbench.circuits.head_examples import HeadExamples, head_examples
 from workbench.circuits.head_features import FAMILIES, HEAD_FEATURES
 from workbench.circuits.heads import DIVERGING, HEADS, ON_RANDOM_TOKENS, SCORES, HeadOnText, report_heads
 from workbench.circuits.methods import DISCRETE, NODES
+from workbench.circuits.needles import needles_behind
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
 from workbench.show.html import one_line
@@ -121,11 +122,8 @@ def rests_on(result: Result, by: str) -> list[str]:
         "retrieval": "A needle's token counts once, as the paper defines the score.",
         "retrieval_steps": "A needle's token counts at every step that copies it, as the paper's code has it.",
     }
-    if by in counted and "needles_found" in table:
-        found = int(table["needles_found"].iloc[0])
-        return [counted[by], f"The score rests on {found} needles found of {result.parameters['needles']}."]
-    if by == "evidence":
-        return [f"It rests on {result.parameters['needles']} needles, found or not."]
+    if by in (*counted, "evidence") and "needles_found" in table:
+        return [*filter(None, [counted.get(by)]), needles_behind(result, by)]
     if by in ON_RANDOM_TOKENS:
         return ["Measured on random tokens; `workbench sparsity attention` measures it on text."]
     return []

@@ -22,7 +22,11 @@ from workbench.sparsity.measurements import ATTENTION, CURVES, EXPERTS, HEADS, M
 from workbench.sparsity.methods import method_named
 from workbench.sparsity.neurons import NeuronView, view_neuron
 
-PARTS = ("MLPs", "Cost", "Beforehand", "Attention", "Heads", "SAEs", "Experts")
+PARTS = {
+    "MLPs": MLP, "Cost": CURVES, "Beforehand": PREDICT, "Attention": ATTENTION, "Heads": HEADS, "SAEs": SAES,
+    "Experts": EXPERTS,
+}  # fmt: skip
+"""Kinds of result by what the page calls them."""
 COMMANDS = {
     MLP: "measure", CURVES: "enforce", PREDICT: "predict", ATTENTION: "attention", HEADS: "heads", SAES: "sae",
     EXPERTS: "experts",
@@ -77,12 +81,14 @@ def main() -> None:
     if len(chosen) > 1:
         summary = compared(str(workspace.path), version(workspace), tuple(chosen))
         st.dataframe(summary.set_index("name").T.map(in_words), width="stretch")
+    measured = {kind for parts in reports.values() for kind in parts}
+    first = next(part for part, kind in PARTS.items() if kind in measured)
     part = st.segmented_control(
-        "Part", PARTS, default=PARTS[0], key="part", bind="query-params", label_visibility="collapsed", required=True
+        "Part", list(PARTS), default=first, key="part", bind="query-params", label_visibility="collapsed", required=True
     )
     # `required` keeps a second click on the part from taking it away, but types do not know that.
     draws = dict(zip(PARTS, (mlps, cost, beforehand, attention, heads, saes, experts), strict=True))
-    draws[part or PARTS[0]](workspace, reports)
+    draws[part or first](workspace, reports)
 
 
 def in_words(value: object) -> str:

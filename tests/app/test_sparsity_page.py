@@ -142,7 +142,8 @@ def test_a_report_from_before_adaptive_patterns_names_its_command(
         made.kind, "old", parameters=made.parameters, provenance=made.provenance,
         tables={"curves": curves, "coverage": made.table("coverage"), "heads": made.table("heads")},
     )  # fmt: skip
-    page = open_page("Sparsity", tmp_path / "w", reports="old", part="Attention")
+    # Nothing else is stored: the page opens on attention.
+    page = open_page("Sparsity", tmp_path / "w", reports="old")
     assert "`workbench sparsity attention old` again" in page.info[0].value
 
 

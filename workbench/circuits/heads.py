@@ -12,6 +12,7 @@ sentences, Wu et al. 2024, arXiv 2404.15574). `retrieval` counts a needle's toke
 neither; the evidence score, which reads the question's attention, needs no success. `needles` masks the heads.
 """
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -45,8 +46,10 @@ BATCH = 8
 """Rows whose attention is held at once."""
 MAX_PROMPT = 256
 NEEDLE_KEY, NEEDLE_LENGTH = 8, 4
-LENGTH, NEEDLES = 32, 128
-"""Tokens before a row repeats, and needle tests, where the model takes as many."""
+LENGTH, NEEDLES = 32, 256
+"""Tokens before a row repeats, and needle tests, where the model takes as many: the demo model finds one in seven."""
+FEW = 25
+"""Needles found below which a copy score may be out by more than the paper's threshold: 1 / (2 sqrt(n)) > 0.1."""
 
 
 def report_heads(
@@ -191,6 +194,14 @@ def needle_rows(model: LoadedModel, vocabulary: list[int], first: int, n: int, s
         row = [first, *hay[:place], *key, *needle, *hay[place:], *key]
         tests.append(Needle(torch.tensor(row), 1 + place + NEEDLE_KEY, NEEDLE_LENGTH, NEEDLE_KEY, NEEDLE_KEY))
     return tests
+
+
+def few_needles(needles: int, found: int) -> str:
+    """How uncertain copy scores are, in one line, where fewer than FEW needles were found; else nothing."""
+    if not 0 < found < FEW:
+        return ""
+    error = 1 / (2 * math.sqrt(found))
+    return f"Few: copy scores may be out by {error:.2f}; `--needles {needles * math.ceil(FEW / found)}` finds more."
 
 
 def score_titles(scores: pd.DataFrame) -> dict[str, str]:

@@ -6,8 +6,8 @@ A `circuit-retrieval` result of needle tests without language (`heads.needle_row
              evidence (`circuits.retrieval`), and masked_recall: the recall of needles with this head alone masked
     masks    order, masked (number of heads), draw, recall: the heads of largest retrieval or evidence score masked
              together, and as many random ones
-    summary  recall with nothing masked, tests and successful generations behind the scores, heads above the paper's
-             0.1, heads that hold half of the positive evidence
+    summary  recall with nothing masked, tests and successful generations behind the scores, tests that heads are masked
+             on (judged), heads above the paper's 0.1, heads that hold half of the positive evidence
 
 Masked heads hand over their mean over the prompts. Heads are scored on one set of tests and masked on another, drawn
 with the next seed.
@@ -32,11 +32,13 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits import figures
-from workbench.circuits.heads import check_needles_fit, first_and_others, needle_rows
+from workbench.circuits.heads import NEEDLES, check_needles_fit, few_needles, first_and_others, needle_rows
 from workbench.models.load import LoadedModel
 
 RETRIEVAL = "circuit-retrieval"
 MASKED = (1, 2, 4)
+JUDGED = 64
+"""Tests that heads are masked on: all of them count, found or not."""
 
 
 def report_retrieval(
@@ -44,7 +46,7 @@ def report_retrieval(
     name: str,
     model: LoadedModel,
     *,
-    needles: int = 64,
+    needles: int = NEEDLES,
     draws: int = 10,
     seed: int = 0,
     on_progress: OnProgress | None = None,
@@ -52,7 +54,7 @@ def report_retrieval(
     """Scores every head and masks heads; stores both.
 
     Args:
-        needles: tests for the scores, and as many for the masks.
+        needles: tests for the scores; heads are masked on JUDGED others, or as many where these are fewer.
         draws: of random heads; `seed` draws them and the tests.
 
     Raises:
@@ -71,10 +73,31 @@ def report_retrieval(
     )
 
 
+def needles_behind(result: Result, column: str) -> str:
+    """On how many needle tests a score rests, as a sentence; where few were found, how uncertain that leaves it.
+
+    Args:
+        result: of a kind with needle tests, `circuit-retrieval` or `circuit-heads`.
+        column: of its table of heads or scores.
+    """
+    needles = int(result.parameters["needles"])
+    if result.kind == RETRIEVAL:
+        summary = result.table("summary").iloc[0]
+        found = int(summary["successful"])
+        # Results of before masked heads on as many tests as they scored them on.
+        judged = int(summary.get("judged", needles))
+    else:
+        found, judged = int(result.table("scores")["needles_found"].iloc[0]), 0
+    if column in ("evidence", "masked_recall"):
+        return f"It rests on {judged if column == 'masked_recall' else needles} needles, found or not."
+    return f"It rests on {found} needles found of {needles}. {few_needles(needles, found)}".rstrip()
+
+
 def _scored_and_masked(model: LoadedModel, needles: int, draws: int, seed: int, on_progress: OnProgress | None) -> Made:
     """Tables and figures of the module's description."""
     first, vocabulary = first_and_others(model)
-    scored, judged = (needle_rows(model, vocabulary, first, needles, seed + place) for place in (0, 1))
+    scored = needle_rows(model, vocabulary, first, needles, seed)
+    judged = needle_rows(model, vocabulary, first, min(needles, JUDGED), seed + 1)
     found = retrieval_scores(model.bridge, scored)
     if not found.successful:
         raise InputError(
@@ -112,7 +135,7 @@ def _scored_and_masked(model: LoadedModel, needles: int, draws: int, seed: int, 
         ]
     )
     summary = pd.DataFrame(
-        [{"recall": clean, "tests": needles, "successful": found.successful,
+        [{"recall": clean, "tests": needles, "successful": found.successful, "judged": len(judged),
           "above_threshold": int((found.values > THRESHOLD).sum()),
           "half_of_evidence": heads_of_half(evidence), "heads": len(places)}]
     )  # fmt: skip

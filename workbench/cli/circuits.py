@@ -169,7 +169,7 @@ def heads(
     ] = None,
     needles: Annotated[
         int | None,
-        typer.Option(help="Needle tests for retrieval heads, 0 for none; 128 where the context is long enough.", min=0),
+        typer.Option(help="Needle tests for retrieval heads, 0 for none; 256 where the context is long enough.", min=0),
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -183,6 +183,8 @@ def heads(
     composition = result.table("composition").sort_values("score", ascending=False)
     tables = {"scores": scores, "composition": composition[["writer", "reader", "kind", "score"]]}
     run.show(result, tables if run.as_json else {"best heads": best_heads(scores), **tables})
+    if "needles_found" in scores and not run.as_json:
+        _say_if_few(result, int(scores["needles_found"].iloc[0]))
 
 
 def best_heads(scores: "pd.DataFrame", n: int = 4) -> "pd.DataFrame":
@@ -206,7 +208,9 @@ def best_heads(scores: "pd.DataFrame", n: int = 4) -> "pd.DataFrame":
 @sharing(Analysis)
 def retrieval(
     run: Analysis,
-    needles: Annotated[int, typer.Option(help="Needle tests for the scores, and as many for the masks.", min=1)] = 64,
+    needles: Annotated[
+        int, typer.Option(help="Needle tests for the scores; heads are masked on 64 others.", min=1)
+    ] = 256,
     draws: Annotated[int, typer.Option(help="Draws of random heads to mask.", min=1)] = 10,
     seed: SeedOption = 0,
 ) -> None:
@@ -221,7 +225,17 @@ def retrieval(
     if not run.as_json:
         recall = masks.groupby(["order", "masked"], sort=False)["recall"]
         masks = recall.agg(["count", "mean", "min", "max"]).reset_index().rename(columns={"count": "draws"})
-    run.show(result, {"summary": result.table("summary"), "heads": heads, "masks": masks})
+    summary = result.table("summary")
+    run.show(result, {"summary": summary, "heads": heads, "masks": masks})
+    if not run.as_json:
+        _say_if_few(result, int(summary["successful"].iloc[0]))
+
+
+def _say_if_few(result: "Result", found: int) -> None:
+    from workbench.circuits.heads import few_needles
+
+    if line := few_needles(int(result.parameters["needles"]), found):
+        print(line)
 
 
 @commands.command()

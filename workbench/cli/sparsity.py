@@ -39,6 +39,8 @@ POINT_COLUMNS = ["method", "level", "sparsity", "added_nats", "kl", "flops_saved
 COST_COLUMNS = ["method", "cost", "level", "sparsity", "added_nats", "flops_saved"]
 """What a terminal has room for; --json gives the rest."""
 SHOWN_PAIRS = 20
+ON_TEXT = ("sink", "entropy", "keys_95", "gate_mean", "gate_closed")
+"""Columns of `sparsity.sinks` and `sparsity.gates` that a terminal has room for."""
 
 commands = typer.Typer(
     name="sparsity",
@@ -144,7 +146,7 @@ def attention(
 
     result = run.run("attention", budgets=budget, tasks=[Task(item) for item in task or []])
     if run.as_json:
-        tables = {table: result.table(table) for table in ("curves", *(("tasks",) if task else ()))}
+        tables = {table: result.table(table) for table in ("curves", *(("tasks",) if task else ()), "heads")}
         print_result(result, tables | {"best": _best_patterns(result)}, True)
         return
     print_result(result, _attention_tables(result), False)
@@ -261,7 +263,8 @@ def compare(
 
 
 def _attention_tables(result: "Result") -> "dict[str, pd.DataFrame]":
-    """Added nats and what is kept of a task, by pattern and budget; the best pattern of every head, and of how many."""
+    """Added nats and what is kept of a task, by pattern and budget; the best pattern of every head, and of how many;
+    sinks, breadth and gates by head."""
     import pandas as pd
 
     curves, best = result.table("curves"), _best_patterns(result)
@@ -275,6 +278,12 @@ def _attention_tables(result: "Result") -> "dict[str, pd.DataFrame]":
     )
     counts = pd.crosstab(best["best"], best["budget"]).rename_axis("pattern").rename(columns=str)
     found["heads of which a pattern keeps most"] = counts.reset_index()
+    heads = result.table("heads")
+    shown = [column for column in ON_TEXT if column in heads]
+    uniform = heads["sink_uniform"].iloc[0]
+    found[f"where heads look on text (uniform attention has a sink of {uniform:.2g})"] = heads.assign(
+        node=[f"a{row.layer}.h{row.head}" for row in heads.itertuples()]
+    )[["node", *shown]]
     return found
 
 

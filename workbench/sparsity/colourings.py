@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
-from workbench.circuits.needles import RETRIEVAL
+from workbench.circuits.needles import RETRIEVAL, needles_behind
 from workbench.models.load import ModelInfo
 from workbench.sparsity import figures
 from workbench.sparsity.attention import best_of_heads
@@ -63,12 +63,9 @@ def colourings(catalog: Catalog, model: ModelInfo) -> dict[str, Colouring]:
 
 def _rests_on(result: Result, column: str) -> str:
     """On how much text, or on how many needle tests, a column of the table `heads` was measured."""
-    if result.kind != RETRIEVAL:
-        return f"Measured on {result.parameters['max_tokens']:,} held-out tokens."
-    needles = result.parameters["needles"]
-    if column == "active":
-        return f"It rests on {int(result.table('summary')['successful'].iloc[0])} needles found of {needles}."
-    return f"It rests on {needles} needles, found or not."
+    if result.kind == RETRIEVAL:
+        return needles_behind(result, column)
+    return f"Measured on {result.parameters['max_tokens']:,} held-out tokens."
 
 
 def _best_patterns(result: Result, model: ModelInfo) -> dict[str, Colouring]:

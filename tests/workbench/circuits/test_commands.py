@@ -1,6 +1,7 @@
 """The circuits commands: what they print and store, and every mistake in one line with exit code 2."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,14 @@ def test_discover_stores_a_circuit_which_is_listed_drawn_and_queried(
 
 
 def test_heads_names_the_best_head_of_every_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["circuits", "heads", "--needles", "0", "--workspace", str(folder), "--device", "cpu"]) == 0
-    lines = {words[0]: words for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
+    assert run(["circuits", "heads", "--needles", "4", "--workspace", str(folder), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    lines = {words[0]: words for words in map(str.split, printed.splitlines()) if words}
     scores = Workspace(folder).results.open("circuit-heads", "heads-demo").table("scores").set_index("node")
     for score in ("previous_token", "induction", "copying"):
         assert lines[score][1:3] == [scores[score].idxmax(), f"{scores[score].max():.3g}"]
+    found = scores["needles_found"].iloc[0]
+    assert f"Few: copy scores may be out by {0.5 / found**0.5:.2f}; `--needles {4 * math.ceil(25 / found)}`" in printed
 
 
 def test_a_task_of_ones_own_is_patched_and_ablated(folder: Path, tmp_path: Path) -> None:

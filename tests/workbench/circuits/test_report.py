@@ -22,7 +22,7 @@ from sae.model import SAE
 from sae.rules import TopK
 from workbench.catalog.results import Result
 from workbench.circuits.agreement import report_agreement
-from workbench.circuits.heads import head_on_text, report_heads
+from workbench.circuits.heads import few_needles, head_on_text, report_heads
 from workbench.circuits.methods import METHODS, method_named
 from workbench.circuits.needles import report_retrieval
 from workbench.circuits.report import run_method
@@ -298,7 +298,7 @@ def test_masking_retrieval_heads_is_stored_with_its_controls(space: Workspace, d
     result = report_retrieval(space, "masked", demo, needles=12, draws=2)
     summary, heads, masks = (result.table(name) for name in ("summary", "heads", "masks"))
     assert summary.recall[0] > 0.05
-    assert 0 < summary.successful[0] <= summary.tests[0] == 12
+    assert 0 < summary.successful[0] <= summary.tests[0] == summary.judged[0] == 12
     assert len(heads) == 32
     assert (heads.masked_recall <= 1).all()
     assert set(masks.order) == {"retrieval", "evidence", "random"}
@@ -312,7 +312,10 @@ def test_masking_retrieval_heads_is_stored_with_its_controls(space: Workspace, d
     assert coloured.values.flatten().tolist() == result.table("heads")["masked_recall"].tolist()
     assert coloured.rests_on == "It rests on 12 needles, found or not."
     found = known["share of needles copied (masked)"].rests_on
-    assert found == f"It rests on {summary.successful[0]} needles found of 12."
+    assert found.startswith(
+        f"It rests on {summary.successful[0]} needles found of 12. Few: copy scores may be out by 0."
+    )
+    assert not few_needles(256, 25)
 
 
 def test_masking_without_needles_is_refused(space: Workspace, demo: LoadedModel) -> None:

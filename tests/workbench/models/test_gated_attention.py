@@ -4,6 +4,7 @@ Models are random, two or three layers of width 32 (`benchmarks.families`).
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,12 @@ from circuits.path_patching import patch_edges
 from circuits.recursive_dfa import recursive_dfa
 from circuits.sources import split_heads, split_points
 from sae import InputError
+from workbench.cli.main import run
 from workbench.models.contexts import ContextBatch
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.gates import gate_statistics
+from workbench.workspace import Workspace
 
 TOKENS = torch.randint(5, 4000, (2, 20), generator=torch.Generator().manual_seed(1))
 
@@ -94,9 +97,9 @@ def test_a_gate_made_beside_queries_is_no_query(family: Callable[..., LoadedMode
     torch.testing.assert_close(effective_weights(model.bridge, "q", 1).W, (W_Q * gain).permute(2, 0, 1))
     for kind in ("q", "k", "v"):
         assert composition_scores(model.bridge, kind).values[0, :, 1].gt(0).all()
-    for run in (attribute_edges, patch_edges):
+    for method in (attribute_edges, patch_edges):
         with pytest.raises(InputError, match="a gate, or what runs beside attention"):
-            run(model.bridge, prompts_of(model))
+            method(model.bridge, prompts_of(model))
     with pytest.raises(InputError, match="something else is at work there"):
         freeze(model.bridge, TOKENS[0])
 
@@ -139,3 +142,15 @@ def test_gates_by_head_are_those_of_the_bare_model(architecture: str, family: Ca
             found = table[(table["layer"] == layer) & (table["head"] == head)].iloc[0]
             assert found["gate_mean"] == pytest.approx(sum(gates) / len(gates), rel=1e-5)
             assert found["gate_closed"] == pytest.approx(sum(gate < 0.1 for gate in gates) / len(gates))
+
+
+def test_sparsity_attention_prints_gates_beside_sinks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"def f{number}(x):\n    return x + {number}\n" * 4)
+    folder = save_tiny("Qwen3NextForCausalLM", tmp_path / "model", **FULL_ATTENTION)
+    asked = ["--corpus", str(tmp_path), "--tokens", "128", "--context", "32", "--budget", "8", "--device", "cpu"]
+    assert run(["sparsity", "attention", "g", "--model", str(folder), "--workspace", str(tmp_path / "w"), *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heading = next(number for number, line in enumerate(lines) if "gate_mean   gate_closed" in line)
+    heads = Workspace(tmp_path / "w").results.open("sparsity-attention", "g").table("heads")
+    assert lines[heading + 2].split()[-2:] == [f"{heads[column][0]:.4g}" for column in ("gate_mean", "gate_closed")]

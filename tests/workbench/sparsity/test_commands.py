@@ -49,7 +49,7 @@ COMMANDS = {
         ["--method", "zero", "--method", "wina", "--p", "0.01"],
         ["points", "costs", "ppl", "reliability"],
     ),
-    "attention": ("sparsity-attention", ["--budget", "8", "--task", "induction"], ["curves", "tasks"]),
+    "attention": ("sparsity-attention", ["--budget", "8", "--task", "induction"], ["curves", "tasks", "heads"]),
     "heads": ("sparsity-heads", ["--budget", "8", "--draws", "1"], ["heads", "layers", "curve"]),
     "predict": ("sparsity-predict", [], ["overlap", "cores", "dimensions", "predictor"]),
     "sae": ("sparsity-sae", ["s"], ["summary", "terms"]),
