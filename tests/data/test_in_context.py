@@ -132,6 +132,25 @@ def test_a_model_pasted_under_itself_is_itself(
     assert abs(from_other["identity", 0] - itself["identity", 0]) > 1e-3
 
 
+def test_what_is_cut_is_not_looked_at(script_at: Callable[[str], ModuleType]) -> None:
+    for imported in ("heads", "paste"):
+        script_at(f"benchmarks/in_context_{imported}.py")
+    order = script_at("benchmarks/in_context_order.py")
+    pattern = torch.rand(2, 3, 6, 6).softmax(dim=-1)
+    hidden = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    found = order.cut(0, hidden)[1](pattern, hook=None)
+    assert torch.equal(found[:, :, :-1], pattern[:, :, :-1])
+    assert torch.allclose(found[1], pattern[1])
+    last, before = found[0, :, -1], pattern[0, :, -1]
+    assert (last[:, 1:3] == 0).all()
+    torch.testing.assert_close(last[:, 3:] / last[:, :1], before[:, 3:] / before[:, :1])
+    torch.testing.assert_close(last.sum(dim=1), torch.ones(3))
+    sent = order.to_bos(1, order.LABELS)[1](pattern, hook=None)
+    assert (sent[:, 1, 2::2] == torch.eye(6)[0]).all()
+    assert torch.equal(sent[:, [0, 2]], pattern[:, [0, 2]])
+    assert torch.equal(sent[:, 1, 1::2], pattern[:, 1, 1::2])
+
+
 def test_training_lowers_the_loss() -> None:
     torch.manual_seed(0)
     model = build(1, 32, 2)
