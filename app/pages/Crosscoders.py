@@ -7,7 +7,7 @@ import streamlit as st
 from app.examples import example_rows
 from app.shared import open_index, open_workspace, page_link, plain
 from workbench import FeatureIndex, Result, Workspace
-from workbench.saes.crosscoders import KIND
+from workbench.saes.crosscoders import KIND, poorly_explained
 
 PART_COLUMNS = {
     "part": "part", "hook": "hook point", "explained_variance": "explained variance", "ce_clean": "CE clean",
@@ -36,6 +36,10 @@ def main() -> None:
         f"On {int(parts['tokens'].iloc[0]):,} held-out tokens, with {parts['l0'].iloc[0]:.1f} active features a token; "
         "nats a token that its model loses where the part is replaced by its reconstruction."
     )
+    why = poorly_explained(result)
+    if why is not None:
+        st.warning(plain(why))
+        return
     figures(result)
     group = choose_group(result)
     chosen = listed(workspace, result.name, features[features["group"] == group])

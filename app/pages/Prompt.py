@@ -152,7 +152,7 @@ def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position:
     shown, choice = st.columns([2, 3], vertical_alignment="center")
     if not shown.toggle(
         "After each block", key="lens_shown", bind="query-params",
-        help="the next token that the residual stream says after each block, by the logit lens or a mean Jacobian",
+        help=f"the {live.model.outcome} that the stream says after each block, by the logit lens or a mean Jacobian",
     ):  # fmt: skip
         return
     fitted = [result.name for result in workspace.results.find(LENS) if result.origin.model == live.model.info.name]
@@ -262,7 +262,8 @@ def features(reading: PromptReading, by: Ranking, max_density: float, position: 
             "feature": st.column_config.LinkColumn("feature", display_text=LINK),
             "density": st.column_config.NumberColumn("density", format="percent"),
             "attribution": st.column_config.NumberColumn(
-                "to next", format="%+.3f", help="what it adds to the logit of the likeliest next token"
+                "to next" if reading.outcome == "next token" else "to class", format="%+.3f",
+                help=f"what it adds to the logit of the likeliest {reading.outcome}",
             ),
         },
     )  # fmt: skip
@@ -279,7 +280,7 @@ def at_token(reading: PromptReading, position: int, max_density: float) -> pd.Da
     target = None
     if reading.missing is None:
         text = st.text_input(
-            "Attribute to next token", key="target", bind="query-params",
+            f"Attribute to {reading.outcome}", key="target", bind="query-params",
             placeholder=f"{reading.next_texts[position][0]!r} (likeliest)",
             help="direct logit attribution, past the layers in between; one token, with its space",
         )  # fmt: skip
@@ -302,7 +303,7 @@ def expectations(reading: PromptReading, position: int) -> None:
         f'<tr><td class="tok">{visible(text)}</td><td class="n">{share:.1%}</td></tr>' for text, share in pairs
     )
     st.html(f'{STYLE}<div class="wbf"><table>{rows}</table></div>')
-    if position + 1 < len(reading.tokens):
+    if position + 1 < len(reading.tokens) and reading.outcome == "next token":
         st.caption(plain(f"Next comes {reading.texts[position + 1]!r}: {reading.losses[position + 1]:.2f} nats."))
 
 

@@ -165,7 +165,7 @@ def show(found: Steering) -> None:
         delta_color="inverse",
         help="mean over the prompt's tokens",
     )
-    following, along = st.tabs(["Next token", "Along the prompt"])
+    following, along = st.tabs([found.outcome.capitalize(), "Along the prompt"])
     with following:
         if found.next_tokens.empty:
             st.caption("No probability after the prompt changes.")

@@ -3,9 +3,9 @@
 `fit_lens` stores a `lens` result:
 
     layers     lens (logit, Jacobian, centred), layer (0: what enters the first block, L: the model itself), kl (nats,
-               of the model's next-token distribution to the lens'), cross_entropy (nats), agrees (share of positions
-               whose likeliest token is the model's), noise (of the Jacobian, see `circuits.lens.Jacobians`); all on
-               held-out text
+               of the model's distribution to the lens'), cross_entropy (nats; NaN of classes), agrees (share of
+               positions whose likeliest output is the model's), noise (of the Jacobian, see
+               `circuits.lens.Jacobians`); all on held-out text
     jacobians  layer, mean (float32 bytes), matrix (likewise, a row an entry of the last residual stream; none at L)
     summary    positions averaged over, positions measured on
 
@@ -56,13 +56,15 @@ class LensReading:
     """`logit`, or the name of the Jacobians, with `, centred` where it is."""
     texts: tuple[str, ...]
     top: Int[NDArray, "layers+1 pos PREDICTIONS"]
-    """Likeliest next tokens, the likeliest first."""
+    """Likeliest next tokens, or classes, the likeliest first."""
     top_texts: tuple[tuple[tuple[str, ...], ...], ...]
     probabilities: Float[NDArray, "layers+1 pos PREDICTIONS"]
     final: Float[NDArray, "layers+1 pos"]
     """Probability of the token that the model itself finds likeliest."""
     kl: Float[NDArray, "layers+1 pos"]
     """Nats, of the model's distribution to the lens'."""
+    outcome: str = "next token"
+    """What is likeliest; `class` of a model of classes."""
 
     def __repr__(self) -> str:
         layers, positions = self.kl.shape
@@ -137,6 +139,7 @@ def read_lens(
     return LensReading(
         f"{name}, centred" if centred else name, tuple(row_texts(model, row)), np.stack(top),
         tuple(texts), np.stack(probabilities), np.stack(final), np.stack(kl),
+        model.outcome,
     )  # fmt: skip
 
 
@@ -241,7 +244,9 @@ def _measured(model: LoadedModel, held: Sequence[ContextBatch], lens: str, jacob
         clean = model.bridge(batch.tokens)
         for layer, logits in enumerate(lens_logits(model.bridge, batch.tokens, jacobians, centred=lens == "centred")):
             cross_entropy, kl = losses(batch, logits, clean)
-            same = (logits[:, :-1].argmax(dim=-1) == clean[:, :-1].argmax(dim=-1))[batch.counted].sum()
+            counted = batch.counted
+            n = counted.shape[1]
+            same = (logits[:, :n].argmax(dim=-1) == clean[:, :n].argmax(dim=-1))[counted].sum()
             sums[layer] += [float(kl), float(cross_entropy), float(same)]
     sums /= sum(int(batch.counted.sum()) for batch in held)
     noise = [np.nan] * len(sums) if jacobians is None else [*jacobians.noise.tolist(), 0.0]

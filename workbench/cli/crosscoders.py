@@ -1,6 +1,6 @@
 """`workbench diff`, and how evaluations of crosscoders are printed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,32 +107,48 @@ def evaluate_crosscoders(
 
 
 def as_document(evaluation: "Result") -> dict[str, Any]:
-    """Parts and groups of features, for JSON."""
-    return {table: records(evaluation.table(table)) for table in ("parts", "groups")}
+    """Parts and groups of features, for JSON; in place of the groups why there are none, where little is explained."""
+    from workbench.saes.crosscoders import poorly_explained
+
+    parts, why = records(evaluation.table("parts")), poorly_explained(evaluation)
+    return (
+        {"parts": parts, "groups": records(evaluation.table("groups"))}
+        if why is None
+        else {"parts": parts, "no_groups": why}
+    )
 
 
 def print_crosscoders(evaluations: "Sequence[Result]") -> None:
-    """The parts of crosscoders, one column each, and their groups of features."""
+    """The parts of crosscoders, one column each, and their groups of features, where enough is explained."""
+    from workbench.saes.crosscoders import poorly_explained
+
     for evaluation in evaluations:
         parts = evaluation.table("parts").set_index("part")
-        rows = [[title, *parts[key]] for title, key in PART_COLUMNS.items()]
+        rows = [[title, *_known(parts[key])] for title, key in PART_COLUMNS.items()]
         print_table(f"{evaluation.name}: L0 {parts['l0'].iloc[0]:.1f}", ["", *parts.index], rows)
-        poor = [part for part, explained in parts["explained_variance"].items() if explained < 0]
-        if poor:
-            print(
-                f"{evaluation.name} explains less of {' and '.join(poor)} than the mean does: train it on more tokens "
-                "before you believe what it says of features"
-            )
+        why = poorly_explained(evaluation)
+        if why is not None:
+            print(why)
+            continue
         groups = evaluation.table("groups")
         columns = ["group", "features", "share", "cosine", "nu_error", "nu_reconstruction"]
         print_table(
             "Features", [column.replace("_", " ") for column in columns],
-            [[None if value != value else value for value in row] for row in groups[columns].to_numpy().tolist()],
+            [_known(row) for row in groups[columns].to_numpy().tolist()],
         )  # fmt: skip
 
 
+def _known(values: Iterable[Any]) -> list[Any]:
+    """The values, None in place of NaN."""
+    return [None if value != value else value for value in values]
+
+
 def print_examples(workspace: "Workspace", name: str, evaluation: "Result") -> None:
-    """The features of a single part that fire most often, with what they fire on."""
+    """The features of a single part that fire most often, with what they fire on, where enough is explained."""
+    from workbench.saes.crosscoders import poorly_explained
+
+    if poorly_explained(evaluation) is not None:
+        return
     features = evaluation.table("features")
     own = features[features["group"].str.startswith("only ")]
     if own.empty:

@@ -75,7 +75,9 @@ def read(
         return
     wide = table.pivot(index="position", columns="layer", values="next").rename(columns=str).reset_index()
     wide.insert(1, "token", list(found.texts))
-    print_frame(f"{found.lens} lens: likeliest next token after so many blocks", wide, as_json=False, top=len(wide))
+    print_frame(
+        f"{found.lens} lens: likeliest {found.outcome} after so many blocks", wide, as_json=False, top=len(wide)
+    )
 
 
 @commands.command()

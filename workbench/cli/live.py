@@ -76,7 +76,7 @@ def prompt(
             f"{text!r} {share:.2f}"
             for text, share in zip(reading.next_texts[token][:5], reading.next_probabilities[token], strict=False)
         )
-        title = f"token {token} {reading.texts[token]!r}, next {likely}"
+        title = f"token {token} {reading.texts[token]!r}, {reading.outcome} {likely}"
     if reading.missing:
         print(f"No attribution: {reading.missing}")
     titles = {name: name for name in table.columns if name != "score" and not table[name].isna().all()}
@@ -132,7 +132,7 @@ def steer(
     columns = ["text", "clean", "steered", "difference"]
     # Tokens that differ in their spaces alone would look the same.
     table = found.next_tokens[columns].assign(text=found.next_tokens["text"].map(marked))
-    print_frame("Next token after the prompt", table, as_json=False)
+    print_frame(f"{found.outcome.capitalize()} after the prompt", table, as_json=False)
 
 
 def parse_strengths(features: list[str], strength: float) -> dict[int, float]:

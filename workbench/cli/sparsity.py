@@ -1,5 +1,6 @@
 """Commands on activation sparsity: measure, enforce, attention, heads, predict, sae, experts, report, compare."""
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,6 +42,7 @@ COST_COLUMNS = ["method", "cost", "level", "sparsity", "added_nats", "flops_save
 SHOWN_PAIRS = 20
 ON_TEXT = ("sink", "entropy", "keys_95", "gate_mean", "gate_closed")
 """Columns of `sparsity.sinks` and `sparsity.gates` that a terminal has room for."""
+PPLOption = Annotated[bool, typer.Option("--ppl/--no-ppl", help="PPL-p%; leave it out for a model hardly trained.")]
 
 commands = typer.Typer(
     name="sparsity",
@@ -121,12 +123,15 @@ def enforce(
         list[float],
         typer.Option("--p", metavar="SHARE", help="PPL-p%: growth of the perplexity allowed; repeat for several."),
     ] = [0.01, 0.05, 0.1],  # noqa: B006
+    ppl: PPLOption = True,
 ) -> None:
     """Set activations to zero while the model runs, by every method, and measure what that costs on held-out tokens."""
     from workbench.sparsity.methods import method_named
 
     methods = [method_named(item).name for item in method or ()]
-    run.show(run.run("enforce", methods=methods or None, ps=p), ["points", "costs", "ppl", "reliability"])
+    run.show(
+        run.run("enforce", methods=methods or None, ps=p if ppl else ()), ["points", "costs", "ppl", "reliability"]
+    )
 
 
 @commands.command()
@@ -165,11 +170,14 @@ def heads(
     seed: Annotated[int, typer.Option(help="Seed of these draws.")] = 0,
 ) -> None:
     """Restrict and remove one head at a time, one layer at a time, and all heads but the most sensitive."""
+    from workbench.sparsity.attention import cost_column
+
     result = run.run("heads", pattern=pattern, budget=budget, rest=rest, draws=draws, seed=seed)
     if run.as_json:
         print_result(result, {table: result.table(table) for table in ("heads", "layers", "curve")}, True)
         return
-    curve = result.table("curve").groupby(["order", "whole"], sort=False)["added_nats"]
+    points = result.table("curve")
+    curve = points.groupby(["order", "whole"], sort=False)[cost_column(points)]
     shown = curve.agg(["count", "mean", "min", "max"]).reset_index().rename(columns={"count": "draws"})
     print_result(result, {"heads": result.table("heads"), "layers": result.table("layers"), "left whole": shown}, False)
 
@@ -222,9 +230,7 @@ def report(
     sae: Annotated[
         list[str] | None, typer.Option("--sae", metavar="NAME", help="SAE to include; repeat for several.")
     ] = None,
-    ppl: Annotated[
-        bool, typer.Option("--ppl/--no-ppl", help="PPL-p%; leave it out for a model hardly trained.")
-    ] = True,
+    ppl: PPLOption = True,
     heldout: Annotated[int, typer.Option(help="Held-out tokens of the curves, attention and SAEs.", min=2)] = 8192,
 ) -> None:
     """Run measure, enforce, attention, heads, predict, of a mixture experts and, with --sae, sae under one name; stored
@@ -243,9 +249,13 @@ def report(
                 bars[part] = stack.enter_context(ProgressBar(f"sparsity {part}", total, enabled=not run.as_json))
             bars[part].report(done, total)
 
+        def on_left_out(parts: str, why: str) -> None:
+            print(f"Left out: {parts} ({why})", file=sys.stderr)
+
         workspace.sparsity(
             name, *run.load(spec), saes=loaded, ps=(0.01, 0.05, 0.1) if ppl else (), max_tokens=run.tokens,
             heldout_tokens=heldout, context_len=run.context, on_progress=on_progress,
+            on_left_out=on_left_out,
         )  # fmt: skip
     print_frame("sparsity", workspace.compare_sparsity([name]), run.as_json, turned=True)
 
@@ -263,12 +273,15 @@ def compare(
 
 
 def _attention_tables(result: "Result") -> "dict[str, pd.DataFrame]":
-    """Added nats and what is kept of a task, by pattern and budget; the best pattern of every head, and of how many;
-    sinks, breadth and gates by head."""
+    """Added nats, or the KL of classes, and what is kept of a task, by pattern and budget; the best pattern of every
+    head, and of how many; sinks, breadth and gates by head."""
     import pandas as pd
 
+    from workbench.sparsity.attention import COSTS_OF, cost_column
+
     curves, best = result.table("curves"), _best_patterns(result)
-    found = {"added nats by keys per query": _by_budget(curves, ["pattern", "rest"], "added_nats")}
+    cost = cost_column(curves)
+    found = {f"{COSTS_OF[cost]} by keys per query": _by_budget(curves, ["pattern", "rest"], cost)}
     if result.parameters["tasks"]:
         found["kept of a task's metric"] = _by_budget(result.table("tasks"), ["task", "pattern", "rest"], "kept")
     cells = [f"{row.best} {row.kept:.0%}" for row in best.itertuples()]

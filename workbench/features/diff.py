@@ -24,7 +24,7 @@ from workbench.disk.names import check_name, new_folder
 from workbench.features.index.build import IndexSummary, build_index
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestProgress, harvest_into
-from workbench.models.contexts import NO_TOKENS, context_length
+from workbench.models.contexts import context_length
 from workbench.models.hooked import SUFFIXES
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
@@ -82,8 +82,8 @@ def diff_models(
         on_progress: called as each step goes on.
 
     Raises:
-        InputError: models of different tokenizers, a hook point one of them does not have, or as `harvest_into`,
-            `workbench.saes.train.train_all` and `evaluate_crosscoder`.
+        InputError: models of different tokenizers or kinds of output, a hook point one of them does not have, or as
+            `harvest_into`, `workbench.saes.train.train_all` and `evaluate_crosscoder`.
     """
     models = [load_model(spec, device=device) if isinstance(spec, str) else spec for spec in (a, b)]
     context_len = min(context_length(model, context_len) for model in models)
@@ -121,7 +121,7 @@ def diff_models(
 
 
 def _check(models: Sequence[LoadedModel], hook: str) -> None:
-    """Raises InputError for models of different tokenizers, without the hook point, or whose outputs are no tokens."""
+    """Raises InputError for models of different tokenizers, without the hook point, or with outputs of two kinds."""
     first, other = models
     if first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise InputError(
@@ -130,8 +130,11 @@ def _check(models: Sequence[LoadedModel], hook: str) -> None:
         )
     for model in models:
         resolve_hook(model, hook)
-        if not model.gives_tokens:
-            raise InputError(f"{model.info.name}: {NO_TOKENS}")
+    if first.gives_tokens != other.gives_tokens:
+        raise InputError(
+            f"of {first.info.name} and {other.info.name} one gives tokens and the other classes: compare models of one "
+            "kind of output"
+        )
 
 
 def _check_settings(catalog: Catalog, config: TrainConfig, harvests: Sequence[str]) -> None:

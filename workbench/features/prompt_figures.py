@@ -66,7 +66,7 @@ def next_token_bars(steering: Steering) -> go.Figure:
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, autorange="reversed")
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     return figure.update_layout(
-        xaxis_title="probability of the next token", height=360, legend=legend,
+        xaxis_title=f"probability of the {steering.outcome}", height=360, legend=legend,
         **(_LAYOUT | {"margin": {"l": 90, "r": 10, "t": 30, "b": 40}}),
     )  # fmt: skip
 

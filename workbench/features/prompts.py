@@ -113,6 +113,11 @@ class PromptReading:
         )
 
     @property
+    def outcome(self) -> str:
+        """What follows each position: the `next token`, or a `class`."""
+        return self._loaded.outcome
+
+    @property
     def n_read(self) -> int:
         """Tokens of the text, BOS not counted."""
         return len(self.tokens) - self.first
@@ -226,7 +231,12 @@ class PromptReading:
         return self.activation[mine] * ((directions @ readout) / self._scale[position - self.first]).cpu().numpy()
 
     def target(self, text: str) -> int:
-        """The token id of a text that is exactly one token. Raises InputError where it is not."""
+        """The token id of a text that is exactly one token, or the number of a class. Raises InputError for another."""
+        if self.outcome == "class":
+            number, n_out = text.removeprefix("output").strip(), self._unembedding.shape[1]
+            if not (number.isdecimal() and int(number) < n_out):
+                raise InputError(f"{text!r} is no class: give the number of one, 0 to {n_out - 1}")
+            return int(number)
         ids = self._loaded.encode(text)
         if len(ids) != 1:
             raise InputError(f"{text!r} is {len(ids)} tokens: attribution is to one; mind the space before a word")

@@ -129,13 +129,15 @@ class Steering:
     steered_nats: float
     """The same of the steered continuation."""
     kl: Float[NDArray, "n"]
-    """KL divergence of the edited next-token distribution from the clean one, nats, after every token."""
+    """KL divergence of the edited distribution from the clean one, nats, after every token."""
     clean_loss: Float[NDArray, "n"]
     """Nats of each token; NaN for one that nothing predicts."""
     steered_loss: Float[NDArray, "n"]
     next_tokens: pd.DataFrame
-    """The tokens whose probability after the prompt changes most: token, text, clean, steered (probabilities) and
-    difference, the largest change first; no rows where the edit changes nothing."""
+    """The tokens whose probability after the prompt changes most, or the classes: token, text, clean, steered
+    (probabilities) and difference, the largest change first; no rows where the edit changes nothing."""
+    outcome: str = "next token"
+    """What these are; `class` of a model of classes."""
 
     def __repr__(self) -> str:
         return (
@@ -217,6 +219,7 @@ def steer(
         clean=model.text(clean), steered=model.text(steered), clean_nats=_nats(model, tokens, clean),
         steered_nats=_nats(model, tokens, steered), kl=kl.cpu().numpy(), clean_loss=clean_loss,
         steered_loss=steered_loss, next_tokens=_shifts(model, before[-1], after[-1]),
+        outcome=model.outcome,
     )  # fmt: skip
 
 

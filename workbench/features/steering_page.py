@@ -31,6 +31,6 @@ def steering_html(steering: Steering) -> str:
         f'{STYLE}<div class="wbf"><h2>{escape(steering.sae)}: {edit.kind} {what}</h2>'
         f'<div class="dim">{edit.where}, {kept}; on the prompt KL {steering.mean_kl:.4f} nats, loss '
         f"{steering.mean_losses[0]:.3f} to {steering.mean_losses[1]:.3f} nats</div>"
-        f'<div class="cols">{cells}</div><h3>Next token after the prompt</h3>'
+        f'<div class="cols">{cells}</div><h3>{steering.outcome.capitalize()} after the prompt</h3>'
         f"<table><tr><td></td><td>clean</td><td>steered</td></tr>{rows}</table></div>"
     )

@@ -1,8 +1,9 @@
 """Batches of packed contexts from a corpus, and the losses of a pass over them.
 
-A position is counted when its own token and the next are ordinary: BOS and padding predict nothing of interest.
+A position is counted when its own token and the next are ordinary: BOS and padding predict nothing of interest. Where
+outputs are classes, no next token has a part in it: every ordinary position is counted.
 
-    cross-entropy    sum over counted positions of -log q(next token), in nats
+    cross-entropy    sum over counted positions of -log q(next token), in nats; NaN where outputs are classes
     KL(clean || q)   likewise, where the clean pass' logits are given
 """
 
@@ -44,15 +45,17 @@ class ContextBatch(Shown):
     """Index of the document in the corpus, -1 for padding."""
     doc_pos: Int[Tensor, "batch pos"]
     """Position of the token in its document, -1 for BOS and padding."""
+    of_tokens: bool = True
+    """Whether the model's outputs are of the tokens that it reads, and not classes."""
 
     @property
-    def counted(self) -> Bool[Tensor, "batch pos-1"]:
-        """Positions whose prediction counts."""
-        return self.ordinary[:, :-1] & self.ordinary[:, 1:]
+    def counted(self) -> Bool[Tensor, "batch counted"]:
+        """Positions whose prediction counts, of all but the last; of classes, of all."""
+        return self.ordinary[:, :-1] & self.ordinary[:, 1:] if self.of_tokens else self.ordinary
 
     def part(self, rows: slice | list[int]) -> "ContextBatch":
         """Some of the contexts."""
-        return ContextBatch(self.tokens[rows], self.ordinary[rows], self.doc[rows], self.doc_pos[rows])
+        return ContextBatch(self.tokens[rows], self.ordinary[rows], self.doc[rows], self.doc_pos[rows], self.of_tokens)
 
 
 def context_batches(
@@ -81,7 +84,7 @@ def context_batches(
             torch.from_numpy(array[:left]).to(model.device)
             for array in (packed.tokens, is_ordinary(packed.flags), packed.doc, packed.pos)
         )
-        batch = ContextBatch(tokens.long(), ordinary, doc, pos)
+        batch = ContextBatch(tokens.long(), ordinary, doc, pos, model.gives_tokens)
         any_counted |= bool(batch.counted.any())
         yield batch
         left -= len(tokens)
@@ -105,6 +108,15 @@ def context_length(model: LoadedModel, asked: int | None, usual: int = CONTEXT_L
             f"the longest that {model.info.name} takes: give another --context, or none"
         )
     return asked
+
+
+def check_gives_tokens(model: LoadedModel, what: str) -> None:
+    """Raises InputError for `what` is measured by the loss on the next token, on a model of classes."""
+    if not model.gives_tokens:
+        raise InputError(
+            f"{what} is measured by the loss on the next token, and the outputs of {model.info.name} are "
+            "no tokens: attention, heads and SAEs are measured without it"
+        )
 
 
 def whole_contexts(model: LoadedModel, max_tokens: int, context_len: int) -> int:
@@ -132,23 +144,25 @@ def losses(
     logits: Sequence[Float[Tensor, "pos vocab"]] | Float[Tensor, "batch pos vocab"],
     clean: Float[Tensor, "batch pos vocab"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(cross-entropy, KL(clean || this)) in nats, float64 sums over the counted positions; KL is 0 without `clean`.
+    """(cross-entropy, KL(clean || this)) in nats, float64 sums over the counted positions; KL is 0 without `clean`, the
+    cross-entropy NaN where outputs are classes.
 
     One context at a time: the float32 log-probabilities of a whole batch are the largest tensors of an evaluation,
     and writing and reading them again took longer than the model.
 
     Raises:
-        InputError: outputs that are no tokens.
+        InputError: outputs that do not reach the tokens that they are said to be of.
     """
-    if logits[0].shape[-1] <= int(batch.tokens.max()):
+    if batch.of_tokens and logits[0].shape[-1] <= int(batch.tokens.max()):
         raise InputError(NO_TOKENS)
     cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits[0].device)
     for row, counted in enumerate(batch.counted):
-        targets = batch.tokens[row, 1:]
-        log_q = logits[row][:-1].float().log_softmax(dim=-1)
-        cross_entropy -= log_q.gather(1, targets[:, None]).squeeze(1)[counted].double().sum()
+        log_q = logits[row][: len(counted)].float().log_softmax(dim=-1)
+        if batch.of_tokens:
+            targets = batch.tokens[row, 1:]
+            cross_entropy -= log_q.gather(1, targets[:, None]).squeeze(1)[counted].double().sum()
         if clean is not None:
-            log_p = clean[row, :-1].float().log_softmax(dim=-1)
+            log_p = clean[row, : len(counted)].float().log_softmax(dim=-1)
             pointwise = F.kl_div(log_q, log_p, reduction="none", log_target=True)
             divergence += pointwise.sum(dim=-1)[counted].double().sum()
-    return cross_entropy, divergence
+    return cross_entropy if batch.of_tokens else cross_entropy + torch.nan, divergence

@@ -212,6 +212,11 @@ class LoadedModel:
         """The same model, with texts and contexts that begin with BOS, where it has one, or without."""
         return self if bos or self.bos_id is None else replace(self, bos_id=None)
 
+    @property
+    def outcome(self) -> str:
+        """What its logits are of: the `next token`, or a `class`."""
+        return "next token" if self.gives_tokens else "class"
+
     def label_of(self, output: int, n_out: int) -> str:
         """What one of its `n_out` logits stands for: a token's text, or a number where they are no vocabulary."""
         return self.token_alone(output) if n_out == self.info.d_vocab else f"output {output}"

@@ -85,6 +85,18 @@ def evaluate_crosscoder(
     )
 
 
+def poorly_explained(evaluation: Result) -> str | None:
+    """Why features say nothing of what the models share: a part of which less than nothing is explained. None else."""
+    parts = evaluation.table("parts").set_index("part")["explained_variance"]
+    poor = [str(part) for part, explained in parts.items() if not explained > 0]
+    if not poor:
+        return None
+    return (
+        f"{evaluation.name} explains less of {' and '.join(poor)} than the mean does, so whose its features are is not "
+        "said: train it on more tokens"
+    )
+
+
 def _models(crosscoder: Crosscoder, origin: Origin, given: Sequence[LoadedModel], device: str) -> list[LoadedModel]:
     """The model of every part, each loaded once. Raises InputError for other weights than were harvested."""
     unnamed = next((part.name for part in crosscoder.parts if not part.model_name), None)

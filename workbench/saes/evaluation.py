@@ -159,8 +159,6 @@ def evaluate_sae(
     skip_shares = [_skip_share(sums, number) for number in range(len(saes))]
     n_out = int(sums.pop("n_out"))
     loss = {name: (value / sums["count"]).item() for name, value in sums.items()}
-    if n_out != model.info.d_vocab:
-        loss = {name: value if name.startswith("kl") else math.nan for name, value in loss.items()}
     note = _note(model, loss["clean"], n_out)
     return [
         replace(_summary(sae, hook, number, loss, metric, note), skip_share=skip_shares[number])
@@ -258,17 +256,16 @@ def _measure(
     clean = clean_pass(model, batch, _distinct([*reads, *hooks]), begun)
     assert clean.logits is not None
     n_out = clean.logits.shape[-1]
-    # Where the logits are of something else than tokens, only their divergence is used.
-    batch_of_losses = replace(batch, tokens=batch.tokens.clamp(max=n_out - 1))
+    batch = replace(batch, of_tokens=n_out == model.info.d_vocab)
     sums["n_out"] = torch.tensor(n_out)
     sums["count"] += batch.counted.sum()
-    sums["clean"] += losses(batch_of_losses, clean.logits)[0]
+    sums["clean"] += losses(batch, clean.logits)[0]
 
     for name, (zeroed, at_mean) in ablated.items():
-        zero = losses(batch_of_losses, zeroed.logits(batch, clean), clean.logits)
+        zero = losses(batch, zeroed.logits(batch, clean), clean.logits)
         sums[f"zero {name}"] += zero[0]
         sums[f"kl zero {name}"] += zero[1]
-        sums[f"mean {name}"] += losses(batch_of_losses, at_mean.logits(batch, clean))[0]
+        sums[f"mean {name}"] += losses(batch, at_mean.logits(batch, clean))[0]
     for number, (sae, read, hook) in enumerate(zip(saes, reads, hooks, strict=True)):
         x, y = clean.x[read.name], clean.x[hook.name]
         code = sae.encode(x)
@@ -280,7 +277,7 @@ def _measure(
             _add_spread(sums, f"skip {number} rest", (y - skipped).double() - means[hook.name])
         metrics[number].update(y, code, x_hat)
         cross_entropy, divergence = losses(
-            batch_of_losses, spliced_pass(model, batch, clean.blocks, hook, _constant(x_hat)), clean.logits
+            batch, spliced_pass(model, batch, clean.blocks, hook, _constant(x_hat)), clean.logits
         )
         sums[f"spliced {number}"] += cross_entropy
         sums[f"kl {number}"] += divergence

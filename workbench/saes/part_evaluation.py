@@ -31,7 +31,7 @@ from workbench.text.corpora import Corpus
 
 @dataclass(frozen=True)
 class PartEvaluation:
-    """One part of a crosscoder; losses in nats per token of its model."""
+    """One part of a crosscoder; losses in nats per token of its model, NaN where its outputs are classes."""
 
     part: str
     model: str
@@ -83,10 +83,12 @@ def evaluate_parts(
         on_progress: called with (rows done, rows in all).
 
     Raises:
-        InputError: models of different tokenizers, a hook point or width that does not fit its model, or as
-            `workbench.models.contexts.context_batches`, or passes that memory cannot hold.
+        InputError: models of different tokenizers or kinds of output, a hook point or width that does not fit its
+            model, or as `workbench.models.contexts.context_batches`, or passes that memory cannot hold.
     """
     hooks = _hooks(models, crosscoder)
+    if len({model.gives_tokens for model in models}) > 1:
+        raise InputError("one of these models gives tokens and the other classes: their outputs are not compared")
     context_len = min(context_length(model, context_len) for model in models)
     sizes: dict[str, Any] = {"max_tokens": max_tokens, "context_len": context_len}
     for model in _distinct(models):

@@ -11,7 +11,8 @@
                     (what masking the scores before the softmax gives)
        at its mean  A'[q, k] = A[q, k] for k in K, else (1 - sum over K of A[q, .]) / number of keys not in K:
                     the head reads the mean value of the rest with the rest's mass
-   the pattern following the A of that pass; loss, perplexity and KL(clean || restricted) per counted position in nats.
+   the pattern following the A of that pass; loss, perplexity and KL(clean || restricted) per counted position in nats,
+   of a model of classes the KL alone.
    Rows from which nothing is taken stay as they are to the last bit. Keys of no attention at all, such as those
    outside a window, are not part of the rest.
 
@@ -45,6 +46,8 @@ Rest = Literal["dropped", "at its mean"]
 RESTS: tuple[Rest, ...] = get_args(Rest)
 STRUCTURED = ("sink + local", "vertical-slash", "top-k blocks")
 """The three patterns of which MInference gives each head one; all but the first are chosen from the attention."""
+COSTS_OF = {"added_nats": "added nats", "kl": "KL in nats"}
+"""What a column that says a change's cost is called."""
 Seen = Callable[[int, Bool[Tensor, "batch head query key"]], None]
 """Called with (layer, the kept keys) in every restricted pass."""
 
@@ -153,7 +156,7 @@ def measure_attention(
         on_progress: called with (tokens passed, tokens to pass in all).
 
     Raises:
-        InputError: no budget smaller than the contexts, one below 2, or a model whose attention cannot be edited.
+        InputError: as `usable_budgets`.
     """
     reached = usable_budgets(model, budgets, batches)
     tokens = sum(batch.tokens.numel() for batch in batches)
@@ -215,12 +218,22 @@ def best_of_heads(coverage: pd.DataFrame, budget: int) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["layer", "head", "best", "kept", "next", "next_kept"])
 
 
+def cost_column(table: pd.DataFrame) -> str:
+    """The column that says what a change costs, one of COSTS_OF: models of classes have no loss on the next token."""
+    return "kl" if table["added_nats"].isna().all() else "added_nats"
+
+
 def usable_budgets(model: LoadedModel, budgets: Sequence[int], batches: Sequence[ContextBatch]) -> list[int]:
     """The budgets that the contexts exceed.
 
     Raises:
-        InputError: there is none, one is below 2, or a model whose attention cannot be edited.
+        InputError: there is none, one is below 2, or a model whose attention cannot be edited or sees later tokens.
     """
+    if not model.causal:
+        raise InputError(
+            f"in {model.info.name} tokens see later ones, and the patterns are of keys that stand before a query: "
+            "restricting its heads to them is not measured"
+        )
     if not model.checks.editable_patterns:
         raise InputError(
             f"in {model.info.architecture} a changed attention pattern changes nothing that TransformerLens computes: "

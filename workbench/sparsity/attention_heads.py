@@ -73,7 +73,7 @@ def measure_heads(
 
     Raises:
         InputError: a budget below 2 or not below the context length, fewer than two contexts, or a model whose
-            attention cannot be edited.
+            attention cannot be edited or sees later tokens.
     """
     usable_budgets(model, [budget], batches)
     ranking, judging = _halves(batches)
@@ -156,15 +156,17 @@ def _halves(batches: Sequence[ContextBatch]) -> tuple[list[ContextBatch], list[C
 
 def _gathered(contexts: Sequence[ContextBatch], size: int) -> list[ContextBatch]:
     """Contexts in batches of at most `size`."""
+
+    def joined(name: str, start: int) -> Tensor:
+        return torch.cat([getattr(context, name) for context in contexts[start : start + size]])
+
     return [
         ContextBatch(
-            *(
-                torch.cat([getattr(context, name) for context in contexts[start : start + size]])
-                for name in ("tokens", "ordinary", "doc", "doc_pos")
-            )
+            joined("tokens", start), joined("ordinary", start), joined("doc", start), joined("doc_pos", start),
+            contexts[0].of_tokens,
         )
         for start in range(0, len(contexts), size)
-    ]
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

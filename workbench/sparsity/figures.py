@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.show.colours import BOTH_WAYS, UPWARDS, series_colour
-from workbench.sparsity.attention import STRUCTURED, best_of_heads
+from workbench.sparsity.attention import COSTS_OF, STRUCTURED, best_of_heads, cost_column
 from workbench.sparsity.cells import numbered, with_numbers
 from workbench.sparsity.neurons import NeuronView
 
@@ -134,22 +134,23 @@ def cost_curves(points: pd.DataFrame) -> go.Figure:
 
 
 def attention_curves(curves: pd.DataFrame) -> go.Figure:
-    """Added nats against the mean number of keys a query sees, a line per pattern, dashed with the rest at its mean.
+    """Added nats, or the KL of classes, against the mean number of keys a query sees, a line per pattern, dashed with
+    the rest at its mean.
 
     Both axes are logarithmic; costs below CHEAP_NATS are drawn there. Args: the table `curves`.
     """
-    figure = go.Figure()
+    figure, cost = go.Figure(), cost_column(curves)
     colours = {pattern: series_colour(number) for number, pattern in enumerate(curves["pattern"].unique())}
     for (pattern, rest), rows in curves.groupby(["pattern", "rest"], sort=False):
         figure.add_scatter(
-            x=rows["keys"], y=rows["added_nats"].clip(lower=CHEAP_NATS), mode="lines+markers",
+            x=rows["keys"], y=rows[cost].clip(lower=CHEAP_NATS), mode="lines+markers",
             name=str(pattern) if rest == "dropped" else f"{pattern}, the rest {rest}",
-            customdata=rows[["budget", "level", "added_nats"]],
+            customdata=rows[["budget", "level", cost]],
             line={"color": colours[pattern], "width": 1.5, "dash": "solid" if rest == "dropped" else "dash"},
             hovertemplate="%{x:.1f} keys (budget %{customdata[0]}, level %{customdata[1]:.3g}): "
             "%{customdata[2]:.4f} nats",
         )  # fmt: skip
-    _laid_out(figure, "keys per query", "added nats per token").update_xaxes(type="log", dtick=0.30103)
+    _laid_out(figure, "keys per query", f"{COSTS_OF[cost]} per token").update_xaxes(type="log", dtick=0.30103)
     return figure.update_yaxes(type="log", dtick=1).update_layout(height=460)
 
 
@@ -236,23 +237,24 @@ def head_costs(heads: pd.DataFrame, column: str = "restricted_kl") -> go.Figure:
 
 
 def heads_left_whole(curve: pd.DataFrame) -> go.Figure:
-    """Added nats with all heads restricted but some, by how those are chosen; random ones as mean and spread.
+    """Added nats, or the KL of classes, with all heads restricted but some, by how those are chosen; random ones as
+    mean and spread.
 
     Args:
         curve: the table `curve` of a measurement of heads.
     """
     none = curve[curve["whole"] == 0]
-    figure = go.Figure()
+    figure, cost = go.Figure(), cost_column(curve)
     for number, order in enumerate(curve["order"].unique()):
         rows = pd.concat([none, curve[(curve["order"] == order) & (curve["whole"] > 0)]])
-        spread = rows.groupby("whole")["added_nats"].agg(["mean", "min", "max"])
+        spread = rows.groupby("whole")[cost].agg(["mean", "min", "max"])
         figure.add_scatter(
             x=spread.index, y=spread["mean"], name=ORDER_NAMES[str(order)],
             mode="lines+markers", line={"color": series_colour(number), "width": 1.5},
             error_y={"array": spread["max"] - spread["mean"], "arrayminus": spread["mean"] - spread["min"],
                      "thickness": 1} if order == "random" else None,
         )  # fmt: skip
-    return _laid_out(figure, "heads left whole", "added nats per token").update_yaxes(rangemode="tozero")
+    return _laid_out(figure, "heads left whole", f"{COSTS_OF[cost]} per token").update_yaxes(rangemode="tozero")
 
 
 def core_costs(cores: pd.DataFrame) -> go.Figure:
@@ -358,12 +360,16 @@ def positions(table: pd.DataFrame) -> go.Figure:
 
 
 def sinks(heads: pd.DataFrame) -> go.Figure:
-    """Share of every head's attention on BOS, layers upwards. Args: the table `heads` of an attention measurement."""
+    """Share of every head's attention on a context's first token, layers upwards.
+
+    Args:
+        heads: the table of that name of an attention measurement.
+    """
     cells = heads.pivot(index="layer", columns="head", values="sink")
     uniform = heads["sink_uniform"].mean()
     figure = numbered(cells, ".2f", "layer %{y}, head %{x}: %{z:.3f}<extra></extra>", top=1)
     _laid_out(figure, "head", "layer").update_xaxes(dtick=1).update_yaxes(dtick=1)
-    title = f"attention on BOS (uniform attention: {uniform:.3f})"
+    title = f"attention on the first token, BOS where there is one (uniform attention: {uniform:.3f})"
     return figure.update_layout(title=title, height=140 + 36 * len(cells))
 
 

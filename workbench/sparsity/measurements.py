@@ -24,7 +24,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.task import Task
-from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, check_gives_tokens, context_batches, context_length
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
 from workbench.sparsity import figures
@@ -106,6 +106,7 @@ def report_curves(
         ps: allowed growth of the perplexity for PPL-p%; none to leave that out.
     """
     context_len = context_length(model, context_len)
+    check_gives_tokens(model, "what sparsity costs")
     chosen = [method_named(method) for method in methods or ()] or usable_methods(mlps(model))
     check_methods(chosen, mlps(model))
 
@@ -166,6 +167,7 @@ def report_prediction(
         seed: of random neurons and of the rotation.
     """
     context_len = context_length(model, context_len)
+    check_gives_tokens(model, "what core neurons are worth")
 
     def make() -> Made:
         sampled = max(SAMPLE_TOKENS, context_len)

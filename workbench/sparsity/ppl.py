@@ -86,7 +86,7 @@ def _search(p: float, at: Callable[[float], tuple[float, float]]) -> PPLSparsity
     if most <= allowed:
         raise InputError(
             f"no threshold reaches p = {p:g}: dropping the MLPs' activations altogether costs {most:.3g} nats and "
-            f"ln(1 + p) is {allowed:.3g}; ask for a smaller p, or leave PPL-p% out"
+            f"ln(1 + p) is {allowed:.3g}; ask for a smaller p, or leave PPL-p% out with --no-ppl (in Python ps=())"
         )
     low, high = 0.0, 1.0
     for _ in range(STEPS):

@@ -55,11 +55,13 @@ def report_all(
     heldout_tokens: int = 8192,
     context_len: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    on_left_out: Callable[[str, str], None] | None = None,
 ) -> list[Result]:
     """The whole report under one name; parts that are stored already are opened.
 
-    Left out is what the text does not carry: attention without a budget below `context_len`, heads and prediction
-    without two contexts of MIN_CONTEXT tokens.
+    Left out is what the text or the model does not carry: attention without a budget below `context_len`, heads and
+    prediction without two contexts of MIN_CONTEXT tokens; measure, enforce and predict of a model without MLPs that can
+    be read, enforce and predict of one of classes, attention and heads of one whose tokens see later ones.
 
     Args:
         saes: by name; the part on SAEs is left out without any.
@@ -67,15 +69,20 @@ def report_all(
         max_tokens: of the measuring pass.
         heldout_tokens: of the curves, the attention and the SAEs.
         on_progress: called with (part, tokens done, tokens in all).
+        on_left_out: called with (the parts that this model does not carry, why), before anything is measured.
 
     Raises:
-        InputError: as the parts.
+        InputError: as the parts, or a model that carries none of them.
     """
     context_len = context_length(model, context_len)
 
     def of(part: str) -> OnProgress:
         return lambda done, total: on_progress(part, done, total) if on_progress is not None else None
 
+    missing = lacking(model)
+    for why in dict.fromkeys(missing.values()):
+        if on_left_out is not None:
+            on_left_out(", ".join(part for part, reason in missing.items() if reason == why), why)
     held: dict[str, Any] = {"max_tokens": heldout_tokens, "context_len": context_len}
     budgets = [budget for budget in BUDGETS if budget < context_len]
     # Of a single context nothing is said that another could be held against; the corpus may have no more.
@@ -83,27 +90,40 @@ def report_all(
         model, corpus, "heldout", max_tokens=min(heldout_tokens, 2 * context_len), context_len=context_len
     )
     several = sum(len(batch.tokens) for batch in few) > 1
-    results = [
-        report_mlps(
-            catalog, name, model, corpus, max_tokens=max_tokens, context_len=context_len, on_progress=of("measure")
-        ),
-        report_curves(catalog, name, model, corpus, ps=ps, **held, on_progress=of("enforce")),
+    several = several and context_len >= MIN_CONTEXT
+    # Heads are the long part: fewer tokens do.
+    shorter = held | {"max_tokens": min(heldout_tokens, max(HEADS_TOKENS, 2 * context_len))}
+    long = held | {"max_tokens": max_tokens}
+    mixture = "measure" not in missing and any(mlp.drive is None for mlp in mlps(model))
+    plan: list[tuple[str, bool, dict[str, Any]]] = [
+        ("measure", True, long), ("enforce", True, held | {"ps": ps}),
+        ("attention", bool(budgets), held | {"budgets": budgets}),
+        ("heads", several, shorter | {"budget": min(16, context_len // 2)}), ("predict", several, held),
+        ("experts", mixture, long), ("sae", bool(saes), held | {"saes": saes}),
+    ]  # fmt: skip
+    return [
+        report_part(catalog, part, name, model, corpus, **settings, on_progress=of(part))
+        for part, carried, settings in plan
+        if carried and part not in missing
     ]
-    if budgets:
-        results.append(
-            report_attention(catalog, name, model, corpus, budgets=budgets, **held, on_progress=of("attention"))
-        )
-    if several and context_len >= MIN_CONTEXT:
-        # Heads are the long part: fewer tokens do.
-        shorter = held | {"max_tokens": min(heldout_tokens, max(HEADS_TOKENS, 2 * context_len))}
-        budget = min(16, context_len // 2)
-        results += [
-            report_heads(catalog, name, model, corpus, budget=budget, **shorter, on_progress=of("heads")),
-            report_prediction(catalog, name, model, corpus, **held, on_progress=of("predict")),
-        ]
-    if any(mlp.drive is None for mlp in mlps(model)):
-        settings: dict[str, Any] = {"max_tokens": max_tokens, "context_len": context_len}
-        results.append(report_experts(catalog, name, model, corpus, **settings, on_progress=of("experts")))
-    if saes:
-        results.append(report_saes(catalog, name, model, corpus, saes=saes, **held, on_progress=of("sae")))
-    return results
+
+
+def lacking(model: LoadedModel) -> dict[str, str]:
+    """Why a model does not carry a part, by part.
+
+    Raises:
+        InputError: a model that is known by its hook points alone, which carries none.
+    """
+    found: dict[str, str] = {}
+    try:
+        mlps(model)
+    except InputError as error:
+        if not model.info.n_heads:
+            raise
+        found |= dict.fromkeys(("measure", "enforce", "predict"), str(error))
+    if not model.gives_tokens:
+        why = "outputs are no tokens, and these are measured by the loss on the next one"
+        found = dict.fromkeys(("enforce", "predict"), why) | found
+    if not model.causal:
+        found |= dict.fromkeys(("attention", "heads"), "tokens see later ones, and the patterns are of earlier keys")
+    return found

@@ -180,3 +180,17 @@ def test_a_crosscoder_of_others_is_indexed_on_harvests_of_its_parts(compared: Wo
     made = compared.build_index("again", harvest=["d.tiny-gpt2", "d.changed"], device="cpu")
     own = compared.build_index("d", device="cpu")
     assert (made.tokens, made.activations) == (own.tokens, own.activations)
+
+
+def test_of_one_that_explains_less_than_nothing_no_group_is_told(compared: Workspace, capsys) -> None:
+    off = compared.coder("d")
+    with torch.no_grad():
+        off.W_dec.neg_()
+    compared.add_sae("off", off, compared.origin("d").record)
+    capsys.readouterr()
+    assert run(["evaluate", "off", "--workspace", str(compared.path), "--tokens", "640", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "off explains less of tiny-gpt2 and changed than the mean does, so whose its features are is not said" in shown
+    )
+    assert "shared" not in shown

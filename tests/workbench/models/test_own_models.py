@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,14 @@ def test_a_hooked_transformer_goes_all_the_way_without_a_tokenizer(kind: str, tm
     assert reading.texts == [" 3", " 7", " 3", " 9"]
     assert np.isnan(reading.losses[0])
     assert np.isnan(reading.losses[1]) == (kind == "classes")
+    steered = space.steer("s", 0, "3 7 3 9", new_tokens=0)
+    outcomes = {reading.outcome, steered.outcome, space.read_lens(model, "3 7").outcome}
+    assert outcomes == {"class" if kind == "classes" else "next token"}
+    if kind == "classes":
+        assert "<h3>Class after the prompt</h3>" in steered._repr_html_()
+        assert reading.target("output 4") == reading.target("4") == 4
+        with pytest.raises(InputError, match="'5' is no class: give the number of one, 0 to 4"):
+            reading.target("5")
     # Rows and needle tests are as long as the context allows: twice 10 tokens and the one before them, and none.
     scored = space.heads("heads", model)
     assert (scored.parameters["length"], scored.parameters["needles"]) == (10, 0)
@@ -650,3 +659,46 @@ def test_documents_that_leave_padding_are_refused_where_tokens_see_later_ones(tm
     model = load_model(hooked_transformer(**KINDS["classes"]))
     with pytest.raises(InputError, match="it would read the padding"):
         made(tmp_path / "w", model, "blocks.0.hook_resid_post", token_corpus(length=LENGTH - 1), LENGTH)
+
+
+def test_a_model_of_classes_is_measured_by_the_kl_of_its_classes(tmp_path: Path) -> None:
+    own = hooked_transformer(normalization_type=None, d_vocab_out=5)
+    model, corpus, space = load_model(own), token_corpus(), Workspace(tmp_path / "w")
+    sizes: dict[str, Any] = {"max_tokens": 4 * LENGTH, "context_len": LENGTH}
+    heads = space.sparsity_part("heads", "r", model, corpus, budget=4, draws=1, **sizes).table("heads")
+    tokens = torch.from_numpy(np.stack([document.tokens for document in islice(corpus.documents("heldout"), 4)]))
+    clean, cache = own.run_with_cache(tokens)
+    mean = cache["blocks.1.attn.hook_z"][:, :, 2].flatten(0, 1).mean(dim=0)
+
+    def removed(value: Tensor, hook: Any) -> Tensor:
+        value[:, :, 2] = mean
+        return value
+
+    changed = own.run_with_hooks(tokens, fwd_hooks=[("blocks.1.attn.hook_z", removed)]).log_softmax(-1)
+    # Every token counts, the last one too.
+    kl = torch.nn.functional.kl_div(changed, clean.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+    found = heads.query("layer == 1 and head == 2").iloc[0]
+    assert found["removed_kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert np.isnan(found["removed_nats"])
+    curves = space.sparsity_part("attention", "r", model, corpus, budgets=[4], **sizes).table("curves")
+    assert (curves["kl"] > 0).all()
+    assert curves["added_nats"].isna().all()
+    lens = space.lens("j", model, corpus, max_tokens=2 * LENGTH, heldout_tokens=2 * LENGTH).table("layers")
+    assert lens.query("layer == 2")["kl"].abs().max() < 1e-6 < lens.query("layer == 0")["kl"].min()
+    assert lens["cross_entropy"].isna().all()
+    with pytest.raises(InputError, match=r"measured by the loss on the next token, and the outputs .* are no tokens"):
+        space.sparsity_part("enforce", "r", model, corpus, **sizes)
+    both_ways = load_model(hooked_transformer(**KINDS["classes"]))
+    with pytest.raises(InputError, match="tokens see later ones, and the patterns are of keys that stand before"):
+        space.sparsity_part("heads", "b", both_ways, corpus, budget=4, **sizes)
+
+
+def test_a_report_leaves_out_by_name_what_a_model_does_not_carry(tmp_path: Path) -> None:
+    model, told = load_model(hooked_transformer(**KINDS["attention only"])), []
+    sizes: dict[str, Any] = {"max_tokens": 2 * LENGTH, "heldout_tokens": 2 * LENGTH, "context_len": LENGTH}
+    made = Workspace(tmp_path / "w").sparsity(
+        "r", model, token_corpus(), **sizes, on_left_out=lambda parts, why: told.append((parts, why))
+    )
+    assert [result.kind for result in made] == ["sparsity-attention", "sparsity-heads"]
+    assert [parts for parts, _ in told] == ["measure, enforce, predict"]
+    assert "has no MLP in block 0" in told[0][1]
