@@ -76,7 +76,7 @@ from workbench.text.python_source import Split
 
 MEASURED_TOKENS, HELD_OUT, CONTEXT = 24_576, 2048, 256
 CODE_TASKS = ("argument", "self-attribute", "docstring", "brackets", "induction")
-DICTIONARY_TASKS, DICTIONARY_PROMPTS, CHANGES = ("brackets", "argument", "self-attribute"), 1024, (1, 2, 4)
+DICTIONARY_TASKS, DICTIONARY_PROMPTS, CHANGES = ("brackets", "argument", "self-attribute"), 256, (1, 2, 4)
 GRAPH_TASKS = ("self-attribute", "induction")
 
 
