@@ -1,31 +1,52 @@
-"""Rules on SynthSAEBench-16k in short runs of several seeds, and what keeps their features alive, one cause at a time:
-a table of docs/methods/rules.md.
+"""Rules on SynthSAEBench-16k in short runs of several seeds, and what keeps their features alive, one cause at a time;
+and what JumpReLU's settings, its window and its thresholds do to how well it finds features: tables of
+docs/methods/rules.md.
 
     python benchmarks/dead_features.py [--samples 10000000] [--seeds 0 1 2] [--arms NAME ...]
                                         [--middle | --tiny] [--out FILE]
 
-The arms of a seed (of the SAEs) train side by side, all seeds on one stream; measures as in `workbench.bench.quality`,
-printed as means and standard deviations over the seeds, and as differences of an arm from its rule's first on the same
-seed. With `--out` every seed is written as it ends, and arms that are there are not trained again; a file of other
-settings is refused.
+The arms of a seed (of the SAEs and of the stream) train side by side; measures as in `workbench.bench.quality`, of
+JumpReLU also F1 once one threshold was set for all features, printed as means and standard deviations over the seeds,
+and as differences of an arm from its rule's first on the same seed. With `--out` every seed is written as it ends, and
+arms that are there are not trained again, so that files of several processes can be joined to one (`drawn`).
 """
 
 import argparse
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from drawn import StoredDraws, Value
+from jaxtyping import Float
+from synth_sae_bench import add_size, chosen_size, with_one_threshold
+from torch import Tensor
 
 from sae import TrainConfig, train
 from sae.rules import AbsTopK, BatchTopK, FeatureChoice, JumpReLU, Rule, TopK
+from sae.rules.base import ActiveSums, Tensors
 from workbench.bench.quality import BATCH, measures, recipes
-from workbench.bench.synthetic import FULL, MIDDLE, TINY, ModelSize, Planted, Stream, benchmark_model
+from workbench.bench.synthetic import FULL, ModelSize, Planted, Stream, benchmark_model
 
 COLUMNS = {
-    "dead": "dead", "f1": "F1", "mcc": "MCC", "explained_variance": "explained variance",
+    "l0": "L0", "dead": "dead", "f1": "F1", "mcc": "MCC", "explained_variance": "explained variance",
     "missed_with_child": "missed with child", "missed_alone": "without", "absorbed": "absorbed",
+    "f1_one": "F1 with one threshold",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OneThreshold(JumpReLU):
+    """JumpReLU whose features share one threshold, of which every feature has a copy."""
+
+    def own_gradients(
+        self, trained: Tensors, sums: ActiveSums, coefficient: float | Float[Tensor, ""], d_in: int
+    ) -> dict[str, Tensor]:
+        """The sum of the features' gradients; the copies' together are as long as that sum, to be clipped alike."""
+        own = super().own_gradients(trained, sums, coefficient, d_in)["log_threshold"]
+        return {"log_threshold": (own.sum() / math.sqrt(len(own))).expand_as(own).contiguous()}
 
 
 def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]]:
@@ -51,71 +72,95 @@ def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]
         "JumpReLU, revived": (jump, revived),
         "JumpReLU, revived, clipped": (jump, revived | clipped),
         "JumpReLU, revived, clipped, lambda rising over 70%": (jump, revived | clipped | slow),
+    } | {f"tuned JumpReLU{name}": arm for name, arm in variants(size).items()}
+
+
+def variants(size: ModelSize) -> dict[str, tuple[Rule, dict[str, Any]]]:
+    """Rule and settings of what was tried of JumpReLU, beginning with those of `workbench.bench.quality`."""
+    k, tuned = size.l0, dict(recipes(size)["jumprelu"].settings)
+    soon, strong = {"sparsity_warmup": 0.05}, {"aux_coefficient": 1.0}
+
+    def own(window: float = 0.05, start: float = 0.05, **changed: Any) -> tuple[Rule, dict[str, Any]]:
+        return JumpReLU(window, start, k), tuned | changed
+
+    def shared(window: float = 0.05, **changed: Any) -> tuple[Rule, dict[str, Any]]:
+        return OneThreshold(window, target_l0=k), tuned | changed
+
+    return {
+        "": own(),
+        ", aux-k with coefficient 1": own(**strong),
+        ", no auxiliary loss": own(aux="none"),
+        ", penalty ten times as strong": own(sparsity_coefficient=10.0),
+        ", penalty rising over 5%": own(**soon),
+        ", target from 4 k": own(anneal_from_k=4 * k),
+        ", bandwidth 0.02": own(0.02),
+        ", bandwidth 0.072, starting threshold 0.018": own(0.072, 0.018),
+        ", bandwidth 0.1": own(0.1),
+        ", bandwidth 0.2": own(0.2),
+        ", bandwidth 0.2, penalty rising over 5%": own(0.2, **soon),
+        ", one threshold": shared(),
+        ", one threshold, aux-k with coefficient 1": shared(**strong),
+        ", one threshold, no auxiliary loss": shared(aux="none"),
+        ", one threshold, penalty rising over 5%": shared(**soon),
+        ", one threshold, bandwidth 0.02": shared(0.02),
+        ", one threshold, bandwidth 0.1": shared(0.1),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int)
+    add_size(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=arms(FULL, BATCH), metavar="NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    smaller = parser.add_mutually_exclusive_group()
-    smaller.add_argument("--middle", action="store_true", help="2,048 features, 1,500,000 samples")
-    smaller.add_argument("--tiny", action="store_true", help="400 features, 400,000 samples")
-    parser.add_argument("--out", type=Path, help="a CSV file of every run")
+    parser.add_argument("--out", type=Path, help="a file of every run's numbers, a line of JSON an arm and seed")
     options = parser.parse_args()
-    if options.middle or options.tiny:
-        size, standard = (MIDDLE, 1_500_000) if options.middle else (TINY, 400_000)
-    else:
-        size, standard = FULL, 10_000_000
-    samples = options.samples or standard
+    size, samples = chosen_size(options, 10_000_000)
     planted = Planted.of(benchmark_model(size, options.device))
     chosen = {name: arm for name, arm in arms(size, samples).items() if options.arms is None or name in options.arms}
-    settings = {"samples": samples, "features": size.d_sae}
-    runs = pd.read_csv(options.out) if options.out and options.out.is_file() else pd.DataFrame()
-    if len(runs) and any(key not in runs or (runs[key] != value).any() for key, value in settings.items()):
-        raise SystemExit(f"{options.out} has runs of other settings than {settings}: name another file")
+    stored = StoredDraws(options.out, {"samples": samples, "features": size.d_sae})
     for seed in options.seeds:
-        there = set(runs["arm"][runs["seed"] == seed]) if len(runs) else set()
         configs = [
             TrainConfig(name, samples, size.d_sae, rule, seed=seed, lr=size.lr, batch_size=BATCH, **own)
             for name, (rule, own) in chosen.items()
-            if name not in there
+            if stored.get(name, seed) is None
         ]
-        if not configs:
-            continue
-        new = trained(configs, planted, options.device).assign(**settings)
-        runs = pd.concat([runs, new], ignore_index=True)
-        if options.out:
-            runs.to_csv(options.out, index=False)
-    asked = runs[runs["seed"].isin(options.seeds)]
-    show(pd.concat([asked[asked["arm"] == name] for name in chosen]))
+        for name, values in trained(configs, planted, seed, options.device).items():
+            stored.add(name, seed, values)
+    runs = [(seed, *value) for name in chosen for seed in options.seeds for value in stored.get(name, seed) or []]
+    show(pd.DataFrame(runs, columns=["seed", *Value._fields]))
 
 
-def trained(configs: list[TrainConfig], planted: Planted, device: str) -> pd.DataFrame:
-    """One line an arm: what `measures` says of it."""
-    lines = []
-    for config, made in zip(configs, train(configs, Stream(planted, 0), device=device), strict=True):
+def trained(configs: list[TrainConfig], planted: Planted, seed: int, device: str) -> dict[str, list[Value]]:
+    """What `measures` says of every arm, by its name."""
+
+    def stream() -> Stream:
+        return Stream(planted, seed)
+
+    runs = {}
+    for config, made in zip(configs, train(configs, stream(), device=device) if configs else [], strict=True):
         if made.sae is None:
-            raise SystemExit(f"{config.name}, seed {config.seed}: {made.error}")
-        found = measures(made.sae, Stream(planted, 0), 1)
-        named = {"arm": config.name, "seed": config.seed, "l0": found["l0"]}
-        lines.append(named | {key: found[key] for key in COLUMNS})
-        print(lines[-1], flush=True)
-    return pd.DataFrame(lines)
+            raise SystemExit(f"{config.name}, seed {seed}: {made.error}")
+        found = measures(made.sae, stream(), 1)
+        if isinstance(config.rule, JumpReLU):
+            found["f1_one"] = measures(with_one_threshold(made.sae, stream()), stream(), 1)["f1"]
+        runs[config.name] = [Value("", config.name, key, found[key]) for key in COLUMNS if key in found]
+        print(f"{config.name}, seed {seed}", flush=True)
+    return runs
 
 
 def show(runs: pd.DataFrame) -> None:
     """Markdown: mean ± standard deviation over the seeds, and the change from the rule's first arm in brackets."""
-    wide = runs.set_index(["arm", "seed"])
-    print(f"| | L0 | {' | '.join(COLUMNS.values())} |\n{'|---' * (len(COLUMNS) + 2)}|")
+    wide = runs.pivot(index="seed", columns=["row", "column"], values="value")
+    print(f"| | {' | '.join(COLUMNS.values())} |\n{'|---' * (len(COLUMNS) + 1)}|")
     first: dict[str, str] = {}
-    for arm in dict.fromkeys(runs["arm"]):
-        base = first.setdefault(arm.split(",")[0], arm)
-        cells = [f"{wide.loc[arm]['l0'].mean():.1f}"]
+    for arm in dict.fromkeys(runs["row"]):
+        base, cells = first.setdefault(arm.split(",")[0], arm), []
         for key in COLUMNS:
-            own, change = wide.loc[arm][key], wide.loc[arm][key] - wide.loc[base][key]
+            if (arm, key) not in wide:
+                cells.append("")
+                continue
+            own, change = wide[arm, key], wide[arm, key] - wide[base, key]
             beside = "" if arm == base else f" ({change.mean():+.3f} ± {change.std():.3f})"
             cells.append(f"{own.mean():.3f} ± {own.std():.3f}{beside}")
         print(f"| {arm} | {' | '.join(cells)} |")

@@ -1,7 +1,7 @@
 """Numbers of several draws: stored with what they are of, and as Markdown tables.
 
-`benchmarks/draws.py` measures them. A stored draw is taken again where model, text, SAEs and settings are the same, by
-what they are rather than by their names.
+`draws`, `dead_features` and `graph_scores` measure them. A stored draw is taken again where what it depends on is the
+same: model, text and SAEs, by what they are rather than by their names, and settings.
 """
 
 import argparse

@@ -14,11 +14,10 @@
 
 Medians over prompts or ablations: their mean over the draws, with the least and the greatest, and by how much the
 bundled transcoders lead on the same draw. With `--out` every draw is written as it ends, a line of JSON a set, and one
-that is there is not measured again; a file of other settings is refused.
+that is there is not measured again (`drawn`).
 """
 
 import argparse
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from drawn import StoredDraws, Value
 from jaxtyping import Int
 from torch import Tensor
 
@@ -79,40 +79,33 @@ def main() -> None:
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in SETTINGS}
     model, bundled = load_model("demo", device="cpu"), load_transcoders(demo_transcoders_dir())
-    done = (
-        [json.loads(line) for line in options.out.read_text().splitlines()]
-        if options.out and options.out.is_file()
-        else []
-    )
-    if any(line.get("settings") != settings for line in done):
-        raise SystemExit(f"{options.out} has draws of other settings than {settings}: name another file")
+    stored = StoredDraws(options.out, settings)
     with ProcessPoolExecutor(options.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for draw in sorted(set(range(options.draws)) - {line["draw"] for line in done}):
+        for draw in range(options.draws):
+            if all(stored.get(name, draw) for name in ("bundled", "random")):
+                continue
             chosen = list(islice(prompts(model, options.tokens, draw), options.prompts))
             for name, transcoders in {"bundled": bundled, "random": random_features(model, bundled, draw)}.items():
                 parts = [list(range(len(chosen)))[first :: options.workers] for first in range(options.workers)]
                 measure = partial(measured, transcoders, options.features)
                 found = summary(pool.map(measure, [{i: chosen[i] for i in part} for part in parts]))
-                done.append({"draw": draw, "set": name, "prompts": len(chosen), **found, "settings": settings})
-            if options.out:
-                options.out.write_text("".join(json.dumps(line) + "\n" for line in done))
+                values = [Value("", what, part, number) for what in found for part, number in found[what].items()]
+                stored.add(name, draw, values)
             print(f"draw {draw}: {len(chosen)} prompts", flush=True)
-    show([line for line in done if line["draw"] < options.draws])
-
-
-def show(lines: list[dict[str, Any]]) -> None:
-    """Markdown: mean (least to greatest) over the draws of every median, of both sets and of the lead."""
-    values = pd.DataFrame(
+    show(
         [
-            (line["draw"], line["set"], what, part, number)
-            for line in lines
-            for what, found in line.items()
-            if isinstance(found, dict) and what != "settings"
-            for part, number in found.items()
-        ],
-        columns=["draw", "set", "what", "part", "number"],
+            (draw, name, *value)
+            for draw in range(options.draws)
+            for name in ("bundled", "random")
+            for value in stored.get(name, draw) or []
+        ]
     )
-    wide = values.pivot(index="draw", columns=["what", "part", "set"], values="number")
+
+
+def show(lines: list[tuple[Any, ...]]) -> None:
+    """Markdown: mean (least to greatest) over the draws of every median, of both sets and of the lead."""
+    values = pd.DataFrame(lines, columns=["draw", "set", *Value._fields])
+    wide = values.pivot(index="draw", columns=["row", "column", "set"], values="value")
     print("| | | bundled | random | bundled over random |\n|---|---|---|---|---|")
     for what, part in dict.fromkeys(column[:2] for column in wide.columns):
         both = wide[what][part]

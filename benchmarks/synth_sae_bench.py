@@ -29,7 +29,7 @@ import torch
 from sae import SAE, train
 from sae.rules import JumpReLU
 from workbench.bench.quality import SAELENS, config, measures, recipes, saelens_batchtopk
-from workbench.bench.synthetic import FULL, MIDDLE, TINY, Planted, Stream, benchmark_model
+from workbench.bench.synthetic import FULL, MIDDLE, TINY, ModelSize, Planted, Stream, benchmark_model
 
 EVALUATED_BLOCKS = 4
 # A block that is neither trained nor evaluated on, whose activations set the one threshold.
@@ -47,12 +47,28 @@ def with_one_threshold(sae: SAE, stream: Stream) -> SAE:
     return made
 
 
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Options of how large the model is and how long is trained, which `chosen_size` reads."""
+    parser.add_argument("--samples", type=int)
+    smaller = parser.add_mutually_exclusive_group()
+    smaller.add_argument("--middle", action="store_true", help="2,048 features, 1,500,000 samples")
+    smaller.add_argument("--tiny", action="store_true", help="400 features, 400,000 samples")
+
+
+def chosen_size(options: argparse.Namespace, full: int) -> tuple[ModelSize, int]:
+    """The size and the number of samples, `full` of the benchmark's own size."""
+    size, standard = FULL, full
+    if options.middle or options.tiny:
+        size, standard = (MIDDLE, 1_500_000) if options.middle else (TINY, 400_000)
+    return size, options.samples or standard
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arms", nargs="*", choices=recipes(FULL), default=["batchtopk", "matryoshka", "jumprelu"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the SAEs; the stream's is the first")
-    parser.add_argument("--samples", type=int)
+    add_size(parser)
     parser.add_argument("--l0", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--dead-after", type=int)
@@ -60,15 +76,10 @@ def main() -> None:
     parser.add_argument("--clip", type=float)
     parser.add_argument("--saelens", action="store_true", help="SAELens' BatchTopK too, on the same stream")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    smaller = parser.add_mutually_exclusive_group()
-    smaller.add_argument("--middle", action="store_true")
-    smaller.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    size, standard, n_blocks = FULL, 200_000_000, EVALUATED_BLOCKS
-    if options.middle or options.tiny:
-        size, standard, n_blocks = (MIDDLE, 1_500_000, 1) if options.middle else (TINY, 400_000, 1)
+    size, samples = chosen_size(options, 200_000_000)
+    n_blocks = EVALUATED_BLOCKS if size is FULL else 1
     size = replace(size, l0=options.l0 or size.l0, lr=options.lr or size.lr)
-    samples = options.samples or standard
     given = {
         "dead_after_tokens": options.dead_after, "anneal_from_k": options.anneal_from, "clip_grad_norm": options.clip
     }  # fmt: skip
