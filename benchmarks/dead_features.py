@@ -32,7 +32,6 @@ from workbench.bench.synthetic import FULL, ModelSize, Planted, Stream, benchmar
 
 COLUMNS = {
     "l0": "L0", "dead": "dead", "f1": "F1", "mcc": "MCC", "explained_variance": "explained variance",
-    "missed_with_child": "missed with child", "missed_alone": "without", "absorbed": "absorbed",
     "f1_one": "F1 with one threshold",
 }  # fmt: skip
 
@@ -161,7 +160,7 @@ def show(runs: pd.DataFrame) -> None:
                 cells.append("")
                 continue
             own, change = wide[arm, key], wide[arm, key] - wide[base, key]
-            beside = "" if arm == base else f" ({change.mean():+.3f} ± {change.std():.3f})"
+            beside = "" if arm == base or key == "l0" else f" ({change.mean():+.3f} ± {change.std():.3f})"
             cells.append(f"{own.mean():.3f} ± {own.std():.3f}{beside}")
         print(f"| {arm} | {' | '.join(cells)} |")
 
