@@ -54,7 +54,7 @@ def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]
     tenth, revived = {"dead_after_tokens": samples // 10}, {"aux": "aux_k", "dead_after_tokens": 1000 * size.d_sae // k}
     clipped, slow, annealed = {"clip_grad_norm": 1.0}, {"sparsity_warmup": 0.7}, {"anneal_from_k": 4 * k}
     batch, jump, nested = BatchTopK(k), JumpReLU(target_l0=k), recipes(size)["matryoshka"]
-    return {
+    every: dict[str, tuple[Rule, dict[str, Any]]] = {
         "BatchTopK": (batch, {}),
         "BatchTopK, dead after a tenth of the run": (batch, tenth),
         "BatchTopK, clipped": (batch, clipped),
@@ -71,7 +71,8 @@ def arms(size: ModelSize, samples: int) -> dict[str, tuple[Rule, dict[str, Any]]
         "JumpReLU, revived": (jump, revived),
         "JumpReLU, revived, clipped": (jump, revived | clipped),
         "JumpReLU, revived, clipped, lambda rising over 70%": (jump, revived | clipped | slow),
-    } | {f"tuned JumpReLU{name}": arm for name, arm in variants(size).items()}
+    }
+    return every | {f"tuned JumpReLU{name}": arm for name, arm in variants(size).items()}
 
 
 def variants(size: ModelSize) -> dict[str, tuple[Rule, dict[str, Any]]]:
