@@ -132,7 +132,7 @@ def rests_on(result: Result, by: str) -> list[str]:
 def scores(result: Result, head: str) -> None:
     """The head's scores, with its rank among all heads, and induction by prefix length."""
     shown = scores_of_head(result, head)
-    st.dataframe(shown.round(4), hide_index=True, width="stretch")
+    st.dataframe(shown.round(4), hide_index=True, width="stretch", height="content")
     try:
         prefixes = result.table("prefixes")
     except InputError:
@@ -199,7 +199,7 @@ _patterns = canvas(
     "workbench_attention",
     attention,
     """drawAttention(parentElement.querySelector(".att"), data, (...heads) => setTriggerValue("clicked", heads),
-    (token) => setTriggerValue("asked", token ?? -1))""",
+    (token, other) => setTriggerValue("asked", [token ?? -1, other]))""",
 )
 
 
@@ -212,12 +212,13 @@ def all_heads(view: AttentionView, head: str) -> None:
     def clicked() -> None:
         asked = st.session_state["attention"]["clicked"]
         if asked is not None:
-            # The view is drawn anew for the next head: the one to compare with stays.
+            # The view is drawn anew: the head to compare with stays.
             st.query_params["head"], st.session_state["compared"] = asked
 
     def asked() -> None:
-        token = st.session_state["attention"]["asked"]
-        if token is not None:
+        event = st.session_state["attention"]["asked"]
+        if event is not None:
+            token, st.session_state["compared"] = event
             st.session_state["token asked for"] = None if token < 0 else token
 
     shown = {

@@ -56,6 +56,10 @@ def test_hovering_a_token_says_what_it_looks_at_and_a_click_on_a_small_head_open
     # Of two heads that are compared both say it.
     page.locator(".att section .text span").nth(12).hover()
     page.locator(".att section .said").nth(1).get_by_text("(12) looks at").wait_for(timeout=SLOW)
+    # A token that is asked for leaves them side by side.
+    page.locator(".att section .text span").nth(12).click()
+    page.get_by_text("Token 12,").wait_for(timeout=SLOW)
+    assert page.locator(".att section .title").all_inner_texts() == ["a3.h5", "a3.h5"]
     page.locator(".att .grid button").nth(13).click()
     page.get_by_role("heading", name="a1.h5", exact=True).wait_for(timeout=SLOW)
     page.wait_for_function("location.href.includes('head=a1.h5')", timeout=SLOW)

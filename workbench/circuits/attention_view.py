@@ -130,6 +130,7 @@ function drawAttention(root, data, pick, ask = () => {}) {
   const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
   const tint = (hex, share) => `rgba(${rgb(hex)}, ${share.toFixed(3)})`;
   const chosen = { left: data.heads.indexOf(data.head), right: data.heads.indexOf(data.other) };
+  const compared = () => data.heads[chosen.right] ?? null;
   let held = data.held ?? null;
   root.style.setProperty("--left", blue); root.style.setProperty("--right", red);
 
@@ -144,7 +145,9 @@ function drawAttention(root, data, pick, ask = () => {}) {
   // Of tokens that share a character the first has its text.
   const quoted = (i) => { while (i > 0 && !data.tokens[i]) i--; return JSON.stringify(data.tokens[i]); };
   const named = (i, share) => `${quoted(i)} ${(share * share).toFixed(2)}`;
-  const strongest = (pairs) => pairs.sort((a, b) => b[1] - a[1]).slice(0, 5).map(([i, s]) => named(i, s)).join(", ");
+  // What reads 0.00 says nothing.
+  const strongest = (pairs) => pairs.filter(([, s]) => s * s >= 0.005).sort((a, b) => b[1] - a[1]).slice(0, 5)
+    .map(([i, s]) => named(i, s)).join(", ") || "hardly any token";
 
   function large(head) {
     const section = document.createElement("section"), title = document.createElement("div");
@@ -160,7 +163,7 @@ function drawAttention(root, data, pick, ask = () => {}) {
       span.onclick = () => {
         held = held === i ? null : i;
         everywhere();
-        ask(held);
+        ask(held, compared());
       };
       return span;
     });
@@ -208,7 +211,7 @@ function drawAttention(root, data, pick, ask = () => {}) {
     button.append(canvas, name); button.title = `${name}: click to see it large, with Shift to compare`;
     button.onclick = (event) => {
       if (event.shiftKey) chosen.right = chosen.right === head ? -1 : head;
-      else { chosen.left = head; pick(name, data.heads[chosen.right] ?? null); }
+      else { chosen.left = head; pick(name, compared()); }
       show();
     };
     return button;

@@ -215,7 +215,7 @@ def score_titles(scores: pd.DataFrame) -> dict[str, str]:
         found = scores["needles_found"].iloc[0]
         needles = "1 needle" if found == 1 else f"{found} needles"
         titles["retrieval"] = f"retrieval ({needles})"
-        titles["retrieval_steps"] = f"retrieval at every step ({needles})"
+        titles["retrieval_steps"] = f"retrieval_steps ({needles})"
     return titles
 
 
