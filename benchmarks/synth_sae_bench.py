@@ -1,8 +1,8 @@
 """SynthSAEBench-16k (arXiv 2602.14687): what an SAE of 4,096 features finds of 16,384 planted ones.
 
     python benchmarks/synth_sae_bench.py FOLDER [--arms batchtopk matryoshka ...] [--seeds 0 1 2] [--samples 200000000]
-                                         [--l0 25] [--dead-after N] [--anneal-from K] [--clip C] [--saelens]
-                                         [--middle | --tiny]
+                                         [--l0 25] [--dead-after N] [--anneal-from K] [--clip C] [--betas B1 B2]
+                                         [--saelens] [--stream SEED] [--middle | --tiny]
 
 1. SAELens' synthetic model with the benchmark's settings: Zipf frequencies, 128 trees of children that fire only with
    their parent and exclude each other, low-rank correlations, a nearly orthogonal dictionary in 768 dimensions.
@@ -67,13 +67,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arms", nargs="*", choices=recipes(FULL), default=["batchtopk", "matryoshka", "jumprelu"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the SAEs; the stream's is the first")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the SAEs")
+    parser.add_argument("--stream", type=int, help="seed of the rows; the first of the SAEs' when not given")
     add_size(parser)
     parser.add_argument("--l0", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--dead-after", type=int)
     parser.add_argument("--anneal-from", type=int)
     parser.add_argument("--clip", type=float)
+    parser.add_argument("--betas", nargs=2, type=float, help="of Adam")
     parser.add_argument("--saelens", action="store_true", help="SAELens' BatchTopK too, on the same stream")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -81,27 +83,29 @@ def main() -> None:
     n_blocks = EVALUATED_BLOCKS if size is FULL else 1
     size = replace(size, l0=options.l0 or size.l0, lr=options.lr or size.lr)
     given = {
-        "dead_after_tokens": options.dead_after, "anneal_from_k": options.anneal_from, "clip_grad_norm": options.clip
+        "dead_after_tokens": options.dead_after, "anneal_from_k": options.anneal_from, "clip_grad_norm": options.clip,
+        "betas": options.betas and tuple(options.betas),
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     planted = Planted.of(benchmark_model(size, options.device))
+    rows = options.seeds[0] if options.stream is None else options.stream
 
     def report(name: str, sae: SAE) -> None:
-        found = measures(sae, Stream(planted, options.seeds[0]), n_blocks)
+        found = measures(sae, Stream(planted, rows), n_blocks)
         print(json.dumps({"arm": name} | {key: round(value, 4) for key, value in found.items()}), flush=True)
 
     configs = [config(arm, size, samples, seed, **given) for seed in options.seeds for arm in options.arms]
     if configs:
-        stream = Stream(planted, options.seeds[0])
+        stream = Stream(planted, rows)
         for made in train(configs, stream, device=options.device, checkpoint_dir=options.folder, resume=True):
             if made.sae is None:
                 raise SystemExit(f"{made.config.name}: {made.error}")
             report(made.config.name, made.sae)
             if isinstance(made.config.rule, JumpReLU):
-                level = with_one_threshold(made.sae, Stream(planted, options.seeds[0]))
+                level = with_one_threshold(made.sae, Stream(planted, rows))
                 report(f"{made.config.name}, one threshold", level)
     if options.saelens:
-        stream = Stream(planted, options.seeds[0])
+        stream = Stream(planted, rows)
         report(SAELENS, saelens_batchtopk(stream, size, samples))
 
 

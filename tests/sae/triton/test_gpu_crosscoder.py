@@ -48,9 +48,14 @@ def losses_of(config: TrainConfig, batches: list[Tensor], step_of: Any) -> Tenso
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_steps_follow_the_plain_path(rule: Rule) -> None:
-    config, batches = replace(CONFIG, rule=rule), on_the_gpu(400)
-    ours, reference = losses_of(config, batches, FusedStep), losses_of(config, batches, PlainStep)
-    assert torch.allclose(ours[:10], reference[:10], rtol=0.02)
+    batches, curves = on_the_gpu(400), []
+    # Which directions 40 features find hangs on rounding: of one start, two runs may end 5% apart.
+    for seed in range(4):
+        config = replace(CONFIG, rule=rule, seed=seed)
+        both = torch.stack([losses_of(config, batches, step) for step in (FusedStep, PlainStep)])
+        assert torch.allclose(both[0, :10], both[1, :10], rtol=0.02)
+        curves.append(both)
+    ours, reference = torch.stack(curves).mean(dim=0)
     assert torch.allclose(ours[-100:].mean(), reference[-100:].mean(), rtol=0.05)
     assert ours[-100:].mean() < 0.8 * ours[:10].mean()
 
