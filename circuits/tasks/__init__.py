@@ -22,7 +22,7 @@ from sae.errors import InputError
 if TYPE_CHECKING:
     from circuits.prompts import PromptSet
 
-TaskMaker = Callable[[Any, int | None, int, int], "PromptSet"]
+TaskMaker = Callable[..., "PromptSet"]
 """Of (tokenizer, bos_id, n, seed)."""
 TASKS: dict[str, str] = {
     "induction": "circuits.tasks.induction:induction",
@@ -35,6 +35,8 @@ TASKS: dict[str, str] = {
     "self-attribute": "circuits.tasks.code:self_attribute",
 }
 """Where each task of this package is defined."""
+FITTING = ("induction",)
+"""Those whose prompts are as long as a short context allows."""
 GROUP = "interp_workbench.tasks"
 """Entry points of other packages' tasks."""
 _registered: dict[str, TaskMaker] = {}
@@ -75,8 +77,13 @@ def check_task(name: str) -> None:
         raise InputError(f"unknown task {name!r}: choose {', '.join(task_names())}, or give a .jsonl file")
 
 
-def make_task(name: str, tokenizer: Any, bos_id: int | None, n: int = 64, seed: int = 0) -> "PromptSet":
+def make_task(
+    name: str, tokenizer: Any, bos_id: int | None, n: int = 64, seed: int = 0, *, n_ctx: int | None = None
+) -> "PromptSet":
     """A task by name, or a user's task from the path of a JSONL file (all of its prompts).
+
+    Args:
+        n_ctx: the longest prompt that the model takes; those of FITTING are made as short.
 
     Raises:
         InputError: an unknown name; a registered task that two packages define, that cannot be imported or that gives
@@ -87,7 +94,8 @@ def make_task(name: str, tokenizer: Any, bos_id: int | None, n: int = 64, seed: 
 
     if is_file(name):
         return user_task(name, tokenizer, bos_id)
-    made = _maker(name)(tokenizer, bos_id, n, seed)
+    fitted = {"n_ctx": n_ctx} if name in FITTING else {}
+    made = _maker(name)(tokenizer, bos_id, n, seed, **fitted)
     if not isinstance(made, PromptSet):
         raise InputError(f"task {name!r} gives a {type(made).__name__}: it has to return a circuits.prompts.PromptSet")
     return made

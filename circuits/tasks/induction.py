@@ -18,6 +18,8 @@ import torch
 from circuits.prompts import PromptSet, from_ids
 from sae.errors import InputError
 
+LENGTH = 20
+
 
 def induction(
     tokenizer: Any,
@@ -25,13 +27,16 @@ def induction(
     n: int = 64,
     seed: int = 0,
     *,
-    length: int = 20,
+    length: int | None = None,
+    n_ctx: int | None = None,
     vocabulary: Sequence[int] | None = None,
 ) -> PromptSet:
     """Repeated random tokens; b stands at the same place in all prompts.
 
     Args:
-        length: tokens of the first part, all different.
+        length: tokens of the first part, all different; LENGTH, or as many as the vocabulary and `n_ctx` hold, when
+            None.
+        n_ctx: the longest prompt that the model takes, where that is known.
         vocabulary: token ids to draw from instead of the tokenizer's ordinary tokens.
 
     Raises:
@@ -41,6 +46,8 @@ def induction(
         special = set(tokenizer.all_special_ids)
         vocabulary = [token for token in range(len(tokenizer)) if token not in special]
     tokens = torch.tensor([token for token in vocabulary if token != bos_id])
+    if length is None:
+        length = min(LENGTH, max(4, len(tokens)), LENGTH if n_ctx is None else _longest(n_ctx - (bos_id is not None)))
     if length < 4:
         raise InputError(f"induction needs a first part of at least 4 tokens, got {length}")
     if len(tokens) < length:
@@ -63,3 +70,8 @@ def induction(
         answers.append([first[place + 1]])
         wrong.append([first[other + 1]])
     return from_ids("induction", clean, corrupted, answers, wrong, bos_id)
+
+
+def _longest(room: int) -> int:
+    """The longest first part with which every prompt has at most `room` tokens: half of it less one is repeated."""
+    return next((length for length in range(room, 0, -1) if length + length // 2 - 1 <= room), 0)

@@ -49,12 +49,16 @@ class Task:
                 tokens see later ones, or as `circuits.tasks.make_task`.
         """
         self.check()
-        prompts = make_task(self.name, model.tokenizer, model.bos_id, self.n, self.seed)
+        n_ctx = model.info.n_ctx
+        prompts = make_task(self.name, model.tokenizer, model.bos_id, self.n, self.seed, n_ctx=n_ctx)
         longest = prompts.clean.shape[1]
-        if longest > model.info.n_ctx:
+        if longest > n_ctx:
+            instead = "shorten the prompts in the file"
+            if not is_file(self.name):
+                instead = "give shorter prompts in a .jsonl file in place of its name, or take induction, which fits"
             raise InputError(
-                f"task {prompts.name}: the longest prompt has {longest} tokens and the model's context is "
-                f"{model.info.n_ctx}: shorten the prompts"
+                f"task {prompts.name}: the longest prompt has {longest} tokens and the model's context is {n_ctx}: "
+                + instead
             )
         if not model.causal and int(prompts.last.min()) + 1 < longest:
             raise InputError(

@@ -702,3 +702,18 @@ def test_a_report_leaves_out_by_name_what_a_model_does_not_carry(tmp_path: Path)
     assert [result.kind for result in made] == ["sparsity-attention", "sparsity-heads"]
     assert [parts for parts, _ in told] == ["measure, enforce, predict"]
     assert "has no MLP in block 0" in told[0][1]
+
+
+def test_a_task_is_as_long_as_a_short_context_allows_or_says_what_to_do(tmp_path: Path) -> None:
+    model = load_model(hooked_transformer(normalization_type=None))
+    lengths = {Task("induction", 2, seed).prompts(model).clean.shape[1] for seed in range(20)}
+    # 15 different tokens, of which up to 6 come again.
+    assert (min(lengths), max(lengths)) == (16, LENGTH)
+    long = " ".join(["3"] * LENGTH)
+    row = {"clean": f"{long} 4", "corrupted": f"{long} 5", "answers": [" 1"], "wrong": [" 2"]}
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        InputError, match="has 22 tokens and the model's context is 21: shorten the prompts in the file"
+    ):
+        Task(str(file)).prompts(model)
