@@ -10,11 +10,11 @@ that states a spread (`0.5 ± 0.1`, `0.5 (0.4 to 0.6)`) stands in a section that
     -->
 
 `on` is the date and the commit. `code` names what the numbers rest on, files or names in files (`PATH:Class.method`),
-with digests of what they said then: of their text without docstrings, comments, imports, annotations, white space,
-trailing commas and a dataclass' base `Shown`, so that an edit of these makes no table old. Name the formula, the
-benchmark's settings and, of what is trained, the defaults that it leaves alone (`sae/config.py:TrainConfig.decay`),
-not all that they call. Timings have no `code`: they belong to the machine and the day that the page names, and under
-docs/methods say so (`timings: yes`).
+with digests of what they said then: of their text without docstrings, comments, imports, annotations, messages of
+errors, white space, trailing commas and a dataclass' base `Shown`, so that an edit of these makes no table old. Name
+the formula, the benchmark's settings and, of what is trained, the defaults that it leaves alone
+(`sae/config.py:TrainConfig.decay`), not all that they call. Timings have no `code`: they belong to the machine and the
+day that the page names, and under docs/methods say so (`timings: yes`).
 
 A number is older than its code where a digest has changed. Then
 
@@ -87,6 +87,9 @@ def digest(source: str, name: str | None = None) -> str | None:
                 blank(node.lineno, node.col_offset + len(node.arg.encode()), kind.end_lineno, kind.end_col_offset)
             case ast.AnnAssign(target=target, annotation=kind):
                 blank(target.end_lineno or 0, target.end_col_offset or 0, kind.end_lineno, kind.end_col_offset)
+            case ast.Raise(exc=ast.Call(args=[first, *others])):
+                last = others[-1] if others else first
+                blank(first.lineno, first.col_offset, last.end_lineno, last.end_col_offset)
             case ast.FunctionDef(returns=ast.expr() as kind):
                 blank(kind.lineno, kind.col_offset, kind.end_lineno, kind.end_col_offset)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

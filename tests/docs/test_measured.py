@@ -17,6 +17,8 @@ LEAST = 0.1
 def share(a, b):
     """Of a in b."""
     # The floor matters.
+    if not b:
+        raise ValueError("no b")
     return max(a / b, LEAST)
 '''
 TABLE = "# Title\n\n| rule | a |\n|---|---|\n| topk | 0.5 ± 0.1 |\n\n"
@@ -43,9 +45,10 @@ def test_no_table_is_older_than_its_code(measured: ModuleType, page: Path) -> No
         SOURCE.replace("    # The floor matters.\n", ""),
         SOURCE.replace("import math", "import math\nfrom os import path"),
         SOURCE.replace("def share(a, b)", "def share(a: float, b: Float[Tensor, 'n']) -> float"),
+        SOURCE.replace('"no b"', '"there is no b "\n            f"beside {a}"'),
         SOURCE.replace("max(a / b, LEAST)", "max(\n        a / b,\n        LEAST,\n    )"),
     ],
-    ids=["docstring", "comment", "import", "annotation", "format"],
+    ids=["docstring", "comment", "import", "annotation", "message", "format"],
 )
 def test_what_computes_nothing_does_not_count(measured: ModuleType, edited: str) -> None:
     assert edited != SOURCE
