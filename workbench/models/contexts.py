@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -32,6 +31,11 @@ BYTES_PER_ROW = 8 + 1 + 4 + 4
 """Of a row of a batch: token, ordinary, document and position."""
 BATCH_LOGITS = 1 << 26
 """Large vocabularies get smaller batches: at this size the logits of one pass take 256 MB in float32."""
+
+
+PIECE_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Compared at once: on a CPU as many as its cores' caches hold, since writing whole contexts' out to memory and reading
+them again took longer than the model."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,30 +143,66 @@ def logits_of(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch p
     return logits
 
 
+@dataclass(frozen=True, repr=False)
+class Predicted(Shown):
+    """What a pass gives for a batch, by `predicted` made ready for being compared more than once."""
+
+    logits: Sequence[Float[Tensor, "pos vocab"]] | Float[Tensor, "batch pos vocab"]
+    """By context."""
+    log_z: Sequence[Float[Tensor, "pos"]] | Float[Tensor, "batch pos"]
+    """log sum exp of every position's logits, in float32."""
+
+
+@torch.no_grad()
+def predicted(logits: Float[Tensor, "batch pos vocab"]) -> Predicted:
+    """A pass' logits with the logarithms of their sums."""
+    log_z = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)
+    for row, at in _pieces(logits):
+        values = logits[row, at].float()
+        # What log_softmax took away, read off where it is most precise.
+        log_z[row, at] = values.amax(dim=-1) - values.log_softmax(dim=-1).amax(dim=-1)
+    return Predicted(logits, log_z)
+
+
+def _pieces(logits: Sequence[Tensor] | Tensor) -> Iterator[tuple[int, slice]]:
+    """Contexts, or as many positions of one as leave what is made of their logits in a core's cache."""
+    n_pos, d_vocab = logits[0].shape
+    step = max(1, PIECE_LOGITS[logits[0].device.type] // d_vocab)
+    for row in range(len(logits)):
+        for first in range(0, n_pos, step):
+            yield row, slice(first, first + step)
+
+
+@torch.no_grad()
 def losses(
     batch: ContextBatch,
-    logits: Sequence[Float[Tensor, "pos vocab"]] | Float[Tensor, "batch pos vocab"],
-    clean: Float[Tensor, "batch pos vocab"] | None = None,
+    logits: Predicted | Float[Tensor, "batch pos vocab"],
+    clean: Predicted | Float[Tensor, "batch pos vocab"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(cross-entropy, KL(clean || this)) in nats, float64 sums over the counted positions; KL is 0 without `clean`, the
     cross-entropy NaN where outputs are classes.
 
-    One context at a time: the float32 log-probabilities of a whole batch are the largest tensors of an evaluation,
-    and writing and reading them again took longer than the model.
+    With z = log sum exp of the logits l, by position:
+
+        cross-entropy    z - l[next token]
+        KL               sum over tokens of p_clean (l_clean - l)  -  (z_clean - z)
 
     Raises:
         InputError: outputs that do not reach the tokens that they are said to be of.
     """
-    if batch.of_tokens and logits[0].shape[-1] <= int(batch.tokens.max()):
+    found = logits if isinstance(logits, Predicted) else predicted(logits)
+    if batch.of_tokens and found.logits[0].shape[-1] <= int(batch.tokens.max()):
         raise InputError(NO_TOKENS)
-    cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=logits[0].device)
-    for row, counted in enumerate(batch.counted):
-        log_q = logits[row][: len(counted)].float().log_softmax(dim=-1)
-        if batch.of_tokens:
-            targets = batch.tokens[row, 1:]
-            cross_entropy -= log_q.gather(1, targets[:, None]).squeeze(1)[counted].double().sum()
-        if clean is not None:
-            log_p = clean[row, : len(counted)].float().log_softmax(dim=-1)
-            pointwise = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-            divergence += pointwise.sum(dim=-1)[counted].double().sum()
+    cross_entropy, divergence = torch.zeros(2, dtype=torch.float64, device=batch.tokens.device)
+    for row, counted in enumerate(batch.counted if batch.of_tokens else ()):
+        of_target = found.logits[row][:-1].gather(1, batch.tokens[row, 1:, None]).squeeze(1).float()
+        cross_entropy += (found.log_z[row][:-1] - of_target)[counted].double().sum()
+    if clean is not None:
+        beside = clean if isinstance(clean, Predicted) else predicted(clean)
+        for row, at in _pieces(found.logits):
+            l_p, log_z = beside.logits[row][at].float(), beside.log_z[row][at]
+            p = (l_p - log_z[:, None]).exp_()
+            pointwise = p.mul_(l_p - found.logits[row][at].float()).sum(dim=-1) - (log_z - found.log_z[row][at])
+            counted = batch.counted[row][at]
+            divergence += pointwise[: len(counted)][counted].double().sum()
     return cross_entropy if batch.of_tokens else cross_entropy + torch.nan, divergence

@@ -40,7 +40,7 @@ from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_hi
 from sae.model import SAE
 from sae.shown import Shown
 from sae.transcoder import Transcoder
-from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length, losses
+from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length, losses, predicted
 from workbench.models.hooks import read_hook, written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
@@ -254,18 +254,18 @@ def _measure(
 ) -> None:
     """Adds one batch to the metrics and sums."""
     clean = clean_pass(model, batch, _distinct([*reads, *hooks]), begun)
-    assert clean.logits is not None
-    n_out = clean.logits.shape[-1]
+    assert clean.found is not None
+    n_out = clean.found.logits[0].shape[-1]
     batch = replace(batch, of_tokens=n_out == model.info.d_vocab)
     sums["n_out"] = torch.tensor(n_out)
     sums["count"] += batch.counted.sum()
-    sums["clean"] += losses(batch, clean.logits)[0]
+    sums["clean"] += losses(batch, clean.found)[0]
 
     for name, (zeroed, at_mean) in ablated.items():
-        zero = losses(batch, zeroed.logits(batch, clean), clean.logits)
+        zero = losses(batch, zeroed.predicted(batch, clean), clean.found)
         sums[f"zero {name}"] += zero[0]
         sums[f"kl zero {name}"] += zero[1]
-        sums[f"mean {name}"] += losses(batch, at_mean.logits(batch, clean))[0]
+        sums[f"mean {name}"] += losses(batch, at_mean.predicted(batch, clean))[0]
     for number, (sae, read, hook) in enumerate(zip(saes, reads, hooks, strict=True)):
         x, y = clean.x[read.name], clean.x[hook.name]
         code = sae.encode(x)
@@ -276,9 +276,8 @@ def _measure(
             _add_spread(sums, f"skip {number} target", y.double() - means[hook.name])
             _add_spread(sums, f"skip {number} rest", (y - skipped).double() - means[hook.name])
         metrics[number].update(y, code, x_hat)
-        cross_entropy, divergence = losses(
-            batch, spliced_pass(model, batch, clean.blocks, hook, _constant(x_hat)), clean.logits
-        )
+        spliced = predicted(spliced_pass(model, batch, clean.blocks, hook, _constant(x_hat)))
+        cross_entropy, divergence = losses(batch, spliced, clean.found)
         sums[f"spliced {number}"] += cross_entropy
         sums[f"kl {number}"] += divergence
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.resume import recorded_block, resumed_after
 from circuits.splice import splice
-from workbench.models.contexts import ContextBatch
+from workbench.models.contexts import ContextBatch, Predicted, predicted
 from workbench.models.load import LoadedModel
 from workbench.models.places import HookSpec
 
@@ -28,13 +28,15 @@ NO_TOKEN = -1
 
 Begun = tuple[int, Any]
 """A block, and what it handed on."""
+Row = tuple[Float[Tensor, "pos vocab"], Float[Tensor, "pos"]]
+"""Logits of one context, and the logarithms of their sums."""
 
 
 @dataclass(frozen=True)
 class CleanPass:
     """A pass without a change."""
 
-    logits: Float[Tensor, "batch pos vocab"] | None
+    found: Predicted | None
     """None of a pass that stopped at the last hook point."""
     x: dict[str, Float[Tensor, "ordinary width"]]
     """Activations of the ordinary tokens by hook name."""
@@ -77,7 +79,9 @@ def clean_pass(
 
             stack.enter_context(splice(model.bridge, hook.name, record, keep=~batch.ordinary))
         logits = _logits(model, batch)
-    return CleanPass(logits, x, {layer: outputs[0] for layer, outputs in blocks.items()})
+    return CleanPass(
+        None if logits is None else predicted(logits), x, {layer: outputs[0] for layer, outputs in blocks.items()}
+    )
 
 
 def spliced_pass(
@@ -112,13 +116,13 @@ class Ablation:
     model: LoadedModel
     hook: HookSpec
     vector: Float[Tensor, "width"]
-    _known: dict[int, tuple[Int[Tensor, "pos"], Float[Tensor, "pos vocab"]]] = field(default_factory=dict)
-    """By what is left: the tokens and the logits of a context that has been run."""
+    _known: dict[int, tuple[Int[Tensor, "pos"], Row]] = field(default_factory=dict)
+    """By what is left: the tokens of a context that has been run, and what it gave."""
     _agree: bool | None = None
     """Whether contexts with the same left agree; None before any were compared."""
 
-    def logits(self, batch: ContextBatch, clean: CleanPass) -> Sequence[Float[Tensor, "pos vocab"]]:
-        """The logits of every context; those that are the same are one tensor.
+    def predicted(self, batch: ContextBatch, clean: CleanPass) -> Predicted:
+        """What every context gives; contexts that give the same share one tensor.
 
         Args:
             clean: the batch's pass without a change.
@@ -126,25 +130,26 @@ class Ablation:
         before = last_block_before(self.model, self.hook)
         blocks = {before: clean.blocks[before]} if before in clean.blocks else {}
         if self._agree is False or not all(isinstance(output, Tensor) for output in blocks.values()):
-            return self._run(batch, blocks).unbind()
+            return self._run(batch, blocks)
         left = self._left(batch)
         if self._agree is None:
-            logits = self._run(batch, blocks)
+            ran = self._run(batch, blocks)
             for token, rows in left.items():
-                self._compare(token, batch.tokens[rows], logits[rows])
-            return logits.unbind()
+                self._compare(token, batch.tokens[rows], [_row(ran, row) for row in rows])
+            return ran
         first = {token: rows[0] for token, rows in left.items() if token not in self._known}
         same = {row for rows in left.values() for row in rows}
         run = sorted([*first.values(), *(row for row in range(len(batch.tokens)) if row not in same)])
-        found: dict[int, Tensor] = {}
+        found: dict[int, Row] = {}
         if run:
             fresh = self._run(batch.part(run), {layer: output[run] for layer, output in blocks.items()})
-            found = dict(zip(run, fresh, strict=True))
+            found = {row: _row(fresh, number) for number, row in enumerate(run)}
         for token, rows in left.items():
             if token in first:
                 self._keep(token, batch.tokens[rows[0]], found[rows[0]])
             found |= dict.fromkeys(rows, self._known[token][1] if token in self._known else found[rows[0]])
-        return [found[row] for row in range(len(batch.tokens))]
+        logits, log_z = zip(*(found[row] for row in range(len(batch.tokens))), strict=True)
+        return Predicted(logits, log_z)
 
     def _left(self, batch: ContextBatch) -> dict[int, list[int]]:
         """Contexts by the token that is left of them, NO_TOKEN where none is; not those of which more is left."""
@@ -156,23 +161,27 @@ class Ablation:
             found.setdefault(left, []).append(row)
         return found
 
-    def _compare(self, left: int, tokens: Int[Tensor, "n pos"], logits: Float[Tensor, "n pos vocab"]) -> None:
+    def _compare(self, left: int, tokens: Int[Tensor, "n pos"], rows: Sequence[Row]) -> None:
         """Whether contexts with the same left agree with the first of them, as far as they have other tokens."""
         if left not in self._known:
-            self._keep(left, tokens[0], logits[0])
-        known_tokens, known = self._known.get(left, (tokens[0], logits[0]))
-        others = logits[(tokens != known_tokens).any(dim=1)]
-        if len(others):
-            # Rounding alone, since batches of another size may be summed in another order.
-            rounding = max(1e-5, 4 * torch.finfo(known.dtype).eps) * known.abs().max()
-            self._agree = self._agree is not False and bool(((others - known).abs() <= rounding).all())
+            self._keep(left, tokens[0], rows[0])
+        known_tokens, (known, _) = self._known.get(left, (tokens[0], rows[0]))
+        # Rounding alone, since batches of another size may be summed in another order.
+        rounding = max(1e-5, 4 * torch.finfo(known.dtype).eps) * known.abs().max()
+        for own, (logits, _) in zip(tokens, rows, strict=True):
+            if (own != known_tokens).any():
+                self._agree = self._agree is not False and bool(((logits - known).abs() <= rounding).all())
 
-    def _keep(self, left: int, tokens: Int[Tensor, "pos"], logits: Float[Tensor, "pos vocab"]) -> None:
-        if (len(self._known) + 1) * logits.nbytes <= MOST_LOGITS_KEPT:
-            self._known[left] = tokens, logits.clone()
+    def _keep(self, left: int, tokens: Int[Tensor, "pos"], row: Row) -> None:
+        if (len(self._known) + 1) * row[0].nbytes <= MOST_LOGITS_KEPT:
+            self._known[left] = tokens, (row[0].clone(), row[1].clone())
 
-    def _run(self, batch: ContextBatch, blocks: dict[int, Any]) -> Float[Tensor, "batch pos vocab"]:
-        return spliced_pass(self.model, batch, blocks, self.hook, self.vector.expand_as)
+    def _run(self, batch: ContextBatch, blocks: dict[int, Any]) -> Predicted:
+        return predicted(spliced_pass(self.model, batch, blocks, self.hook, self.vector.expand_as))
+
+
+def _row(found: Predicted, row: int) -> Row:
+    return found.logits[row], found.log_z[row]
 
 
 def _logits(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch pos vocab"]:

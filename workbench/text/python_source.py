@@ -8,10 +8,11 @@ loss, features or circuits exists on every machine that can run Python, with not
 """
 
 import hashlib
+import os
 import sysconfig
 import tokenize
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 Split = Literal["train", "heldout"]
@@ -64,10 +65,13 @@ def stdlib_files(root: Path | None = None) -> list[SourceFile]:
     """
     root = Path(root or sysconfig.get_path("stdlib"))
     files = []
-    for path in root.rglob("*.py"):
-        file = SourceFile(path.relative_to(root).as_posix(), path)
-        if _EXCLUDED_FOLDERS.isdisjoint(PurePosixPath(file.module_path).parts) and _is_hand_written(file):
-            files.append(file)
+    for folder, below, names in os.walk(root):
+        # Other people's packages are ten times as many files: they are not looked through.
+        below[:] = [name for name in below if name not in _EXCLUDED_FOLDERS]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            file = SourceFile(path.relative_to(root).as_posix(), path)
+            if _is_hand_written(file):
+                files.append(file)
     return sorted(files, key=lambda file: file.module_path)
 
 

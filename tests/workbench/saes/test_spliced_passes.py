@@ -63,10 +63,11 @@ def test_ablated_contexts_are_those_that_are_run_one_by_one(
         clean = clean_pass(model, batch, [place], None)
         embed = model.bridge.embed.original_component
         counter = embed.register_forward_hook(lambda _, args, __: run.append(len(args[0])))
-        found = ablation.logits(batch, clean)
+        found = ablation.predicted(batch, clean)
         counter.remove()
         expected = spliced_pass(model, batch, clean.blocks, place, vector.expand_as)
-        torch.testing.assert_close(torch.stack(list(found)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.stack(list(found.logits)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.stack(list(found.log_z)), expected.logsumexp(dim=-1), rtol=1e-5, atol=1e-5)
         mixed |= bool(batch.ordinary[:, 1:].all(dim=1).any()) and not bool(batch.ordinary[:, 1:].all())
     assert mixed
     assert (sum(run) < 0.8 * contexts_in_all) == spared
