@@ -64,11 +64,12 @@ class AttentionView:
         return "".join(self.tokens[1 : token + 1])
 
     def _repr_html_(self) -> str:
-        # Scripts of a cell's own HTML do not run everywhere; those of a frame do.
+        # Scripts of a cell's own HTML do not run everywhere; those of a frame do. It is as high as what it holds where
+        # the page lets it be.
         document = (
             f'<!DOCTYPE html><meta charset="utf-8"><style>:root{{color-scheme:light dark}}{CSS}</style>{ROOT}'
             f"<script>{SCRIPT}\ndrawAttention(document.querySelector('.att'), "
-            f"{json.dumps(self.data()).replace('<', chr(92) + 'u003c')}, () => {{}})</script>"
+            f"{json.dumps(self.data()).replace('<', chr(92) + 'u003c')}, () => {{}});\n{FIT}</script>"
         )
         return f'<iframe srcdoc="{escape(document)}" style="width:100%;height:760px;border:0"></iframe>'
 
@@ -122,6 +123,10 @@ CSS = """
 .att .text span.here { outline: 2px solid currentColor } .att .text span.held { outline: 3px double currentColor }
 .att .said { min-height: 3.6em; opacity: .85 }
 """.replace("GREY_LINE", GREY_LINE)
+FIT = """
+new ResizeObserver(([{ target }]) => { if (frameElement) frameElement.style.height = `${target.offsetHeight + 24}px`; })
+  .observe(document.querySelector(".att"))
+"""
 SCRIPT = """
 function drawAttention(root, data, pick, ask = () => {}) {
   const n = data.tokens.length, [blue, red] = data.colours;

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from workbench.models.contexts import ContextBatch, losses
+from workbench.models.contexts import ContextBatch, context_batches, losses
 from workbench.models.load import LoadedModel, load_model
 from workbench.sparsity.attention import restricted
 from workbench.sparsity.attention_heads import HeadCosts, curve_points, measure_heads
@@ -27,8 +27,6 @@ def found(gpt2_model: LoadedModel, held: list[ContextBatch]) -> HeadCosts:
 
 @pytest.fixture(scope="module")
 def held(gpt2_model: LoadedModel, corpus: Any) -> list[ContextBatch]:
-    from workbench.models.contexts import context_batches
-
     return list(context_batches(gpt2_model, corpus, "heldout", max_tokens=256, context_len=32))
 
 
@@ -76,10 +74,7 @@ def test_layers_and_all_heads_are_sums_of_the_same_masks(
 
 
 def test_a_model_of_one_head_pays_for_it_what_it_pays_for_all(tmp_path: Any, tiny_models: Any, corpus: Any) -> None:
-    """The sum rule: head, layer and every head are one and the same there, and so is the curve with none whole."""
-    from workbench.models.contexts import context_batches
-    from workbench.models.load import load_model
-
+    """Head, layer and every head are one and the same there, and so is the curve with none whole."""
     model = load_model(str(tiny_models.save(tmp_path / "one", tiny_models.gpt2(n_layer=1, n_head=1))), device="cpu")
     held = list(context_batches(model, corpus, "heldout", max_tokens=256, context_len=32))
     found = measure_heads(model, held, sink_local, BUDGET, draws=1)
@@ -87,6 +82,46 @@ def test_a_model_of_one_head_pays_for_it_what_it_pays_for_all(tmp_path: Any, tin
     assert head["restricted_nats"] == layer["alone_nats"] == pytest.approx(cost(model, held, None)[0], abs=1e-5)
     assert layer["others_nats"] == layer["others_kl"] == 0.0
     assert len(found.curve) == curve_points(1, 1) == 1
+
+
+def test_costs_of_heads_add_up_to_their_layers_where_one_head_of_each_writes(
+    tmp_path: Any, tiny_models: Any, corpus: Any
+) -> None:
+    """The table's sum rule. Where several heads of a layer write, what follows bends the sum of their costs."""
+    writers = {0: 1, 1: 3}
+    model = load_model(str(tiny_models.save(tmp_path / "two", tiny_models.gpt2(n_layer=2))), device="cpu")
+    for layer, writer in writers.items():
+        # Rows of W_O are what the heads write; the bridge shares them.
+        rows = model.hf.get_parameter(f"transformer.h.{layer}.attn.c_proj.weight").data.view(4, -1, model.info.d_model)
+        rows[[head for head in range(4) if head != writer]] = 0
+    held = list(context_batches(model, corpus, "heldout", max_tokens=256, context_len=32))
+    found = measure_heads(model, held, sink_local, BUDGET, draws=1)
+    for layer, writer in writers.items():
+        heads = found.heads[found.heads["layer"] == layer]
+        silent = heads[heads["head"] != writer]
+        costs = ["restricted_nats", "restricted_kl", "removed_nats", "removed_kl"]
+        assert (silent[costs] == 0).all(axis=None)
+        own, others = found.layers.iloc[layer], found.layers.iloc[1 - layer]
+        for measure in ("nats", "kl"):
+            assert heads[f"restricted_{measure}"].sum() == own[f"alone_{measure}"] == others[f"others_{measure}"] != 0
+
+
+def test_what_the_heads_of_a_layer_change_adds_up_to_what_the_layer_changes(
+    gpt2_model: LoadedModel, held: list[ContextBatch]
+) -> None:
+    """The sum rule that always holds, of the layer's output: heads of a layer are read side by side and added."""
+    name, batch = "blocks.1.hook_attn_out", held[0]
+
+    def written(heads: torch.Tensor) -> torch.Tensor:
+        with restricted(gpt2_model.bridge, sink_local, BUDGET, heads=heads):
+            found: torch.Tensor = gpt2_model.bridge.run_with_cache(batch.tokens, names_filter=[name])[1][name]
+        return found.double()
+
+    nothing = torch.zeros(3, 4, dtype=torch.bool)
+    clean, layer = written(nothing), written(nothing.index_fill(0, torch.tensor([1]), True))
+    alone = [written(nothing.index_put((torch.tensor(1), torch.tensor(head)), torch.tensor(True))) for head in range(4)]
+    assert (layer - clean).abs().max() > 1e-3
+    torch.testing.assert_close(sum(one - clean for one in alone), layer - clean, rtol=0, atol=1e-6)
 
 
 def test_a_removed_head_hands_over_its_mean(
