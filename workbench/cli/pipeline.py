@@ -147,11 +147,14 @@ def suggested(asked: Sequence[str], hooks: Sequence[str]) -> str:
 
 
 def describe_estimate(estimate: "HarvestEstimate") -> str:
-    """One line: rows, bytes, free disk, time."""
-    return (
+    """One line: rows, bytes, free disk, time; another where short sequences follow each other in a context."""
+    said = (
         f"Estimate: {estimate.rows:,} rows, {format_bytes(estimate.bytes)} "
         f"({format_bytes(estimate.free_bytes)} free), about {format_seconds(estimate.seconds)}"
     )
+    if estimate.joins:
+        said += "\nSequences shorter than a context follow each other in one: --separate keeps each in its own"
+    return said
 
 
 SKIP_SHARE = "skip share"

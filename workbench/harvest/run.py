@@ -62,6 +62,8 @@ class HarvestEstimate:
     free_bytes: int
     seconds: float
     """For the rows still to do."""
+    joins: bool
+    """Whether the corpus is of token ids, the first of them shorter than a context, in which others then follow."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,14 @@ def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: 
     free = check_space(folder, plan, left)
     seconds = left * _seconds_per_row(model, corpus, config, plan) if left else 0.0
     rows = done if finished else plan.rows
-    return HarvestEstimate(rows, rows * plan.bytes_per_row, free, seconds)
+    return HarvestEstimate(rows, rows * plan.bytes_per_row, free, seconds, _joins(model, corpus, config, plan))
+
+
+def _joins(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> bool:
+    first = next(corpus.documents(config.split), None)
+    if config.separate or first is None or first.tokens is None:
+        return False
+    return len(first.tokens) + model.beginning(config.bos).n_bos < plan.context_len
 
 
 def _seconds_per_row(model: LoadedModel, corpus: Corpus, config: HarvestConfig, plan: HarvestPlan) -> float:

@@ -246,7 +246,10 @@ def _transformer(own: OwnModel, module: Any, recorded: dict[str, Any]) -> Loaded
 def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
     """Any other module."""
     if own.d_vocab is None or own.n_ctx is None:
-        raise InputError(f"{own.name}: say how many tokens it reads and how long a sequence, d_vocab=..., n_ctx=...")
+        raise InputError(
+            f"{own.name} is a torch module, of which is to be said how many tokens it reads, how long a sequence, and "
+            f"what its hook points are: {_remedy(own)}"
+        )
     if own.d_vocab < 1 or own.n_ctx < 2:
         raise InputError(
             f"{own.name}: d_vocab is {own.d_vocab} and n_ctx {own.n_ctx}: expected a token or more, and two positions"
@@ -268,6 +271,16 @@ def _module(own: OwnModel, recorded: dict[str, Any]) -> LoadedModel:
     checks = _checked(loaded, hooks, tokens)
     bridge.hook_dict |= checks.hooks
     return dataclasses.replace(loaded, checks=checks)
+
+
+def _remedy(own: OwnModel) -> str:
+    """A description that would do, as far as the module itself says."""
+    read = next((one.num_embeddings for one in own.module.modules() if isinstance(one, nn.Embedding)), "...")
+    path = next((name for name, one in own.module.named_modules() if name and not isinstance(one, nn.Embedding)), "...")
+    return (
+        f"load_model(OwnModel(module, d_vocab={own.d_vocab or read}, n_ctx={own.n_ctx or '...'}, "
+        f"hooks={dict(own.hooks) or {'NAME': path}}))"
+    )
 
 
 @torch.inference_mode()

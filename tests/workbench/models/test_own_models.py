@@ -232,6 +232,10 @@ def test_a_hooked_transformer_goes_all_the_way_without_a_tokenizer(kind: str, tm
     assert np.isnan(evaluation.ce_clean) == (kind == "classes")
     index = space.build_index("s")
     assert index.activations > 0
+    # A number is found whole, not as a digit of others.
+    texts = space.index("s").frame("SELECT * FROM feature_texts")
+    said = texts["peaks"] + " " + texts["promoted"].fillna("") + " " + texts["examples"]
+    assert set(space.index("s").search("3")["feature"]) == set(texts["feature"][said.str.contains(r"(?<!\d)3(?!\d)")])
     reading = space.prompt("s", "3 7 3 9")
     assert reading.tokens == [3, 7, 3, 9]
     assert reading.texts == [" 3", " 7", " 3", " 9"]
@@ -464,6 +468,9 @@ def test_what_a_plain_module_lacks_is_said_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             act()
         assert "\n" not in str(caught.value)
+    remedy = r"load_model\(OwnModel\(module, d_vocab=11, n_ctx=\.\.\., hooks=\{'NAME': 'body'\}\)\)$"
+    with pytest.raises(InputError, match=remedy):
+        load_model(character_model().module)
     with pytest.raises(InputError, match="known by its hook points alone"):
         head_scores(model.bridge, rows(9, 11))
 
@@ -476,7 +483,7 @@ def test_what_a_plain_module_lacks_is_said_in_one_line(tmp_path: Path) -> None:
         ({"hooks": {"x": "mlp:middle"}}, "expected :input or :output"),
         ({"hooks": {"x": "out.nothing"}}, "no submodule"),
         ({"vocabulary": "ab"}, "the vocabulary has 2 tokens, the model 11"),
-        ({"d_vocab": None}, "say how many tokens"),
+        ({"d_vocab": None}, "how many tokens it reads"),
         ({"call": lambda module, tokens: (1, 2)}, "gives a tuple for tokens"),
         ({"call": lambda module, tokens: module(tokens)[:, -3:]}, r"logits \[2, 3, 11\] for tokens \[2, 16\]"),
         (

@@ -1,7 +1,8 @@
 """Search over features, of one index or of all of a workspace: by a text, or by words.
 
 `text`: features whose title (`FeatureIndex.titles`), peak tokens, promoted tokens or example texts contain the text, in
-any case; titles first, then peaks, promoted tokens, examples, more occurrences in the examples first.
+any case; titles first, then peaks, promoted tokens, examples, more occurrences in the examples first. Where tokens have
+no text but their numbers, a number is found whole: 5 is not in 15.
 
 `words`: features about one of the words or several, best first, by BM25F (Robertson and Zaragoza 2009, "The
 Probabilistic Relevance Framework", section 3.6), tf-idf that a long text or a word said often cannot win alone:
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from sae.errors import InputError
 
-Frame = Callable[[str, dict[str, Any]], pd.DataFrame]
+Frame = Callable[[str, dict[str, Any] | None], pd.DataFrame]
 By = Literal["text", "words"]
 PLACES = ("label", "peak", "promoted", "example")
 WEIGHTS = (3.0, 3.0, 1.0, 1.0)
@@ -87,19 +88,31 @@ def together(found: Sequence[Found], limit: int) -> Found:
 
 
 def _containing(frame: Frame, titles: Mapping[int, str], needle: str) -> pd.DataFrame:
-    labelled = [feature for feature, title in titles.items() if needle in title.lower()]
+    contains, hits = "contains", "(length(examples) - length(replace(examples, $needle, ''))) // length($needle)"
+    if needle.strip().isdecimal() and _are_numbers(frame):
+        needle = rf"\b{needle.strip()}\b"
+        contains, hits = "regexp_matches", "len(regexp_extract_all(examples, $needle))"
+        labelled = [feature for feature, title in titles.items() if re.search(needle, title)]
+    else:
+        labelled = [feature for feature, title in titles.items() if needle in title.lower()]
     return frame(
-        """
-        SELECT feature, CASE WHEN labelled THEN 'label' WHEN contains(peaks, $needle) THEN 'peak'
-               WHEN contains(promoted, $needle) THEN 'promoted' ELSE 'example' END AS "where",
-               (length(examples) - length(replace(examples, $needle, ''))) // length($needle) AS hits, firings
+        f"""
+        SELECT feature, CASE WHEN labelled THEN 'label' WHEN {contains}(peaks, $needle) THEN 'peak'
+               WHEN {contains}(promoted, $needle) THEN 'promoted' ELSE 'example' END AS "where",
+               {hits} AS hits, firings
         FROM (SELECT *, list_contains($labelled, feature) AS labelled FROM feature_texts)
         JOIN feature_stats USING (feature)
-        WHERE labelled OR contains(peaks, $needle) OR contains(promoted, $needle) OR contains(examples, $needle)
+        WHERE labelled OR {contains}(peaks, $needle) OR {contains}(promoted, $needle) OR {contains}(examples, $needle)
         ORDER BY list_position($places, "where"), hits DESC, feature
         """,
         {"needle": needle, "labelled": labelled, "places": list(PLACES)},
     )
+
+
+def _are_numbers(frame: Frame) -> bool:
+    """Whether every token of the index is its own number."""
+    same = frame("SELECT bool_and(trim(text) = token::VARCHAR) AS same FROM vocabulary", None)["same"]
+    return bool(same.iloc[0])
 
 
 def _ranked(frame: Frame, titles: Mapping[int, str], text: str) -> pd.DataFrame:
