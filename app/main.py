@@ -33,11 +33,14 @@ LAYOUT = """
 .stMainBlockContainer h3 { font-size: 1.2rem; line-height: 1.5; padding: 0.1rem 0 0.3rem }
 /* Text among the points of a figure, in the page's colour and not in that of the axes, unless it is white. */
 .stPlotlyChart .textpoint text:not([style*="255, 255, 255"]) { fill: currentColor !important }
+.st-key-pick > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] { flex-wrap: wrap }
+.st-key-pick > [data-testid=stLayoutWrapper] > * > [data-testid=stColumn] { min-width: 11rem }
 @media (max-width: 1000px) {
   .stMainBlockContainer { padding: 2.4rem 1rem 1rem }
-  :is(.st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] {
+  :is(.st-key-top, .st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] {
     flex-wrap: wrap }
-  :is(.st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > * > [data-testid=stColumn] { min-width: 100% }
+  :is(.st-key-top, .st-key-beside, .st-key-below) > [data-testid=stLayoutWrapper] > * > [data-testid=stColumn] {
+    min-width: 100% }
   .st-key-pairs > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] { flex-wrap: wrap }
   .st-key-pairs > [data-testid=stLayoutWrapper] > * > [data-testid=stColumn] { min-width: 45% }
 }

@@ -6,6 +6,7 @@
    first visitor of a server who follows a link to a page would see that page without the frame.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,4 +16,7 @@ from streamlit.web.cli import main
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     PagesManager.uses_pages_directory = False
-    main(prog_name="streamlit")
+    main(prog_name="streamlit", standalone_mode=False)
+    sys.stdout.flush()
+    # DuckDB's binding prints a page about whatever is still open when Python ends by itself.
+    os._exit(0)

@@ -75,7 +75,9 @@ def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str
         if len(first) > 1 or key == "sae":
             shown.append((label, key, mine[depth], first))
     about = known[sae].place if sae in known else ""
-    for column, (label, key, chosen, first) in zip(st.columns(len(shown)), shown, strict=True):
+    with st.container(key="pick"):
+        columns = st.columns(len(shown))
+    for column, (label, key, chosen, first) in zip(columns, shown, strict=True):
         st.session_state[key] = chosen
 
         def follow(key: str = key, first: dict[str, str] = first) -> None:

@@ -42,7 +42,9 @@ def main() -> None:
     densities(workspace, colours)
     searches(workspace, colours)
     curves(workspace, colours)
-    shared_features(workspace, names, colours)
+    # The rows of a crosscoder are its parts, which have no features of their own.
+    whole = {item.name for item in workspace.coders() if not item.parts}
+    shared_features(workspace, [name for name in names if name in whole], colours)
 
 
 @st.cache_data(max_entries=4, show_spinner=False)

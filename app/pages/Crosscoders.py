@@ -106,7 +106,7 @@ def listed(workspace: Workspace, name: str, features: pd.DataFrame) -> int | Non
         return None
     if name in workspace.indexes():
         names = open_index(workspace, name).names(shown["feature"].tolist())
-        shown = shown.assign(name=[names[feature] for feature in shown["feature"]])
+        shown.insert(1, "name", [names[feature] for feature in shown["feature"]])
     event = st.dataframe(
         shown.drop(columns=["group", "reference"]), hide_index=True, width="stretch", key=f"features of {name}",
         on_select="rerun", selection_mode="single-row",
@@ -121,14 +121,16 @@ def examples(workspace: Workspace, name: str, row: pd.Series, number: int) -> No
         st.info(f"No index yet: `workbench index {name} --workspace {workspace.path}` says where features fire.")
         return
     index: FeatureIndex = open_index(workspace, name)
+    feature = index.feature(number)
     st.subheader(f"Feature {number}")
+    st.text(feature.name)
     other = f"In the other part its decoder has {row['relative_norm']:.2f} of the norm"
     scaled = f", nu_error {row['nu_error']:.2f}, nu_reconstruction {row['nu_reconstruction']:.2f}"
     most = f", most of it in {plain(row['reference'])}" if row["relative_norm"] < EQUAL else ""
     st.markdown(f"{plain(row['group'])}{most}. {other}" + (
         f"{scaled}." if row["nu_error"] == row["nu_error"] else "."
     ))  # fmt: skip
-    example_rows(index.feature(number), key="examples")
+    example_rows(feature, key="examples")
     page_link("Feature", "Everything about it", sae=name, feature=number)
 
 

@@ -30,7 +30,8 @@ SMALL = 170
 def main() -> None:
     """Draws the page."""
     workspace = open_workspace()
-    picker, browse = st.columns([2, 3], vertical_alignment="bottom")
+    with st.container(key="top"):
+        picker, browse = st.columns([2, 3], vertical_alignment="bottom")
     with picker:
         index = choose_index(workspace)
     with browse:
@@ -164,15 +165,18 @@ def written(workspace: Workspace, feature: Feature) -> None:
 
 
 def explained(workspace: Workspace, feature: Feature) -> None:
-    """What language models say it responds to, with their scores; one more where the app was given a model."""
+    """What language models say it responds to, with their scores; one more for each model that the app was given."""
     for said in feature.explanations:
         if said.explanation:
             score = f", detection **{said.score:.2f}** (chance 0.50)" if said.score is not None else ""
             st.caption(f"in the words of {plain(said.model)}: **{plain(said.explanation)}**{score}")
-    name = os.environ.get("WORKBENCH_EXPLAINER")
-    if not name or feature.dead or any(said.model == name for said in feature.explanations):
-        return
-    if st.button("Explain it", help=f"asks {name} for a phrase and tests it on texts that it has not seen"):
+    given = os.environ.get("WORKBENCH_EXPLAINER", "").splitlines()
+    for name in [] if feature.dead else given:
+        if any(said.model == name for said in feature.explanations) or not st.button(
+            "Explain it" if len(given) == 1 else f"Explain it by {plain(name)}", key=f"explain {name}",
+            help=f"asks {name} for a phrase and tests it on texts that it has not seen",
+        ):  # fmt: skip
+            continue
         try:
             with st.spinner("Asking the language model ..."):
                 model = explainer(name, os.environ.get("WORKBENCH_EXPLAINER_ENDPOINT"))

@@ -16,6 +16,7 @@ from workbench.features.index import figures
 from workbench.features.index.page import document
 from workbench.features.index.query import listed_features, search_features
 from workbench.features.index.search import By, said
+from workbench.show.html import edged
 
 DENSE = 0.1
 # Documents to choose from; a search box of a browser has no room for more.
@@ -46,7 +47,7 @@ def main() -> None:
         st.caption(f"{len(table):,} features. Select a row to open it; click a column's head to sort.")
         # Which SAE a feature is of is said where there are several.
         wanted = ["sae", *COLUMNS] if table["sae"].nunique() > 1 else list(COLUMNS)
-        shown = table[[column for column in wanted if column in table]].rename(columns=COLUMNS)
+        shown = as_shown(table[[column for column in wanted if column in table]])
         event = st.dataframe(
             shown, hide_index=True, key=f"table {index.sae}", on_select="rerun", selection_mode="single-row",
             height=560, column_config={"density": st.column_config.NumberColumn(format="%.3g")},
@@ -65,6 +66,11 @@ def main() -> None:
             st.info("None of these features fires.")
     with in_documents:
         documents_like(index)
+
+
+def as_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table under its readers' names, tokens with marks for their spaces."""
+    return table.assign(top_token=table["top_token"].map(edged, na_action="ignore")).rename(columns=COLUMNS)
 
 
 def open_feature(sae: str, feature: int) -> None:
@@ -260,7 +266,7 @@ def select(index: FeatureIndex, table: pd.DataFrame, figure: object, name: str) 
         open_feature(index.sae, chosen[0])
     if chosen:
         rows = table[table["feature"].isin(chosen)]
-        st.dataframe(rows[[column for column in COLUMNS if column in rows]].rename(columns=COLUMNS), hide_index=True)
+        st.dataframe(as_shown(rows[[column for column in COLUMNS if column in rows]]), hide_index=True)
 
 
 main()

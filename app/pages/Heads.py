@@ -16,6 +16,7 @@ from workbench.circuits.methods import DISCRETE, NODES
 from workbench.circuits.needles import needles_behind
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
+from workbench.show.colours import PALETTE
 from workbench.show.html import one_line
 from workbench.sparsity.colourings import colourings
 from workbench.text.corpora import open_corpus
@@ -141,7 +142,7 @@ def scores(result: Result, head: str) -> None:
     st.caption(
         "Attention to what followed a repeated prefix, by its length; corrupted: all but its last token stand elsewhere"
     )
-    st.line_chart(own, height=240, x_label="tokens of the prefix", y_label="attention")
+    st.line_chart(own, height=240, x_label="tokens of the prefix", y_label="attention", color=[*PALETTE[:2]])
 
 
 def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:

@@ -27,7 +27,8 @@ def main() -> None:
     """Draws the page."""
     workspace = open_workspace()
     st.title("Prompt")
-    picker, box = st.columns([1, 3])
+    with st.container(key="top"):
+        picker, box = st.columns([1, 3])
     with picker:
         live, version = open_live(workspace, choose_sae(workspace))
     with box:

@@ -10,6 +10,7 @@ from app.shared import open_workspace, plain, version
 from app.sql_examples import examples, tables
 from workbench import InputError, Workspace
 from workbench.catalog.sql import Answer
+from workbench.show.html import edged
 
 SHOWN_ROWS = 1000
 LONGEST_LIST = 8
@@ -107,7 +108,10 @@ def answer(workspace: Workspace, query: str, harvest: str | None) -> None:
 
 
 def brief(cell: object) -> object:
-    """A long list as its beginning and its length: a page of vectors would take megabytes."""
+    """A long list as its beginning and its length: a page of vectors would take megabytes. Of a text what cannot be
+    seen has marks."""
+    if isinstance(cell, str):
+        return edged(cell)
     if isinstance(cell, list) and len(cell) > LONGEST_LIST:
         return f"[{', '.join(f'{value:.3g}' for value in cell[:4])}, ... {len(cell)} in all]"
     return cell

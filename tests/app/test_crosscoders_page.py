@@ -40,6 +40,7 @@ def test_parts_groups_figures_and_examples_are_shown(compared: Workspace, open_p
     # Latent scaling is of what is not shared, and here there may be nothing.
     assert len(page.get("plotly_chart")) == 1 + bool(set(groups["group"]) - {"shared", "silent"})
     assert page.subheader[-1].value.startswith("Feature ")
+    assert page.text[0].value == features["name"].iloc[0]
     group = page.radio(key="group")
     assert set(group.options) == set(groups["group"]) - {"silent"}
 
@@ -48,6 +49,15 @@ def test_a_link_names_crosscoder_and_group(compared: Workspace, open_page: OpenP
     page = open_page("Crosscoders", compared, sae="gone", group="shared")
     assert "which is no crosscoder that was measured here" in page.warning[0].value
     assert page.radio(key="group").value == "shared"
+
+
+def test_the_parts_of_a_crosscoder_are_no_saes_whose_features_could_be_shared(
+    compared: Workspace, open_page: OpenPage
+) -> None:
+    page = open_page("Compare", compared)
+    assert "twins: demo" in page.dataframe[0].value["SAE"].tolist()
+    assert not page.error
+    assert "one SAE only" in page.info[-1].value
 
 
 def test_a_features_page_offers_nothing_that_needs_one_activation(compared: Workspace, open_page: OpenPage) -> None:

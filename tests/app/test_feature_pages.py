@@ -17,6 +17,7 @@ from workbench.catalog.notes import Notes
 from workbench.features.index.build import build_index
 from workbench.features.index.query import FeatureIndex, listed_features
 from workbench.harvest.plan import HarvestConfig
+from workbench.models.bundled import demo_model_dir
 from workbench.models.load import load_model
 
 OpenPage = Callable[..., AppTest]
@@ -280,15 +281,19 @@ def test_a_feature_is_explained_where_the_app_was_given_a_model(
 ) -> None:
     page = open_page("Feature", space, sae="s", feature=str(busiest))
     assert "Explain it" not in [button.label for button in page.button]
-    monkeypatch.setenv("WORKBENCH_EXPLAINER", "demo")
+    # Under two names, as two models.
+    models = ["demo", str(demo_model_dir())]
+    monkeypatch.setenv("WORKBENCH_EXPLAINER", "\n".join(models))
     page = open_page("Feature", space, sae="s", feature=str(busiest))
-    next(button for button in page.button if button.label == "Explain it").click().run()
-    assert not page.exception
-    assert not page.error
+    for name in models:
+        page.button(key=f"explain {name}").click().run()
+        assert not page.exception
+        assert not page.error
     told = space.results.open("explanations", "s").table("features")
-    assert told["feature"].tolist() == [busiest]
-    assert any("in the words of demo" in caption.value for caption in page.caption)
-    assert "Explain it" not in [button.label for button in page.button]
+    assert told["feature"].tolist() == [busiest] * 2
+    assert set(told["model"]) == set(models)
+    assert len([1 for caption in page.caption if "in the words of" in caption.value]) == 2
+    assert not [button for button in page.button if button.label.startswith("Explain it")]
 
 
 def test_documents_like_one_are_listed_with_what_they_share(space: Workspace, open_page: OpenPage) -> None:

@@ -40,6 +40,12 @@ def test_a_query_of_a_link_is_run(workspace: Workspace, open_page: OpenPage) -> 
     assert [button.label for button in page.get("download_button")] == ["Save as CSV", "Save as Parquet"]
 
 
+def test_white_space_of_a_text_is_seen(workspace: Workspace, open_page: OpenPage) -> None:
+    query = "SELECT ' self' AS a, chr(10) || '    ' AS b, 'x  y' AS c, '' AS d, NULL AS e"
+    page = open_page("SQL", workspace, query=query)
+    assert page.dataframe[0].value.iloc[0].tolist()[:4] == ["␣self", "⏎␣␣␣␣", "x␣␣y", ""]
+
+
 def test_long_lists_are_shown_short(workspace: Workspace, open_page: OpenPage) -> None:
     page = open_page("SQL", workspace, query='SELECT vector FROM "evaluation.s".letters ORDER BY letter')
     assert page.dataframe[0].value["vector"].astype(str).tolist() == [

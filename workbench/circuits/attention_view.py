@@ -163,6 +163,7 @@ function drawAttention(root, data, pick, ask = () => {}) {
     const spans = data.tokens.map((token, i) => {
       const span = document.createElement("span");
       span.textContent = token.replace("\\u23ce", "\\u23ce\\n"); span.tabIndex = 0; span.dataset.at = i;
+      if (i === 0 && token === "BOS") span.style.marginRight = "6px";
       const everywhere = () => root.querySelectorAll("section").forEach((section) => section.look(i));
       span.onmouseenter = span.onfocus = () => { if (held === null) everywhere(); };
       span.onclick = () => {

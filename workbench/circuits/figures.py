@@ -121,7 +121,7 @@ def faithfulness_figure(curves: Sequence[FaithfulnessCurve]) -> go.Figure:
                 customdata=[round(edges) for edges in _means([curve.edges for curve in own])], line=line,
                 hovertemplate="%{customdata} edges: %{y:.3f}<extra>" + kind + "</extra>",
             )  # fmt: skip
-    figure.update_xaxes(title_text="share of edges", type="log")
+    figure.update_xaxes(title_text="share of edges", type="log", dtick=1)
     figure.update_yaxes(title_text="share of the behaviour")
     return figure.update_layout(height=420, margin=MARGIN, legend={"orientation": "h", "y": -0.25})
 

@@ -123,7 +123,7 @@ CSS = """
   flex-wrap: wrap; gap: 14px }
 .graph .drawn { flex: 3 1 560px; min-width: 0; position: relative }
 .graph canvas { width: 100%; height: 520px; display: block; cursor: pointer }
-.graph .said { min-height: 5.7em; overflow-wrap: anywhere }
+.graph .said { min-height: 4.3em; overflow-wrap: anywhere }
 .graph .text { opacity: 0.85; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
 .graph .text b { display: inline; margin: 0; background: GREY_GROUND; border-radius: 2px }
 .graph .near { flex: 1 1 230px; min-width: 0; max-height: 550px; overflow-y: auto }
@@ -257,7 +257,10 @@ function drawGraph(root, data, tell) {
   }
 
   function describe(i) {
-    if (i === null) { said.replaceChildren(); return; }
+    if (i === null) {
+      said.textContent = "Hover a node to read it; a click opens it, with Shift it is pinned.";
+      return;
+    }
     const node = nodes[i], lines = [line(node.title)];
     if (node.moved.length) {
       const [predicted, observed] = node.moved.map((value) => value.toPrecision(3));
@@ -321,7 +324,7 @@ function drawGraph(root, data, tell) {
     if (found === null) return;
     if (event.shiftKey) toggle(found); else open(found);
   };
-  list();
+  list(); describe(null);
   const watch = new ResizeObserver(layout);
   watch.observe(canvas);
   return () => watch.disconnect();

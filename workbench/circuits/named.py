@@ -1,6 +1,8 @@
 """Features in circuits and graphs by name: which SAE of the workspace a node is of, and what its index calls it."""
 
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -9,16 +11,32 @@ from circuits.feature_circuits import ERROR
 from circuits.graph.graph import FEATURE, Graph
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
+from workbench.circuits.graphs import BUNDLED
 from workbench.circuits.methods import DICTIONARY, FEATURES
 from workbench.circuits.stored import table_of
 from workbench.disk.names import layer_name
+from workbench.features.index.feature_names import DEAD
 from workbench.features.index.query import FeatureIndex
+from workbench.models.bundled import demo_transcoders_dir
+
+NAMES = "names.json"
+"""Beside the demo model's transcoders: for each layer what its features are called."""
+
+
+@lru_cache(maxsize=1)
+def _names_of_bundled() -> dict[str, list[str]]:
+    """What the features of the demo model's transcoders are called, by name of the layer."""
+    layers = json.loads((demo_transcoders_dir() / NAMES).read_text("utf-8"))
+    return {layer_name(BUNDLED, layer): names for layer, names in enumerate(layers)}
 
 
 def feature_names(catalog: Catalog, sae: str, numbers: Sequence[int]) -> dict[int, str]:
-    """What features are called; nothing for an SAE without an index."""
+    """What features are called; nothing for an SAE without an index, but for the demo model's own transcoders."""
     if not catalog.index_path(sae).is_file():
-        return {}
+        known = _names_of_bundled().get(sae, []) if sae.startswith(BUNDLED) else []
+        called = {number: known[number] for number in numbers if 0 <= number < len(known)}
+        # Dead on the tokens that they were named by: in a graph it fires.
+        return {number: name for number, name in called.items() if name != DEAD}
     index = FeatureIndex.open(catalog, sae)
     try:
         return index.names(sorted({number for number in numbers if 0 <= number < index.d_sae}))

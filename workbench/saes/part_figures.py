@@ -38,8 +38,8 @@ def norm_histogram(features: pd.DataFrame, parts: tuple[str, str]) -> go.Figure:
         figure.add_vline(edge, line={"color": GREY, "width": 1, "dash": "dot"})
     return figure.update_layout(
         barmode="stack", height=320, margin={"l": 50, "r": 10, "t": 20, "b": 50},
-        xaxis_title=f"relative decoder norm<br>0 only {parts[0]}, 1 only {parts[1]}",
-        yaxis={"title": "features", "type": "log"}, legend={"orientation": "h", "y": -0.32},
+        xaxis_title=f"relative decoder norm<br>0: only {parts[0]}<br>1: only {parts[1]}",
+        yaxis={"title": "features", "type": "log", "dtick": 1}, legend={"orientation": "h", "y": -0.42},
     )  # fmt: skip
 
 

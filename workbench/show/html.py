@@ -91,7 +91,12 @@ def one_line(text: str) -> str:
 def plotly_text(text: str) -> str:
     """A token for Plotly, which leaves spaces at the ends out and reads a little HTML, but shows the entities of quotes
     as they are."""
-    return escape("".join(_apart(text)), quote=False)
+    return escape(edged(text), quote=False)
+
+
+def edged(text: str) -> str:
+    """A token in a cell of a table, not escaped: as `marked`, with marks for the spaces at its ends too."""
+    return "".join(_apart(text))
 
 
 def token_html(

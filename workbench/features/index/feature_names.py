@@ -8,10 +8,11 @@
 A token that holds a part of a character is shown as the whole character at the place of its peak.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from workbench.show.html import marked
+from workbench.show.html import marked, one_line
 from workbench.text.token_bytes import MAX_PIECES, alone, joined, piece_at
 
 PEAKS, WORDS = 8, 2
@@ -99,3 +100,13 @@ def _whole_characters(query: Query, words: str, rows: Iterable[int]) -> dict[int
         pieces = joined([found[other][0] for other in shown], [found[other][1] for other in shown])
         whole[row] = piece_at(pieces, shown.index(row))
     return whole
+
+
+def different(peaks: str) -> str:
+    """The different words among peaks with spaces between them, or their kinds of white space where there is no word.
+
+    Most features fire on one token: eight times the same word tells no more than once.
+    """
+    # Spaces alone between two others are those that join the peaks.
+    white = one_line(re.sub(r"(?<=[^ ]) (?=[^ ]|$)", "", peaks)).replace(" ", "␣")
+    return " ".join(dict.fromkeys(peaks.split()))[:60] or "".join(dict.fromkeys(white))

@@ -58,7 +58,7 @@ def logit_histogram(feature: Feature) -> go.Figure:
                 xanchor=anchor,
             )  # fmt: skip
     return figure.update_layout(xaxis_title="effect on the logit", yaxis_title="tokens", **_LAYOUT).update_yaxes(
-        type="log"
+        type="log", dtick=1
     )
 
 

@@ -41,7 +41,7 @@ from workbench.features.index.feature import (
     TokenEffect,
     label_of,
 )
-from workbench.features.index.feature_names import DEAD, descriptions
+from workbench.features.index.feature_names import DEAD, descriptions, different
 from workbench.features.index.geometry import MapMethod
 from workbench.features.index.search import MAX_HITS, By, Found, find, together
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
@@ -410,8 +410,7 @@ class FeatureIndex:
             alone(text, part) if isinstance(text, str) else text
             for text, part in zip(table["top_token"], parts, strict=True)
         ]
-        # Most features fire on one token: eight times the same word tells no more than once.
-        table["peak_tokens"] = [" ".join(dict.fromkeys(peaks.split()))[:60] for peaks in table["peak_tokens"]]
+        table["peak_tokens"] = [different(peaks) for peaks in table["peak_tokens"]]
         titles = self.titles()
         best = {number: concepts[0] for number, concepts in self._concepts.items()}
         names = self.names(numbers)

@@ -20,6 +20,7 @@ from workbench.catalog.notes import Notes
 from workbench.features.index import figures
 from workbench.features.index.build import build_index
 from workbench.features.index.feature import Example, ExampleGroup, Feature, FeatureStats
+from workbench.features.index.feature_names import different
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.page import document, fragment
 from workbench.features.index.query import FeatureIndex, search_features
@@ -339,3 +340,8 @@ def test_effects_on_the_loss_are_those_of_a_hook_that_takes_the_feature_out(
     page = fragment(measured)
     assert "nats of loss without the feature" in page
     assert "nats of loss without the feature" not in fragment(busiest)
+
+
+def test_peaks_that_are_white_space_are_told_by_its_kinds() -> None:
+    told = {"self self  x": "self x", "\n \n": "⏎", "   ": "␣", "\n     \n    ": "⏎␣", "": ""}
+    assert {peaks: different(peaks) for peaks in told} == told
