@@ -59,6 +59,7 @@ def test_stored_outputs_are_complete_and_read_well_without_scripts(path: Path, s
     nbformat.validate(notebook)
     assert path.stat().st_size <= script.LARGEST
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert "jupyter lab" in notebook.cells[0].source
     # Run once, in order, after the last edit.
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
