@@ -205,7 +205,7 @@ def changed(workspace: Workspace, name: str, version: int) -> tuple[Intervention
 def _intervened(workspace: str, name: str, version: int, asked: str) -> tuple[Intervention, tuple[str, str]]:
     space, change = Workspace(workspace, create=False), json.loads(asked)
     values = {str(node): float(change["to"]) for node in change["on"]}
-    model = loaded_model(space.results.open(GRAPH, name).origin.model)
+    model = _model_of(space, name)
     found, model, graph, coders = intervene_on(
         space, name, {} if change["hold"] else values, held=values if change["hold"] else {},
         effects="direct" if change["direct"] else "through", freeze_attention=not change.get("free"), model=model,
@@ -314,7 +314,13 @@ def _kept_choice(label: str, key: str, titles: Mapping[str, str]) -> str:
 @st.cache_resource(max_entries=2, show_spinner="Freezing the model on the prompt ...")
 def _frozen(workspace: str, name: str, version: int) -> tuple[LoadedModel, Sources]:
     space = Workspace(workspace, create=False)
-    return frozen_again(space, name, loaded_model(space.results.open(GRAPH, name).origin.model))
+    return frozen_again(space, name, _model_of(space, name))
+
+
+def _model_of(space: Workspace, name: str) -> LoadedModel:
+    """The model of a stored graph."""
+    origin = space.results.open(GRAPH, name).origin
+    return loaded_model(origin.model, origin.weights_sha256)
 
 
 def of_tasks(workspace: Workspace) -> None:

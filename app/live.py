@@ -44,7 +44,9 @@ def open_live(workspace: Workspace, name: str) -> tuple[LiveSAE, int]:
     names = [concepts_path(workspace, name), explanations_path(workspace, name), workspace.path / "notes.duckdb"]
     stamp = _stamp([weights, index, *names])
     try:
-        model = model_of(workspace, name, loaded_model(model_name(workspace, name)))
+        model = model_of(
+            workspace, name, loaded_model(model_name(workspace, name), workspace.origin(name).weights_sha256)
+        )
         return _opened(str(workspace.path), name, stamp, model), hash((str(workspace.path), name, stamp))
     except InputError as error:
         st.error(f"This SAE cannot be run on text here: {plain(str(error))}")

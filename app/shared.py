@@ -12,6 +12,7 @@ import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
 from workbench import FeatureIndex, InputError, LoadedModel, Workspace, load_model, reload_model
+from workbench.catalog.origin import Origin
 from workbench.catalog.summaries import SAESummary
 from workbench.features.explanations.language_models import Endpoint, LanguageModel, LocalModel
 from workbench.features.index.titles import concepts_path, explanations_path
@@ -126,12 +127,33 @@ def _opened(workspace: str, name: str, versions: tuple[int, ...]) -> FeatureInde
     return FeatureIndex.open(Workspace(workspace, create=False), name)
 
 
+_last_loaded: dict[str, tuple[str | None, str]] = {}
+"""By a model's name what it was asked for with, and the hash of what was loaded."""
+
+
+def loaded_model(name: str, sha256: str | None = None) -> LoadedModel:
+    """A model, loaded once for all pages and sessions, and again when other weights of the name are asked for.
+
+    Args:
+        sha256: of the weights that are meant; any when None.
+
+    Raises:
+        InputError: a model that cannot be loaded, or one that has other weights now.
+    """
+    asked, found = _last_loaded.get(name, (None, None))
+    if sha256 not in (None, found):
+        asked = sha256
+    model = _loaded(name, asked)
+    _last_loaded[name] = asked, model.info.weights_sha256
+    Origin({}, name, sha256).check_model(model, "what is shown here")
+    return model
+
+
 @st.cache_resource(max_entries=1, show_spinner="Loading the model ...")
-def loaded_model(name: str) -> LoadedModel:
-    """A model, loaded once for all pages and sessions."""
+def _loaded(name: str, asked: str | None) -> LoadedModel:
     if len(sys.argv) > 2 and must_be_given(name):
         return load_model(sys.argv[2])
-    return reload_model(name)
+    return reload_model(name, sha256=asked)
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the language model ...")

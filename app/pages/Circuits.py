@@ -128,7 +128,8 @@ def run_feature(workspace: Workspace) -> None:
     try:
         with st.spinner("Attributing ..."):
             saes = {name: workspace.sae(name) for name in (sae, *residuals)}
-            model = model_of(workspace, sae, loaded_model(model_name(workspace, sae)))
+            sha256 = workspace.origin(sae).weights_sha256
+            model = model_of(workspace, sae, loaded_model(model_name(workspace, sae), sha256))
             made = report_dfa(
                 workspace, called.strip() or f"dfa-{sae}", model, (sae, saes[sae]), text,
                 feature=None if feature is None else int(feature), residuals={name: saes[name] for name in residuals},
@@ -213,7 +214,7 @@ def edges(result: Result) -> None:
         if st.button("Run this circuit alone"):
             try:
                 with st.spinner("Running ..."):
-                    model = loaded_model(result.origin.model)
+                    model = loaded_model(result.origin.model, result.origin.weights_sha256)
                     point = stored.faithfulness_of(model, result, n_edges)
                 if point.note:
                     st.info(plain(point.note))

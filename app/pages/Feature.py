@@ -9,7 +9,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from app.examples import example_rows
 from app.shared import choose_index, explainer, loaded_model, open_workspace, page_link, plain, switch_page
-from workbench import FeatureIndex, InputError, Workspace
+from workbench import FeatureIndex, InputError, LoadedModel, Workspace
 from workbench.catalog.notes import Notes
 from workbench.catalog.summaries import SAESummary
 from workbench.circuits.attention_saes import attribute
@@ -233,7 +233,7 @@ def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Liv
         return None
     try:
         sae = workspace.coder(index.sae)
-        found = activations_on_text(loaded_model(feature.model), sae, feature.feature, text)
+        found = activations_on_text(model_of_feature(workspace, feature), sae, feature.feature, text)
     except InputError as error:
         st.error(f"The feature cannot be run on text here: {plain(str(error))}")
         return None
@@ -246,11 +246,16 @@ def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Liv
     return found
 
 
+def model_of_feature(workspace: Workspace, feature: Feature) -> LoadedModel:
+    """The model that a feature's SAE reads."""
+    return loaded_model(feature.model, workspace.origin(feature.sae).weights_sha256)
+
+
 def sources(workspace: Workspace, feature: Feature, tested: LiveText) -> None:
     """Where an attention feature reads from on the tested text, by head and source token (DFA)."""
     peak = tested.example.peak
     try:
-        model = loaded_model(feature.model)
+        model = model_of_feature(workspace, feature)
         found, figure = attribute(model, workspace.sae(feature.sae), tested.ids, feature.feature, peak + 1)
     except InputError as error:
         st.error(f"The feature cannot be attributed here: {plain(str(error))}")
@@ -304,7 +309,8 @@ def examples(workspace: Workspace, index: FeatureIndex, feature: Feature, *, run
     ):  # fmt: skip
         try:
             with st.spinner("Running the model ..."):
-                feature = with_loss_effects(index, feature, loaded_model(feature.model), workspace.coder(feature.sae))
+                model = model_of_feature(workspace, feature)
+                feature = with_loss_effects(index, feature, model, workspace.coder(feature.sae))
         except InputError as error:
             st.error(f"The loss cannot be measured here: {plain(str(error))}")
     asked = example_rows(feature, key="examples")

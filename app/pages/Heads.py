@@ -154,7 +154,7 @@ def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:
 
     text = st.text_area("Text", TEXT, key="text", bind="query-params", height=100, on_change=forget)
     try:
-        found = head_on_text(model.name, head, text)
+        found = head_on_text(model.name, model.weights_sha256, head, text)
     except InputError as error:
         st.error(plain(str(error)))
         return
@@ -162,7 +162,7 @@ def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:
         st.info(f"Only the first {len(found.tokens)} tokens are shown.")
     seen, corpus, pattern, copies = st.tabs(["Attention on the text", "In a corpus", "Pattern", "OV circuit"])
     with seen:
-        view = view_on_text(model.name, text)
+        view = view_on_text(model.name, model.weights_sha256, text)
         all_heads(view, head)
         token_links(workspace, model, view, text)
     with corpus:
@@ -179,7 +179,7 @@ def in_corpus(workspace: Workspace, model: ModelInfo, head: str) -> None:
     if not st.toggle("Read it", key="read", bind="query-params", help="held-out documents, for all heads at once"):
         return
     try:
-        found = examples_in(model.name, corpus)
+        found = examples_in(model.name, model.weights_sha256, corpus)
     except InputError as error:
         st.error(plain(str(error)))
         return
@@ -191,9 +191,9 @@ def in_corpus(workspace: Workspace, model: ModelInfo, head: str) -> None:
 
 
 @st.cache_resource(max_entries=2, show_spinner="Reading text ...")
-def examples_in(model: str, corpus: str) -> HeadExamples:
+def examples_in(model: str, sha256: str, corpus: str) -> HeadExamples:
     """The examples of all heads, kept."""
-    return head_examples(loaded_model(model), open_corpus(corpus))
+    return head_examples(loaded_model(model, sha256), open_corpus(corpus))
 
 
 _patterns = canvas(
@@ -235,7 +235,9 @@ def token_links(workspace: Workspace, model: ModelInfo, view: AttentionView, tex
         return
     # Between quotation marks, where a token of white space is seen and ends no emphasis.
     st.markdown(f'**Token {token}, "{plain(one_line(view.tokens[token]))}"**')
-    names = [name for name in sae_names(workspace) if workspace.origin(name).model == model.name]
+    origins = {name: workspace.origin(name) for name in sae_names(workspace)}
+    known = (None, model.weights_sha256)
+    names = [name for name, one in origins.items() if one.model == model.name and one.weights_sha256 in known]
     for name in names[:MOST_LINKS]:
         page_link("Prompt", f"its features by {plain(name)}", sae=name, prompt=text, token=token)
     if token > 0 and any(of == model.name for _, of in sets_for_graphs(workspace)):
@@ -245,15 +247,15 @@ def token_links(workspace: Workspace, model: ModelInfo, view: AttentionView, tex
 
 
 @st.cache_data(max_entries=16, show_spinner="Running the model ...")
-def view_on_text(model: str, text: str) -> AttentionView:
+def view_on_text(model: str, sha256: str, text: str) -> AttentionView:
     """The attention of every head, kept."""
-    return attention.attention_view(loaded_model(model), text)
+    return attention.attention_view(loaded_model(model, sha256), text)
 
 
 @st.cache_data(max_entries=32, show_spinner="Running the model ...")
-def head_on_text(model: str, head: str, text: str) -> HeadOnText:
+def head_on_text(model: str, sha256: str, head: str, text: str) -> HeadOnText:
     """One forward pass, kept."""
-    return views.head_on_text(loaded_model(model), head, text)
+    return views.head_on_text(loaded_model(model, sha256), head, text)
 
 
 def features(workspace: Workspace, model: ModelInfo, head: str) -> None:

@@ -156,7 +156,8 @@ def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position:
         help=f"the {live.model.outcome} that the stream says after each block, by the logit lens or a mean Jacobian",
     ):  # fmt: skip
         return
-    fitted = [result.name for result in workspace.results.find(LENS) if result.origin.model == live.model.info.name]
+    sha256 = live.model.info.weights_sha256
+    fitted = [result.name for result in workspace.results.find(LENS) if result.origin.weights_sha256 == sha256]
     lenses = [LOGIT, *(f"{name}{form}" for name in fitted for form in ("", CENTRED))]
     name = choice.selectbox(
         "Lens", lenses, key="lens", bind="query-params", label_visibility="collapsed",
@@ -183,8 +184,11 @@ def _lens(_workspace: Workspace, _live: LiveSAE, version: int, text: str, name: 
 def siblings(workspace: Workspace, live: LiveSAE) -> list[str]:
     """Other SAEs of the same model that are indexed: those whose features have names. All read one row of tokens, so
     they begin with BOS as this one does."""
-    model = {item.name: (item.model, workspace.origin(item.name).bos) for item in workspace.coders()}
-    return [name for name in workspace.indexes() if name != live.name and model.get(name) == model[live.name]]
+    origins = {item.name: workspace.origin(item.name) for item in workspace.coders()}
+    own, known = origins[live.name], (None, live.model.info.weights_sha256)
+    same = {name for name, one in origins.items()
+            if (one.model, one.bos) == (own.model, own.bos) and one.weights_sha256 in known}  # fmt: skip
+    return [name for name in workspace.indexes() if name != live.name and name in same]
 
 
 def in_order(workspace: Workspace, names: list[str]) -> list[str]:

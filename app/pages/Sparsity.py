@@ -22,11 +22,11 @@ from workbench.sparsity.measurements import ATTENTION, CURVES, EXPERTS, HEADS, M
 from workbench.sparsity.methods import method_named
 from workbench.sparsity.neurons import NeuronView, view_neuron
 
+# Kinds of result by what the page calls them; Streamlit would write a string below it onto the page.
 PARTS = {
     "MLPs": MLP, "Cost": CURVES, "Beforehand": PREDICT, "Attention": ATTENTION, "Heads": HEADS, "SAEs": SAES,
     "Experts": EXPERTS,
 }  # fmt: skip
-"""Kinds of result by what the page calls them."""
 COMMANDS = {
     MLP: "measure", CURVES: "enforce", PREDICT: "predict", ATTENTION: "attention", HEADS: "heads", SAES: "sae",
     EXPERTS: "experts",
@@ -53,6 +53,7 @@ class Source(NamedTuple):
     """What a report was measured on, small enough to be part of a cache's key."""
 
     model: str
+    weights_sha256: str | None
     corpus: str
     text_field: str
     fingerprint: str | None
@@ -176,8 +177,8 @@ def show_neuron(result: Result, layer: int, neuron: int) -> None:
 def neuron_view(made_of: Source, layer: int, neuron: int, context_len: int) -> NeuronView:
     """A neuron seen from near."""
     return view_neuron(
-        loaded_model(made_of.model), opened(made_of), layer, neuron, max_tokens=max(NEURON_TOKENS, context_len),
-        context_len=context_len,
+        loaded_model(made_of.model, made_of.weights_sha256), opened(made_of), layer, neuron,
+        max_tokens=max(NEURON_TOKENS, context_len), context_len=context_len,
     )  # fmt: skip
 
 
@@ -244,13 +245,15 @@ def text_at(result: Result) -> None:
 def continuation(made_of: Source, prompt: str, method: str, level: float, context_len: int) -> str:
     """The model's greedy text with a method at a level."""
     calibration = calibrated(made_of, context_len)
-    return generate(loaded_model(made_of.model), calibration, prompt, method_named(method), level)
+    return generate(
+        loaded_model(made_of.model, made_of.weights_sha256), calibration, prompt, method_named(method), level
+    )
 
 
 @st.cache_resource(max_entries=2, show_spinner="Finding thresholds ...")
 def calibrated(made_of: Source, context_len: int) -> Calibration:
     """The thresholds' sample, as the report's own."""
-    return calibrate(loaded_model(made_of.model), opened(made_of), context_len=context_len)
+    return calibrate(loaded_model(made_of.model, made_of.weights_sha256), opened(made_of), context_len=context_len)
 
 
 def beforehand(workspace: Workspace, reports: dict[str, Parts]) -> None:
@@ -424,7 +427,7 @@ def source(result: Result) -> Source:
     origin = result.origin
     if origin.corpus is None:
         raise InputError(f"{result.name} does not say on which corpus it was measured: run the command again")
-    return Source(origin.model, origin.corpus, origin.text_field, origin.fingerprint)
+    return Source(origin.model, origin.weights_sha256, origin.corpus, origin.text_field, origin.fingerprint)
 
 
 def opened(made_of: Source) -> Corpus:

@@ -12,6 +12,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.live import EXAMPLES
 from sae import SAE, TopK, Transcoder, TranscoderSet
+from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench import Workspace
 from workbench.catalog.notes import Notes
@@ -276,3 +277,28 @@ def test_what_the_model_would_say_after_each_block(space: Workspace, open_page: 
     grids = [part.proto.json for part in page.get("bidi_component") if "after block 3" in part.proto.json]
     assert len(grids) == 1
     assert "before the blocks" in grids[0]
+
+
+def test_models_of_one_name_are_told_apart_by_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    from app.shared import loaded_model
+    from workbench.models.bundled import demo_model_dir
+
+    def saved(seed: int) -> str:
+        torch.manual_seed(seed)
+        shape = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+        GPT2LMHeadModel(shape).save_pretrained(tmp_path / "m")
+        return load_model(str(tmp_path / "m"), device="cpu").info.weights_sha256
+
+    monkeypatch.setattr("sys.argv", ["main.py", str(tmp_path)])
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
+    tokenizer.save_pretrained(tmp_path / "m")
+    path, first = str(tmp_path / "m"), saved(1)
+    held = loaded_model(path)
+    assert loaded_model(path, first) is held
+    second = saved(2)
+    assert loaded_model(path, second).info.weights_sha256 == second != first
+    assert loaded_model(path) is loaded_model(path, second)
+    with pytest.raises(InputError, match="has other weights than the one behind what is shown here"):
+        loaded_model(path, first)
