@@ -3,9 +3,11 @@
 A place is known by its document and the position in it, so going on reads no token before that document.
 """
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+import pickle
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +21,8 @@ from workbench.harvest.record import GRADIENT
 from workbench.models.capture import capture
 from workbench.models.model import LoadedModel
 from workbench.text.corpora import Corpus, Document
-from workbench.text.packing import FLAG_PADDING, PackedBatch, Place, pack, refuse_padding
+from workbench.text.packing import FLAG_PADDING, PackedBatch, Place, pack, place_after, refuse_padding
+from workbench.text.packing_process import PackingProcess
 
 PACKED_AHEAD = 8
 TOKENIZED_AHEAD = 16
@@ -38,6 +41,7 @@ def contexts(
     names: MutableMapping[int, str] | None = None,
     split_special_tokens: bool = False,
     wanted: Callable[[int], bool] | None = None,
+    packing: PackingProcess | None = None,
 ) -> Iterator[Iterator[PackedBatch]]:
     """Context manager giving the batches of a pass that are left, packed ahead in a thread for a GPU.
 
@@ -47,33 +51,56 @@ def contexts(
         names: gets the name of every document that is read, by its index.
         split_special_tokens: as for `pack`.
         wanted: whether to give the batch whose first context has this number; all when None.
+        packing: packs in place of this process, from where that has come to when it is ready.
     """
+    settings = model.beginning(config.bos).bos_id, plan.context_len, plan.batch_contexts
+    options: dict[str, Any] = {
+        "separate": config.separate, "split_special_tokens": split_special_tokens, "d_vocab": model.info.d_vocab,
+        "ahead": 0 if model.device.type == "cpu" else TOKENIZED_AHEAD,
+    }  # fmt: skip
 
-    def documents() -> Iterator[Document]:
-        for document in corpus.documents(config.split, 0 if after is None else after.document):
+    def documents(place: Place | None) -> Iterator[Document]:
+        for document in corpus.documents(config.split, 0 if place is None else place.document):
             if names is not None:
                 names[document.index] = document.name
             yield document
 
-    def batches() -> Iterator[PackedBatch]:
-        left = plan.n_contexts - first
-        packed = pack(
-            documents(), model.tokenizer, model.beginning(config.bos).bos_id, plan.context_len, plan.batch_contexts,
-            separate=config.separate, split_special_tokens=split_special_tokens, after=after,
-            d_vocab=model.info.d_vocab,
-            ahead=0 if model.device.type == "cpu" else TOKENIZED_AHEAD,
-        )  # fmt: skip
-        while left > 0 and (batch := next(packed, None)) is not None:
-            if wanted is None or wanted(plan.n_contexts - left):
-                yield PackedBatch(batch.tokens[:left], batch.doc[:left], batch.pos[:left], batch.flags[:left])
-            left -= len(batch.tokens)
+    def batches() -> Generator[PackedBatch]:
+        left, place, elsewhere = plan.n_contexts - first, after, False
+        packed = pack(documents(place), model.tokenizer, *settings, **options, after=place)
+        try:
+            while left > 0:
+                if packing is not None and not elsewhere and packing.is_ready:
+                    packed.close()
+                    packed, elsewhere = packing.pack(documents(place), *settings, **options, after=place), True
+                batch = next(packed, None)
+                if batch is None:
+                    return
+                place = place_after(batch)
+                if wanted is None or wanted(plan.n_contexts - left):
+                    yield PackedBatch(batch.tokens[:left], batch.doc[:left], batch.pos[:left], batch.flags[:left])
+                left -= len(batch.tokens)
+        finally:
+            packed.close()
 
-    if model.device.type == "cpu":
-        # A thread beside a forward pass on the CPU takes a core from under it, and the pass waits for its slowest one.
-        yield batches()
-        return
-    with prefetch(batches(), PACKED_AHEAD) as ahead:
-        yield ahead
+    with closing(batches()) as here:
+        if model.device.type == "cpu":
+            # A thread beside a pass on the CPU takes a core from under it, and the pass waits for its slowest one.
+            yield here
+            return
+        with prefetch(here, PACKED_AHEAD) as ahead:
+            yield ahead
+
+
+def packing_beside(model: LoadedModel) -> AbstractContextManager[PackingProcess | None]:
+    """What packs contexts beside a model on a GPU, whose pass this process has to launch; None elsewhere, and for
+    tokenizers that are written in Python or cannot be sent."""
+    if model.device.type == "cpu" or not model.tokenizer.is_fast:
+        return nullcontext()
+    try:
+        return PackingProcess(model.tokenizer)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return nullcontext()
 
 
 def place_of(folder: Path, blocks: Sequence[Block]) -> Place | None:

@@ -36,7 +36,7 @@ from workbench.disk.descriptions import differences, read_description, write_des
 from workbench.disk.locks import RunLock
 from workbench.harvest.finishing import write_database
 from workbench.harvest.journal import Block, leading, read_journal, recover_journal
-from workbench.harvest.passes import contexts, place_of, run_batch
+from workbench.harvest.passes import contexts, packing_beside, place_of, run_batch
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.reading import Harvest
 from workbench.harvest.record import DATABASE, DESCRIPTION, SCHEMA, SPECIAL_TOKENS
@@ -280,11 +280,11 @@ def _fill(
         return own
 
     report(first)
-    ahead = contexts(
+    with writer, packing_beside(model) as packing, contexts(
         model, corpus, config, plan, first=first, after=place_of(writer.folder, before), names=writer.names,
         split_special_tokens=SPECIAL_TOKENS not in read_description(writer.folder / DESCRIPTION), wanted=wanted,
-    )  # fmt: skip
-    with writer, ahead as batches:
+        packing=packing,
+    ) as batches:  # fmt: skip
         for number, batch in enumerate(batches):
             values = run_batch(model, plan, batch)
             if scaling and number == 0:

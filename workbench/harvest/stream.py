@@ -31,7 +31,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.ranks import ALONE, Ranks
 from workbench.harvest.keeping import KeptHarvest
-from workbench.harvest.passes import contexts, run_batch
+from workbench.harvest.passes import contexts, packing_beside, run_batch
 from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.prefetch import Ahead
 from workbench.harvest.record import GRADIENT
@@ -41,6 +41,7 @@ from workbench.models.model import LoadedModel
 from workbench.text.chats import STATE_BITS
 from workbench.text.corpora import Corpus
 from workbench.text.packing import FLAG_OK, PackedBatch, Place, is_ordinary, place_after
+from workbench.text.packing_process import PackingProcess
 
 BUFFER_ROWS = {"cpu": 262_144, "cuda": 1_048_576}
 """Of a chunk, as far as memory goes: in a short run of the demo model SAEs came within 1% of those from a shuffled
@@ -121,17 +122,20 @@ class ModelRows(ShuffledRows):
         self._next: _Filling | None = None
         self._after: Place | None = None
         self._usable = 0
-        self._pass = ExitStack()
+        self._packing: PackingProcess | None = None
+        self._open, self._pass = ExitStack(), ExitStack()
         self._batches: Iterator[PackedBatch] = iter(())
         self._permuting = ThreadPoolExecutor(1, thread_name_prefix="permutation")
 
     def __enter__(self) -> "ModelRows":
+        self._packing = self._open.enter_context(packing_beside(self._model))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pass.close()
+        self._open.close()
         self._permuting.shutdown(cancel_futures=True)
         if self._stream is not None:
             self._stream.synchronize()
@@ -218,8 +222,11 @@ class ModelRows(ShuffledRows):
         # Within an epoch it is not known how many came before: some, where there were chunks.
         self._usable = number
         self._batches = self._pass.enter_context(
-            contexts(self._model, self._corpus, self._config, self._plan, first=first, after=after, names=names)
-        )
+            contexts(
+                self._model, self._corpus, self._config, self._plan, first=first, after=after, names=names,
+                packing=self._packing,
+            )
+        )  # fmt: skip
         return _Filling(cursor, after, self._columns(cursor))
 
     def _continued(self, cursor: tuple[int, int], after: Place | None) -> _Filling:

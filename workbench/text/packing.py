@@ -15,7 +15,7 @@ flags (`workbench.text.chats`).
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
 
-from circuits.prompts import lacking
 from sae.errors import InputError
 from workbench.text.chats import FLAG_LEFT_OUT, ROLE_SHIFT, write
 from workbench.text.corpora import Document
@@ -107,7 +106,7 @@ def pack(
     after: Place | None = None,
     ahead: int = 0,
     d_vocab: int | None = None,
-) -> Iterator[PackedBatch]:
+) -> Generator[PackedBatch]:
     """Yields batches of `batch_contexts` contexts (the last may be smaller); the same for the same input.
 
     Args:
@@ -344,6 +343,9 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], split_spe
     except Exception as error:  # tokenizers raise nothing more special
         if "Missing [UNK]" not in str(error):
             raise
+        # Loads torch, which packing alone does not need (`workbench.text.packing_process`).
+        from circuits.prompts import lacking
+
         text, missing = next(
             ((text, found) for text in texts if (found := lacking(tokenizer, text))), (texts[0], "text")
         )

@@ -27,6 +27,7 @@ from workbench.harvest.stream import ModelRows, columns_of
 from workbench.models.load import LoadedModel
 from workbench.text.corpora import Corpus, open_corpus
 from workbench.text.packing import PackedBatch
+from workbench.text.packing_process import PackingProcess
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
 CONTEXT = 16
@@ -147,6 +148,35 @@ def test_batches_are_the_same_whenever_contexts_come(
     wanted = taken()
     monkeypatch.setattr(workbench.harvest.stream, "contexts", late)
     assert torch.equal(taken(), wanted)
+    assert set(asked) == {True, False}
+
+
+def test_batches_are_the_same_when_a_process_goes_on_packing(
+    gpt2_model: LoadedModel, corpus: Corpus, config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes over within a pass, and has the next ones whole; a resumed stream begins in the middle of one."""
+
+    def taken(rows: ModelRows) -> torch.Tensor:
+        return torch.cat([rows.next_columns(90, 1)[0] for _ in range(30)])
+
+    with stream(gpt2_model, corpus, config) as rows:
+        wanted, place, more = taken(rows), rows.state_dict(), taken(rows)
+    asked: list[bool] = []
+
+    class Later(PackingProcess):
+        @property
+        def is_ready(self) -> bool:
+            if len(asked) == 3:
+                self._connection.poll(60)
+            asked.append(len(asked) > 2 and super().is_ready)
+            return asked[-1]
+
+    monkeypatch.setattr(workbench.harvest.stream, "packing_beside", lambda model: Later(model.tokenizer))
+    with stream(gpt2_model, corpus, config) as rows:
+        assert torch.equal(taken(rows), wanted)
+        rows.next_columns(50, 1)
+        rows.load_state_dict(place)
+        assert torch.equal(taken(rows), more)
     assert set(asked) == {True, False}
 
 
