@@ -361,7 +361,7 @@ class Workspace(Studies):
         Settings, such as a loaded `model`, and InputErrors as `workbench.features.live.open_live`."""
         from workbench.features.live import open_live
 
-        return open_live(self, sae, **settings).read(text)
+        return open_live(self, sae, text=text, **settings).read(text)
 
     def steer(
         self,
@@ -402,7 +402,7 @@ class Workspace(Studies):
             raise InputError("no feature to steer with: give the number of one")
         (first, amount), *also = strengths.items()
         edit = Edit(first, kind, amount, where, keep_error, tuple(also))
-        live = open_live(self, sae, model=model, device=device)
+        live = open_live(self, sae, text=text, edit=edit, model=model, device=device)
         return live.steer(edit, text, chat=chat, new_tokens=new_tokens, temperature=temperature, seed=seed)
 
     # SQL and upkeep

@@ -6,6 +6,7 @@ Where torchrun has started several ranks, all run the same command, and one of t
 """
 
 import os
+import re
 from typing import Any
 
 # Before any import of the libraries that read these: no progress bars of theirs among ours, no telemetry.
@@ -14,6 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import typer
+from typer.main import get_command
 
 from sae.errors import InputError
 from workbench.cli import (
@@ -95,12 +97,22 @@ def run(arguments: list[str]) -> int:
     return part(code)
 
 
+def _told_plainly(command: Any) -> Any:
+    """The command, whose help gives the type of what may be repeated as that of one, and not as Python's list[str]."""
+    for parameter in command.params:
+        if said := getattr(parameter, "display_type", None):
+            parameter.display_type = lambda context, said=said: re.sub(r"^<list\[(.*)\]>$", r"<\1>", said(context))
+    for child in getattr(command, "commands", {}).values():
+        _told_plainly(child)
+    return command
+
+
 def _run(arguments: list[str]) -> int:
     try:
         for argument in arguments:
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 raise InputError(f"{argument!r} is not UTF-8 text: type it again, or convert it first")
-        result = app(args=arguments, prog_name="workbench", standalone_mode=False)
+        result = _told_plainly(get_command(app))(args=arguments, prog_name="workbench", standalone_mode=False)
         # Newer versions of Typer turn Ctrl-C into an exit code.
         if result == 130:
             raise KeyboardInterrupt

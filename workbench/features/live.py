@@ -17,6 +17,7 @@ from workbench.features.prompts import KnownFeatures, PromptReading, read_prompt
 from workbench.features.steering import Edit, Steering, steer
 from workbench.features.steering_sweep import Sweep, sweep
 from workbench.models.load import LoadedModel
+from workbench.models.prompt_text import check_text
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,32 @@ def known_features(index: FeatureIndex) -> KnownFeatures:
     return KnownFeatures(table["name"].tolist(), table["density"].to_numpy(float), table["strongest"].to_numpy(float))
 
 
-def open_live(catalog: Catalog, sae: str, *, model: LoadedModel | None = None, device: str = "auto") -> LiveSAE:
-    """Opens an SAE with its model and what its index knows. Raises InputError as `model_of` does."""
-    known = None
+def open_live(
+    catalog: Catalog,
+    sae: str,
+    *,
+    text: str | None = None,
+    edit: Edit | None = None,
+    model: LoadedModel | None = None,
+    device: str = "auto",
+) -> LiveSAE:
+    """Opens an SAE with its model and what its index knows.
+
+    Args:
+        text, edit: what it is opened for, checked before the model is loaded.
+
+    Raises:
+        InputError: as `model_of`, or a text or an edit that is none.
+    """
+    if text is not None:
+        check_text(text)
+    coder, known = catalog.coder(sae), None
+    if edit is not None:
+        edit.check(coder.d_sae)
     if catalog.index_path(sae).is_file():
         index = FeatureIndex.open(catalog, sae)
         try:
             known = known_features(index)
         finally:
             index.close()
-    return LiveSAE(sae, catalog.coder(sae), model_of(catalog, sae, model, device), known)
+    return LiveSAE(sae, coder, model_of(catalog, sae, model, device), known)

@@ -199,10 +199,12 @@ def steer(
     edit.check(sae.d_sae)
     units = units_of(edit, unit)
     text = chat_text(model, prompt, chat)
-    new_tokens = _continuation(model, text, new_tokens)
+    whole, cut = encode_prompt(model, text)
+    new_tokens = _continuation(model, len(whole), new_tokens)
     if not (temperature >= 0 and np.isfinite(temperature)):
         raise InputError(f"a temperature of {temperature} samples nothing: give 0 or more")
-    ids, truncated = encode_prompt(model, text, room=model.n_bos + new_tokens)
+    ids = whole[: model.info.n_ctx - model.n_bos - new_tokens]
+    truncated = cut or len(ids) < len(whole)
     check_prompt_fits("steering a prompt", model, len(ids) + model.n_bos, attention=True)
     tokens = torch.tensor([model.begun(ids)], device=model.device)
     with edited(model, sae, edit, units, first=None if edit.where == "everywhere" else tokens.shape[1] - 1):
@@ -228,8 +230,8 @@ def most_new_tokens(model: "LoadedModel") -> int:
     return max(0, min(MAX_NEW_TOKENS, model.info.n_ctx - model.n_bos - 1)) if model.gives_tokens else 0
 
 
-def _continuation(model: "LoadedModel", text: str, asked: int | None) -> int:
-    """Tokens to generate after a text.
+def _continuation(model: "LoadedModel", n_tokens: int, asked: int | None) -> int:
+    """Tokens to generate after a prompt of so many.
 
     Raises:
         InputError: more asked for than there is room for, or any of a model whose outputs are no tokens.
@@ -238,7 +240,7 @@ def _continuation(model: "LoadedModel", text: str, asked: int | None) -> int:
     if asked and not model.gives_tokens:
         raise InputError("this model's outputs are no tokens, so it continues no text: steer with --tokens 0")
     if asked is None:
-        left = n_ctx - model.n_bos - len(encode_prompt(model, text)[0])
+        left = n_ctx - model.n_bos - n_tokens
         # Of a prompt as long as a long context, the end gives way.
         return min(NEW_TOKENS, max(left, n_ctx // 8), most)
     if not 0 <= asked <= most:

@@ -19,23 +19,28 @@ from workbench.text.token_bytes import joined, part_bytes
 MAX_CHARACTERS = 10_000
 MAX_TOKENS = 1024
 LOGIT_ROWS = 128
+NO_TOKENS = "a prompt without tokens activates nothing: type some text"
 
 
-def encode_prompt(model: LoadedModel, text: str, room: int | None = None) -> tuple[list[int], bool]:
+def check_text(text: str) -> None:
+    """Raises InputError for what is no text and for an empty one, whatever the model."""
+    if not isinstance(text, str):
+        raise InputError(f"a prompt is a text, not {' '.join(repr(text).split())[:60]}")
+    if not text:
+        raise InputError(NO_TOKENS)
+
+
+def encode_prompt(model: LoadedModel, text: str) -> tuple[list[int], bool]:
     """Token ids of a prompt without BOS, and whether only its beginning is in them.
-
-    Args:
-        room: positions of the model's context to leave for others, BOS among them; BOS's when None.
 
     Raises:
         InputError: what is no text, or a text without tokens.
     """
-    if not isinstance(text, str):
-        raise InputError(f"a prompt is a text, not {' '.join(repr(text).split())[:60]}")
+    check_text(text)
     ids = model.encode(text[:MAX_CHARACTERS])
-    kept = ids[: min(MAX_TOKENS, model.info.n_ctx - (model.n_bos if room is None else room))]
+    kept = ids[: min(MAX_TOKENS, model.info.n_ctx - model.n_bos)]
     if not kept:
-        raise InputError("a prompt without tokens activates nothing: type some text")
+        raise InputError(NO_TOKENS)
     return kept, len(kept) < len(ids) or len(text) > MAX_CHARACTERS
 
 

@@ -16,7 +16,7 @@ from circuits import ablation, patching
 from sae.formats import foreign
 from workbench.circuits import tables
 from workbench.cli import circuits, concepts, exchange, live, options, sparsity
-from workbench.cli.main import app
+from workbench.cli.main import app, run
 from workbench.features import prompts, steering
 from workbench.features.concepts import truth
 from workbench.models import load
@@ -62,7 +62,10 @@ def test_choices_in_help_texts_are_the_librarys(offered: Any, known: Any) -> Non
     assert sorted(get_args(offered)) == sorted(known)
 
 
-def test_no_help_text_shows_a_list_type_for_what_is_typed() -> None:
+def test_no_help_text_shows_a_list_type_for_what_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "steer", "explain"):
+        assert run([command, "--help"]) == 0
+    assert "list[" not in capsys.readouterr().out
     for command in get_command(app).commands.values():  # type: ignore[attr-defined]
         for one in getattr(command, "commands", {"": command}).values():
             several = [p for p in one.params if p.multiple or p.nargs == -1]

@@ -58,6 +58,9 @@ def test_a_foreign_package_named_app_is_not_run(
         (foreign / name).write_text(FOREIGN)
     Workspace(tmp_path / "w")
     command = started(code, tmp_path, tmp_path / "w")
+    said = (tmp_path / "log").read_text().splitlines()
+    assert said[0].startswith(f"Workspace {tmp_path / 'w'} at http://localhost:")
+    assert not [line for line in said if "Streamlit" in line]
     assert f"{code}{'/workbench/_bundled' if installed else ''}/app/serve.py run" in command
     assert not (foreign / "was-run").exists()
 
@@ -71,7 +74,7 @@ def test_the_app_itself_imports_its_own_modules_where_another_package_has_its_na
     code = (
         "import runpy, sys\n"
         "import streamlit.web.cli as cli\n"
-        "def main(prog_name):\n"
+        "def main(prog_name, standalone_mode):\n"
         "    from streamlit.testing.v1 import AppTest\n"
         "    page = AppTest.from_file(sys.argv[1], default_timeout=60)\n"
         "    sys.argv = ['app', sys.argv[2]]\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sae import SAE, TopK
 from sae.errors import InputError
 from workbench import Workspace
 from workbench.catalog.notes import Notes
@@ -76,6 +77,19 @@ def test_mistakes_give_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_feature_and_a_text_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """The model of this SAE is nowhere: whoever loaded it first would say that."""
+    space = Workspace(tmp_path / "w")
+    SAE(8, 16, TopK(2), hook_name="blocks.0.hook_resid_post", model_name=str(tmp_path / "gone")).save(
+        space.path / "saes" / "s"
+    )
+    with pytest.raises(InputError, match="features 0 to 15"):
+        space.steer("s", 16, "x")
+    for ask in (lambda: space.prompt("s", ""), lambda: space.steer("s", 1, "")):
+        with pytest.raises(InputError, match="type some text"):
+            ask()
 
 
 def test_a_model_with_other_weights_is_refused(
