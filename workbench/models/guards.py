@@ -11,8 +11,8 @@ No list of families is kept; every loaded model is measured on `TOKENS` random t
        resid_pre + attn_out + mlp_out = resid_post      where attention and MLP run side by side
 
 4. Norm and unembedding on the last residual stream against the logits.
-5. A step with keys and values of the tokens before it against the whole pass, and whether a changed attention pattern
-   changes the logits.
+5. A step with keys and values of the tokens before it against the whole pass, a pass by the module's own attention
+   (`workbench.models.fused_attention`), and whether a changed attention pattern changes the logits.
 
 Two values agree when their median relative difference over the tokens is below `tolerance`: rounding of fast and
 explicit attention, and a token that a router sends elsewhere because of it, are no disagreement.
@@ -31,6 +31,7 @@ from circuits.nodes import Bridge
 from circuits.unembedding import difference, tolerance, unread
 from sae.errors import InputError
 from workbench.models.capture import as_added, hooked
+from workbench.models.fused_attention import fused_attention
 from workbench.models.model import Checks, LoadedModel
 from workbench.models.places import KINDS, HookSpec, bridge_hooks
 
@@ -83,6 +84,7 @@ def _checked(model: LoadedModel) -> Checks:
     return Checks(
         usable, refused, wrong, delegated,
         cached=not wrong and _cached_step_agrees(bridge, tokens, logits),
+        fused=not wrong and _fused_pass_agrees(model, tokens, logits),
         editable_patterns=not wrong and _pattern_edits_act(bridge, tokens, logits),
         unread=unread(bridge, native.get(f"blocks.{model.info.n_layers - 1}.hook_resid_post"), logits, model.dtype),
     )  # fmt: skip
@@ -232,6 +234,16 @@ def _cached_step_agrees(bridge: Bridge, tokens: Int[Tensor, "1 pos"], logits: Fl
     except Exception:  # whatever a cache that a family does not have fails with
         return False
     return cache is not None and agree(last, logits[:, -1:])
+
+
+def _fused_pass_agrees(model: LoadedModel, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:
+    if getattr(model.hf.config, "_attn_implementation", "eager") == "eager":
+        return False
+    try:
+        with fused_attention(model.structure, model.hf):
+            return agree(model.structure(tokens, return_type="logits"), logits)
+    except Exception:  # whatever an attention that does not fit its bridge fails with
+        return False
 
 
 def _pattern_edits_act(bridge: Bridge, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:

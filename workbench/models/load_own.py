@@ -368,7 +368,9 @@ def _checked(model: LoadedModel, hooks: dict[str, Any], tokens: Int[Tensor, "bat
     if not usable:
         raise InputError(f"{model.info.name} has no usable hook point: {'; '.join(refused.values())}")
     unread = f"the unembedding of {model.info.architecture} is not known, so nothing is read through it"
-    return Checks(usable, refused, None, delegated=False, cached=False, editable_patterns=False, unread=unread)
+    return Checks(
+        usable, refused, None, delegated=False, cached=False, fused=False, editable_patterns=False, unread=unread
+    )
 
 
 @torch.inference_mode()

@@ -33,13 +33,15 @@ class Checks(Shown):
     """Whether the bridge's attention is the module's own."""
     cached: bool
     """Whether a step with the cache of those before it gives what the whole pass gives."""
+    fused: bool
+    """Whether passes may run the module's own attention where nothing looks into it."""
     editable_patterns: bool
     """Whether a changed attention pattern changes the pass."""
     unread: str | None
     """Why the unembedding cannot be read through the final norm, if so."""
 
 
-UNCHECKED = Checks({}, {}, None, delegated=False, cached=False, editable_patterns=False, unread=None)
+UNCHECKED = Checks({}, {}, None, delegated=False, cached=False, fused=False, editable_patterns=False, unread=None)
 """Before anything was measured: no hook point may be used."""
 
 

@@ -23,6 +23,7 @@ from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
 from workbench.models.capture import capture
 from workbench.models.contexts import BYTES_PER_ROW, ContextBatch, context_batches, context_length, losses
+from workbench.models.fused_attention import bridge_logits
 from workbench.models.hooks import written_hook
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_passes_fit
@@ -160,5 +161,4 @@ def replaced_logits(model: LoadedModel, batch: ContextBatch, way: Way) -> Float[
                 return function(x)
 
             stack.enter_context(splice_between(model.bridge, read, target, write, keep=~batch.ordinary))
-        logits: Tensor = model.bridge(batch.tokens, return_type="logits")
-        return logits
+        return bridge_logits(model, batch.tokens)

@@ -18,6 +18,7 @@ from torch import Tensor
 from circuits.resume import recorded_block, resumed_after
 from circuits.splice import splice
 from workbench.models.contexts import ContextBatch, Predicted, predicted
+from workbench.models.fused_attention import bridge_logits
 from workbench.models.load import LoadedModel
 from workbench.models.places import HookSpec
 
@@ -78,7 +79,7 @@ def clean_pass(
                 return value
 
             stack.enter_context(splice(model.bridge, hook.name, record, keep=~batch.ordinary))
-        logits = _logits(model, batch)
+        logits = bridge_logits(model, batch.tokens)
     return CleanPass(
         None if logits is None else predicted(logits), x, {layer: outputs[0] for layer, outputs in blocks.items()}
     )
@@ -101,7 +102,7 @@ def spliced_pass(
         if before >= 0:
             stack.enter_context(resumed_after(model.bridge, before, blocks[before]))
         stack.enter_context(splice(model.bridge, hook.name, function, keep=~batch.ordinary))
-        return _logits(model, batch)
+        return bridge_logits(model, batch.tokens)
 
 
 @dataclass
@@ -182,8 +183,3 @@ class Ablation:
 
 def _row(found: Predicted, row: int) -> Row:
     return found.logits[row], found.log_z[row]
-
-
-def _logits(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch pos vocab"]:
-    logits: Tensor = model.bridge(batch.tokens, return_type="logits")
-    return logits
