@@ -41,14 +41,14 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def serve(browser: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], str]]:
-    """Starts `workbench app` on a workspace; gives its address."""
+def serve(browser: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """Starts `workbench app` on a workspace, with further options where given; gives its address."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def start(workspace: Path) -> str:
+    def start(workspace: Path, *options: str) -> str:
         port = _free_port()
         log = tmp_path_factory.mktemp("server") / "log"
-        command = ["app", "--workspace", str(workspace), "--port", str(port), "--no-browser"]
+        command = ["app", "--workspace", str(workspace), "--port", str(port), "--no-browser", *options]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-c", "from workbench.cli import main; raise SystemExit(main())", *command],

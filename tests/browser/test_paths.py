@@ -63,8 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def address(serve: Callable[[Path], str], folder: Path) -> str:
-    return serve(folder)
+def address(serve: Callable[..., str], folder: Path) -> str:
+    return serve(folder, "--explain", "demo")
 
 
 def settled(page: Any) -> None:
@@ -391,8 +391,28 @@ def test_pages_are_readable_at_800_pixels(address: str, page: Any, busiest: int)
     page.set_viewport_size({"width": 800, "height": 1000})
     page.goto(link(address, "Feature", sae="s", feature=busiest))
     page.locator("details.ex").first.wait_for()
+    # What is clicked is wide enough for its sign.
+    for sign in "←→⚄☆":
+        assert page.get_by_role("button", name=sign, exact=True).bounding_box()["width"] > 50
     # Nothing but what scrolls by itself may stick out to the right.
     assert page.evaluate("document.documentElement.scrollWidth") <= 800
+
+
+def test_a_feature_is_explained_from_its_page(address: str, page: Any, folder: Path, busiest: int) -> None:
+    page.goto(link(address, "Feature", sae="s", feature=busiest))
+    page.get_by_role("button", name="Explain it").click()
+    page.get_by_text("in the words of demo").wait_for()
+    assert page.get_by_role("button", name="Explain it").count() == 0
+    told = Workspace(folder).results.open("explanations", "s").table("features")
+    assert told["feature"].tolist() == [busiest]
+
+
+def test_an_example_begins_a_prompt(address: str, page: Any) -> None:
+    page.goto(link(address, "Prompt", sae="s"))
+    page.get_by_role("button", name="numbers").click()
+    page.wait_for_url(re.compile("prompt=3"))
+    page.locator(".grid tr[data-row] td[style]").first.wait_for()
+    page.locator(".grid th", has_text="BOS").first.wait_for()
 
 
 def test_all_saes_of_the_model_read_the_prompt_and_a_cell_opens_one(address: str, page: Any, folder: Path) -> None:
