@@ -46,8 +46,10 @@ BATCH = 8
 """Rows whose attention is held at once."""
 MAX_PROMPT = 256
 NEEDLE_KEY, NEEDLE_LENGTH = 8, 4
-LENGTH, NEEDLES = 32, 256
-"""Tokens before a row repeats, and needle tests, where the model takes as many: the demo model finds one in seven."""
+LENGTH = 32
+"""Tokens before a row repeats, where the context holds as many."""
+NEEDLES = 256
+"""Needle tests, where context and vocabulary hold them; the demo model finds one in seven."""
 FEW = 25
 """Needles found below which a copy score may be out by more than the paper's threshold: 1 / (2 sqrt(n)) > 0.1."""
 
