@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sae.errors import InputError
 from workbench.cli.crosscoders import as_document, evaluate_crosscoders, print_crosscoders
 from workbench.cli.options import (
     DEFAULT_WORKSPACE,
@@ -233,6 +234,19 @@ def evaluate(
     if found:
         print_evaluations(found)
     print_sets(together)
+
+
+def check_can_evaluate(workspace: "Workspace", harvests: Sequence[str]) -> None:
+    """Raises InputError, before anything is trained, for harvests of a model that would have to be given again."""
+    from workbench.models.load_own import must_be_given
+
+    for name in harvests:
+        model = workspace.open_harvest(name).config["model"] or ""
+        if must_be_given(model):
+            raise InputError(
+                f"--evaluate needs the model behind harvest {name!r}, made by Python that runs only when you name it: "
+                f"leave it out, and then run workbench evaluate NAME --model {model}"
+            )
 
 
 def evaluate_saes(

@@ -29,7 +29,13 @@ from workbench.cli.options import (
     open_workspace,
 )
 from workbench.cli.output import print_json, print_table
-from workbench.cli.pipeline import EVALUATION_TOKENS, evaluate_saes, print_evaluations, print_sets
+from workbench.cli.pipeline import (
+    EVALUATION_TOKENS,
+    check_can_evaluate,
+    evaluate_saes,
+    print_evaluations,
+    print_sets,
+)
 from workbench.cli.ranks import is_first, refuse_ranks, started_by_torchrun
 from workbench.cli.shared import sharing
 from workbench.cli.training_settings import TrainingSettings
@@ -264,6 +270,8 @@ def train(run: Training, context: typer.Context) -> None:
     epoch = workspace.open_harvest(run.harvests[0]).n_trainable_rows if run.harvest else STREAMED_TOKENS
     total = run.tokens or asked.tokens or epoch
     configs = run.configs(asked, total)
+    if run.evaluate_after and run.harvest:
+        check_can_evaluate(workspace, run.harvests)
     if run.estimate_only:
         refuse_ranks("--estimate-only")
     if run.estimate_only or (run.sweep is not None and not started_by_torchrun()):
