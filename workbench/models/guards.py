@@ -237,7 +237,8 @@ def _cached_step_agrees(bridge: Bridge, tokens: Int[Tensor, "1 pos"], logits: Fl
 
 
 def _fused_pass_agrees(model: LoadedModel, tokens: Int[Tensor, "1 pos"], logits: Float[Tensor, "1 pos vocab"]) -> bool:
-    if getattr(model.hf.config, "_attn_implementation", "eager") == "eager":
+    # A HookedTransformer's weights have no configuration of transformers', and no other attention.
+    if getattr(getattr(model.hf, "config", None), "_attn_implementation", "eager") == "eager":
         return False
     try:
         with fused_attention(model.structure, model.hf):
