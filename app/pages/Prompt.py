@@ -183,9 +183,9 @@ def _lens(_workspace: Workspace, _live: LiveSAE, version: int, text: str, name: 
 
 def siblings(workspace: Workspace, live: LiveSAE) -> list[str]:
     """Other SAEs of the same model that are indexed: those whose features have names. All read one row of tokens, so
-    they begin with BOS as this one does."""
-    origins = {item.name: workspace.origin(item.name) for item in workspace.coders()}
-    own, known = origins[live.name], (None, live.model.info.weights_sha256)
+    they begin with BOS as this one does, and one activation, so crosscoders are none of them."""
+    origins = {item.name: workspace.origin(item.name) for item in workspace.coders() if not item.parts}
+    own, known = workspace.origin(live.name), (None, live.model.info.weights_sha256)
     same = {name for name, one in origins.items()
             if (one.model, one.bos) == (own.model, own.bos) and one.weights_sha256 in known}  # fmt: skip
     return [name for name in workspace.indexes() if name != live.name and name in same]
