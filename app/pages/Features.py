@@ -42,30 +42,42 @@ def main() -> None:
     if table.empty:
         st.info("No feature matches. Search for another text, in all SAEs, or show dense and dead features.")
         return
-    in_table, in_map, in_spectrum, in_documents = st.tabs(["Table", "Map", "Density", "Documents"])
+    # Only the tab that is open is drawn: plots of all features that nobody looks at took most of a search's time.
+    in_table, in_map, in_spectrum, in_documents = st.tabs(
+        ["Table", "Map", "Density", "Documents"], key="tab", on_change="rerun",
+        default="Documents" if "document" in st.query_params else None,
+    )  # fmt: skip
     with in_table:
-        st.caption(f"{len(table):,} features. Select a row to open it; click a column's head to sort.")
-        # Which SAE a feature is of is said where there are several.
-        wanted = ["sae", *COLUMNS] if table["sae"].nunique() > 1 else list(COLUMNS)
-        shown = as_shown(table[[column for column in wanted if column in table]])
-        event = st.dataframe(
-            shown, hide_index=True, key=f"table {index.sae}", on_select="rerun", selection_mode="single-row",
-            height=560, column_config={"density": st.column_config.NumberColumn(format="%.3g")},
-        )  # fmt: skip
-        if rows := event["selection"]["rows"]:
-            open_feature(table["sae"].iloc[rows[0]], int(table["feature"].iloc[rows[0]]))
-        save(workspace, index, table, chosen_list)
-    table = table[table["sae"] == index.sae]
+        if in_table.open:
+            as_table(workspace, index, table, chosen_list)
+    own = table[table["sae"] == index.sae]
     with in_map:
-        st.caption("Decoder directions in two dimensions. Click a point to open it, or draw around several.")
-        select(index, table, figures.decoder_map(table, method=index.map_method), "map")
+        if in_map.open:
+            st.caption("Decoder directions in two dimensions. Click a point to open it, or draw around several.")
+            select(index, own, figures.decoder_map(own, method=index.map_method), "map")
     with in_spectrum:
-        if (table["firings"] > 0).any():
-            select(index, table, figures.density_spectrum(table), "spectrum")
-        else:
+        if in_spectrum.open and (own["firings"] > 0).any():
+            select(index, own, figures.density_spectrum(own), "spectrum")
+        elif in_spectrum.open:
             st.info("None of these features fires.")
     with in_documents:
-        documents_like(index)
+        if in_documents.open:
+            documents_like(index)
+
+
+def as_table(workspace: Workspace, index: FeatureIndex, table: pd.DataFrame, chosen_list: str | None) -> None:
+    """The features in a table whose rows open them, and what saves it."""
+    st.caption(f"{len(table):,} features. Select a row to open it; click a column's head to sort.")
+    # Which SAE a feature is of is said where there are several.
+    wanted = ["sae", *COLUMNS] if table["sae"].nunique() > 1 else list(COLUMNS)
+    shown = as_shown(table[[column for column in wanted if column in table]])
+    event = st.dataframe(
+        shown, hide_index=True, key=f"table {index.sae}", on_select="rerun", selection_mode="single-row",
+        height=560, column_config={"density": st.column_config.NumberColumn(format="%.3g")},
+    )  # fmt: skip
+    if rows := event["selection"]["rows"]:
+        open_feature(table["sae"].iloc[rows[0]], int(table["feature"].iloc[rows[0]]))
+    save(workspace, index, table, chosen_list)
 
 
 def as_shown(table: pd.DataFrame) -> pd.DataFrame:

@@ -67,7 +67,15 @@ def test_the_table_lists_what_fires_and_the_filters_work(space: Workspace, open_
     assert not page.exception
     table = FeatureIndex.open(space, "s").table()
     assert page.dataframe[0].value["feature"].tolist() == table[table["firings"] > 0]["feature"].tolist()
-    assert len(page.get("plotly_chart")) == 2
+    # Only the tab that is open is drawn.
+    assert not page.get("plotly_chart")
+    for tab in ("Map", "Density"):
+        page.session_state["tab"] = tab
+        page.run()
+        assert len(page.get("plotly_chart")) == 1
+        assert not page.dataframe
+    page.session_state["tab"] = "Table"
+    page.run()
     page.checkbox(key="hide_dead").uncheck().run()
     assert len(page.dataframe[0].value) == 48
     page.checkbox(key="hide_dense").check().run()
@@ -225,9 +233,10 @@ def test_a_point_clicked_in_the_map_leads_to_its_feature(space: Workspace, open_
     """The selection as Streamlit's front end sends it; the harness itself cannot click a plot."""
     page = open_page("Features", space, sae="s")
     points = [{"curve_number": 1, "point_index": 0, "customdata": {"0": number, "1": 0.1}} for number in (busiest, 5)]
+    page.session_state["tab"] = "Map"
     page.session_state["map s"] = {"selection": {"points": points, "point_indices": [0, 1], "box": [], "lasso": []}}
     page.run()
-    assert sorted(page.dataframe[1].value["feature"]) == sorted([busiest, 5])
+    assert sorted(page.dataframe[0].value["feature"]) == sorted([busiest, 5])
     page.session_state["map s"] = {"selection": {"points": points[:1], "point_indices": [0], "box": [], "lasso": []}}
     page.run()
     assert not page.exception
@@ -300,7 +309,7 @@ def test_documents_like_one_are_listed_with_what_they_share(space: Workspace, op
     found = space.similar_documents("s", "3.txt")
     page = open_page("Features", space, document="3.txt")
     assert len(page.selectbox(key="document").options) == found.n_documents
-    documents, shared = (frame.value for frame in page.dataframe[1:])
+    documents, shared = (frame.value for frame in page.dataframe)
     assert documents["document"].tolist() == found.documents["document"].tolist()
     assert documents["cosine"].tolist() == pytest.approx(found.documents["cosine"].tolist())
     first = found.shared[found.shared["doc"] == found.documents["doc"].iloc[0]]
