@@ -16,9 +16,10 @@ row a second time in an epoch. docs/scale.md says what smaller chunks cost.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -67,8 +68,8 @@ class _Filling:
         self.end = after
         """The place after what is filled."""
         self.corpus_ended = False
-        self.order: Future[Tensor] | None = None
-        """Int[Tensor, "usable"], the permutation, once it is full."""
+        self.order: Callable[[], Tensor] | None = None
+        """Gives the permutation, Int[Tensor, "usable"], once it is full."""
 
 
 class ModelRows(ShuffledRows):
@@ -278,7 +279,9 @@ class ModelRows(ShuffledRows):
                 for batch, values in zip(batches, self._computed(batches, rows), strict=True):
                     self._take(filling, batch, values)
         if len(filling.columns[0]) - filling.rows < rows or filling.corpus_ended:
-            filling.order = self._permuting.submit(self._permuted, filling.cursor, filling.flags)
+            permuted = partial(self._permuted, filling.cursor, filling.flags)
+            # On a CPU a thread would take a core from training.
+            filling.order = permuted if self._stream is None else self._permuting.submit(permuted).result
             return False
         return True
 
@@ -330,7 +333,7 @@ class ModelRows(ShuffledRows):
         """What was filled, permuted. Raises InputError for values that are not finite."""
         columns = [column[: filling.rows] for column in filling.columns]
         assert filling.order is not None
-        order = filling.order.result()
+        order = filling.order()
         with self._beside():
             finite = torch.stack(filling.extremes).isfinite().all().item()
         if not finite:
