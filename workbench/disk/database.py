@@ -39,6 +39,7 @@ def write_duckdb(
 
     Raises:
         InputError: the disk is full or not writable.
+        KeyboardInterrupt: stopped with Ctrl-C.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The writer's process id tells whether a leftover is still being written.
@@ -52,6 +53,9 @@ def write_duckdb(
                 connection.execute("CHECKPOINT")
             sync_and_rename(partial, path)
         except (duckdb.Error, OSError) as error:
+            # DuckDB asks Python about the tables that it is given, and tells of Ctrl-C there as of an error of theirs.
+            if isinstance(error, duckdb.Error) and "KeyboardInterrupt" in str(error):
+                raise KeyboardInterrupt from None
             raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}; {remedy}") from None
         finally:
             _remove_leftovers(path)

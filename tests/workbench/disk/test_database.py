@@ -1,9 +1,11 @@
 """DuckDB files appear whole or not at all."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from sae.errors import InputError
@@ -39,6 +41,20 @@ def test_a_failure_leaves_the_earlier_file_and_names_cause_and_remedy(tmp_path: 
         write_duckdb(path, fails)
     assert read(path) == [(1,)]
     assert [file.name for file in tmp_path.iterdir()] == ["r.duckdb"]
+
+
+def test_ctrl_c_while_duckdb_asks_for_a_table_is_ctrl_c(tmp_path: Path) -> None:
+    def batches() -> Iterator[pa.RecordBatch]:
+        raise KeyboardInterrupt
+        yield
+
+    def interrupted(connection: duckdb.DuckDBPyConnection) -> None:
+        connection.register("content", pa.RecordBatchReader.from_batches(pa.schema([("a", pa.int64())]), batches()))
+        connection.execute("CREATE TABLE t AS FROM content")
+
+    with pytest.raises(KeyboardInterrupt):
+        write_duckdb(tmp_path / "r.duckdb", interrupted)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
