@@ -179,9 +179,10 @@ def serve() -> None:
                     raise
                 except Exception as error:
                     end = error if isinstance(error, InputError) else RuntimeError(f"{type(error).__name__}: {error}")
-                # What was sent and not asked for.
-                deque(documents, maxlen=0)
+            # Told before what is left is taken, which would be the whole corpus: its owner sends no more once it knows.
             connection.send(end)
+            with suppress(_GivenUp):
+                deque(documents, maxlen=0)
     except (EOFError, OSError):
         # Its owner is gone.
         pass

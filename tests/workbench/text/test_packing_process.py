@@ -3,13 +3,20 @@
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import PreTokenizedString, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import PreTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from sae.errors import InputError
 from tests.workbench.text.test_packing import joined
+from workbench.harvest.passes import packing_beside
 from workbench.models.load import LoadedModel
 from workbench.text.corpora import Document
 from workbench.text.packing import PackedBatch, Place, pack
@@ -63,6 +70,40 @@ def test_what_fails_there_or_while_documents_are_read_is_raised_here(process: Pa
     # What was left of the last document is no end of a corpus.
     assert all(len(batch.tokens) == 3 for batch in seen)
     assert list(process.pack([], *SETTINGS)) == []
+
+
+def test_what_fails_is_said_before_the_rest_of_the_corpus_is_read(process: PackingProcess) -> None:
+    assert process.is_ready
+    read = []
+
+    def documents() -> Iterator[Document]:
+        for number in range(20_000):
+            read.append(number)
+            yield Document(number, f"d{number}", "", tokens=np.full(50, 1 if number else 999, np.int32))
+
+    with pytest.raises(InputError, match="token id 999"):
+        list(process.pack(documents(), *SETTINGS, d_vocab=100))
+    assert len(read) < 10_000
+    assert sum(len(batch.tokens) for batch in process.pack(texts(5), *SETTINGS))
+
+
+class InPython:
+    """A part of a tokenizer that is written in Python."""
+
+    def pre_tokenize(self, text: PreTokenizedString) -> None:
+        """Leaves it whole."""
+
+
+def test_nothing_packs_beside_for_a_tokenizer_with_a_part_in_python(
+    gpt2_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    own.pre_tokenizer = PreTokenizer.custom(InPython())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    tokenizer._tokenizer = own
+    monkeypatch.setattr(LoadedModel, "device", torch.device("cuda"))
+    with packing_beside(replace(gpt2_model, tokenizer=tokenizer)) as packing:
+        assert packing is None
 
 
 def test_a_killed_process_is_one_line(gpt2_model: LoadedModel) -> None:
