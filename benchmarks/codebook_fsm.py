@@ -29,18 +29,19 @@ from sae.codebook import CodebookLayer, replace_dead
 
 STATES, SUCCESSORS, WALK = 100, 5, 24
 WIDTH, HEADS, BATCH = 64, 4, 64
+TRAINING, MEASURING = 0, 1
+"""Streams of walks."""
 SAE_KS = (1, 8)
 SAE_TOKENS = 400_000
 
 
 class Machine:
-    """The states and their successors."""
+    """The states and their successors, with one of two streams of walks."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.successors = torch.stack(
-            [torch.randperm(STATES, generator=self.generator)[:SUCCESSORS] for _ in range(STATES)]
-        )
+    def __init__(self, seed: int, stream: int) -> None:
+        drawn = torch.Generator().manual_seed(seed)
+        self.successors = torch.stack([torch.randperm(STATES, generator=drawn)[:SUCCESSORS] for _ in range(STATES)])
+        self.generator = torch.Generator().manual_seed(1000 * (seed + 1) + stream)
         self.follows = torch.zeros(STATES, STATES, dtype=torch.bool).scatter_(1, self.successors, True)
 
     def walks(self, n: int) -> Tensor:
@@ -201,8 +202,8 @@ def steered(model: Model, machine: Machine, code_of: Tensor) -> dict[str, float]
 
 def measured(seed: int, steps: int, n_codes: int) -> dict[str, float]:
     """Everything, of one seed."""
-    machine = Machine(seed)
-    plain, book = (trained(machine, codes, steps, seed) for codes in (0, n_codes))
+    plain, book = (trained(Machine(seed, TRAINING), codes, steps, seed) for codes in (0, n_codes))
+    machine = Machine(seed, MEASURING)
     assert book.book is not None
     states = machine.walks(1024)
     tokens, known = digits(states), states.flatten()
