@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,18 +84,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Program:
-    """A step in parts, between which the host looks at what the first has made."""
+    """A step in parts. Before the last one the host waits for what the first has made, and calls `look`; the device has
+    been given the others by then, so that it need not wait for the host. Without `look` there is one part."""
 
     parts: tuple[Part, ...]
-    between: Callable[[], None] | None = None
+    look: Callable[[], None] | None = None
+    seen: torch.cuda.Event | None = None
+    """What the host waits by; None on a CPU, where there is nothing to wait for."""
 
     def __call__(self) -> None:
-        first, *rest = self.parts
-        first()
-        if self.between is not None:
-            self.between()
-        for part in rest:
+        *others, last = self.parts
+        for number, part in enumerate(others):
             part()
+            if number == 0 and self.seen is not None:
+                self.seen.record()
+        if self.seen is not None:
+            self.seen.synchronize()
+        if self.look is not None:
+            self.look()
+        last()
 
     @property
     def is_captured(self) -> bool:

@@ -6,8 +6,7 @@
    warms up; then the step is captured as a CUDA graph and replayed.
 3. Everything that changes from step to step - learning rate, Adam's corrections, the densities' rate - is read from
    a table on the device, uploaded ahead. A step waits for nothing, but where a rule's encoder has to ask the device in
-   its midst (`FusedEncoder.settle`, `sae.fused_thresholds`): then it is two graphs, one that encodes and one that
-   learns from the code.
+   its midst (`FusedEncoder.settle`, `sae.fused_thresholds`): then it is several graphs, of which the last learns.
 
 Weights and Adam's moments are fp32 and lie where `TrainingState` has them: checkpoints and finished SAEs are the
 same. The bf16 shadows that products read are made anew when training starts or resumes; they are a function of the
@@ -150,7 +149,8 @@ class FusedStep:
         self._batch: Tensor | None = None
         self._gradients: Tensor | None = None
         self._target: Tensor | None = None
-        self._made: tuple[Centred, SparseCode] | None = None
+        self._centred: Centred | None = None
+        self._code: SparseCode | None = None
         self._errors: Errors | None = None
         self._plan: StepPlan | None = None
         self._program: Program | ThresholdProgram | None = None
@@ -259,12 +259,19 @@ class FusedStep:
         capture = self.capture and encoder.captured
         by_rows = self.state.shards.size > 1 and encoder.by_rows and plan.rule.fuses_among() and self._nesting is None
 
+        def prepare() -> None:
+            assert encoder.prepare is not None
+            self._centred = self.centre()
+            encoder.prepare(self._centred.x, *weights)
+
         def encode() -> None:
-            centred = self.centre()
+            if encoder.prepare is None:
+                self._centred = self.centre()
+            assert self._centred is not None
             if by_rows:
-                self._made = centred, self._encode_over_ranks(centred, encoder)
+                self._code = self._encode_over_ranks(self._centred, encoder)
             else:
-                self._made = centred, encoder.encode(centred.x, *weights)
+                self._code = encoder.encode(self._centred.x, *weights)
 
         def learn() -> None:
             self._learn(plan, narrow)
@@ -279,11 +286,14 @@ class FusedStep:
         settle = encoder.settle
 
         def look() -> None:
-            assert self._made is not None
-            settle(self._made[0].x, *weights)
+            assert self._centred is not None
+            settle(self._centred.x, *weights)
 
-        first = Part(encode, capture=capture)
-        return Program((first, Part(learn, capture=capture, after=first)), look)
+        first = None if encoder.prepare is None else Part(prepare, capture=capture)
+        second = Part(encode, capture=capture, after=first)
+        parts = (second,) if first is None else (first, second)
+        seen = torch.cuda.Event() if self.state.device.type == "cuda" else None
+        return Program((*parts, Part(learn, capture=capture, after=second)), look, seen)
 
     def _encode_over_ranks(self, centred: "Centred", encoder: FusedEncoder) -> SparseCode:
         """This rank's part of the choice of all, with the errors on their way."""
@@ -315,8 +325,9 @@ class FusedStep:
         """All that follows the encoder, for a rule with a k."""
         from sae.kernels import triton as fast
 
-        assert self._made is not None
-        centred, code = self._made
+        centred, code = self._centred, self._code
+        assert centred is not None
+        assert code is not None
         config, shards = self.state.config, self.state.shards
         errors, self._errors = self._errors, None
         assert isinstance(plan.rule, CodeRule)

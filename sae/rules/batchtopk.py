@@ -54,7 +54,7 @@ class BatchTopK(CodeRule):
         return largest_of_shards(code, self.k * n_tokens, ranks)
 
     def fused_encoder(self, inputs: FusedInputs) -> FusedEncoder:
-        """A list of candidates, which is captured, and a look at whether it holds the answer, which is not."""
+        """A list of candidates and the code that it gives, and a look at whether the list holds the answer."""
         from sae.kernels import triton as fast
 
         n_entries = min(self.k, inputs.d_sae) * inputs.n_tokens
@@ -66,7 +66,7 @@ class BatchTopK(CodeRule):
         def narrow(code: SparseCode) -> Bool[Tensor, "entries"]:
             return fast.largest(code.values, n_entries)
 
-        return FusedEncoder(listing.encode, listing.settle, narrow=narrow)
+        return FusedEncoder(listing.encode, listing.prepare, listing.settle, narrow=narrow)
 
     def new_state(self, d_sae: int) -> dict[str, Tensor]:
         """A threshold, the same for every feature."""

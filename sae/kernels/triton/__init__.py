@@ -13,7 +13,6 @@ from sae.kernels.triton.backward import gradients
 from sae.kernels.triton.batch import (
     MAX_MEAN,
     MAX_TOKENS,
-    Listed,
     Listing,
     batch_topk_encode,
     best_of_features,
@@ -63,7 +62,6 @@ __all__ = [
     "FeatureGradients",
     "GraphedStep",
     "KernelSizes",
-    "Listed",
     "ListedAbove",
     "Listing",
     "Moments",

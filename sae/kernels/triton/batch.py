@@ -7,7 +7,7 @@ Batch (BatchTopK, mutual choice): the M best of the batch, in the order of `sae.
 2. Every chunk: what reaches it is appended to a list of CAPACITY times M slots (`candidates.py`).
 3. Did at least M entries reach it (or was it the smallest positive number), and did all find room? Then the M best of
    the list are the M best of the batch. Else the plain exact encoder does the batch again. Asking is the one host
-   synchronisation here: what lies before it can be captured, and what uses the code, as another graph.
+   synchronisation here. The device goes on meanwhile: it takes the best of the list, right or not.
 
 Feature choice: the m_f best tokens of feature f, in the order of `sae.kernels.feature_topk`. The scores of a chunk
 of features on all tokens, a feature a row that fits one program's registers; bisection for its m_f-th key.
@@ -20,7 +20,6 @@ the last token's offset.
 # (kernels' arguments are pointers and numbers of the compiled language)
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,6 +32,7 @@ from sae.kernels import batch_topk as plain_batch
 from sae.kernels import feature_topk as plain_feature
 from sae.kernels.triton.candidates import Candidates
 from sae.kernels.triton.encode import chunk_rows, padded_product, product, sample_rows, score_buffer
+from sae.kernels.triton.nth import nth_largest
 from sae.kernels.triton.order import narrowest
 from sae.kernels.triton.select import bound, keys_of, select_rows
 from sae.kernels.triton.sizes import SIZES, KernelSizes
@@ -62,40 +62,17 @@ def batch_topk_encode(
     n_entries = min(n_entries, x.shape[0] * b_enc.shape[0])
     if x.shape[0] == 0 or n_entries // x.shape[0] > MAX_MEAN:
         return plain_batch.batch_topk_encode(x, W_enc[:, : b_enc.shape[0]], b_enc, n_entries, absolute=absolute)
-    listed = list_batch_topk(x, W_enc, b_enc, n_entries, absolute=absolute, sizes=sizes)
-    return listed.code_or_again(x, W_enc, b_enc, absolute=absolute)
-
-
-@dataclass(frozen=True)
-class Listed:
-    """The code that a list of candidates gives, and whether it is the batch's."""
-
-    code: SparseCode
-    holds: Bool[Tensor, ""]
-
-    def code_or_again(
-        self,
-        x: Float[Tensor, "n d_in"],
-        W_enc: Float[Tensor, "d_in d_sae"],
-        b_enc: Float[Tensor, "d_sae"],
-        *,
-        absolute: bool,
-    ) -> SparseCode:
-        """The batch's code, in the same memory: waits for the device, and where the list fails encodes once more."""
-        code = self.code
-        if not self.holds:
-            n_entries = code.values.shape[0]
-            again = plain_batch.batch_topk_encode(x, W_enc[:, : code.d_sae], b_enc, n_entries, absolute=absolute)
-            assert code.offsets is not None
-            assert again.offsets is not None
-            for ours, theirs in ((code.values, again.values), (code.indices, again.indices)):
-                ours.zero_()[: theirs.shape[0]] = theirs
-            code.offsets.copy_(again.offsets)
-        return code
+    listing = Listing(n_entries, absolute=absolute, sizes=sizes)
+    listing.prepare(x, W_enc, b_enc)
+    code = listing.encode(x, W_enc, b_enc)
+    if x.is_cuda:
+        torch.cuda.current_stream().synchronize()
+    listing.settle(x, W_enc, b_enc)
+    return code
 
 
 class Listing:
-    """`batch_topk_encode` in two parts, of which the first can be captured as a CUDA graph.
+    """`batch_topk_encode` in parts, of which the first two can be captured as CUDA graphs.
 
     Args:
         n_entries: as for `list_batch_topk`.
@@ -104,21 +81,42 @@ class Listing:
 
     def __init__(self, n_entries: int, *, absolute: bool = False, sizes: KernelSizes = SIZES) -> None:
         self.n_entries, self.absolute, self.sizes = n_entries, absolute, sizes
-        self.listed: Listed | None = None
+        self.found: Candidates | None = None
+        self.code: SparseCode | None = None
+        self._holds: Tensor | None = None
+
+    def prepare(
+        self, x: Float[Tensor, "n d_in"], W_enc: Float[Tensor, "d_in padded"], b_enc: Float[Tensor, "d_sae"]
+    ) -> None:
+        """Lists candidates, and begins to tell the host whether they hold the answer."""
+        self.found, holds = list_batch_topk(x, W_enc, b_enc, self.n_entries, absolute=self.absolute, sizes=self.sizes)
+        if self._holds is None:
+            self._holds = torch.empty((), dtype=holds.dtype, pin_memory=holds.is_cuda)
+        self._holds.copy_(holds, non_blocking=True)
 
     def encode(
         self, x: Float[Tensor, "n d_in"], W_enc: Float[Tensor, "d_in padded"], b_enc: Float[Tensor, "d_sae"]
     ) -> SparseCode:
-        """The code that a list of candidates gives."""
-        self.listed = list_batch_topk(x, W_enc, b_enc, self.n_entries, absolute=self.absolute, sizes=self.sizes)
-        return self.listed.code
+        """The code that the list gives."""
+        assert self.found is not None
+        self.code = self.found.best(self.n_entries, b_enc.shape[0])
+        return self.code
 
     def settle(
         self, x: Float[Tensor, "n d_in"], W_enc: Float[Tensor, "d_in padded"], b_enc: Float[Tensor, "d_sae"]
     ) -> None:
-        """Makes that code the batch's, where the list did not hold it; waits for the device."""
-        assert self.listed is not None
-        self.listed.code_or_again(x, W_enc, b_enc, absolute=self.absolute)
+        """Makes that code the batch's, in its memory, where the list did not hold it; the device has told by now."""
+        assert self.code is not None
+        assert self._holds is not None
+        if self._holds:
+            return
+        code = self.code
+        again = plain_batch.batch_topk_encode(x, W_enc[:, : code.d_sae], b_enc, self.n_entries, absolute=self.absolute)
+        assert code.offsets is not None
+        assert again.offsets is not None
+        for ours, theirs in ((code.values, again.values), (code.indices, again.indices)):
+            ours.zero_()[: theirs.shape[0]] = theirs
+        code.offsets.copy_(again.offsets)
 
 
 def list_batch_topk(
@@ -129,8 +127,8 @@ def list_batch_topk(
     *,
     absolute: bool = False,
     sizes: KernelSizes = SIZES,
-) -> Listed:
-    """What `batch_topk_encode` does before it asks the device, and so can be captured.
+) -> tuple[Candidates, Bool[Tensor, ""]]:
+    """Candidates of a batch, and whether the best of them are the batch's.
 
     Args:
         n_entries: at most n d_sae and (MAX_MEAN + 1) n, of at least one row.
@@ -150,16 +148,14 @@ def list_batch_topk(
             aim = math.ceil(MARGIN * n_entries * sampled / n)
             threshold = _threshold(scores[:sampled], bias, min(d_sae, sizes.candidates * mean), aim, absolute)
         found.add(scores, bias, threshold, first, absolute)
-    slots = len(found.values)
-    holds = (found.counter <= slots) & ((found.counter >= n_entries) | (threshold <= 0))
-    return Listed(found.best(n_entries, d_sae), holds)
+    return found, found.holds(n_entries, threshold)
 
 
 def largest(values: Float[Tensor, "entries"], n: int) -> Bool[Tensor, "entries"]:
     """The `n` of largest magnitude, at most all; of equal ones the first, and NaN above all."""
     n = min(n, values.shape[0])
     ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    lowest = torch.sort(ranked).values[values.shape[0] - n]
+    lowest = nth_largest(values, n)
     above, equal = ranked > lowest, ranked == lowest
     return above | (equal & (equal.cumsum(0) <= n - above.sum()))
 
@@ -172,8 +168,7 @@ def _threshold(
     values = torch.empty(rows, k, dtype=torch.float32, device=scores.device)
     indices = torch.empty(rows, k, dtype=torch.int64, device=scores.device)
     select_rows(scores, bias, k, values, indices, absolute=absolute)
-    ranked = values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    return torch.sort(ranked.view(-1), descending=True).values[min(aim, rows * k) - 1]
+    return nth_largest(values, min(aim, rows * k))
 
 
 def _no_places(slots: int, n: int, d_sae: int, device: torch.device) -> Int[Tensor, "slots"]:

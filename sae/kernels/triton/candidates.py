@@ -2,7 +2,7 @@
 
 1. One pass over the scores notes in one bit each what reaches the threshold. A row then appends its entries, by
    feature, as one run, to a list. Its place comes from an integer counter, in no fixed order.
-2. The lowest of the best is found by a sort of the magnitudes. Running sums of what every run keeps say where it goes:
+2. The lowest of the best is found by its bits (`nth.py`). Running sums of what every run keeps say where it goes:
    the order of the list leaves no trace.
 """
 
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.kernels.triton.nth import nth_largest
 from sae.kernels.triton.select import keys_of
 
 # Columns of a word of bits, and words that one program makes.
@@ -73,11 +74,16 @@ class Candidates:
             n_words, slots, BITS=BITS, WORDS=room, num_warps=max(1, min(8, room // 256)),
         )  # fmt: skip
 
+    def holds(self, n_entries: int, threshold: Float[Tensor, ""]) -> Bool[Tensor, ""]:
+        """Whether all that reached the threshold found a place, and `n_entries` did, or all that are positive."""
+        made = torch.empty((), dtype=torch.bool, device=self.values.device)
+        _holds_kernel[(1,)](self.counter, threshold, made, n_entries, len(self.values), num_warps=1)
+        return made
+
     def best(self, n_entries: int, d_sae: int) -> SparseCode:
         """The code of the entries of largest magnitude; of equal ones the first, and NaN above all."""
         n_runs, device = len(self.counts), self.values.device
-        ranked = self.values.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        lowest = torch.sort(ranked).values[len(ranked) - n_entries]
+        lowest = nth_largest(self.values, n_entries)
         reach = torch.empty(2 * n_runs, dtype=torch.int32, device=device)
         grid, sizes = (triton.cdiv(n_runs, RUNS),), {"RUNS": RUNS, "PIECE": RUN_PIECE, "num_warps": 4}
         _reach_kernel[grid](self.values, self.starts, self.counts, lowest, reach, n_runs, **sizes)
@@ -151,6 +157,12 @@ def _append_kernel(
         tl.store(features + start + rank, column, mask=fits)
         rank += 1
         left ^= lowest
+
+
+@triton.jit
+def _holds_kernel(counter, threshold, holds, n_entries, slots):
+    n = tl.load(counter)
+    tl.store(holds, (n <= slots) & ((n >= n_entries) | (tl.load(threshold) <= 0)))
 
 
 @triton.jit

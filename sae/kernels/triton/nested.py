@@ -104,10 +104,16 @@ def _sums_by_cell(
     for first in range(start, stop, ENTRIES):
         slot = first + tl.arange(0, ENTRIES)
         value, rows = written_rows(values, indices, W_dec, slot, stop, d, columns)
-        cell = tl.load(cells + slot, mask=slot < stop, other=0)
-        for c in tl.static_range(CELLS):
-            of_cell = tl.sum(rows * tl.where(cell == c, value, 0.0)[:, None], 0)
-            sums += tl.where((part == c)[:, None], of_cell[None, :], 0.0)
+        cell = tl.load(cells + slot, mask=slot < stop, other=-1)
+        last = tl.max(cell)
+        if tl.min(tl.where(cell < 0, last, cell)) == last:
+            # As of a list whose first k entries are those at k.
+            of_cell = tl.sum(rows * value[:, None], 0)
+            sums += tl.where((part == last)[:, None], of_cell[None, :], 0.0)
+        else:
+            for c in tl.static_range(CELLS):
+                of_cell = tl.sum(rows * tl.where(cell == c, value, 0.0)[:, None], 0)
+                sums += tl.where((part == c)[:, None], of_cell[None, :], 0.0)
     return sums
 
 

@@ -5,8 +5,8 @@ values are ranked), the bits of the positive float otherwise, the largest intege
 one program that did all of it would stream nothing while it bisects and sorts:
 
 1. The largest key of every group of columns. A group is made of runs of RUN columns, which step 3 reads as whole
-   sectors, far apart, since features that fire often may lie side by side: of a part of a row with LANES groups the
-   i-th run belongs to group i mod LANES.
+   sectors, as far apart as can be, since features that fire often may lie side by side: of G groups, the i-th run
+   belongs to group i mod G.
 2. By one program a row: tau, reached by at least k and hardly more group maxima, by bisection. At least k keys are
    >= tau, so no key below tau can win; tau = 1 where fewer than k groups hold a positive key.
 3. Compact the groups whose maximum is >= tau (about k of them), gather their members, compact those >= tau.
@@ -30,7 +30,7 @@ NAN_KEY = tl.constexpr(0x7FFFFFFF)
 TILE = 2048
 # Warps of a program that chooses, at least, and groups of each: with twice as many groups a warp would spill.
 WARPS, GROUPS_OF_A_WARP = 4, 512
-# Groups of a row, about; of a part of it, by one program of the streaming pass; and columns of each side by side.
+# Groups of a row, about; of one program of the streaming pass; and columns of each side by side.
 GROUPS, LANES, RUN = 2048, 512, 8
 
 
@@ -130,14 +130,14 @@ def _maxima_kernel(
     Z, U, bias, maxima, stride, n_columns, n_groups, beta,
     LANES: tl.constexpr, MEMBERS: tl.constexpr, RUN: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """The largest key of every group of a part of a row."""
+    """The largest keys of some of a row's groups."""
     row = tl.program_id(0).to(tl.int64)
     z_row, u_row = Z + row * stride, U + row * stride
     lane = tl.arange(0, LANES)
     largest = tl.zeros([LANES], tl.int32)
-    run = tl.program_id(1) * LANES * MEMBERS + lane[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    run = (tl.program_id(1) * LANES + lane[:, None]) * RUN + tl.arange(0, RUN)[None, :]
     for first in range(0, MEMBERS, RUN):
-        columns = first * LANES + run
+        columns = first * n_groups + run
         keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
         largest = tl.maximum(largest, tl.max(keys, 1))
     tl.store(maxima + row * n_groups + tl.program_id(1) * LANES + lane, largest)
@@ -146,7 +146,7 @@ def _maxima_kernel(
 @triton.jit
 def _select_kernel(
     Z, U, bias, maxima, values, indices, ranks, groups, candidates, stride, n_columns, n_groups, k, beta,
-    LANES: tl.constexpr, N_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
+    N_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
     MEMBERS: tl.constexpr, RUN: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -169,9 +169,8 @@ def _select_kernel(
         for first in range(0, n_chosen, GROUPS_AT_ONCE):
             group = tl.load(groups + first + slot, mask=first + slot < n_chosen, other=n_groups)
             # Lanes that were not filled begin behind all columns.
-            begin = (group // LANES) * (LANES * MEMBERS) + (group % LANES) * RUN
-            begin = tl.where(group < n_groups, begin, n_columns)
-            columns = begin[:, None] + ((member // RUN) * (LANES * RUN) + member % RUN)[None, :]
+            begin = tl.where(group < n_groups, group * RUN, n_columns)
+            columns = begin[:, None] + ((member // RUN) * (n_groups * RUN) + member % RUN)[None, :]
             keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
             columns = tl.reshape(columns, [GROUPS_AT_ONCE * MEMBERS])
             keys = tl.reshape(keys, [GROUPS_AT_ONCE * MEMBERS])
@@ -280,6 +279,6 @@ def select_rows(
     _select_kernel[(n,)](
         scores, u, bias, maxima, values, indices, indices if ranks is None else ranks, groups, candidates,
         scores.stride(0), n_columns, n_groups, k, beta,
-        LANES=lanes, N_GROUPS=room, CAPACITY=capacity, GROUPS_AT_ONCE=at_once, MEMBERS=members, RUN=min(members, RUN),
+        N_GROUPS=room, CAPACITY=capacity, GROUPS_AT_ONCE=at_once, MEMBERS=members, RUN=min(members, RUN),
         RANKED=ranks is not None, **ranked, num_warps=max(WARPS, room // GROUPS_OF_A_WARP),
     )  # fmt: skip

@@ -97,12 +97,13 @@ def test_select_stays_in_registers(absolute: bool, gradient: bool, folder: Path)
 
     ranked = {"LANES": LANES, "MEMBERS": 64, "RUN": RUN, "ABSOLUTE": absolute, "GRADIENT": gradient}
     ptx = check(_maxima_kernel, ranked, LANES // 128, folder)
+    chooses = {name: value for name, value in ranked.items() if name != "LANES"}
     assert not re.search(r"ld\.global\S*\.b32\s*\{\s*%r\d+\s*\}", ptx)
     # The last two: of the largest k, and of the most candidates of a row, from which BatchTopK's threshold is taken.
     sizes = [(GROUPS, 128), (2 * GROUPS, 1024), (4 * GROUPS, 2048)]
     for groups, capacity in sizes[:2] if gradient else sizes:
         chosen = {"N_GROUPS": groups, "CAPACITY": capacity, "GROUPS_AT_ONCE": TILE // 64, "RANKED": gradient}
-        check(_select_kernel, {**chosen, **ranked}, groups // GROUPS_OF_A_WARP, folder)
+        check(_select_kernel, {**chosen, **chooses}, groups // GROUPS_OF_A_WARP, folder)
 
 
 def test_a_merge_stays_in_registers(folder: Path) -> None:
@@ -120,15 +121,19 @@ def test_feature_choice_stays_in_registers(folder: Path) -> None:
 
 
 def test_batch_collection_stays_in_registers(folder: Path) -> None:
-    from sae.kernels.triton import candidates
+    from sae.kernels.triton import candidates, nth
     from sae.kernels.triton.candidates import BITS, RUN_PIECE, RUNS, WORDS
 
     types = dict.fromkeys(("starts", "counts", "features", "reach", "ends"), "*i32")
     types |= {"out_indices": "*i64", "offsets": "*i64"} | dict.fromkeys(("n_runs", "blocks", "n_entries"), "i32")
-    types |= {"words": "*i32", "n_words": "i32"}
+    types |= {"words": "*i32", "n_words": "i32", "wanted": "i32"}
     check(candidates._reached_kernel, {"ABSOLUTE": False, "BITS": BITS, "WORDS": WORDS}, 4, folder, types)
     for room, warps in ((1024, 4), (4096, 8)):
         check(candidates._append_kernel, {"BITS": BITS, "WORDS": room}, warps, folder, types)
+    check(candidates._holds_kernel, {}, 1, folder, {**types, "holds": "*i1"})
+    for number in range(nth.PASSES):
+        check(nth._count_kernel, {"PASS": number, "BLOCK": nth.BLOCK, "BINS": nth.BINS}, 8, folder, types)
+    check(nth._nth_kernel, {"BINS": nth.BINS}, 8, folder, types)
     for kernel in (candidates._reach_kernel, candidates._best_kernel):
         check(kernel, {"RUNS": RUNS, "PIECE": RUN_PIECE}, 4, folder, types)
 

@@ -8,6 +8,7 @@ from sae import kernels
 from sae.code import SparseCode
 from sae.kernels import triton as fast
 from sae.kernels.triton import candidates, select
+from sae.kernels.triton.nth import nth_largest
 from sae.kernels.triton.select import select_rows
 
 
@@ -107,6 +108,16 @@ def check_ragged(ours: SparseCode, reference: SparseCode) -> None:
     assert not ours.values[used:].any()
 
 
+def test_the_nth_largest_is_that_of_a_sort(device: torch.device) -> None:
+    """Of numbers with ties, with zeros, below all normal ones, and that are none; on several programs."""
+    drawn = torch.randn(5000, device=device)
+    odd = torch.tensor([float("nan"), 1, float("-inf"), 3, 0], device=device)
+    for values in (drawn, drawn.round(), drawn.clamp_min(2), drawn * 1e-38, odd):
+        ranked = values.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).sort(descending=True).values
+        for n in (1, 2, len(values) // 3, len(values)):
+            assert nth_largest(values, n) == ranked[n - 1]
+
+
 @pytest.mark.parametrize("n_entries", [1, 40, 900])
 @pytest.mark.parametrize("absolute", [False, True])
 def test_batch_topk_equals_the_plain_encoder(n_entries: int, absolute: bool, device: torch.device) -> None:
@@ -126,9 +137,9 @@ def test_a_batchs_candidates_are_put_in_order(
         monkeypatch.setattr(candidates, name, size)
     x, W, b = integers(60, 6, device=device), integers(90, 6, device=device).T, integers(90, device=device)
     b[features:] = -1000
-    listed = fast.list_batch_topk(x, W, b, n_entries, sizes=fast.KernelSizes(candidates=90))
-    assert listed.holds
-    check_ragged(listed.code, kernels.batch_topk_encode(x.cpu(), W.cpu(), b.cpu(), n_entries))
+    found, holds = fast.list_batch_topk(x, W, b, n_entries, sizes=fast.KernelSizes(candidates=90))
+    assert holds
+    check_ragged(found.best(n_entries, len(b)), kernels.batch_topk_encode(x.cpu(), W.cpu(), b.cpu(), n_entries))
 
 
 def test_feature_choice_equals_the_plain_encoder(device: torch.device) -> None:
