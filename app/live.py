@@ -161,6 +161,9 @@ export default function ({ data, parentElement, setTriggerValue }) {
   if (place.dataset.of !== data.of) {
     place.innerHTML = data.html; place.dataset.of = data.of; said.textContent = data.hint;
   }
+  place.querySelectorAll(".at, .on").forEach((one) => one.classList.remove("at", "on"));
+  place.querySelector(`.head [data-at="${data.at}"]`)?.classList.add("at");
+  if (data.row !== null) place.querySelector(`[data-row="${CSS.escape(data.row)}"]`)?.classList.add("on");
   place.onmouseover = (event) => {
     const cell = event.target.closest("[title]");
     if (cell) said.textContent = cell.title;
@@ -196,12 +199,30 @@ class Clicked(NamedTuple):
     """The token's position; None at the row's name."""
 
 
-def token_grid(html: str, *, hint: str, on_click: Callable[[Clicked], None], key: str) -> None:
-    """A grid of `workbench.show.grid`, below it what is under the pointer; cells, names and tokens can be clicked."""
+def token_grid(
+    html: str,
+    *,
+    row: str | None = None,
+    at: int | None = None,
+    hint: str,
+    on_click: Callable[[Clicked], None],
+    key: str,
+) -> None:
+    """A grid of `workbench.show.grid`, below it what is under the pointer; cells, names and tokens can be clicked.
+
+    Args:
+        html: the grid, drawn again only where it changes.
+        row: key of the row that stands out.
+        at: position of the token that stands out.
+        hint: what is said before anything is under the pointer.
+        on_click: called with the place of a click.
+        key: of the component.
+    """
 
     def clicked() -> None:
         place = st.session_state[key]["clicked"]
         if place is not None:
             on_click(Clicked(place["row"], None if place["at"] is None else int(place["at"])))
 
-    _grid(data={"html": html, "of": str(hash(html)), "hint": hint}, key=key, on_clicked_change=clicked)
+    data = {"html": html, "of": str(hash(html)), "row": row, "at": at, "hint": hint}
+    _grid(data=data, key=key, on_clicked_change=clicked)

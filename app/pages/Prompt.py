@@ -46,18 +46,24 @@ def main() -> None:
     if reading.truncated:
         st.info(f"Only the beginning was read: {reading.n_read:,} tokens (at most {MAX_CHARACTERS:,} characters, "
                 f"{MAX_TOKENS:,} tokens and one context of the model).")  # fmt: skip
+    looked_at(workspace, live, version, reading, text)
+
+
+@st.fragment
+def looked_at(workspace: Workspace, live: LiveSAE, version: int, reading: PromptReading, text: str) -> None:
+    """What was read, at the token and feature that are looked at; a click draws this alone again."""
+    if st.query_params.get("sae") != live.name:
+        # A cell of all SAEs opened another one.
+        st.rerun()
     with st.container(key="pairs"):
         token_box, feature_box, ranking, dense = st.columns([2, 2, 3, 2], vertical_alignment="bottom")
     position, feature = chosen(reading, token_box, feature_box)
     by, max_density = choose_ranking(reading, ranking, dense)
     tokens(reading, position, feature)
-    every_sae(workspace, live, text, position)
-    lens(workspace, live, version, text, position)
-    grid(reading, by, max_density, position, feature)
+    # What a click asks for is drawn before the grids, which it only marks.
+    grids = st.container()
     with st.container(key="beside"):
         ranked, detail = st.columns([3, 2], gap="large")
-    with ranked:
-        features(reading, by, max_density, position)
     with detail:
         if position is not None:
             expectations(reading, position)
@@ -66,6 +72,12 @@ def main() -> None:
         if position is None and feature is None:
             st.caption("Click a token to see its features and what the model expects after it.")
             st.plotly_chart(live_figures.prompt_losses(reading), key="losses", config={"displayModeBar": False})
+    with ranked:
+        features(reading, by, max_density, position)
+    with grids:
+        every_sae(workspace, live, text, position)
+        lens(workspace, live, version, text, position)
+        grid(reading, version, by, max_density, position, feature)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Reading ...")
@@ -142,7 +154,7 @@ def every_sae(workspace: Workspace, live: LiveSAE, text: str, position: int | No
         _set("feature", None)
 
     token_grid(
-        grid_html(readings[0].texts, sae_rows(readings), row=live.name, at=position),
+        grid_html(readings[0].texts, sae_rows(readings)), row=live.name, at=position,
         hint="Hover a cell to read its features; click it to open the SAE at this token.", on_click=open_at,
         key="grid of all SAEs",
     )  # fmt: skip
@@ -169,7 +181,7 @@ def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position:
         st.warning(plain(str(error)))
         return
     token_grid(
-        grid_html(found.texts, found.rows(), at=position), key="lens grid",
+        grid_html(found.texts, found.rows()), at=position, key="lens grid",
         hint="Hover a cell to read what the layer says; click it to open its token.",
         on_click=lambda place: _set("token", place.at),
     )  # fmt: skip
@@ -203,7 +215,15 @@ def _read_all(_saes: list[LiveSAE], versions: tuple[int, ...], text: str) -> lis
     return read_with(_saes, text)
 
 
-def grid(reading: PromptReading, by: Ranking, max_density: float, position: int | None, feature: int | None) -> None:
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _best_html(_reading: PromptReading, version: int, text: str, by: Ranking, max_density: float) -> str:
+    rows = feature_rows(_reading, by, max_density=max_density)
+    return grid_html(_reading.texts, rows) if rows else ""
+
+
+def grid(
+    reading: PromptReading, version: int, by: Ranking, max_density: float, position: int | None, feature: int | None
+) -> None:
     """The best features of the prompt by token; a cell opens its token and colours the text by its feature."""
 
     def open_at(place: Clicked) -> None:
@@ -212,10 +232,10 @@ def grid(reading: PromptReading, by: Ranking, max_density: float, position: int 
         if place.at is not None:
             _set("token", place.at)
 
-    rows = feature_rows(reading, by, max_density=max_density)
-    if rows:
+    html = _best_html(reading, version, reading.text, by, max_density)
+    if html:
         token_grid(
-            grid_html(reading.texts, rows, row=None if feature is None else str(feature), at=position),
+            html, row=None if feature is None else str(feature), at=position,
             hint="The best features of the prompt. Hover a cell to read it; click it to open its token and feature.",
             on_click=open_at, key="grid of features",
         )  # fmt: skip
@@ -260,9 +280,16 @@ def features(reading: PromptReading, by: Ranking, max_density: float, position: 
         table = table.drop(columns=["attribution", "next"], errors="ignore")
     number = table["feature"].to_numpy()
     link = [f"Feature?sae={reading.sae}&feature={feature}" for feature in number]
-    event = st.dataframe(
-        table.drop(columns="score", errors="ignore").assign(feature=link), hide_index=True, on_select="rerun",
-        selection_mode="single-row", key=f"table {reading.sae} {position} {hash(reading.text)}", height=380,
+    key = f"table {reading.sae} {position} {hash(reading.text)}"
+
+    def colour() -> None:
+        rows = st.session_state[key]["selection"]["rows"]
+        if rows:
+            _set("feature", int(number[rows[0]]))
+
+    st.dataframe(
+        table.drop(columns="score", errors="ignore").assign(feature=link), hide_index=True, on_select=colour,
+        selection_mode="single-row", key=key, height=380,
         column_config={
             "feature": st.column_config.LinkColumn("feature", display_text=LINK),
             "density": st.column_config.NumberColumn("density", format="percent"),
@@ -272,12 +299,6 @@ def features(reading: PromptReading, by: Ranking, max_density: float, position: 
             ),
         },
     )  # fmt: skip
-    rows = event["selection"]["rows"]
-    if rows and st.session_state.get("last row") != (reading.sae, position, rows[0]):
-        # Only a new selection: later changes of the box above must win.
-        st.session_state["last row"] = (reading.sae, position, rows[0])
-        _set("feature", int(number[rows[0]]))
-        st.rerun()
 
 
 def at_token(reading: PromptReading, position: int, max_density: float) -> pd.DataFrame:

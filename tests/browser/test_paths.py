@@ -326,6 +326,9 @@ def test_a_token_of_a_prompt_is_clicked(address: str, page: Any) -> None:
     cell.click()
     page.wait_for_url(re.compile(f"feature={feature}"))
     page.get_by_text(f"After token {at}").wait_for()
+    page.locator(f".grid tr.on[data-row='{feature}']").wait_for()
+    page.locator(f".grid .head .at[data-at='{at}']").wait_for()
+    assert "prompt=def" in page.url
     assert page.evaluate("window.attacked") is None
 
 

@@ -50,22 +50,19 @@ GRID_CSS = """
 """.replace("GREY_LINE", GREY_LINE)
 
 
-def grid_html(texts: Sequence[str], rows: Sequence[Row], *, row: str | None = None, at: int | None = None) -> str:
-    """The grid; its style is GRID_CSS.
+def grid_html(texts: Sequence[str], rows: Sequence[Row]) -> str:
+    """The grid; its style is GRID_CSS, where a token of the class `at` and a row of the class `on` stand out.
 
     Args:
         texts: of the tokens, in order of their positions.
         rows: from top to bottom.
-        row: key of the row that stands out.
-        at: position of the token that stands out.
     """
     head = "".join(
-        f'<th data-at="{number}" title="{number} {escape(repr(text))}"{" class=at" * (number == at)}>'
-        f"<div>{escape(one_line(text))}</div></th>"
+        f'<th data-at="{number}" title="{number} {escape(repr(text))}"><div>{escape(one_line(text))}</div></th>'
         for number, text in enumerate(texts)
     )
     body = "".join(
-        f'<tr data-row="{escape(one.key)}"{" class=on" * (one.key == row)}>'
+        f'<tr data-row="{escape(one.key)}">'
         f'<th class="name" title="{escape(one.name)}">{escape(one.name)}</th>'
         + "".join(_cell(one, number) for number in range(len(texts)))
         + "</tr>"
