@@ -85,8 +85,9 @@ class FusedEncoder:
     """Called before `encode` with its arguments, (x [n, d_in], W_enc [d_in, padded], b_enc [d_sae]), for the part of
     its work whose result the host has to see; captured as `encode` is. None where the host sees nothing."""
     settle: Callable[[Tensor, Tensor, Tensor], None] | None = None
-    """Called after `encode` with its arguments, when the device has done what `prepare` asked of it, where the code may
-    have to be put right in its memory; None where it never has to."""
+    """Called after `encode` with its arguments, (x [n, d_in], W_enc [d_in, padded], b_enc [d_sae]), when the device has
+    done what `prepare` asked of it, where the code may have to be put right in its memory; None where it never has
+    to."""
     by_rows: bool = False
     """Whether `encode` takes any number of a batch's rows, and keeps k of each in the canonical order; ranks that
     share out the features then choose each token's k best of all, in place of the rule's `among`. It does not count
