@@ -9,6 +9,7 @@ A set of transcoders is evaluated layer by layer, and with all its layers at onc
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -74,7 +75,7 @@ def evaluate(
         name: _stored(catalog.results, name, asked, measured[name]) if reuse else None for name in names
     }
     if missing := [name for name, found in done.items() if found is None]:
-        loaded = origin.load("these SAEs", model, device)
+        loaded = _begun(replace(origin, bos=True).load("these SAEs", model, device), origins)
         for item in origins.values():
             item.check_model(loaded, "these SAEs")
         fresh = _measure(catalog, missing, loaded, opened, origin, asked, on_progress)
@@ -108,9 +109,10 @@ def evaluate_set(
     """
     coders = catalog.transcoders(name)
     layers = [layer_name(name, layer) for layer in coders]
-    origin = _common_origin({layer: catalog.origin(layer) for layer in layers})
+    origins = {layer: catalog.origin(layer) for layer in layers}
+    origin = _common_origin(origins)
     opened = heldout_text(f"the set {name!r}", origin, corpus, text_field, only)
-    loaded = origin.load("these transcoders", model, device)
+    loaded = _begun(replace(origin, bos=True).load("these transcoders", model, device), origins)
     check_covers(name, coders, loaded)
     found = evaluate_replacement(
         loaded, list(coders.coders.values()), opened, max_tokens=max_tokens,
@@ -162,19 +164,29 @@ def _common_origin(origins: Mapping[str, Origin]) -> Origin:
     """That of the first SAE.
 
     Raises:
-        InputError: SAEs of different models or of none that is known, or some trained with BOS and some without.
+        InputError: SAEs of different models, or of none that is known.
     """
     first = next(iter(origins.values()))
     # Imported ones do not say their model's weights.
     weights = {origin.weights_sha256 for origin in origins.values()} - {None}
     if len({origin.model for origin in origins.values()}) > 1 or len(weights) > 1:
         raise InputError("these SAEs were trained on different models: evaluate those of one model at a time")
-    if len({origin.bos for origin in origins.values()}) > 1:
-        without = ", ".join(name for name, origin in origins.items() if not origin.bos)
-        raise InputError(f"{without} was trained without BOS and others here with it: evaluate them apart")
     if not first.model:
         raise InputError(f"SAE {next(iter(origins))!r} does not say which model it reads: import it with --model")
     return first
+
+
+def _begun(model: LoadedModel, origins: Mapping[str, Origin]) -> LoadedModel:
+    """The model with contexts that begin as those of all SAEs did.
+
+    Raises:
+        InputError: some trained with BOS and some without, where the model has one: old records of models without it
+            say that contexts begin with it.
+    """
+    without = [name for name, origin in origins.items() if not origin.bos]
+    if model.bos_id is not None and 0 < len(without) < len(origins):
+        raise InputError(f"{', '.join(without)} was trained without BOS and others here with it: evaluate them apart")
+    return model.beginning(not without)
 
 
 def _measure(

@@ -1,6 +1,7 @@
 """SAEs of contexts that begin without BOS are measured and read without it, whoever trained them."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,17 @@ def test_prompts_begin_as_contexts_did(space: Workspace, model: LoadedModel) -> 
     assert set(bare.at(0)["feature"]) == set(feature[token == 0].tolist())
 
 
-def test_those_with_and_without_are_not_measured_as_one(space: Workspace, model: LoadedModel) -> None:
+def test_those_with_and_without_are_not_measured_as_one(space: Workspace, model: LoadedModel, texts: Path) -> None:
     with pytest.raises(InputError, match=r"^harvested was trained without BOS and others here with it"):
-        space.evaluate(["begun", "harvested"], model=model, max_tokens=TOKENS)
+        space.evaluate(["begun", "harvested"], model=model, corpus=str(texts), max_tokens=TOKENS)
+
+
+def test_old_records_of_a_model_without_bos_are_measured_beside_new_ones(
+    space: Workspace, model: LoadedModel, texts: Path
+) -> None:
+    """They say that contexts begin with BOS; new ones that they do not."""
+    none, names, corpus = replace(model, bos_id=None), ["begun", "harvested"], open_corpus(str(texts))
+    both = space.evaluate(names, model=none, corpus=str(texts), max_tokens=2 * TOKENS)
+    assert both[0].ce_clean == both[1].ce_clean
+    saes = {name: space.sae(name) for name in names}
+    assert space.sparsity_part("sae", "old", none, corpus, saes=saes, max_tokens=TOKENS, context_len=CONTEXT)
