@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from workbench.text.corpora import Corpus
 
 SCHEMA = 1
+PROVENANCE = "provenance.json"
+"""Record of what an SAE was made from, in its folder."""
 
 
 class Catalog:
@@ -214,7 +216,7 @@ class Catalog:
     def sae_provenance(self, name: str) -> Record:
         """The record of what an SAE was made from: run, harvest, hook, training and versions; empty when that is not
         known. `origin` reads it."""
-        file = self._require_sae(name) / "provenance.json"
+        file = self._require_sae(name) / PROVENANCE
         return read_description(file) if file.is_file() else {}
 
     def origin(self, name: str) -> Origin:
@@ -242,7 +244,7 @@ class Catalog:
 
         def write(partial: Path) -> None:
             sae.save(partial)
-            write_description(partial / "provenance.json", provenance)
+            write_description(partial / PROVENANCE, provenance)
 
         _save_whole(self.sae_folder(name), f"SAE {name!r}", write)
 
@@ -284,7 +286,7 @@ class Catalog:
         def write(partial: Path) -> None:
             coders.save(partial)
             for layer, record in zip(coders, provenance, strict=True):
-                write_description(partial / f"layer_{layer}" / "provenance.json", record)
+                write_description(partial / f"layer_{layer}" / PROVENANCE, record)
 
         _save_whole(self.transcoder_folder(name), f"the set of transcoders {name!r}", write)
 

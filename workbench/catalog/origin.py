@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.errors import InputError
 from sae.shown import Shown
+from workbench.disk.names import lasting_name
 
 if TYPE_CHECKING:
     from sae.model import SAE
@@ -45,6 +46,15 @@ def contexts_told(metadata: Record) -> tuple[int | None, bool]:
     length = metadata.get("context_size")
     context_len = int(length) if isinstance(length, int | float) and length > 1 else None
     return context_len, metadata.get("prepend_bos") is not False
+
+
+def lasting(record: Record) -> dict[str, Any]:
+    """A record with its model and its corpus by the names that mean the same from everywhere, which older ones lack."""
+    found = dict(record)
+    for key, bundled in (("model", "demo"), ("corpus", "python-stdlib")):
+        if named := _mapping(record, key):
+            found[key] = {**named, "name": lasting_name(str(named.get("name", "")), bundled)}
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ import duckdb
 
 from sae.errors import InputError
 from sae.shown import Shown, first_rows
-from workbench.catalog.origin import Origin
+from workbench.catalog.origin import Origin, lasting
 from workbench.disk.database import WRITING, create_table, read_duckdb, write_duckdb
 from workbench.disk.names import check_name
 
@@ -166,7 +166,7 @@ class ResultStore:
             return None
         result = self.open(kind, name)
         asked, made_from = json.loads(json.dumps([parameters, origin.record]))
-        return result if result.parameters == asked and result.provenance == made_from else None
+        return result if result.parameters == asked and lasting(result.provenance) == lasting(made_from) else None
 
     def get_or_make(
         self,

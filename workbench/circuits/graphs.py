@@ -47,7 +47,7 @@ from workbench.catalog.notes import GRAPH, Notes
 from workbench.catalog.origin import Origin
 from workbench.catalog.results import Made, Result
 from workbench.circuits.figures import attribution_figure
-from workbench.disk.names import layer_name
+from workbench.disk.names import lasting_name, layer_name
 from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.load import LoadedModel
 from workbench.models.memory import check_prompt_fits
@@ -155,7 +155,7 @@ def sets_for_graphs(catalog: Catalog) -> list[tuple[str, str]]:
 
 def _latest(catalog: Catalog, model: LoadedModel) -> str | None:
     """The set of a model that was written last and is no baseline with a random decoder."""
-    ours = [name for name, of in sets_for_graphs(catalog) if of == model.info.name and name != BUNDLED]
+    ours = [name for name, of in sets_for_graphs(catalog) if lasting_name(of) == model.info.name and name != BUNDLED]
     return next((name for name in ours if not catalog.origin(layer_name(name, 0)).frozen_decoder), None)
 
 

@@ -22,7 +22,6 @@ from workbench.cli.options import (
 )
 from workbench.cli.output import print_json, print_result, print_table, write_page
 from workbench.cli.shared import sharing
-from workbench.disk.names import as_name
 from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -100,6 +99,12 @@ class Analysis:
 
         return load_model(self.model, device=self.device)
 
+    def named(self, what: str) -> str:
+        """The result's name: what it is of which model, where none is given."""
+        from workbench.models.load_own import short_name
+
+        return self.name or f"{what}-{short_name(self.model)}"
+
     def workspace(self) -> "Workspace":
         """The workspace, made where there is none."""
         from workbench.workspace import Workspace
@@ -176,7 +181,7 @@ def heads(
     """Score every head: previous token, duplicate, induction, copying, retrieval, sink, entropy; composition."""
     with run.bar("heads") as on_progress:
         result = run.workspace().heads(
-            run.name or as_name(f"heads-{Path(run.model).name}"), run.load(), n=rows, length=length, needles=needles,
+            run.named("heads"), run.load(), n=rows, length=length, needles=needles,
             seed=seed, on_progress=on_progress,
         )  # fmt: skip
     scores = result.table("scores").drop(columns=["layer", "head"])
@@ -217,7 +222,7 @@ def retrieval(
     """Mask retrieval heads: how much of a needle is found without them, beside random heads."""
     with run.bar("retrieval") as on_progress:
         result = run.workspace().retrieval(
-            run.name or f"retrieval-{Path(run.model).name}", run.load(), needles=needles, draws=draws, seed=seed,
+            run.named("retrieval"), run.load(), needles=needles, draws=draws, seed=seed,
             on_progress=on_progress,
         )  # fmt: skip
     heads = result.table("heads").drop(columns=["layer", "head"]).sort_values("evidence", ascending=False)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, TextFieldOption, WorkspaceOption
+from workbench.cli.options import DEFAULT_WORKSPACE, DeviceOption, JsonOption, WorkspaceOption
 from workbench.cli.output import print_json
 from workbench.cli.pipeline import describe_estimate
 from workbench.cli.web_app import open_app
@@ -14,6 +14,11 @@ from workbench.show.progress import ProgressBar, format_bytes
 if TYPE_CHECKING:
     from workbench.features.opening import Opening
     from workbench.harvest.run import HarvestEstimate
+
+
+FieldOption = Annotated[
+    str | None, typer.Option(help="Field of the corpus that holds the text; as in training, or text, if left out.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +44,7 @@ def open_(
         list[int] | None, typer.Option(metavar="LAYER", help="Of a set, index this layer only; repeat for several.")
     ] = None,
     corpus: Annotated[str | None, typer.Option(help="Text to read; what it was trained on when left out.")] = None,
-    text_field: TextFieldOption = "text",
+    text_field: FieldOption = None,
     hook: Annotated[str | None, typer.Option(help="Hook point it reads, where its files do not say.")] = None,
     model: Annotated[str | None, typer.Option(help="Model it reads, where its files do not say.")] = None,
     estimate_only: Annotated[bool, typer.Option(help="Print what will be downloaded and taken, and stop.")] = False,
@@ -52,6 +57,11 @@ def open_(
 
     Says first what it will download and take. Interrupted, it goes on where it stopped when the command is repeated.
     """
+    # Before what takes seconds to import: no such release, or no network to fetch it.
+    from workbench.saes.releases import check_reachable
+
+    if sae_id is not None:
+        check_reachable(source, sae_id)
     from workbench.features.opening import plan_opening
     from workbench.workspace import Workspace
 
@@ -82,9 +92,8 @@ def open_(
     if as_json:
         print_json({**asdict(made), "path": str(workspace.path)})
         return
-    print(
-        f"Opened {plan.source} as {made.name}; its features: workbench feature {made.indexes[0]} --workspace {folder}"
-    )
+    features = f"workbench feature {made.indexes[0]} --workspace {folder}"
+    print(f"Opened {plan.source} as {made.name}; its features: {features}")
     if pages:
         open_app(folder)
 

@@ -11,12 +11,17 @@ EXTRAS = {
 """Extra by package."""
 
 
-def require(package: str, what: str) -> None:
-    """Raises InputError, saying what needs it and how it is installed, where a package is missing or does not load."""
+def check_installed(package: str, what: str) -> None:
+    """Raises InputError, saying what needs it and how it is installed, where a package is missing."""
     if importlib.util.find_spec(package) is None:
         raise InputError(
             f"{what} needs the package {package.replace('_', '-')}: pip install 'interp-workbench[{EXTRAS[package]}]'"
         )
+
+
+def require(package: str, what: str) -> None:
+    """Raises InputError, saying what needs it and how it is installed, where a package is missing or does not load."""
+    check_installed(package, what)
     try:
         importlib.import_module(package)
     except ImportError as error:

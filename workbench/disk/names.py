@@ -1,4 +1,5 @@
-"""Names of artefacts, which are names of files: what one may be, and when two are one."""
+"""Names of artefacts, which are names of files: what one may be, and when two are one; and names of what lies
+elsewhere, as they are recorded."""
 
 import re
 from pathlib import Path
@@ -23,6 +24,28 @@ def check_name(name: str, what: str) -> str:
 def as_name(text: str) -> str:
     """A text as a name: hyphens in place of what a file name cannot hold (`file.py:function`)."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text)[:128]
+
+
+def is_function(spec: str) -> bool:
+    """Whether a name is `file.py:function`."""
+    file, colon, function = spec.rpartition(":")
+    return bool(colon) and file.endswith(".py") and function.isidentifier()
+
+
+def lasting_name(spec: str, bundled: str = "demo") -> str:
+    """The name under which a model or a corpus is recorded: of a file or a folder its place from the root on, which
+    means the same wherever it is read; every other name as it is.
+
+    Args:
+        bundled: a name that no file or folder takes away.
+    """
+    if is_function(spec):
+        file, _, function = spec.rpartition(":")
+        return f"{Path(file).expanduser().resolve()}:{function}"
+    if not spec or spec == bundled:
+        return spec
+    path = Path(spec).expanduser()
+    return str(path.resolve()) if path.exists() else spec
 
 
 def layer_name(transcoders: str, layer: int) -> str:

@@ -11,7 +11,7 @@ Each step is stored in the workspace, is found again when it is there, and goes 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from sae.config import TrainConfig
 from sae.errors import InputError
@@ -20,15 +20,14 @@ from sae.training import check_configs
 from workbench.catalog.catalog import Catalog
 from workbench.catalog.results import Result
 from workbench.catalog.runs import Run
-from workbench.disk.names import check_name, new_folder
+from workbench.disk.names import check_name, is_function, new_folder
 from workbench.features.index.build import IndexSummary, build_index
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestProgress, harvest_into
 from workbench.models.contexts import context_length
-from workbench.models.hooked import SUFFIXES
 from workbench.models.hooks import resolve_hook
 from workbench.models.load import LoadedModel, load_model
-from workbench.models.load_own import LIVE, is_function
+from workbench.models.load_own import short_name
 from workbench.saes.crosscoders import evaluate_crosscoder
 from workbench.saes.train import train_all
 
@@ -158,13 +157,8 @@ def _harvest(
 
 def part_labels(a: str, b: str) -> list[str]:
     """What the models are called: the last words of their names, the second by another where these are the same."""
-    first, second = _last_word(a), _last_word(b)
+    # Dots stand between a comparison's name and its harvests'.
+    first, second = (short_name(spec).replace(".", "-") for spec in (a, b))
     if first == second and is_function(a) and is_function(b):
         first, second = (spec.rpartition(":")[2] for spec in (a, b))
     return [first, second] if first != second else [first, f"{first}-2"]
-
-
-def _last_word(spec: str) -> str:
-    """Of a path or a name on the hub; without dots, which stand between a comparison's name and its harvests'."""
-    path = PurePath(spec.removeprefix(LIVE).split(":")[0])
-    return (path.stem if path.suffix in (".py", *SUFFIXES) else path.name).replace(".", "-") or spec

@@ -12,11 +12,13 @@ was interrupted.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sae.errors import InputError
 from sae.formats.foreign import load_foreign
 from sae.transcoder_set import load_transcoders
-from workbench.catalog.catalog import Catalog
+from workbench.catalog.catalog import PROVENANCE, Catalog
+from workbench.disk.descriptions import read_description
 from workbench.disk.names import check_name, layer_name, new_folder
 from workbench.features.index.build import build_index
 from workbench.harvest.plan import HarvestConfig
@@ -71,7 +73,7 @@ def plan_opening(
     hook: str | None = None,
     model: str | None = None,
     corpus: str | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
     tokens: int = 500_000,
 ) -> Opening:
     """What opening a dictionary will do; see the module's description.
@@ -82,7 +84,7 @@ def plan_opening(
         sae_id: the dictionary in the release; with a * for the layer, a set of transcoders.
         name: in the workspace; made of the release and id, or the folder, when None.
         hook, model, corpus: what it reads and was trained on, where it does not say.
-        text_field: field of the corpus that holds the text.
+        text_field: field of the corpus that holds the text; the one that it was trained on, or `text`, when None.
         tokens: rows to harvest and index.
 
     Raises:
@@ -94,7 +96,7 @@ def plan_opening(
         trained, called = published.trained, f"{source}-{sae_id}"
     elif is_set(folder):
         coders = load_transcoders(demo_transcoders_dir() if folder == BUNDLED else folder).coders
-        trained, called = Trained.of(coders), folder.name
+        trained, called = Trained.of(coders, _record_in(folder / "layer_0")), folder.name
     elif folder.is_dir():
         coder = load_foreign(folder, hook_name=hook, model_name=model)
         if coder.parts:
@@ -102,7 +104,7 @@ def plan_opening(
                 f"{source} is a crosscoder, which reads several activations: bring it in with `workbench import`, "
                 "harvest what it reads and name the harvests to `workbench index`"
             )
-        trained, called = Trained.of({0: coder}), folder.name
+        trained, called = Trained.of({0: coder}, _record_in(folder)), folder.name
     elif "/" in source and not source.startswith(("/", ".", "~")):
         published = describe_hub_set(source, model=model)
         trained, called = published.trained, source
@@ -118,12 +120,18 @@ def plan_opening(
         )
     context = trained.context_len or CONTEXT
     config = HarvestConfig(
-        model=named, corpus=text, hooks=trained.hooks, text_field=text_field, context_len=context,
-        max_tokens=max(tokens, context), bos=trained.bos,
+        model=named, corpus=text, hooks=trained.hooks, text_field=text_field or trained.text_field,
+        context_len=context, max_tokens=max(tokens, context), bos=trained.bos, separate=trained.separate,
     )  # fmt: skip
     plain = "".join(mark if mark.isalnum() or mark in "-_." else "-" for mark in called)
     name = check_name(name or plain.replace(".", "_"), "name")
     return Opening(name, f"{source}/{sae_id}" if sae_id else source, trained, published, config)
+
+
+def _record_in(folder: Path) -> dict[str, Any]:
+    """What a workspace recorded of an SAE in its folder; empty for a folder of somebody else's."""
+    file = folder / PROVENANCE
+    return read_description(file) if file.is_file() else {}
 
 
 def open_dictionary(

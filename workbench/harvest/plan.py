@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import get_args
 
 import torch
 
 from sae.errors import InputError
+from workbench.disk.names import lasting_name
 from workbench.harvest.record import GRADIENT
 from workbench.models.contexts import context_length
 from workbench.models.hooks import resolve_hooks
 from workbench.models.load import DTYPES, LoadedModel
-from workbench.models.load_own import absolute_function, is_function
 from workbench.models.places import HookSpec
 from workbench.text.python_source import Split
 
@@ -53,14 +52,7 @@ class HarvestConfig:
 
     def absolute(self) -> "HarvestConfig":
         """The same with paths that mean the same wherever the workspace is opened from."""
-
-        def resolved(spec: str, own: str) -> str:
-            if is_function(spec):
-                return absolute_function(spec)
-            path = Path(spec).expanduser()
-            return str(path.resolve()) if spec and spec != own and path.exists() else spec
-
-        return replace(self, model=resolved(self.model, "demo"), corpus=resolved(self.corpus, "python-stdlib"))
+        return replace(self, model=lasting_name(self.model), corpus=lasting_name(self.corpus, "python-stdlib"))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from sae.errors import InputError
 from sae.ranks import Ranks, meet
 from workbench.disk.descriptions import differences, read_description, write_description
 from workbench.disk.locks import RunLock
+from workbench.disk.names import lasting_name
 from workbench.harvest.finishing import write_database
 from workbench.harvest.journal import Block, leading, read_journal, recover_journal
 from workbench.harvest.passes import contexts, packing_beside, place_of, run_batch
@@ -242,6 +243,8 @@ def begin(folder: Path, description: dict[str, Any], *, has_bos: bool) -> None:
         if not has_bos and "bos" not in recorded["config"]:
             # Begun when only a choice was recorded, not that there was none.
             recorded["config"]["bos"] = False
+        recorded["corpus"]["name"] = lasting_name(recorded["corpus"]["name"], "python-stdlib")
+        recorded["model"]["name"] = lasting_name(recorded["model"]["name"])
         if SPECIAL_TOKENS not in recorded:
             description = {key: value for key, value in description.items() if key != SPECIAL_TOKENS}
         differing = [d for d in differences(recorded, description) if not d.startswith("made_with")]

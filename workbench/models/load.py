@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sae.errors import InputError
+from workbench.disk.names import lasting_name
 from workbench.models.checkpoints import from_pretrained, load_tokenizer, locate, weight_files, weights_sha256
 from workbench.models.devices import choose_device
 from workbench.models.kept_checks import kept_or_measured
@@ -72,8 +73,9 @@ def load_model(spec: str | nn.Module | OwnModel, device: str = "auto", dtype: st
     bos_id = _bos_id(tokenizer, config, spec)
     _refuse_unusable(hf, tokenizer, bos_id, spec)
     bridge = wrapped(spec, location, hf, tokenizer, run_dtype)
+    name = lasting_name(spec) if source == "folder" else spec
     info = ModelInfo.of(
-        hf, bridge, name=spec, source=source, revision=getattr(config, "_commit_hash", None),
+        hf, bridge, name=name, source=source, revision=getattr(config, "_commit_hash", None),
         weights_sha256=weights_sha256(weights), checkpoint_dtype=str(stored).removeprefix("torch."), device=str(place),
     )  # fmt: skip
     loaded = LoadedModel(info, hf, bridge, tokenizer, bos_id)

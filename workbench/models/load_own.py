@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from circuits.nodes import gives_tokens
 from sae.errors import InputError
+from workbench.disk.names import as_name, is_function, lasting_name
 from workbench.models.guards import TOKENS, check
 from workbench.models.hooked import SUFFIXES, is_checkpoint, is_hooked, native_pair, read_checkpoint
 from workbench.models.model import Checks, LoadedModel, ModelInfo
@@ -61,24 +62,19 @@ def own_model(spec: "str | nn.Module | OwnModel") -> Given | None:
         return Given(own, LIVE + own.name, "live", own_sha256(own))
     if is_function(spec):
         own = _described(_made_by(spec), f"{spec} gives a {{}}")
-        return Given(own, absolute_function(spec), "python", own_sha256(own))
+        return Given(own, lasting_name(spec), "python", own_sha256(own))
     file = _checkpoint_file(Path(spec).expanduser())
     if file is None:
         return None
     own = OwnModel(read_checkpoint(file), name=spec)
-    return Given(own, spec, "file", own_sha256(own))
+    return Given(own, lasting_name(spec), "file", own_sha256(own))
 
 
-def is_function(spec: str) -> bool:
-    """Whether a model's name is `file.py:function`."""
-    file, colon, function = spec.rpartition(":")
-    return bool(colon) and file.endswith(".py") and function.isidentifier()
-
-
-def absolute_function(spec: str) -> str:
-    """`file.py:function` as it means the same from everywhere."""
-    file, _, function = spec.rpartition(":")
-    return f"{Path(file).expanduser().resolve()}:{function}"
+def short_name(spec: str) -> str:
+    """What a model is called in the names of what is made of it: the last part of a path or of a name on the hub,
+    without the ending of a file and the function in it."""
+    path = PurePath(lasting_name(spec).removeprefix(LIVE).split(".py:")[0])
+    return as_name(path.stem if path.suffix.lower() in SUFFIXES else path.name) or "model"
 
 
 def must_be_given(name: str) -> bool:

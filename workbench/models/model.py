@@ -50,7 +50,7 @@ class ModelInfo:
     """What was loaded; recorded with everything made from it."""
 
     name: str
-    """As the user gave it."""
+    """As the user gave it; of a file or a folder its place from the root on."""
     source: str
     """`bundled`, `folder`, `hub`, `file` (a checkpoint of a HookedTransformer), `python` or `live`."""
     revision: str | None

@@ -27,6 +27,7 @@ from sae.model import SAE
 from sae.recovery import RECOVERED_ABOVE
 from sae.shown import Shown
 from workbench.catalog.catalog import Catalog
+from workbench.disk.names import lasting_name
 from workbench.show.colours import series_colour
 
 BINS = 50
@@ -98,7 +99,8 @@ def overlap(a: SAE, b: SAE, names: tuple[str, str] = ("A", "B")) -> Overlap:
     Raises:
         InputError: SAEs of different output widths or models, whose directions do not share a basis.
     """
-    for what, mine, other in (("writes vectors of", a.d_out, b.d_out), ("is of the model", a.model_name, b.model_name)):
+    models = (lasting_name(sae.model_name) for sae in (a, b))
+    for what, mine, other in (("writes vectors of", a.d_out, b.d_out), ("is of the model", *models)):
         if mine != other:
             raise InputError(
                 f"{names[0]} {what} {mine}, {names[1]} {other}, so their directions have nothing in common: "

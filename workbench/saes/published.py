@@ -16,11 +16,11 @@ from sae.errors import InputError
 from sae.formats import saelens_old
 from sae.formats.saelens_import import check_supported, place_read
 from sae.model import SAE
-from workbench.catalog.origin import contexts_told
+from workbench.catalog.origin import Origin, contexts_told
 from workbench.disk.extras import require
-from workbench.disk.hub import SECONDS_TO_ANSWER, require_hub
+from workbench.disk.hub import SECONDS_TO_ANSWER
 from workbench.models.checkpoints import hub_name
-from workbench.saes.pretrained import check_id, ids_of_set, registered
+from workbench.saes.releases import check_hub, check_reachable, registered
 
 PROCESSED = ("center_writing_weights", "fold_ln", "center_unembed", "fold_value_biases")
 """What TransformerLens may have done to a model's weights; here they are raw."""
@@ -43,15 +43,27 @@ class Trained:
     context_len: int | None = None
     bos: bool = True
     corpus: str | None = None
+    text_field: str = "text"
+    """Of the corpus."""
+    separate: bool = False
+    """Whether no context held parts of two documents."""
     processed: tuple[str, ...] = ()
     """What was done to the model's weights before, of PROCESSED."""
 
     @classmethod
-    def of(cls, coders: Mapping[int, SAE]) -> "Trained":
-        """Of dictionaries that are there, by layer."""
-        first = next(iter(coders.values()))
+    def of(cls, coders: Mapping[int, SAE], record: Mapping[str, Any] | None = None) -> "Trained":
+        """Of dictionaries that are there, by layer.
+
+        Args:
+            record: of the first, where a workspace keeps one.
+        """
+        first, origin = next(iter(coders.values())), Origin.of_sae(record or {})
         hooks = tuple(coder.hook_name for coder in coders.values())
-        return cls(first.model_name, hooks, first.d_in, first.d_sae, **_from_metadata(first.metadata))
+        about = _from_metadata({**first.metadata, **origin.told})
+        return cls(
+            first.model_name, hooks, first.d_in, first.d_sae, text_field=origin.text_field, separate=origin.separate,
+            **about,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,24 +93,15 @@ def describe_published(
     Raises:
         InputError: as `load_pretrained` and `load_pretrained_set`, or one that does not say what it reads.
     """
-    known = registered(release)
-    repo = known.repo_id if known else release
-    called = f"{release}/{sae_id}" if isinstance(sae_id, str) else release
-    # What the registry does not have needs no network to be refused.
-    if not isinstance(sae_id, str):
-        ids = dict(sae_id)
-    elif "*" in sae_id:
-        ids = ids_of_set(release, sae_id)
+    if isinstance(sae_id, str):
+        ids, called = check_reachable(release, sae_id), f"{release}/{sae_id}"
     else:
-        check_id(release, sae_id)
-        ids = {0: sae_id}
-    require_hub(
-        repo, "model",
-        f"cannot fetch {called}: no network ({{reason}}); download it once where there is one, or copy the folder and "
-        "open that",
-    )  # fmt: skip
+        check_hub(release, None, "open")
+        ids, called = dict(sae_id), release
+    known = registered(release)
+    repo = known.repo if known else release
     trained = _trained(release, ids, hook, model)
-    paths = [known.saes_map[one] if known else one for one in ids.values()]
+    paths = [known.paths[one] if known else one for one in ids.values()]
     return Published(release, ids, trained, {called: missing_bytes(repo, paths), **bytes_of_model(trained.model)})
 
 

@@ -32,7 +32,7 @@ from sae.ranks import Ranks, meet
 from sae.training import StepMetrics, TrainedSAE, check_configs, train
 from sae.transcoder import Transcoder
 from sae.transcoder_set import TranscoderSet
-from workbench.catalog.catalog import Catalog
+from workbench.catalog.catalog import PROVENANCE, Catalog
 from workbench.catalog.origin import versions
 from workbench.catalog.runs import Run
 from workbench.disk.locks import RunLock
@@ -293,7 +293,7 @@ def _finished(catalog: Catalog, record: Run, configs: Sequence[TrainConfig]) -> 
 
 def _is_of(catalog: Catalog, run: str, config: TrainConfig) -> bool:
     """Whether there is an SAE that `run` made by this configuration."""
-    if not (catalog.sae_folder(config.name) / "provenance.json").is_file():
+    if not (catalog.sae_folder(config.name) / PROVENANCE).is_file():
         return False
     origin = catalog.origin(config.name)
     asked: dict[str, Any] = json.loads(json.dumps(config.to_dict()))

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from sae.errors import InputError
 from sae.shown import Shown
 from workbench.disk.hub import require_hub
+from workbench.disk.names import lasting_name
 from workbench.text.chats import Messages, Only, field_and_only
 from workbench.text.document_counts import DocumentCounts
 from workbench.text.entries import (
@@ -261,7 +262,7 @@ def _local(spec: str, path: Path, text_field: str) -> Corpus:
     named = _in_order(local_file(file, file.relative_to(root).as_posix()) for file in files)
     contents = [f"{file.name}:{_file_digest(file.path)}" for file in named if file.path is not None]
     return Corpus(
-        spec,
+        lasting_name(spec, "python-stdlib"),
         lambda: _all_entries(named, text_field),
         hash_split,
         _digest([field_and_only(text_field)[0], *contents]),

@@ -37,6 +37,18 @@ def test_a_result_comes_back_as_it_was_saved(store: ResultStore) -> None:
     assert result.figures() == {"density": '{"data": []}'}
 
 
+def test_a_result_whose_record_names_a_path_from_another_folder_is_found(
+    store: ResultStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    made = [{"model": {"name": name, "weights_sha256": "ab"}} for name in ("model.pt", str(tmp_path / "model.pt"))]
+    store.save("heads", "one", parameters={}, provenance=made[0], tables={})
+    assert store.stored("heads", "one", parameters={}, origin=Origin(made[1])) is not None
+    other = Origin({"model": made[1]["model"] | {"name": "other.pt"}})
+    assert store.stored("heads", "one", parameters={}, origin=other) is None
+
+
 def test_saving_again_replaces_and_leaves_no_temporary_file(store: ResultStore) -> None:
     save(store)
     save(store, value=0.5)

@@ -17,7 +17,7 @@ from sae.transcoder_set import TranscoderSet
 from workbench.cli.main import run
 from workbench.features import opening
 from workbench.models.checkpoints import hub_name
-from workbench.saes import published
+from workbench.saes import published, releases
 from workbench.saes.published import describe_published
 from workbench.workspace import Workspace
 
@@ -142,7 +142,7 @@ def test_what_is_missing_is_named_in_one_line(tmp_path: Path, tiny_gpt2: Path, m
     with pytest.raises(InputError, match=r"cannot fetch gpt2-small-res-jb/blocks\.8\.hook_resid_pre") as caught:
         opening.plan_opening("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(published, "require_hub", None)
+    monkeypatch.setattr(releases, "require_hub", None)
     for wrong in ("blocks.8.resid_pre", "block.*.hook"):
         with pytest.raises(InputError, match=r"release 'gpt2-small-res-jb' has no .*the nearest are blocks"):
             opening.plan_opening("gpt2-small-res-jb", wrong)

@@ -23,10 +23,10 @@ from workbench import Corpus, HarvestConfig, LoadedModel, OwnModel, Workspace, l
 from workbench.circuits.graphs import attribute
 from workbench.circuits.heads import head_on_text
 from workbench.circuits.task import Task
-from workbench.disk.names import as_name, check_name
 from workbench.models.capture import capture
 from workbench.models.hooked import hooked_classes
 from workbench.models.hooks import resolve_hook
+from workbench.models.load_own import short_name
 
 try:
     HookedTransformer, HookedTransformerConfig = hooked_classes()
@@ -147,7 +147,7 @@ def test_patterns_of_a_hooked_transformer_can_be_edited() -> None:
 
 @pytest.mark.parametrize("form", ["joined", "beside", "safetensors", "folder"])
 def test_a_checkpoint_of_state_dict_and_configuration_loads(
-    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors.torch import save_file
 
@@ -164,7 +164,11 @@ def test_a_checkpoint_of_state_dict_and_configuration_loads(
         plain = {key: value for key, value in config.items() if isinstance(value, str | int | float | None)}
         (tmp_path / name).write_text(json.dumps(plain))
     capsys.readouterr()
-    loaded = load_model(str(tmp_path if form == "folder" else path), device="cpu")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model("." if form == "folder" else path.name, device="cpu")
+    # A workspace is opened from elsewhere.
+    assert loaded.info.name == str(tmp_path if form == "folder" else path)
+    assert short_name(path.name) == path.stem
     # What a command prints as JSON is JSON alone.
     assert not capsys.readouterr().out
     tokens = rows()
@@ -518,7 +522,7 @@ def test_a_function_in_a_file_gives_a_model_and_is_run_only_when_it_is_named(tmp
     model = load_model(spec)
     assert model.info.source == "python"
     assert reload_model(spec) is model
-    assert check_name(as_name(f"heads-{Path(spec).name}"), "result name") == "heads-mine.py-model"
+    assert short_name(spec) == "mine"
     with pytest.raises(InputError, match="failed: ValueError: no weights"):
         load_model(f"{file}:broken")
     with pytest.raises(InputError, match="has no function 'other': it has"):

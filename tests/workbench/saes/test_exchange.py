@@ -234,8 +234,9 @@ def test_a_sweep_trains_several_rules_and_evaluates_them(
     assert table["added_nats"].notna().all()
     # What goes out says how it was trained, so that it is opened likewise.
     assert run(["export", "s-topk", str(tmp_path / "out"), *where[:2]]) == 0
-    config = plan_opening(str(tmp_path / "out")).config
-    assert (config.corpus, config.context_len, config.bos) == (str(corpus), 32, True)
+    for place in (tmp_path / "out", space.sae_folder("s-topk")):
+        config = plan_opening(str(place)).config
+        assert (config.corpus, config.context_len, config.bos) == (str(corpus), 32, True)
 
 
 def store_evaluation(space: Workspace, name: str, l0: float, fvu: float, corpus: str = "c") -> None:

@@ -29,6 +29,7 @@ from workbench.catalog.catalog import Catalog
 from workbench.catalog.origin import Origin, versions
 from workbench.disk.database import write_duckdb
 from workbench.disk.locks import RunLock
+from workbench.disk.names import lasting_name
 from workbench.features.index import schema
 from workbench.features.index import segments as segments_module
 from workbench.features.index.coactivation import Coactivations, TokenFeatures, coactivations
@@ -326,7 +327,7 @@ def _places(catalog: Catalog, name: str, sae: SAE, given: Sequence[str]) -> list
     places = [Place(catalog.open_harvest(one), part.hook_name) for one, part in zip(wanted, parts, strict=True)]
     for place, part in zip(places, parts, strict=True):
         reader = f"part {part.name!r} of the crosscoder"
-        if place.harvest.config["model"] != part.model_name:
+        if lasting_name(place.harvest.config["model"]) != lasting_name(part.model_name):
             raise InputError(
                 f"{reader} reads {part.model_name}, and harvest {place.harvest.name!r} is of "
                 f"{place.harvest.config['model']}: give the harvests in the order of the parts"
