@@ -18,7 +18,7 @@ from circuits.graph.graph import ERROR, LOGIT, TOKEN
 from circuits.graph.influence import divisors
 from workbench.circuits.graphs import PromptGraph
 from workbench.show.colours import GREY_GROUND, PALETTE
-from workbench.show.html import one_line
+from workbench.show.html import edged, one_line
 
 STRONGEST = 12
 """Inputs and outputs of a node that are drawn and listed."""
@@ -70,7 +70,7 @@ def view_data(
         )  # fmt: skip
     number = graph.number
     return {
-        "nodes": items, "tokens": [one_line(text) or "·" for text in graph.texts],
+        "nodes": items, "tokens": [edged(text) or "·" for text in graph.texts],
         "layers": int(nodes.layer.max()), "veins": _veins(graph), "colours": list(PALETTE),
         "opened": number.get(opened) if opened else None,
         "pinned": [number[name] for name in pinned if name in number],

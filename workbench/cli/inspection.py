@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
-from workbench.cli.output import format_cell, print_json, print_table, shorten
+from workbench.cli.output import brief, format_cell, print_json, print_table
 from workbench.show.progress import format_bytes
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def sql(
     if as_json:
         print_json([dict(zip(answer.names, row, strict=True)) for row in answer.rows])
     else:
-        print_table("", answer.columns, [[shorten(cell) for cell in row] for row in answer.rows])
+        print_table("", answer.columns, [[brief(cell) for cell in row] for row in answer.rows])
     if answer.truncated:
         print(f"workbench: only the first {len(answer.rows):,} rows are shown, there are more", file=sys.stderr)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae.errors import InputError
+from workbench.show.html import edged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +122,12 @@ def _cell(value: Any, column: str) -> Any:
     value = _plain(value)
     if isinstance(value, int) and not isinstance(value, bool) and column in NUMBERED:
         return str(value)
-    return shorten(value)
+    return brief(value)
+
+
+def brief(cell: Any) -> Any:
+    """A cell of a table, which a token may fill: white space has the app's marks, as in the names of features."""
+    return edged(cell) if isinstance(cell, str) else shorten(cell)
 
 
 def shorten(cell: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from workbench.cli.main import run
+from workbench.cli.output import brief
 from workbench.workspace import Workspace
 
 HOOK = "blocks.1.hook_resid_post"
@@ -107,6 +108,10 @@ def test_sql_joins_tokens_and_activations(workspace: Path, capsys: pytest.Captur
     )  # fmt: skip
     assert [row["width"] for row in rows] == [32, 32, 32]
     assert rows[0]["row"] == 1
+
+
+def test_tokens_of_white_space_can_be_told_apart_in_tables() -> None:
+    assert [brief(text) for text in (" ", "\n", "\n    ", " f", "f")] == ["␣", "⏎", "⏎␣␣␣␣", "␣f", "f"]
 
 
 def test_sql_reads_runs_and_results(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
