@@ -15,6 +15,7 @@ from workbench.circuits.report import run_method
 from workbench.circuits.tables import TABLE
 from workbench.circuits.task import Task
 from workbench.features.live import model_name, model_of
+from workbench.show.colours import PALETTE
 
 KINDS = {
     EDGES: "edges", NODES: "nodes", FEATURES: "SAE features", DISCRETE: "discrete codes", DFA: "attention feature",
@@ -208,7 +209,13 @@ def edges(result: Result) -> None:
     with side:
         curve = result.figure("faithfulness")
         # Names under each other and in two lines, since the column is narrow beside the graph.
-        curve.for_each_trace(lambda trace: trace.update(name=(trace.name or "").replace(": ", ":<br>")))
+        # Blue and red say in the graph whom an edge serves; here they would say which ranking.
+        other = dict(zip(PALETTE[:2], PALETTE[2:4], strict=True))
+        curve.for_each_trace(
+            lambda trace: trace.update(
+                name=(trace.name or "").replace(": ", ":<br>"), line_color=other.get(trace.line.color, trace.line.color)
+            )
+        )
         curve.update_layout(legend={"orientation": "v", "x": 0, "y": -0.25, "yanchor": "top"})
         st.plotly_chart(curve, key="curve", config={"displayModeBar": False})
         if st.button("Run this circuit alone"):

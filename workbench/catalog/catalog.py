@@ -71,10 +71,9 @@ class Catalog:
         self.results = ResultStore(self.path / "results")
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({str(self.path)!r}): {len(self.harvests())} harvests, "
-            f"{len(self.saes())} SAEs, {len(self.runs())} runs"
-        )
+        held = {"harvest": len(self.harvests()), "SAE": len(self.saes()), "run": len(self.runs())}
+        counts = (f"{n} {name}{'s' * (n != 1)}" for name, n in held.items())
+        return f"{type(self).__name__}({str(self.path)!r}): {', '.join(counts)}"
 
     def _repr_html_(self) -> str:
         import pandas as pd

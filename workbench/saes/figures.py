@@ -36,9 +36,10 @@ def training_curves(metrics: pd.DataFrame, colours: Mapping[str, str] | None = N
         for column, (key, _) in enumerate(panels, start=1):
             figure.add_scatter(
                 x=rows["tokens"], y=rows[key], name=str(sae), legendgroup=str(sae), showlegend=column == 1,
-                mode="lines", line={"color": colour, "width": 1.5}, row=1, col=column,
+                mode="lines" if len(rows) > 1 else "markers", line={"color": colour, "width": 1.5},
+                marker_color=colour, row=1, col=column,
             )  # fmt: skip
-    figure.update_xaxes(title_text="tokens")
+    figure.update_xaxes(title_text="tokens", nticks=4, tickformat="~s", tickangle=0)
     figure.update_yaxes(type="log", row=1, col=1)
     figure.update_yaxes(type="log", row=1, col=3)
     figure.update_yaxes(rangemode="tozero", row=1, col=2)

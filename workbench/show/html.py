@@ -26,6 +26,7 @@ font-family:ui-monospace,monospace;font-size:12px;white-space:pre}
 .wbf .around{flex:1;min-width:0;display:flex;font-family:ui-monospace,monospace;font-size:12.5px;white-space:pre}
 .wbf .around i{font-style:inherit}.wbf .around>span{flex:1 1 0;overflow:hidden}
 .wbf .around>span:first-child{flex:1.4 1 0;display:flex;justify-content:flex-end}
+.wbf .around>span:first-child::before{content:"\\200b"}
 .wbf .peak{outline:1px solid currentColor;border-radius:2px}.wbf .dim{opacity:.65}.wbf .space{opacity:.4}
 .wbf .dead{padding:8px 12px;border-left:4px solid #d90;background:#d902}
 .wbf svg{width:100%;height:74px;display:block}.wbf .ends{display:flex;justify-content:space-between;font-size:12px}
