@@ -26,6 +26,7 @@ from workbench.harvest.run import HarvestEstimate, HarvestProgress, harvest_into
 from workbench.models.bundled import demo_transcoders_dir
 from workbench.models.contexts import context_length
 from workbench.models.load import load_model
+from workbench.models.load_own import recorded_model
 from workbench.saes.exchange import BUNDLED, import_folder, import_pretrained, import_published_set, import_set, is_set
 from workbench.saes.hub_sets import describe_hub_set, fetch_hub_set
 from workbench.saes.published import Published, Trained, describe_published
@@ -113,6 +114,9 @@ def plan_opening(
     named = model or trained.model
     if not named:
         raise InputError(f"{source} does not say which model it reads: give one, as --model EleutherAI/pythia-70m")
+    if model is None:
+        # Python that a file of somebody else's names is not run.
+        recorded_model(named)
     text = corpus or trained.corpus or ("python-stdlib" if named == "demo" else None)
     if text is None:
         raise InputError(

@@ -136,6 +136,9 @@ def test_what_is_missing_is_named_in_one_line(tmp_path: Path, tiny_gpt2: Path, m
     sae_of(tiny_gpt2, tmp_path, dataset_path=None).save(tmp_path / "a")
     with pytest.raises(InputError, match="does not say which text it was trained on"):
         opening.plan_opening(str(tmp_path / "a"))
+    sae_of(tmp_path / "made.py:model", tmp_path).save(tmp_path / "b")
+    with pytest.raises(InputError, match=r"run only when you name it: give it again, --model .*made\.py:model"):
+        opening.plan_opening(str(tmp_path / "b"))
     pytest.importorskip("sae_lens", reason="the extra saelens is not installed")
     with pytest.raises(InputError, match="the nearest are blocks"):
         opening.plan_opening("gpt2-small-res-jb", "blocks.8.resid_pre")
