@@ -331,7 +331,7 @@ def test_arguments_that_are_not_utf8_get_one_line(arguments: list[str], capsys: 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that nothing fits in")
 def test_output_that_cannot_be_written_at_the_end_is_an_error() -> None:
-    code = "import workbench.cli; print('text'); workbench.cli._leave(0)"
+    code = "import workbench.cli; print('text'); workbench.cli._leave([0])"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         found = subprocess.run(
