@@ -68,6 +68,12 @@ def _looked_into(bridge: Bridge) -> bool:
         if (projection := attention.submodules.get("o")) in runs:
             stay |= set(projection.modules())
         for module in attention.modules():
-            if module not in stay and (module._forward_hooks or module._forward_pre_hooks):
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if module not in stay and any(map(_looks, hooks)):
                 return True
     return False
+
+
+def _looks(hook: Any) -> bool:
+    """Not those of transformers, which stay when a pass has asked for hidden states, and later note nothing unasked."""
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
