@@ -163,6 +163,7 @@ def test_back_from_a_feature_keeps_the_search(address: str, page: Any) -> None:
         with contextlib.suppress(Exception):
             page.wait_for_url(re.compile("/Feature\\?"), timeout=9000)
             break
+    page.wait_for_url(re.compile("/Feature\\?"))
     page.locator("details.ex").first.wait_for()
     page.go_back()
     page.get_by_text("with 'script' in label, tokens or examples").wait_for()
