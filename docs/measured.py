@@ -22,7 +22,8 @@ A number is older than its code where a digest has changed. Then
     python docs/measured.py --stamp docs/methods/planted.md:57  # after measuring them again: digests, date and commit
 
 where 57 is the line on which that record begins, as the first command and `--list PAGE` say. What cannot be measured
-again now has a line `older: WORDS` in its record, and the same words on the page for its readers.
+again now has a line `older: WORDS` in its record, and the same words on the page for its readers. So has a record none
+of whose tables states a spread or several values in a cell: `single: WORDS` says what the numbers are of.
 """
 
 import argparse
@@ -36,12 +37,14 @@ import sys
 import tokenize
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 RECORD = re.compile(r"<!-- measured\n(.*?)-->", re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d")
 SPREAD = re.compile(r"\d ± \d|\d\S* \([-+]?[\d.]+%? to [-+]?[\d.]+")
+SEVERAL = re.compile(SPREAD.pattern + r"|\d[;,] [-+]?\d")
 PLACE = re.compile(r"(?P<path>[\w/.-]+?)(?::(?P<name>[\w.]+))? (?P<digest>[0-9a-f]{8})$")
 
 
@@ -156,11 +159,17 @@ def complaints(text: str) -> list[str]:
     """One line for every measured number without a record, and for every record that is older than its code."""
     found = []
     kept = records(text)
-    headings = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("#")]
+    lines = text.splitlines()
+    headings = [number for number, line in enumerate(lines, 1) if line.startswith("#")]
+    alone: dict[int, bool] = {}
     for table in measured_tables(text):
         section_end = next((number for number in headings if number > table), sys.maxsize)
-        if not any(table < record.line < section_end for record in kept):
+        record_line = next((record.line for record in kept if table < record.line < section_end), None)
+        if record_line is None:
             found.append(f"line {table}: no record follows this table: see docs/measured.py")
+        else:
+            rows = takewhile(lambda line: line.startswith("|"), lines[table + 1 :])
+            alone[record_line] = alone.get(record_line, True) and not any(map(SEVERAL.search, rows))
     for paragraph in measured_prose(text):
         section = max((number for number in headings if number <= paragraph), default=0)
         section_end = next((number for number in headings if number > paragraph), sys.maxsize)
@@ -169,8 +178,11 @@ def complaints(text: str) -> list[str]:
     visible = " ".join(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).split())
     for record in kept:
         older = record.fields.get("older")
-        if older is not None and older not in visible:
-            found.append(f"line {record.line}: the page does not tell its readers {older!r}")
+        for words in (older, record.fields.get("single")):
+            if words is not None and words not in visible:
+                found.append(f"line {record.line}: the page does not tell its readers {words!r}")
+        if record.code() and alone.get(record.line) and "single" not in record.fields:
+            found.append(f"line {record.line}: no spread in its tables, and no `single: WORDS`: see docs/measured.py")
         if not {"command", "on"} <= record.fields.keys():
             found.append(f"line {record.line}: the record names no command or no date")
         for path, name, stamped in record.code():

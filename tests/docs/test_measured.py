@@ -103,6 +103,23 @@ def test_old_tables_are_told_until_they_are_measured_again(
     assert measured.complaints(again) == ["line 7: code.py:share is no longer there"]
 
 
+@pytest.mark.parametrize(
+    ("cells", "several"),
+    [("0.5 | 0.6", False), ("0.5 | 1,024", False), ("0.5 ± 0.1 | 0.6", True), ("0.5 | 0.4, 0.6", True),
+     ("0.5 | 0.6; -0.4", True), ("0.5 | 0.6 (0.4 to 0.8)", True)],
+)  # fmt: skip
+def test_tables_of_one_number_say_what_it_is_of(measured: ModuleType, cells: str, several: bool) -> None:
+    digest = measured.digest((DOCS / "measured.py").read_text(encoding="utf-8"), "SPREAD")
+    record = f"<!-- measured\ncommand: a\non: 2026-01-01, 1234567\ncode: docs/measured.py:SPREAD {digest}{{}}\n-->\n"
+    table = f"# Title\n\n| rule | a | b |\n|---|---|---|\n| topk | {cells} |\n\n"
+    alone = "no spread in its tables, and no `single: WORDS`: see docs/measured.py"
+    assert measured.complaints(table + record.format("")) == ([] if several else [f"line 7: {alone}"])
+    with_words = table + record.format("\nsingle: One training")
+    assert measured.complaints(with_words) == ["line 7: the page does not tell its readers 'One training'"]
+    assert measured.complaints(with_words + "One\ntraining.") == []
+    assert measured.complaints(TABLE + table.removeprefix("# Title\n") + record.format("")) == []
+
+
 def test_only_records_that_were_measured_anew_are_stamped(
     measured: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
