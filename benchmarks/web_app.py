@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import streamlit
 from streamlit.testing.v1 import AppTest
 
 import app as app_package
@@ -70,6 +71,8 @@ def server_times(workspace: Path, sae: str, numbers: list[int]) -> Timings:
         ]
     if harness.exception:
         raise RuntimeError(str(harness.exception[0].value))
+    # What the pages keep open, DuckDB's binding would print a page about when Python ends.
+    streamlit.cache_resource.clear()
     return found
 
 
