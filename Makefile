@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# pip would compile on one core what no command imports: each module is compiled when it is first imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-workbench test-runs test-pages test-others test-slow test-lens4 test-python other-pythons lint notebooks docs dist app clean help
+.PHONY: demo test test-workbench test-runs test-pages test-others test-slow test-lens4 test-python other-pythons lint \
+        style types notebooks docs dist app clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +37,7 @@ $(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.runtime
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@$(PIP) --constraint constraints.txt --no-deps dictionary-learning circuit-tracer  # ask for what nothing here uses
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; packages hold some files of Python 2
 	@touch $@
 
 demo: $(VENV)/.runtime
@@ -43,15 +46,19 @@ demo: $(VENV)/.runtime
 app: $(VENV)/.runtime
 	$(BIN)/workbench app --workspace demo-workspace
 
-lint: $(VENV)/.dev
+lint: style types
+
+style: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Four parts beside each other, none much longer than the others: most tests keep one core busy, those of the pages often
-# wait.
-test: lint
-	@$(MAKE) --no-print-directory --jobs=4 test-workbench test-runs test-pages test-others
+# Four targets beside each other: most keep one core busy, the tests of the pages often wait. The longest come first, and
+# ALSO="docs other-pythons" puts further targets behind them.
+test: style
+	@$(MAKE) --no-print-directory --jobs=4 types test-pages test-others test-workbench test-runs $(ALSO)
 
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 PAGES := tests/app tests/browser tests/notebooks
