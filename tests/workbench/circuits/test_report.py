@@ -295,10 +295,10 @@ def test_a_task_may_be_given_by_its_name_alone(space: Workspace, demo: LoadedMod
 
 
 def test_masking_retrieval_heads_is_stored_with_its_controls(space: Workspace, demo: LoadedModel) -> None:
-    result = report_retrieval(space, "masked", demo, needles=12, draws=2)
+    result = report_retrieval(space, "masked", demo, needles=4, draws=2)
     summary, heads, masks = (result.table(name) for name in ("summary", "heads", "masks"))
     assert summary.recall[0] > 0.05
-    assert 0 < summary.successful[0] <= summary.tests[0] == summary.judged[0] == 12
+    assert 0 < summary.successful[0] <= summary.tests[0] == summary.judged[0] == 4
     assert len(heads) == 32
     assert (heads.masked_recall <= 1).all()
     assert set(masks.order) == {"retrieval", "evidence", "random"}
@@ -306,14 +306,14 @@ def test_masking_retrieval_heads_is_stored_with_its_controls(space: Workspace, d
     # One head masked alone is the same whichever order names it.
     best = heads.sort_values("evidence", ascending=False).iloc[0]
     assert masks.query("order == 'evidence' and masked == 1").recall.iloc[0] == best.masked_recall
-    assert report_retrieval(space, "masked", demo, needles=12, draws=2).created == result.created
+    assert report_retrieval(space, "masked", demo, needles=4, draws=2).created == result.created
     known = colourings(space, demo.info)
     coloured = known["recall of needles with this head masked (masked)"]
     assert coloured.values.flatten().tolist() == result.table("heads")["masked_recall"].tolist()
-    assert coloured.rests_on == "It rests on 12 needles, found or not."
+    assert coloured.rests_on == "It rests on 4 needles, found or not."
     found = known["share of needles copied (masked)"].rests_on
     assert found.startswith(
-        f"It rests on {summary.successful[0]} needles found of 12. Few: copy scores may be out by 0."
+        f"It rests on {summary.successful[0]} needles found of 4. Few: copy scores may be out by 0."
     )
     assert not few_needles(256, 25)
 
