@@ -57,6 +57,10 @@ MAX_RECONSTRUCTIONS = 16
 """Reconstructions whose sums a kernel's program holds in registers."""
 
 
+WIDER_WINDOW = 128
+"""`KernelSizes.window` of multi-k, whose features have four times as many entries."""
+
+
 class Step(Protocol):
     """Makes one step of training."""
 
@@ -139,7 +143,8 @@ class FusedStep:
         self.min_bucket, self.capture = min_bucket, capture and on_gpu
         # A shard's scores are narrower: as many more rows of them at once.
         at_once = state.config.batch_size // 16 * (state.shards.size if state.shards.size > 1 else 0)
-        self.sizes = sizes or replace(SIZES, min_rows=max(SIZES.min_rows, at_once))
+        window = WIDER_WINDOW if state.config.multi_k else SIZES.window
+        self.sizes = sizes or replace(SIZES, min_rows=max(SIZES.min_rows, at_once), window=window)
         # This step's learning rate and correction for Adam, the densities' rate, and the penalty's weight and target.
         self.scalars = torch.zeros(5, device=state.device)
         self._aux_loss = torch.zeros((), device=state.device)
@@ -253,6 +258,8 @@ class FusedStep:
         """The step of a plan; every tensor it meets belongs to this step or its state."""
         if not isinstance(plan.rule, CodeRule):
             return ThresholdProgram(self, plan)
+        from sae.kernels import triton as fast
+
         parameters = self.shadowed()
         weights = parameters.padded_enc.T, parameters.b_enc
         encoder, narrow = self._encoders(plan.rule)
@@ -261,17 +268,21 @@ class FusedStep:
 
         def prepare() -> None:
             assert encoder.prepare is not None
-            self._centred = self.centre()
+            side = fast.Side(self.state.device)
+            self._centred = side.run(self.centre) if self._rows is not None else self.centre()
             encoder.prepare(self._centred.x, *weights)
+            side.join()
 
         def encode() -> None:
+            side = fast.Side(self.state.device)
             if encoder.prepare is None:
-                self._centred = self.centre()
+                self._centred = side.run(self.centre) if self._rows is not None else self.centre()
             assert self._centred is not None
             if by_rows:
                 self._code = self._encode_over_ranks(self._centred, encoder)
             else:
                 self._code = encoder.encode(self._centred.x, *weights)
+            side.join()
 
         def learn() -> None:
             self._learn(plan, narrow)
@@ -337,12 +348,11 @@ class FusedStep:
         elif narrow is not None:
             kept = narrow(code)
         parts = None if self._nesting is None else self._nesting.parts_of(code, kept)
-        result = fast.learn(
+        fast.learn(
             centred, code, self.shadowed(), self.state.tokens_since_fired, self.adam(),
             decoder=not config.frozen_decoder, clip=config.clip_grad_norm, aux=self.aux(plan), parts=parts,
-            errors=errors, sizes=self.sizes,
+            errors=errors, sizes=self.sizes, beside=lambda result: self.record(result, plan),
         )  # fmt: skip
-        self.record(result, plan)
 
     def _among(self, rule: CodeRule, code: SparseCode) -> tuple[SparseCode, Bool[Tensor, "entries"] | None]:
         """This rank's entries among those that all choose; with multi-k at the larger k, and which are so at the
@@ -420,8 +430,10 @@ class FusedStep:
                 self.precision,
             )  # fmt: skip
             W_skip = state.trained.get("W_skip")
-            self._parameters = replace(
+            self._parameters = made = replace(
                 made, subtracts_b_dec=sae.subtracts_b_dec, W_skip=W_skip, ranks=state.shards,
                 m_W_skip=None if W_skip is None else moments("W_skip", W_skip),
+                norms=None if state.config.clip_grad_norm else torch.ones(sae.d_sae, device=state.device),
             )  # fmt: skip
+            state.settle = made.settle
         return self._parameters

@@ -7,7 +7,7 @@ that a checkpoint holds.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,6 +68,8 @@ class TrainingState:
         adam: the moments of all these.
         n_revivable: features that the last report found for the auxiliary loss; None where no report is known.
         error: why it trains no longer; None while it does.
+        settle: makes the parameters what the steps so far have made of them; a step may leave the division of W_dec's
+            rows by their norms to the next one. No bit of what follows depends on when it is called.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class TrainingState:
         } | self.own
         self.adam = optim.Adam(list(self.trained.values()), config.betas)
         self.n_revivable: int | None = None
+        self.settle: Callable[[], None] = lambda: None
 
     def _new_sae(self, d_sae: int, device: torch.device) -> SAE:
         """Of so many features, all zero."""
@@ -126,6 +129,7 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that training changes, of any shape, by the name it has in checkpoints."""
+        self.settle()
         named = {name: parameter.data for name, parameter in self.sae.named_parameters()}
         if self.is_transcoder:
             named["output_scale"] = self.output_scale
@@ -333,6 +337,7 @@ class TrainingState:
 
     def _whole(self) -> SAE:
         """A copy of the SAE with the features of all ranks."""
+        self.settle()
         if self.shards.size == 1:
             return copy.deepcopy(self.sae)
         whole = self._new_sae(self.config.d_sae, self.device)

@@ -24,8 +24,10 @@ from sae.kernels.triton.dense import DensePass, dense_pass
 from sae.kernels.triton.encode import gradient_topk_encode, paired_topk_encode, topk_encode
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
 from sae.kernels.triton.nested import Nesting, Parts
+from sae.kernels.triton.parameters import AdamStep, Moments, Parameters, step_scalars
 from sae.kernels.triton.report import add_to_report
 from sae.kernels.triton.shards import Errors, best_of_shards, encode_over_ranks
+from sae.kernels.triton.side import Side
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, CentredRows, centre, centre_pair, centre_rows, decode, residual, spread
 from sae.kernels.triton.step import (
@@ -40,11 +42,7 @@ from sae.kernels.triton.step import (
 )
 from sae.kernels.triton.threshold import ListedAbove, entries_of, list_above
 from sae.kernels.triton.update import (
-    AdamStep,
-    Moments,
-    Parameters,
     clip_factor,
-    step_scalars,
     update_from_code,
     update_from_gradients,
 )
@@ -69,6 +67,7 @@ __all__ = [
     "OwnTensor",
     "Parameters",
     "Parts",
+    "Side",
     "StepResult",
     "ThresholdTerms",
     "WindowSums",

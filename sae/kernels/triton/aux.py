@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.kernels.shards import best_of_columns
 from sae.kernels.triton.encode import product
 from sae.kernels.triton.features import AuxGradients
-from sae.kernels.triton.update import Parameters
+from sae.kernels.triton.parameters import Parameters
 
 # Pre-activations of dead features held at once.
 DENSE_ENTRIES = 2**26
@@ -75,7 +75,7 @@ def aux_gradients(
         grad_encoder += _product(grad_z.to(dtype).T, x)
         grad_decoder += _product(a.to(dtype).T, grad_e_hat)
     # Of rows that stand for nothing the gradient is zero, whatever row of W_dec is taken for them.
-    along = torch.linalg.vecdot(grad_decoder, parameters.W_dec[features])
+    along = torch.linalg.vecdot(grad_decoder, parameters.rows_of_W_dec(features))
     gradients = AuxGradients(slot, grad_decoder, grad_encoder, grad_bias, along, grad_bias @ encoder.float())
     any_real = ranks.sum_(real.sum()) > 0
     return gradients, torch.where(any_real, squared_error / variance, 0)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.kernels.backward import Gradients
-from sae.kernels.triton.features import feature_gradients
+from sae.kernels.triton.features import feature_gradients, products
 from sae.kernels.triton.order import by_feature
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 
@@ -30,9 +30,8 @@ def gradients(
         centred: whether x - b_dec was encoded, so that b_dec has a gradient through it.
     """
     one = torch.ones((), device=W_dec.device)
-    made = feature_gradients(
-        by_feature(code), grad_x_hat.contiguous(), x_centred.contiguous(), one, W_dec, decoder=decoder, sizes=sizes
-    )
+    inputs = by_feature(code), grad_x_hat.contiguous(), x_centred.contiguous(), one, W_dec
+    made = feature_gradients(products(*inputs, sizes=sizes), *inputs, decoder=decoder, sizes=sizes)
     b_dec = grad_x_hat.sum(0, dtype=torch.float32)
     if centred:
         b_dec -= torch.mv(W_enc, made.b_enc.to(W_enc.dtype)).float()

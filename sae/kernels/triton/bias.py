@@ -14,6 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.kernels.triton.features import AuxGradients
 from sae.kernels.triton.sparse import alignment
 from sae.ranks import Ranks
 
@@ -44,7 +45,7 @@ def _weighted_kernel(
     tl.store(out + tl.program_id(0).to(tl.int64) * d + columns, tl.sum(total, 0), mask=columns < d)
 
 
-def _in_blocks(M: Float[Tensor, "rows d"], weights: Float[Tensor, "rows"] | None) -> Float[Tensor, "blocks d"]:
+def in_blocks(M: Float[Tensor, "rows d"], weights: Float[Tensor, "rows"] | None = None) -> Float[Tensor, "blocks d"]:
     """Sums over blocks of rows, weighted where there are weights."""
     n_rows, d = M.shape
     at_once = TOKENS if weights is None else FEATURES
@@ -90,7 +91,7 @@ class BiasGradient:
     """b_dec's gradient, of which the features' part may be on its way between ranks until `get` is called.
 
     Args:
-        residual: target less prediction, of which `scale` times is the gradient to the prediction.
+        residual: `in_blocks` of target less prediction, of which `scale` times is the gradient to the prediction.
         grad_b_enc: summed over the tokens.
         W_enc: the features' rows in the precision of products, before they move; None where b_dec is not subtracted.
         ranks: those that have the features.
@@ -98,18 +99,23 @@ class BiasGradient:
 
     def __init__(
         self,
-        residual: Float[Tensor, "n d"],
+        residual: Float[Tensor, "blocks d"],
         scale: Float[Tensor, ""],
         grad_b_enc: Float[Tensor, "d_sae"],
         W_enc: Float[Tensor, "d_sae d"] | None,
         ranks: Ranks,
     ) -> None:
-        through = None if W_enc is None else _in_blocks(W_enc, grad_b_enc)
+        self._residual, self._scale, self._ranks = residual, scale, ranks
+        self._through = None if W_enc is None else in_blocks(W_enc, grad_b_enc)
         self._sent = None
-        if through is not None and ranks.size > 1:
-            self._sent, through = ranks.send_sum(through.sum(0)), None
-        self._own = _combined(_in_blocks(residual, None), scale, through)
+        if self._through is not None and ranks.size > 1:
+            self._sent, self._through = ranks.send_sum(self._through.sum(0)), None
 
-    def get(self) -> Float[Tensor, "d"]:
-        """The gradient."""
-        return self._own if self._sent is None else self._own - self._sent.get()
+    def get(self, aux: AuxGradients | None = None) -> Float[Tensor, "d"]:
+        """The gradient, with what an auxiliary loss takes from it through the features, where `grad_b_enc` lacks it."""
+        made = _combined(self._residual, self._scale, self._through)
+        if self._sent is not None:
+            made -= self._sent.get()
+        if aux is not None and (self._sent is not None or self._through is not None):
+            made -= self._ranks.sum_(aux.through_x)
+        return made

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sae.kernels.triton.encode import chunk_rows, padded_product, product, score_buffer
 from sae.kernels.triton.features import AuxGradients, FeatureGradients, WindowSums
+from sae.kernels.triton.parameters import Parameters
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.threshold import above
-from sae.kernels.triton.update import Parameters
 
 # Scores held at once, in fp32, and twice in the precision of products.
 DENSE_ENTRIES = 2**29
@@ -61,7 +61,7 @@ class DensePass:
             W_enc = W_enc + torch.where(revived, aux.W_enc[slot], 0)
             W_dec = W_dec + torch.where(revived, aux.W_dec[slot], 0)
             b_enc, along = b_enc + aux.of_feature(aux.b_enc), along + aux.of_feature(aux.along)
-        square = b_enc.new_zeros(len(b_enc), 1)
+        square = b_enc[:, None].square()
         if squares:
             square += W_enc.square().sum(1, keepdim=True)
         if squares and decoder:

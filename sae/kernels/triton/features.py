@@ -210,7 +210,7 @@ def gradient_slice(
 
 @triton.jit
 def _gradient_kernel(
-    offsets, token, row, value, da, R, X, scale, window_dec, window_enc, aux_slot, aux_dec, aux_enc, W_dec, along,
+    offsets, token, row, value, da, R, X, scale, window_dec, window_enc, aux_slot, aux_dec, aux_enc, W_dec, bias, along,
     grad_dec, grad_enc, squares, units,
     ALIGN: tl.constexpr, NESTED: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr, WINDOW: tl.constexpr,
     ENTRIES: tl.constexpr, SLICE: tl.constexpr,
@@ -237,7 +237,11 @@ def _gradient_kernel(
         across = dec - tl.load(along + f) * tl.load(W_dec + at, mask=inside, other=0.0).to(tl.float32)
         total += across * across
     tl.store(grad_enc + at, enc, mask=inside)
-    tl.store(squares + f * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(inside, total, 0.0)))
+    square = tl.sum(tl.where(inside, total, 0.0))
+    if tl.program_id(1) == 0:
+        b = tl.load(bias + f)
+        square += b * b
+    tl.store(squares + f * tl.num_programs(1) + tl.program_id(1), square)
 
 
 def row_slice(d: int) -> int:
@@ -298,7 +302,7 @@ class FeatureGradients:
     W_enc: Float[Tensor, "d_sae d"]
     b_enc: Float[Tensor, "d_sae"]
     squares: Float[Tensor, "d_sae slices"]
-    """Sums of the squares of slices of both rows; of W_dec's, of the part across W_dec[f]."""
+    """Sums of the squares of slices of both rows, of W_dec's of the part across W_dec[f]; b_enc's is in the first."""
     thresholds: WindowSums | None
     """None where the rule has none."""
 
@@ -323,6 +327,7 @@ class AuxGradients:
 
 
 def feature_gradients(
+    made: Products,
     order: FeatureOrder,
     residual: Float[Tensor, "rows d"],
     x_centred: Float[Tensor, "n d"],
@@ -331,12 +336,14 @@ def feature_gradients(
     *,
     decoder: bool = True,
     aux: AuxGradients | None = None,
-    shrink: Float[Tensor, ""] | None = None,
     sizes: KernelSizes = SIZES,
 ) -> FeatureGradients:
-    """Gradients of all parameters but b_dec, in memory; `aux`'s are among them."""
+    """Gradients of all parameters but b_dec, in memory; `aux`'s are among them.
+
+    Args:
+        made: by `products` of the other arguments.
+    """
     d_sae, d = W_dec.shape
-    made = products(order, residual, x_centred, scale, W_dec, shrink=shrink, sizes=sizes)
     grad_enc = torch.empty(d_sae, d, dtype=torch.float32, device=W_dec.device)
     grad_dec = torch.empty_like(grad_enc) if decoder else None
     slices = triton.cdiv(d, row_slice(d))
@@ -347,7 +354,7 @@ def feature_gradients(
         bias, along = bias + aux.of_feature(aux.b_enc), along + aux.of_feature(aux.along)
     _gradient_kernel[(d_sae, slices)](
         order.offsets, order.token, order.rows, order.value, made.da, residual, x_centred, scale, made.window_dec,
-        made.window_enc, *extra, W_dec, along, grad_enc if grad_dec is None else grad_dec, grad_enc, squares,
+        made.window_enc, *extra, W_dec, bias, along, grad_enc if grad_dec is None else grad_dec, grad_enc, squares,
         d // alignment(d),
         ALIGN=alignment(d), NESTED=order.row is not None, DECODER=decoder, AUX=aux is not None,
         WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,

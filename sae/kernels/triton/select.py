@@ -27,9 +27,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 NAN_KEY = tl.constexpr(0x7FFFFFFF)
-TILE = 2048
-# Warps of a program that chooses, at least, and groups of each: with twice as many groups a warp would spill.
-WARPS, GROUPS_OF_A_WARP = 4, 512
+LAST_COLUMN = tl.constexpr(0x3FFFFFFF)
+TILE = 512
+# Groups of a warp of a program that chooses. Its steps are short and wait for each other: what counts is how many
+# programs run beside each other, which registers bound, and so what a program holds at once (TILE).
+GROUPS_OF_A_WARP = 1024
 # Groups of a row, about; of one program of the streaming pass; and columns of each side by side.
 GROUPS, LANES, RUN = 2048, 512, 8
 
@@ -60,6 +62,13 @@ def keys_of(score, ABSOLUTE: tl.constexpr):
 def _keys(z_row, u_row, bias, columns, mask, beta, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr):
     _, score = _scores(z_row, u_row, bias, columns, mask, beta, GRADIENT)
     return keys_of(score, ABSOLUTE)
+
+
+@triton.jit
+def packed_entry(key, column, z):
+    """An int64 that orders as (key descending, column ascending) does, and whose last bit is the sign of z."""
+    negative = (z < 0).to(tl.int64)
+    return (key.to(tl.int64) << 32) | ((column ^ LAST_COLUMN).to(tl.int64) << 1) | negative
 
 
 @triton.jit
@@ -113,13 +122,13 @@ def _select_again(
     n_equal = 0
     for first in range(0, n_columns, N_GROUPS):
         columns = first + lane
-        keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
+        z, score = _scores(z_row, u_row, bias, columns, columns < n_columns, beta, GRADIENT)
+        keys = keys_of(score, ABSOLUTE)
         equal = (keys == tau).to(tl.int32)
         rank = n_equal + tl.cumsum(equal, 0)
         kept = (keys > tau) | ((keys == tau) & (rank <= n_equal_wanted))
         kept_position = n_candidates + tl.cumsum(kept.to(tl.int32), 0) - 1
-        packed = (keys.to(tl.int64) << 32) | (columns ^ NAN_KEY).to(tl.int64)
-        tl.store(candidates + kept_position, packed, mask=kept)
+        tl.store(candidates + kept_position, packed_entry(keys, columns, z), mask=kept)
         n_candidates += tl.sum(kept.to(tl.int32))
         n_equal += tl.sum(equal)
     return n_candidates
@@ -146,7 +155,7 @@ def _maxima_kernel(
 @triton.jit
 def _select_kernel(
     Z, U, bias, maxima, values, indices, ranks, groups, candidates, stride, n_columns, n_groups, k, beta,
-    N_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr,
+    N_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, GROUPS_AT_ONCE: tl.constexpr, AGAIN: tl.constexpr,
     MEMBERS: tl.constexpr, RUN: tl.constexpr, ABSOLUTE: tl.constexpr, GRADIENT: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -171,28 +180,32 @@ def _select_kernel(
             # Lanes that were not filled begin behind all columns.
             begin = tl.where(group < n_groups, group * RUN, n_columns)
             columns = begin[:, None] + ((member // RUN) * (n_groups * RUN) + member % RUN)[None, :]
-            keys = _keys(z_row, u_row, bias, columns, columns < n_columns, beta, ABSOLUTE, GRADIENT)
-            columns = tl.reshape(columns, [GROUPS_AT_ONCE * MEMBERS])
-            keys = tl.reshape(keys, [GROUPS_AT_ONCE * MEMBERS])
-            kept = keys >= tau
+            z, score = _scores(z_row, u_row, bias, columns, columns < n_columns, beta, GRADIENT)
+            keys = keys_of(score, ABSOLUTE)
+            packed = packed_entry(keys, columns, z)
+            packed = tl.reshape(packed, [GROUPS_AT_ONCE * MEMBERS])
+            kept = (packed >> 32) >= tau
             position = n_candidates + tl.cumsum(kept.to(tl.int32), 0) - 1
-            packed = (keys.to(tl.int64) << 32) | (columns ^ NAN_KEY).to(tl.int64)
             tl.store(candidates + position, packed, mask=kept & (position < CAPACITY))
             n_candidates += tl.sum(kept.to(tl.int32))
 
     if (n_chosen > CAPACITY) | (n_candidates > CAPACITY):
-        n_candidates = _select_again(z_row, u_row, bias, candidates, n_columns, k, beta, N_GROUPS, ABSOLUTE, GRADIENT)
+        n_candidates = _select_again(z_row, u_row, bias, candidates, n_columns, k, beta, AGAIN, ABSOLUTE, GRADIENT)
 
     tl.debug_barrier()
     slot = tl.arange(0, CAPACITY)
     packed = tl.load(candidates + slot, mask=slot < n_candidates, other=0)
     packed = tl.sort(packed, descending=True)
     active = packed > 0
-    columns = tl.where(active, (packed & NAN_KEY).to(tl.int32) ^ NAN_KEY, 0)
-    z, score = _scores(z_row, u_row, bias, columns, active, beta, GRADIENT)
+    columns = tl.where(active, ((packed >> 1).to(tl.int32) & LAST_COLUMN) ^ LAST_COLUMN, 0)
     if GRADIENT:
+        z, score = _scores(z_row, u_row, bias, columns, active, beta, GRADIENT)
         # A score that is NaN is shown, also where the value it stands for is not.
         z = tl.where(score != score, score, z)
+    else:
+        # The key is the magnitude's bits.
+        z = (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        z = tl.where((packed & 1) == 1, -z, z)
     tl.store(values + row * k + slot, tl.where(active, z, 0.0), mask=slot < k)
     tl.store(indices + row * k + slot, columns, mask=slot < k)
     if RANKED:
@@ -279,6 +292,6 @@ def select_rows(
     _select_kernel[(n,)](
         scores, u, bias, maxima, values, indices, indices if ranks is None else ranks, groups, candidates,
         scores.stride(0), n_columns, n_groups, k, beta,
-        N_GROUPS=room, CAPACITY=capacity, GROUPS_AT_ONCE=at_once, MEMBERS=members, RUN=min(members, RUN),
-        RANKED=ranks is not None, **ranked, num_warps=max(WARPS, room // GROUPS_OF_A_WARP),
+        N_GROUPS=room, CAPACITY=capacity, GROUPS_AT_ONCE=at_once, AGAIN=max(32, room // 4), MEMBERS=members,
+        RUN=min(members, RUN), RANKED=ranks is not None, **ranked, num_warps=max(1, room // GROUPS_OF_A_WARP),
     )  # fmt: skip

@@ -270,24 +270,19 @@ def decode_into(code: SparseCode, W_dec: Float[Tensor, "d_sae d"], out: Float[Te
     _launch(code, W_dec, None, None, out, out)
 
 
-@dataclass(frozen=True)
-class Residual:
-    """Target less prediction of a batch, and its squared norm."""
-
-    residual: Float[Tensor, "n d"]
-    squared_error: Float[Tensor, ""]
-    """fp64."""
-
-
 def residual(
     code: SparseCode, W_dec: Float[Tensor, "d_sae d"], target: Float[Tensor, "n d"], out_dtype: torch.dtype
-) -> Residual:
-    """target - sum of value * W_dec[feature], for a centred target: b_dec is on both sides and drops out."""
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "slices n"]]:
+    """target - sum of value * W_dec[feature], for a centred target: b_dec is on both sides and drops out.
+
+    Returns:
+        The residual, and the squares of its slices of columns.
+    """
     n, d = target.shape
     out = torch.empty(n, d, dtype=out_dtype, device=W_dec.device)
     errors = torch.empty(triton.cdiv(d, SLICE), n, dtype=torch.float32, device=W_dec.device)
     _launch(code, W_dec, None, target, out, errors)
-    return Residual(out, errors.sum(dtype=torch.float64))
+    return out, errors
 
 
 def _launch(

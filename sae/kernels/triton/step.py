@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.code import SparseCode
+from sae.kernels.triton.bias import in_blocks
 from sae.kernels.triton.dense import DensePass
 from sae.kernels.triton.encode import product, topk_encode
 from sae.kernels.triton.features import (
@@ -22,16 +23,16 @@ from sae.kernels.triton.features import (
     FeatureGradients,
     WindowSums,
     feature_gradients,
+    products,
 )
 from sae.kernels.triton.nested import Parts, nested_residuals, residuals_over_ranks
 from sae.kernels.triton.order import FeatureOrder, by_feature
+from sae.kernels.triton.parameters import AdamStep, Moments, Parameters
 from sae.kernels.triton.shards import Errors
+from sae.kernels.triton.side import Side
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import Centred, centre, residual
 from sae.kernels.triton.update import (
-    AdamStep,
-    Moments,
-    Parameters,
     b_dec_gradient,
     clip_factor,
     update_from_code,
@@ -74,9 +75,8 @@ class OwnTensor:
 
     def move(self, adam: AdamStep, factor: Float[Tensor, ""] | None = None) -> None:
         """One step with the gradient, or a multiple of it."""
-        gradient = self.gradient if factor is None else self.gradient * factor
         moments = Moments(self.moments.mean.view(-1), self.moments.square.view(-1))
-        update_vector(self.parameter.view(-1), gradient.reshape(-1), moments, adam)
+        update_vector(self.parameter.view(-1), self.gradient.reshape(-1), moments, adam, factor)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def learn(
     parts: Parts | None = None,
     thresholds: ThresholdTerms | None = None,
     errors: Errors | None = None,
+    beside: Callable[[StepResult], object] | None = None,
     sizes: KernelSizes = SIZES,
 ) -> StepResult:
     """What follows the encoder in a step: decoding, backward and update.
@@ -143,27 +144,46 @@ def learn(
         parts: of the code, where the loss has several reconstructions.
         thresholds: of the code, where it is made by thresholds.
         errors: of the code, where several ranks have begun to tell each other what theirs writes.
+        beside: does something with the forward pass while the features are updated.
     """
-    p, n = parameters, code.n_tokens
-    result, order, left = _forward(centred, code, p, parts, thresholds, errors)
-    scale = centred.scale
+    p, n, x, scale = parameters, code.n_tokens, centred.x, centred.scale
+    side = Side(x.device)
+    result, order, left = _forward(centred, code, p, parts, thresholds, errors, side)
     extra = None if aux is None else aux(result)
+    blocks = side.run(lambda: in_blocks(left[:n]))
     shrink = None if thresholds is None else thresholds.shrink
+    made = products(order, left, x, scale, p.shadow_dec, shrink=shrink, sizes=sizes)
+    owned = [*_skip(p, left[:n], x, scale), *_owned(thresholds, made.thresholds, order, code)]
     if clip is None:
-        windows = update_from_code(
-            p, order, left, centred.x, scale, tokens_since_fired, adam,
-            decoder=decoder, aux=extra, shrink=shrink, sizes=sizes,
+        # Before the encoder moves.
+        through_b_dec = b_dec_gradient(p, blocks, scale, made.b_enc)
+
+        def move_others() -> None:
+            update_vector(p.b_dec, through_b_dec.get(extra), p.m_b_dec, adam)
+            for own in owned:
+                own.move(adam)
+            if beside is not None:
+                beside(result)
+
+        side.run(move_others)
+        update_from_code(
+            p, made, order, left, x, scale, tokens_since_fired, adam, decoder=decoder, aux=extra, sizes=sizes
         )  # fmt: skip
-        for own in (*_skip(p, left[:n], centred.x, scale), *_owned(thresholds, windows, order, code)):
-            own.move(adam)
-        return _arrived(result)
-    made = feature_gradients(
-        order, left, centred.x, scale, p.shadow_dec, decoder=decoder, aux=extra, shrink=shrink, sizes=sizes
-    )
-    owned = [*_skip(p, left[:n], centred.x, scale), *_owned(thresholds, made.thresholds, order, code)]
-    grad_b_dec = b_dec_gradient(p, left[:n], scale, made.b_enc).get()
-    tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
-    _update_from_memory(p, made, grad_b_dec, owned, adam, clip * n / centred.total_variance)
+    else:
+
+        def count_and_sum() -> Tensor:
+            tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
+            if beside is not None:
+                beside(result)
+            return b_dec_gradient(p, blocks, scale, made.b_enc).get(extra)
+
+        grad_b_dec = side.run(count_and_sum)
+        gradients = feature_gradients(
+            made, order, left, x, scale, p.shadow_dec, decoder=decoder, aux=extra, sizes=sizes
+        )  # fmt: skip
+        side.join()
+        _update_from_memory(p, gradients, grad_b_dec, owned, adam, (clip * n, centred.total_variance))
+    side.join()
     return _arrived(result)
 
 
@@ -209,10 +229,10 @@ def learn_densely(
     error = made.squared_error
     result = StepResult(centred.x, made.residual, error, error, centred.total_variance, made.firings)
     gradients = made.gradients(p, None if aux is None else aux(result), decoder=decoder, squares=clip is not None)
-    grad_b_dec = b_dec_gradient(p, made.residual, scale, gradients.b_enc).get()
+    grad_b_dec = b_dec_gradient(p, in_blocks(made.residual), scale, gradients.b_enc).get()
     tokens_since_fired.add_(n).masked_fill_(made.firings > 0, 0)
     owned = [*_skip(p, made.residual, centred.x, scale), *terms.own(made.windows, made.firings, made.magnitude)]
-    limit = None if clip is None else clip * n / centred.total_variance
+    limit = None if clip is None else (clip * n, centred.total_variance)
     _update_from_memory(p, gradients, grad_b_dec, owned, adam, limit)
     return result
 
@@ -223,14 +243,15 @@ def _update_from_memory(
     grad_b_dec: Float[Tensor, "d"],
     owned: Sequence[OwnTensor],
     adam: AdamStep,
-    limit: Float[Tensor, ""] | None,
+    limit: tuple[float, Float[Tensor, ""]] | None,
 ) -> None:
-    """One step of everything, the common norm of all gradients at most `limit`."""
-    factor = torch.ones((), device=grad_b_dec.device)
-    if limit is not None:
+    """One step of everything, the common norm of all gradients at most the quotient of `limit`."""
+    if limit is None:
+        factor = torch.ones((), device=grad_b_dec.device)
+    else:
         # The loss is a share of the batch's variance; the limit given to users is for squared error a token.
         shared, others = ([own.gradient for own in owned if own.shared == both] for both in (True, False))
-        factor = clip_factor(made, [grad_b_dec, *shared], limit, p.ranks, others)
+        factor = clip_factor(made, grad_b_dec, *limit, p.ranks, shared, others)
     update_from_gradients(p, made, grad_b_dec, adam, factor)
     for own in owned:
         own.move(adam, factor)
@@ -243,21 +264,24 @@ def _forward(
     parts: Parts | None,
     thresholds: ThresholdTerms | None,
     errors: Errors | None,
+    side: Side,
 ) -> tuple[StepResult, FeatureOrder, Tensor]:
     """What a code leaves of a batch, its entries in the order of features, and the residuals that they work for."""
     dtype, variance = p.shadow_dec.dtype, centred.total_variance
     if parts is None:
         if p.ranks.size > 1:
             return _forward_of_ranks(centred, code, p, thresholds, errors)
-        fit = residual(code, p.shadow_dec, centred.target, dtype)
-        order = _order(code, thresholds)
-        error = fit.squared_error
-        return StepResult(centred.x, fit.residual, error, error, variance, order.firings), order, fit.residual
+        order = side.run(lambda: _order(code, thresholds))
+        left, squares = residual(code, p.shadow_dec, centred.target, dtype)
+        side.join()
+        error = side.run(lambda: squares.sum(dtype=torch.float64))
+        return StepResult(centred.x, left, error, error, variance, order.firings), order, left
+    order = side.run(lambda: by_feature(code, parts.cells, parts.narrow))
     if p.ranks.size > 1:
         nested = residuals_over_ranks(code, parts, p.shadow_dec, centred.target, p.ranks)
     else:
         nested = nested_residuals(code, parts, p.shadow_dec, centred.target)
-    order = by_feature(code, parts.cells, parts.narrow)
+    side.join()
     error, loss = nested.squared_error, nested.loss
     return StepResult(centred.x, nested.residual, error, loss, variance, order.firings), order, nested.by_cell
 

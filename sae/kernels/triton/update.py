@@ -12,7 +12,8 @@ and the same without the first and last line for its row of W_enc and its b_enc.
 bf16 shadows that encoder and decoder read are written in the same pass. Gradients either lie in memory, or are
 summed here from the sparse code (`features`) and never written: by one program a feature where the L2 cache keeps the
 rows of the batch that they are sums of, and else slice of columns by slice of columns of all features, of which it
-does; then decoder rows are scaled in a pass of their own.
+does. Then a pass of its own takes the norms of the decoder's rows and writes their shadows; the weights are divided by
+what the next step reads them with (`Parameters.norms`).
 
 lr / (1 - beta1^t) and sqrt(1 - beta2^t) come from device memory, so that a captured graph can be replayed.
 """
@@ -21,7 +22,6 @@ lr / (1 - beta1^t) and sqrt(1 - beta2^t) come from device memory, so that a capt
 # (kernels' arguments are pointers and numbers of the compiled language)
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,122 +30,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.triton.bias import BiasGradient
-from sae.kernels.triton.encode import padded_pair
 from sae.kernels.triton.features import (
     ENTRIES,
     AuxGradients,
     FeatureGradients,
-    WindowSums,
+    Products,
     gradient_slice,
-    products,
     row_slice,
 )
 from sae.kernels.triton.order import FeatureOrder
+from sae.kernels.triton.parameters import AdamStep, Moments, Parameters
+from sae.kernels.triton.side import Side
 from sae.kernels.triton.sizes import SIZES, KernelSizes
 from sae.kernels.triton.sparse import alignment
 from sae.ranks import ALONE, Ranks
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Adam's two moments of one parameter of any shape."""
-
-    mean: Tensor
-    square: Tensor
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> "Moments":
-        """Zeros, as before the first step of a parameter of any shape."""
-        return cls(torch.zeros_like(parameter), torch.zeros_like(parameter))
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What is trained, feature by feature, with its moments and shadows; all updated in place."""
-
-    W_enc: Float[Tensor, "d_sae d"]
-    """Encoder, a row per feature."""
-    W_dec: Float[Tensor, "d_sae d"]
-    b_enc: Float[Tensor, "d_sae"]
-    b_dec: Float[Tensor, "d"]
-    m_W_enc: Moments
-    m_W_dec: Moments
-    m_b_enc: Moments
-    m_b_dec: Moments
-    shadows: Float[Tensor, "2 padded d"]
-    """W_enc and W_dec in the precision of products, with rows of zeros up to a multiple of 64."""
-    subtracts_b_dec: bool = True
-    """Whether the encoder reads x - b_dec: a transcoder's reads x."""
-    W_skip: Float[Tensor, "d d"] | None = None
-    """[d_out, d_in] of a linear path beside the features, where there is one."""
-    m_W_skip: Moments | None = None
-    ranks: Ranks = ALONE
-    """Those that have the features, of which these are one rank's; b_dec and a skip are the same on all."""
-
-    @property
-    def padded_enc(self) -> Float[Tensor, "padded d"]:
-        """W_enc as the encoder's product reads it."""
-        return self.shadows[0]
-
-    @property
-    def shadow_enc(self) -> Float[Tensor, "d_sae d"]:
-        """W_enc as products read it, without the padding."""
-        return self.shadows[0, : self.W_enc.shape[0]]
-
-    @property
-    def shadow_dec(self) -> Float[Tensor, "d_sae d"]:
-        """W_dec as products read it, without the padding."""
-        return self.shadows[1, : self.W_dec.shape[0]]
-
-    @classmethod
-    def starting(
-        cls,
-        W_enc: Float[Tensor, "d_sae d"],
-        W_dec: Float[Tensor, "d_sae d"],
-        b_enc: Float[Tensor, "d_sae"],
-        b_dec: Float[Tensor, "d"],
-        dtype: torch.dtype,
-    ) -> "Parameters":
-        """These parameters before their first step, with shadows in `dtype`."""
-        moments = (Moments.of(W_enc), Moments.of(W_dec), Moments.of(b_enc), Moments.of(b_dec))
-        return cls.with_shadows(W_enc, W_dec, b_enc, b_dec, *moments, dtype)
-
-    @classmethod
-    def with_shadows(
-        cls,
-        W_enc: Float[Tensor, "d_sae d"],
-        W_dec: Float[Tensor, "d_sae d"],
-        b_enc: Float[Tensor, "d_sae"],
-        b_dec: Float[Tensor, "d"],
-        m_W_enc: Moments,
-        m_W_dec: Moments,
-        m_b_enc: Moments,
-        m_b_dec: Moments,
-        dtype: torch.dtype,
-    ) -> "Parameters":
-        """These parameters and moments, which are kept, with new shadows in `dtype`."""
-        moments = (m_W_enc, m_W_dec, m_b_enc, m_b_dec)
-        return cls(W_enc, W_dec, b_enc, b_dec, *moments, padded_pair(W_enc, W_dec, dtype))
-
-
-@dataclass(frozen=True)
-class AdamStep:
-    """Adam's constants, and this step's two scalars [lr / (1 - beta1^t), sqrt(1 - beta2^t)] on the device."""
-
-    scalars: Float[Tensor, "2"]
-    beta1: float
-    beta2: float
-    eps: float
-
-    @property
-    def constants(self) -> tuple[float, float, float, float, float]:
-        """beta1, beta2, 1 - beta1, 1 - beta2 and eps; in fp32, 1 - 0.999 would lose five digits."""
-        return self.beta1, self.beta2, 1 - self.beta1, 1 - self.beta2, self.eps
-
-
-def step_scalars(lr: float, step: int, betas: tuple[float, float]) -> tuple[float, float]:
-    """The two scalars of step `step`, counted from 1."""
-    return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
 
 
 @triton.jit
@@ -174,18 +72,26 @@ def _finish_rows(row, shadow, squares, d, SLICE: tl.constexpr):
 
 @triton.jit
 def _normalise_kernel(
-    W_dec, shadow_dec, norms, units, ALIGN: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, SLICE: tl.constexpr
+    W_dec, shadow_dec, squares_of, norms, units,
+    ALIGN: tl.constexpr, LAZY: tl.constexpr, SLICES: tl.constexpr, ROOM: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of `_finish_rows`, from the squares of all slices that `_fused_kernel` has left."""
+    """Some columns of `_finish_rows`, from the squares of all slices that `_fused_kernel` has left.
+
+    LAZY: W_dec stays as it is, and the norm is noted; two thirds of the bytes otherwise read and written.
+    """
     d = units * ALIGN
     f = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, ROOM)
-    squares = tl.load(norms + f * SLICES + part, mask=part < SLICES, other=0.0)
+    squares = tl.load(squares_of + f * SLICES + part, mask=part < SLICES, other=0.0)
     norm = tl.maximum(tl.sqrt_rn(tl.sum(squares)), 1.1754943508222875e-38)
     columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     at = f * d + columns
     w = tl.load(W_dec + at, mask=columns < d, other=0.0, eviction_policy="evict_first") / norm
-    tl.store(W_dec + at, w, mask=columns < d, eviction_policy="evict_first")
+    if LAZY:
+        if tl.program_id(1) == 0:
+            tl.store(norms + f, norm)
+    else:
+        tl.store(W_dec + at, w, mask=columns < d, eviction_policy="evict_first")
     tl.store(shadow_dec + at, w.to(shadow_dec.dtype.element_ty), mask=columns < d, eviction_policy="evict_first")
 
 
@@ -193,9 +99,9 @@ def _normalise_kernel(
 def _fused_kernel(
     offsets, firings, token, row, value, da, R, X, scale, grad_bias, along, window_dec, window_enc,
     aux_slot, aux_dec, aux_enc, aux_bias, aux_along, W_dec, W_enc, b_enc, m_dec, v_dec, m_enc, v_enc, m_bias, v_bias,
-    shadow_dec, shadow_enc, norms, since_fired, scalars, n_tokens, units, beta1, beta2, rest1, rest2, eps,
+    shadow_dec, shadow_enc, squares_of, norms, since_fired, scalars, n_tokens, units, beta1, beta2, rest1, rest2, eps,
     ALIGN: tl.constexpr, NESTED: tl.constexpr, DECODER: tl.constexpr, AUX: tl.constexpr, SLICED: tl.constexpr,
-    WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
+    LAZY: tl.constexpr, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """A feature, or one slice of its columns; the first has its bias and its counter too."""
     d = units * ALIGN
@@ -236,11 +142,13 @@ def _fused_kernel(
         tl.store(shadow_enc + at, w.to(shadow_enc.dtype.element_ty), mask=inside, eviction_policy="evict_first")
         if DECODER:
             w = tl.load(W_dec + at, mask=inside, other=0.0)
+            if LAZY:
+                w = w / tl.load(norms + f)
             w = _adam(w, dec - parallel * w, m_dec, v_dec, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
             tl.store(W_dec + at, w, mask=inside)
             squares += tl.where(inside, w * w, 0.0)
     if DECODER and SLICED:
-        tl.store(norms + f * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
+        tl.store(squares_of + f * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
     elif DECODER:
         _finish_rows(W_dec + base, shadow_dec + base, squares, d, SLICE)
     if begin == 0:
@@ -252,19 +160,25 @@ def _fused_kernel(
 
 @triton.jit
 def _rows_kernel(
-    grad_dec, grad_enc, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, scalars, factor, units,
-    beta1, beta2, rest1, rest2, eps, ALIGN: tl.constexpr, DECODER: tl.constexpr, SLICE: tl.constexpr,
+    grad_dec, grad_enc, W_dec, W_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, norms, scalars, factor, units,
+    beta1, beta2, rest1, rest2, eps, ALIGN: tl.constexpr, DECODER: tl.constexpr, LAZY: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     d = units * ALIGN
     rate = tl.load(scalars)
     root = tl.load(scalars + 1)
     clip = tl.load(factor)
     base = tl.program_id(0).to(tl.int64) * d
+    norm = 1.0
+    if LAZY:
+        norm = tl.load(norms + tl.program_id(0))
     products = tl.zeros([SLICE], tl.float32)
     if DECODER:
         for left in range(0, d, SLICE):
             columns = left + tl.arange(0, SLICE)
             w = tl.load(W_dec + base + columns, mask=columns < d, other=0.0)
+            if LAZY:
+                w = w / norm
             products += w * tl.load(grad_dec + base + columns, mask=columns < d, other=0.0)
     parallel = tl.sum(products)
     squares = tl.zeros([SLICE], tl.float32)
@@ -280,59 +194,91 @@ def _rows_kernel(
         if DECODER:
             g = tl.load(grad_dec + at, mask=inside, other=0.0)
             w = tl.load(W_dec + at, mask=inside, other=0.0)
+            if LAZY:
+                w = w / norm
             g = (g - parallel * w) * clip
             w = _adam(w, g, m_dec, v_dec, at, inside, rate, root, beta1, beta2, rest1, rest2, eps)
             tl.store(W_dec + at, w, mask=inside)
             squares += tl.where(inside, w * w, 0.0)
     if DECODER:
         _finish_rows(W_dec + base, shadow_dec + base, squares, d, SLICE)
+        if LAZY:
+            tl.store(norms + tl.program_id(0), 1.0)
 
 
 @triton.jit
-def _vector_kernel(grad, p, M, V, scalars, size, beta1, beta2, rest1, rest2, eps, BLOCK: tl.constexpr):
+def _vector_kernel(
+    grad, factor, p, M, V, scalars, size, beta1, beta2, rest1, rest2, eps, SCALED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     g = tl.load(grad + at, mask=mask, other=0.0)
+    if SCALED:
+        g *= tl.load(factor)
     old = tl.load(p + at, mask=mask, other=0.0)
     new = _adam(old, g, M, V, at, mask, tl.load(scalars), tl.load(scalars + 1), beta1, beta2, rest1, rest2, eps)
     tl.store(p + at, new, mask=mask)
 
 
 def update_vector(
-    parameter: Float[Tensor, "size"], gradient: Float[Tensor, "size"], moments: Moments, adam: AdamStep
+    parameter: Float[Tensor, "size"],
+    gradient: Float[Tensor, "size"],
+    moments: Moments,
+    adam: AdamStep,
+    factor: Float[Tensor, ""] | None = None,
 ) -> None:
-    """Adam on a small parameter, in place."""
+    """Adam on a small parameter, in place; the gradient is multiplied with `factor`."""
     size = parameter.shape[0]
     _vector_kernel[(triton.cdiv(size, 1024),)](
-        gradient, parameter, moments.mean, moments.square, adam.scalars, size, *adam.constants,
-        BLOCK=1024,
+        gradient, gradient if factor is None else factor, parameter, moments.mean, moments.square, adam.scalars, size,
+        *adam.constants, SCALED=factor is not None, BLOCK=1024,
     )  # fmt: skip
+
+
+@triton.jit
+def _factor_kernel(squares, grad_b_dec, variance, factor, d, most, tiny, STEP: tl.constexpr):
+    """`clip_factor`, of the other gradients' squares."""
+    total = tl.zeros([STEP], tl.float64)
+    for first in range(0, d, STEP):
+        at = first + tl.arange(0, STEP)
+        g = tl.load(grad_b_dec + at, mask=at < d, other=0.0).to(tl.float64)
+        total += g * g
+    norm = tl.sqrt(tl.sum(total) + tl.load(squares))
+    made = most / tl.load(variance) / tl.maximum(norm, tiny)
+    # Written so that NaN stays, and is seen.
+    tl.store(factor, tl.where(made > 1, 1.0, made).to(tl.float32))
 
 
 def clip_factor(
     gradients: FeatureGradients,
-    shared: Sequence[Tensor],
-    limit: Float[Tensor, ""],
+    grad_b_dec: Float[Tensor, "d"],
+    limit: float,
+    variance: Float[Tensor, ""],
     ranks: Ranks = ALONE,
+    shared: Sequence[Tensor] = (),
     others: Sequence[Tensor] = (),
 ) -> Float[Tensor, ""]:
-    """What all gradients are multiplied with so that their common norm is at most `limit`; 1 where it is.
+    """What all gradients are multiplied with so that their common norm is at most `limit` / `variance`; 1 where it is.
 
     Of W_dec's gradient the part across its unit rows counts, which is all that the update takes.
 
     Args:
-        shared: gradients of other tensors, of any shape; the same on all ranks.
+        variance: fp64.
         ranks: those that have the features.
+        shared: gradients of other tensors, of any shape; as b_dec's the same on all ranks.
         others: gradients of other tensors of the features.
     """
     squares = gradients.squares.sum(dtype=torch.float64)
-    for gradient in (gradients.b_enc, *others):
+    for gradient in others:
         squares += gradient.square().sum()
     ranks.sum_(squares)
     for gradient in shared:
         squares += gradient.square().sum()
-    norm = squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return (limit / norm).clamp_max(1).float()
+    factor = torch.empty((), dtype=torch.float32, device=grad_b_dec.device)
+    _factor_kernel[(1,)](
+        squares, grad_b_dec, variance, factor, len(grad_b_dec), limit, torch.finfo(torch.float32).tiny, STEP=1024
+    )
+    return factor
 
 
 def update_from_gradients(
@@ -344,27 +290,35 @@ def update_from_gradients(
 ) -> None:
     """One step from gradients in memory, all multiplied with `factor`; W_dec stays as it is where it has none."""
     p, g = parameters, gradients
+
+    def biases() -> None:
+        update_vector(p.b_enc, g.b_enc, p.m_b_enc, adam, factor)
+        update_vector(p.b_dec, grad_b_dec, p.m_b_dec, adam, factor)
+
+    side = Side(grad_b_dec.device)
+    side.run(biases)
     d_sae, d = p.W_dec.shape
     columns = min(1024, triton.next_power_of_2(d))
     _rows_kernel[(d_sae,)](
         g.W_enc if g.W_dec is None else g.W_dec, g.W_enc, p.W_dec, p.W_enc,
         p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.shadow_dec, p.shadow_enc,
-        adam.scalars, factor, d // alignment(d), *adam.constants,
-        ALIGN=alignment(d), DECODER=g.W_dec is not None, SLICE=columns, num_warps=max(1, columns // 128),
+        g.W_enc if p.norms is None else p.norms, adam.scalars, factor, d // alignment(d), *adam.constants,
+        ALIGN=alignment(d), DECODER=g.W_dec is not None, LAZY=p.norms is not None, SLICE=columns,
+        num_warps=max(1, columns // 128),
     )  # fmt: skip
-    update_vector(p.b_enc, g.b_enc * factor, p.m_b_enc, adam)
-    update_vector(p.b_dec, grad_b_dec * factor, p.m_b_dec, adam)
+    side.join()
 
 
 def b_dec_gradient(
-    p: Parameters, residual: Float[Tensor, "n d"], scale: Float[Tensor, ""], grad_b_enc: Float[Tensor, "d_sae"]
+    p: Parameters, residual: Float[Tensor, "blocks d"], scale: Float[Tensor, ""], grad_b_enc: Float[Tensor, "d_sae"]
 ) -> BiasGradient:
-    """Gradient of b_dec, from the encoder as it is now."""
+    """Gradient of b_dec, from the encoder as it is now; `residual` as `in_blocks` sums it."""
     return BiasGradient(residual, scale, grad_b_enc, p.shadow_enc if p.subtracts_b_dec else None, p.ranks)
 
 
 def update_from_code(
     parameters: Parameters,
+    made: Products,
     order: FeatureOrder,
     residual: Float[Tensor, "rows d"],
     x_centred: Float[Tensor, "n d"],
@@ -374,44 +328,36 @@ def update_from_code(
     *,
     decoder: bool = True,
     aux: AuxGradients | None = None,
-    shrink: Float[Tensor, ""] | None = None,
     sizes: KernelSizes = SIZES,
-) -> WindowSums | None:
-    """One step of every parameter from the sparse code, without gradients in memory; returns the thresholds' sums.
+) -> None:
+    """One step of every parameter of the features from the sparse code, without gradients in memory.
 
     Args:
-        residual: target less prediction; `scale` times it is the gradient to the prediction. Where entries work for
-            different ones, the first n rows are those of b_dec.
+        made: by `products` of the others.
+        residual: target less prediction; `scale` times it is the gradient to the prediction.
         tokens_since_fired: set to 0 for features that fired, else increased by the batch's tokens.
-        shrink: as for `products`.
     """
     p = parameters
     d_sae, d = p.W_dec.shape
-    n_tokens = x_centred.shape[0]
-    made = products(order, residual, x_centred, scale, p.shadow_dec, shrink=shrink, sizes=sizes)
-    # Before the encoder moves.
-    grad_b_dec = b_dec_gradient(p, residual[:n_tokens], scale, made.b_enc)
     extra = (p.W_dec,) * 5 if aux is None else (aux.slot, aux.W_dec, aux.W_enc, aux.b_enc, aux.along)
     sliced = residual.nbytes + x_centred.nbytes > sizes.cached
     slices = triton.cdiv(d, row_slice(d)) if sliced else 1
-    norms = torch.empty(d_sae, slices, dtype=torch.float32, device=residual.device)
+    squares = torch.empty(d_sae, slices, dtype=torch.float32, device=residual.device)
+    lazy = sliced and p.norms is not None
+    norms = squares if p.norms is None else p.norms
     _fused_kernel[(d_sae, slices)](
         order.offsets, order.firings, order.token, order.rows, order.value, made.da, residual, x_centred, scale,
         made.b_enc, made.along,
         made.window_dec, made.window_enc, *extra, p.W_dec, p.W_enc, p.b_enc,
         p.m_W_dec.mean, p.m_W_dec.square, p.m_W_enc.mean, p.m_W_enc.square, p.m_b_enc.mean, p.m_b_enc.square,
-        p.shadow_dec, p.shadow_enc, norms, tokens_since_fired, adam.scalars, n_tokens,
+        p.shadow_dec, p.shadow_enc, squares, norms, tokens_since_fired, adam.scalars, x_centred.shape[0],
         d // alignment(d), *adam.constants, ALIGN=alignment(d), NESTED=order.row is not None, DECODER=decoder,
-        AUX=aux is not None, SLICED=sliced, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d), num_warps=1,
+        AUX=aux is not None, SLICED=sliced, LAZY=lazy, WINDOW=sizes.window, ENTRIES=ENTRIES, SLICE=row_slice(d),
+        num_warps=1,
     )  # fmt: skip
     if decoder and sliced:
         columns = min(1024, triton.next_power_of_2(d))
         _normalise_kernel[(d_sae, triton.cdiv(d, columns))](
-            p.W_dec, p.shadow_dec, norms, d // alignment(d), ALIGN=alignment(d), SLICES=slices,
+            p.W_dec, p.shadow_dec, squares, norms, d // alignment(d), ALIGN=alignment(d), LAZY=lazy, SLICES=slices,
             ROOM=triton.next_power_of_2(slices), SLICE=columns, num_warps=max(1, columns // 256),
         )  # fmt: skip
-    gradient = grad_b_dec.get()
-    if aux is not None and p.subtracts_b_dec:
-        gradient -= p.ranks.sum_(aux.through_x)
-    update_vector(p.b_dec, gradient, p.m_b_dec, adam)
-    return made.thresholds

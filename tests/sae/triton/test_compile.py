@@ -59,11 +59,11 @@ def check(
     made = compiled(kernel, constants, warps, types or {}, aligned)
     binary = folder / "kernel.cubin"
     binary.write_bytes(made.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run([str(tool), "-res-usage", str(binary)], capture_output=True, text=True, check=True).stdout
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    assert used["LOCAL"] == 0
-    assert used["STACK"] == 0
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    code = subprocess.run([str(tool), "-c", str(binary)], capture_output=True, text=True, check=True).stdout
+    assert "EXIT" in code
+    # The compiler may reserve a few bytes of stack that it then does not use.
+    assert not re.findall(r"\b(?:LDL|STL)\b.*", code)
     ptx: str = made.asm["ptx"]
     return ptx
 
@@ -102,7 +102,8 @@ def test_select_stays_in_registers(absolute: bool, gradient: bool, folder: Path)
     # The last two: of the largest k, and of the most candidates of a row, from which BatchTopK's threshold is taken.
     sizes = [(GROUPS, 128), (2 * GROUPS, 1024), (4 * GROUPS, 2048)]
     for groups, capacity in sizes[:2] if gradient else sizes:
-        chosen = {"N_GROUPS": groups, "CAPACITY": capacity, "GROUPS_AT_ONCE": TILE // 64, "RANKED": gradient}
+        chosen = {"N_GROUPS": groups, "CAPACITY": capacity, "GROUPS_AT_ONCE": TILE // 64, "AGAIN": groups // 4}
+        chosen["RANKED"] = gradient
         check(_select_kernel, {**chosen, **chooses}, groups // GROUPS_OF_A_WARP, folder)
 
 
@@ -217,20 +218,22 @@ def test_gradients_stay_in_registers(d: int, aux: bool, folder: Path) -> None:
 def test_fused_update_stays_in_registers(d: int, aux: bool, nested: bool, sliced: bool, folder: Path) -> None:
     from sae.kernels.triton.update import _fused_kernel
 
-    constants = {"DECODER": True, "AUX": aux, "SLICED": sliced, **by_feature(d, nested)}
+    constants = {"DECODER": True, "AUX": aux, "SLICED": sliced, "LAZY": sliced, **by_feature(d, nested)}
     ptx = check(_fused_kernel, constants, 1, folder, aligned=d % 256 == 0)
     assert not re.search(r"ld\.global\S*\.b16", ptx)
 
 
 def test_updates_from_memory_stay_in_registers(folder: Path) -> None:
     from sae.kernels.triton.bias import FEATURES, SLICE, STEP, _combine_kernel, _weighted_kernel
+    from sae.kernels.triton.parameters import _divided_kernel
     from sae.kernels.triton.update import _normalise_kernel, _rows_kernel, _vector_kernel
 
-    check(_rows_kernel, {"DECODER": True, "SLICE": 1024, **columns(2304)}, 8, folder)
+    check(_rows_kernel, {"DECODER": True, "LAZY": True, "SLICE": 1024, **columns(2304)}, 8, folder)
     for weighted in (False, True):
         constants = {"WEIGHTED": weighted, "ROWS": FEATURES, "STEP": STEP, "SLICE": SLICE, **columns(2304)}
         check(_weighted_kernel, constants, 2, folder, {"M": "*bf16", "n_rows": "i32"})
     types = dict.fromkeys(("n_parts", "n_less", "d"), "i32")
     check(_combine_kernel, {"STEP": 64, "COLUMNS": 32}, 4, folder, types)
     check(_vector_kernel, {"BLOCK": 1024}, 4, folder)
-    check(_normalise_kernel, {"SLICES": 9, "ROOM": 16, "SLICE": 1024, **columns(2304)}, 4, folder)
+    check(_divided_kernel, {"CHOSEN": True, "SLICE": 1024, **columns(2304)}, 4, folder, {"features": "*i64"})
+    check(_normalise_kernel, {"LAZY": True, "SLICES": 9, "ROOM": 16, "SLICE": 1024, **columns(2304)}, 4, folder)

@@ -121,6 +121,7 @@ def trajectory(
             rows = moved(Rows(batch, gradients=gradients))
         make_step(rows.x, step, rows.gradients if config.rule.needs_gradients else None, rows.target)
         reports.append(state.read_totals())
+    state.settle()
     return Trajectory(state, start, reports)
 
 
@@ -227,6 +228,20 @@ def resumes(config: TrainConfig, stream: Stream | Targets, device: torch.device,
     resumed = run(config, stream(), device, checkpoint_dir=folder, resume=True)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_rows_that_a_step_leaves_undivided_are_divided_for_who_reads_them(stream: Stream, device: torch.device) -> None:
+    source, state = stream(), TrainingState(CONFIG, D, device)
+    step = exact(state)
+    state.initialise(source.sample(200).to(device))
+    for number in range(2):
+        step(source.next_batch(N).to(device), number)
+    left = state.sae.W_dec.detach().clone()
+    read = state.tensors()["W_dec"]
+    unit = torch.ones(F, device=device)
+    assert not torch.equal(left, read)
+    torch.testing.assert_close(read.norm(dim=1), unit, atol=1e-6, rtol=0)
+    torch.testing.assert_close(left / left.norm(dim=1, keepdim=True), read)
 
 
 def test_a_plain_checkpoint_goes_on_fused(stream: Stream, device: torch.device, tmp_path: Path) -> None:
