@@ -387,15 +387,6 @@ def test_no_request_leaves_the_machine(address: str, page: Any, busiest: int) ->
                 and urllib.parse.urlsplit(url).netloc != here}  # fmt: skip
 
 
-def test_an_empty_workspace_says_what_to_do(serve: Callable[[Path], str], tmp_path: Path, page: Any) -> None:
-    Workspace(tmp_path / "empty")
-    address = serve(tmp_path / "empty")
-    page.goto(address)
-    page.get_by_text("No harvest yet").wait_for()
-    page.get_by_test_id("stSidebarNavLink").filter(has_text="Compare").click()
-    page.get_by_text("No SAE yet").wait_for()
-
-
 def test_pages_are_readable_at_800_pixels(address: str, page: Any, busiest: int) -> None:
     page.set_viewport_size({"width": 800, "height": 1000})
     page.goto(link(address, "Feature", sae="s", feature=busiest))
