@@ -31,13 +31,18 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# To look for garbage among the hundred thousands of objects that were imported took a tenth of the tests' time.
+# To look for garbage among all that was imported took a tenth of the tests' time.
 gc.disable()
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    # DuckDB's binding prints a page about what is still there when Python ends.
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
