@@ -51,7 +51,7 @@ def find_examples(entries: Entries, order: Int[NDArray, "entries"], context_len:
     parts: list[dict[str, NDArray]] = []
     intervals: list[dict[str, NDArray]] = []
     negative = np.bincount(entries.local[entries.activation < 0], minlength=len(entries.counts))
-    for sign in (1, -1):
+    for sign in (1, -1) if negative.any() else (1,):
         # In value order a feature's negative entries come first, the strongest leading; its positive ones end it.
         count = entries.counts - negative if sign == 1 else negative
         strongest = entries.starts + entries.counts - 1 if sign == 1 else entries.starts

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from workbench.features.index.coactivation import MIN_TOGETHER, NEIGHBOURS, TokenFeatures, coactivations
+from workbench.features.index.coactivation import COUNTS_AT_ONCE, MIN_TOGETHER, NEIGHBOURS, TokenFeatures, coactivations
 from workbench.features.index.examples import CUTS, PER_INTERVAL, TOP, find_examples
 from workbench.features.index.statistics import BINS, QUANTILES, feature_statistics, value_order
 
@@ -100,7 +100,7 @@ def test_intervals_split_each_sign_at_the_quantiles_of_strength(dense: NDArray, 
 def test_coactivations_equal_the_dense_correlation(
     counts_at_once: int, pairs_at_once: int, dense: NDArray, rows: NDArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workbench.features.index.coactivation.COUNTS_AT_ONCE", counts_at_once)
+    monkeypatch.setitem(COUNTS_AT_ONCE, "cpu", counts_at_once)
     monkeypatch.setattr("workbench.features.index.coactivation.PAIRS_AT_ONCE", pairs_at_once)
     fires = dense != 0
     feature = np.nonzero(fires)[1]
