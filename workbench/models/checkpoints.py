@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 
 from sae.errors import InputError
 from workbench.disk.hub import require_hub
@@ -116,6 +117,18 @@ def reads_as_model(name: str) -> bool:
     return name.lower() in {part.lower() for spec in known for part in (spec, spec.rpartition("/")[2])}
 
 
+class _Unfilled(TorchFunctionMode):
+    """Starting values of tensors that hold none are not made: that would load torch's reference functions and sympy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def from_pretrained(kind: Any, location: str, spec: str, **options: Any) -> Any:
     """`kind.from_pretrained(location, **options)` of transformers, without its progress bars.
 
@@ -131,7 +144,8 @@ def from_pretrained(kind: Any, location: str, spec: str, **options: Any) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         # Code that comes with weights is never run, nor is standard input asked whether it may.
-        return kind.from_pretrained(location, trust_remote_code=False, **options)
+        with _Unfilled():
+            return kind.from_pretrained(location, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):

@@ -1,11 +1,14 @@
 """transformers and TransformerLens without what they import for others: two fifths of the time of a short command.
 
-Both load torch's compiler, scipy's optimizer, accelerate, datasets and torch's checkpoints of several machines, for
-functions that nothing here calls. While a model is loaded, and these two are imported for it (`light_imports`):
+Both load torch's compiler and its tensors of several machines (with sympy), scipy's optimizer, accelerate, datasets,
+pandas and torchvision, for functions that nothing here calls. While a model is loaded, and these two are imported for it
+(`light_imports`):
 
 1. What modules of these two take `from` the packages in `LATER` is a stand-in (`Later`) that imports the real thing
-   when it is called, asked for an attribute, inherited from, or asked whether something is one of it.
+   when it is called, asked for an attribute, inherited from, or asked whether something is one of it; a constant of it,
+   such as an enumeration's member, is a `LaterConstant`. A package taken whole gives stand-ins.
 2. What is marked for `torch._dynamo` is marked when it is called after somebody has loaded the compiler.
+3. `HIDDEN` is not there: they do without what they import of it.
 
 Imports of anybody else are as ever, and of what is loaded already nothing changes.
 """
@@ -15,7 +18,7 @@ import functools
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +26,12 @@ import torch
 
 IMPORTERS = ("transformers.", "transformer_lens.")
 LATER = (
-    "accelerate", "datasets", "scipy", "sklearn", "torch._dynamo", "torch.distributed._composable",
-    "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "accelerate", "datasets", "pandas", "scipy", "sklearn", "torch._dynamo", "torch.distributed._composable",
+    "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torchvision",
+    "transformers.distributed.expert_parallel", "transformers.distributed.tensor_parallel",
 )  # fmt: skip
+HIDDEN = "pytest"
+"""TransformerLens marks one of its own functions with it."""
 MARKING = ("torch.compiler", "torch._compile")
 """Where torch marks functions for its compiler; it loads the compiler to do so."""
 
@@ -52,7 +58,7 @@ class Later(type):
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(cls.found(), name)
+        return LaterConstant(cls, name) if name.isupper() else getattr(cls.found(), name)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         # Nothing can be one of a module that nobody has imported.
@@ -62,13 +68,48 @@ class Later(type):
         return cls.__module__ in sys.modules and issubclass(subclass, cls.found())
 
 
-class _LaterModule:
-    """Gives stand-ins for whatever is taken from a module."""
+class LaterConstant:
+    """A stand-in for a constant of a class that has not been imported; a key wherever the constant is one."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, owner: Later, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def found(self) -> Any:
+        """The real one."""
+        return getattr(self._owner.found(), self._name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self.found())
 
     def __getattr__(self, name: str) -> Any:
+        return getattr(self.found(), name)
+
+    def __hash__(self) -> int:
+        # As a member of an enumeration has it.
+        return hash(self._name)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or self.found() == (other.found() if type(other) is LaterConstant else other)
+
+
+class _LaterModule:
+    """Gives stand-ins for whatever is taken from a module, until that is imported.
+
+    Args:
+        name: of the module.
+        below: what is imported below it, say b.c of `import name.b.c`.
+    """
+
+    def __init__(self, name: str, below: str = "") -> None:
+        self._name, self._below = name, below
+
+    def __getattr__(self, name: str) -> Any:
+        first, _, rest = self._below.partition(".")
+        if name == first:
+            return _LaterModule(f"{self._name}.{name}", rest)
+        if self._name in sys.modules:
+            return getattr(sys.modules[self._name], name)
         return Later(name, (), {"__module__": self._name})
 
 
@@ -102,10 +143,18 @@ def light_imports() -> Iterator[None]:
 
         def imported(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
             importer = str((globals or {}).get("__name__"))
-            if level == 0 and name not in sys.modules:
-                if fromlist and importer.startswith(IMPORTERS) and _is_later(name):
-                    return _LaterModule(name)
-                if name == "torch._dynamo" and importer in MARKING:
+            whole = f"{_package(globals, level)}.{name}" if level else name
+            if whole not in sys.modules:
+                if importer.startswith(IMPORTERS):
+                    if whole == HIDDEN:
+                        raise ModuleNotFoundError(f"{HIDDEN} is hidden while a model is loaded", name=HIDDEN)
+                    if fromlist and _is_later(whole):
+                        return _LaterModule(whole)
+                    # `import a.b` gives a, of which b is taken.
+                    package, _, below = whole.partition(".")
+                    if not fromlist and _is_later(package):
+                        return _LaterModule(package, below)
+                if whole == "torch._dynamo" and importer in MARKING:
                     return torch
             return ordinary(name, globals, locals, fromlist, level)
 
@@ -118,6 +167,11 @@ def light_imports() -> Iterator[None]:
             builtins.__import__ = ordinary
             if vars(torch).get("_dynamo") is marks:
                 del vars(torch)["_dynamo"]
+
+
+def _package(importer: Mapping[str, Any], level: int) -> str:
+    """The package that a relative import of so many dots begins at."""
+    return str(importer["__package__"]).rsplit(".", level - 1)[0]
 
 
 def _is_later(name: str) -> bool:
