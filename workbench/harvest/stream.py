@@ -170,7 +170,7 @@ class ModelRows(ShuffledRows):
         if (self._epoch, self._number) != (0, 0):
             self.load_state_dict({**place, "epoch": 0, "chunk": 0, "offset": 0, "after": None})
         chunk = self._current()
-        usable = np.sort(chunk.order.cpu().numpy())
+        usable = chunk.order.sort().values.cpu().numpy()
         if len(usable) > n:
             usable = np.sort(np.random.default_rng(0).choice(usable, size=n, replace=False))
         rows = torch.from_numpy(usable).to(self._device)

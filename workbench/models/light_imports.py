@@ -1,14 +1,17 @@
 """transformers and TransformerLens without what they import for others: two fifths of the time of a short command.
 
-Both load torch's compiler and its tensors of several machines (with sympy), scipy's optimizer, accelerate, datasets,
-pandas and torchvision, for functions that nothing here calls. While a model is loaded, and these two are imported for it
-(`light_imports`):
+Both load torch's compiler and its tensors of several machines, with sympy, scipy's optimizer, accelerate, datasets,
+pandas and torchvision, for functions that nothing here calls. While a model is loaded, and these two are imported for
+it (`light_imports`):
 
 1. What modules of these two take `from` the packages in `LATER` is a stand-in (`Later`) that imports the real thing
    when it is called, asked for an attribute, inherited from, or asked whether something is one of it; a constant of it,
    such as an enumeration's member, is a `LaterConstant`. A package taken whole gives stand-ins.
 2. What is marked for `torch._dynamo` is marked when it is called after somebody has loaded the compiler.
 3. `HIDDEN` is not there: they do without what they import of it.
+
+Whoever has transformers itself spread a model over several GPUs in the same process imports
+`transformers.distributed.tensor_parallel` and `expert_parallel` first, which enter their ways of doing so in its list.
 
 Imports of anybody else are as ever, and of what is loaded already nothing changes.
 """

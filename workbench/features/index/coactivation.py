@@ -140,9 +140,7 @@ def _keys_there(
 ) -> Int[Tensor, "pairs"]:
     """As `_keys`, on the GPU on which the features lie."""
     assert by_token.on_device is not None
-    first, repeats, rows = (
-        torch.from_numpy(n).to(by_token.device) for n in (begin - (np.cumsum(l0) - l0), l0, row)
-    )
+    first, repeats, rows = (torch.from_numpy(n).to(by_token.device) for n in (begin - (np.cumsum(l0) - l0), l0, row))
     pairs = int(l0.sum())
     places = first.repeat_interleave(repeats, output_size=pairs) + torch.arange(pairs, device=by_token.device)
     return by_token.on_device[places] + rows.repeat_interleave(repeats, output_size=pairs)
