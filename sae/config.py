@@ -19,6 +19,11 @@ ANNEAL_SHARE = 0.7
 """Share of the steps over which k goes from its start to its final value (CSRv2)."""
 
 
+def steps_of(total_tokens: int, batch_size: int) -> int:
+    """Whole batches that come nearest to so many tokens, at least one."""
+    return max(1, round(total_tokens / batch_size))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What one SAE is and how it is trained."""
@@ -107,8 +112,8 @@ class TrainConfig:
 
     @property
     def n_steps(self) -> int:
-        """Number of steps: total_tokens / batch_size, rounded."""
-        return max(1, round(self.total_tokens / self.batch_size))
+        """Number of steps; see `steps_of`."""
+        return steps_of(self.total_tokens, self.batch_size)
 
     @property
     def dead_after(self) -> int:

@@ -83,7 +83,7 @@ class Origin(Shown):
     separate: bool = False
     """Whether its contexts hold parts of one document each."""
     bos: bool = True
-    """Whether contexts begin with BOS; old records say so of models that have none, too."""
+    """Whether contexts begin with BOS, where the model has one; `bos_recorded` says whether that is known."""
     run: str | None = None
     """The training run that made it."""
     training: Record = field(default_factory=dict)
@@ -200,11 +200,32 @@ class Origin(Shown):
         return self.training.get("rule") or (self.imported or {}).get("rule", {})
 
     @property
+    def tokens(self) -> int | None:
+        """Tokens that an SAE was trained on: whole batches, as many as come nearest to those asked for."""
+        from sae.config import steps_of
+
+        total, batch = self.training.get("total_tokens"), self.training.get("batch_size")
+        return total if total is None or batch is None else steps_of(total, batch) * batch
+
+    @property
+    def bos_recorded(self) -> bool:
+        """Whether the record says how contexts begin: old ones leave it out of models of one's own that have no BOS."""
+        from workbench.models.model import OWN
+
+        harvest = _mapping(self.record, "harvest") or _mapping(self.record, "stream")
+        return "bos" in _mapping(harvest, "config") or _mapping(harvest, "model").get("source") not in OWN
+
+    @property
     def told(self) -> dict[str, Any]:
         """What SAELens' metadata says of training, where it was here; `contexts_told` reads it."""
         if self.context_len is None or self.corpus is None:
             return {}
-        return {"context_size": self.context_len, "prepend_bos": self.bos, "dataset_path": self.corpus}
+        begins = {"prepend_bos": self.bos} if self.bos_recorded else {}
+        return {"context_size": self.context_len, **begins, "dataset_path": self.corpus}
+
+    def begins(self, model: "LoadedModel") -> bool:
+        """Whether contexts of `model`, which this was made from, begin with BOS."""
+        return self.bos and model.bos_id is not None
 
     @property
     def frozen_decoder(self) -> bool:
@@ -234,7 +255,9 @@ class Origin(Shown):
         model.check_unchanged()
         if self.weights_sha256 in (None, model.info.weights_sha256):
             return
-        live, known = model.info.source == "live", model.info.source in ("live", "python", "file")
+        from workbench.models.model import OWN
+
+        live, known = model.info.source == "live", model.info.source in OWN
         raise InputError(
             f"the model at {model.info.name} has other weights {'or another forward pass ' if known else ''}than the "
             f"one behind {what}: "

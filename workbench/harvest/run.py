@@ -45,6 +45,7 @@ from workbench.harvest.writing import BlockWriter
 from workbench.models.contexts import context_length
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.load_own import must_be_given
+from workbench.models.model import OWN
 from workbench.show.progress import format_bytes
 from workbench.text.corpora import LIVE, Corpus, open_corpus
 from workbench.text.packing import pack
@@ -221,6 +222,9 @@ def made_from(config: HarvestConfig, model: LoadedModel, corpus: Corpus) -> dict
     begins = config.bos and model.bos_id is not None
     config = replace(config, context_len=context_length(model, config.context_len), bos=begins)
     recorded = {key: value for key, value in asdict(config).items() if usual.get(key) is not value}
+    if model.info.source in OWN:
+        # One of these may have no BOS, which old records did not say.
+        recorded["bos"] = begins
     return {
         "config": recorded,
         "model": model.info.to_dict(),
@@ -240,9 +244,9 @@ def begin(folder: Path, description: dict[str, Any], *, has_bos: bool) -> None:
     file = folder / DESCRIPTION
     if file.is_file():
         recorded = read_description(file)
-        if not has_bos and "bos" not in recorded["config"]:
+        if "bos" in description["config"]:
             # Begun when only a choice was recorded, not that there was none.
-            recorded["config"]["bos"] = False
+            recorded["config"].setdefault("bos", has_bos)
         recorded["corpus"]["name"] = lasting_name(recorded["corpus"]["name"], "python-stdlib")
         recorded["model"]["name"] = lasting_name(recorded["model"]["name"])
         if SPECIAL_TOKENS not in recorded:

@@ -45,6 +45,10 @@ UNCHECKED = Checks({}, {}, None, delegated=False, cached=False, fused=False, edi
 """Before anything was measured: no hook point may be used."""
 
 
+OWN = ("live", "python", "file")
+"""Sources of models of one's own (`ModelInfo.source`): the only ones that may have no BOS."""
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What was loaded; recorded with everything made from it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sae.codebook import fit_codebook
+from sae.codebook import BATCH, fit_codebook
 from sae.errors import InputError
 from sae.model import SAE
 from sae.rules.registry import to_dict
@@ -54,8 +54,8 @@ def fit_codebook_to(
     ).to("cpu")
     made.hook_name, made.model_name = chosen, source.model["name"]
     training = {
-        "name": name, "rule": to_dict(made.rule), "d_sae": n_codes, "total_tokens": total_tokens,
-        "lr": lr, "seed": seed,
+        "name": name, "rule": to_dict(made.rule), "d_sae": n_codes,
+        "total_tokens": total_tokens - total_tokens % BATCH, "batch_size": BATCH, "lr": lr, "seed": seed,
     }  # fmt: skip
     record = {"harvest": source.provenance(), "hook": chosen, "versions": versions(), "training": training}
     catalog.add_sae(name, made, record)

@@ -79,7 +79,7 @@ def _row(
         "k": made_by.get("k", summary.k),
         "d_sae": summary.d_sae,
         "seed": origin.training.get("seed"),
-        "tokens": origin.training.get("total_tokens"),
+        "tokens": origin.tokens,
         "hook": summary.hook,
         "target_hook": summary.target_hook,
         "model": summary.model,

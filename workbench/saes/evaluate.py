@@ -180,11 +180,10 @@ def _begun(model: LoadedModel, origins: Mapping[str, Origin]) -> LoadedModel:
     """The model with contexts that begin as those of all SAEs did.
 
     Raises:
-        InputError: some trained with BOS and some without, where the model has one: old records of models without it
-            say that contexts begin with it.
+        InputError: some trained with BOS and some without, where the model has one.
     """
-    without = [name for name, origin in origins.items() if not origin.bos]
-    if model.bos_id is not None and 0 < len(without) < len(origins):
+    without = [name for name, origin in origins.items() if not origin.begins(model)]
+    if 0 < len(without) < len(origins):
         raise InputError(f"{', '.join(without)} was trained without BOS and others here with it: evaluate them apart")
     return model.beginning(not without)
 

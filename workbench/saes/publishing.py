@@ -166,11 +166,12 @@ def _training(origin: Origin) -> dict[str, str]:
         return {"imported from": f"{source} {origin.imported.get('id', '')}".strip()}
     if not origin.training:
         return {}
-    begins = "beginning with BOS" if origin.bos else "without BOS"
+    begins = f" {'beginning with' if origin.bos else 'without'} BOS" if origin.bos_recorded else ""
+    batch = origin.training.get("batch_size")
     return {
-        "trained on": f"{origin.training['total_tokens']:,} tokens of {public_name(origin.corpus or '?')}, contexts of "
-        f"{origin.context_len} {begins}",
-        "batch size": f"{origin.training['batch_size']:,}", "seed": str(origin.training["seed"]),
+        "trained on": f"{origin.tokens:,} tokens of {public_name(origin.corpus or '?')}, contexts of "
+        f"{origin.context_len}{begins}",
+        **({} if batch is None else {"batch size": f"{batch:,}"}), "seed": str(origin.training["seed"]),
     }  # fmt: skip
 
 

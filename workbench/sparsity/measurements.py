@@ -298,9 +298,8 @@ def report_saes(
     if not saes:
         raise InputError("name at least one SAE to measure")
     known = {item.name for item in catalog.saes()}
-    begun = {catalog.origin(sae).bos for sae in saes if sae in known} or {True}
-    # Old records of models without BOS say that contexts begin with it.
-    if len(begun) > 1 and model.bos_id is not None:
+    begun = {catalog.origin(sae).begins(model) for sae in saes if sae in known} or {True}
+    if len(begun) > 1:
         raise InputError("some of these SAEs were trained without BOS and others with it: measure them apart")
     model = model.beginning(begun.pop())
 

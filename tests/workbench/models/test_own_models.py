@@ -378,6 +378,12 @@ def test_a_plain_module_of_characters_goes_all_the_way(tmp_path: Path) -> None:
     description.write_text(json.dumps(recorded))
     config = HarvestConfig(model.info.name, corpus.name, ("mlp",), context_len=20, max_tokens=20 * 60)
     assert space.harvest("h", config, model=model, corpus=corpus).n_rows == 60 * 20, "as records were"
+    record = space.sae_folder("s") / "provenance.json"
+    known = json.loads(record.read_text())
+    del known["harvest"]["config"]["bos"]
+    record.write_text(json.dumps(known))
+    assert "prepend_bos" not in space.origin("s").told, "an old record does not say"
+    assert "contexts of 20 |" in space.publish("s", "me/saes").card
     reading = space.prompt("s", "abc. a")
     assert reading.texts == list("abc. a")
     steered = space.steer("s", 0, "abc", strength=3.0)

@@ -254,7 +254,7 @@ def store_evaluation(space: Workspace, name: str, l0: float, fvu: float, corpus:
 
 @pytest.fixture
 def compared(space: Workspace) -> Workspace:
-    trained = {"rule": {"name": "batchtopk", "k": 8}, "seed": 3, "total_tokens": 1000}
+    trained = {"rule": {"name": "batchtopk", "k": 8}, "seed": 3, "total_tokens": 1000, "batch_size": 256}
     space.add_sae("a", make_sae(), {})
     space.add_sae("b", make_sae(ReLU()), {"training": trained})
     space.add_sae("c", make_sae(), {"training": {"rule": {"name": "topk", "k": 4}, "frozen_decoder": True}})
@@ -269,8 +269,8 @@ def test_compare_shows_every_sae_with_what_is_known_of_it(
     assert run(["compare", "--workspace", str(compared.path), "--json"]) == 0
     rows = {row["sae"]: row for row in json.loads(capsys.readouterr().out)}
     assert (rows["a"]["rule"], rows["a"]["k"], rows["a"]["l0"], rows["a"]["fvu"]) == ("topk", 4, 4.0, 0.2)
-    # A batch rule is stored as thresholds: the rule that trained it is what one compares.
-    assert (rows["b"]["rule"], rows["b"]["k"], rows["b"]["seed"], rows["b"]["tokens"]) == ("batchtopk", 8, 3, 1000)
+    # A batch rule is stored as thresholds: the rule that trained it is what one compares. 1,000 tokens are four batches.
+    assert (rows["b"]["rule"], rows["b"]["k"], rows["b"]["seed"], rows["b"]["tokens"]) == ("batchtopk", 8, 3, 1024)
     assert (rows["c"]["rule"], rows["c"]["l0"]) == ("topk (random decoder)", None)
     assert run(["compare", "b", "--workspace", str(compared.path), "--json"]) == 0
     assert [row["sae"] for row in json.loads(capsys.readouterr().out)] == ["b"]

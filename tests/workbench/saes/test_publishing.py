@@ -29,7 +29,7 @@ def space(tmp_path: Path, gpt2_model: LoadedModel) -> Workspace:
     space = Workspace(tmp_path / "w")
     config = HarvestConfig(gpt2_model.info.name, str(tmp_path / "texts"), (HOOK,), context_len=32, max_tokens=2048)
     space.harvest("h", config, model=gpt2_model)
-    space.train("r", "h", [TrainConfig("s", total_tokens=2048, d_sae=48, rule=TopK(4), batch_size=256)], device="cpu")
+    space.train("r", "h", [TrainConfig("s", total_tokens=2000, d_sae=48, rule=TopK(4), batch_size=256)], device="cpu")
     space.evaluate(["s"], max_tokens=512, device="cpu")
     return space
 
