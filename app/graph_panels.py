@@ -34,6 +34,7 @@ from workbench.circuits.graphs import (
 )
 from workbench.circuits.named import feature_names
 from workbench.disk.names import layer_name
+from workbench.show.html import one_line, quoted
 
 SHARES = (0.3, 0.95)
 """Least and most of the influence that the page shows."""
@@ -130,7 +131,7 @@ def supernodes(
         return
     grouped = {one for members in groups.values() for one in members}
     logits = [one for one in whole.nodes.names[whole.n_sources :][:3] if one not in grouped]
-    says = {f"says {whole.text_of(one)!r}": [one] for one in logits}
+    says = {f"says {quoted(whole.text_of(one))}": [one] for one in logits}
     st.dataframe(supernode_edges(whole, says | groups), hide_index=True, width="stretch")
 
 
@@ -252,7 +253,7 @@ def change(
     st.markdown("**Next token**, before and after")
     st.dataframe(found.next_tokens[["text", "before", "after"]].round(4), hide_index=True, width="stretch")
     if without or under:
-        st.text(f"Goes on with {without!r}\nUnder the change with {under!r}")
+        st.text(f"Goes on with {one_line(without)}\nUnder the change with {one_line(under)}")
     st.markdown(f"**What moves**; predicted and observed agree with Spearman's {found.agreement():.2f}")
     moved = found.table().head(200).round(4)
     if labels:
@@ -279,7 +280,7 @@ def heads(workspace: Workspace, name: str, version: int, graph: PromptGraph, lab
         st.caption(f"They sum to the edge, {parts['weight'].sum():.4g}; each path counts at the last head on it.")
         position = int(graph.nodes.position[graph.number[node]])
         looks = {
-            f"{head}@{at}": f"{head} from {position} to {at} {graph.texts[at]!r}"
+            f"{head}@{at}": f"{head} from {position} to {at} {quoted(graph.texts[at])}"
             for head, at in zip(parts["head"], parts["at"].tolist(), strict=True) if head[0] == "a"
         }  # fmt: skip
         if not looks:

@@ -13,6 +13,7 @@ from workbench.features.index.titles import concepts_path, explanations_path
 from workbench.features.live import LiveSAE, known_features, model_name, model_of
 from workbench.show.colours import GREY_LINE, background
 from workbench.show.grid import GRID_CSS
+from workbench.show.html import quoted
 
 EXAMPLES = {
     "code": "def read(path, mode='r'):\n    with open(path, mode) as file:\n        return file.read()\n",
@@ -139,7 +140,7 @@ def token_row(
             # A shared character stands at its first token, the others are narrow; line breaks stay visible and break
             # the line.
             "text": text.replace("\r", "").replace("\n", "⏎\n").replace("\t", "→"),
-            "title": f"{at} {text!r}" + f": {value:.4g} {unit}" * math.isfinite(value),
+            "title": f"{at} {quoted(text)}" + f": {value:.4g} {unit}" * math.isfinite(value),
             "background": background(value, strongest) if math.isfinite(value) else "none",
             "kind": "before" if at < first else "" if text else "part",
         }

@@ -19,7 +19,7 @@ from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.on_text import LiveText, activations_on_text
 from workbench.features.index.page import example_html
 from workbench.models.prompt_text import MAX_CHARACTERS, MAX_TOKENS
-from workbench.show.html import STYLE, visible
+from workbench.show.html import STYLE, quoted, visible
 
 BOOKMARKS = "bookmarks"
 PLAIN = {"displayModeBar": False}
@@ -264,7 +264,7 @@ def sources(workspace: Workspace, feature: Feature, tested: LiveText) -> None:
     st.plotly_chart(figure, key="sources", config=PLAIN)
     st.caption(
         f"What every head brings from every token to the pre-activation {found.pre_activation:.3g} at "
-        f"{plain(repr(tested.example.tokens[peak]))}; {found.constant:+.3g} of it is constant."
+        f"{plain(quoted(tested.example.tokens[peak]))}; {found.constant:+.3g} of it is constant."
     )
 
 

@@ -17,7 +17,7 @@ from workbench.circuits.needles import needles_behind
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
 from workbench.show.colours import PALETTE
-from workbench.show.html import one_line
+from workbench.show.html import quoted
 from workbench.sparsity.colourings import colourings
 from workbench.text.corpora import open_corpus
 
@@ -234,7 +234,7 @@ def token_links(workspace: Workspace, model: ModelInfo, view: AttentionView, tex
     if token is None or token >= len(view.tokens):
         return
     # Between quotation marks, where a token of white space is seen and ends no emphasis.
-    st.markdown(f'**Token {token}, "{plain(one_line(view.tokens[token]))}"**')
+    st.markdown(f"**Token {token}, {plain(quoted(view.tokens[token]))}**")
     origins = {name: workspace.origin(name) for name in sae_names(workspace)}
     known = (None, model.weights_sha256)
     names = [name for name, one in origins.items() if one.model == model.name and one.weights_sha256 in known]

@@ -15,7 +15,7 @@ from workbench.features.prompts import RANKINGS, PromptReading, Ranking
 from workbench.models.places import between
 from workbench.models.prompt_text import MAX_CHARACTERS, MAX_TOKENS
 from workbench.show.grid import grid_html
-from workbench.show.html import STYLE, visible
+from workbench.show.html import STYLE, edged, quoted, visible
 
 SHOWN = 200
 DENSE = 0.1
@@ -274,7 +274,7 @@ def features(reading: PromptReading, by: Ranking, max_density: float, position: 
         st.caption(f"Names and densities come with an index: `workbench index {reading.sae}`.")
     table = table.head(SHOWN).copy()
     for column in table.columns.intersection(["token", "next"]):
-        table[column] = [repr(text) for text in table[column]]
+        table[column] = [edged(text) for text in table[column]]
     if reading.missing is not None:
         st.caption(plain(f"No attribution: {reading.missing}"))
         table = table.drop(columns=["attribution", "next"], errors="ignore")
@@ -307,7 +307,7 @@ def at_token(reading: PromptReading, position: int, max_density: float) -> pd.Da
     if reading.missing is None:
         text = st.text_input(
             f"Attribute to {reading.outcome}", key="target", bind="query-params",
-            placeholder=f"{reading.next_texts[position][0]!r} (likeliest)",
+            placeholder=f"{quoted(reading.next_texts[position][0])} (likeliest)",
             help="direct logit attribution, past the layers in between; one token, with its space",
         )  # fmt: skip
         try:
@@ -330,7 +330,7 @@ def expectations(reading: PromptReading, position: int) -> None:
     )
     st.html(f'{STYLE}<div class="wbf"><table>{rows}</table></div>')
     if position + 1 < len(reading.tokens) and reading.outcome == "next token":
-        st.caption(plain(f"Next comes {reading.texts[position + 1]!r}: {reading.losses[position + 1]:.2f} nats."))
+        st.caption(plain(f"Next comes {quoted(reading.texts[position + 1])}: {reading.losses[position + 1]:.2f} nats."))
 
 
 def one_feature(reading: PromptReading, feature: int, position: int | None) -> None:

@@ -10,10 +10,9 @@ from app.shared import open_workspace, plain, version
 from app.sql_examples import examples, tables
 from workbench import InputError, Workspace
 from workbench.catalog.sql import Answer
-from workbench.show.html import edged
+from workbench.show.html import brief
 
 SHOWN_ROWS = 1000
-LONGEST_LIST = 8
 
 
 def main() -> None:
@@ -105,16 +104,6 @@ def answer(workspace: Workspace, query: str, harvest: str | None) -> None:
         "Save as Parquet", lambda: as_parquet(table), "answer.parquet", "application/vnd.apache.parquet",
         on_click="ignore", width="stretch",
     )  # fmt: skip
-
-
-def brief(cell: object) -> object:
-    """A long list as its beginning and its length: a page of vectors would take megabytes. Of a text what cannot be
-    seen has marks."""
-    if isinstance(cell, str):
-        return edged(cell)
-    if isinstance(cell, list) and len(cell) > LONGEST_LIST:
-        return f"[{', '.join(f'{value:.3g}' for value in cell[:4])}, ... {len(cell)} in all]"
-    return cell
 
 
 def as_parquet(table: pd.DataFrame) -> bytes:

@@ -12,7 +12,7 @@ from workbench.features.live import LiveSAE
 from workbench.features.steering import KINDS, NEW_TOKENS, PLACES, Edit, Steering, most_new_tokens, read_strength
 from workbench.features.steering_sweep import Sweep
 from workbench.models.prompt_text import has_chat_template
-from workbench.show.html import STYLE
+from workbench.show.html import STYLE, quoted
 
 STRONGEST, MOST_TOKENS = 20.0, 100
 PLAIN = {"displayModeBar": False}
@@ -184,7 +184,7 @@ def sweep(live: LiveSAE, version: int, edit: Edit, prompt: str, chat: bool) -> N
         return
     found = _sweep(live, version, edit, prompt, chat)
     st.plotly_chart(live_figures.sweep_curves(found, edit.strength), key="curves", config=PLAIN)
-    own = ", ".join(map(repr, found.tokens))
+    own = ", ".join(map(quoted, found.tokens))
     st.caption(
         plain(f"Means over the prompt's tokens. Its tokens: {own}." if own else "Means over the prompt's tokens.")
     )

@@ -25,7 +25,7 @@ from sae.errors import InputError
 from workbench.models.load import LoadedModel
 from workbench.models.prompt_text import row_texts
 from workbench.show.colours import GREY_LINE, PALETTE
-from workbench.show.html import one_line
+from workbench.show.html import one_line, quoted
 
 MOST_TOKENS = 128
 MOST_BYTES = 3_000_000
@@ -52,6 +52,7 @@ class AttentionView:
         whole = (255 * self.patterns.float().clamp(0, 1).sqrt()).round().to(torch.uint8).numpy()
         return {
             "tokens": [one_line(token) or "·" for token in self.tokens],
+            "called": [quoted(token) if token else "" for token in self.tokens],
             "heads": self.heads,
             "patterns": [base64.b64encode(pattern[query, key].tobytes()).decode() for pattern in whole],
             "head": self.head,
@@ -148,7 +149,7 @@ function drawAttention(root, data, pick, ask = () => {}) {
   }
 
   // Of tokens that share a character the first has its text.
-  const quoted = (i) => { while (i > 0 && !data.tokens[i]) i--; return JSON.stringify(data.tokens[i]); };
+  const quoted = (i) => { while (i > 0 && !data.called[i]) i--; return data.called[i]; };
   const named = (i, share) => `${quoted(i)} ${(share * share).toFixed(2)}`;
   // What reads 0.00 says nothing.
   const strongest = (pairs) => pairs.filter(([, s]) => s * s >= 0.005).sort((a, b) => b[1] - a[1]).slice(0, 5)

@@ -15,6 +15,7 @@ from circuits.graph.graph import KINDS, Graph
 from circuits.nodes import head_name, head_names, parse
 from circuits.scores import EdgeScores, NodeScores
 from workbench.show.colours import BOTH_WAYS, GREY, MARK, NODE, ON_NODE, PALETTE, UPWARDS, series_colour
+from workbench.show.html import plotly_text
 
 MARGIN = {"l": 50, "r": 10, "t": 40, "b": 40}
 SERVES, OPPOSES = PALETTE[:2]
@@ -84,9 +85,14 @@ def strongest_nodes(scores: NodeScores, top: int = 20) -> go.Figure:
     )
 
 
+def _ticks(tokens: Sequence[str]) -> list[str]:
+    """Positions with their tokens; two alike are apart by their positions."""
+    return [f"{position} {plotly_text(token)}" for position, token in enumerate(tokens)]
+
+
 def attention_pattern(pattern: Float[Tensor, "q k"], tokens: Sequence[str], title: str) -> go.Figure:
     """One head's attention; hovering names query, key and weight."""
-    ticks = [f"{position} {token!r}" for position, token in enumerate(tokens)]
+    ticks = _ticks(tokens)
     figure = go.Figure(
         go.Heatmap(
             z=pattern.tolist(), x=ticks, y=ticks, colorscale=UPWARDS, zmin=0, zmax=1, colorbar={"thickness": 8},
@@ -298,7 +304,7 @@ def attribution_map(found: FeatureAttribution, tokens: Sequence[str]) -> go.Figu
     figure = go.Figure(
         go.Heatmap(
             z=found.values.T.tolist(),
-            x=[f"{position} {token!r}" for position, token in enumerate(tokens)],
+            x=_ticks(tokens),
             y=[head_name(found.layer, head) for head in range(found.values.shape[1])],
             colorscale=BOTH_WAYS, zmin=-limit, zmax=limit,
             hovertemplate="%{y} from %{x}: %{z:.4g}<extra></extra>",
@@ -336,10 +342,12 @@ def attribution_figure(graph: Graph) -> go.Figure:
             line={"width": 0.6, "color": colour},
             opacity=0.35,
         )
-    names = graph.nodes.names
+    names, texts = graph.nodes.names, [plotly_text(text) for text in graph.texts]
     for number, kind in enumerate(KINDS):
         nodes = (graph.nodes.kind == number).nonzero().squeeze(1)
-        text = [f"{names[node]} on {graph.texts[int(graph.nodes.position[node])]!r}" for node in nodes.tolist()]
+        text = [
+            f"{names[node]} on {texts[int(graph.nodes.position[node])]}" for node in nodes.tolist()
+        ]
         figure.add_scatter(
             x=x[nodes].tolist(),
             y=y[nodes].tolist(),
@@ -350,7 +358,9 @@ def attribution_figure(graph: Graph) -> go.Figure:
             hovertemplate="%{text}<br>influence %{customdata[1]:.3g}<extra></extra>",
             marker={"symbol": SYMBOLS[kind], "size": 8, "color": series_colour(number)},
         )
-    figure.update_xaxes(tickvals=list(range(len(graph.texts))), ticktext=list(graph.texts), tickangle=-45)
+    figure.update_xaxes(
+        tickvals=list(range(len(texts))), ticktext=texts, tickangle=-45
+    )
     layers = int(graph.nodes.layer.max())
     figure.update_yaxes(tickvals=list(range(-1, layers + 1)), ticktext=["token", *map(str, range(layers)), "logit"])
     return figure.update_layout(height=560, margin=MARGIN, legend={"orientation": "h"})

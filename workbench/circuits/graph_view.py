@@ -18,7 +18,7 @@ from circuits.graph.graph import ERROR, LOGIT, TOKEN
 from circuits.graph.influence import divisors
 from workbench.circuits.graphs import PromptGraph
 from workbench.show.colours import GREY_GROUND, PALETTE
-from workbench.show.html import edged, one_line
+from workbench.show.html import edged, quoted
 
 STRONGEST = 12
 """Inputs and outputs of a node that are drawn and listed."""
@@ -81,7 +81,7 @@ def _title(graph: PromptGraph, node: int, label: str) -> str:
     """What a node is, in words."""
     kind, value = int(graph.nodes.kind[node]), float(graph.nodes.activation[node])
     name = graph.nodes.names[node]
-    text = repr(one_line(graph.text_of(name)) or "·")
+    text = quoted(graph.text_of(name) or "·")
     if kind == TOKEN:
         return f"token {text}"
     if kind == LOGIT:

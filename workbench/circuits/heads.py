@@ -37,6 +37,7 @@ from workbench.models.load import LoadedModel
 from workbench.models.memory import attention_bytes, check_fits_memory
 from workbench.models.prompt_text import row_texts
 from workbench.models.readout import check_unembedding
+from workbench.show.html import quoted
 
 HEADS = "circuit-heads"
 SCORES = (*COLUMNS, "retrieval", "retrieval_steps", "evidence")
@@ -270,8 +271,8 @@ def head_on_text(model: LoadedModel, head: str, text: str, *, most: int = MAX_PR
         {
             "token": [model.token_alone(token) for token in distinct],
             "own rank": ranks,
-            "promotes": [" ".join(repr(model.label_of(token, n_out)) for token in found) for found in best],
-            "suppresses": [" ".join(repr(model.label_of(token, n_out)) for token in found) for found in worst],
+            "promotes": [" ".join(quoted(model.label_of(token, n_out)) for token in found) for found in best],
+            "suppresses": [" ".join(quoted(model.label_of(token, n_out)) for token in found) for found in worst],
         }
     )
     return HeadOnText(head, row_texts(model, row), pattern.float().cpu(), copies, len(ids) > limit)

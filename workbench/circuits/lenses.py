@@ -35,6 +35,7 @@ from workbench.models.load import LoadedModel
 from workbench.models.memory import check_fits_memory
 from workbench.models.prompt_text import next_log_probabilities, row_texts, whole_prompt
 from workbench.show.grid import GRID_CSS, Cell, Row, grid_html
+from workbench.show.html import quoted
 from workbench.text.corpora import Corpus
 
 LENS = "lens"
@@ -100,7 +101,7 @@ class LensReading:
 
     def _said(self, layer: int, position: int) -> str:
         likeliest = zip(self.top_texts[layer][position], self.probabilities[layer, position], strict=True)
-        said = "\n".join(f"{text!r} {p:.1%}" for text, p in likeliest)
+        said = "\n".join(f"{quoted(text)} {p:.1%}" for text, p in likeliest)
         return f"{said}\nKL to the model {self.kl[layer, position]:.3g} nats"
 
     def _repr_html_(self) -> str:

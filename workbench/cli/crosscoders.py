@@ -17,7 +17,8 @@ from workbench.cli.options import (
     TextFieldOption,
     WorkspaceOption,
 )
-from workbench.cli.output import print_json, print_table, records, shorten
+from workbench.cli.output import print_json, print_table, records
+from workbench.show.html import one_line
 from workbench.show.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def print_examples(workspace: "Workspace", name: str, evaluation: "Result") -> N
     index = workspace.index(name)
     names = index.names(shown["feature"].tolist())
     rows = [
-        [line.group, line.feature, line.firings, line.nu_error, shorten(names[line.feature])]
+        [line.group, line.feature, line.firings, line.nu_error, one_line(names[line.feature])]
         for line in shown.itertuples()
     ]
     index.close()

@@ -19,6 +19,7 @@ from workbench.cli.options import (
 )
 from workbench.cli.output import print_frame, print_json, print_result, records, writing
 from workbench.cli.shared import text_first
+from workbench.show.html import one_line
 from workbench.show.progress import ProgressBar
 
 commands = typer.Typer(
@@ -215,7 +216,7 @@ def intervene(
     print_frame("nodes", nodes, as_json=False, top=top)
     print(f"Spearman's correlation of predicted and observed effects: {found.agreement():.3f}")
     if texts is not None:
-        print(f"Without: {texts[0]!r}\nWith:    {texts[1]!r}")
+        print(f"Without: {one_line(texts[0])}\nWith:    {one_line(texts[1])}")
 
 
 @commands.command()

@@ -17,7 +17,8 @@ from workbench.cli.options import (
     give_model,
     open_workspace,
 )
-from workbench.cli.output import print_frame, print_json, records, shorten, write_page, writing
+from workbench.cli.output import print_frame, print_json, records, write_page, writing
+from workbench.show.html import one_line, quoted
 from workbench.show.progress import ProgressBar, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _chosen(
 def _print(item: "Feature") -> None:
     """A feature as text: headline, logits, strongest examples, neighbours."""
     stats = item.stats
-    name = f"{item.sae} {item.feature}: {shorten(item.name)}"
+    name = f"{item.sae} {item.feature}: {one_line(item.name)}"
     print(name)
     if item.dead:
         print(f"  dead: fires on none of {item.n_tokens:,} tokens")
@@ -202,19 +203,19 @@ def _print(item: "Feature") -> None:
         )
     for title, effects in (("promotes", item.promotes), ("suppresses", item.suppresses)):
         if effects:
-            print(f"  {title} " + "  ".join(f"{effect.text!r} {effect.effect:+.2f}" for effect in effects[:6]))
+            print(f"  {title} " + "  ".join(f"{quoted(effect.text)} {effect.effect:+.2f}" for effect in effects[:6]))
     for group in [group for group in item.groups if group.title in ("strongest", "most negative")]:
         for example in group.examples[:8]:
             at = example.peak
             before, after = "".join(example.tokens[max(0, at - 10) : at]), "".join(example.tokens[at + 1 : at + 6])
-            print(f"  {example.activation:8.2f}  {shorten(f'{before}[[{example.tokens[at]}]]{after}')}")
+            print(f"  {example.activation:8.2f}  {one_line(f'{before}[[{example.tokens[at]}]]{after}')}")
     for near in item.neighbours[:4]:
-        print(f"  near {near.feature:6d}  {near.cosine:+.2f}  {shorten(near.name)}")
+        print(f"  near {near.feature:6d}  {near.cosine:+.2f}  {one_line(near.name)}")
     for other in item.coactivations[:4]:
-        print(f"  with {other.feature:6d}  phi {other.phi:.2f}  {shorten(other.name)}")
+        print(f"  with {other.feature:6d}  phi {other.phi:.2f}  {one_line(other.name)}")
     for told in item.explanations:
         if told.explanation:
             score = f" (detection {told.score:.2f}, chance 0.50)" if told.score is not None else ""
-            print(f"  explained by {told.model}: {shorten(told.explanation)}{score}")
+            print(f"  explained by {told.model}: {one_line(told.explanation)}{score}")
     for note in item.notes:
-        print(f"  note: {shorten(note)}")
+        print(f"  note: {one_line(note)}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
-from workbench.cli.output import brief, format_cell, print_json, print_table
+from workbench.cli.output import format_cell, print_json, print_table
+from workbench.show.html import brief
 from workbench.show.progress import format_bytes
 
 if TYPE_CHECKING:

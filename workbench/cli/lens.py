@@ -18,6 +18,7 @@ from workbench.cli.options import (
 )
 from workbench.cli.output import print_frame, print_json, print_result, records
 from workbench.cli.shared import text_first
+from workbench.show.html import quoted
 from workbench.show.progress import ProgressBar
 
 commands = typer.Typer(
@@ -70,7 +71,7 @@ def read(
         print_json(records(table))
         return
     if position is not None:
-        title = f"{found.lens} lens after {found.texts[position % n]!r}"
+        title = f"{found.lens} lens after {quoted(found.texts[position % n])}"
         print_frame(title, table.drop(columns=["position", "token"]), as_json=False, top=len(table))
         return
     wide = table.pivot(index="position", columns="layer", values="next").rename(columns=str).reset_index()

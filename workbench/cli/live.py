@@ -17,8 +17,8 @@ from workbench.cli.options import (
     give_model,
     open_workspace,
 )
-from workbench.cli.output import print_frame, print_json, records, shorten
-from workbench.show.html import marked
+from workbench.cli.output import print_frame, print_json, records
+from workbench.show.html import marked, one_line, quoted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,10 +73,10 @@ def prompt(
             title += f", loss {reading.mean_loss:.3f} nats"
     else:
         likely = "  ".join(
-            f"{text!r} {share:.2f}"
+            f"{quoted(text)} {share:.2f}"
             for text, share in zip(reading.next_texts[token][:5], reading.next_probabilities[token], strict=False)
         )
-        title = f"token {token} {reading.texts[token]!r}, {reading.outcome} {likely}"
+        title = f"token {token} {quoted(reading.texts[token])}, {reading.outcome} {likely}"
     if reading.missing:
         print(f"No attribution: {reading.missing}")
     titles = {name: name for name in table.columns if name != "score" and not table[name].isna().all()}
@@ -121,10 +121,10 @@ def steer(
     if found.truncated:
         print(f"Only the beginning of the prompt was read: {len(found.texts) - found.first:,} tokens")
     for feature, name in found.names.items():
-        print(f"feature {feature}: {shorten(name)}")
+        print(f"feature {feature}: {one_line(name)}")
     if found.clean or found.steered:  # a model whose outputs are no tokens goes on with none
-        print(f"clean    {shorten(found.clean)}")
-        print(f"steered  {shorten(found.steered)}")
+        print(f"clean    {one_line(found.clean)}")
+        print(f"steered  {one_line(found.steered)}")
     if not math.isnan(found.clean_nats):
         print(f"under the unedited model {found.clean_nats:.2f} and {found.steered_nats:.2f} nats a token")
     said, (clean, steered) = f"on the prompt KL {found.mean_kl:.4f} nats", found.mean_losses

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae.errors import InputError
-from workbench.show.html import edged
+from workbench.show.html import brief
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,21 +123,6 @@ def _cell(value: Any, column: str) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and column in NUMBERED:
         return str(value)
     return brief(value)
-
-
-def brief(cell: Any) -> Any:
-    """A cell of a table, which a token may fill: white space has the app's marks, as in the names of features."""
-    return edged(cell) if isinstance(cell, str) else shorten(cell)
-
-
-def shorten(cell: Any) -> Any:
-    """A vector as its first entries and its length; text with its line breaks and other marks spelled out."""
-    if isinstance(cell, str):
-        return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in cell)
-    if isinstance(cell, list | tuple) and len(cell) > 4:
-        first = ", ".join(f"{value:.3g}" if isinstance(value, int | float) else str(value) for value in cell[:4])
-        return f"[{first}, ... {len(cell)} in all]"
-    return cell
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -26,6 +26,7 @@ from workbench.features.index.query import FeatureIndex
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestProgress
 from workbench.models.load import load_model
+from workbench.show.html import one_line, quoted
 from workbench.show.progress import ProgressBar, format_seconds
 from workbench.workspace import Workspace
 
@@ -175,7 +176,7 @@ def print_report(report: DemoReport) -> None:
 
 def _print_feature(feature: Feature) -> None:
     print(f"feature {feature.feature}  {feature.name}, on {feature.stats.density:.2%} of tokens", end="")
-    promoted = " ".join(repr(effect.text) for effect in feature.promotes[:PROMOTED])
+    promoted = " ".join(quoted(effect.text) for effect in feature.promotes[:PROMOTED])
     print(f"  promotes {promoted}" if promoted else "")
     seen: set[str] = set()
     for example in next(group.examples for group in feature.groups if group.title == "strongest"):
@@ -185,8 +186,3 @@ def _print_feature(feature: Feature) -> None:
             before = "".join(example.tokens[max(0, at - TOKENS_BEFORE) : at])
             after = "".join(example.tokens[at + 1 : at + 1 + TOKENS_AFTER])
             print(f"    {example.activation:6.2f}  {one_line(f'{before}[[{example.tokens[at]}]]{after}')}")
-
-
-def one_line(text: str) -> str:
-    """Code as one line: line breaks and indentation shown as marks."""
-    return text.replace("\r", "").replace("\n", "⏎").replace("    ", "→").replace("\t", "→")

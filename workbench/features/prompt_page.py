@@ -13,7 +13,7 @@ import numpy as np
 from workbench.features.prompts import PromptReading, Ranking
 from workbench.models.places import between
 from workbench.show.grid import GRID_CSS, Cell, Row, grid_html
-from workbench.show.html import STYLE, token_html, visible
+from workbench.show.html import STYLE, quoted, token_html, visible
 
 FEATURES = 20
 TOGETHER = 3
@@ -95,5 +95,5 @@ def said(reading: PromptReading, entry: int) -> str:
     name = f" {reading.known.names[number]}" if reading.known else ""
     share = f" ({abs(activation) / reading.maxima[entry]:.0%} of its maximum)" if reading.known else ""
     effect = float(reading.effects[entry])
-    added = f", {effect:+.3g} to the logit of {reading.next_texts[position][0]!r}" if np.isfinite(effect) else ""
-    return f"{number}{name}: {activation:.3g}{share} on {position} {reading.texts[position]!r}{added}"
+    added = f", {effect:+.3g} to the logit of {quoted(reading.next_texts[position][0])}" if np.isfinite(effect) else ""
+    return f"{number}{name}: {activation:.3g}{share} on {position} {quoted(reading.texts[position])}{added}"

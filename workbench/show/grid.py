@@ -9,7 +9,7 @@ from html import escape
 from typing import NamedTuple
 
 from workbench.show.colours import GREY_LINE, background
-from workbench.show.html import edged, marked
+from workbench.show.html import edged, marked, quoted
 
 
 class Cell(NamedTuple):
@@ -58,7 +58,7 @@ def grid_html(texts: Sequence[str], rows: Sequence[Row]) -> str:
         rows: from top to bottom.
     """
     head = "".join(
-        f'<th data-at="{number}" title="{number} {escape(repr(text))}"><div>{escape(edged(text))}</div></th>'
+        f'<th data-at="{number}" title="{number} {escape(quoted(text))}"><div>{escape(edged(text))}</div></th>'
         for number, text in enumerate(texts)
     )
     body = "".join(

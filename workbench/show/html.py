@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from workbench.show.colours import background, sign_colour
 
@@ -36,6 +37,8 @@ font-family:ui-monospace,monospace;font-size:12px;white-space:pre}
 _COUNTED = re.compile("  +|^ $|(?<=[⏎→]) ")
 MOST_MARKS = 4
 """Spaces up to which each has its mark; of more the number is said."""
+LISTED = 4
+"""Entries of a vector that a cell of a table shows."""
 JOINERS = "\u200c\u200d"
 """Invisible, and part of how the characters beside them are written."""
 
@@ -64,6 +67,11 @@ def marked(text: str) -> str:
     """A token that stands alone, not escaped: marks for line breaks and tabs, and for spaces that one could not count:
     several, those behind a line break, and those where there is nothing else. What cannot be seen is spelled out."""
     return _COUNTED.sub(lambda run: _spaces(len(run[0])), one_line(text))
+
+
+def quoted(text: str) -> str:
+    """A token among words, not escaped: as `marked`, in quotation marks, between which a single space is seen."""
+    return f'"{marked(text)}"'
 
 
 def _apart(text: str) -> tuple[str, str, str]:
@@ -100,6 +108,17 @@ def edged(text: str) -> str:
     return "".join(_apart(text))
 
 
+def brief(cell: Any) -> Any:
+    """A cell in short: of a vector its first entries and its length, since a page of them would take megabytes; a text,
+    which may be a token, with marks for what cannot be seen."""
+    if isinstance(cell, str):
+        return edged(cell)
+    if isinstance(cell, list | tuple) and len(cell) > LISTED:
+        first = ", ".join(f"{value:.3g}" if isinstance(value, int | float) else str(value) for value in cell[:LISTED])
+        return f"[{first}, ... {len(cell)} in all]"
+    return cell
+
+
 def token_html(
     text: str,
     value: float,
@@ -120,7 +139,7 @@ def token_html(
         line: a colour to underline it with.
     """
     shown = escape(one_line(text) if flat else text)
-    name = escape(repr(text))
+    name = escape(quoted(text))
     under = f";border-bottom:3px solid {line}" if line else ""
     if not value and not peak:
         return f'<span title="{name}{note}" style="{under[1:]}">{shown}</span>' if note or line else shown

@@ -29,6 +29,7 @@ from workbench.circuits.report import run_method
 from workbench.circuits.stored import circuit_of, curves, edge_scores, faithfulness_of, head_values, node_scores
 from workbench.circuits.task import Task
 from workbench.models.load import LoadedModel
+from workbench.show.html import quoted
 from workbench.sparsity.colourings import colourings
 from workbench.workspace import Workspace
 
@@ -211,7 +212,7 @@ def test_one_head_on_a_text(demo: LoadedModel) -> None:
     row = found.copies.iloc[list(dict.fromkeys(ids[1:])).index(token)]
     effects = ov_effects(demo.bridge, "a3.h5", [token])[0]
     assert row["own rank"] == int((effects > effects[token]).sum()) + 1
-    assert repr(demo.token_texts[int(effects.argmax())]) in row.promotes
+    assert quoted(demo.token_texts[int(effects.argmax())]) in row.promotes
     long = head_on_text(demo, "a0.h0", text * 60, most=20)
     assert long.truncated
     assert len(long.tokens) == 20

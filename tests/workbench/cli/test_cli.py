@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from workbench.cli.main import run
-from workbench.cli.output import brief
+from workbench.show.html import brief
 from workbench.workspace import Workspace
 
 HOOK = "blocks.1.hook_resid_post"

@@ -269,7 +269,7 @@ def test_compare_shows_every_sae_with_what_is_known_of_it(
     assert run(["compare", "--workspace", str(compared.path), "--json"]) == 0
     rows = {row["sae"]: row for row in json.loads(capsys.readouterr().out)}
     assert (rows["a"]["rule"], rows["a"]["k"], rows["a"]["l0"], rows["a"]["fvu"]) == ("topk", 4, 4.0, 0.2)
-    # A batch rule is stored as thresholds: the rule that trained it is what one compares. 1,000 tokens are four batches.
+    # A batch rule is stored as thresholds: the rule that trained it is what one compares. Trained were four batches.
     assert (rows["b"]["rule"], rows["b"]["k"], rows["b"]["seed"], rows["b"]["tokens"]) == ("batchtopk", 8, 3, 1024)
     assert (rows["c"]["rule"], rows["c"]["l0"]) == ("topk (random decoder)", None)
     assert run(["compare", "b", "--workspace", str(compared.path), "--json"]) == 0

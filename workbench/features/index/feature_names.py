@@ -1,18 +1,17 @@
 """What a feature is called where nobody named it: what it fires on and what it promotes, as far as the index tells.
 
 1. Of its `PEAKS` strongest contexts the tokens at the peak, the most frequent first; those that differ in case or in
-   the spaces around them alone are one. `WORDS` of them are kept.
+   the spaces around them alone are one. `WORDS` of them are said.
 2. The token whose logit it raises most, where the SAE writes to the residual stream.
 3. `fires on "as", "except" · promotes "ync"`; a feature that never fires is `dead`.
 
 A token that holds a part of a character is shown as the whole character at the place of its peak.
 """
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from workbench.show.html import marked, one_line
+from workbench.show.html import edged, quoted
 from workbench.text.token_bytes import MAX_PIECES, alone, joined, piece_at
 
 PEAKS, WORDS = 8, 2
@@ -22,21 +21,34 @@ Query = Callable[..., list[tuple[Any, ...]]]
 """SQL and its parameters to rows."""
 
 
-def described(fires_on: Sequence[str], promotes: Sequence[str]) -> str:
-    """The words of step 3; `DEAD` without any token it fires on."""
-    if not fires_on:
-        return DEAD
-    promoted = f" · promotes {quoted(promotes[0])}" if promotes else ""
-    return f"fires on {', '.join(map(quoted, fires_on))}{promoted}"
+class Description(NamedTuple):
+    """What the index tells of a feature."""
+
+    fires_on: list[str]
+    """The different tokens of its strongest contexts, the most frequent first; none of one that never fires."""
+    promotes: str | None
+    """The token whose logit it raises most."""
+
+    @property
+    def name(self) -> str:
+        """The words of step 3."""
+        if not self.fires_on:
+            return DEAD
+        promoted = "" if self.promotes is None else f" · promotes {quoted(self.promotes)}"
+        return f"fires on {', '.join(map(quoted, self.fires_on[:WORDS]))}{promoted}"
+
+    @property
+    def peaks(self) -> str:
+        """What it fires on, for a cell of a table."""
+        return " ".join(map(edged, self.fires_on))
 
 
-def quoted(token: str) -> str:
-    """A token in quotes, with marks for what cannot be seen."""
-    return f'"{marked(token)}"'
+NEVER = Description([], None)
+"""Of a feature that never fires."""
 
 
-def descriptions(query: Query, words: str, numbers: Sequence[int] | None) -> dict[int, str]:
-    """What features are called by the index alone.
+def descriptions(query: Query, words: str, numbers: Sequence[int] | None) -> dict[int, Description]:
+    """What the index alone tells of features; those that never fire may be missing.
 
     Args:
         query: runs SQL on the index.
@@ -63,16 +75,15 @@ def descriptions(query: Query, words: str, numbers: Sequence[int] | None) -> dic
     fires_on = {
         feature: _distinct(whole.get(one["row"], one["text"] or "") for one in found) for feature, found in peaks
     }
-    promotes = {feature: [alone(text or "", part)] for feature, text, part in promoted}
-    names = fires_on if numbers is None else numbers
-    return {feature: described(fires_on.get(feature, []), promotes.get(feature, [])) for feature in names}
+    promotes = {feature: alone(text or "", part) for feature, text, part in promoted}
+    return {feature: Description(tokens, promotes.get(feature)) for feature, tokens in fires_on.items()}
 
 
 def _distinct(tokens: Iterable[str]) -> list[str]:
     kept: dict[str, str] = {}
     for token in tokens:
         kept.setdefault(token.strip().lower() or token, token)
-    return list(kept.values())[:WORDS]
+    return list(kept.values())
 
 
 def _whole_characters(query: Query, words: str, rows: Iterable[int]) -> dict[int, str]:
@@ -100,13 +111,3 @@ def _whole_characters(query: Query, words: str, rows: Iterable[int]) -> dict[int
         pieces = joined([found[other][0] for other in shown], [found[other][1] for other in shown])
         whole[row] = piece_at(pieces, shown.index(row))
     return whole
-
-
-def different(peaks: str) -> str:
-    """The different words among peaks with spaces between them, or their kinds of white space where there is no word.
-
-    Most features fire on one token: eight times the same word tells no more than once.
-    """
-    # Spaces alone between two others are those that join the peaks.
-    white = one_line(re.sub(r"(?<=[^ ]) (?=[^ ]|$)", "", peaks)).replace(" ", "␣")
-    return " ".join(dict.fromkeys(peaks.split()))[:60] or "".join(dict.fromkeys(white))

@@ -41,7 +41,7 @@ from workbench.features.index.feature import (
     TokenEffect,
     label_of,
 )
-from workbench.features.index.feature_names import DEAD, descriptions, different
+from workbench.features.index.feature_names import NEVER, Description, descriptions
 from workbench.features.index.geometry import MapMethod
 from workbench.features.index.search import MAX_HITS, By, Found, find, together
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
@@ -184,10 +184,14 @@ class FeatureIndex:
         Args:
             numbers: which features; all when left out.
         """
-        titles = self.titles()
-        wanted = range(self.d_sae) if numbers is None else numbers
-        found = descriptions(self._query, f"SELECT token, text, bytes FROM {self.words}", numbers)
-        return {number: titles.get(number) or found.get(number, DEAD) for number in wanted}
+        return self._named(numbers, self._told(numbers))
+
+    def _told(self, numbers: Sequence[int] | None) -> dict[int, Description]:
+        return descriptions(self._query, f"SELECT token, text, bytes FROM {self.words}", numbers)
+
+    def _named(self, numbers: Sequence[int] | None, told: Mapping[int, Description]) -> dict[int, str]:
+        titles, wanted = self.titles(), range(self.d_sae) if numbers is None else numbers
+        return {number: titles.get(number) or told.get(number, NEVER).name for number in wanted}
 
     def titles(self) -> dict[int, str]:
         """What features are called: the labels people wrote; where there is none, explanations, then concepts."""
@@ -392,15 +396,13 @@ class FeatureIndex:
             SELECT s.feature, s.density, s.firings, s.positive / nullif(s.firings, 0) AS positive_share, s.mean, s.std,
                    s.skewness, s.kurtosis, s.minimum, s.maximum, greatest(abs(s.minimum), abs(s.maximum)) AS strongest,
                    l.skewness AS logit_skewness, l.kurtosis AS logit_kurtosis, v.text AS top_token,
-                   v.bytes AS top_bytes, e.effect AS top_effect,
-                   t.peaks AS peak_tokens, m.encoder_cosine, c.phi AS best_phi, m.x, m.y
+                   v.bytes AS top_bytes, e.effect AS top_effect, m.encoder_cosine, c.phi AS best_phi, m.x, m.y
             FROM feature_stats s
             LEFT JOIN logit_stats l USING (feature)
             LEFT JOIN logit_effects e ON e.feature = s.feature AND e.sign = 1 AND e.rank = 0
             LEFT JOIN (SELECT token, text, bytes FROM {self.words}) v ON v.token = e.token
             LEFT JOIN coactivations c ON c.feature = s.feature AND c.rank = 0
             JOIN decoder_map m ON m.feature = s.feature
-            JOIN feature_texts t ON t.feature = s.feature
             {"" if numbers is None else "WHERE s.feature IN (SELECT unnest(?))"} ORDER BY s.feature
             """,
             None if numbers is None else [list(numbers)],
@@ -410,10 +412,11 @@ class FeatureIndex:
             alone(text, part) if isinstance(text, str) else text
             for text, part in zip(table["top_token"], parts, strict=True)
         ]
-        table["peak_tokens"] = [different(peaks) for peaks in table["peak_tokens"]]
+        told = self._told(numbers)
+        table["peak_tokens"] = [told.get(feature, NEVER).peaks for feature in table["feature"]]
         titles = self.titles()
         best = {number: concepts[0] for number, concepts in self._concepts.items()}
-        names = self.names(numbers)
+        names = self._named(numbers, told)
         table.insert(1, "name", [names[feature] for feature in table["feature"]])
         table.insert(2, "label", [titles.get(feature, "") for feature in table["feature"]])
         if best:

@@ -20,13 +20,12 @@ from workbench.catalog.notes import Notes
 from workbench.features.index import figures
 from workbench.features.index.build import build_index
 from workbench.features.index.feature import Example, ExampleGroup, Feature, FeatureStats
-from workbench.features.index.feature_names import different
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.page import document, fragment
 from workbench.features.index.query import FeatureIndex, search_features
 from workbench.features.index.search import said
 from workbench.models.load import LoadedModel
-from workbench.show.html import marked
+from workbench.show.html import edged, marked
 
 from .conftest import DEAD, HOOK
 
@@ -132,6 +131,8 @@ def test_a_name_says_what_a_feature_fires_on_and_promotes(index: FeatureIndex) -
         assert names[number].startswith(tuple(f'fires on "{marked(one)}"' for one in peaks if counts[one] == most))
         assert names[number].endswith(f'promotes "{marked(feature.promotes[0].text)}"')
         assert feature.name == names[number] == index.names([number])[number]
+        # Every token that the table lists is one of these, with its spaces.
+        assert set(table["peak_tokens"][number].split(" ")) <= set(map(edged, peaks))
     for number in table.query("firings == 0")["feature"].tolist():
         assert names[number] == "dead"
 
@@ -340,8 +341,3 @@ def test_effects_on_the_loss_are_those_of_a_hook_that_takes_the_feature_out(
     page = fragment(measured)
     assert "nats of loss without the feature" in page
     assert "nats of loss without the feature" not in fragment(busiest)
-
-
-def test_peaks_that_are_white_space_are_told_by_its_kinds() -> None:
-    told = {"self self  x": "self x", "\n \n": "⏎", "   ": "␣", "\n     \n    ": "⏎␣", "": ""}
-    assert {peaks: different(peaks) for peaks in told} == told
