@@ -5,7 +5,8 @@
 3. Evaluate both on held-out files, which neither the model nor the SAE has seen.
 4. Index the features, so that the app opens on them.
 5. Name them by what Python's parser knows about some of the tokens.
-6. Show where some of them fire.
+6. Measure how much of the model's MLPs some of the tokens use, so that the app's page Sparsity has something to show.
+7. Show where some of the features fire.
 
 Every step is resumable and skipped when it is done: a second run prints the same report at once.
 """
@@ -25,15 +26,16 @@ from workbench.features.index.feature import Feature
 from workbench.features.index.query import FeatureIndex
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestProgress
-from workbench.models.load import load_model
+from workbench.models.load import LoadedModel, load_model
 from workbench.show.html import one_line, quoted
 from workbench.show.progress import ProgressBar, format_seconds
+from workbench.text.corpora import open_corpus
 from workbench.workspace import Workspace
 
 HOOK = "blocks.2.hook_resid_post"
 D_SAE, K, BATCH_SIZE = 4096, 32, 2048
 HARVEST, SAE_NAME, BASELINE = "demo", "demo-topk", "demo-random-decoder"
-HELD_OUT_TOKENS, CONCEPT_TOKENS = 32_768, 65_536
+HELD_OUT_TOKENS, CONCEPT_TOKENS, SPARSITY_TOKENS = 32_768, 65_536, 8192
 SHOWN, EXAMPLES, PROMOTED = 8, 3, 6
 MIN_FIRINGS, MAX_DENSITY = 20, 0.02
 """Of the features that are shown: strong, rare features read best."""
@@ -115,6 +117,10 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
     seconds["concepts"] = time.monotonic() - start
 
     start = time.monotonic()
+    measure_sparsity(workspace, model, quiet)
+    seconds["sparsity"] = time.monotonic() - start
+
+    start = time.monotonic()
     with closing(workspace.index(SAE_NAME)) as index:
         features = clearest_features(index)
     seconds["features"] = time.monotonic() - start
@@ -126,6 +132,13 @@ def run_demo(path: Path, *, tokens: int, device: str = "auto", quiet: bool = Fal
         unnamed=unnamed,
         seconds=seconds,
     )
+
+
+def measure_sparsity(workspace: Workspace, model: LoadedModel, quiet: bool) -> None:
+    """Step 6."""
+    corpus = open_corpus("python-stdlib")
+    with ProgressBar("sparsity", SPARSITY_TOKENS, enabled=not quiet) as bar:
+        workspace.sparsity_part("measure", HARVEST, model, corpus, max_tokens=SPARSITY_TOKENS, on_progress=bar.report)
 
 
 def aligned(workspace: Workspace) -> bool:

@@ -32,6 +32,7 @@ def test_the_wheel_runs_the_whole_demo_and_a_second_run_repeats_its_report(site:
     concepts = space.results.open("concepts", "demo-topk")
     assert concepts.parameters["max_tokens"] == 65_536
     assert len(concepts.table("features"))
+    assert len(space.results.open("sparsity-mlp", "demo").table("layers")) == 4
     again = json.loads(demo(site, "--json").stdout)
     assert {**again, "seconds": None} == {**first, "seconds": None}
     assert again["seconds"]["train"] + again["seconds"]["index"] < first["seconds"]["train"]
