@@ -74,10 +74,16 @@ def selectable_heads(figure: go.Figure, n_layers: int, n_heads: int, chosen: str
 
 
 def strongest_nodes(scores: NodeScores, top: int = 20) -> go.Figure:
-    """Bars of the nodes of largest absolute score."""
+    """Bars of the nodes of largest absolute score, in the colours of what serves the behaviour and what opposes it."""
     table = scores.table()[:top][::-1]
     figure = go.Figure(
-        go.Bar(x=table.score, y=table.node, orientation="h", hovertemplate="%{y}: %{x:.4g}<extra></extra>")
+        go.Bar(
+            x=table.score,
+            y=table.node,
+            orientation="h",
+            marker_color=[_sign_colour(score) for score in table.score],
+            hovertemplate="%{y}: %{x:.4g}<extra></extra>",
+        )
     )
     figure.update_xaxes(title_text=scores.metric)
     return figure.update_layout(
@@ -102,6 +108,24 @@ def attention_pattern(pattern: Float[Tensor, "q k"], tokens: Sequence[str], titl
     figure.update_xaxes(title_text="key", showticklabels=len(ticks) <= 60)
     figure.update_yaxes(title_text="query", autorange="reversed", showticklabels=len(ticks) <= 60)
     return figure.update_layout(title=title, height=560, margin={**MARGIN, "l": 110, "b": 110})
+
+
+def prefix_curves(rows: pd.DataFrame) -> go.Figure:
+    """A head's attention to what followed a repeated prefix, by the prefix' length, intact and corrupted.
+
+    Args:
+        rows: of one head, of the table `prefixes` of `report_heads`: columns length, intact, corrupted.
+    """
+    figure = go.Figure()
+    for number, kind in enumerate(("intact", "corrupted")):
+        figure.add_scatter(
+            x=rows["length"], y=rows[kind], name=kind, mode="lines+markers", line_color=series_colour(number),
+            hovertemplate="%{x} tokens: %{y:.3f}",
+        )  # fmt: skip
+    figure.update_xaxes(title_text="tokens of the prefix", tickvals=sorted(set(rows["length"])))
+    figure.update_yaxes(title_text="attention", rangemode="tozero")
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    return figure.update_layout(height=240, margin={**MARGIN, "t": 30}, legend=legend)
 
 
 def faithfulness_figure(curves: Sequence[FaithfulnessCurve]) -> go.Figure:
@@ -345,9 +369,7 @@ def attribution_figure(graph: Graph) -> go.Figure:
     names, texts = graph.nodes.names, [plotly_text(text) for text in graph.texts]
     for number, kind in enumerate(KINDS):
         nodes = (graph.nodes.kind == number).nonzero().squeeze(1)
-        text = [
-            f"{names[node]} on {texts[int(graph.nodes.position[node])]}" for node in nodes.tolist()
-        ]
+        text = [f"{names[node]} on {texts[int(graph.nodes.position[node])]}" for node in nodes.tolist()]
         figure.add_scatter(
             x=x[nodes].tolist(),
             y=y[nodes].tolist(),
@@ -358,9 +380,7 @@ def attribution_figure(graph: Graph) -> go.Figure:
             hovertemplate="%{text}<br>influence %{customdata[1]:.3g}<extra></extra>",
             marker={"symbol": SYMBOLS[kind], "size": 8, "color": series_colour(number)},
         )
-    figure.update_xaxes(
-        tickvals=list(range(len(texts))), ticktext=texts, tickangle=-45
-    )
+    figure.update_xaxes(tickvals=list(range(len(texts))), ticktext=texts, tickangle=-45)
     layers = int(graph.nodes.layer.max())
     figure.update_yaxes(tickvals=list(range(-1, layers + 1)), ticktext=["token", *map(str, range(layers)), "logit"])
     return figure.update_layout(height=560, margin=MARGIN, legend={"orientation": "h"})

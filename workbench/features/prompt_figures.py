@@ -6,9 +6,11 @@ from plotly.subplots import make_subplots
 from workbench.features.prompts import PromptReading
 from workbench.features.steering import Steering
 from workbench.features.steering_sweep import Sweep
-from workbench.show.colours import MARK, NEUTRAL, series_colour, sign_colour
+from workbench.show.colours import MARK, NEUTRAL, PALETTE, sign_colour
 from workbench.show.html import plotly_text
 
+# Before and after are NEUTRAL and MARK on a page about steering, rise and fall its signs' colours.
+_KL, _OWN = PALETTE[3], PALETTE[7]
 _LAYOUT = {"margin": {"l": 45, "r": 10, "t": 10, "b": 40}, "bargap": 0.1}
 WIDE, NARROW = 60, 24
 """Tokens up to which an axis names each of them."""
@@ -78,13 +80,13 @@ def sweep_curves(found: Sweep, strength: float | None = None) -> go.Figure:
         strength: one to mark.
     """
     figure = make_subplots(specs=[[{"secondary_y": True}]])
-    curves = [("kl", "KL (nats)", False)]
+    curves = [("kl", "KL (nats)", _KL, False)]
     if found.tokens:
-        curves.append(("promoted", "probability of its tokens", True))
-    for number, (column, title, right) in enumerate(curves):
+        curves.append(("promoted", "probability of its tokens", _OWN, True))
+    for column, title, colour, right in curves:
         figure.add_scatter(
             x=found.table["strength"], y=found.table[column], name=title, mode="lines+markers",
-            line_color=series_colour(number), hovertemplate="%{x:g}: %{y:.4g}", secondary_y=right,
+            line_color=colour, hovertemplate="%{x:g}: %{y:.4g}", secondary_y=right,
         )  # fmt: skip
         figure.update_yaxes(title_text=title, rangemode="tozero", secondary_y=right, showgrid=not right)
     if strength is not None:
@@ -100,7 +102,7 @@ def side_effects(steering: Steering) -> go.Figure:
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     change = steering.steered_loss - steering.clean_loss
     for row, values, colours in (
-        (1, steering.kl, [NEUTRAL] * len(change)), (2, change, [sign_colour(-v) for v in change]),
+        (1, steering.kl, [_KL] * len(change)), (2, change, [sign_colour(-v) for v in change]),
     ):  # fmt: skip
         figure.add_bar(
             x=list(range(len(values))), y=values, marker_color=colours, row=row, col=1, showlegend=False,

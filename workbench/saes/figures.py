@@ -1,14 +1,17 @@
 """Figures of the pipeline, as Plotly objects: the app shows them and notebooks call them directly."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sae.metrics import HISTOGRAM_BINS_PER_DECADE
 from workbench.show.colours import GREY, PALETTE, series_colour
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
+FAR = 3
+"""Times a run is as long as another one that needs another scale beside it."""
 
 
 def sae_colours(table: pd.DataFrame) -> dict[str, str]:
@@ -23,7 +26,8 @@ def sae_colours(table: pd.DataFrame) -> dict[str, str]:
 
 
 def training_curves(metrics: pd.DataFrame, colours: Mapping[str, str] | None = None) -> go.Figure:
-    """FVU, L0, loss and dead share against tokens, one line per SAE.
+    """FVU, L0, loss and dead share against tokens, one line per SAE; beside a run `FAR` times as long a short one would
+    vanish at the axis, so that tokens are on a logarithmic scale then.
 
     Args:
         metrics: `Workspace.run(name).metrics()`: columns name, tokens, fvu, l0, loss, dead_share.
@@ -31,23 +35,40 @@ def training_curves(metrics: pd.DataFrame, colours: Mapping[str, str] | None = N
     """
     panels = [("fvu", "FVU"), ("l0", "L0"), ("loss", "loss"), ("dead_share", "dead share")]
     figure = make_subplots(rows=1, cols=4, subplot_titles=[title for _, title in panels], horizontal_spacing=0.06)
-    for number, (sae, rows) in enumerate(metrics.groupby("name", sort=True)):
+    ends = metrics.groupby("name")["tokens"].max()
+    # The longest are drawn first, so that none covers a shorter one.
+    for sae in ends.sort_values(ascending=False, kind="stable").index:
+        rows, number = metrics[metrics["name"] == sae], ends.index.get_loc(sae)
         colour = series_colour(number) if colours is None else colours.get(str(sae), GREY)
         for column, (key, _) in enumerate(panels, start=1):
             figure.add_scatter(
                 x=rows["tokens"], y=rows[key], name=str(sae), legendgroup=str(sae), showlegend=column == 1,
                 mode="lines" if len(rows) > 1 else "markers", line={"color": colour, "width": 1.5},
-                marker_color=colour, row=1, col=column,
+                marker_color=colour, legendrank=number, row=1, col=column,
             )  # fmt: skip
     figure.update_xaxes(title_text="tokens", nticks=4, tickformat="~s", tickangle=0)
-    figure.update_yaxes(type="log", row=1, col=1)
-    figure.update_yaxes(type="log", row=1, col=3)
+    if ends.max() > FAR * ends.min():
+        wide = metrics["tokens"].max() > 100 * metrics["tokens"].min()
+        figure.update_xaxes(type="log", tickvals=_ticks(1) if wide else _ticks(1, 3))
+    # Left to itself an axis of one decade shows every digit, on each other and without its power of ten.
+    figure.update_yaxes(type="log", tickvals=_ticks(1, 2, 3, 5, 7), row=1, col=1)
+    figure.update_yaxes(type="log", tickvals=_ticks(1, 2, 3, 5, 7), row=1, col=3)
     figure.update_yaxes(rangemode="tozero", row=1, col=2)
     # Nothing dead is the usual case: without a range Plotly centres the axis on it.
     figure.update_yaxes(range=[0, max(0.05, 1.1 * float(metrics["dead_share"].max()))], row=1, col=4)
     return figure.update_layout(
         height=320, margin={"l": 40, "r": 10, "t": 40, "b": 40}, legend={"orientation": "h", "y": -0.25}
     )
+
+
+def _ticks(*digits: int) -> list[float]:
+    """Of a logarithmic axis: these digits in every decade."""
+    return [digit * 10.0**power for power in range(-9, 13) for digit in digits]
+
+
+def outline(edges: Sequence[float], counts: Iterable[float]) -> dict[str, list[float]]:
+    """x and y of a histogram's outline, for the line shape `hv`: a bin that stands alone is as wide as others."""
+    return {"x": [edges[0], *edges], "y": [0, *counts, 0]}
 
 
 def density_histogram(histogram: pd.DataFrame, colours: Mapping[str, str] | None = None) -> go.Figure:
@@ -60,9 +81,10 @@ def density_histogram(histogram: pd.DataFrame, colours: Mapping[str, str] | None
     figure = go.Figure()
     for number, (sae, rows) in enumerate(histogram.groupby("sae", sort=True)):
         colour = series_colour(number) if colours is None else colours.get(str(sae), GREY)
+        edges = [*rows["log10_density"], rows["log10_density"].iloc[-1] + 1 / HISTOGRAM_BINS_PER_DECADE]
         figure.add_scatter(
-            x=rows["log10_density"], y=rows["features"], name=str(sae), mode="lines",
-            line={"shape": "hvh", "color": colour, "width": 1.5},
+            **outline(edges, rows["features"]), name=str(sae), mode="lines",
+            line={"shape": "hv", "color": colour, "width": 1.5},
         )  # fmt: skip
     return figure.update_layout(
         xaxis_title="log10 of the share of tokens on which the feature fires",
@@ -99,6 +121,8 @@ def sae_comparison(table: pd.DataFrame) -> go.Figure:
             )  # fmt: skip
     # Left to itself a log axis this short shows ticks such as 2, 5, 100, 2, 5, without their powers of ten.
     ticks = [2**power for power in range(21)]
+    if measured["l0"].max() < 4 * measured["l0"].min():
+        ticks += [3 * 2**power for power in range(20)]
     figure.update_xaxes(title_text="L0", type="log", tickvals=ticks, ticktext=ticks)
     # FVU spans orders of magnitude; added nats may be below zero.
     figure.update_yaxes(type="log", row=1, col=1)
@@ -122,8 +146,8 @@ def inference_curves(rows: pd.DataFrame) -> go.Figure:
                 x=points["l0"], y=points[key], name=str(method), legendgroup=str(method), showlegend=column == 1,
                 mode="lines+markers", line={"color": series_colour(number), "width": 1.5}, row=1, col=column,
             )  # fmt: skip
-    figure.update_xaxes(title_text="L0", type="log")
-    figure.update_yaxes(type="log", row=1, col=1)
+    figure.update_xaxes(title_text="L0", type="log", tickvals=_ticks(1, 2, 5))
+    figure.update_yaxes(type="log", tickvals=_ticks(1, 2, 5), row=1, col=1)
     return figure.update_layout(
         height=360, margin={"l": 50, "r": 10, "t": 40, "b": 50}, legend={"orientation": "h", "y": -0.25}
     )

@@ -28,6 +28,7 @@ from sae.recovery import RECOVERED_ABOVE
 from sae.shown import Shown
 from workbench.catalog.catalog import Catalog
 from workbench.disk.names import lasting_name
+from workbench.saes.figures import outline
 from workbench.show.colours import series_colour
 
 BINS = 50
@@ -79,7 +80,7 @@ class Overlap(Shown):
         for number, (own, other, cosine) in enumerate(pairs):
             counts, _ = np.histogram(cosine.clip(low, 1.0), edges)
             figure.add_scatter(
-                x=edges[:-1], y=counts / len(cosine), name=f"{own} in {other}", mode="lines",
+                **outline(edges.tolist(), (counts / len(cosine)).tolist()), name=f"{own} in {other}", mode="lines",
                 line={"shape": "hv", "color": colours[own] if colours else series_colour(number), "width": 1.5},
             )  # fmt: skip
         return figure.update_layout(

@@ -44,9 +44,9 @@ GRID_CSS = """
 .grid .head div { writing-mode: vertical-rl; transform: rotate(180deg); height: 6.2em; overflow: hidden;
   white-space: pre; font: 12px/15px ui-monospace, monospace; min-width: 15px }
 .grid .head .at, .grid tr.on .name { font-weight: 700 }
-.grid .name { position: sticky; left: 0; text-align: left; white-space: nowrap; max-width: 21em; overflow: hidden;
-  text-overflow: ellipsis; padding-right: 8px; background: var(--st-background-color, Canvas) }
-@media (max-width: 1000px) { .grid .name { max-width: 13em } }
+.grid .name { position: sticky; left: 0; text-align: left; min-width: 12em; max-width: 21em; overflow-wrap: anywhere;
+  padding-right: 8px; background: var(--st-background-color, Canvas) }
+@media (max-width: 1000px) { .grid .name { min-width: 15em; max-width: 15em } }
 """.replace("GREY_LINE", GREY_LINE)
 
 

@@ -51,7 +51,7 @@ def logit_histogram(feature: Feature) -> go.Figure:
         for effects, anchor in ((feature.promotes, "right"), (feature.suppresses, "left")):
             figure.add_annotation(
                 x=effects[0].effect,
-                y=0.5,
+                y=0.9,
                 yref="paper",
                 text=plotly_text(effects[0].text),
                 showarrow=False,
