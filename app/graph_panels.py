@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app.shared import loaded_model, plain
+from app.shared import COUNTS, loaded_model, plain
 from workbench import InputError, LoadedModel, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits.graph_json import parsed, regrouped, shown_groups, store_document, to_document
@@ -109,7 +109,7 @@ def score_table(workspace: Workspace, name: str, whole: PromptGraph, pins: list[
     if pins:
         row = {"graph": "pinned", "nodes": len(pins), **asdict(whole.scores(pinned=pins))}
         scores = pd.concat([scores, pd.DataFrame([row])], ignore_index=True)
-    st.dataframe(scores.round(3), hide_index=True, width="stretch", placeholder="")
+    st.dataframe(scores.round(3), hide_index=True, width="stretch", column_config=COUNTS, placeholder="")
 
 
 def supernodes(
@@ -320,8 +320,7 @@ def _frozen(workspace: str, name: str, version: int) -> tuple[LoadedModel, Sourc
 
 def _model_of(space: Workspace, name: str) -> LoadedModel:
     """The model of a stored graph."""
-    origin = space.results.open(GRAPH, name).origin
-    return loaded_model(origin.model, origin.weights_sha256)
+    return loaded_model(space.results.open(GRAPH, name).origin)
 
 
 def of_tasks(workspace: Workspace) -> None:

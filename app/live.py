@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import streamlit as st
 
-from app.shared import loaded_model, open_index, pick_sae, plain, sae_names
+from app.shared import model_of_sae, no_sae, open_index, pick_sae, plain, sae_names
 from workbench import InputError, LoadedModel, Workspace
 from workbench.features.index.titles import concepts_path, explanations_path
-from workbench.features.live import LiveSAE, known_features, model_name, model_of
+from workbench.features.live import LiveSAE, known_features
 from workbench.show.colours import GREY_LINE, background
 from workbench.show.grid import GRID_CSS
 from workbench.show.html import quoted
@@ -29,7 +29,7 @@ def choose_sae(workspace: Workspace) -> str:
     """The SAE chosen by `pick_sae` of all there are; says what to do and stops where there are none."""
     names = sae_names(workspace)
     if not names:
-        st.info("No SAE yet. Train one with `workbench train`, or run `workbench demo`.")
+        no_sae(workspace)
         st.stop()
     indexed = [name for name in names if workspace.index_path(name).is_file()]
     return pick_sae(workspace, names, "the SAE", (indexed or names)[0])
@@ -45,9 +45,7 @@ def open_live(workspace: Workspace, name: str) -> tuple[LiveSAE, int]:
     names = [concepts_path(workspace, name), explanations_path(workspace, name), workspace.path / "notes.duckdb"]
     stamp = _stamp([weights, index, *names])
     try:
-        model = model_of(
-            workspace, name, loaded_model(model_name(workspace, name), workspace.origin(name).weights_sha256)
-        )
+        model = model_of_sae(workspace, name)
         return _opened(str(workspace.path), name, stamp, model), hash((str(workspace.path), name, stamp))
     except InputError as error:
         st.error(f"This SAE cannot be run on text here: {plain(str(error))}")
@@ -56,11 +54,19 @@ def open_live(workspace: Workspace, name: str) -> tuple[LiveSAE, int]:
 
 def prompt_box(placeholder: str) -> str:
     """The prompt, kept in the URL as `prompt`; where there is none yet, some to begin with."""
-    text = st.text_area("Prompt", key="prompt", bind="query-params", height=110, placeholder=placeholder)
+    # The URL decides: unlike that of a bound widget, its part of the URL can go along in a link (`here`).
+    st.session_state["prompt"] = st.query_params.get("prompt", "")
 
-    def begin(example: str) -> None:
-        st.session_state["prompt"] = example
+    def begin(text: str) -> None:
+        if text:
+            st.query_params["prompt"] = text
+        else:
+            st.query_params.pop("prompt", None)
 
+    def follow() -> None:
+        begin(st.session_state["prompt"])
+
+    text = st.text_area("Prompt", key="prompt", on_change=follow, height=110, placeholder=placeholder)
     if not text:
         with st.container(horizontal=True, vertical_alignment="center"):
             st.caption("Or begin with", width="content")

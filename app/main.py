@@ -31,6 +31,7 @@ LAYOUT = """
 .stMainBlockContainer h1 { font-size: 1.7rem; padding: 0.2rem 0 }
 .stHeading [data-testid=stMarkdownContainer]:has(h1) { margin-bottom: -0.3rem }
 .stMainBlockContainer h3 { font-size: 1.2rem; line-height: 1.5; padding: 0.1rem 0 0.3rem }
+[data-testid=stPageLink] a, [data-testid=stPageLink] a * { white-space: normal; overflow: visible }
 /* Text among the points of a figure, in the page's colour and not in that of the axes, unless it is white. */
 .stPlotlyChart .textpoint text:not([style*="255, 255, 255"]) { fill: currentColor !important }
 .st-key-pick > [data-testid=stLayoutWrapper] > [data-testid=stHorizontalBlock] { flex-wrap: wrap }

@@ -1,6 +1,7 @@
 """What the pages share: the workspace, opened indexes and models, the choice of an SAE, and links to features."""
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,18 @@ from workbench.catalog.origin import Origin
 from workbench.catalog.summaries import SAESummary
 from workbench.features.explanations.language_models import Endpoint, LanguageModel, LocalModel
 from workbench.features.index.titles import concepts_path, explanations_path
+from workbench.features.live import model_name, model_of
 from workbench.models.load_own import must_be_given
 
 FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "transcoders/*/transcoders.json", "runs/*/run.duckdb",
             "results/*/*.duckdb", "indexes/*.duckdb")  # fmt: skip
+
+
+COUNTS = {
+    name: st.column_config.NumberColumn(format="localized")
+    for name in ("features", "tokens", "firings", "rows", "neurons", "nodes", "edges")
+}
+"""How a table shows columns that count, with separators between thousands."""
 
 
 def open_workspace() -> Workspace:
@@ -29,6 +38,11 @@ def open_workspace() -> Workspace:
     except InputError as error:
         st.error(plain(str(error)))
         st.stop()
+
+
+def command(workspace: Workspace, *words: str) -> str:
+    """A command of this workspace to copy, in Markdown: `command(workspace, "index", "mine")`."""
+    return f"`{shlex.join(['workbench', *words, '--workspace', str(workspace.path)])}`"
 
 
 def version(workspace: Workspace) -> str:
@@ -49,11 +63,18 @@ def choose_index(workspace: Workspace) -> FeatureIndex:
     if not names:
         saes = sae_names(workspace)
         if saes:
-            st.info(f"No index yet. Make one with `workbench index {saes[0]} --workspace {workspace.path}`.")
+            st.info(f"No index yet. Make one with {command(workspace, 'index', saes[0])}.")
         else:
-            st.info("No SAE yet. Train one with `workbench train`, then index it with `workbench index`.")
+            no_sae(workspace)
         st.stop()
     return open_index(workspace, pick_sae(workspace, names, "the index of"))
+
+
+def no_sae(workspace: Workspace) -> None:
+    """Says how a workspace without SAEs gets one: from its first harvest, where there is one."""
+    harvest = next(iter(workspace.harvests()), None)
+    demo = "" if harvest else f", or begin with {command(workspace, 'demo')}"
+    st.info(f"No SAE yet. Train one with {command(workspace, 'train', harvest or 'HARVEST', '--name', 'NAME')}{demo}.")
 
 
 def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str | None = None) -> str:
@@ -131,22 +152,30 @@ _last_loaded: dict[str, tuple[str | None, str]] = {}
 """By a model's name what it was asked for with, and the hash of what was loaded."""
 
 
-def loaded_model(name: str, sha256: str | None = None) -> LoadedModel:
+def loaded_model(of: Origin | str) -> LoadedModel:
     """A model, loaded once for all pages and sessions, and again when other weights of the name are asked for.
 
     Args:
-        sha256: of the weights that are meant; any when None.
+        of: what was made from it, with its weights; or its name, for any weights.
 
     Raises:
         InputError: a model that cannot be loaded, or one that has other weights now.
     """
-    asked, found = _last_loaded.get(name, (None, None))
-    if sha256 not in (None, found):
-        asked = sha256
-    model = _loaded(name, asked)
-    _last_loaded[name] = asked, model.info.weights_sha256
-    Origin({}, name, sha256).check_model(model, "what is shown here")
+    origin = Origin({}, of) if isinstance(of, str) else of
+    asked, found = _last_loaded.get(origin.model, (None, None))
+    if origin.weights_sha256 not in (None, found):
+        asked = origin.weights_sha256
+    model = _loaded(origin.model, asked)
+    _last_loaded[origin.model] = asked, model.info.weights_sha256
+    origin.check_model(model, "what is shown here")
     return model
+
+
+def model_of_sae(workspace: Workspace, sae: str) -> LoadedModel:
+    """The model that an SAE reads, with texts that begin as its contexts did. Raises InputError as `loaded_model`, or
+    where nothing says which model it is."""
+    model_name(workspace, sae)
+    return model_of(workspace, sae, loaded_model(workspace.origin(sae)))
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the model ...")
@@ -160,6 +189,13 @@ def _loaded(name: str, asked: str | None) -> LoadedModel:
 def explainer(name: str, endpoint: str | None) -> LanguageModel:
     """The language model that explains features (`workbench app --explain`)."""
     return Endpoint(endpoint, name) if endpoint else LocalModel(name)
+
+
+def here(*names: str) -> dict[str, str]:
+    """Parts of this page's URL that go along in a link to a page which does not read them: Streamlit first puts the new
+    state under this page and then changes the page, so that the way Back leads over the new state. What is bound to a
+    widget does not go along, since Streamlit takes it out of the URL with its widget."""
+    return {name: st.query_params[name] for name in names if name in st.query_params}
 
 
 def switch_page(page: str, **query: Any) -> None:

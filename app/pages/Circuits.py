@@ -4,7 +4,17 @@ import pandas as pd
 import streamlit as st
 from plotly import io
 
-from app.shared import clickable, loaded_model, open_workspace, page_link, plain, switch_page
+from app.shared import (
+    clickable,
+    command,
+    here,
+    loaded_model,
+    model_of_sae,
+    open_workspace,
+    page_link,
+    plain,
+    switch_page,
+)
 from workbench import InputError, Result, Workspace
 from workbench.circuits import stored
 from workbench.circuits.agreement import AGREEMENT
@@ -14,7 +24,6 @@ from workbench.circuits.named import feature_names, named_features, named_graph,
 from workbench.circuits.report import run_method
 from workbench.circuits.tables import TABLE
 from workbench.circuits.task import Task
-from workbench.features.live import model_name, model_of
 from workbench.show.colours import PALETTE
 
 KINDS = {
@@ -45,7 +54,7 @@ def main() -> None:
     if result.kind == EDGES:
         edges(result)
     elif named is not None:
-        feature_graph(result, named)
+        feature_graph(workspace, result, named)
     else:
         figures(result)
     if result.kind == AGREEMENT:
@@ -129,10 +138,8 @@ def run_feature(workspace: Workspace) -> None:
     try:
         with st.spinner("Attributing ..."):
             saes = {name: workspace.sae(name) for name in (sae, *residuals)}
-            sha256 = workspace.origin(sae).weights_sha256
-            model = model_of(workspace, sae, loaded_model(model_name(workspace, sae), sha256))
             made = report_dfa(
-                workspace, called.strip() or f"dfa-{sae}", model, (sae, saes[sae]), text,
+                workspace, called.strip() or f"dfa-{sae}", model_of_sae(workspace, sae), (sae, saes[sae]), text,
                 feature=None if feature is None else int(feature), residuals={name: saes[name] for name in residuals},
             )  # fmt: skip
     except InputError as error:
@@ -145,10 +152,7 @@ def choose(workspace: Workspace) -> Result | None:
     """The stored result to show, kept in the URL as `result`."""
     found = results(workspace)
     if not found:
-        st.info(
-            "No circuit yet. Run a task above, or "
-            f"`workbench circuits discover induction --workspace {workspace.path}`."
-        )
+        st.info(f"No circuit yet. Run a task above, or {command(workspace, 'circuits', 'discover', 'induction')}.")
         return None
     asked = st.query_params.get("result")
     if asked not in found:
@@ -175,7 +179,7 @@ def describe(workspace: Workspace, result: Result) -> None:
         sae, feature = str(asked["sae"]), int(asked["feature"])
         name = feature_names(workspace, sae, [feature]).get(feature)
         if name is not None:
-            page_link("Feature", f"{plain(sae)} {feature} {plain(name)}", sae=sae, feature=feature)
+            page_link("Feature", f"{plain(sae)} {feature} {plain(name)}", sae=sae, feature=feature, **here("result"))
     said = result.table("summary")["note"].iloc[0] if result.kind == DICTIONARY else stored.note_of(result)
     if said:
         st.warning(plain(said))
@@ -200,7 +204,7 @@ def edges(result: Result) -> None:
     with graph:
         clicked = clickable(figure, f"graph {result.name} {n_edges}")
         if clicked is not None and ".h" in clicked:
-            switch_page("Heads", head=clicked)
+            switch_page("Heads", head=clicked, **here("result"))
         st.caption(
             f"{len(kept)} of them lie on a path from the input to the logits. Width: size of the score; blue serves "
             "the behaviour, red works against it. A head's query, key and value edges end at the same point. Click a "
@@ -221,7 +225,7 @@ def edges(result: Result) -> None:
         if st.button("Run this circuit alone"):
             try:
                 with st.spinner("Running ..."):
-                    model = loaded_model(result.origin.model, result.origin.weights_sha256)
+                    model = loaded_model(result.origin)
                     point = stored.faithfulness_of(model, result, n_edges)
                 if point.note:
                     st.info(plain(point.note))
@@ -233,22 +237,26 @@ def edges(result: Result) -> None:
         st.dataframe(kept[["edge", "score"]], hide_index=True, height=260, width="stretch")
 
 
-def feature_graph(result: Result, named: pd.DataFrame) -> None:
+def feature_graph(workspace: Workspace, result: Result, named: pd.DataFrame) -> None:
     """The graph of a circuit of SAE features; a click on one opens its page."""
     clicked = clickable(named_graph(result, named), f"graph {result.name}")
     st.caption("Ring: blue serves the behaviour, red works against it; hover a feature for its name, click to open it.")
     if clicked is not None:
         node = named.set_index("node").loc[clicked]
         if node["name"]:
-            switch_page("Feature", sae=node["sae"], feature=node["feature"])
+            switch_page("Feature", sae=node["sae"], feature=node["feature"], **here("result"))
         else:
-            st.info(plain(f"{clicked} has no page: `workbench index {node['sae']}` makes those of features."))
+            st.info(
+                f"{plain(clicked)} has no page: {command(workspace, 'index', node['sae'])} makes those of features."
+            )
 
 
 def figures(result: Result) -> None:
     """The figures stored with a result, two beside one another."""
     found = result.figures()
-    for column, (name, plotly) in zip(st.columns(max(len(found), 1)), found.items(), strict=False):
+    with st.container(key="beside"):
+        columns = st.columns(max(len(found), 1))
+    for column, (name, plotly) in zip(columns, found.items(), strict=False):
         column.plotly_chart(io.from_json(plotly), key=name, config={"displayModeBar": False})
 
 
@@ -278,7 +286,7 @@ def tables(workspace: Workspace, result: Result, named: pd.DataFrame | None) -> 
     heads = result.table("nodes").node if "nodes" in order else []
     strongest = next((node for node in heads if ".h" in str(node)), None)
     if strongest is not None and result.kind != FEATURES:
-        page_link("Heads", f"{strongest} on the Heads page", head=strongest)
+        page_link("Heads", f"{strongest} on the Heads page", head=strongest, **here("result"))
 
 
 def cut(result: Result, n_rows: int) -> None:
@@ -297,12 +305,12 @@ def dictionary_features(workspace: Workspace, result: Result) -> None:
     for place in event["selection"]["rows"]:
         row = shown.iloc[place]
         if row["name"]:
-            switch_page("Feature", sae=row["dictionary"], feature=int(row["feature"]))
-        of = plain(str(row["dictionary"]))
-        made = row["dictionary"] in result.parameters["saes"]
-        st.info(
-            f"`workbench index {of}` makes pages of its features." if made else f"{of} are drawn and have no pages."
-        )
+            switch_page("Feature", sae=row["dictionary"], feature=int(row["feature"]), **here("result"))
+        of = str(row["dictionary"])
+        if of in result.parameters["saes"]:
+            st.info(f"{command(workspace, 'index', of)} makes pages of its features.")
+        else:
+            st.info(f"{plain(of)} are drawn and have no pages.")
     cut(result, len(result.table("features")))
 
 

@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app.shared import open_index, open_workspace, page_link, plain, version
+from app.shared import COUNTS, command, no_sae, open_index, open_workspace, page_link, plain, version
 from workbench import InputError, Workspace
 from workbench.saes import figures
 from workbench.saes.overlap import Overlap, overlap_of
@@ -20,7 +20,7 @@ def main() -> None:
     workspace = open_workspace()
     st.title("Compare SAEs")
     if not workspace.coders():
-        st.info("No SAE yet. Train one with `workbench train`.")
+        no_sae(workspace)
         return
     everything = compared(str(workspace.path), version(workspace))
     names = list(everything["sae"])
@@ -29,8 +29,11 @@ def main() -> None:
     )
     table = everything[everything["sae"].isin(chosen or names)]
     colours = figures.sae_colours(table)
-    measured(table)
-    st.dataframe(table[list(COLUMNS)].rename(columns=COLUMNS), hide_index=True, width="stretch", placeholder="")
+    measured(workspace, table)
+    st.dataframe(
+        table[list(COLUMNS)].rename(columns=COLUMNS), hide_index=True, width="stretch", placeholder="",
+        column_config=COUNTS,
+    )  # fmt: skip
     st.download_button(
         "Save as CSV",
         lambda: table.to_csv(index=False),
@@ -53,15 +56,15 @@ def compared(workspace: str, version: str) -> pd.DataFrame:
     return Workspace(workspace, create=False).compare()
 
 
-def measured(table: pd.DataFrame) -> None:
+def measured(workspace: Workspace, table: pd.DataFrame) -> None:
     """What the SAEs cost the model, against the number of active features."""
     unmeasured = table[table["fvu"].isna()]
     if len(unmeasured) < len(table):
         st.caption("Lower and further left is better. L0: active features a token. Symbol: width. Held-out tokens.")
         st.plotly_chart(figures.sae_comparison(table), key="comparison")
     if len(unmeasured):
-        names = " ".join(unmeasured["sae"].head(3))
-        st.info(f"{len(unmeasured)} not evaluated yet. Next: `workbench evaluate {names}`")
+        names = unmeasured["sae"].head(3)
+        st.info(f"{len(unmeasured)} not evaluated yet. Next: {command(workspace, 'evaluate', *names)}")
     done = table.dropna(subset=["fvu"])
     for column, what in (("evaluated_on", "on different held-out text"), ("hook", "at different hook points")):
         if done[column].nunique() > 1:
@@ -146,7 +149,7 @@ def shared_features(workspace: Workspace, names: list[str], colours: dict[str, s
             if sae in indexed:
                 page_link("Feature", f"{plain(sae)} {feature}", sae=sae, feature=feature)
             else:
-                st.caption(f"{plain(sae)} {feature}: `workbench index {sae}` makes its page.")
+                st.caption(f"{plain(sae)} {feature}: {command(workspace, 'index', sae)} makes its page.")
 
 
 main()

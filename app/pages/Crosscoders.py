@@ -5,7 +5,7 @@ import plotly.io as pio
 import streamlit as st
 
 from app.examples import example_rows
-from app.shared import open_index, open_workspace, page_link, plain
+from app.shared import COUNTS, command, here, open_index, open_workspace, page_link, plain
 from workbench import FeatureIndex, Result, Workspace
 from workbench.saes.crosscoders import KIND, poorly_explained
 
@@ -52,8 +52,11 @@ def choose(workspace: Workspace) -> Result | None:
     found = {item.name: item for item in workspace.results.find(KIND)}
     if not found:
         begun = next((item.name for item in workspace.saes() if item.parts), None)
-        todo = f"evaluate {begun}" if begun else "diff MODEL ANOTHER"
-        st.info(f"No crosscoder measured yet. Run `workbench {todo} --workspace {workspace.path}`.")
+        todo = command(workspace, "evaluate", begun) if begun else command(workspace, "diff", "MODEL", "ANOTHER")
+        st.info(
+            "A crosscoder has one dictionary for two models, or for several hook points of one, and so says what they "
+            f"share and what only one of them has. None was measured here yet: {todo}"
+        )
         return None
     asked = st.query_params.get("sae")
     if asked is not None and asked not in found:
@@ -71,7 +74,8 @@ def choose(workspace: Workspace) -> Result | None:
 def figures(result: Result) -> None:
     """How the decoder's norms are split, and latent scaling, as they were stored."""
     stored = result.figures()
-    columns = st.columns(max(len(stored), 1))
+    with st.container(key="beside"):
+        columns = st.columns(max(len(stored), 1))
     titles = {"norms": "Whose feature it is, by decoder norm", "latent_scaling": "Latent scaling of what is not shared"}
     for column, (key, title) in zip(columns, ((key, titles[key]) for key in titles if key in stored), strict=False):
         column.markdown(f"**{title}**")
@@ -82,7 +86,7 @@ def choose_group(result: Result) -> str:
     """The groups of features, and the one to list, kept in the URL as `group`: the first of a single part."""
     groups = result.table("groups")
     st.subheader("Features")
-    st.dataframe(groups, hide_index=True, width="stretch")
+    st.dataframe(groups, hide_index=True, width="stretch", column_config=COUNTS, placeholder="")
     st.caption(
         "Medians of cosine, nu_error and nu_reconstruction in the part that has least of a feature. Low values of an "
         "exclusive feature say that the other part lacks it; 0.2 and 0.5 are the limits of Minder et al. (2025)."
@@ -109,6 +113,7 @@ def listed(workspace: Workspace, name: str, features: pd.DataFrame) -> int | Non
         shown.insert(1, "name", [names[feature] for feature in shown["feature"]])
     event = st.dataframe(
         shown.drop(columns=["group", "reference"]), hide_index=True, width="stretch", key=f"features of {name}",
+        column_config=COUNTS,
         on_select="rerun", selection_mode="single-row",
     )  # fmt: skip
     rows = event["selection"]["rows"]
@@ -118,7 +123,7 @@ def listed(workspace: Workspace, name: str, features: pd.DataFrame) -> int | Non
 def examples(workspace: Workspace, name: str, row: pd.Series, number: int) -> None:
     """Where a feature fires, in the text that all parts read."""
     if name not in workspace.indexes():
-        st.info(f"No index yet: `workbench index {name} --workspace {workspace.path}` says where features fire.")
+        st.info(f"No index yet: {command(workspace, 'index', name)} says where features fire.")
         return
     index: FeatureIndex = open_index(workspace, name)
     feature = index.feature(number)
@@ -131,7 +136,7 @@ def examples(workspace: Workspace, name: str, row: pd.Series, number: int) -> No
         f"{scaled}." if row["nu_error"] == row["nu_error"] else "."
     ))  # fmt: skip
     example_rows(feature, key="examples")
-    page_link("Feature", "Everything about it", sae=name, feature=number)
+    page_link("Feature", "Everything about it", sae=name, feature=number, **here("group"))
 
 
 main()

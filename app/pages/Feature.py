@@ -3,12 +3,13 @@
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from app.examples import example_rows
-from app.shared import choose_index, explainer, loaded_model, open_workspace, page_link, plain, switch_page
+from app.shared import choose_index, explainer, here, loaded_model, open_workspace, page_link, plain, switch_page
 from workbench import FeatureIndex, InputError, LoadedModel, Workspace
 from workbench.catalog.notes import Notes
 from workbench.catalog.summaries import SAESummary
@@ -40,7 +41,7 @@ def main() -> None:
     with mark:
         bookmark(workspace, feature)
     if "search" in st.query_params:
-        kept = {name: st.query_params[name] for name in ("sae", "search", "by", "all") if name in st.query_params}
+        kept = here("sae", "search", "by", "all")
         page_link("Features", f"← search for {plain(repr(kept['search']))}", **kept)
     headline(feature)
     about_it = next((item for item in workspace.coders() if item.name == feature.sae), None)
@@ -56,10 +57,11 @@ def main() -> None:
     with right:
         histograms(feature, tested)
         logits(feature)
+        nearest(feature)
     with st.container(key="below"):
-        close, notes, about = st.columns([5, 4, 3], gap="medium")
-    with close:
-        related(feature)
+        beside, notes, about = st.columns([5, 4, 3], gap="medium")
+    with beside:
+        together(feature)
     with notes:
         written(workspace, feature)
     with about:
@@ -187,14 +189,18 @@ def explained(workspace: Workspace, feature: Feature) -> None:
             st.rerun()
 
 
-def related(feature: Feature) -> None:
-    """Features close in direction and in time, each a link; heads of an attention SAE."""
+def nearest(feature: Feature) -> None:
+    """Features close in direction, each a link."""
     st.markdown("**Nearest decoder directions** · cosine")
     links(feature.sae, [(near.feature, near.name, f"{near.cosine:+.2f}") for near in feature.neighbours])
+
+
+def together(feature: Feature) -> None:
+    """Features close in time, each a link; heads of an attention SAE."""
     st.markdown("**Fires together with** · phi, PMI")
-    together = [(other.feature, other.name, f"{other.phi:.2f}, {other.pmi:.1f}") for other in feature.coactivations]
-    links(feature.sae, together)
-    if not together:
+    found = [(other.feature, other.name, f"{other.phi:.2f}, {other.pmi:.1f}") for other in feature.coactivations]
+    links(feature.sae, found)
+    if not found:
         st.caption("No feature fires with it on three tokens or more.")
     if feature.heads:
         st.markdown("**Share of heads in its direction**")
@@ -247,8 +253,9 @@ def own_text(workspace: Workspace, index: FeatureIndex, feature: Feature) -> Liv
 
 
 def model_of_feature(workspace: Workspace, feature: Feature) -> LoadedModel:
-    """The model that a feature's SAE reads."""
-    return loaded_model(feature.model, workspace.origin(feature.sae).weights_sha256)
+    """The model that a feature's SAE reads, as its index says, with texts that begin as the SAE's contexts did."""
+    origin = workspace.origin(feature.sae)
+    return loaded_model(replace(origin, model=feature.model)).beginning(origin.bos)
 
 
 def sources(workspace: Workspace, feature: Feature, tested: LiveText) -> None:

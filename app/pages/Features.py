@@ -7,7 +7,7 @@ from typing import get_args
 import pandas as pd
 import streamlit as st
 
-from app.shared import choose_index, open_index, open_workspace, plain, switch_page
+from app.shared import COUNTS, choose_index, command, here, open_index, open_workspace, plain, switch_page
 from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.features.documents.pooling import documents_of
@@ -73,7 +73,7 @@ def as_table(workspace: Workspace, index: FeatureIndex, table: pd.DataFrame, cho
     shown = as_shown(table[[column for column in wanted if column in table]])
     event = st.dataframe(
         shown, hide_index=True, key=f"table {index.sae}", on_select="rerun", selection_mode="single-row",
-        height=560, column_config={"density": st.column_config.NumberColumn(format="%.3g")},
+        height=560, column_config=COUNTS | {"density": st.column_config.NumberColumn(format="%.3g")},
     )  # fmt: skip
     if rows := event["selection"]["rows"]:
         open_feature(table["sae"].iloc[rows[0]], int(table["feature"].iloc[rows[0]]))
@@ -86,13 +86,8 @@ def as_shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def open_feature(sae: str, feature: int) -> None:
-    """Goes to the page of a feature.
-
-    The search goes along in the URL: Streamlit first puts the new state under this page and then changes the page, so
-    that the way Back leads over the new state.
-    """
-    kept = {name: value for name, value in st.query_params.items() if name in SEARCH}
-    switch_page("Feature", **kept, sae=sae, feature=feature)
+    """Goes to the page of a feature."""
+    switch_page("Feature", **here(*SEARCH), sae=sae, feature=feature)
 
 
 def follow() -> None:
@@ -145,7 +140,7 @@ def chosen_features(workspace: Workspace, index: FeatureIndex, chosen_list: str 
     if chosen_list:
         members = [number for sae, number in Notes(workspace.path).members(chosen_list) if sae == index.sae]
         table = table[table["feature"].isin(members)]
-    return filtered(table).reset_index(drop=True)
+    return filtered(workspace, table).reset_index(drop=True)
 
 
 def search(workspace: Workspace, index: FeatureIndex, text: str, by: By, everywhere: bool) -> pd.DataFrame:
@@ -167,7 +162,7 @@ def search(workspace: Workspace, index: FeatureIndex, text: str, by: By, everywh
     )
 
 
-def filtered(table: pd.DataFrame) -> pd.DataFrame:
+def filtered(workspace: Workspace, table: pd.DataFrame) -> pd.DataFrame:
     """The rows within the bounds of a folded form; every bound is in the URL."""
     with st.expander("Filters"):
         first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
@@ -177,7 +172,8 @@ def filtered(table: pd.DataFrame) -> pd.DataFrame:
         )
         f1 = third.number_input(
             "concept F1 at least", 0.0, 1.0, 0.0, step=0.1, key="f1", bind="query-params",
-            disabled="concept_f1" not in table, help="`workbench concepts` scores features against concepts",
+            disabled="concept_f1" not in table,
+            help=f"{command(workspace, 'concepts', 'SAE')} scores features against concepts",
         )  # fmt: skip
         skew = fourth.number_input("logit skew at least", value=None, key="skew", bind="query-params", format="%.3g")
     if labelled:
@@ -278,7 +274,8 @@ def select(index: FeatureIndex, table: pd.DataFrame, figure: object, name: str) 
         open_feature(index.sae, chosen[0])
     if chosen:
         rows = table[table["feature"].isin(chosen)]
-        st.dataframe(as_shown(rows[[column for column in COLUMNS if column in rows]]), hide_index=True)
+        shown = as_shown(rows[[column for column in COLUMNS if column in rows]])
+        st.dataframe(shown, hide_index=True, column_config=COUNTS)
 
 
 main()

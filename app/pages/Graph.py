@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from app import graph_panels as panels
-from app.shared import canvas, loaded_model, open_index, open_workspace, page_link, plain
+from app.shared import canvas, command, here, loaded_model, open_index, open_workspace, page_link, plain
 from workbench import InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits import graph_view as view
@@ -56,15 +56,16 @@ def main() -> None:
         f"{len(graph.nodes):,} of {len(whole.nodes):,} stored nodes: circles are features, brown squares what the "
         "transcoders miss. Blue edges serve, red ones oppose."
     )
-    left, right = st.columns(2)
+    with st.container(key="beside"):
+        left, right = st.columns(2)
     with left:
         st.subheader("Scores")
         panels.score_table(workspace, name, whole, pins)
         panels.supernodes(workspace, name, whole, pins, groups)
-        panels.notes(workspace, name, whole)
     with right:
         st.subheader("Change the model")
         panels.change(pins, groups, done, labels)
+        panels.notes(workspace, name, whole)
     links(workspace, name, whole)
     panels.heads(workspace, name, version, whole, labels)
     panels.of_tasks(workspace)
@@ -96,13 +97,14 @@ def new_graph(workspace: Workspace, name: str, text: str) -> None:
     """A form that makes one, of any model that there are transcoders of; `text` is its prompt to begin with."""
     sets = sets_for_graphs(workspace)
     if not sets:
+        hooks = ["--name", "mlps", "--hook", "blocks.*.mlp.hook_in", "--target-hook", "blocks.*.hook_mlp_out"]
         st.info(
-            "No transcoders yet: a graph is of a model with a set of them. Train one with `workbench train HARVEST "
-            "--hook 'blocks.*.mlp.hook_in' --target-hook 'blocks.*.hook_mlp_out'`."
+            "No transcoders yet: a graph is of a model with a set of them. Train one with "
+            f"{command(workspace, 'train', 'HARVEST', *hooks)}."
         )
         return
     with st.form("new graph", border=False):
-        prompt = st.text_area("Prompt", text, height=130, help="The graph is of the token after it.")
+        prompt = st.text_area("Prompt", text, height=170, help="The graph is of the token after it.")
         left, right = st.columns(2)
         coders, model = left.selectbox("Transcoders", sets, format_func=lambda one: f"{one[0]} of {one[1]}")
         title = right.text_input("Name", name)
@@ -164,14 +166,17 @@ def links(workspace: Workspace, name: str, whole: PromptGraph) -> None:
         layer, feature = node[1:].split("/")[:2]
         sae = layer_name(transcoders, int(layer))
         if sae in workspace.indexes():
-            page_link("Feature", f"Feature {feature} of layer {layer}: examples and effects", sae=sae, feature=feature)
+            state = here("graph", "node", "pins", "groups", "change", "edge", "look")
+            label = f"Feature {feature} of layer {layer}: examples and effects"
+            page_link("Feature", label, sae=sae, feature=feature, **state)
         elif transcoders == BUNDLED:
             st.caption(
-                "After `workbench import bundled --name mlps`, a harvest of `blocks.*.mlp.hook_in` and `workbench "
-                "index mlps --harvest HARVEST`, graphs of the set `mlps` say what features are called and fire on."
+                f"After {command(workspace, 'import', 'bundled', '--name', 'mlps')}, a harvest of "
+                f"`blocks.*.mlp.hook_in` and {command(workspace, 'index', 'mlps', '--harvest', 'HARVEST')}, graphs of "
+                "the set `mlps` say what features are called and fire on."
             )
         else:
-            st.caption(f"`workbench index {sae}` gives its features names and examples.")
+            st.caption(f"{command(workspace, 'index', sae)} gives its features names and examples.")
 
 
 main()

@@ -1,13 +1,15 @@
 """Heads page: every head coloured by a score, and one head from near: its attention, composition and OV circuit."""
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from app.shared import canvas, loaded_model, open_workspace, page_link, plain, sae_names
+from app.shared import canvas, command, here, loaded_model, open_workspace, page_link, plain, sae_names
 from workbench import InputError, Result, Workspace
+from workbench.catalog.origin import Origin
 from workbench.circuits import attention_view as attention
 from workbench.circuits import heads as views
 from workbench.circuits.attention_view import AttentionView
-from workbench.circuits.figures import selectable_heads
+from workbench.circuits.figures import prefix_curves, selectable_heads
 from workbench.circuits.graphs import sets_for_graphs
 from workbench.circuits.head_examples import HeadExamples, head_examples
 from workbench.circuits.head_features import FAMILIES, HEAD_FEATURES
@@ -16,12 +18,12 @@ from workbench.circuits.methods import DISCRETE, NODES
 from workbench.circuits.needles import needles_behind
 from workbench.circuits.stored import composition_of_head, head_grid, head_values, scores_of_head
 from workbench.models.load import ModelInfo
-from workbench.show.colours import PALETTE
 from workbench.show.html import quoted
 from workbench.sparsity.colourings import colourings
 from workbench.text.corpora import open_corpus
 
 MOST_LINKS = 8
+STATE = ("scores", "head")
 TEXT = "def area(width, height):\n    return width * height\n\ndef area(width, height):\n    return width"
 
 
@@ -33,13 +35,14 @@ def main() -> None:
     if result is None:
         return
     model = result.origin.model_info
-    grid, near = st.columns(2)
+    with st.container(key="beside"):
+        grid, near = st.columns(2)
     with grid:
-        head = choose_head(workspace, result, model)
-    with near:
-        st.subheader(head)
-        scores(result, head)
-    on_text(workspace, model, head)
+        head = choose_head(workspace, result, model, near)
+        prefixes(result, head)
+    near.subheader(head)
+    near.dataframe(scores_of_head(result, head).round(4), hide_index=True, width="stretch", height="content")
+    on_text(workspace, result.origin, head)
     features(workspace, model, head)
     composition(result, head)
 
@@ -48,7 +51,7 @@ def choose_scores(workspace: Workspace) -> Result | None:
     """The stored scores, kept in the URL as `scores`; offers to score the demo model where there are none."""
     found = {item.name: item for item in workspace.results.find(HEADS)}
     if not found:
-        st.info(f"No heads scored yet. Run `workbench circuits heads --model ... --workspace {workspace.path}`.")
+        st.info(f"No heads scored yet. Run {command(workspace, 'circuits', 'heads', '--model', 'MODEL')}.")
         if st.button("Score the heads of the demo model"):
             with st.spinner("Scoring every head ..."):
                 report_heads(workspace, "heads-demo", loaded_model("demo"))
@@ -73,8 +76,8 @@ def url_choice(key: str, label: str, options: list[str], default: str) -> str:
     return str(st.selectbox(label, options, key=key, on_change=follow))
 
 
-def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
-    """The grid of heads; a click or the box below it chooses one, kept in the URL as `head`."""
+def choose_head(workspace: Workspace, result: Result, model: ModelInfo, near: DeltaGenerator) -> str:
+    """The grid of heads; a click or a box in `near` chooses one, kept in the URL as `head`."""
     columns = [score for score in SCORES if score in result.table("scores")]
     others = {
         f"{item.name} ({item.parameters.get('method', 'discrete codes')})": item
@@ -106,17 +109,17 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo) -> str:
         key=f"grid {result.name} {by} {asked}", on_select="rerun", selection_mode="points",
         config={"displayModeBar": False},
     )  # fmt: skip
-    known = [needs[by].rests_on] if by in needs else rests_on(result, by)
-    st.caption(" ".join(["Click a head, or choose it here.", *known]))
+    known = [needs[by].rests_on] if by in needs else rests_on(workspace, result, by)
+    st.caption(" ".join(["Click a head to open it.", *known]))
     st.query_params["head"] = st.session_state["head"] = asked
 
     def follow() -> None:
         st.query_params["head"] = st.session_state["head"]
 
-    return str(st.selectbox("Head", names, key="head", on_change=follow))
+    return str(near.selectbox("Head", names, key="head", on_change=follow))
 
 
-def rests_on(result: Result, by: str) -> list[str]:
+def rests_on(workspace: Workspace, result: Result, by: str) -> list[str]:
     """What a score was measured on, where that is not plain."""
     table = result.table("scores")
     counted = {
@@ -126,26 +129,24 @@ def rests_on(result: Result, by: str) -> list[str]:
     if by in (*counted, "evidence") and "needles_found" in table:
         return [*filter(None, [counted.get(by)]), needles_behind(result, by)]
     if by in ON_RANDOM_TOKENS:
-        return ["Measured on random tokens; `workbench sparsity attention` measures it on text."]
+        on_text = command(workspace, "sparsity", "attention", result.name, "--model", result.origin.model)
+        return [f"Measured on random tokens; {on_text} measures it on text."]
     return []
 
 
-def scores(result: Result, head: str) -> None:
-    """The head's scores, with its rank among all heads, and induction by prefix length."""
-    shown = scores_of_head(result, head)
-    st.dataframe(shown.round(4), hide_index=True, width="stretch", height="content")
+def prefixes(result: Result, head: str) -> None:
+    """The head's induction by the length of the prefix that is repeated, where that was measured."""
     try:
-        prefixes = result.table("prefixes")
+        measured = result.table("prefixes")
     except InputError:
         return
-    own = prefixes[prefixes["node"] == head].set_index("length")[["intact", "corrupted"]]
+    st.plotly_chart(prefix_curves(measured[measured["node"] == head]), key="prefixes", config={"displayModeBar": False})
     st.caption(
         "Attention to what followed a repeated prefix, by its length; corrupted: all but its last token stand elsewhere"
     )
-    st.line_chart(own, height=240, x_label="tokens of the prefix", y_label="attention", color=[*PALETTE[:2]])
 
 
-def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:
+def on_text(workspace: Workspace, origin: Origin, head: str) -> None:
     """Attention on a text of one's own, kept in the URL as `text`, and the OV circuit on its tokens."""
 
     def forget() -> None:
@@ -154,7 +155,7 @@ def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:
 
     text = st.text_area("Text", TEXT, key="text", bind="query-params", height=100, on_change=forget)
     try:
-        found = head_on_text(model.name, model.weights_sha256, head, text)
+        found = head_on_text(origin, head, text)
     except InputError as error:
         st.error(plain(str(error)))
         return
@@ -162,24 +163,24 @@ def on_text(workspace: Workspace, model: ModelInfo, head: str) -> None:
         st.info(f"Only the first {len(found.tokens)} tokens are shown.")
     seen, corpus, pattern, copies = st.tabs(["Attention on the text", "In a corpus", "Pattern", "OV circuit"])
     with seen:
-        view = view_on_text(model.name, model.weights_sha256, text)
+        view = view_on_text(origin, text)
         all_heads(view, head)
-        token_links(workspace, model, view, text)
+        token_links(workspace, origin, view, text)
     with corpus:
-        in_corpus(workspace, model, head)
+        in_corpus(workspace, origin, head)
     pattern.plotly_chart(found.figure(), key="pattern", config={"displayModeBar": False})
     copies.markdown("What attending to a token promotes and suppresses, from the weights alone")
     copies.dataframe(found.copies, hide_index=True, height=480, width="stretch")
 
 
-def in_corpus(workspace: Workspace, model: ModelInfo, head: str) -> None:
+def in_corpus(workspace: Workspace, origin: Origin, head: str) -> None:
     """Where the head looks hardest in held-out text; asked for, since the model reads some thousand tokens."""
-    corpora = {item.corpus for item in workspace.harvest_summaries() if item.model == model.name} or {"python-stdlib"}
+    corpora = {item.corpus for item in workspace.harvest_summaries() if item.model == origin.model} or {"python-stdlib"}
     corpus = str(st.selectbox("Corpus", sorted(corpora), key="corpus", bind="query-params"))
     if not st.toggle("Read it", key="read", bind="query-params", help="held-out documents, for all heads at once"):
         return
     try:
-        found = examples_in(model.name, model.weights_sha256, corpus)
+        found = examples_in(origin, corpus)
     except InputError as error:
         st.error(plain(str(error)))
         return
@@ -191,9 +192,9 @@ def in_corpus(workspace: Workspace, model: ModelInfo, head: str) -> None:
 
 
 @st.cache_resource(max_entries=2, show_spinner="Reading text ...")
-def examples_in(model: str, sha256: str, corpus: str) -> HeadExamples:
+def examples_in(origin: Origin, corpus: str) -> HeadExamples:
     """The examples of all heads, kept."""
-    return head_examples(loaded_model(model, sha256), open_corpus(corpus))
+    return head_examples(loaded_model(origin), open_corpus(corpus))
 
 
 _patterns = canvas(
@@ -228,7 +229,7 @@ def all_heads(view: AttentionView, head: str) -> None:
     _patterns(data=view.data() | shown, key="attention", on_clicked_change=clicked, on_asked_change=asked)
 
 
-def token_links(workspace: Workspace, model: ModelInfo, view: AttentionView, text: str) -> None:
+def token_links(workspace: Workspace, scored: Origin, view: AttentionView, text: str) -> None:
     """From a token that was clicked to its features, by every SAE of the model, and to a graph of what follows it."""
     token = st.session_state.get("token asked for")
     if token is None or token >= len(view.tokens):
@@ -236,26 +237,27 @@ def token_links(workspace: Workspace, model: ModelInfo, view: AttentionView, tex
     # Between quotation marks, where a token of white space is seen and ends no emphasis.
     st.markdown(f"**Token {token}, {plain(quoted(view.tokens[token]))}**")
     origins = {name: workspace.origin(name) for name in sae_names(workspace)}
-    known = (None, model.weights_sha256)
-    names = [name for name, one in origins.items() if one.model == model.name and one.weights_sha256 in known]
+    known = (None, scored.weights_sha256)
+    names = [name for name, one in origins.items() if one.model == scored.model and one.weights_sha256 in known]
     for name in names[:MOST_LINKS]:
-        page_link("Prompt", f"its features by {plain(name)}", sae=name, prompt=text, token=token)
-    if token > 0 and any(of == model.name for _, of in sets_for_graphs(workspace)):
-        page_link("Graph", "a graph of what follows it", prompt=view.text_to(token))
+        page_link("Prompt", f"its features by {plain(name)}", sae=name, prompt=text, token=token, **here(*STATE))
+    if token > 0 and any(of == scored.model for _, of in sets_for_graphs(workspace)):
+        page_link("Graph", "a graph of what follows it", prompt=view.text_to(token), **here(*STATE))
     if not names:
-        st.caption("No SAE of this model yet: train one with `workbench train` to see what fires here.")
+        train = command(workspace, "train", "--model", scored.model, "--hook", "HOOK", "--name", "NAME")
+        st.caption(f"No SAE of this model yet: {train} makes one, and then this says what fires here.")
 
 
 @st.cache_data(max_entries=16, show_spinner="Running the model ...")
-def view_on_text(model: str, sha256: str, text: str) -> AttentionView:
+def view_on_text(origin: Origin, text: str) -> AttentionView:
     """The attention of every head, kept."""
-    return attention.attention_view(loaded_model(model, sha256), text)
+    return attention.attention_view(loaded_model(origin), text)
 
 
 @st.cache_data(max_entries=32, show_spinner="Running the model ...")
-def head_on_text(model: str, sha256: str, head: str, text: str) -> HeadOnText:
+def head_on_text(origin: Origin, head: str, text: str) -> HeadOnText:
     """One forward pass, kept."""
-    return views.head_on_text(loaded_model(model, sha256), head, text)
+    return views.head_on_text(loaded_model(origin), head, text)
 
 
 def features(workspace: Workspace, model: ModelInfo, head: str) -> None:
@@ -266,7 +268,8 @@ def features(workspace: Workspace, model: ModelInfo, head: str) -> None:
             continue
         sae = str(result.parameters["sae"])
         if "relations" not in result.parameters:
-            st.info(f"Run `workbench circuits head-features {sae}` again: it counts meanings in another way now.")
+            again = command(workspace, "circuits", "head-features", sae)
+            st.info(f"Run {again} again: it counts meanings in another way now.")
             continue
         of_head = result.table("heads").set_index("node").loc[head]
         st.subheader(f"Features of {plain(sae)}")
@@ -285,25 +288,23 @@ def features(workspace: Workspace, model: ModelInfo, head: str) -> None:
                 f"{row.share:.0%} · {row.feature} {plain(str(row.name))} · {row.family}, {row.distance:.1f} tokens back"
                 + (f" · {row.relation}: {plain(row.tokens)} (F1 {row.relation_f1:.2f})" if row.told_by else "")
             )
-            page_link("Feature", label, sae=sae, feature=row.feature)
+            page_link("Feature", label, sae=sae, feature=row.feature, **here(*STATE))
 
 
 def composition(result: Result, head: str) -> None:
     """The heads it reads from and those that read from it, by effective weights."""
     st.subheader("Composition")
-    for column, title, other, rows in zip(
-        st.columns(2),
-        ("reads from", "is read by"),
-        ("writer", "reader"),
-        composition_of_head(result, head),
-        strict=True,
-    ):
-        rows = rows.head(12)
-        column.markdown(f"**{head} {title}**")
+    sides = list(
+        zip(("reads from", "is read by"), ("writer", "reader"), composition_of_head(result, head), strict=True)
+    )
+    found = [side for side in sides if not side[2].empty]
+    for title, _, rows in sides:
         if rows.empty:
-            column.caption("No head there.")
-        else:
-            column.dataframe(rows[[other, "kind", "score", "over the mean"]], hide_index=True, width="stretch")
+            st.caption(f"{head} {title} no head.")
+    for column, (title, other, rows) in zip(st.columns(max(len(found), 1)), found, strict=False):
+        column.markdown(f"**{head} {title}**")
+        shown = rows.head(12)[[other, "kind", "score", "over the mean"]]
+        column.dataframe(shown, hide_index=True, width="stretch")
 
 
 main()

@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from app.shared import open_workspace, plain
+from app.shared import COUNTS, command, no_sae, open_workspace, plain
 from workbench import Workspace
 from workbench.models.places import between
 from workbench.saes import figures
@@ -46,10 +46,9 @@ def harvests(workspace: Workspace) -> None:
         for item in workspace.harvest_summaries()
     ]  # fmt: skip
     if rows:
-        counts = {"rows": st.column_config.NumberColumn(format="localized")}
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=counts)
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=COUNTS)
     else:
-        st.info("No harvest yet. Make one with `workbench harvest`, or run `workbench demo`.")
+        st.info(f"No harvest yet. Next: {command(workspace, 'demo')}")
 
 
 def saes(workspace: Workspace) -> None:
@@ -61,10 +60,9 @@ def saes(workspace: Workspace) -> None:
         for item in workspace.saes()
     ]
     if rows:
-        counts = {"features": st.column_config.NumberColumn(format="localized")}
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=counts, placeholder="")
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=COUNTS, placeholder="")
     else:
-        st.info("No SAE yet. Train one with `workbench train`.")
+        no_sae(workspace)
     evaluations = workspace.results.find("evaluation")
     if evaluations:
         st.markdown("**How often features fire** (held-out tokens)")
@@ -82,7 +80,7 @@ def transcoders(workspace: Workspace) -> None:
     ]  # fmt: skip
     if rows:
         st.subheader("Sets of transcoders")
-        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", placeholder="")
+        st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=COUNTS, placeholder="")
         st.caption("Nats a token that are added with all layers replaced at once, by the transcoders, zeros or means.")
 
 

@@ -5,7 +5,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from app.live import Clicked, choose_sae, open_live, prompt_box, token_grid, token_row
-from app.shared import open_workspace, page_link, plain
+from app.shared import command, here, loaded_model, open_workspace, page_link, plain
 from workbench import InputError, Workspace
 from workbench.circuits.lenses import LENS, LensReading
 from workbench.features import prompt_figures as live_figures
@@ -59,25 +59,36 @@ def looked_at(workspace: Workspace, live: LiveSAE, version: int, reading: Prompt
         token_box, feature_box, ranking, dense = st.columns([2, 2, 3, 2], vertical_alignment="bottom")
     position, feature = chosen(reading, token_box, feature_box)
     by, max_density = choose_ranking(reading, ranking, dense)
-    tokens(reading, position, feature)
+    with st.container(key="beside"):
+        prompt, detail = st.columns(2, gap="medium")
+    with prompt:
+        tokens(reading, position, feature)
+    with detail:
+        looked_into(reading, position, feature)
     # What a click asks for is drawn before the grids, which it only marks.
     grids = st.container()
-    with st.container(key="beside"):
-        ranked, detail = st.columns([3, 2], gap="large")
-    with detail:
-        if position is not None:
-            expectations(reading, position)
-        if feature is not None:
-            one_feature(reading, feature, position)
-        if position is None and feature is None:
-            st.caption("Click a token to see its features and what the model expects after it.")
-            st.plotly_chart(live_figures.prompt_losses(reading), key="losses", config={"displayModeBar": False})
-    with ranked:
-        features(reading, by, max_density, position)
+    features(workspace, reading, by, max_density, position)
     with grids:
         every_sae(workspace, live, text, position)
         lens(workspace, live, version, text, position)
         grid(reading, version, by, max_density, position, feature)
+
+
+def looked_into(reading: PromptReading, position: int | None, feature: int | None) -> None:
+    """What the model expects after the token that is looked at and the feature along the prompt, beside each other;
+    without either, how much every token surprised the model."""
+    if position is None and feature is None:
+        st.caption("Click a token to see its features and what the model expects after it.")
+        st.plotly_chart(live_figures.prompt_losses(reading), key="losses", config={"displayModeBar": False})
+        return
+    asked = [position is not None, feature is not None]
+    columns = iter(st.columns([share for share, one in zip((2, 3), asked, strict=True) if one]))
+    if position is not None:
+        with next(columns):
+            expectations(reading, position)
+    if feature is not None:
+        with next(columns):
+            one_feature(reading, feature, position)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Reading ...")
@@ -173,7 +184,7 @@ def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position:
     lenses = [LOGIT, *(f"{name}{form}" for name in fitted for form in ("", CENTRED))]
     name = choice.selectbox(
         "Lens", lenses, key="lens", bind="query-params", label_visibility="collapsed",
-        help="`workbench lens fit NAME` averages Jacobians, which say what a layer leads to",
+        help=f"{command(workspace, 'lens', 'fit', 'NAME')} averages Jacobians, which say what a layer leads to",
     )  # fmt: skip
     try:
         found = _lens(workspace, live, version, text, name)
@@ -198,8 +209,9 @@ def siblings(workspace: Workspace, live: LiveSAE) -> list[str]:
     they begin with BOS as this one does, and one activation, so crosscoders are none of them."""
     origins = {item.name: workspace.origin(item.name) for item in workspace.coders() if not item.parts}
     own, known = workspace.origin(live.name), (None, live.model.info.weights_sha256)
-    same = {name for name, one in origins.items()
-            if (one.model, one.bos) == (own.model, own.bos) and one.weights_sha256 in known}  # fmt: skip
+    model = loaded_model(own)
+    same = {name for name, one in origins.items() if one.weights_sha256 in known
+            and (one.model, one.begins(model)) == (own.model, own.begins(model))}  # fmt: skip
     return [name for name in workspace.indexes() if name != live.name and name in same]
 
 
@@ -227,10 +239,9 @@ def grid(
     """The best features of the prompt by token; a cell opens its token and colours the text by its feature."""
 
     def open_at(place: Clicked) -> None:
-        if place.row is not None:
-            _set("feature", int(place.row))
-        if place.at is not None:
-            _set("token", place.at)
+        # At once: each change by itself would be a step of the way Back.
+        asked = {"feature": place.row, "token": place.at}
+        st.query_params.update({name: str(value) for name, value in asked.items() if value is not None})
 
     html = _best_html(reading, version, reading.text, by, max_density)
     if html:
@@ -258,7 +269,9 @@ def tokens(reading: PromptReading, position: int | None, feature: int | None) ->
     )  # fmt: skip
 
 
-def features(reading: PromptReading, by: Ranking, max_density: float, position: int | None) -> None:
+def features(
+    workspace: Workspace, reading: PromptReading, by: Ranking, max_density: float, position: int | None
+) -> None:
     """The features of the prompt or of one token, each with its label and a link; a selected row colours the text."""
     if position is None:
         table = reading.features(by, max_density=max_density)
@@ -271,7 +284,7 @@ def features(reading: PromptReading, by: Ranking, max_density: float, position: 
         return
     if reading.known is None:
         table = table.drop(columns=["name", "density"])
-        st.caption(f"Names and densities come with an index: `workbench index {reading.sae}`.")
+        st.caption(f"Names and densities come with an index: {command(workspace, 'index', reading.sae)}.")
     table = table.head(SHOWN).copy()
     for column in table.columns.intersection(["token", "next"]):
         table[column] = [edged(text) for text in table[column]]
@@ -336,11 +349,17 @@ def expectations(reading: PromptReading, position: int) -> None:
 def one_feature(reading: PromptReading, feature: int, position: int | None) -> None:
     """The feature along the prompt, with links to its own page and to steering with it."""
     st.markdown(f"**Feature {feature}**")
-    st.plotly_chart(live_figures.prompt_activations(reading, feature, position), key="along",
-                    config={"displayModeBar": False})  # fmt: skip
+    if reading.activations(feature).any():
+        st.plotly_chart(live_figures.prompt_activations(reading, feature, position), key="along",
+                        config={"displayModeBar": False})  # fmt: skip
+    else:
+        st.caption("It does not fire on this prompt.")
     if reading.known is not None:
-        page_link("Feature", f"Open feature {feature}", sae=reading.sae, feature=feature)
-    page_link("Steering", f"Steer with feature {feature}", sae=reading.sae, feature=feature, prompt=reading.text)
+        page_link("Feature", f"Open feature {feature}", sae=reading.sae, feature=feature, **here("prompt", "token"))
+    page_link(
+        "Steering", f"Steer with feature {feature}", sae=reading.sae, feature=feature, prompt=reading.text,
+        **here("token"),
+    )  # fmt: skip
 
 
 main()

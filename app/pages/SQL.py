@@ -6,7 +6,7 @@ import time
 import pandas as pd
 import streamlit as st
 
-from app.shared import open_workspace, plain, version
+from app.shared import command, open_workspace, plain, version
 from app.sql_examples import examples, tables
 from workbench import InputError, Workspace
 from workbench.catalog.sql import Answer
@@ -25,7 +25,7 @@ def main() -> None:
     )
     known = listed(str(workspace.path), version(workspace))
     if known.empty:
-        st.info("Nothing to query yet. Make a harvest with `workbench harvest`, or run `workbench demo`.")
+        st.info(f"Nothing to query yet. Next: {command(workspace, 'demo')}")
         return
     with st.container(key="beside"):
         left, right = st.columns([5, 2], gap="large")

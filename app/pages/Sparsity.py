@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from app.shared import clickable, loaded_model, open_workspace, plain, switch_page, version
+from app.shared import clickable, command, loaded_model, open_workspace, plain, switch_page, version
 from workbench import Corpus, InputError, Result, Workspace, open_corpus
+from workbench.catalog.origin import Origin
 from workbench.circuits.figures import selectable_heads
 from workbench.circuits.heads import HEADS as SCORED
 from workbench.features.index.page import example_html
@@ -49,16 +49,6 @@ PROMPT = "def read_lines(path):\n    with open("
 NEURON_TOKENS = 8192
 
 
-class Source(NamedTuple):
-    """What a report was measured on, small enough to be part of a cache's key."""
-
-    model: str
-    weights_sha256: str | None
-    corpus: str
-    text_field: str
-    fingerprint: str | None
-
-
 Parts = dict[str, Result]
 
 
@@ -68,9 +58,7 @@ def main() -> None:
     st.title("Activation sparsity")
     names = report_names(workspace)
     if not names:
-        st.info(
-            f"No report yet. Make one with `workbench sparsity report NAME --model demo --workspace {workspace.path}`."
-        )
+        st.info(f"No report yet. Make one with {command(workspace, 'sparsity', 'report', 'NAME', '--model', 'demo')}.")
         return
     chosen = st.multiselect(
         "Reports", names, default=names[:1], key="reports", bind="query-params", placeholder="choose reports to see"
@@ -134,7 +122,8 @@ def neurons_of(result: Result) -> None:
     table = result.table("neurons")
     layer = st.selectbox("Layer", sorted(table["layer"].unique()), key="layer", bind="query-params")
     rows = table[table["layer"] == layer].sort_values("density", ascending=False)
-    left, right = st.columns(2)
+    with st.container(key="beside"):
+        left, right = st.columns(2)
     with left:
         event = st.dataframe(
             rows[list(NEURON_COLUMNS)], hide_index=True, height=360, column_config=NEURON_COLUMNS,
@@ -158,7 +147,7 @@ def neurons_of(result: Result) -> None:
 def show_neuron(result: Result, layer: int, neuron: int) -> None:
     """A neuron's values and the text around its largest ones."""
     try:
-        view = neuron_view(source(result), layer, neuron, result.parameters["context_len"])
+        view = neuron_view(result.origin, layer, neuron, result.parameters["context_len"])
     except InputError as error:
         st.error(plain(str(error)))
         return
@@ -174,10 +163,10 @@ def show_neuron(result: Result, layer: int, neuron: int) -> None:
 
 
 @st.cache_data(max_entries=64, show_spinner="Running the model ...")
-def neuron_view(made_of: Source, layer: int, neuron: int, context_len: int) -> NeuronView:
+def neuron_view(made_of: Origin, layer: int, neuron: int, context_len: int) -> NeuronView:
     """A neuron seen from near."""
     return view_neuron(
-        loaded_model(made_of.model, made_of.weights_sha256), opened(made_of), layer, neuron,
+        loaded_model(made_of), opened(made_of), layer, neuron,
         max_tokens=max(NEURON_TOKENS, context_len), context_len=context_len,
     )  # fmt: skip
 
@@ -235,25 +224,23 @@ def text_at(result: Result) -> None:
     try:
         for column, title, at in ((clean, "As it is", 0.0), (thinned, "At this sparsity", float(level))):
             column.caption(title)
-            text = continuation(source(result), prompt, name, at, result.parameters["context_len"])
+            text = continuation(result.origin, prompt, name, at, result.parameters["context_len"])
             column.code(prompt + text, language=None, wrap_lines=True)
     except InputError as error:
         st.error(plain(str(error)))
 
 
 @st.cache_data(max_entries=256, show_spinner="Generating ...")
-def continuation(made_of: Source, prompt: str, method: str, level: float, context_len: int) -> str:
+def continuation(made_of: Origin, prompt: str, method: str, level: float, context_len: int) -> str:
     """The model's greedy text with a method at a level."""
     calibration = calibrated(made_of, context_len)
-    return generate(
-        loaded_model(made_of.model, made_of.weights_sha256), calibration, prompt, method_named(method), level
-    )
+    return generate(loaded_model(made_of), calibration, prompt, method_named(method), level)
 
 
 @st.cache_resource(max_entries=2, show_spinner="Finding thresholds ...")
-def calibrated(made_of: Source, context_len: int) -> Calibration:
+def calibrated(made_of: Origin, context_len: int) -> Calibration:
     """The thresholds' sample, as the report's own."""
-    return calibrate(loaded_model(made_of.model, made_of.weights_sha256), opened(made_of), context_len=context_len)
+    return calibrate(loaded_model(made_of), opened(made_of), context_len=context_len)
 
 
 def beforehand(workspace: Workspace, reports: dict[str, Parts]) -> None:
@@ -282,10 +269,8 @@ def attention(workspace: Workspace, reports: dict[str, Parts]) -> None:
         return
     old = [name for name, result in found.items() if "rest" not in result.table("curves")]
     for name in old:
-        st.info(
-            f"{plain(name)} was measured before patterns that adapt: run `workbench sparsity attention {name}` again "
-            f"with `--workspace {workspace.path}`."
-        )
+        again = command(workspace, "sparsity", "attention", name)
+        st.info(f"{plain(name)} was measured before patterns that adapt: run {again} again.")
     found = {name: result for name, result in found.items() if name not in old}
     if not found:
         return
@@ -345,10 +330,8 @@ def of_heads(workspace: Workspace, result: Result, figure: go.Figure, key: str) 
     ]
     if scored:
         switch_page("Heads", scores=scored[-1], head=head)
-    st.info(
-        f"The page Heads opens {head} once this model's heads are scored: `workbench circuits heads --model "
-        f"{result.origin.model} --workspace {workspace.path}`"
-    )
+    score = command(workspace, "circuits", "heads", "--model", result.origin.model)
+    st.info(f"The page Heads opens {head} once this model's heads are scored: {score}")
 
 
 def saes(workspace: Workspace, reports: dict[str, Parts]) -> None:
@@ -398,14 +381,12 @@ def having(workspace: Workspace, reports: dict[str, Parts], kind: str) -> Parts:
     for name, parts in reports.items():
         if kind not in parts:
             made_of = next(iter(parts.values())).origin
-            extra = " SAE" if kind == SAES else ""
+            measured = [COMMANDS[kind], name, *(["SAE"] if kind == SAES else []), "--model", made_of.model]
+            # A corpus that the record does not name is the command's own default.
+            text = ["--corpus", made_of.corpus] if made_of.corpus else []
+            text += ["--text-field", made_of.text_field] if made_of.text_field != "text" else []
             what = "Not measured yet for" if kind != EXPERTS else "No mixture of experts was measured for"
-            field = f" --text-field {made_of.text_field}" if made_of.text_field != "text" else ""
-            st.info(
-                f"{what} {plain(name)}. Next: `workbench sparsity {COMMANDS[kind]} {name}{extra} "
-                f"--model {made_of.model} --corpus {made_of.corpus}{field} "
-                f"--workspace {workspace.path}`"
-            )
+            st.info(f"{what} {plain(name)}. Next: {command(workspace, 'sparsity', *measured, *text)}")
     return {name: parts[kind] for name, parts in reports.items() if kind in parts}
 
 
@@ -422,16 +403,10 @@ def one_of(names: list[str], label: str) -> str:
     return names[0] if len(names) == 1 else str(st.selectbox(label, names, key="report", bind="query-params"))
 
 
-def source(result: Result) -> Source:
-    """What a result was measured on. Raises InputError for one that does not say its corpus."""
-    origin = result.origin
-    if origin.corpus is None:
-        raise InputError(f"{result.name} does not say on which corpus it was measured: run the command again")
-    return Source(origin.model, origin.weights_sha256, origin.corpus, origin.text_field, origin.fingerprint)
-
-
-def opened(made_of: Source) -> Corpus:
-    """The corpus of a result. Raises InputError where it is not the same any more."""
+def opened(made_of: Origin) -> Corpus:
+    """The corpus of a result. Raises InputError where it is not the same any more, or not said."""
+    if made_of.corpus is None:
+        raise InputError("this result does not say on which corpus it was measured: run its command again")
     found = open_corpus(made_of.corpus, text_field=made_of.text_field)
     if found.fingerprint != made_of.fingerprint:
         raise InputError(f"corpus {made_of.corpus} has changed since this was measured: run the command again")

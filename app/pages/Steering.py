@@ -5,7 +5,7 @@ from html import escape
 import streamlit as st
 
 from app.live import choose_sae, open_live, prompt_box
-from app.shared import open_workspace, page_link, plain
+from app.shared import here, open_workspace, page_link, plain
 from workbench import InputError
 from workbench.features import prompt_figures as live_figures
 from workbench.features.live import LiveSAE
@@ -55,7 +55,7 @@ def described(live: LiveSAE, edit: Edit) -> None:
             st.caption(f"Feature {feature}: no index, no name: without an index, strength is in activation units.")
         else:
             label = f"Feature {feature}: {live.feature_name(feature)}: its maximum is {unit:.3g}"
-            page_link("Feature", plain(label), sae=live.name, feature=feature)
+            page_link("Feature", plain(label), **here("prompt"), sae=live.name, feature=feature)
 
 
 def choose_feature(live: LiveSAE) -> int:

@@ -62,7 +62,8 @@ def test_the_strongest_head_is_shown_and_a_click_shows_another(space: Workspace,
     assert page.query_params["head"] == "a3.h0"
     shown = page.dataframe[0].value.set_index("score")
     assert shown["rank"]["induction"] == 1
-    assert len(page.get("plotly_chart")) == 2
+    # The grid, induction by the prefix' length, the pattern.
+    assert len(page.get("plotly_chart")) == 3
     page.session_state["grid heads induction a3.h0"] = {
         "selection": {"points": [{"customdata": "a2.h0"}], "box": [], "lasso": []}
     }
@@ -82,7 +83,7 @@ def test_heads_can_be_coloured_by_stored_results(space: Workspace, open_page: Op
     assert page.text_area(key="text").value == "a = b\na ="
     assert "coded (discrete codes)" in page.selectbox(key="by").options
     # No earlier head writes for a head of the first layer.
-    assert page.caption[-1].value == "No head there."
+    assert "a0.h1 reads from no head." in [caption.value for caption in page.caption]
     page.text_area(key="text").set_value("").run()
     assert "type something" in page.error[0].value
     text = open_corpus("python-stdlib")
@@ -107,9 +108,11 @@ def test_a_token_of_a_pattern_goes_on_to_its_features_and_to_a_graph(
     page.session_state["token asked for"] = 3
     page.run()
     assert not page.exception
-    assert followed["Prompt"] == {"sae": "plain", "prompt": "a = b\na =", "token": 3}
+    # What the way Back needs goes along.
+    back = {"scores": "heads", "head": "a3.h0"}
+    assert followed["Prompt"] == {"sae": "plain", "prompt": "a = b\na =", "token": 3, **back}
     # BOS stands at 0: the graph is of what follows the third token.
-    assert followed["Graph"] == {"prompt": "a = b"}
+    assert followed["Graph"] == {"prompt": "a = b", **back}
     graph = open_page("Graph", space, **followed["Graph"])
     assert graph.text_area[0].value == "a = b"
     page.text_area(key="text").set_value("c").run()

@@ -16,6 +16,7 @@ from sae.errors import InputError
 from sae.rules import AbsTopK
 from workbench import Workspace
 from workbench.catalog.notes import Notes
+from workbench.catalog.origin import Origin
 from workbench.features.prompt_page import FEATURES
 from workbench.models.load import load_model
 
@@ -63,7 +64,7 @@ def html(page: AppTest) -> str:
 def test_without_an_sae_the_page_says_what_to_do(page: str, tmp_path: Path, open_page: OpenPage) -> None:
     shown = open_page(page, Workspace(tmp_path / "empty"))
     assert not shown.exception
-    assert "Train one with `workbench train`" in shown.info[0].value
+    assert "Train one with `workbench train HARVEST --name NAME --workspace " in shown.info[0].value
 
 
 @LIVE
@@ -182,7 +183,7 @@ def test_without_an_index_the_prompt_is_read_all_the_same(space: Workspace, open
     assert not page.exception
     assert list(page.segmented_control(key="by").options) == ["max", "mean"]
     assert "density" not in page.dataframe[0].value
-    assert any("`workbench index bare`" in caption.value for caption in page.caption)
+    assert any(f"`workbench index bare --workspace {space.path}`" in caption.value for caption in page.caption)
 
 
 def test_steering_from_a_link_shows_both_texts_and_side_effects(space: Workspace, open_page: OpenPage) -> None:
@@ -257,7 +258,7 @@ def test_a_layer_of_a_set_of_transcoders_is_chosen(page: str, space: Workspace, 
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer))
         coders[layer] = coder.requires_grad_(False)
     space.add_transcoders("mlps", TranscoderSet(coders), [{}] * 3)
-    shown = open_page(page, space, sae="mlps.layer_1", prompt=TEXT, feature="2")
+    shown = open_page(page, space, sae="mlps.layer_1", prompt=TEXT)
     assert not shown.error
     assert shown.selectbox(key="sae").value == "mlps"
     assert shown.selectbox(key="hook of sae").options == [HOOK, "blocks.*.mlp.hook_in"]
@@ -294,11 +295,12 @@ def test_models_of_one_name_are_told_apart_by_their_weights(tmp_path: Path, monk
     monkeypatch.setattr("sys.argv", ["main.py", str(tmp_path)])
     tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
     tokenizer.save_pretrained(tmp_path / "m")
-    path, first = str(tmp_path / "m"), saved(1)
+    path = str(tmp_path / "m")
+    first = Origin({}, path, saved(1))
     held = loaded_model(path)
-    assert loaded_model(path, first) is held
-    second = saved(2)
-    assert loaded_model(path, second).info.weights_sha256 == second != first
-    assert loaded_model(path) is loaded_model(path, second)
+    assert loaded_model(first) is held
+    second = Origin({}, path, saved(2))
+    assert loaded_model(second).info.weights_sha256 == second.weights_sha256 != first.weights_sha256
+    assert loaded_model(path) is loaded_model(second)
     with pytest.raises(InputError, match="has other weights than the one behind what is shown here"):
-        loaded_model(path, first)
+        loaded_model(first)

@@ -144,7 +144,7 @@ def test_a_report_from_before_adaptive_patterns_names_its_command(
     )  # fmt: skip
     # Nothing else is stored: the page opens on attention.
     page = open_page("Sparsity", tmp_path / "w", reports="old")
-    assert "`workbench sparsity attention old` again" in page.info[0].value
+    assert f"`workbench sparsity attention old --workspace {tmp_path / 'w'}` again" in page.info[0].value
 
 
 def test_sae_codes_are_shown(measured: Path, open_page: OpenPage) -> None:

@@ -336,6 +336,14 @@ def test_a_token_of_a_prompt_is_clicked(address: str, page: Any) -> None:
     page.locator(f".grid .head .at[data-at='{at}']").wait_for()
     assert "prompt=def" in page.url
     assert page.evaluate("window.attacked") is None
+    # Back from the feature's page everything is as it was, and one step further before the click.
+    settled(page)
+    page.get_by_text(f"Open feature {feature}").click()
+    page.locator("details.ex").first.wait_for()
+    page.go_back()
+    page.get_by_text(f"After token {at}").wait_for()
+    page.locator(f".grid tr.on[data-row='{feature}']").wait_for()
+    assert "prompt=def" in page.url
 
 
 def test_the_model_is_steered(address: str, page: Any, folder: Path, busiest: int) -> None:
