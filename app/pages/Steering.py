@@ -5,8 +5,8 @@ from html import escape
 import streamlit as st
 
 from app.live import choose_sae, open_live, prompt_box
-from app.shared import here, open_workspace, page_link, plain
-from workbench import InputError
+from app.shared import command, here, open_workspace, page_link, plain
+from workbench import InputError, Workspace
 from workbench.features import prompt_figures as live_figures
 from workbench.features.live import LiveSAE
 from workbench.features.steering import KINDS, NEW_TOKENS, PLACES, Edit, Steering, most_new_tokens, read_strength
@@ -36,7 +36,7 @@ def main() -> None:
         except InputError as error:
             st.error(plain(str(error)))
             return
-        described(live, edit)
+        described(workspace, live, edit)
         if not prompt:
             st.info("Type a prompt to see how the model goes on from it with and without the feature.")
             return
@@ -48,11 +48,12 @@ def main() -> None:
             st.error(plain(str(error)))
 
 
-def described(live: LiveSAE, edit: Edit) -> None:
+def described(workspace: Workspace, live: LiveSAE, edit: Edit) -> None:
     """The features that are edited, each a link, with what strengths are multiples of."""
     for feature, unit in live.units(edit).items():
         if live.known is None:
-            st.caption(f"Feature {feature}: no index, no name: without an index, strength is in activation units.")
+            index = command(workspace, "index", live.name)
+            st.caption(f"Feature {feature} has no name, and strength is in activation units, before {index}.")
         else:
             label = f"Feature {feature}: {live.feature_name(feature)}: its maximum is {unit:.3g}"
             page_link("Feature", plain(label), **here("prompt"), sae=live.name, feature=feature)
