@@ -7,7 +7,7 @@
     workbench app --workspace demo-workspace --port 8501 --no-browser &
     python docs/pictures.py http://localhost:8501 [--only prompt]
 
-Writes docs/pictures/NAME.png, of 128 colours so that each is small. Needs the packages playwright and pillow and a
+Writes docs/pictures/NAME.png, of 256 colours so that each is small. Needs the packages playwright and pillow and a
 Chromium.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 FOLDER = Path(__file__).with_name("pictures")
-WIDTH, COLOURS = 1180, 128
+WIDTH, COLOURS = 1180, 256
 CODE = "def read(path, mode='r'):\n    with open(path, mode) as file:\n        return file.read()\n"
 PICTURES: dict[str, tuple[str, dict[str, Any], int]] = {
     "features": ("Features", {"search": "self"}, 640),
