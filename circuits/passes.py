@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.nodes import Bridge
+from circuits.points import hook_points
 from circuits.prompts import PromptSet
 from sae.errors import InputError
 
@@ -82,7 +83,7 @@ def taking(bridge: Bridge, names: Iterable[str], found: dict[str, Tensor]) -> It
 
     wanted = list(names)
     # From TransformerLens 4.0 on a name that is none is a KeyError, before it nothing at all.
-    check(bridge.hook_dict)
+    check(hook_points(bridge))
     with bridge.hooks(fwd_hooks=[(name, taker(name)) for name in wanted]):
         yield
     check(found)

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from circuits.nodes import Bridge
+from circuits.points import hook_points
 from sae.errors import InputError
 
 Function = Callable[[Float[Tensor, "n width"]], Float[Tensor, "n width"]]
@@ -60,7 +61,7 @@ def splice(
 
     Contexts nest; hooks go when the context ends, also by an exception.
     """
-    if hook_name not in bridge.hook_dict:
+    if hook_name not in hook_points(bridge):
         near = difflib.get_close_matches(hook_name, list(bridge.hook_dict), n=3, cutoff=0.0)
         raise InputError(f"the model has no hook point {hook_name!r}: the nearest are {', '.join(near)}")
     spared: list[Bool[Tensor, "batch pos"]] = []

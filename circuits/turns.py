@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from circuits.points import are_plain, hooked_at
+
 _TURNS: WeakKeyDictionary[Any, AbstractContextManager[Any]] = WeakKeyDictionary()
 
 
@@ -63,8 +65,10 @@ def _passing(module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs
 def _hooked(
     module: nn.Module, method: Callable[..., AbstractContextManager[Any]], *args: Any, **kwargs: Any
 ) -> Iterator[Any]:
-    with turn_of(module), method(*args, **kwargs) as given:
-        yield given
+    with turn_of(module):
+        plain = are_plain(module, args, kwargs)
+        with hooked_at(module, **kwargs) if plain else method(*args, **kwargs) as given:
+            yield given
 
 
 WRAPPED: dict[str, Callable[..., Any]] = {

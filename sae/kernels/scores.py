@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.kernels import products
 from sae.shown import Shown
 
 # Entries of the buffer: enough rows to keep the matrix product efficient, few enough for a CPU's caches.
@@ -96,7 +97,9 @@ def multiply_add(
     out: Float[Tensor, "n m"],
 ) -> None:
     """Writes left @ right + bias to `out`, accumulated in out's precision."""
-    if left.dtype == out.dtype:
+    if products.served(left, right):
+        out.copy_(products.linear(left, right.T, bias))
+    elif left.dtype == out.dtype:
         if bias is None:
             torch.mm(left, right, out=out)
         else:

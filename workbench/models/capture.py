@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from circuits.turns import turn_of
 from sae.errors import InputError
 from sae.shown import Shown
+from workbench.models.fast_products import fast_products
 from workbench.models.known_positions import known_positions
 from workbench.models.model import LoadedModel
 from workbench.models.places import HookSpec, first_input
@@ -108,7 +109,7 @@ def values_at(
         if len(values) == len(wanted):
             raise _Stop
 
-    with hooked(model, hooks, keep), contextlib.suppress(_Stop):
+    with hooked(model, hooks, keep), fast_products(model.device), contextlib.suppress(_Stop):
         model.hf(tokens, use_cache=False)
     return values
 

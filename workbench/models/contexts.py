@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.shown import Shown
+from workbench.models.fast_products import fast_products
 from workbench.models.model import LoadedModel
 from workbench.text.corpora import Corpus
 from workbench.text.packing import is_ordinary, pack, refuse_padding
@@ -139,7 +140,8 @@ def contexts_per_batch(model: LoadedModel, context_len: int) -> int:
 @torch.no_grad()
 def logits_of(model: LoadedModel, batch: ContextBatch) -> Float[Tensor, "batch pos vocab"]:
     """The bare model's logits."""
-    logits: Tensor = model.hf(batch.tokens, use_cache=False).logits
+    with fast_products(model.device):
+        logits: Tensor = model.hf(batch.tokens, use_cache=False).logits
     return logits
 
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from circuits.nodes import Bridge
 from circuits.turns import turn_of
+from workbench.models.fast_products import fast_products
 from workbench.models.model import LoadedModel
 
 
 def bridge_logits(model: LoadedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
     """The logits of the bridge, with the hooks that are in it."""
     fused = model.checks.fused and not torch.is_grad_enabled() and not _looked_into(model.bridge)
-    with fused_attention(model.bridge, model.hf) if fused else nullcontext():
+    with fast_products(model.device), fused_attention(model.bridge, model.hf) if fused else nullcontext():
         logits: Tensor = model.bridge(tokens, return_type="logits")
     return logits
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.models import fused_attention
+from workbench.models.fast_products import fast_products
 from workbench.models.fused_attention import bridge_logits
 from workbench.models.load import LoadedModel
 
@@ -30,10 +31,12 @@ def test_logits_are_the_bridges(inner: str, tiny_model: LoadedModel, monkeypatch
     tiny_model.bridge.original_model(tokens, output_hidden_states=True)
     hooks = [(f"blocks.0.{inner}", CHANGES[inner])] if inner else []
     with torch.no_grad():
-        plain = tiny_model.bridge(tokens, return_type="logits")
-        with tiny_model.bridge.hooks(fwd_hooks=hooks):
+        with fast_products(tiny_model.device):
+            plain = tiny_model.bridge(tokens, return_type="logits")
+        with tiny_model.bridge.hooks(fwd_hooks=hooks), fast_products(tiny_model.device):
             expected, found = tiny_model.bridge(tokens, return_type="logits"), bridge_logits(tiny_model, tokens)
-        assert torch.equal(tiny_model.bridge(tokens, return_type="logits"), plain)
+        with fast_products(tiny_model.device):
+            assert torch.equal(tiny_model.bridge(tokens, return_type="logits"), plain)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (inner == "") == torch.equal(expected, plain)
     # One look at the pattern, or at queries, is enough for the bridge's own pass.
