@@ -12,7 +12,7 @@ LEAST_ROWS = 32
 """With fewer, bringing the matrix into oneDNN's order takes longer than is won."""
 
 
-def served(x: Tensor, W: Tensor) -> bool:
+def served(x: Float[Tensor, "*n d"], W: Float[Tensor, "m d"]) -> bool:
     """Whether `linear` takes these factors; it makes no gradients."""
     return (
         x.dtype == W.dtype == torch.float32

@@ -24,6 +24,6 @@ class _FastProducts(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and not kwargs and served(*args[:2]):
             return linear(*args)
-        if func is torch.addmm and not kwargs and args[0].dim() == 1 and served(args[1], args[2]):
+        if func is torch.addmm and not kwargs and args[0].dim() == 1 and served(args[1], args[2].T):
             return linear(args[1], args[2].T, args[0])
         return func(*args, **(kwargs or {}))
