@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from sae.code import SparseCode
     from sae.config import TrainConfig
     from sae.crosscoder import Crosscoder
-    from sae.dense import DenseConfig, DenseSAE
+    from sae.dense import DenseSAE
+    from sae.description import DenseConfig
     from sae.kernels import Encoder
     from sae.model import SAE
     from sae.rules import (
@@ -89,7 +90,7 @@ _ELSEWHERE = {
     "TrainConfig": "sae.config",
     "Transcoder": "sae.transcoder",
     "Crosscoder": "sae.crosscoder",
-    "DenseConfig": "sae.dense", "DenseSAE": "sae.dense",
+    "DenseConfig": "sae.description", "DenseSAE": "sae.dense",
     "TranscoderSet": "sae.transcoder_set", "load_transcoders": "sae.transcoder_set",
     # What a rule is written with: in rules' own files, which `sae.rules` is still loading then.
     "Encoder": "sae.kernels",

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from sae import kernels
 from sae.code import SparseCode
+from sae.description import DenseConfig
 from sae.errors import InputError
 from sae.rules import GradientTopK, Rule, to_dict
+from sae.shown import pairs
 from sae.source import Part
 
 
@@ -85,6 +87,27 @@ class SAE(nn.Module):
     def d_sae(self) -> int:
         """Number of features."""
         return self.W_dec.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return self.W_dec.dtype
+
+    @property
+    def cfg(self) -> DenseConfig:
+        """What it says of itself, under SAELens' and SAEBench's names; made anew each time."""
+        parts = self.hook_name.split(".")
+        return DenseConfig(
+            model_name=self.model_name, d_in=self.d_in, d_sae=self.d_sae,
+            hook_layer=int(parts[1]) if len(parts) > 2 and parts[1].isdecimal() else None,
+            hook_name=self.hook_name, architecture=self.rule.name, dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device), apply_b_dec_to_input=self.subtracts_b_dec,
+        )  # fmt: skip
 
     @property
     def written_hook(self) -> str:
@@ -196,6 +219,20 @@ class SAE(nn.Module):
         if not isinstance(loaded, cls):
             raise InputError(f"{path} holds an SAE, which reconstructs what it reads: expected a {cls.__name__}")
         return loaded
+
+    def _repr_html_(self) -> str:
+        places = {"reads": self.hook_name, "writes": self.written_hook}
+        if self.written_hook == self.hook_name:
+            del places["writes"]
+        weights = sum(tensor.numel() for tensor in self.parameters())
+        return pairs(
+            type(self).__name__,
+            {
+                **places, "of": self.model_name, "width": f"{self.d_in:,}", "features": f"{self.d_sae:,}",
+                "rule": str(self.rule), "weights": f"{weights:,}, {str(self.dtype).removeprefix('torch.')}",
+                "on": str(self.device),
+            },
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """What `repr` shows of it."""

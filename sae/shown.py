@@ -38,6 +38,12 @@ def first_rows(table: Any, n: int = MAX_ROWS) -> str:
     return f"{table.head(n).to_html(index=False)}{more}"
 
 
+def pairs(title: str, said: Mapping[str, str]) -> str:
+    """A title and what is said under it, as HTML: a row a name; those that say nothing are left out."""
+    rows = [f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in said.items() if text]
+    return f"<p><b>{escape(title)}</b></p><table>{''.join(rows)}</table>"
+
+
 def _cut(items: Sequence[str], n: int) -> str:
     return ", ".join(items) + (f", ... {n:,} in all" if n > len(items) else "")
 

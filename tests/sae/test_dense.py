@@ -56,6 +56,22 @@ def test_it_says_what_it_is_and_shares_its_weights() -> None:
     assert dense.device.type == "cpu"
 
 
+def test_an_sae_says_what_it_is_by_the_names_that_saelens_has_and_as_a_table() -> None:
+    sae = made(TopK(3)).to(torch.bfloat16)
+    assert (sae.device.type, sae.dtype) == ("cpu", torch.bfloat16)
+    assert sae.cfg == DenseSAE(sae).cfg
+    assert (sae.cfg.d_sae, sae.cfg.dtype, sae.cfg.device, sae.cfg.apply_b_dec_to_input) == (24, "bfloat16", "cpu", True)
+    sae.model_name = "<b>gpt2"
+    page = sae._repr_html_()
+    for said in ("SAE", HOOK, "&lt;b&gt;gpt2", "24", "416, bfloat16", "TopK(k=3"):
+        assert said in page
+    assert "writes" not in page
+    coder = Transcoder(8, 8, 24, TopK(3), hook_name="embed", target_hook_name="blocks.1.hook_mlp_out")
+    assert coder.cfg.hook_layer is None
+    assert not coder.cfg.apply_b_dec_to_input
+    assert "<th>writes</th><td>blocks.1.hook_mlp_out</td>" in coder._repr_html_()
+
+
 def test_what_is_no_sae_of_a_layer_is_refused() -> None:
     coder = Transcoder(8, 8, 24, TopK(3), hook_name="blocks.1.mlp.hook_in", target_hook_name="blocks.1.hook_mlp_out")
     with pytest.raises(InputError, match="this is for SAEs alone"):

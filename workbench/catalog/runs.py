@@ -84,7 +84,12 @@ class Run:
         self.checkpoints = folder / "checkpoints"
 
     def __repr__(self) -> str:
-        return f"Run({self.name!r}): {self.summary().state}"
+        try:
+            state = self.summary().state
+        except InputError:
+            # What shows an object, a debugger say, is no place to fail in.
+            state = "damaged"
+        return f"Run({self.name!r}): {state}"
 
     @property
     def finished(self) -> bool:

@@ -1,6 +1,7 @@
 """Features in circuits and graphs by name: which SAE of the workspace a node is of, and what its index calls it."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -35,8 +36,8 @@ def feature_names(catalog: Catalog, sae: str, numbers: Sequence[int]) -> dict[in
     if not catalog.index_path(sae).is_file():
         known = _names_of_bundled().get(sae, []) if sae.startswith(BUNDLED) else []
         called = {number: known[number] for number in numbers if 0 <= number < len(known)}
-        # Dead on the tokens that they were named by: in a graph it fires.
-        return {number: name for number, name in called.items() if name != DEAD}
+        # Dead on the tokens that they were named by, and in a graph it fires.
+        return {number: re.sub(f"^{DEAD}\\b", "rare", name) for number, name in called.items()}
     index = FeatureIndex.open(catalog, sae)
     try:
         return index.names(sorted({number for number in numbers if 0 <= number < index.d_sae}))

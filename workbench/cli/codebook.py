@@ -11,6 +11,7 @@ from workbench.cli.options import (
     DeviceOption,
     JsonOption,
     WorkspaceOption,
+    given_again,
     open_workspace,
 )
 from workbench.cli.output import print_json
@@ -59,4 +60,5 @@ def codebook(
         return
     a_token = f"{k} a token" if heads == 1 else f"{k} a token of each of {heads} heads"
     print(f"{name}: {codes:,} codes, {a_token}, FVU of the last batch {unexplained:.3f}.")
-    print(f"Next: workbench evaluate {name} --workspace {folder}")
+    given = given_again(workspace.origin(name).model)
+    print(f"Next: workbench evaluate {name}{given} --workspace {folder}")

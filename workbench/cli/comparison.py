@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
+from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, given_again, open_workspace
 from workbench.cli.output import print_frame, write_page
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ def compare(
     print_frame("SAEs", table, as_json, titles=COLUMNS)
     if as_json:
         return
-    for note in notes(table):
+    for note in notes(table, folder):
         print(note)
     if html is not None:
         print(f"Figure: {html}")
 
 
-def notes(table: "pd.DataFrame") -> list[str]:
+def notes(table: "pd.DataFrame", folder: Path) -> list[str]:
     """What to bear in mind when reading the table."""
     found = []
     texts = table["evaluated_on"].dropna().unique()
@@ -67,7 +67,8 @@ def notes(table: "pd.DataFrame") -> list[str]:
         found.append("These SAEs read different hook points or models: FVU is comparable within one only.")
     for said, rows in table.loc[table["note"].fillna("") != ""].groupby("note"):
         found.append(f"{', '.join(rows['sae'])}: {said}.")
-    missing = table.loc[table["evaluated_on"].isna(), "sae"].tolist()
-    if missing:
-        found.append(f"Not evaluated: {', '.join(missing)}. Next: workbench evaluate {' '.join(missing)}")
+    for model, rows in table.loc[table["evaluated_on"].isna()].groupby("model"):
+        missing = rows["sae"].tolist()
+        step = f"workbench evaluate {' '.join(missing)}{given_again(str(model))} --workspace {folder}"
+        found.append(f"Not evaluated: {', '.join(missing)}. Next: {step}")
     return found

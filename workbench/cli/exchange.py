@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sae.errors import InputError
-from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, open_workspace
+from workbench.cli.options import DEFAULT_WORKSPACE, JsonOption, WorkspaceOption, given_again, open_workspace
 from workbench.cli.output import print_json
 from workbench.show.progress import ProgressBar, format_bytes
 
@@ -109,7 +109,8 @@ def _say_sae(workspace: "Workspace", name: str, sae: "SAE", folder: Path, as_jso
     print(f"Imported {name}: {kind}{sae.rule.name}, {sae.d_sae:,} features, at {place} of {sae.model_name}")
     if kept := sae.metadata.get("decoder_norms"):
         print(f"Its decoder rows keep their norms ({kept}): {sae.rule.name} compares features as they are.")
-    print(f"Next: workbench evaluate {name} --corpus CORPUS --workspace {folder}")
+    given = given_again(workspace.origin(name).model)
+    print(f"Next: workbench evaluate {name}{given} --corpus CORPUS --workspace {folder}")
 
 
 def _say_set(workspace: "Workspace", name: str, made: "TranscoderSet", as_json: bool) -> None:
@@ -132,7 +133,8 @@ def _say_set(workspace: "Workspace", name: str, made: "TranscoderSet", as_json: 
         f"Imported the set {name}: {len(made)} layers, {rules}, {features} features a layer, from {hooks[0]} to "
         f"{hooks[1]} of {made.model_name}"
     )
-    print(f"Next: workbench graph TEXT --name GRAPH --transcoders {name} --workspace {workspace.path}")
+    given = given_again(made.model_name or "")
+    print(f"Next: workbench graph TEXT --name GRAPH --transcoders {name}{given} --workspace {workspace.path}")
 
 
 def export(

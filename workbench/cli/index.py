@@ -1,7 +1,7 @@
 """Commands over the feature index: index, feature."""
 
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -174,7 +174,8 @@ def _search(workspace: "Workspace", sae: str | None, text: str, by: "By", as_jso
     elif not found.n:
         print(f"No feature has {text!r} in its label, tokens or examples")
     else:
-        print_frame(f"{said(found)} with {text!r}".capitalize(), found.table, as_json, titles=FOUND, top=SHOWN)
+        shown = replace(found, table=found.table.head(SHOWN))
+        print_frame(f"{said(shown)} with {text!r}".capitalize(), shown.table, as_json, titles=FOUND)
 
 
 def _chosen(

@@ -40,6 +40,7 @@ from workbench.cli import (
     training,
     web_app,
 )
+from workbench.cli.mistakes import told
 from workbench.cli.ranks import ended, part, ranks_together, refuse_ranks, started_by_torchrun, tell
 
 # Typer carries click inside since 0.26 and used the real one before: its public BadParameter leads to either.
@@ -97,6 +98,11 @@ def run(arguments: list[str]) -> int:
     return part(code)
 
 
+def _interrupted() -> int:
+    tell("workbench: interrupted; repeat the same command to go on where it stopped")
+    return 130
+
+
 def _told_plainly(command: Any) -> Any:
     """The command, whose help gives the type of what may be repeated as that of one, and not as Python's list[str]."""
     for parameter in command.params:
@@ -121,13 +127,9 @@ def _run(arguments: list[str]) -> int:
         tell(f"workbench: error: {error}")
         return 2
     except ClickException as error:
-        context = getattr(error, "ctx", None)
-        usage = context.command_path if context else "workbench"
-        message = str(error.format_message()).partition("\n")[0].rstrip(".").replace("Value error, ", "")
-        if not message:
-            # A group by itself, whose help has been printed.
+        if not (line := told(error)):
             return 0
-        tell(f"workbench: error: {message} (see `{usage} --help`)")
+        tell(f"workbench: error: {line}")
         return 2
     except (OSError, MemoryError) as error:
         # What no command foresaw, such as a disk that fills up or a folder that may not be read.
@@ -137,11 +139,14 @@ def _run(arguments: list[str]) -> int:
         tell(f"workbench: error: {reason or type(error).__name__}")
         return 2
     except RuntimeError as error:
+        from workbench.disk.database import is_ctrl_c
+
+        if is_ctrl_c(error):
+            return _interrupted()
         # Of one rank, or of those that it has left waiting.
         if not started_by_torchrun():
             raise
         tell(f"workbench: error: {ended(error)}")
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        tell("workbench: interrupted; repeat the same command to go on where it stopped")
-        return 130
+        return _interrupted()

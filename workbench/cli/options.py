@@ -1,5 +1,6 @@
 """Arguments and options that several commands share. What can be checked without loading anything is checked here."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sae.errors import InputError
+from workbench.disk.names import is_function
 
 if TYPE_CHECKING:
     from workbench.models.load import LoadedModel
@@ -97,6 +99,11 @@ def give_model(workspace: "Workspace", saes: Sequence[str], model: str | None, d
         origin = workspace.origin(sae)
         origin.check_model(loaded, f"SAE {sae!r}")
         _held.append(remembered(loaded, origin.model))
+
+
+def given_again(model: str) -> str:
+    """What the next command needs besides, where a recorded model has to be given again."""
+    return f" --model {shlex.quote(model)}" if is_function(model) else ""
 
 
 def given_model(model: str | None, device: str) -> "LoadedModel | None":

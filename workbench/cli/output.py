@@ -128,7 +128,10 @@ def _cell(value: Any, column: str) -> Any:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table; columns whose cells are numbers or missing are aligned right."""
     console = Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    # As a title of rich's it would be broken at the table's width.
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         cells = [row[number] for row in rows if row[number] is not None]
         numeric = bool(cells) and all(isinstance(cell, int | float) for cell in cells)

@@ -26,6 +26,7 @@ from workbench.cli.options import (
     SeparateOption,
     TextFieldOption,
     WorkspaceOption,
+    given_again,
     open_workspace,
 )
 from workbench.cli.output import print_json, print_table
@@ -353,8 +354,9 @@ def conclude(
         print(f"Training takes whole batches: {tokens:,} tokens, where {asked_tokens:,} were asked for.")
     what = run.counted(len(outcome), len(sets))
     print(f"Trained {what} on {tokens:,} tokens in {format_seconds(seconds)}: {', '.join(paths)}")
+    given = "" if run.evaluate_after else given_again(workspace.origin(outcome[0]["name"]).model)
     step = "compare" if run.evaluate_after else "evaluate"
-    print(f"Next: workbench {step} {' '.join(names)} --workspace {workspace.path}")
+    print(f"Next: workbench {step} {' '.join(names)}{given} --workspace {workspace.path}")
 
 
 def refuse_failures(workspace: "Workspace", run: str, trained: "list[TrainedSAE]") -> None:

@@ -53,8 +53,7 @@ def write_duckdb(
                 connection.execute("CHECKPOINT")
             sync_and_rename(partial, path)
         except (duckdb.Error, OSError) as error:
-            # DuckDB asks Python about the tables that it is given, and tells of Ctrl-C there as of an error of theirs.
-            if isinstance(error, duckdb.Error) and "KeyboardInterrupt" in str(error):
+            if is_ctrl_c(error):
                 raise KeyboardInterrupt from None
             raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}; {remedy}") from None
         finally:
@@ -68,9 +67,21 @@ def read_duckdb(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         with duckdb.connect(str(path), read_only=True) as connection:
             yield connection
     except duckdb.Error as error:
+        if is_ctrl_c(error):
+            raise KeyboardInterrupt from None
         raise InputError(
             f"{path} is missing or damaged ({str(error).splitlines()[0]}): restore it, or remove what it belongs to"
         ) from None
+
+
+def is_ctrl_c(error: Exception) -> bool:
+    """Whether DuckDB tells of Ctrl-C by an exception of another kind: a RuntimeError that stopped a query, or, where it
+    asked Python about a table, an error with the traceback from there."""
+    said = str(error).rstrip()
+    if isinstance(error, RuntimeError):
+        return said == "Query interrupted"
+    last = said.rpartition("\n")[2]
+    return isinstance(error, duckdb.Error) and "Traceback" in said and last.partition(":")[0] == "KeyboardInterrupt"
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -25,7 +25,7 @@ from workbench.features.index.build import IndexSummary, build_index
 from workbench.harvest.plan import HarvestConfig
 from workbench.harvest.run import HarvestProgress, harvest_into
 from workbench.models.contexts import context_length
-from workbench.models.hooks import resolve_hook
+from workbench.models.hooks import check_hooks, resolve_hook
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.load_own import short_name
 from workbench.saes.crosscoders import evaluate_crosscoder
@@ -84,7 +84,7 @@ def diff_models(
         InputError: models of different tokenizers or kinds of output, a hook point one of them does not have, or as
             `harvest_into`, `workbench.saes.train.train_all` and `evaluate_crosscoder`.
     """
-    models = [load_model(spec, device=device) if isinstance(spec, str) else spec for spec in (a, b)]
+    models = _loaded((a, b), hook, device)
     context_len = min(context_length(model, context_len) for model in models)
     hook = hook or f"blocks.{models[0].info.n_layers // 2}.hook_resid_post"
     _check(models, hook)
@@ -117,6 +117,13 @@ def diff_models(
     )
     index = build_index(catalog, name, model=models[0], device=device, on_progress=report("index"))
     return ModelDiff(name, evaluation, index)
+
+
+def _loaded(given: Sequence[str | LoadedModel], hook: str | None, device: str) -> list[LoadedModel]:
+    for spec in given:
+        if isinstance(spec, str) and hook is not None:
+            check_hooks(spec, [hook])
+    return [load_model(spec, device=device) if isinstance(spec, str) else spec for spec in given]
 
 
 def _check(models: Sequence[LoadedModel], hook: str) -> None:

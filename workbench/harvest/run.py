@@ -43,6 +43,7 @@ from workbench.harvest.reading import Harvest
 from workbench.harvest.record import DATABASE, DESCRIPTION, SCHEMA, SPECIAL_TOKENS
 from workbench.harvest.writing import BlockWriter
 from workbench.models.contexts import context_length
+from workbench.models.hooks import check_hooks
 from workbench.models.load import LoadedModel, load_model
 from workbench.models.load_own import must_be_given
 from workbench.models.model import OWN
@@ -309,8 +310,11 @@ def opened(
     """The model and the corpus that a configuration names, where they are not given, and the configuration as it is
     recorded. Raises InputError for what cannot be loaded."""
     config = config.absolute()
-    model = model or load_model(config.model, device=device, dtype=config.model_dtype)
+    if model is None:
+        check_hooks(config.model, config.hooks)
+    # A corpus that there is not is found at once, a model is loaded in minutes.
     corpus = corpus or open_corpus(config.corpus, text_field=config.text_field)
+    model = model or load_model(config.model, device=device, dtype=config.model_dtype)
     # What was given is recorded under its own name: that says how it is to be given again.
     if must_be_given(model.info.name):
         config = replace(config, model=model.info.name)
@@ -340,9 +344,8 @@ def harvest_into(
 
 def estimate_into(folder: Path, config: HarvestConfig, *, device: str = "auto") -> HarvestEstimate:
     """Opens what the configuration names and estimates its harvest into a folder."""
-    corpus = open_corpus(config.corpus, text_field=config.text_field)
-    model = load_model(config.model, device=device, dtype=config.model_dtype)
-    return estimate(model, corpus, config.absolute(), folder)
+    config, model, corpus = opened(config, None, None, device)
+    return estimate(model, corpus, config, folder)
 
 
 def finish(folder: Path, model: LoadedModel, blocks: list[Block], plan: HarvestPlan) -> None:

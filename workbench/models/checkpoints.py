@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
 
@@ -22,6 +23,10 @@ with light_imports():
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
     from transformers.utils import cached_file
     from transformers.utils import logging as transformers_logging
+
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Keys of config.json that say how many layers there are, by family."""
 
 
 def weights_sha256(files: Sequence[Path]) -> str:
@@ -96,6 +101,20 @@ def locate(spec: str) -> tuple[str, str]:
         "download the model once where there is a network",
     )  # fmt: skip
     return found, "hub"
+
+
+def layers_told(spec: str) -> int | None:
+    """How many layers a model has by its config.json, where that lies on this disk; None where it does not or is not
+    plain."""
+    try:
+        folder = demo_model_dir() if spec == "demo" else Path(spec).expanduser()
+        kept = folder / "config.json" if folder.is_dir() else try_to_load_from_cache(hub_name(spec), "config.json")
+        config = json.loads(Path(str(kept)).read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        layers = next((config[key] for key in LAYERS if key in config), None)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return layers if isinstance(layers, int) and not config.get("is_encoder_decoder") else None
 
 
 def hub_name(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sae.errors import InputError
 from sae.model import SAE
+from workbench.models.checkpoints import layers_told
 from workbench.models.model import LoadedModel
 from workbench.models.places import KINDS, HookSpec
 
@@ -24,23 +25,34 @@ def resolve_hook(model: LoadedModel, name: str) -> HookSpec:
         if name in model.checks.refused:
             raise InputError(f"{name}: {model.checks.refused[name]}")
         raise InputError(f"unknown hook point {name!r}: {info.name} names {', '.join(model.checks.hooks)}")
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if match is None or match[2] not in KINDS.values():
-        layer = min(int(match[1]), info.n_layers - 1) if match else 0
-        known = [f"blocks.{layer}.{inner}" for inner in KINDS.values()]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-        raise InputError(f"unknown hook point {name!r}: the nearest are {', '.join(near)}")
-    layer = int(match[1])
-    if layer >= info.n_layers:
-        raise InputError(
-            f"{name}: layer {layer} does not exist, {info.name} has {info.n_layers} layers (0 to {info.n_layers - 1})"
-        )
+    layer = _layer(name, info.n_layers, info.name)
     if name in model.checks.refused:
         usable = [
             f"blocks.{layer}.{inner}" for inner in KINDS.values() if f"blocks.{layer}.{inner}" in model.checks.hooks
         ]
         raise InputError(f"{name}: {model.checks.refused[name]}; use {', '.join(usable)}")
     return model.checks.hooks[name]
+
+
+def check_hooks(model: str, names: Sequence[str]) -> None:
+    """Raises InputError, before a model is loaded, for names that no model has and layers beyond those that its
+    description tells of."""
+    n_layers = layers_told(model)
+    for name in names if n_layers else ():
+        _layer(name.replace("*", "0"), n_layers or 0, model)
+
+
+def _layer(name: str, n_layers: int, model: str) -> int:
+    """The layer that a hook point's name names. Raises InputError for an unknown name or a layer there is not."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if match is None or match[2] not in KINDS.values():
+        layer = min(int(match[1]), n_layers - 1) if match else 0
+        known = [f"blocks.{layer}.{inner}" for inner in KINDS.values()]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+        raise InputError(f"unknown hook point {name!r}: the nearest are {', '.join(near)}")
+    if (layer := int(match[1])) >= n_layers:
+        raise InputError(f"{name}: layer {layer} does not exist, {model} has {n_layers} layers (0 to {n_layers - 1})")
+    return layer
 
 
 def resolve_hooks(model: LoadedModel, names: Sequence[str]) -> list[HookSpec]:

@@ -42,6 +42,8 @@ def _file(model: LoadedModel) -> Path:
     described = {
         "weights": model.info.weights_sha256, "config": config.to_dict(), "class": model.info.architecture,
         "dtype": model.info.dtype, "device": model.device.type, "bos": model.bos_id,
+        # No entry of `to_dict`.
+        "attention": getattr(config, "_attn_implementation", None),
         "versions": [version(name) for name in ("torch", "transformers", "transformer-lens")],
         "measuring": [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in MEASURING],
     }  # fmt: skip

@@ -19,6 +19,7 @@ from workbench.harvest.plan import HarvestConfig, HarvestPlan
 from workbench.harvest.run import made_from, opened
 from workbench.harvest.stream import ModelRows, buffer_bytes, columns_of
 from workbench.models.contexts import CONTEXT_LEN
+from workbench.models.hooks import check_hooks
 from workbench.models.model import LoadedModel
 from workbench.saes.hook_pairs import EVERY_LAYER, HookPairs, as_hooks, at_layer, pairs_among
 from workbench.text.corpora import Corpus
@@ -92,6 +93,8 @@ class FromModel:
 
     @cached_property
     def _opened(self) -> tuple[HarvestConfig, LoadedModel, Corpus]:
+        if self._given[0] is None:
+            check_hooks(self._config.model, self._asked)
         return opened(self._config, *self._given, self._device)
 
     @cached_property

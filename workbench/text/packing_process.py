@@ -161,38 +161,49 @@ class _GivenUp(Exception):
     """No more documents come, and what is left of them is no end of a corpus."""
 
 
+class _Owner:
+    """The other end of the pipe. The process ends with it, and waits for no thread that tokenizes."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def recv(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def send(self, message: object) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            os._exit(0)
+
+    def documents(self) -> Iterator[Document]:
+        """Those of a pass."""
+        while not isinstance(some := self.recv(), bool):
+            yield from some
+        if not some:
+            raise _GivenUp
+
+
 def serve() -> None:
     """The process: packs what comes until its owner is gone."""
-    connection = Connection(int(sys.argv[1]))
-    try:
-        tokenizer: Any = _Tokenizer(*connection.recv())
-        connection.send(True)
-        while True:
-            settings, options = connection.recv()
-            documents = _received(connection)
-            end: Exception | None = None
-            with suppress(_GivenUp):
-                try:
-                    for batch in pack(documents, tokenizer, *settings, **options):
-                        connection.send((batch.tokens, batch.doc, batch.pos, batch.flags))
-                except (EOFError, OSError, _GivenUp):
-                    raise
-                except Exception as error:
-                    end = error if isinstance(error, InputError) else RuntimeError(f"{type(error).__name__}: {error}")
-            # Told before what is left is taken, which would be the whole corpus: its owner sends no more once it knows.
-            connection.send(end)
-            with suppress(_GivenUp):
-                deque(documents, maxlen=0)
-    except (EOFError, OSError):
-        # Its owner is gone.
-        pass
-    finally:
-        # Threads that tokenize are not waited for.
-        os._exit(0)
-
-
-def _received(connection: Connection) -> Iterator[Document]:
-    while not isinstance(some := connection.recv(), bool):
-        yield from some
-    if not some:
-        raise _GivenUp
+    owner = _Owner(Connection(int(sys.argv[1])))
+    tokenizer: Any = _Tokenizer(*owner.recv())
+    owner.send(True)
+    while True:
+        settings, options = owner.recv()
+        documents = owner.documents()
+        end: Exception | None = None
+        try:
+            for batch in pack(documents, tokenizer, *settings, **options):
+                owner.send((batch.tokens, batch.doc, batch.pos, batch.flags))
+        except _GivenUp:
+            pass
+        except Exception as error:
+            end = error if isinstance(error, InputError) else RuntimeError(f"{type(error).__name__}: {error}")
+        # Told before what is left is taken, which would be the whole corpus: its owner sends no more once it knows.
+        owner.send(end)
+        with suppress(_GivenUp):
+            deque(documents, maxlen=0)

@@ -26,6 +26,14 @@ def test_start_says_whether_there_is_something_to_resume(run: Run) -> None:
     assert run.start(DESCRIPTION) is True
 
 
+def test_a_run_says_its_state_and_whether_it_can_be_read(run: Run) -> None:
+    run.start(DESCRIPTION)
+    run.append_metrics(record(50))
+    assert repr(run) == "Run('r'): 50% trained"
+    (run.folder / "run.json").write_text("{")
+    assert repr(run) == "Run('r'): damaged"
+
+
 def test_another_description_is_refused_and_named(run: Run) -> None:
     run.start(DESCRIPTION)
     with pytest.raises(InputError, match=r"other settings \(hook was x, now y\)"):

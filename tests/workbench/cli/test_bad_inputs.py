@@ -7,6 +7,7 @@ two hook points and an indexed SAE `s`; the other names in braces are files and 
 import email
 import re
 import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -233,6 +234,13 @@ feature ../s 1 -w {{w}}
 sparsity measure ../x --model {{model}} --corpus {{texts}} --tokens 256 --context 32 -w {{w}}
 {PATCH} --name ../x
 import {{saelens}} --name ../x -w {{w}}
+# names that can be none on the hub
+harvest new --model none/ --corpus {{texts}} --hook {HOOK} --context 32 -w {{tmp}}/new
+harvest new --model "my model" --corpus {{texts}} --hook {HOOK} --context 32 -w {{tmp}}/new
+harvest new --model {{model}} --corpus none/ --hook {HOOK} --context 32 -w {{tmp}}/new
+explain s --model none/ --feature 1 -w {{w}}
+circuits heads --model none/ -w {{w}}
+sparsity measure new --model {{model}} --corpus none/ -w {{w}}
 # files that are not there, foreign or damaged
 info -w {{texts}}
 info -w {{binary}}
@@ -343,3 +351,44 @@ def test_a_bad_input_is_one_line(case: str, places: dict[str, str], capsys: pyte
     assert len(lines[0]) < 400
     assert seconds < SECONDS
     assert tree(Path(places["w"])) == before, "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("feature s -5", "-5 reads as an option, and there is none: features and positions are numbered from 0"),
+        ("search return", "No such command 'search': `workbench feature --search TEXT` does that here"),
+        ("trian h", "No such command 'trian'. Did you mean 'train'?"),
+        ("feature s five", "'number': 'five' is no whole number, in digits alone"),
+        ("train h --name x --tokens 1M", "'--tokens': '1M' is no whole number, in digits alone"),
+        (
+            "train h --name x --k 16,32",
+            "'16,32' is no whole number, in digits alone, and for several the option is repeated",
+        ),
+        ("steer s 1 --prompt x --strength much", "'--strength': 'much' is no number"),
+        ("evaluate s --tokens 1", "'--tokens': 1 is not at least 2"),
+        ("app --port 99999", "'--port': 99999 is not at most 65,535"),
+    ],
+)
+def test_the_line_says_what_was_expected(case: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(shlex.split(case)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [("blocks.9.hook_resid_post", "layer 9 does not exist"), ("blocks.*.resid_post", "unknown hook point")],
+)
+@pytest.mark.parametrize("command", ["harvest new", "harvest new --estimate-only", "train --name new"])
+def test_a_hook_point_there_is_not_is_told_before_weights_are_read(
+    command: str, hook: str, said: str, places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model that has a description and nothing else."""
+    shutil.copy(Path(places["model"]) / "config.json", tmp_path)
+    capsys.readouterr()
+    asked = ["--model", str(tmp_path), "--corpus", places["texts"], "--hook", hook, "-w", str(tmp_path / "w")]
+    if "train" in command and "*" in hook:
+        asked += ["--target-hook", "blocks.*.hook_mlp_out"]
+    assert run([*command.split(), *asked]) == 2
+    assert said in capsys.readouterr().err

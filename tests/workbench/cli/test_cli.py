@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -339,6 +340,21 @@ def test_output_that_cannot_be_written_at_the_end_is_an_error() -> None:
         )
     assert found.returncode == 2
     assert found.stderr == "workbench: error: No space left on device\n"
+
+
+def test_a_ctrl_c_in_a_query_is_one_line(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DuckDB, which runs it, tells of the signal as of an error."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    capsys.readouterr()
+    stop = threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT])
+    stop.start()
+    try:
+        endless = "SELECT sum(a.range * b.range) FROM range(10000000) a, range(1000000) b"
+        assert run(["sql", endless, "--workspace", str(workspace)]) == 130
+    finally:
+        stop.join()
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "workbench: interrupted; repeat the same command to go on where it stopped\n"
 
 
 def test_a_ctrl_c_while_packages_load_is_one_line() -> None:

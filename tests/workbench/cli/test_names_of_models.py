@@ -78,9 +78,12 @@ def test_a_model_made_by_a_function_is_given_again_where_it_is_needed(
     ]
     assert run([*harvest, "--tokens", "600"]) == 0
     assert run(["train", "h", "--name", "s", "--d-sae", "16", "--k", "2", "--batch-size", "64", "--tokens", "512"]) == 0
+    given = f"--model {tmp_path}/mine.py:make"
+    assert f"Next: workbench evaluate s {given} --workspace workspace\n" in capsys.readouterr().out
     # Another process: nothing is held any more.
     load_own._loaded.clear()
-    capsys.readouterr()
+    assert run(["compare"]) == 0
+    assert f"Not evaluated: s. Next: workbench evaluate s {given} --workspace workspace\n" in capsys.readouterr().out
     assert run(["prompt", "s", "1 2 3"]) == 2
     assert "run only when you name it" in capsys.readouterr().err
     for command in (["evaluate", "s", "--tokens", "60"], ["index", "s"], ["prompt", "s", "1 2 3"]):

@@ -57,6 +57,21 @@ def test_ctrl_c_while_duckdb_asks_for_a_table_is_ctrl_c(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("said", ["x", "KeyboardInterrupt"])
+def test_an_error_that_quotes_the_word_is_no_ctrl_c(tmp_path: Path, said: str) -> None:
+    def batches() -> Iterator[pa.RecordBatch]:
+        raise ValueError(f"a KeyboardInterrupt: {said}")
+        yield
+
+    def fails(connection: duckdb.DuckDBPyConnection) -> None:
+        connection.register("content", pa.RecordBatchReader.from_batches(pa.schema([("a", pa.int64())]), batches()))
+        connection.execute("CREATE TABLE t AS FROM content")
+
+    for fill in (fails, lambda connection: connection.execute("SELECT 'KeyboardInterrupt'::INT")):
+        with pytest.raises(InputError, match="cannot write"):
+            write_duckdb(tmp_path / "r.duckdb", fill)
+
+
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
     path = tmp_path / "r.duckdb"
     no_process = 2**22 + 1

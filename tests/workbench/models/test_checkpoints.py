@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from transformers import AutoConfig
 
+from benchmarks.families import save_tiny
 from sae.errors import InputError
 from workbench.disk import hub
 from workbench.models import load, memory
+from workbench.models.checkpoints import layers_told
 from workbench.models.load import load_model
 from workbench.saes.pretrained import load_pretrained
 from workbench.text.corpora import open_corpus
@@ -78,3 +81,22 @@ def test_weights_that_memory_cannot_hold_are_refused_before_they_are_read(
     monkeypatch.setattr(load, "_module", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(InputError, match=r"take .* GB in float32 and .* GB are free on cpu"):
         load_model(str(tiny_gpt2), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "GPT2LMHeadModel",
+        "LlamaForCausalLM",
+        "GPTNeoForCausalLM",
+        "BloomForCausalLM",
+        "MptForCausalLM",
+        "OPTForCausalLM",
+    ],
+)
+def test_a_folder_s_description_tells_its_layers(architecture: str, tmp_path: Path) -> None:
+    folder = save_tiny(architecture, tmp_path / "model")
+    assert layers_told(str(folder)) == AutoConfig.from_pretrained(folder).num_hidden_layers
+    (folder / "config.json").write_text("[]")
+    assert layers_told(str(folder)) is layers_told(str(tmp_path / "none")) is layers_told("live:x") is None
+    assert layers_told("demo") == 4

@@ -46,7 +46,7 @@ def test_a_second_load_takes_what_the_first_measured_and_is_mended_alike(
     splicing(second)
 
 
-def test_other_weights_configuration_or_precision_are_measured_and_damage_is_no_obstacle(
+def test_other_weights_configuration_precision_or_attention_are_measured_and_damage_is_no_obstacle(
     tmp_path: Path, measured: list[float]
 ) -> None:
     folder = save_tiny("LlamaForCausalLM", tmp_path / "model")
@@ -59,8 +59,11 @@ def test_other_weights_configuration_or_precision_are_measured_and_damage_is_no_
     assert len(measured) == 3
     for file in (tmp_path / "cache").rglob("*.json"):
         file.write_text("{")
-    load_model(str(folder), device="cpu")
+    model = load_model(str(folder), device="cpu")
     assert len(measured) == 4
+    model.hf.set_attn_implementation("eager")
+    assert not kept_checks.kept_or_measured(model).fused
+    assert len(measured) == 5
 
 
 def test_a_cache_that_cannot_be_written_costs_the_measurement_alone(

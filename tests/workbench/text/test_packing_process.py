@@ -72,6 +72,25 @@ def test_what_fails_there_or_while_documents_are_read_is_raised_here(process: Pa
     assert list(process.pack([], *SETTINGS)) == []
 
 
+class Unread:
+    """Token ids whose file is gone once they are asked for."""
+
+    dtype, shape, ndim = np.dtype(np.int32), (50,), 1
+
+    def __len__(self) -> int:
+        return 50
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise OSError("stale file handle")
+
+
+def test_a_file_that_cannot_be_read_there_is_no_owner_that_is_gone(process: PackingProcess) -> None:
+    assert process.is_ready
+    with pytest.raises(RuntimeError, match="OSError: stale file handle"):
+        list(process.pack([Document(0, "a", "", tokens=Unread())], *SETTINGS))
+    assert list(process.pack([], *SETTINGS)) == []
+
+
 def test_what_fails_is_said_before_the_rest_of_the_corpus_is_read(process: PackingProcess) -> None:
     assert process.is_ready
     read = []

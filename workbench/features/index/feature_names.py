@@ -2,19 +2,22 @@
 
 1. Of its `PEAKS` strongest contexts the tokens at the peak, the most frequent first; those that differ in case or in
    the spaces around them alone are one. `WORDS` of them are said.
-2. The token whose logit it raises most, where the SAE writes to the residual stream.
-3. `fires on "as", "except" · promotes "ync"`; a feature that never fires is `dead`.
+2. The tokens whose logits it raises most, where the SAE writes to the residual stream.
+3. `fires on "as", "except" · promotes "ync"`; of a feature that never fires `dead · promotes "ync"`.
+4. Features that would be called alike, in one table or by a concept of all the index, say up to `PROMOTED` tokens that
+   they promote: `self · promotes ".", ")"`; where the SAE writes elsewhere, what they fire on.
 
 A token that holds a part of a character is shown as the whole character at the place of its peak.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from workbench.show.html import edged, quoted
 from workbench.text.token_bytes import MAX_PIECES, alone, joined, piece_at
 
-PEAKS, WORDS = 8, 2
+PEAKS, WORDS, PROMOTED = 8, 2, 3
 DEAD = "dead"
 
 Query = Callable[..., list[tuple[Any, ...]]]
@@ -26,16 +29,22 @@ class Description(NamedTuple):
 
     fires_on: list[str]
     """The different tokens of its strongest contexts, the most frequent first; none of one that never fires."""
-    promotes: str | None
-    """The token whose logit it raises most."""
+    promotes: list[str]
+    """The tokens whose logits it raises most, the first ones."""
 
-    @property
-    def name(self) -> str:
-        """The words of step 3."""
-        if not self.fires_on:
-            return DEAD
-        promoted = "" if self.promotes is None else f" · promotes {quoted(self.promotes)}"
-        return f"fires on {', '.join(map(quoted, self.fires_on[:WORDS]))}{promoted}"
+    def name(self, title: str | None, n: int) -> str:
+        """The words of step 3, or with a title of step 4.
+
+        Args:
+            n: promoted tokens to say; without a title at least one.
+        """
+        fires = f"fires on {', '.join(map(quoted, self.fires_on[:WORDS]))}" if self.fires_on else DEAD
+        said = [] if title else [fires]
+        if self.promotes and (n or not title):
+            said.append(f"promotes {', '.join(map(quoted, self.promotes[: max(1, n)]))}")
+        elif title and n:
+            said.append(fires)
+        return " · ".join([title, *said] if title else said)
 
     @property
     def peaks(self) -> str:
@@ -43,12 +52,12 @@ class Description(NamedTuple):
         return " ".join(map(edged, self.fires_on))
 
 
-NEVER = Description([], None)
-"""Of a feature that never fires."""
+NEVER = Description([], [])
+"""Of a feature that never fires and promotes nothing."""
 
 
 def descriptions(query: Query, words: str, numbers: Sequence[int] | None) -> dict[int, Description]:
-    """What the index alone tells of features; those that never fire may be missing.
+    """What the index alone tells of features; those that it tells nothing of are missing.
 
     Args:
         query: runs SQL on the index.
@@ -68,15 +77,37 @@ def descriptions(query: Query, words: str, numbers: Sequence[int] | None) -> dic
     )
     promoted = query(
         f"SELECT feature, text, bytes FROM logit_effects LEFT JOIN ({words}) USING (token) "
-        f"WHERE sign = 1 AND rank = 0 AND {wanted}",
+        f"WHERE sign = 1 AND rank < {PROMOTED} AND {wanted} ORDER BY feature, rank",
         *parameters,
     )
     whole = _whole_characters(query, words, (one["row"] for _, found in peaks for one in found if one["bytes"]))
     fires_on = {
         feature: _distinct(whole.get(one["row"], one["text"] or "") for one in found) for feature, found in peaks
     }
-    promotes = {feature: alone(text or "", part) for feature, text, part in promoted}
-    return {feature: Description(tokens, promotes.get(feature)) for feature, tokens in fires_on.items()}
+    promotes: dict[int, list[str]] = {}
+    for feature, text, part in promoted:
+        promotes.setdefault(feature, []).append(alone(text or "", part))
+    told = promotes.keys() | fires_on.keys()
+    return {feature: Description(fires_on.get(feature, []), promotes.get(feature, [])) for feature in told}
+
+
+def names_of(told: Mapping[int, Description], titles: Mapping[int, str], numbers: Iterable[int]) -> dict[int, str]:
+    """What to call features, one apart from the other.
+
+    Args:
+        told: what the index tells of them.
+        titles: of all features that have one, which takes the place of the words of step 3.
+    """
+    shared = {title for title, times in Counter(titles.values()).items() if times > 1}
+    named = {number: (told.get(number, NEVER), titles.get(number)) for number in numbers}
+    found = {number: one.name(title, int(title in shared)) for number, (one, title) in named.items()}
+    for n in range(1, PROMOTED + 1):
+        times = Counter(found.values())
+        found = {
+            number: one.name(title, n) if times[found[number]] > 1 else found[number]
+            for number, (one, title) in named.items()
+        }
+    return found
 
 
 def _distinct(tokens: Iterable[str]) -> list[str]:

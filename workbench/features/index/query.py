@@ -41,7 +41,7 @@ from workbench.features.index.feature import (
     TokenEffect,
     label_of,
 )
-from workbench.features.index.feature_names import NEVER, Description, descriptions
+from workbench.features.index.feature_names import NEVER, Description, descriptions, names_of
 from workbench.features.index.geometry import MapMethod
 from workbench.features.index.search import MAX_HITS, By, Found, find, together
 from workbench.features.index.titles import concepts_path, explanations_path, read_concepts, read_explanations
@@ -190,8 +190,7 @@ class FeatureIndex:
         return descriptions(self._query, f"SELECT token, text, bytes FROM {self.words}", numbers)
 
     def _named(self, numbers: Sequence[int] | None, told: Mapping[int, Description]) -> dict[int, str]:
-        titles, wanted = self.titles(), range(self.d_sae) if numbers is None else numbers
-        return {number: titles.get(number) or told.get(number, NEVER).name for number in wanted}
+        return names_of(told, self.titles(), range(self.d_sae) if numbers is None else numbers)
 
     def titles(self) -> dict[int, str]:
         """What features are called: the labels people wrote; where there is none, explanations, then concepts."""

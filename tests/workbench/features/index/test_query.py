@@ -1,10 +1,12 @@
 """Reading an index: features, table, search, labels, exports, text that looks like HTML."""
 
 import json
+import math
 import re
 import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from workbench import Workspace
 from workbench.catalog.notes import Notes
 from workbench.features.index import figures
 from workbench.features.index.build import build_index
-from workbench.features.index.feature import Example, ExampleGroup, Feature, FeatureStats
+from workbench.features.index.feature import Concept, Example, ExampleGroup, Feature, FeatureStats
 from workbench.features.index.loss import with_loss_effects
 from workbench.features.index.page import document, fragment
 from workbench.features.index.query import FeatureIndex, search_features
@@ -129,12 +131,39 @@ def test_a_name_says_what_a_feature_fires_on_and_promotes(index: FeatureIndex) -
         counts = Counter(peaks)
         most = max(counts.values())
         assert names[number].startswith(tuple(f'fires on "{marked(one)}"' for one in peaks if counts[one] == most))
-        assert names[number].endswith(f'promotes "{marked(feature.promotes[0].text)}"')
-        assert feature.name == names[number] == index.names([number])[number]
+        assert f' · promotes "{marked(feature.promotes[0].text)}"' in names[number]
+        assert names[number].startswith(index.names([number])[number])
+        near = [other.feature for other in (*feature.neighbours, *feature.coactivations)]
+        assert feature.name == index.names([number, *near])[number]
         # Every token that the table lists is one of these, with its spaces.
         assert set(table["peak_tokens"][number].split(" ")) <= set(map(edged, peaks))
     for number in table.query("firings == 0")["feature"].tolist():
-        assert names[number] == "dead"
+        assert names[number].startswith(f'dead · promotes "{marked(index.feature(number).promotes[0].text)}"')
+
+
+def test_features_called_alike_are_told_apart(index: FeatureIndex) -> None:
+    """By as many of the tokens they promote as it takes, in every table alike where a concept of them all calls them
+    so; a name that one feature alone has stays as it is."""
+    shared = Concept("self", 1, 0.9, 0.9, 0.9, 0.9, 0.0, "f1", 10, 10)
+    firing = index.table().query("firings > 0")["feature"].tolist()
+    index._concepts = {number: [shared] for number in firing[:-1]} | {firing[-1]: [replace(shared, name="alone")]}
+    names = index.names()
+    assert names[firing[-1]] == "alone"
+    for number in firing[:-1]:
+        promotes = [f'"{marked(one.text)}"' for one in index.feature(number).promotes]
+        forms = [f"self · promotes {', '.join(promotes[:n])}" for n in (1, 2, 3)]
+        assert names[number] in forms
+        assert index.names([number]) == {number: forms[0]}
+    assert names[firing[0]] != names[firing[1]]
+    assert max(Counter(names[number] for number in firing).values()) == 1
+
+
+def test_of_a_concept_that_hardly_tells_a_feature_no_name_is_made(index: FeatureIndex) -> None:
+    number = int(index.table().query("firings > 0")["feature"].iloc[0])
+    plain = index.names([number])[number]
+    for f1, name in ((0.01, plain), (0.49, plain), (math.nan, plain), (0.5, "self")):
+        index._concepts = {number: [Concept("self", 1, f1, 0.9, 0.9, 0.9, 0.0, "f1", 10, 10)]}
+        assert index.names([number]) == {number: name}
 
 
 def test_a_document_is_whole(index: FeatureIndex, busiest: Feature) -> None:
