@@ -415,6 +415,7 @@ class FusedStep:
             from sae.kernels.triton import Moments, Parameters
 
             state, sae = self.state, self.state.sae
+            state.settle()
 
             def moments(name: str, parameter: Tensor) -> Moments:
                 if name not in state.trained:

@@ -73,7 +73,9 @@ class Parameters:
     def settle(self) -> None:
         """Divides W_dec's rows by what they are still to be divided by; no bit of later steps depends on it."""
         if self.norms is not None:
-            self._divided(None, self.W_dec, self.norms)
+            # Who reads a state need not have made its device the current one, on which Triton launches.
+            with torch.cuda.device_of(self.W_dec):
+                self._divided(None, self.W_dec, self.norms)
             self.norms.fill_(1)
 
     def rows_of_W_dec(self, features: Int[Tensor, "some"]) -> Float[Tensor, "some d"]:

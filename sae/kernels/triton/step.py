@@ -163,7 +163,7 @@ def learn(
             for own in owned:
                 own.move(adam)
             if beside is not None:
-                beside(result)
+                beside(_arrived(result))
 
         side.run(move_others)
         update_from_code(
@@ -174,7 +174,7 @@ def learn(
         def count_and_sum() -> Tensor:
             tokens_since_fired.add_(n).masked_fill_(order.firings > 0, 0)
             if beside is not None:
-                beside(result)
+                beside(_arrived(result))
             return b_dec_gradient(p, blocks, scale, made.b_enc).get(extra)
 
         grad_b_dec = side.run(count_and_sum)

@@ -244,8 +244,8 @@ def _factor_kernel(squares, grad_b_dec, variance, factor, d, most, tiny, STEP: t
         g = tl.load(grad_b_dec + at, mask=at < d, other=0.0).to(tl.float64)
         total += g * g
     norm = tl.sqrt(tl.sum(total) + tl.load(squares))
-    made = most / tl.load(variance) / tl.maximum(norm, tiny)
     # Written so that NaN stays, and is seen.
+    made = most / tl.load(variance) / tl.where(norm < tiny, tiny, norm)
     tl.store(factor, tl.where(made > 1, 1.0, made).to(tl.float32))
 
 

@@ -184,6 +184,14 @@ def test_a_resumed_run_ends_in_the_same_bits(rule: Rule, change: str, stream: St
     assert same(whole, trained(config, stream(), checkpoint_dir=tmp_path, resume=True))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_run_on_another_gpu_than_the_current_one(stream: Stream, tmp_path: Path) -> None:
+    (result,) = train([CONFIG], stream(), device="cuda:1", checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    assert result.sae is not None
+    expected = trained(CONFIG, stream())
+    assert all(torch.equal(tensor.cpu(), expected[name].cpu()) for name, tensor in result.sae.state_dict().items())
+
+
 def test_saes_of_a_sweep_are_those_trained_alone(stream: Stream) -> None:
     configs = [CONFIG, replace(CONFIG, name="b", rule=AbsTopK(4)), replace(CONFIG, name="c", frozen_decoder=True)]
     together = train(configs, stream(), device="cuda")

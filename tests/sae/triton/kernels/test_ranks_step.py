@@ -2,7 +2,7 @@
 ranks here are forked processes, which cannot share a GPU that is in use (benchmarks/ranks.py compares on GPUs)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from sae.kernels import triton as fast
 from sae.kernels.topk import topk_reference
 from sae.kernels.triton.order import by_feature
 from sae.kernels.triton.sizes import SIZES, KernelSizes
-from sae.ranks import Ranks
+from sae.ranks import Ranks, Sent
 from sae.rules import BatchTopK, JumpReLU, ReLU, TopK
 from sae.state import TrainingState
 
@@ -48,6 +48,26 @@ class NoneOfAll(TopK):
 
     def among(self, code: SparseCode, n_tokens: int, ranks: Ranks) -> SparseCode:
         return SparseCode(torch.zeros_like(code.values), code.indices, code.d_sae)
+
+
+@dataclass
+class Waiting:
+    """A sum over the ranks that is made no sooner than somebody waits for it."""
+
+    ranks: Ranks
+    tensor: Tensor | None
+
+    def wait(self) -> None:
+        if self.tensor is not None:
+            self.ranks.sum_(self.tensor)
+        self.tensor = None
+
+
+class LateRanks(Ranks):
+    """Whose sums are on their way as long as they may be."""
+
+    def send_sum(self, tensor: Tensor) -> Sent:
+        return Sent(tensor, Waiting(self, tensor))
 
 
 def kept(ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
@@ -118,7 +138,20 @@ def test_the_fused_step_over_ranks_is_that_of_one(
     on_ranks: OnRanks, cases: Sequence[TrainConfig], sizes: KernelSizes | None
 ) -> None:
     (expected,) = on_ranks(1, after_steps, cases, sizes)
-    for got in on_ranks(2, after_steps, cases, sizes):
+    agree(on_ranks(2, after_steps, cases, sizes), expected)
+
+
+def test_nothing_of_a_step_is_read_before_the_ranks_have_told_it(on_ranks: OnRanks) -> None:
+    (expected,) = on_ranks(1, after_steps, CASES)
+    agree(on_ranks(2, after_late_steps, CASES), expected)
+
+
+def after_late_steps(ranks: Ranks, cases: Sequence[TrainConfig]) -> list[dict[str, Tensor]]:
+    return after_steps(LateRanks(ranks.rank, ranks.size, ranks.group), cases)
+
+
+def agree(of_ranks: Sequence[list[dict[str, Tensor]]], expected: list[dict[str, Tensor]]) -> None:
+    for got in of_ranks:
         for ours, theirs in zip(got, expected, strict=True):
             for name, tensor in theirs.items():
                 torch.testing.assert_close(

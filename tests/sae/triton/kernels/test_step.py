@@ -91,6 +91,21 @@ def test_a_step_is_adam_on_the_gradients_of_float64(
     assert torch.equal(p.shadow_enc, p.W_enc)
 
 
+@pytest.mark.parametrize(
+    ("gradient", "limit", "factor"),
+    [(0.0, 1.0, 1.0), (1.0, 5.0, 1.0), (2.0, 1.0, 0.25), (torch.inf, 1.0, 0.0), (torch.nan, 1.0, torch.nan)],
+)
+def test_the_factor_of_clipped_gradients_hides_no_nan(
+    gradient: float, limit: float, factor: float, device: torch.device
+) -> None:
+    zeros = torch.zeros(F, D, device=device)
+    gradients = fast.FeatureGradients(zeros, zeros, zeros[:, 0], zeros, None)
+    b_dec = torch.zeros(D, device=device)
+    b_dec[3] = gradient
+    made = fast.clip_factor(gradients, b_dec, limit, torch.tensor(2.0, dtype=torch.float64, device=device))
+    torch.testing.assert_close(made.cpu(), torch.tensor(factor), equal_nan=True)
+
+
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_counters_of_features_that_fired_are_reset(clip: float | None, device: torch.device) -> None:
     problem = Problem(device)

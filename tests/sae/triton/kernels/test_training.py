@@ -244,6 +244,20 @@ def test_rows_that_a_step_leaves_undivided_are_divided_for_who_reads_them(stream
     torch.testing.assert_close(left / left.norm(dim=1, keepdim=True), read)
 
 
+def test_a_step_goes_on_where_another_has_left_rows_undivided(stream: Stream, device: torch.device) -> None:
+    def trained(anew: bool) -> dict[str, Tensor]:
+        source, state = stream(), TrainingState(replace(CONFIG, aux="aux_k"), D, device)
+        state.initialise(source.sample(200).to(device))
+        step = exact(state)
+        for number in range(STEPS):
+            step = exact(state) if anew else step
+            step(source.next_batch(N).to(device), number)
+        return state.tensors()
+
+    whole, anew = trained(anew=False), trained(anew=True)
+    assert all(torch.equal(whole[name], anew[name]) for name in whole)
+
+
 def test_a_plain_checkpoint_goes_on_fused(stream: Stream, device: torch.device, tmp_path: Path) -> None:
     """Both keep Adam's moments and steps under the same names."""
     cpu = torch.device("cpu")
