@@ -58,7 +58,7 @@ types: $(VENV)/.dev
 # Four targets beside each other: most keep one core busy, the tests of the pages often wait. The longest come first, and
 # ALSO="docs other-pythons" puts further targets behind them.
 test: style
-	@$(MAKE) --no-print-directory --jobs=4 types test-pages test-others test-runs test-workbench $(ALSO)
+	@$(MAKE) --no-print-directory --jobs=4 types test-pages test-others test-workbench test-runs $(ALSO)
 
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 PAGES := tests/app tests/browser tests/notebooks
