@@ -26,9 +26,15 @@ def hook_points(bridge: Any) -> Mapping[str, Any]:
     return kept[1]
 
 
+def _adds_by_name(kind: type) -> bool:
+    """Whether a class adds hooks as TransformerLens 3's bridge does; version 4's checks points, and keeps handles."""
+    check = getattr(getattr(kind, "check_hooks_to_add", None), "__code__", None)
+    return isinstance(getattr(kind, "hook_dict", None), property) and check is not None and check.co_argcount == 2
+
+
 def are_plain(bridge: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether `hooks(*args, **kwargs)` of a model is what `hooked_at` does of a bridge."""
-    if args or kwargs.keys() != {"fwd_hooks"} or not isinstance(getattr(type(bridge), "hook_dict", None), property):
+    if args or kwargs.keys() != {"fwd_hooks"} or not _adds_by_name(type(bridge)):
         return False
     names = [name for name, _ in kwargs["fwd_hooks"]]
     known = all(isinstance(name, str) and name in hook_points(bridge) for name in names)
