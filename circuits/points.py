@@ -36,6 +36,9 @@ def are_plain(bridge: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
     """Whether `hooks(*args, **kwargs)` of a model is what `hooked_at` does of a bridge."""
     if args or kwargs.keys() != {"fwd_hooks"} or not _adds_by_name(type(bridge)):
         return False
+    # What can be read but once, such as a zip, would be used up here.
+    if not isinstance(kwargs["fwd_hooks"], Sequence):
+        return False
     names = [name for name, _ in kwargs["fwd_hooks"]]
     known = all(isinstance(name, str) and name in hook_points(bridge) for name in names)
     return known and not bridge.compatibility_mode

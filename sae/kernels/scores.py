@@ -97,7 +97,7 @@ def multiply_add(
     out: Float[Tensor, "n m"],
 ) -> None:
     """Writes left @ right + bias to `out`, accumulated in out's precision."""
-    if products.served(left, right.T):
+    if products.served(left, right.T, bias):
         out.copy_(products.linear(left, right.T, bias))
     elif left.dtype == out.dtype:
         if bias is None:

@@ -53,3 +53,6 @@ def test_whatever_else_hooks_may_be_given_is_the_bridges(bridge: Any) -> None:
     assert not are_plain(bridge, (), {"fwd_hooks": [(lambda name: True, doubled)]})
     assert not are_plain(bridge, (), {"fwd_hooks": [], "bwd_hooks": [(NAME, doubled)]})
     assert not are_plain(bridge, ([(NAME, doubled)],), {})
+    once = iter([(NAME, doubled)])
+    assert not are_plain(bridge, (), {"fwd_hooks": once})
+    assert next(once) == (NAME, doubled)

@@ -34,3 +34,20 @@ def test_other_precisions_few_rows_and_single_vectors_stay_torchs() -> None:
     assert not products.served(x[: products.LEAST_ROWS - 1], W)
     assert not products.served(x[0], W)
     assert not products.served(x[:, :0], W[:, :0])
+
+
+def test_what_only_torch_multiplies_and_gradients_stay_torchs() -> None:
+    x, W, bias = torch.randn(N, D), torch.randn(M, D), torch.randn(M)
+    assert products.served(x, W, bias)
+    for broadcast in (bias[0], bias[:1], bias[None]):
+        assert not products.served(x, W, broadcast)
+    assert not products.served(x, W, bias.double())
+    assert not products.served(x, W[0])
+    assert not products.served(x, W[:, 1:])
+    assert not products.served(x, W.to_sparse())
+    for one in (x, W, bias):
+        one.requires_grad_()
+        assert not products.served(x, W, bias)
+        with torch.no_grad():
+            assert products.served(x, W, bias)
+        one.requires_grad_(False)

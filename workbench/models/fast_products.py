@@ -22,8 +22,10 @@ class _FastProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is F.linear and not kwargs and served(*args[:2]):
-            return linear(*args)
-        if func is torch.addmm and not kwargs and args[0].dim() == 1 and served(args[1], args[2].T):
-            return linear(args[1], args[2].T, args[0])
+        # Tensors of a kind of their own, such as quantised weights, multiply by themselves; so does autocast.
+        if not types and not kwargs and not torch.is_autocast_enabled("cpu"):
+            if func is F.linear and served(*args):
+                return linear(*args)
+            if func is torch.addmm and served(args[1], args[2].T, args[0]):
+                return linear(args[1], args[2].T, args[0])
         return func(*args, **(kwargs or {}))

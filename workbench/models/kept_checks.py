@@ -16,12 +16,13 @@ from typing import Any
 
 from circuits import norms, unembedding
 from sae.files import write_atomically
+from sae.kernels import products
 from workbench.models import capture, fast_products, fused_attention, guards, mixtures, places, wrapping
 from workbench.models.guards import check, prepare
 from workbench.models.model import Checks, LoadedModel
 from workbench.models.places import HookSpec
 
-MEASURING = (guards, fast_products, fused_attention, places, wrapping, mixtures, capture, unembedding, norms)
+MEASURING = (guards, products, fast_products, fused_attention, places, wrapping, mixtures, capture, unembedding, norms)
 
 
 def kept_or_measured(model: LoadedModel) -> Checks:
