@@ -69,16 +69,19 @@ if TYPE_CHECKING:
         head_heatmap,
         head_scores_heatmap,
     )
-    from workbench.circuits.graphs import open_graph
+    from workbench.circuits.graphs import attribute, frozen_again, made_with, open_graph
     from workbench.features.index.figures import activation_histogram, logit_bars
     from workbench.features.index.on_text import activations_on_text
     from workbench.features.index.query import FeatureIndex
     from workbench.features.prompt_figures import next_token_bars
     from workbench.harvest.plan import HarvestConfig
     from workbench.models.capture import capture
+    from workbench.models.hooks import read_hook, written_hook
     from workbench.models.load import LoadedModel, load_model, reload_model
     from workbench.models.own import OwnModel
+    from workbench.saes.crosscoders import feature_table
     from workbench.saes.figures import density_histogram, sae_comparison, training_curves
+    from workbench.saes.part_figures import latent_scaling, norm_histogram
     from workbench.saes.sweeps import parse_sweep
     from workbench.sparsity.figures import (
         attention_curves,
@@ -143,16 +146,19 @@ _EXPORTS = {
         "head_heatmap",
         "head_scores_heatmap",
     ),
-    "workbench.circuits.graphs": ("open_graph",),
+    "workbench.circuits.graphs": ("attribute", "frozen_again", "made_with", "open_graph"),
     "workbench.features.index.figures": ("activation_histogram", "logit_bars"),
     "workbench.features.index.on_text": ("activations_on_text",),
     "workbench.features.index.query": ("FeatureIndex",),
     "workbench.features.prompt_figures": ("next_token_bars",),
     "workbench.harvest.plan": ("HarvestConfig",),
     "workbench.models.capture": ("capture",),
+    "workbench.models.hooks": ("read_hook", "written_hook"),
     "workbench.models.load": ("LoadedModel", "load_model", "reload_model"),
     "workbench.models.own": ("OwnModel",),
+    "workbench.saes.crosscoders": ("feature_table",),
     "workbench.saes.figures": ("density_histogram", "sae_comparison", "training_curves"),
+    "workbench.saes.part_figures": ("latent_scaling", "norm_histogram"),
     "workbench.saes.sweeps": ("parse_sweep",),
     "workbench.sparsity.figures": (
         "attention_curves",
@@ -200,6 +206,7 @@ __all__ = [
     "attention_curves",
     "attention_pattern",
     "attention_view",
+    "attribute",
     "attribute_edges",
     "attribution_map",
     "best_patterns",
@@ -212,24 +219,30 @@ __all__ = [
     "direct_feature_attribution",
     "faithfulness_curve",
     "faithfulness_figure",
+    "feature_table",
+    "frozen_again",
     "head_costs",
     "head_heatmap",
     "head_scores",
     "head_scores_heatmap",
     "head_shares",
+    "latent_scaling",
     "layer_overview",
     "load_model",
     "load_transcoders",
     "logit_attribution",
     "logit_bars",
+    "made_with",
     "make_task",
     "neuron_densities",
     "next_token_bars",
+    "norm_histogram",
     "open_corpus",
     "open_graph",
     "parse_sweep",
     "patch_activations",
     "patch_paths",
+    "read_hook",
     "register_task",
     "reload_model",
     "repeated_tokens",
@@ -238,6 +251,7 @@ __all__ = [
     "task_names",
     "train",
     "training_curves",
+    "written_hook",
 ]
 # Loaded when asked for: the command line answers Ctrl-C with one line from its start, and torch takes a second.
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

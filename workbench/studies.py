@@ -139,3 +139,9 @@ class Studies(Catalog):
         from workbench.sparsity.compare import compare
 
         return compare(self, names)
+
+    def compare_concepts(self, names: Sequence[str]) -> "pd.DataFrame":
+        """SAEs side by side by their F1 for every concept; see `workbench.features.concepts.report.compare`."""
+        from workbench.features.concepts.report import compare
+
+        return compare(self, names)

@@ -35,6 +35,7 @@ from torch import Tensor
 from circuits.graph.frozen import Frozen, FrozenLayer
 from circuits.graph.graph import ERROR, FEATURE, TOKEN, node_name
 from sae.errors import InputError
+from sae.shown import Shown
 from sae.transcoder import Transcoder
 
 CPU_ELEMENTS, GPU_ELEMENTS = 1 << 19, 1 << 27
@@ -43,8 +44,8 @@ FEWEST = 8
 """Targets of a batch at least: what a layer writes is read once for all of them."""
 
 
-@dataclass(frozen=True)
-class LayerSources:
+@dataclass(frozen=True, repr=False)
+class LayerSources(Shown):
     """What the MLP of one layer writes, and how its transcoder reads."""
 
     position: Int[Tensor, "features"]
@@ -67,8 +68,8 @@ class LayerSources:
     """Positions at which the transcoder stands for the MLP."""
 
 
-@dataclass(frozen=True)
-class Sources:
+@dataclass(frozen=True, repr=False)
+class Sources(Shown):
     """All that writes into the residual stream; columns are the tokens, then each layer's features and errors."""
 
     frozen: Frozen

@@ -33,10 +33,11 @@ from circuits.nodes import Bridge
 from circuits.norms import measured_norm
 from circuits.passes import taking
 from sae.errors import InputError
+from sae.shown import Shown
 
 
-@dataclass(frozen=True)
-class FrozenNorm:
+@dataclass(frozen=True, repr=False)
+class FrozenNorm(Shown):
     """A norm with its denominators held at a prompt's."""
 
     gain: Float[Tensor, "d_model"]
@@ -66,8 +67,8 @@ class FrozenNorm:
         return v - v.mean(dim=-1, keepdim=True) if self.centred else v
 
 
-@dataclass(frozen=True)
-class FrozenLayer:
+@dataclass(frozen=True, repr=False)
+class FrozenLayer(Shown):
     """One block: attention with its pattern held, and the norm that its MLP reads through."""
 
     pattern: Float[Tensor, "heads query key"]
@@ -120,8 +121,8 @@ class FrozenLayer:
         return torch.bmm(asked, self.reader.view(len(g[0]), *self.W_O.shape[:2]).permute(1, 2, 0)).transpose(0, 1)
 
 
-@dataclass(frozen=True)
-class Frozen:
+@dataclass(frozen=True, repr=False)
+class Frozen(Shown):
     """A model frozen on a prompt."""
 
     tokens: Int[Tensor, "pos"]
