@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROWS_AT_ONCE = 1024
-"""Rows of a [d_sae, d_sae] matrix of cosines that are held at once."""
+from sae.kernels.products import times
+
+ROWS_AT_ONCE = {"cpu": 128, "cuda": 1024}
+"""Rows of a [d_sae, d_sae] matrix of cosines that are held at once; on a CPU few, whose memory serves the next ones
+again: fresh memory costs more time than the cosines."""
 
 
 def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -21,10 +24,11 @@ def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 
 def cosine_blocks(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Iterator[tuple[int, Float[Tensor, "rows m"]]]:
-    """(first, cosines of the rows of a from there on with all of b), ROWS_AT_ONCE rows at a time."""
+    """(first, cosines of the rows of a from there on with all of b), some rows at a time."""
     left, right = unit_rows(a), unit_rows(b)
-    for first in range(0, len(left), ROWS_AT_ONCE):
-        yield first, left[first : first + ROWS_AT_ONCE] @ right.T
+    step = ROWS_AT_ONCE["cuda" if left.is_cuda else "cpu"]
+    for first in range(0, len(left), step):
+        yield first, times(left[first : first + step], right)
 
 
 def cosines(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae import SAE, SparseCode, TopK
+from sae.directions import ROWS_AT_ONCE
 from sae.metrics import ReconstructionMetrics, decoder_cosine_maxima, density_histogram
 from sae.optim import random_unit_rows
 
@@ -83,7 +84,7 @@ def test_density_histogram_counts_every_feature_that_fires_once() -> None:
 
 
 def test_decoder_cosine_maxima_ignore_the_feature_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.directions.ROWS_AT_ONCE", 32)
+    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", 32)
     W_dec = torch.randn(70, 8, generator=torch.Generator().manual_seed(4))
     W_dec[69] = -2 * W_dec[0]
     unit = W_dec / W_dec.norm(dim=1, keepdim=True)

@@ -18,6 +18,8 @@ def test_products_are_torchs(by_column: bool, strided: bool, with_bias: bool) ->
     W = W.T.contiguous().T if by_column else W
     assert products.served(x, W)
     exact = torch.nn.functional.linear(x.double(), W.double(), None if bias is None else bias.double())
+    assert (products.times(x, W) == products.linear(x, W)).all()
+    assert (products.times(x.double(), W.double()) == x.double() @ W.double().T).all()
     torch.testing.assert_close(products.linear(x, W, bias).double(), exact, rtol=1e-5, atol=1e-5)
     # As where features are padded to whole groups.
     out = torch.full((N, M + 6), 7.0)

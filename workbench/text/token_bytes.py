@@ -55,6 +55,8 @@ def joined(texts: Sequence[str], parts: Sequence[bytes | None]) -> list[str]:
         texts: of each token by itself.
         parts: as `part_bytes` gives them.
     """
+    if parts.count(None) == len(parts):
+        return list(texts)
     pieces: list[str] = []
     while len(pieces) < len(texts):
         first = len(pieces)

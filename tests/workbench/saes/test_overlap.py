@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae import SAE, TopK
+from sae.directions import ROWS_AT_ONCE
 from sae.errors import InputError
 from sae.metrics import decoder_cosine_maxima
 from sae.recovery import recovery
@@ -25,7 +26,7 @@ def random_sae(d_sae: int, seed: int, rule: TopK | AbsTopK | None = None, d_in: 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_partners_are_those_of_all_pairs_in_float64(signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.directions.ROWS_AT_ONCE", 7)
+    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", 7)
     a, b = random_sae(30, 0, AbsTopK(2) if signed else TopK(2)), random_sae(44, 1)
     left, right = (sae.W_dec.detach().double().numpy() for sae in (a, b))
     cosine = np.array([[x @ y / np.sqrt((x @ x) * (y @ y)) for y in right] for x in left])

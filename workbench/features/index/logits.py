@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.kernels.products import times
 from sae.model import SAE
 from workbench.features.index.statistics import BINS
 from workbench.models.hooks import written_hook
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 TOKENS = 10
 EFFECTS_AT_ONCE = 1 << 23
+IN_CACHE = 1 << 20
+"""Effects that a CPU treats at once: what they need stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +81,31 @@ def logit_effects(
     """Effects of directions in the residual stream, some features at a time; see the module's description."""
     U = unembedding.float() - unembedding.float().mean(dim=1, keepdim=True)
     vocab = U.shape[1]
-    at_once = max(1, EFFECTS_AT_ONCE // vocab)
+    at_once, in_cache = max(1, EFFECTS_AT_ONCE // vocab), max(1, IN_CACHE // vocab)
     n = min(TOKENS, vocab)
     for first in range(0, len(directions), at_once):
-        effect = directions[first : first + at_once] @ U
-        squares = effect * effect
-        variance = squares.double().mean(1)
-        third = (squares * effect).double().mean(1)
-        fourth = squares.square_().double().mean(1)
-        spread = torch.where(variance > 0, variance, torch.nan)
-        top, bottom = effect.topk(n, dim=1), effect.topk(n, dim=1, largest=False)
-        low, high = bottom.values[:, :1], top.values[:, :1]
-        width = torch.where(high > low, high - low, 1)
-        which = ((effect - low) / width * BINS).long().clamp_(max=BINS - 1)
-        which += torch.arange(len(effect), device=effect.device)[:, None] * BINS
-        histogram = torch.bincount(which.view(-1), minlength=len(effect) * BINS).view(-1, BINS)
-        columns = (
-            top.indices, top.values, bottom.indices, bottom.values, variance.sqrt(), third / spread**1.5,
-            fourth / spread**2 - 3, histogram,
-        )  # fmt: skip
-        yield LogitEffects(first, *(np.asarray(column.cpu()) for column in columns))
+        some = directions[first : first + at_once]
+        pieces = [_columns(times(piece, U.T), n) for piece in some.split(len(some) if U.is_cuda else in_cache)]
+        yield LogitEffects(first, *(np.asarray(torch.cat(column).cpu()) for column in zip(*pieces, strict=True)))
+
+
+def _columns(effect: Float[Tensor, "features vocab"], n: int) -> tuple[Tensor, ...]:
+    """What is kept of effects, in the order of `LogitEffects`."""
+    squares = effect * effect
+    variance = squares.double().mean(1)
+    third = (squares * effect).double().mean(1)
+    fourth = squares.square_().double().mean(1)
+    spread = torch.where(variance > 0, variance, torch.nan)
+    top, bottom = effect.topk(n, dim=1), effect.topk(n, dim=1, largest=False)
+    low, high = bottom.values[:, :1], top.values[:, :1]
+    width = torch.where(high > low, high - low, 1)
+    which = (effect - low).div_(width).mul_(BINS).int().clamp_(max=BINS - 1)
+    which += torch.arange(len(effect), dtype=which.dtype, device=effect.device)[:, None] * BINS
+    histogram = torch.bincount(which.view(-1), minlength=len(effect) * BINS).view(-1, BINS)
+    return (
+        top.indices, top.values, bottom.indices, bottom.values, variance.sqrt(), third / spread**1.5,
+        fourth / spread**2 - 3, histogram,
+    )  # fmt: skip
 
 
 def effects_of(model: "LoadedModel", sae: SAE) -> Iterator[LogitEffects]:

@@ -9,7 +9,7 @@ import torch
 from circuits.dfa import head_shares
 from circuits.effective_weights import effective_unembedding
 from sae import SAE, TopK
-from sae.directions import unit_rows
+from sae.directions import ROWS_AT_ONCE, unit_rows
 from sae.errors import InputError
 from workbench.features.index.geometry import decoder_map, decoder_neighbours, principal_map
 from workbench.features.index.logits import TOKENS, effects_of, logit_effects, output_directions
@@ -28,7 +28,7 @@ def W_dec() -> torch.Tensor:
 def test_neighbours_are_the_largest_absolute_cosines(
     at_once: int, W_dec: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae.directions.ROWS_AT_ONCE", at_once)
+    monkeypatch.setitem(ROWS_AT_ONCE, "cpu", at_once)
     cosine, other = decoder_neighbours(W_dec, 6)
     W = W_dec.double().numpy()
     for feature in range(len(W)):
@@ -85,11 +85,12 @@ def test_head_shares_are_those_of_the_squared_norm_and_sum_to_one(W_dec: torch.T
     assert shares.sum(1) == pytest.approx(np.ones(37))
 
 
-@pytest.mark.parametrize("at_once", [1 << 23, 50 * 3])
+@pytest.mark.parametrize(("at_once", "in_cache"), [(1 << 23, 1 << 20), (50 * 3, 1 << 20), (50 * 9, 50 * 2)])
 def test_logit_effects_equal_numpy_in_float64(
-    at_once: int, W_dec: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    at_once: int, in_cache: int, W_dec: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workbench.features.index.logits.EFFECTS_AT_ONCE", at_once)
+    monkeypatch.setattr("workbench.features.index.logits.IN_CACHE", in_cache)
     U = torch.randn(12, 50, generator=torch.Generator().manual_seed(1)) + 0.5
     W_dec[7] = 0
     effects = W_dec.double().numpy() @ U.double().numpy()
