@@ -43,9 +43,9 @@ GO_ON = 8
 
 
 def set_query(key: str, value: str) -> None:
-    """Puts a value into the URL, or takes an empty one out."""
+    """Puts a value into the URL, with the graph that it is about, or takes an empty one out."""
     if value:
-        st.query_params[key] = value
+        st.query_params.update({"graph": st.session_state["graph"], key: value})
     elif key in st.query_params:
         del st.query_params[key]
 

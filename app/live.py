@@ -52,14 +52,14 @@ def open_live(workspace: Workspace, name: str) -> tuple[LiveSAE, int]:
         st.stop()
 
 
-def prompt_box(placeholder: str) -> str:
-    """The prompt, kept in the URL as `prompt`; where there is none yet, some to begin with."""
+def prompt_box(sae: str, placeholder: str) -> str:
+    """The prompt, kept in the URL as `prompt` with the SAE that reads it; where there is none, some to begin."""
     # The URL decides: unlike that of a bound widget, its part of the URL can go along in a link (`here`).
     st.session_state["prompt"] = st.query_params.get("prompt", "")
 
     def begin(text: str) -> None:
         if text:
-            st.query_params["prompt"] = text
+            st.query_params.update({"sae": sae, "prompt": text})
         else:
             st.query_params.pop("prompt", None)
 

@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,8 @@ FINISHED = ("harvests/*/harvest.duckdb", "saes/*/cfg.json", "transcoders/*/trans
             "results/*/*.duckdb", "indexes/*.duckdb")  # fmt: skip
 
 
+SEARCH = ("search", "by", "all")
+"""What the URL says of a search among features."""
 COUNTS = {
     name: st.column_config.NumberColumn(format="localized")
     for name in ("features", "tokens", "firings", "rows", "neurons", "nodes", "edges")
@@ -71,10 +73,16 @@ def choose_index(workspace: Workspace) -> FeatureIndex:
 
 
 def no_sae(workspace: Workspace) -> None:
-    """Says how a workspace without SAEs gets one: from its first harvest, where there is one."""
+    """Says how a workspace without SAEs gets one: from its first harvest, or straight from the demo model."""
     harvest = next(iter(workspace.harvests()), None)
+    of = [harvest] if harvest else ["--model", "demo", "--hook", "blocks.2.hook_resid_post"]
     demo = "" if harvest else f", or begin with {command(workspace, 'demo')}"
-    st.info(f"No SAE yet. Train one with {command(workspace, 'train', harvest or 'HARVEST', '--name', 'NAME')}{demo}.")
+    st.info(f"No SAE yet. Train one with {command(workspace, 'train', *of, '--name', 'mine')}{demo}.")
+
+
+def harvested_model(workspace: Workspace) -> str:
+    """A model for commands to copy: of the first harvest; the demo model where there is none."""
+    return next((one.model for one in workspace.harvest_summaries()), "demo")
 
 
 def pick_sae(workspace: Workspace, names: Sequence[str], what: str, default: str | None = None) -> str:
@@ -128,13 +136,38 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 
 
 def _sae_of_url(names: Sequence[str], what: str, default: str) -> str:
-    """The URL decides, so that a link always names its SAE; a bound widget would leave the first one out of it."""
+    """The SAE that the URL names; what nobody chose is not written there (`url_choice`)."""
     asked = st.query_params.get("sae")
-    if asked not in names:
-        if asked is not None:
-            st.warning(f"This link asks for {what} {asked!r}, which this workspace does not have.")
-        st.query_params["sae"] = default
-    return st.query_params["sae"]
+    if asked is None or asked in names:
+        return asked or default
+    st.warning(f"This link asks for {what} {asked!r}, which this workspace does not have.")
+    return default
+
+
+def url_choice(
+    key: str, label: str, options: Sequence[str], default: str, *, what: str = "", alone: bool = False,
+    format_func: Callable[[str], str] = str,
+) -> str:  # fmt: skip
+    """A box whose choice the URL holds as `key`. The default is not written there: each change of the URL is a step of
+    the way Back, which would lead here again, where it would be written once more.
+
+    Args:
+        what: is missing where a link asks for another, such as "the graph ".
+        alone: a choice empties the rest of the URL, which is about what was chosen before.
+    """
+    asked = st.query_params.get(key)
+    if asked is not None and asked not in options:
+        st.warning(f"This link asks for {what}{plain(asked)}, which this workspace does not have.")
+    st.session_state[key] = asked if asked in options else default
+
+    def follow() -> None:
+        chosen = {key: st.session_state[key]}
+        if alone:
+            st.query_params.from_dict(chosen)
+        else:
+            st.query_params.update(chosen)
+
+    return str(st.selectbox(label, options, key=key, on_change=follow, format_func=format_func))
 
 
 def open_index(workspace: Workspace, name: str) -> FeatureIndex:

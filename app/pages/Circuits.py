@@ -14,6 +14,7 @@ from app.shared import (
     page_link,
     plain,
     switch_page,
+    url_choice,
 )
 from workbench import InputError, Result, Workspace
 from workbench.circuits import stored
@@ -154,20 +155,12 @@ def choose(workspace: Workspace) -> Result | None:
     if not found:
         st.info(f"No circuit yet. Run a task above, or {command(workspace, 'circuits', 'discover', 'induction')}.")
         return None
-    asked = st.query_params.get("result")
-    if asked not in found:
-        if asked is not None:
-            st.warning(f"This link asks for the result {plain(asked)}, which this workspace does not have.")
-        st.query_params["result"] = list(found)[-1]
-    st.session_state["result"] = st.query_params["result"]
-
-    def follow() -> None:
-        st.query_params["result"] = st.session_state["result"]
 
     def read(key: str) -> str:
         return f"{found[key].name} · {KINDS[found[key].kind]} · {found[key].origin.model}"
 
-    return found[st.selectbox("Result", list(found)[::-1], key="result", on_change=follow, format_func=read)]
+    newest = list(found)[::-1]
+    return found[url_choice("result", "Result", newest, newest[0], what="the result ", format_func=read)]
 
 
 def describe(workspace: Workspace, result: Result) -> None:

@@ -5,7 +5,7 @@ import plotly.io as pio
 import streamlit as st
 
 from app.examples import example_rows
-from app.shared import COUNTS, command, here, open_index, open_workspace, page_link, plain
+from app.shared import COUNTS, command, harvested_model, here, open_index, open_workspace, page_link, plain
 from workbench import FeatureIndex, Result, Workspace
 from workbench.saes.crosscoders import KIND, poorly_explained
 
@@ -52,7 +52,14 @@ def choose(workspace: Workspace) -> Result | None:
     found = {item.name: item for item in workspace.results.find(KIND)}
     if not found:
         begun = next((item.name for item in workspace.saes() if item.parts), None)
-        todo = command(workspace, "evaluate", begun) if begun else command(workspace, "diff", "MODEL", "ANOTHER")
+        models = list(dict.fromkeys(one.model for one in workspace.harvest_summaries()))
+        if begun:
+            todo = command(workspace, "evaluate", begun)
+        elif len(models) > 1:
+            todo = command(workspace, "diff", *models[:2])
+        else:
+            hooks = ["--hook", "blocks.0.hook_resid_post", "--hook", "blocks.1.hook_resid_post"]
+            todo = command(workspace, "train", "--model", harvested_model(workspace), *hooks, "--name", "layers")
         st.info(
             "A crosscoder has one dictionary for two models, or for several hook points of one, and so says what they "
             f"share and what only one of them has. None was measured here yet: {todo}"
@@ -66,9 +73,7 @@ def choose(workspace: Workspace) -> Result | None:
     def follow() -> None:
         st.query_params["sae"] = st.session_state["crosscoder"]
 
-    name = str(st.selectbox("Crosscoder", list(found), key="crosscoder", on_change=follow))
-    st.query_params["sae"] = name
-    return found[name]
+    return found[str(st.selectbox("Crosscoder", list(found), key="crosscoder", on_change=follow))]
 
 
 def figures(result: Result) -> None:
@@ -97,7 +102,7 @@ def choose_group(result: Result) -> str:
     st.session_state["group"] = asked if asked in names else (own or names)[0]
 
     def follow() -> None:
-        st.query_params["group"] = st.session_state["group"]
+        st.query_params.update({"sae": result.name, "group": st.session_state["group"]})
 
     return str(st.radio("Group", names, key="group", horizontal=True, on_change=follow))
 

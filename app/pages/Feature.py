@@ -9,7 +9,17 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from app.examples import example_rows
-from app.shared import choose_index, explainer, here, loaded_model, open_workspace, page_link, plain, switch_page
+from app.shared import (
+    SEARCH,
+    choose_index,
+    explainer,
+    here,
+    loaded_model,
+    open_workspace,
+    page_link,
+    plain,
+    switch_page,
+)
 from workbench import FeatureIndex, InputError, LoadedModel, Workspace
 from workbench.catalog.notes import Notes
 from workbench.catalog.summaries import SAESummary
@@ -41,8 +51,7 @@ def main() -> None:
     with mark:
         bookmark(workspace, feature)
     if "search" in st.query_params:
-        kept = here("sae", "search", "by", "all")
-        page_link("Features", f"← search for {plain(repr(kept['search']))}", **kept)
+        page_link("Features", f"← search for {plain(repr(st.query_params['search']))}", sae=index.sae, **here(*SEARCH))
     headline(feature)
     about_it = next((item for item in workspace.coders() if item.name == feature.sae), None)
     # A crosscoder's text would be that of several activations, maybe of two models.
@@ -89,16 +98,17 @@ def choose_feature(index: FeatureIndex) -> tuple[int, DeltaGenerator]:
     if not (asked.isdecimal() and int(asked) <= last):
         st.warning(f"This link asks for feature {asked!r}: {index.sae} has features 0 to {last}.")
         asked = "0"
-    # The URL decides and every control changes the URL, so that links to other features always arrive. Writing it on
-    # every run brings the browser's address up to date after a link from this page to itself.
-    st.query_params["feature"] = asked
+    # The URL decides and every control changes the URL, so that links to other features always arrive. Writing what it
+    # says on every run brings the browser's address up to date after a link from this page to itself.
+    if "feature" in st.query_params:
+        st.query_params["feature"] = st.query_params["feature"]
     number = st.session_state["feature"] = int(asked)
 
-    def follow() -> None:
-        st.query_params["feature"] = str(st.session_state["feature"])
-
     def go(to: int) -> None:
-        st.query_params["feature"] = str(to % index.d_sae)
+        st.query_params.update({"sae": index.sae, "feature": str(to % index.d_sae)})
+
+    def follow() -> None:
+        go(st.session_state["feature"])
 
     box, before, after, anywhere, room = st.columns([3, 1, 1, 1, 1], vertical_alignment="bottom")
     box.number_input("Feature", 0, last, step=1, key="feature", on_change=follow)
@@ -216,9 +226,10 @@ def links(sae: str, targets: Sequence[tuple[int, str, str]]) -> None:
 def card(feature: Feature, about_it: SAESummary | None) -> None:
     """What the SAE is and how well it does, and the feature's files."""
     if about_it is not None and about_it.parts:
-        page_link("Crosscoders", f"Whose features they are: {plain(', '.join(about_it.parts))}", sae=feature.sae)
+        page, label = "Crosscoders", f"Whose features they are: {plain(', '.join(about_it.parts))}"
     else:
-        page_link("Steering", "Steer the model with it", sae=feature.sae, feature=feature.feature)
+        page, label = "Steering", "Steer the model with it"
+    page_link(page, label, sae=feature.sae, feature=feature.feature, **here(*SEARCH))
     st.markdown("**About the SAE**")
     evaluation = (about_it.evaluation if about_it else None) or {}
     measured = {"l0": "L0", "fvu": "FVU", "loss_recovered_zero": "loss recovered"}
@@ -328,7 +339,7 @@ def examples(workspace: Workspace, index: FeatureIndex, feature: Feature, *, run
         return
     text = next("".join(one.tokens) for group in feature.groups for one in group.examples if one.row == asked.row)
     page = "Steering" if asked.what == "steer" else "Prompt"
-    switch_page(page, sae=feature.sae, feature=feature.feature, prompt=text)
+    switch_page(page, sae=feature.sae, feature=feature.feature, prompt=text, **here(*SEARCH))
 
 
 @st.dialog("Whole document", width="large")

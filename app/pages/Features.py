@@ -2,12 +2,12 @@
 
 import io
 import json
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 import streamlit as st
 
-from app.shared import COUNTS, choose_index, command, here, open_index, open_workspace, plain, switch_page
+from app.shared import COUNTS, SEARCH, choose_index, command, here, open_index, open_workspace, plain, switch_page
 from workbench import FeatureIndex, InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.features.documents.pooling import documents_of
@@ -21,7 +21,6 @@ from workbench.show.html import edged
 DENSE = 0.1
 # Documents to choose from; a search box of a browser has no room for more.
 LISTED = 5000
-SEARCH = ("search", "by", "all")
 # What tells features apart at a glance comes first: a narrow window shows only the first columns.
 COLUMNS = {
     "feature": "feature", "name": "name", "where": "found in", "peak_tokens": "fires on", "top_token": "promotes",
@@ -90,15 +89,14 @@ def open_feature(sae: str, feature: int) -> None:
     switch_page("Feature", **here(*SEARCH), sae=sae, feature=feature)
 
 
-def follow() -> None:
-    """Brings the search of the boxes into the URL."""
+def follow(sae: str) -> None:
+    """Brings the search of the boxes into the URL, at once: each change by itself would be a step of the way Back."""
     state = st.session_state
     said = {"search": state["search"], "by": "words" if state["by"] == "words" else "", "all": "true" * state["all"]}
-    for name, value in said.items():
-        if value:
-            st.query_params[name] = value
-        else:
+    for name in SEARCH:
+        if not said[name]:
             st.query_params.pop(name, None)
+    st.query_params.update({"sae": sae} | {name: value for name, value in said.items() if value})
 
 
 def choose_list(workspace: Workspace) -> str | None:
@@ -116,15 +114,16 @@ def chosen_features(workspace: Workspace, index: FeatureIndex, chosen_list: str 
     st.session_state["search"] = values["search"]
     st.session_state["by"] = "words" if values["by"] == "words" else "text"
     st.session_state["all"] = values["all"] == "true"
+    changes: Any = {"on_change": follow, "args": (index.sae,)}
     searched = st.text_input(
-        "Search", key="search", on_change=follow, placeholder="in labels, peak tokens, promoted tokens, examples"
+        "Search", key="search", placeholder="in labels, peak tokens, promoted tokens, examples", **changes
     )
     with st.container(horizontal=True, vertical_alignment="center"):
         by: By = st.segmented_control(
-            "Search for", get_args(By), key="by", on_change=follow, required=True, label_visibility="collapsed",
+            "Search for", get_args(By), key="by", **changes, required=True, label_visibility="collapsed",
             help="text: as it is typed; words: features about any of them, best first (BM25F)",
         ) or "text"  # fmt: skip
-        everywhere = st.checkbox("all SAEs", key="all", on_change=follow, disabled=len(workspace.indexes()) < 2)
+        everywhere = st.checkbox("all SAEs", key="all", **changes, disabled=len(workspace.indexes()) < 2)
         hide_dense = st.checkbox(
             "hide dense", key="hide_dense", bind="query-params", help=f"those that fire on over {DENSE:.0%} of tokens"
         )
@@ -140,7 +139,7 @@ def chosen_features(workspace: Workspace, index: FeatureIndex, chosen_list: str 
     if chosen_list:
         members = [number for sae, number in Notes(workspace.path).members(chosen_list) if sae == index.sae]
         table = table[table["feature"].isin(members)]
-    return filtered(workspace, table).reset_index(drop=True)
+    return filtered(workspace, index, table).reset_index(drop=True)
 
 
 def search(workspace: Workspace, index: FeatureIndex, text: str, by: By, everywhere: bool) -> pd.DataFrame:
@@ -162,7 +161,7 @@ def search(workspace: Workspace, index: FeatureIndex, text: str, by: By, everywh
     )
 
 
-def filtered(workspace: Workspace, table: pd.DataFrame) -> pd.DataFrame:
+def filtered(workspace: Workspace, index: FeatureIndex, table: pd.DataFrame) -> pd.DataFrame:
     """The rows within the bounds of a folded form; every bound is in the URL."""
     with st.expander("Filters"):
         first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
@@ -173,7 +172,7 @@ def filtered(workspace: Workspace, table: pd.DataFrame) -> pd.DataFrame:
         f1 = third.number_input(
             "concept F1 at least", 0.0, 1.0, 0.0, step=0.1, key="f1", bind="query-params",
             disabled="concept_f1" not in table,
-            help=f"{command(workspace, 'concepts', 'SAE')} scores features against concepts",
+            help=f"{command(workspace, 'concepts', index.sae)} scores features against concepts",
         )  # fmt: skip
         skew = fourth.number_input("logit skew at least", value=None, key="skew", bind="query-params", format="%.3g")
     if labelled:

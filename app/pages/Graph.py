@@ -5,7 +5,18 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from app import graph_panels as panels
-from app.shared import canvas, command, here, loaded_model, open_index, open_workspace, page_link, plain
+from app.shared import (
+    canvas,
+    command,
+    harvested_model,
+    here,
+    loaded_model,
+    open_index,
+    open_workspace,
+    page_link,
+    plain,
+    url_choice,
+)
 from workbench import InputError, Workspace
 from workbench.catalog.notes import Notes
 from workbench.circuits import graph_view as view
@@ -80,17 +91,7 @@ def choose(workspace: Workspace) -> str | None:
         new_graph(workspace, f"graph-{len(names) + 1}", asked_for or PROMPT)
     if not names:
         return None
-    asked = st.query_params.get("graph")
-    if asked not in names:
-        if asked is not None:
-            st.warning(f"This link asks for the graph {plain(asked)}, which this workspace does not have.")
-        st.query_params["graph"] = names[0]
-    st.session_state["graph"] = st.query_params["graph"]
-
-    def follow() -> None:
-        st.query_params.from_dict({"graph": st.session_state["graph"]})
-
-    return str(st.selectbox("Graph", names, key="graph", on_change=follow))
+    return url_choice("graph", "Graph", names, names[0], what="the graph ", alone=True)
 
 
 def new_graph(workspace: Workspace, name: str, text: str) -> None:
@@ -100,7 +101,7 @@ def new_graph(workspace: Workspace, name: str, text: str) -> None:
         hooks = ["--name", "mlps", "--hook", "blocks.*.mlp.hook_in", "--target-hook", "blocks.*.hook_mlp_out"]
         st.info(
             "No transcoders yet: a graph is of a model with a set of them. Train one with "
-            f"{command(workspace, 'train', 'HARVEST', *hooks)}."
+            f"{command(workspace, 'train', '--model', harvested_model(workspace), *hooks)}."
         )
         return
     with st.form("new graph", border=False):
@@ -171,9 +172,9 @@ def links(workspace: Workspace, name: str, whole: PromptGraph) -> None:
             page_link("Feature", label, sae=sae, feature=feature, **state)
         elif transcoders == BUNDLED:
             st.caption(
-                f"After {command(workspace, 'import', 'bundled', '--name', 'mlps')}, a harvest of "
-                f"`blocks.*.mlp.hook_in` and {command(workspace, 'index', 'mlps', '--harvest', 'HARVEST')}, graphs of "
-                "the set `mlps` say what features are called and fire on."
+                "A new graph of an indexed set also shows what its features fire on, with a page for each: "
+                f"{command(workspace, 'import', 'bundled', '--name', 'mlps')}, then "
+                f"{command(workspace, 'index', 'mlps')}, then choose `mlps` above for a new graph."
             )
         else:
             st.caption(f"{command(workspace, 'index', sae)} gives its features names and examples.")

@@ -3,7 +3,18 @@
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from app.shared import canvas, command, here, loaded_model, open_workspace, page_link, plain, sae_names
+from app.shared import (
+    canvas,
+    command,
+    harvested_model,
+    here,
+    loaded_model,
+    open_workspace,
+    page_link,
+    plain,
+    sae_names,
+    url_choice,
+)
 from workbench import InputError, Result, Workspace
 from workbench.catalog.origin import Origin
 from workbench.circuits import attention_view as attention
@@ -51,7 +62,8 @@ def choose_scores(workspace: Workspace) -> Result | None:
     """The stored scores, kept in the URL as `scores`; offers to score the demo model where there are none."""
     found = {item.name: item for item in workspace.results.find(HEADS)}
     if not found:
-        st.info(f"No heads scored yet. Run {command(workspace, 'circuits', 'heads', '--model', 'MODEL')}.")
+        todo = command(workspace, "circuits", "heads", "--model", harvested_model(workspace))
+        st.info(f"No heads scored yet. Run {todo}.")
         if st.button("Score the heads of the demo model"):
             with st.spinner("Scoring every head ..."):
                 report_heads(workspace, "heads-demo", loaded_model("demo"))
@@ -59,21 +71,6 @@ def choose_scores(workspace: Workspace) -> Result | None:
         return None
     name = url_choice("scores", "Scores", list(found), list(found)[-1])
     return found[name]
-
-
-def url_choice(key: str, label: str, options: list[str], default: str) -> str:
-    """A box whose choice the URL holds as `key`; a link to what is not there says so."""
-    asked = st.query_params.get(key)
-    if asked not in options:
-        if asked is not None:
-            st.warning(f"This link asks for {plain(asked)}, which this workspace does not have.")
-        st.query_params[key] = default
-    st.session_state[key] = st.query_params[key]
-
-    def follow() -> None:
-        st.query_params[key] = st.session_state[key]
-
-    return str(st.selectbox(label, options, key=key, on_change=follow))
 
 
 def choose_head(workspace: Workspace, result: Result, model: ModelInfo, near: DeltaGenerator) -> str:
@@ -111,12 +108,19 @@ def choose_head(workspace: Workspace, result: Result, model: ModelInfo, near: De
     )  # fmt: skip
     known = [needs[by].rests_on] if by in needs else rests_on(workspace, result, by)
     st.caption(" ".join(["Click a head to open it.", *known]))
-    st.query_params["head"] = st.session_state["head"] = asked
+    if clicked:
+        open_head(asked)
+    st.session_state["head"] = asked
 
     def follow() -> None:
-        st.query_params["head"] = st.session_state["head"]
+        open_head(st.session_state["head"])
 
     return str(near.selectbox("Head", names, key="head", on_change=follow))
+
+
+def open_head(head: str) -> None:
+    """Puts a head that was chosen into the URL, with the scores that it was chosen in."""
+    st.query_params.update({"scores": st.session_state["scores"], "head": head})
 
 
 def rests_on(workspace: Workspace, result: Result, by: str) -> list[str]:
@@ -215,7 +219,8 @@ def all_heads(view: AttentionView, head: str) -> None:
         asked = st.session_state["attention"]["clicked"]
         if asked is not None:
             # The view is drawn anew: the head to compare with stays.
-            st.query_params["head"], st.session_state["compared"] = asked
+            head, st.session_state["compared"] = asked
+            open_head(head)
 
     def asked() -> None:
         event = st.session_state["attention"]["asked"]
@@ -244,7 +249,8 @@ def token_links(workspace: Workspace, scored: Origin, view: AttentionView, text:
     if token > 0 and any(of == scored.model for _, of in sets_for_graphs(workspace)):
         page_link("Graph", "a graph of what follows it", prompt=view.text_to(token), **here(*STATE))
     if not names:
-        train = command(workspace, "train", "--model", scored.model, "--hook", "HOOK", "--name", "NAME")
+        hook = f"blocks.{scored.model_info.n_layers // 2}.hook_resid_post"
+        train = command(workspace, "train", "--model", scored.model, "--hook", hook, "--name", "mine")
         st.caption(f"No SAE of this model yet: {train} makes one, and then this says what fires here.")
 
 

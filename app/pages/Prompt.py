@@ -32,7 +32,7 @@ def main() -> None:
     with picker:
         live, version = open_live(workspace, choose_sae(workspace))
     with box:
-        text = prompt_box("Type or paste a text, then press Ctrl+Enter")
+        text = prompt_box(live.name, "Type or paste a text, then press Ctrl+Enter")
     place = between(live.sae.hook_name, live.sae.written_hook)
     picker.caption(plain(f"{live.sae.d_sae:,} features at {place} of {live.model.info.name}"))
     if not text:
@@ -46,13 +46,19 @@ def main() -> None:
     if reading.truncated:
         st.info(f"Only the beginning was read: {reading.n_read:,} tokens (at most {MAX_CHARACTERS:,} characters, "
                 f"{MAX_TOKENS:,} tokens and one context of the model).")  # fmt: skip
-    looked_at(workspace, live, version, reading, text)
+    looked_at(workspace, live, version, reading, text, st.query_params.get("sae"))
 
 
 @st.fragment
-def looked_at(workspace: Workspace, live: LiveSAE, version: int, reading: PromptReading, text: str) -> None:
-    """What was read, at the token and feature that are looked at; a click draws this alone again."""
-    if st.query_params.get("sae") != live.name:
+def looked_at(
+    workspace: Workspace, live: LiveSAE, version: int, reading: PromptReading, text: str, asked: str | None
+) -> None:
+    """What was read, at the token and feature that are looked at; a click draws this alone again.
+
+    Args:
+        asked: the SAE that the URL named when the page was drawn.
+    """
+    if st.query_params.get("sae") != asked:
         # A cell of all SAEs opened another one.
         st.rerun()
     with st.container(key="pairs"):
@@ -141,7 +147,7 @@ def choose_ranking(reading: PromptReading, ranking: DeltaGenerator, dense: Delta
         help=f"features that fire on over {DENSE:.0%} of the indexed tokens",
     )  # fmt: skip
     by: Ranking = ranking.segmented_control(
-        "Rank by", RANKINGS if reading.known else RANKINGS[:2], default="max", key="by", bind="query-params",
+        "Rank by", RANKINGS if reading.known else RANKINGS[:2], default="max", key="rank_by", bind="query-params",
         required=True, help="max: strongest activation; mean: over all tokens; rare: strongest x log(1 / density)",
     )  # fmt: skip
     return by, DENSE if hide and reading.known else 1.0
@@ -182,9 +188,10 @@ def lens(workspace: Workspace, live: LiveSAE, version: int, text: str, position:
     sha256 = live.model.info.weights_sha256
     fitted = [result.name for result in workspace.results.find(LENS) if result.origin.weights_sha256 == sha256]
     lenses = [LOGIT, *(f"{name}{form}" for name in fitted for form in ("", CENTRED))]
+    fit = command(workspace, "lens", "fit", "mine", "--model", live.model.info.name)
     name = choice.selectbox(
         "Lens", lenses, key="lens", bind="query-params", label_visibility="collapsed",
-        help=f"{command(workspace, 'lens', 'fit', 'NAME')} averages Jacobians, which say what a layer leads to",
+        help=f"{fit} averages Jacobians, which say what a layer leads to",
     )  # fmt: skip
     try:
         found = _lens(workspace, live, version, text, name)

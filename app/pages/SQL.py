@@ -57,18 +57,19 @@ def choose_harvest(workspace: Workspace) -> str | None:
 def ask(workspace: Workspace, harvest: str | None) -> str:
     """The query, kept in the URL as `query`, and examples that fill it."""
     choices = examples(workspace, harvest)
+    above = st.container()
+    query = st.text_area(
+        "Query", key="query", bind="query-params", height=150, placeholder="SELECT ...", max_chars=20_000,
+        help="Ctrl-Enter runs it",
+    )  # fmt: skip
+    # The box says what the query is: after the way Back, or a word of one's own, an example can be chosen again.
+    st.session_state["example"] = next((name for name, text in choices.items() if text == query), None)
 
     def fill() -> None:
         if chosen := st.session_state["example"]:
             st.session_state["query"] = choices[chosen]
 
-    st.selectbox(
-        "Examples", list(choices), index=None, key="example", on_change=fill, placeholder="start from an example"
-    )
-    query = st.text_area(
-        "Query", key="query", bind="query-params", height=150, placeholder="SELECT ...", max_chars=20_000,
-        help="Ctrl-Enter runs it",
-    )  # fmt: skip
+    above.selectbox("Examples", list(choices), key="example", on_change=fill, placeholder="start from an example")
     st.button("Run", type="primary")
     return str(query or "")
 

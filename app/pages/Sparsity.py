@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from app.shared import clickable, command, loaded_model, open_workspace, plain, switch_page, version
+from app.shared import clickable, command, harvested_model, loaded_model, open_workspace, plain, switch_page, version
 from workbench import Corpus, InputError, Result, Workspace, open_corpus
 from workbench.catalog.origin import Origin
 from workbench.circuits.figures import selectable_heads
@@ -58,7 +58,8 @@ def main() -> None:
     st.title("Activation sparsity")
     names = report_names(workspace)
     if not names:
-        st.info(f"No report yet. Make one with {command(workspace, 'sparsity', 'report', 'NAME', '--model', 'demo')}.")
+        todo = command(workspace, "sparsity", "report", "mine", "--model", harvested_model(workspace))
+        st.info(f"No report yet. Make one with {todo}.")
         return
     chosen = st.multiselect(
         "Reports", names, default=names[:1], key="reports", bind="query-params", placeholder="choose reports to see"

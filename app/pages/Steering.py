@@ -30,7 +30,7 @@ def main() -> None:
         edit = choose_edit(feature)
         chat, n, temperature, seed = choose_sampling(live)
     with right:
-        prompt = prompt_box("The text to go on from, then press Ctrl+Enter")
+        prompt = prompt_box(live.name, "The text to go on from, then press Ctrl+Enter")
         try:
             edit.check(live.sae.d_sae)
         except InputError as error:
@@ -66,11 +66,10 @@ def choose_feature(live: LiveSAE) -> int:
     if not (asked.isdecimal() and int(asked) <= last):
         st.warning(plain(f"This link asks for feature {asked!r}: {live.name} has features 0 to {last}."))
         asked = "0"
-    st.query_params["feature"] = asked
     st.session_state["feature"] = int(asked)
 
     def follow() -> None:
-        st.query_params["feature"] = str(st.session_state["feature"])
+        st.query_params.update({"sae": live.name, "feature": str(st.session_state["feature"])})
 
     return int(st.number_input("Feature", 0, last, step=1, key="feature", on_change=follow))
 

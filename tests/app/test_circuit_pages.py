@@ -59,7 +59,7 @@ def test_the_strongest_head_is_shown_and_a_click_shows_another(space: Workspace,
     page = open_page("Heads", space)
     assert not page.exception
     assert page.subheader[0].value == "a3.h0"
-    assert page.query_params["head"] == "a3.h0"
+    assert not page.query_params
     shown = page.dataframe[0].value.set_index("score")
     assert shown["rank"]["induction"] == 1
     # The grid, induction by the prefix' length, the pattern.
@@ -103,7 +103,7 @@ def test_a_token_of_a_pattern_goes_on_to_its_features_and_to_a_graph(
     followed: dict[str, dict[str, Any]] = {}
     monkeypatch.setattr(app.shared, "page_link", lambda page, label, **query: followed.update({page: query}))
     space.add_sae("plain", demo_sae(TopK(6)), {})
-    page = open_page("Heads", space, text="a = b\na =")
+    page = open_page("Heads", space, scores="heads", head="a3.h0", text="a = b\na =")
     assert "Prompt" not in followed
     page.session_state["token asked for"] = 3
     page.run()

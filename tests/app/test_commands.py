@@ -30,6 +30,7 @@ def test_commands_are_ones_that_there_are() -> None:
         for word in words:
             one = one.commands[word] if word in getattr(one, "commands", ()) else one
         assert one.name in words[:2], words
+        assert not [word for word in words if word.isupper()], f"{words} cannot be copied as it stands"
         # Words that come from a variable are not here, and may be those that name the command of a group.
         if not hasattr(one, "commands"):
             known = {name for parameter in one.params for name in parameter.opts}

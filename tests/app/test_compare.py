@@ -39,7 +39,7 @@ def space(tmp_path: Path) -> Workspace:
 def test_without_saes_the_page_says_what_to_do(space: Workspace, open_page: OpenPage) -> None:
     page = open_page("Compare", space)
     assert not page.exception
-    assert "Train one with `workbench train HARVEST --name NAME --workspace " in page.info[0].value
+    assert "Train one with `workbench train --model demo --hook " in page.info[0].value
 
 
 def test_one_sae_that_is_not_evaluated(space: Workspace, open_page: OpenPage) -> None:

@@ -27,12 +27,15 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def test_without_one_the_page_says_what_to_do(tmp_path: Path, open_page: OpenPage) -> None:
     page = open_page("Crosscoders", Workspace(tmp_path / "w"))
-    assert "workbench diff MODEL ANOTHER" in page.info[0].value
+    assert (
+        "workbench train --model demo --hook blocks.0.hook_resid_post --hook blocks.1.hook_resid_post"
+        in page.info[0].value
+    )
 
 
 def test_parts_groups_figures_and_examples_are_shown(compared: Workspace, open_page: OpenPage) -> None:
     page = open_page("Crosscoders", compared)
-    assert page.query_params["sae"] == "twins"
+    assert page.selectbox(key="crosscoder").value == "twins"
     parts, groups, features = (table.value for table in page.dataframe)
     assert parts["part"].tolist() == ["demo", "demo_model_gelu"]
     assert int(groups["features"].sum()) == 48

@@ -57,7 +57,7 @@ def test_without_an_index_the_page_says_what_to_do(page: str, tmp_path: Path, op
     empty = Workspace(tmp_path / "empty")
     shown = open_page(page, empty)
     assert not shown.exception
-    assert "Train one with `workbench train HARVEST --name NAME --workspace " in shown.info[0].value
+    assert "Train one with `workbench train --model demo --hook " in shown.info[0].value
     SAE(8, 16, TopK(2), hook_name=HOOK, model_name="m").save(empty.path / "saes" / "mine")
     assert "`workbench index mine" in open_page(page, empty).info[0].value
 

@@ -64,7 +64,7 @@ def html(page: AppTest) -> str:
 def test_without_an_sae_the_page_says_what_to_do(page: str, tmp_path: Path, open_page: OpenPage) -> None:
     shown = open_page(page, Workspace(tmp_path / "empty"))
     assert not shown.exception
-    assert "Train one with `workbench train HARVEST --name NAME --workspace " in shown.info[0].value
+    assert "Train one with `workbench train --model demo --hook " in shown.info[0].value
 
 
 @LIVE
@@ -105,7 +105,7 @@ def test_a_prompt_from_a_link_shows_its_features(space: Workspace, open_page: Op
     assert len(page.get("plotly_chart")) == 1
     assert grid_rows(page) == [str(number) for number in reading.features()["feature"][:FEATURES]]
     for by in ("mean", "rare"):
-        page.segmented_control(key="by").set_value(by).run()
+        page.segmented_control(key="rank_by").set_value(by).run()
         assert not page.exception
         links = page.dataframe[0].value["feature"]
         assert [int(link.split("=")[-1]) for link in links] == reading.features(by)["feature"].tolist()
@@ -181,7 +181,7 @@ def test_a_long_prompt_is_cut_with_a_notice(space: Workspace, open_page: OpenPag
 def test_without_an_index_the_prompt_is_read_all_the_same(space: Workspace, open_page: OpenPage) -> None:
     page = open_page("Prompt", space, sae="bare", prompt=TEXT)
     assert not page.exception
-    assert list(page.segmented_control(key="by").options) == ["max", "mean"]
+    assert list(page.segmented_control(key="rank_by").options) == ["max", "mean"]
     assert "density" not in page.dataframe[0].value
     assert any(f"`workbench index bare --workspace {space.path}`" in caption.value for caption in page.caption)
 

@@ -59,7 +59,7 @@ def headings(page: AppTest) -> list[str]:
 def test_an_empty_workspace_says_which_command_to_run(tmp_path: Path, open_page: OpenPage) -> None:
     Workspace(tmp_path / "w")
     page = open_page("Sparsity", tmp_path / "w")
-    assert "workbench sparsity report NAME" in page.info[0].value
+    assert "workbench sparsity report mine --model demo" in page.info[0].value
 
 
 def test_layers_and_neurons_are_shown(measured: Path, open_page: OpenPage) -> None:

@@ -78,7 +78,7 @@ def test_a_graph_is_made_pinned_grouped_changed_and_the_link_holds_it(
     page.goto(f"{page.url}&node={names[-1]}")
     page.get_by_text("says ").first.wait_for(timeout=SLOW)
     # Down along the strongest inputs to a feature, which is pinned.
-    page.locator(".near button:not(.pin)", has_text=re.compile(r"^-?[\d.e-]+f[1-3]")).first.click()
+    page.locator(".near button:not(.pin)", has_text=re.compile(r"^-?[\d.e-]+layer [1-3] feature \d")).first.click()
     page.wait_for_function("decodeURIComponent(location.href).includes('node=f')", timeout=SLOW)
     page.locator(".near button.pin").click()
     page.wait_for_function("decodeURIComponent(location.href).includes('pins=f')", timeout=SLOW)

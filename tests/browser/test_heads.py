@@ -1,12 +1,15 @@
 """Clicks on the grid of heads and on a circuit, in a real browser: Streamlit hands the point over only there."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.web_app import IDLE
 from workbench import Workspace
+from workbench.circuits.graphs import make_graph
 from workbench.circuits.heads import report_heads
 from workbench.circuits.report import run_method
 from workbench.circuits.task import Task
@@ -20,7 +23,27 @@ def address(serve: Callable[[Path], str], tmp_path_factory: pytest.TempPathFacto
     space, model = Workspace(tmp_path_factory.mktemp("heads") / "w"), load_model("demo", device="cpu")
     report_heads(space, "scored", model, n=2, needles=0)
     run_method(space, model, Task("induction", n=2), "eap", name="found", options={"fractions": (0.1,)})
+    make_graph(space, "why", model, "def f(x):\n    return")
     return serve(space.path)
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("Heads", ".att canvas"), ("Circuits", ".js-plotly-plot"),
+                                             ("Graph", ".graph canvas")])  # fmt: skip
+def test_one_step_back_leads_back(name: str, drawn: str, address: str, browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(SLOW)
+    page.goto(f"{address}/Overview")
+    page.get_by_role("heading", name="Workspace").wait_for()
+    page.locator(IDLE).wait_for()
+    page.get_by_test_id("stSidebarNavLink").filter(has_text=re.compile(f"{name}$")).click()
+    page.locator(drawn).first.wait_for()
+    page.locator(IDLE).wait_for()
+    assert page.url == f"{address}/{name}"
+    page.go_back()
+    page.get_by_role("heading", name="Workspace").wait_for()
+    page.locator(IDLE).wait_for()
+    assert page.url == f"{address}/Overview"
+    page.close()
 
 
 def test_a_click_on_a_cell_opens_its_head_and_the_url_names_it(address: str, browser: Any) -> None:

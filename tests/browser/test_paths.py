@@ -117,7 +117,38 @@ def test_open_the_app_and_go_on_to_a_page(address: str, page: Any) -> None:
         assert page.get_by_test_id("stSidebarNavLink").count() == len(list(PAGES.glob("*.py")))
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Features").click()
     page.get_by_text("48 features on").wait_for()
-    assert "/Features?sae=s" in page.url
+    page.wait_for_url(re.compile("/Features$"))
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("Features", "48 features on"), ("Feature", "fires on"),
+                                             ("Prompt", "Or begin with"), ("Steering", "Or begin with")])  # fmt: skip
+def test_one_step_back_leads_back(name: str, drawn: str, address: str, page: Any) -> None:
+    page.goto(f"{address}/Overview")
+    page.get_by_text("Sparse autoencoders").wait_for()
+    settled(page)
+    page.get_by_test_id("stSidebarNavLink").filter(has_text=re.compile(f"{name}$")).click()
+    page.get_by_text(drawn).first.wait_for()
+    settled(page)
+    assert page.url == f"{address}/{name}"
+    page.go_back()
+    page.get_by_text("Sparse autoencoders").wait_for()
+    settled(page)
+    assert page.url == f"{address}/Overview"
+
+
+def test_an_example_of_sql_is_chosen_again_after_the_way_back(address: str, page: Any) -> None:
+    page.goto(f"{address}/SQL")
+    for _ in range(2):
+        settled(page)
+        page.get_by_role("combobox", name="Examples").click()
+        page.get_by_role("option").first.click()
+        page.get_by_text(re.compile("rows, .* s$")).wait_for()
+        page.wait_for_url(re.compile("query="))
+        settled(page)
+        page.go_back()
+        page.wait_for_url(re.compile("/SQL$"))
+        page.get_by_text(re.compile("rows, .* s$")).wait_for(state="detached")
+        page.get_by_placeholder("start from an example").wait_for()
 
 
 def test_search_is_kept_in_the_url(address: str, page: Any) -> None:
@@ -165,6 +196,20 @@ def test_back_from_a_feature_keeps_the_search(address: str, page: Any) -> None:
             break
     page.wait_for_url(re.compile("/Feature\\?"))
     page.locator("details.ex").first.wait_for()
+    # On to a prompt and back: the feature's page still knows the search.
+    example = page.locator("details.ex").first
+    example.locator("summary").click()
+    example.get_by_role("button", name="use as prompt").click()
+    page.wait_for_url(re.compile("/Prompt\\?"))
+    page.locator(".row span[data-at='0']").wait_for()
+    settled(page)
+    page.go_back()
+    page.locator("details.ex").first.wait_for()
+    page.get_by_role("link", name="← search for 'script'").wait_for()
+    assert "/Feature?" in page.url
+    page.go_back()
+    page.locator("details.ex").first.wait_for()
+    settled(page)
     page.go_back()
     page.get_by_text("with 'script' in label, tokens or examples").wait_for()
     assert page.get_by_role("textbox", name="Search").input_value() == "script"

@@ -80,15 +80,15 @@ def view_data(
 def _title(graph: PromptGraph, node: int, label: str) -> str:
     """What a node is, in words."""
     kind, value = int(graph.nodes.kind[node]), float(graph.nodes.activation[node])
-    name = graph.nodes.names[node]
-    text = quoted(graph.text_of(name) or "·")
+    text = quoted(graph.text_of(graph.nodes.names[node]) or "·")
     if kind == TOKEN:
         return f"token {text}"
     if kind == LOGIT:
         return f"says {text}, p = {value:.3f}"
     if kind == ERROR:
         return f"error of layer {int(graph.nodes.layer[node])} on {text}"
-    return f"{label or name} on {text}, activation {value:.3g}"
+    place = f"layer {int(graph.nodes.layer[node])} feature {int(graph.nodes.feature[node])}"
+    return f"{place}{': ' if label else ''}{label} on {text}, activation {value:.3g}"
 
 
 def _strongest(edges: Float[Tensor, "rows columns"]) -> list[list[list[Any]]]:

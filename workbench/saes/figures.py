@@ -1,5 +1,6 @@
 """Figures of the pipeline, as Plotly objects: the app shows them and notebooks call them directly."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -119,17 +120,28 @@ def sae_comparison(table: pd.DataFrame) -> go.Figure:
                 legendgroup=f"{group}/{width}", showlegend=column == 1, mode="markers", marker=marker,
                 hovertemplate="%{text}<br>L0 %{x:.4g}<br>%{y:.4g}", row=1, col=column,
             )  # fmt: skip
-    # Left to itself a log axis this short shows ticks such as 2, 5, 100, 2, 5, without their powers of ten.
-    ticks = [2**power for power in range(21)]
-    if measured["l0"].max() < 4 * measured["l0"].min():
-        ticks += [3 * 2**power for power in range(20)]
-    figure.update_xaxes(title_text="L0", type="log", tickvals=ticks, ticktext=ticks)
+    ends, ticks = _octaves(measured["l0"])
+    figure.update_xaxes(
+        title_text="L0", type="log", range=[math.log10(end) for end in ends], tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+    )  # fmt: skip
     # FVU spans orders of magnitude; added nats may be below zero.
     figure.update_yaxes(type="log", row=1, col=1)
     figure.update_yaxes(rangemode="tozero", row=1, col=3)
     return figure.update_layout(
         height=420, margin={"l": 50, "r": 10, "t": 40, "b": 50}, legend={"orientation": "h", "y": -0.2}
     )
+
+
+def _octaves(values: pd.Series) -> tuple[tuple[float, float], list[float]]:
+    """Ends of a log axis around values, a factor of 4 apart or more, and at most five powers of two between them, which
+    a narrow panel has room for. Left to itself so short an axis shows ticks such as 2, 5, 100, 2, 5."""
+    positive = values[values > 0]
+    least, most = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    room = max(1.25, 2 * (least / most) ** 0.5)
+    ends = float(least / room), float(most * room)
+    first, last = math.ceil(math.log2(ends[0])), math.floor(math.log2(ends[1]))
+    return ends, [2.0**power for power in range(first, last + 1, math.ceil((last - first + 1) / 5))]
 
 
 def inference_curves(rows: pd.DataFrame) -> go.Figure:

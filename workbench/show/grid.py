@@ -41,8 +41,9 @@ GRID_CSS = """
 .grid td { min-width: 15px; height: 19px; border: solid GREY_LINE; border-width: 0 0.5px 0.5px 0; cursor: default }
 .grid td div { max-width: 5.5em; padding: 1px 3px; overflow: hidden; white-space: pre; text-overflow: ellipsis;
   font: 12px/17px ui-monospace, monospace }
-.grid .head div { writing-mode: vertical-rl; transform: rotate(180deg); height: 6.2em; overflow: hidden;
-  white-space: pre; font: 12px/15px ui-monospace, monospace; min-width: 15px }
+.grid .head th { vertical-align: bottom }
+.grid .head div { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 14em; overflow: hidden;
+  white-space: pre; text-overflow: ellipsis; font: 12px/15px ui-monospace, monospace; min-width: 15px }
 .grid .head .at, .grid tr.on .name { font-weight: 700 }
 .grid .name { position: sticky; left: 0; text-align: left; min-width: 12em; max-width: 21em; overflow-wrap: anywhere;
   padding-right: 8px; background: var(--st-background-color, Canvas) }

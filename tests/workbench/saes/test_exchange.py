@@ -319,6 +319,13 @@ def test_the_figure_has_a_mark_for_every_evaluated_sae(compared: Workspace, tmp_
         ("a", 4.0, 0.2), ("a", 4.0, 0.1), ("a", 4.0, 0.0),
         ("b", 8.0, 0.1), ("b", 8.0, 0.05), ("b", 8.0, 0.0),
     }  # fmt: skip
+    # The axis holds both, and panels side by side have room for its few ticks.
+    axis = figure.layout.xaxis
+    assert 10 ** axis.range[0] < 4
+    assert 10 ** axis.range[1] > 8
+    assert list(axis.ticktext) == ["4", "8"]
+    alone = sae_comparison(compared.compare().query("sae == 'b'")).layout.xaxis
+    assert list(alone.ticktext) == ["4", "8", "16"]
     page = tmp_path / "figure.html"
     assert run(["compare", "--html", str(page), "--workspace", str(compared.path)]) == 0
     text = page.read_text()
