@@ -107,6 +107,8 @@ class SAE(nn.Module):
             hook_layer=int(parts[1]) if len(parts) > 2 and parts[1].isdecimal() else None,
             hook_name=self.hook_name, architecture=self.rule.name, dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device), apply_b_dec_to_input=self.subtracts_b_dec,
+            context_size=self.metadata.get("context_size"), prepend_bos=self.metadata.get("prepend_bos") is not False,
+            dataset_path=self.metadata.get("dataset_path") or "",
         )  # fmt: skip
 
     @property
@@ -129,8 +131,9 @@ class SAE(nn.Module):
             gradients: of the model's loss at what it writes, for a gradient SAE; without them it encodes as plain TopK.
 
         Raises:
-            InputError: the last dimension is not d_in, or gradients the rule has no use for.
+            InputError: no tensor, the last dimension is not d_in, or gradients the rule has no use for.
         """
+        check_tensor(x, f"activations, a tensor of shape [..., {self.d_in}]")
         if x.shape[-1] != self.d_in:
             raise InputError(
                 f"this SAE reads activations of width {self.d_in}, got {x.shape[-1]}: "
@@ -141,6 +144,7 @@ class SAE(nn.Module):
             return self.rule.encode(flat, self.W_enc, self.b_enc, self.state).arranged(x.shape[:-1])
         if not isinstance(self.rule, GradientTopK):
             raise InputError(f"the rule {self.rule.name} makes no use of gradients: encode without them")
+        check_tensor(gradients, f"gradients, a tensor of shape [..., {self.d_out}]")
         if gradients.shape != (*x.shape[:-1], self.d_out):
             raise InputError(
                 f"gradients have shape {list(gradients.shape)} and activations {list(x.shape)}: "
@@ -164,8 +168,10 @@ class SAE(nn.Module):
         """Reconstructions of the tokens of a code, or of a full matrix of activations.
 
         Raises:
-            InputError: the code is of another number of features.
+            InputError: neither a code nor a tensor, or one of another number of features.
         """
+        if not isinstance(code, SparseCode):
+            check_tensor(code, f"a SparseCode, or a tensor of shape [..., {self.d_sae}]")
         if code.shape[-1] != self.d_sae:
             raise InputError(f"this SAE has {self.d_sae} features, got a code of {code.shape[-1]}")
         if isinstance(code, Tensor):
@@ -237,3 +243,13 @@ class SAE(nn.Module):
     def extra_repr(self) -> str:
         """What `repr` shows of it."""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, rule={self.rule}, hook_name={self.hook_name!r}"
+
+
+def check_tensor(found: object, expected: str) -> None:
+    """Raises InputError for what is not a torch tensor with a last dimension."""
+    if not isinstance(found, Tensor):
+        kind = type(found)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise InputError(f"expected {expected}, got a {name}: torch.as_tensor(...) makes a tensor of an array or list")
+    if not found.dim():
+        raise InputError(f"expected {expected}, got a single number")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.errors import InputError
-from sae.model import SAE
+from sae.model import SAE, check_tensor
 
 Infer: TypeAlias = "Callable[[Float[Tensor, 'n d_in'], Float[Tensor, 'd_sae d_in']], SparseCode]"
 """(rows less b_dec, W_dec) -> their codes."""
@@ -49,8 +49,9 @@ class InferredSAE(SAE):
         """Codes of every token, in float32 or wider.
 
         Raises:
-            InputError: the last dimension is not d_in, or gradients, of which no search makes use.
+            InputError: no tensor, the last dimension is not d_in, or gradients, of which no search makes use.
         """
+        check_tensor(x, f"activations, a tensor of shape [..., {self.d_in}]")
         if x.shape[-1] != self.d_in or gradients is not None:
             raise InputError(f"this reads activations of width {self.d_in} without gradients, got {list(x.shape)}")
         wide = torch.promote_types(self.W_dec.dtype, torch.float32)

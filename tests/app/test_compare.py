@@ -24,8 +24,8 @@ def add_sae(space: Workspace, name: str, seed: int, *, evaluated: bool = True, d
         space.results.save(
             "evaluation", name, parameters={"corpus": "texts", "max_tokens": 100}, provenance={},
             tables={
-                "metrics": pd.DataFrame([{"sae": name, "l0": 2.0 + seed, "fvu": 0.25, "added_nats": 0.1, "kl": 0.1,
-                                          "loss_recovered_zero": 0.9, "dead_share": 0.5}]),
+                "metrics": pd.DataFrame([{"sae": name, "tokens": 94, "l0": 2.0 + seed, "fvu": 0.25, "kl": 0.1,
+                                          "added_nats": 0.1, "loss_recovered_zero": 0.9, "dead_share": 0.5}]),
                 "density_histogram": pd.DataFrame([{"sae": name, "log10_density": -1.0, "features": 16}]),
             },
         )  # fmt: skip

@@ -222,5 +222,7 @@ def test_an_inferred_sae_is_the_sae_with_other_codes(rows: Tensor) -> None:
     assert inferred.fingerprint() == sae.fingerprint()
     with pytest.raises(InputError, match="SAEs alone"):
         InferredSAE(Transcoder(WIDTH, WIDTH, ATOMS, TopK(3)), inferred.infer)
+    with pytest.raises(InputError, match="expected activations, a tensor"):
+        inferred.encode([0.0])
     with pytest.raises(InputError, match="width 12"):
         inferred.encode(torch.zeros(2, 5))

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from sae import SAE, InputError, TopK
+from sae import SAE, DenseSAE, InputError, TopK
 from sae.rules import AbsTopK, BatchTopK, GradientTopK, JumpReLU, Rule
 
 TOPK = TopK(5)
@@ -71,6 +72,25 @@ def test_a_wrong_width_names_the_hook_point() -> None:
     sae = random_sae(hook_name="blocks.1.hook_resid_post")
     with pytest.raises(InputError, match=r"width 12, got 13.*blocks\.1\.hook_resid_post"):
         sae(torch.zeros(2, 13))
+
+
+@pytest.mark.parametrize("sae", [random_sae(), DenseSAE(random_sae(hook_name="blocks.1.hook_resid_post"))])
+def test_what_is_no_tensor_is_refused_in_one_line(sae: SAE | DenseSAE) -> None:
+    given = {"numpy.ndarray": np.zeros((2, 12), np.float32), "list": [[0.0] * 12], "single number": torch.tensor(1.0)}
+    for said, x in given.items():
+        for use in (sae.encode, sae.forward):
+            with pytest.raises(
+                InputError, match=rf"expected activations, a tensor of shape \[\.\.\., 12\], got a {said}"
+            ):
+                use(x)
+        with pytest.raises(InputError, match=rf"expected a SparseCode, or a tensor of shape \[.*64\], got a {said}"):
+            sae.decode(x)
+
+
+def test_what_it_was_trained_on_is_said_where_it_is_known() -> None:
+    assert (random_sae().cfg.prepend_bos, random_sae().cfg.context_size) == (True, None)
+    told = random_sae(metadata={"prepend_bos": False, "context_size": 128, "dataset_path": "owner/text"}).cfg
+    assert (told.prepend_bos, told.context_size, told.dataset_path) == (False, 128, "owner/text")
 
 
 def test_sizes_must_fit() -> None:

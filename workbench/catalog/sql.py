@@ -14,6 +14,7 @@
 A vector under ORDER BY ... LIMIT is computed for every row: fetch vectors last, for the rows that remain.
 """
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT = "2GB"
 MAX_ROWS = 10_000
+VIEW = "activations"
 MAX_SECONDS = 120.0
 
 # The order matters: after enable_external_access is off, temp_directory can no longer be set.
@@ -165,10 +167,13 @@ def run(
 
 
 def _several(connection: duckdb.DuckDBPyConnection, error: duckdb.Error) -> str:
-    """A remedy where a bare table name is not found because there are several harvests to choose from."""
-    attached = [row[0] for row in connection.execute("SELECT database_name FROM duckdb_databases()").fetchall()]
-    harvests = [name.removeprefix("harvest.") for name in attached if name.startswith("harvest.")]
-    if not isinstance(error, duckdb.CatalogException) or len(harvests) < 2:
+    """A remedy where the bare name of a harvest's table is not found because there are several harvests."""
+    missing = re.search(r"Table with name (\S+) does not exist", str(error))
+    tables = connection.execute("SELECT database_name, table_name FROM duckdb_tables()").fetchall()
+    of_harvests = [(name.removeprefix("harvest."), table) for name, table in tables if name.startswith("harvest.")]
+    harvests = sorted({name for name, _ in of_harvests})
+    known = {VIEW, *(table for _, table in of_harvests)}
+    if missing is None or missing[1].lower() not in known or len(harvests) < 2:
         return ""
     return f"; there are several harvests, choose one of {', '.join(harvests)} with --harvest"
 
@@ -177,7 +182,7 @@ def _activations(harvest: Harvest) -> str:
     """The view; the hook names are spelled out so that a condition on `hook` is decided before any row is read."""
     hooks = ", ".join(f"({_literal(hook)})" for hook in harvest.hooks)
     return f"""
-        CREATE TEMPORARY VIEW activations AS
+        CREATE TEMPORARY VIEW {VIEW} AS
         SELECT t.row, t.context, t.doc, t.pos, t.token, v.text, t.flags, h.hook, vec(h.hook, t.row) AS vector
         FROM (VALUES {hooks}) AS h(hook) CROSS JOIN tokens AS t LEFT JOIN vocabulary AS v ON v.token = t.token
     """

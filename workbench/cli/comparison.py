@@ -1,5 +1,6 @@
 """`workbench compare`: SAEs side by side."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,8 @@ from workbench.cli.output import print_frame, write_page
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from workbench.workspace import Workspace
 
 COLUMNS = {
     "sae": "SAE",
@@ -42,7 +45,8 @@ def compare(
     SAEs that have not been evaluated show dashes: run `workbench evaluate` on them first.
     """
     # Whole-number columns with missing entries are floats in pandas.
-    table = open_workspace(folder).compare(saes or []).astype(dict.fromkeys(("k", "seed", "tokens"), "Int64"))
+    workspace = open_workspace(folder)
+    table = workspace.compare(saes or []).astype(dict.fromkeys(("k", "seed", "tokens"), "Int64"))
     if html is not None:
         from workbench.saes.figures import sae_comparison
 
@@ -51,13 +55,13 @@ def compare(
     print_frame("SAEs", table, as_json, titles=COLUMNS)
     if as_json:
         return
-    for note in notes(table, folder):
+    for note in notes(table, workspace):
         print(note)
     if html is not None:
         print(f"Figure: {html}")
 
 
-def notes(table: "pd.DataFrame", folder: Path) -> list[str]:
+def notes(table: "pd.DataFrame", workspace: "Workspace") -> list[str]:
     """What to bear in mind when reading the table."""
     found = []
     texts = table["evaluated_on"].dropna().unique()
@@ -68,7 +72,23 @@ def notes(table: "pd.DataFrame", folder: Path) -> list[str]:
     for said, rows in table.loc[table["note"].fillna("") != ""].groupby("note"):
         found.append(f"{', '.join(rows['sae'])}: {said}.")
     for model, rows in table.loc[table["evaluated_on"].isna()].groupby("model"):
-        missing = rows["sae"].tolist()
-        step = f"workbench evaluate {' '.join(missing)}{given_again(str(model))} --workspace {folder}"
-        found.append(f"Not evaluated: {', '.join(missing)}. Next: {step}")
+        beside = table.loc[table["evaluated_on"].notna() & (table["model"] == model), "sae"]
+        made_here = [workspace.origin(name).corpus is not None for name in rows["sae"]]
+        others = [not here for here in made_here]
+        text = text_beside(workspace, beside.tolist())
+        for missing, said in ((rows["sae"][made_here], ""), (rows["sae"][others], text)):
+            if len(missing):
+                step = f"workbench evaluate {' '.join(missing)}{given_again(str(model))}{said} --workspace"
+                found.append(f"Not evaluated: {', '.join(missing)}. Next: {step} {workspace.path}")
     return found
+
+
+def text_beside(workspace: "Workspace", evaluated: list[str]) -> str:
+    """Options that name the text of SAEs that were evaluated, for those that were made from none here; a word to put it
+    in place of where there are none."""
+    for result in workspace.results.find("evaluation"):
+        if result.name in evaluated:
+            asked = result.parameters
+            field = f" --text-field {shlex.quote(asked['text_field'])}" if "text_field" in asked else ""
+            return f" --corpus {shlex.quote(asked['corpus'])}{field}"
+    return " --corpus CORPUS"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from workbench.workspace import Workspace
 
 PART_COLUMNS = {
+    "tokens": "tokens",
     "explained variance": "explained_variance",
     "CE clean": "ce_clean",
     "added nats": "added_nats",

@@ -148,9 +148,10 @@ def suggested(asked: Sequence[str], hooks: Sequence[str]) -> str:
 
 
 def describe_estimate(estimate: "HarvestEstimate") -> str:
-    """One line: rows, bytes, free disk, time; another where short sequences follow each other in a context."""
+    """One line: rows at most, since the corpus may end before, and for them bytes, free disk and time; another where
+    short sequences follow each other in a context."""
     said = (
-        f"Estimate: {estimate.rows:,} rows, {format_bytes(estimate.bytes)} "
+        f"Estimate: at most {estimate.rows:,} rows, {format_bytes(estimate.bytes)} "
         f"({format_bytes(estimate.free_bytes)} free), about {format_seconds(estimate.seconds)}"
     )
     if estimate.joins:
@@ -161,6 +162,7 @@ def describe_estimate(estimate: "HarvestEstimate") -> str:
 SKIP_SHARE = "skip share"
 """A row that only transcoders with a skip have."""
 EVALUATION_COLUMNS = {
+    "tokens": "tokens",
     "L0": "l0",
     "FVU": "fvu",
     "explained variance": "explained_variance",
@@ -182,6 +184,7 @@ EVALUATION_COLUMNS = {
 
 
 TOGETHER = {
+    "tokens": "tokens",
     "CE clean": "ce_clean",
     "CE replaced": "ce_replaced",
     "added nats": "added_nats",
@@ -213,7 +216,10 @@ def evaluate(
     A transcoder's prediction takes the place of what it predicts; a set is measured layer by layer and all at once. A
     crosscoder is measured part by part.
     """
+    from workbench.saes.comparison import evaluated_on
+
     workspace = open_workspace(folder)
+    before = evaluated_on(workspace)
     kinds = {item.name: bool(item.parts) for item in workspace.saes()}
     crosscoders = [name for name in dict.fromkeys(saes) if kinds.get(name)]
     saes = [name for name in saes if name not in crosscoders]
@@ -234,6 +240,9 @@ def evaluate(
     if found:
         print_evaluations(found)
     print_sets(together)
+    for name, read in evaluated_on(workspace).items():
+        if before.get(name, read) != read:
+            print(f"{name}: this replaces the evaluation on {before[name]}.")
 
 
 def check_can_evaluate(workspace: "Workspace", harvests: Sequence[str]) -> None:

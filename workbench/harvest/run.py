@@ -79,12 +79,15 @@ class HarvestProgress:
 
 
 def estimate(model: LoadedModel, corpus: Corpus, config: HarvestConfig, folder: Path) -> HarvestEstimate:
-    """Rows, bytes, free disk and time of a harvest, the time from running its first batches.
+    """Rows, bytes, free disk and time of a harvest of a corpus that is long enough, the time from running its first
+    batches.
 
     Raises:
-        InputError: settings that cannot work, or less free disk than the harvest would fill.
+        InputError: settings that cannot work, a harvest of other settings in the folder, or less free disk than the
+            harvest would fill.
     """
     plan = HarvestPlan.of(model, config)
+    _recorded_as(folder, description_of(model, corpus, config, plan), has_bos=model.bos_id is not None)
     done = sum(block.n_rows for block in read_journal(folder))
     finished = (folder / DATABASE).is_file()
     left = 0 if finished else plan.rows - done
@@ -242,6 +245,12 @@ def begin(folder: Path, description: dict[str, Any], *, has_bos: bool) -> None:
     Raises:
         InputError: an earlier attempt that was something else.
     """
+    if not _recorded_as(folder, description, has_bos=has_bos):
+        write_description(folder / DESCRIPTION, description)
+
+
+def _recorded_as(folder: Path, description: dict[str, Any], *, has_bos: bool) -> bool:
+    """Whether there was an earlier attempt. Raises InputError where it was something else, as `begin`."""
     file = folder / DESCRIPTION
     if file.is_file():
         recorded = read_description(file)
@@ -258,8 +267,8 @@ def begin(folder: Path, description: dict[str, Any], *, has_bos: bool) -> None:
                 f"harvest {folder.name!r} exists with other settings ({'; '.join(differing)}): "
                 "repeat the command that started it, or choose another name"
             )
-        return
-    write_description(file, description)
+        return True
+    return False
 
 
 def _fill(

@@ -50,25 +50,38 @@ def compare(catalog: Catalog, names: Sequence[str] = ()) -> pd.DataFrame:
         raise InputError(
             f"{catalog.path} has no SAEs to compare: make one with `workbench train` or `workbench import`"
         )
-    evaluations = {result.name: result for result in catalog.results.find(KIND)}
     chosen = list(dict.fromkeys(names)) or list(summaries)
-    by_part = {result.name: result for result in catalog.results.find("crosscoder")}
-    spelt: dict[str, str] = {}
+    texts = evaluated_on(catalog)
     rows: list[dict[str, Any]] = []
     for name in chosen:
         summary, origin = summaries[name], catalog.origin(name)
         if summary.by_part is None:
-            rows.append(_row(summary, origin, summary.evaluation or {}, evaluations.get(name), spelt))
+            rows.append(_row(summary, origin, summary.evaluation or {}, texts.get(name)))
         for part, measured in (summary.by_part or {}).items():
             of_part = {**measured, "fvu": 1 - measured["explained_variance"]}
-            rows.append({**_row(summary, origin, of_part, by_part.get(name), spelt), "sae": f"{name}: {part}"})
+            rows.append({**_row(summary, origin, of_part, texts.get(name)), "sae": f"{name}: {part}"})
     order = ["model", "hook", "rule", "d_sae", "l0", "sae"]
     return pd.DataFrame(rows).sort_values(order, na_position="last", ignore_index=True)
 
 
-def _row(
-    summary: SAESummary, origin: Origin, measured: Mapping[str, Any], evaluation: Result | None, spelt: dict[str, str]
-) -> dict[str, Any]:
+def evaluated_on(catalog: Catalog) -> dict[str, str]:
+    """What the stored evaluation of each SAE, transcoder and crosscoder read: `python-stdlib, 32,632 tokens`, those
+    that were encoded. A corpus that was named in several ways, as a path from here and from elsewhere, goes by the
+    first of them."""
+    evaluations = {result.name: result for result in catalog.results.find(KIND)}
+    of_crosscoders = {result.name: result for result in catalog.results.find("crosscoder")}
+    spelt: dict[str, str] = {}
+    texts = {}
+    for summary in catalog.coders():
+        parts = summary.by_part
+        result = (evaluations if parts is None else of_crosscoders).get(summary.name)
+        measured = summary.evaluation if parts is None else next(iter(parts.values()), None)
+        if result is not None and measured is not None:
+            texts[summary.name] = _text(result, int(measured["tokens"]), spelt)
+    return texts
+
+
+def _row(summary: SAESummary, origin: Origin, measured: Mapping[str, Any], text: str | None) -> dict[str, Any]:
     # The rule it was trained with: a batch rule is stored as the thresholds that it comes to.
     made_by = origin.rule
     stored = ARCHITECTURES.get(summary.architecture)
@@ -84,18 +97,15 @@ def _row(
         "target_hook": summary.target_hook,
         "model": summary.model,
         **{column: measured.get(key) for column, key in MEASURED.items()},
-        "evaluated_on": _text(evaluation, spelt),
+        "evaluated_on": text,
     }
 
 
-def _text(evaluation: Result | None, spelt: dict[str, str]) -> str | None:
-    """What an evaluation read; a corpus that was named in several ways, as a path from here and from elsewhere, by the
-    first of them, which `spelt` holds by its contents."""
-    if evaluation is None:
-        return None
+def _text(evaluation: Result, tokens: int, spelt: dict[str, str]) -> str:
+    """What an evaluation read; `spelt` holds the names of corpora by their contents."""
     asked = evaluation.parameters
     contents = evaluation.provenance.get("evaluated_on", {}).get("fingerprint")
     corpus = spelt.setdefault(contents or asked["corpus"], asked["corpus"])
     field = f" ({asked['text_field']})" if "text_field" in asked else ""
     bos = ", BOS counted" if asked.get("count_bos") else ""
-    return f"{corpus}{field}, {asked['max_tokens']:,} tokens{bos}"
+    return f"{corpus}{field}, {tokens:,} tokens{bos}"

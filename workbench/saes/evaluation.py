@@ -87,7 +87,7 @@ class Evaluation(Shown):
     skip_share: float = 0.0
     """See the module's description; 0 without a skip."""
     note: str = ""
-    """What to know before reading the losses; empty where there is nothing."""
+    """What to know before reading the numbers, such as held-out text that ended early; empty where there is nothing."""
 
     @property
     def added_nats_zero(self) -> float:
@@ -159,7 +159,8 @@ def evaluate_sae(
     skip_shares = [_skip_share(sums, number) for number in range(len(saes))]
     n_out = int(sums.pop("n_out"))
     loss = {name: (value / sums["count"]).item() for name, value in sums.items()}
-    note = _note(model, loss["clean"], n_out)
+    notes = [_note(model, loss["clean"], n_out), _ended(total, max_tokens, context_len)]
+    note = "; ".join(said for said in notes if said)
     return [
         replace(_summary(sae, hook, number, loss, metric, note), skip_share=skip_shares[number])
         for number, (sae, hook, metric) in enumerate(zip(saes, hooks, metrics, strict=True))
@@ -205,6 +206,13 @@ def _note(model: LoadedModel, clean: float, n_out: int) -> str:
             "or recovered of it says nothing"
         )
     return ""
+
+
+def _ended(rows: int, max_tokens: int, context_len: int) -> str:
+    """What there is to say where held-out text did not fill the contexts that were asked for."""
+    if rows >= max_tokens // context_len * context_len:
+        return ""
+    return f"the held-out text ended after {rows:,} of {max_tokens:,} tokens"
 
 
 def _on_device(sae: SAE, device: torch.device) -> SAE:

@@ -93,6 +93,12 @@ def test_several_harvests_are_told_apart(make_harvest: MakeHarvest, x: torch.Ten
         with pytest.raises(InputError, match="write vec\\('HARVEST/HOOK', row\\)"):
             query.run(connection, f"SELECT vec('{HOOK}', 1)")
         assert query.run(connection, 'SELECT count(*) FROM "harvest.one".tokens').rows == [(80,)]
+        for table in ("tokens", "Activations"):
+            with pytest.raises(InputError, match="choose one of one, two-2 with --harvest"):
+                query.run(connection, f"SELECT * FROM {table}")
+        for sql in ("SELECT * FROM nowhere", "SELECT nothing(1)"):
+            with pytest.raises(InputError, match=r"^((?!--harvest).)*$"):
+                query.run(connection, sql)
     with pytest.raises(InputError, match="no finished harvest 'three' to query: there is one, two-2"):
         query.connect([one, two], default="three")
 

@@ -101,6 +101,30 @@ def test_the_trained_sae_beats_the_random_decoder(workspace: Path) -> None:
     assert fvu["s"] < fvu["s-random-decoder"]
 
 
+def test_an_evaluation_says_what_it_read_and_what_it_replaces(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluated(tokens: int) -> str:
+        capsys.readouterr()
+        assert run(["evaluate", "s", "--workspace", str(workspace), "--tokens", str(tokens)]) == 0
+        return capsys.readouterr().out
+
+    space = Workspace(workspace, create=False)
+    corpus = space.open_harvest("h").config["corpus"]
+    before = space.results.open("evaluation", "s").rows("metrics")[0]["tokens"]
+    assert "replaces" not in evaluated(1024)
+    quick = evaluated(256)
+    assert f"s: this replaces the evaluation on {corpus}, {before:,} tokens.\n" in quick
+    assert "ended" not in quick
+    read = json_of(capsys, "evaluate", "s", "--workspace", str(workspace), "--tokens", "50000")["s"]["tokens"]
+    said = evaluated(50_000)
+    assert ["tokens", f"{read:,}"] in [line.split() for line in said.splitlines()]
+    assert "the held-out text ended after" in said
+    (row,) = json_of(capsys, "compare", "s", "--workspace", str(workspace))
+    assert row["evaluated_on"] == f"{corpus}, {read:,} tokens"
+    evaluated(1024)
+
+
 def test_sql_joins_tokens_and_activations(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = json_of(
         capsys, "sql", "--workspace", str(workspace),

@@ -146,8 +146,11 @@ def test_evaluation_and_lenses_are_asked_for_the_same_tokens(
     counted, loss = loss_on(model, chats, "messages:assistant")
     capsys.readouterr()
     assert run(["evaluate", "theirs", "--only", "assistant", "--tokens", "256", *asked, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["theirs"]["ce_clean"] == pytest.approx(loss, rel=1e-5)
-    assert set(space.compare(["theirs"])["evaluated_on"]) == {f"{chats} (messages:assistant), 256 tokens"}
+    found = json.loads(capsys.readouterr().out)["theirs"]
+    assert found["ce_clean"] == pytest.approx(loss, rel=1e-5)
+    assert found["tokens"] < 256, "those of the assistant alone"
+    read = f"{chats} (messages:assistant), {found['tokens']} tokens"
+    assert set(space.compare(["theirs"])["evaluated_on"]) == {read}
     both = ["--corpus", str(chats), "--text-field", "messages", "--only", "assistant", "--context", "64", *asked]
     assert run(["lens", "fit", "j", "--model", str(model), "--tokens", "128", "--heldout", "256", *both]) == 0
     assert space.results.open("lens", "j").table("summary")["measured"].item() == counted

@@ -461,6 +461,8 @@ def test_the_estimate_says_what_the_harvest_will_take(
     stored = sum(s.bytes for b in harvest.blocks for s in b.files())
     assert before.bytes == stored - headers(harvest) + DATABASE_BYTES * harvest.n_rows
     assert after.seconds == 0
+    with pytest.raises(InputError, match="harvest 'h' exists with other settings"):
+        estimate(gpt2_model, corpus, replace(config, max_tokens=600), tmp_path / "h")
 
 
 def headers(harvest: Harvest) -> int:

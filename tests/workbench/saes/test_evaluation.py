@@ -11,7 +11,7 @@ from circuits.effective_weights import effective_unembedding
 from sae import SAE, InputError, TopK
 from workbench.models.load import LoadedModel, load_model
 from workbench.saes.evaluation import Evaluation, evaluate_sae
-from workbench.text.corpora import open_corpus
+from workbench.text.corpora import Corpus, open_corpus
 from workbench.text.packing import pack
 
 HOOK, CONTEXT, TOKENS = "blocks.1.hook_resid_post", 16, 320
@@ -159,6 +159,17 @@ def test_losses_of_a_model_that_predicts_something_else_are_not_printed_without_
     assert all(math.isnan(value) for value in (found.ce_clean, found.added_nats, found.loss_recovered_zero))
     assert found.kl > 0
     assert found.l0 == pytest.approx(6)
+
+
+def test_held_out_text_that_ends_early_is_said(gpt2_model: LoadedModel) -> None:
+    documents = [list(range(1, 41)) for _ in range(60)]
+    corpus = Corpus.of_tokens("short", lambda: documents)
+    rows = sum(len(document.tokens) + 1 for document in corpus.documents("heldout"))
+    whole = rows // CONTEXT * CONTEXT
+    assert whole, "a context is filled"
+    for asked, said in ((whole, False), (whole + CONTEXT - 1, False), (100_000, True)):
+        found = evaluate_sae(gpt2_model, [make_sae(gpt2_model, HOOK)], corpus, max_tokens=asked, context_len=CONTEXT)[0]
+        assert (f"of {asked:,} tokens" in found.note) is said, asked
 
 
 def test_an_evaluation_of_before_still_opens() -> None:

@@ -242,7 +242,15 @@ def test_a_sweep_trains_several_rules_and_evaluates_them(
 def store_evaluation(space: Workspace, name: str, l0: float, fvu: float, corpus: str = "c") -> None:
     import pandas as pd
 
-    measured = {"l0": l0, "fvu": fvu, "added_nats": fvu / 2, "loss_recovered_zero": 0.9, "kl": 0.1, "dead_share": 0.0}
+    measured = {
+        "tokens": 498,
+        "l0": l0,
+        "fvu": fvu,
+        "added_nats": fvu / 2,
+        "loss_recovered_zero": 0.9,
+        "kl": 0.1,
+        "dead_share": 0.0,
+    }
     space.results.save(
         "evaluation",
         name,
@@ -281,11 +289,12 @@ def test_compare_says_what_was_not_evaluated_or_on_other_text(
 ) -> None:
     assert run(["compare", "--workspace", str(compared.path)]) == 0
     text = capsys.readouterr().out
-    assert "Not evaluated: c. Next: workbench evaluate c" in text
+    # None of these was made from a harvest: the text is that of the others.
+    assert f"Not evaluated: c. Next: workbench evaluate c --corpus c --workspace {compared.path}\n" in text
     assert "different held-out text" not in text
     store_evaluation(compared, "c", 4.0, 0.5, corpus="other")
     assert run(["compare", "--workspace", str(compared.path)]) == 0
-    assert "different held-out text, so not quite comparable: c, 512 tokens; other, 512 tokens." in (
+    assert "different held-out text, so not quite comparable: c, 498 tokens; other, 498 tokens." in (
         capsys.readouterr().out
     )
 
