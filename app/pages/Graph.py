@@ -171,10 +171,12 @@ def links(workspace: Workspace, name: str, whole: PromptGraph) -> None:
             label = f"Feature {feature} of layer {layer}: examples and effects"
             page_link("Feature", label, sae=sae, feature=feature, **state)
         elif transcoders == BUNDLED:
+            read = ["--model", "demo", "--hook", "blocks.*.mlp.hook_in", "--tokens", "200000"]
             st.caption(
                 "A new graph of an indexed set also shows what its features fire on, with a page for each: "
                 f"{command(workspace, 'import', 'bundled', '--name', 'mlps')}, then "
-                f"{command(workspace, 'index', 'mlps')}, then choose `mlps` above for a new graph."
+                f"{command(workspace, 'harvest', 'mlp-inputs', *read)}, then "
+                f"{command(workspace, 'index', 'mlps', '--harvest', 'mlp-inputs')}, then a new graph of `mlps` above."
             )
         else:
             st.caption(f"{command(workspace, 'index', sae)} gives its features names and examples.")
