@@ -55,3 +55,11 @@ def demo() -> LoadedModel:
     from workbench import load_model
 
     return load_model("demo", device="cpu")
+
+
+def test_a_workspace_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "workspace.json.tmp").write_text("{")
+    with pytest.raises(InputError, match="no workspace at"):
+        Workspace(tmp_path, create=False)
+    Workspace(tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["workspace.json"]

@@ -101,7 +101,9 @@ class Catalog:
                     "use the version that made it, or start a new workspace"
                 )
             return
-        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+        # Who was killed while it made one leaves the marker's temporary file and nothing else.
+        begun = {f"{marker.name}.tmp"}
+        if self.path.is_file() or (self.path.is_dir() and {one.name for one in self.path.iterdir()} - begun):
             raise InputError(
                 f"{self.path} exists and is not a workspace: name an empty or new folder, or an existing workspace"
             )
