@@ -77,7 +77,7 @@ def evaluated_on(catalog: Catalog) -> dict[str, str]:
         result = (evaluations if parts is None else of_crosscoders).get(summary.name)
         measured = summary.evaluation if parts is None else next(iter(parts.values()), None)
         if result is not None and measured is not None:
-            texts[summary.name] = _text(result, int(measured["tokens"]), spelt)
+            texts[summary.name] = _text(result, measured.get("tokens"), spelt)
     return texts
 
 
@@ -101,11 +101,12 @@ def _row(summary: SAESummary, origin: Origin, measured: Mapping[str, Any], text:
     }
 
 
-def _text(evaluation: Result, tokens: int, spelt: dict[str, str]) -> str:
-    """What an evaluation read; `spelt` holds the names of corpora by their contents."""
+def _text(evaluation: Result, tokens: int | None, spelt: dict[str, str]) -> str:
+    """What an evaluation read, at most where its record lacks that; `spelt` has corpora's names by their contents."""
     asked = evaluation.parameters
     contents = evaluation.provenance.get("evaluated_on", {}).get("fingerprint")
     corpus = spelt.setdefault(contents or asked["corpus"], asked["corpus"])
     field = f" ({asked['text_field']})" if "text_field" in asked else ""
     bos = ", BOS counted" if asked.get("count_bos") else ""
-    return f"{corpus}{field}, {tokens:,} tokens{bos}"
+    read = f"at most {asked['max_tokens']:,}" if tokens is None else f"{int(tokens):,}"
+    return f"{corpus}{field}, {read} tokens{bos}"
