@@ -39,8 +39,8 @@ def are_plain(bridge: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
     # What can be read but once, such as a zip, would be used up here.
     if not isinstance(kwargs["fwd_hooks"], Sequence):
         return False
-    names = [name for name, _ in kwargs["fwd_hooks"]]
-    known = all(isinstance(name, str) and name in hook_points(bridge) for name in names)
+    points = hook_points(bridge)
+    known = all(isinstance(name, str) and name in points for name, _ in kwargs["fwd_hooks"])
     return known and not bridge.compatibility_mode
 
 
